@@ -1,0 +1,138 @@
+"""The latent contract: pixels -> moments (stored) -> latents (scaled) and back. Everybody uses this one.
+
+Legend: B batch, C image channels, c latent channels, H W pixels, h w latent positions.
+
+- **pixels**  [B, C, H, W] in [-1, 1];
+- **moments** mean and logvar, each [B, c, h, w], raw and unscaled: what a latent store holds;
+- **latents** z, sampled or the mean, then normalised: what a diffusion model sees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ldm_vae import keyed
+
+LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to the same; stored logvar is clamped too
+
+NormalisationKind = Literal["scale", "shift", "channel"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A diagonal Gaussian posterior q(z|x) = N(mean, exp(logvar)); mean and logvar [B, c, h, w]."""
+
+    mean: torch.Tensor
+    logvar: torch.Tensor
+
+    @classmethod
+    def from_parameters(cls, parameters: torch.Tensor) -> Moments:
+        """From an encoder's output [B, 2c, h, w] (mean, then logvar), in fp32, logvar clamped to LOGVAR_RANGE."""
+        mean, logvar = parameters.float().chunk(2, dim=1)
+        return cls(mean, logvar.clamp(*LOGVAR_RANGE))
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        """z = mean + exp(logvar / 2) * noise (Kingma & Welling 2014, eq. 10)."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> torch.Tensor:
+        """KL(q || N(0, I)) in nats, one value per latent element [B, c, h, w] (Kingma & Welling 2014, appendix B)."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
+
+
+def encode(vae: Any, pixels: torch.Tensor) -> Moments:
+    """pixels [B, C, H, W] => moments [B, c, h, w], with a diffusers AutoencoderKL."""
+    return Moments.from_parameters(vae.encode(pixels).latent_dist.parameters)
+
+
+def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:
+    """unscaled z [B, c, h, w] => pixels [B, C, H, W], fp32 and not clamped."""
+    pixels: torch.Tensor = vae.decode(z.to(vae.dtype)).sample
+    return pixels.float()
+
+
+def posterior_noise(seed: int, positions: Iterable[int], shape: Iterable[int]) -> torch.Tensor:
+    """Noise of the posterior, fp32 [B, c, h, w], keyed by each image's position in the global stream of images."""
+    return keyed.normal(seed, "posterior", positions, tuple(shape))
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """The one way from z to latents that a VAE's config.json names, and back.
+
+    - scale:   z * scaling_factor (Stable Diffusion, SDXL);
+    - shift:   (z - shift_factor) * scaling_factor (SD3, FLUX);
+    - channel: (z - latents_mean) * scaling_factor / latents_std, the inverse of SDXL's
+      z * latents_std / scaling_factor + latents_mean.
+    """
+
+    scaling_factor: float
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.shift_factor is not None and self.latents_mean is not None:
+            raise ValueError("shift_factor and latents_mean are both set: latents would be shifted twice")
+        if (self.latents_mean is None) != (self.latents_std is None):
+            raise ValueError("latents_mean and latents_std are set together or not at all")
+
+    @property
+    def kind(self) -> NormalisationKind:
+        if self.latents_mean is not None:
+            return "channel"
+        return "scale" if self.shift_factor is None else "shift"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Normalisation:
+        """From a diffusers config (or a manifest): the keys that are absent or null count as not set."""
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        return cls(
+            scaling_factor=float(config.get("scaling_factor") or 1.0),
+            shift_factor=None if config.get("shift_factor") is None else float(config["shift_factor"]),
+            latents_mean=None if mean is None else tuple(map(float, mean)),
+            latents_std=None if std is None else tuple(map(float, std)),
+        )
+
+    @classmethod
+    def from_statistics(cls, kind: NormalisationKind, mean: torch.Tensor, variance: torch.Tensor) -> Normalisation:
+        """From measured per-channel mean [c] and variance [c] (fp64) of the sampled latents.
+
+        The scalar variance is that of all elements together: E[variance_c] + Var[mean_c].
+        """
+        scalar_mean = float(mean.mean())
+        scalar_variance = float(variance.mean() + mean.var(unbiased=False))
+        if kind == "channel":
+            return cls(1.0, None, tuple(mean.tolist()), tuple(variance.sqrt().tolist()))
+        return cls(1.0 / math.sqrt(scalar_variance), scalar_mean if kind == "shift" else None)
+
+    def to_config(self) -> dict[str, Any]:
+        """All four keys, the unused ones null, so that writing one normalisation erases any other."""
+        return {
+            "scaling_factor": self.scaling_factor,
+            "shift_factor": self.shift_factor,
+            "latents_mean": None if self.latents_mean is None else list(self.latents_mean),
+            "latents_std": None if self.latents_std is None else list(self.latents_std),
+        }
+
+    def apply(self, z: torch.Tensor) -> torch.Tensor:
+        """z => latents, both [..., c, h, w]."""
+        shift, scale = self._affine(z)
+        return (z - shift) * scale
+
+    def undo(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents => z, both [..., c, h, w]."""
+        shift, scale = self._affine(latents)
+        return latents / scale + shift
+
+    def _affine(self, like: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        if self.latents_mean is None or self.latents_std is None:
+            return self.shift_factor or 0.0, self.scaling_factor
+        shift = torch.tensor(self.latents_mean, device=like.device, dtype=like.dtype).view(-1, 1, 1)
+        std = torch.tensor(self.latents_std, device=like.device, dtype=like.dtype).view(-1, 1, 1)
+        return shift, self.scaling_factor / std
