@@ -183,8 +183,8 @@ class TrainableAutoencoder(nn.Module):
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
         """images [B, C, H, W] in [-1, 1], noise [B, c, h, w] standard normal, drawn by key => Reconstruction."""
         moments = latents.encode(self.vae, images)
-        z = moments.sample(noise.float())
-        pixels = self.vae.decode(z).sample.float()
+        z = moments.sample(noise.to(moments.mean))
+        pixels = latents.at_least_fp32(self.vae.decode(z).sample)
         last_hidden, self._last_hidden = self._last_hidden, None
         assert last_hidden is not None
         return Reconstruction(pixels, images, moments, z, last_hidden)

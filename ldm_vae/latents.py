@@ -23,6 +23,11 @@ LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps t
 NormalisationKind = Literal["scale", "shift", "channel"]
 
 
+def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision upcast to fp32; fp64 stays, so that exactness can be tested in it."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 @dataclass(frozen=True)
 class Moments:
     """A diagonal Gaussian posterior q(z|x) = N(mean, exp(logvar)); mean and logvar [B, c, h, w]."""
@@ -33,7 +38,7 @@ class Moments:
     @classmethod
     def from_parameters(cls, parameters: torch.Tensor) -> Moments:
         """From an encoder's output [B, 2c, h, w] (mean, then logvar), in fp32, logvar clamped to LOGVAR_RANGE."""
-        mean, logvar = parameters.float().chunk(2, dim=1)
+        mean, logvar = at_least_fp32(parameters).chunk(2, dim=1)
         return cls(mean, logvar.clamp(*LOGVAR_RANGE))
 
     def sample(self, noise: torch.Tensor) -> torch.Tensor:
@@ -53,7 +58,7 @@ def encode(vae: Any, pixels: torch.Tensor) -> Moments:
 def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:
     """unscaled z [B, c, h, w] => pixels [B, C, H, W], fp32 and not clamped."""
     pixels: torch.Tensor = vae.decode(z.to(vae.dtype)).sample
-    return pixels.float()
+    return at_least_fp32(pixels)
 
 
 def posterior_noise(seed: int, positions: Iterable[int], shape: Iterable[int]) -> torch.Tensor:

@@ -1,0 +1,153 @@
+"""Checkpoints: a directory with every tensor in safetensors and everything else in JSON. No pickle.
+
+    checkpoints/images-000012345/
+        state.json            the objects' state as a JSON tree, tensors by name
+        tensors.safetensors   the tensors
+        config.yaml           the resolved config
+        checksums.json        SHA-256 of each file above; written last
+
+A checkpoint is written beside its final name, fsynced and renamed, so what has the name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ldm_vae.errors import WorkError
+
+PREFIX = "images-"
+CHECKSUMS = "checksums.json"
+
+
+class Stateful(Protocol):
+    """Anything that can be saved: networks, optimisers, averages."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+# --- state <=> JSON tree and tensors ----------------------------------------------------------------------------------
+
+
+def pack(value: Any, tensors: dict[str, torch.Tensor], name: str = "") -> Any:
+    """A JSON tree of `value`; its tensors go to `tensors` by name. Keys of dicts keep their type (Adam's are ints)."""
+    if isinstance(value, torch.Tensor):
+        # a clone: safetensors refuses tensors that share memory
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": [[key, pack(inner, tensors, f"{name}.{key}")] for key, inner in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [pack(inner, tensors, f"{name}.{index}") for index, inner in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"state {name}: {type(value).__name__} cannot be saved without pickle")
+
+
+def unpack(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The inverse of `pack`."""
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: unpack(inner, tensors) for key, inner in content}
+    return (tuple if kind == "tuple" else list)(unpack(inner, tensors) for inner in content)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, images_seen: int, objects: Mapping[str, Stateful], config: str, info: Mapping[str, Any]) -> Path:
+    """Write `folder`/images-N with the state of the named objects, the config's text and a few plain values.
+
+    Raises:
+        WorkError: it cannot be written (a full disk, no permission); older checkpoints stay as they are.
+    """
+    final = folder / f"{PREFIX}{images_seen:09d}"
+    beside = folder / f".{final.name}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        tensors: dict[str, torch.Tensor] = {}
+        state = {name: pack(thing.state_dict(), tensors, name) for name, thing in objects.items()}
+        save_file(tensors, beside / "tensors.safetensors")
+        (beside / "state.json").write_text(json.dumps({"info": dict(info), "objects": state}))
+        (beside / "config.yaml").write_text(config, encoding="utf-8")
+        sums = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
+        (beside / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+        for path in (*beside.iterdir(), beside):
+            _fsync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+        _fsync(folder)
+    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as a RuntimeError of its own
+        shutil.rmtree(beside, ignore_errors=True)
+        last = newest(folder)
+        kept = f"the last good one is {last.name}" if last else "there is none yet"
+        raise WorkError(f"checkpoint {final.name} could not be written ({error}); {kept}") from error
+    return final
+
+
+def load(checkpoint: Path, objects: Mapping[str, Stateful]) -> dict[str, Any]:
+    """Restore the named objects from `checkpoint`; returns the plain values saved with them."""
+    tensors = load_file(checkpoint / "tensors.safetensors")
+    state = json.loads((checkpoint / "state.json").read_text())
+    for name, thing in objects.items():
+        thing.load_state_dict(unpack(state["objects"][name], tensors))
+    info: dict[str, Any] = state["info"]
+    return info
+
+
+def newest(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
+    """The newest whole checkpoint; older ones are not read unless it is damaged."""
+    for checkpoint in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+        if not (damage := _damage(checkpoint)):
+            return checkpoint
+        say(f"checkpoint {checkpoint.name} is damaged ({damage}): the one before it is used")
+    return None
+
+
+def prune(folder: Path, keep: int | None, best: str | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best, and what killed processes left half-written."""
+    checkpoints = sorted(folder.glob(f"{PREFIX}*"), reverse=True)
+    for checkpoint in checkpoints[keep:] if keep is not None else []:
+        if checkpoint.name != best:
+            shutil.rmtree(checkpoint)
+    for leftover in folder.glob(f".{PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _damage(checkpoint: Path) -> str | None:
+    try:
+        sums = json.loads((checkpoint / CHECKSUMS).read_text())
+        wrong = [name for name, checksum in sums.items() if _sha256(checkpoint / name) != checksum]
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{wrong[0]} does not match its checksum" if wrong else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

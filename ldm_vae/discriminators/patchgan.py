@@ -1,0 +1,70 @@
+"""PatchGAN: one logit per overlapping patch (Isola et al. 2017, section 3.2.2)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from ldm_vae.config import Part
+from ldm_vae.latents import at_least_fp32
+
+Norm = Literal["group", "spectral", "none", "batch", "sync_batch"]
+
+
+class Config(Part):
+    """PatchGAN discriminator."""
+
+    kind: Literal["patchgan"] = "patchgan"
+    width: int = 64
+    """Channels of the first layer; doubled by each further layer up to 8 times."""
+    layers: int = 3
+    """Layers of stride 2: the side of a patch is 16, 34, 70, 142 px for 1, 2, 3, 4."""
+    norm: Norm = "group"
+    """group, spectral and none do not depend on the other images, so that any number of processes trains the same
+    network; batch (as published) makes the result depend on the batch of a process; sync_batch needs GPUs."""
+
+    def build(self, in_channels: int = 3) -> PatchGAN:
+        return PatchGAN(in_channels, self.width, self.layers, self.norm)
+
+
+class PatchGAN(nn.Module):
+    """images [B, C, H, W] => logits [B, 1, H', W'], one per patch; higher means more real."""
+
+    def __init__(self, in_channels: int, width: int, layers: int, norm: Norm) -> None:
+        super().__init__()
+        modules: list[nn.Module] = [_convolution(in_channels, width, 2, norm="none"), nn.LeakyReLU(0.2)]
+        channels = width
+        for layer in range(1, layers + 1):
+            previous, channels = channels, width * min(2**layer, 8)
+            modules.append(_convolution(previous, channels, 2 if layer < layers else 1, norm))
+            if norm not in ("spectral", "none"):
+                modules.append(_normalisation(norm, channels))
+            modules.append(nn.LeakyReLU(0.2))
+        self.network = nn.Sequential(
+            *modules, _convolution(channels, 1, 1, "spectral" if norm == "spectral" else "none")
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(images)
+        return at_least_fp32(logits)
+
+
+def _convolution(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Module:
+    convolution = nn.Conv2d(inputs, outputs, 4, stride, padding=1, bias=norm not in ("batch", "sync_batch"))
+    nn.init.normal_(convolution.weight, 0.0, 0.02)  # as published (DCGAN's)
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
+    return spectral_norm(convolution) if norm == "spectral" else convolution
+
+
+def _normalisation(norm: Norm, channels: int) -> nn.Module:
+    if norm == "group":
+        return nn.GroupNorm(math.gcd(32, channels), channels)
+    kind = nn.SyncBatchNorm if norm == "sync_batch" else nn.BatchNorm2d
+    layer = kind(channels)
+    nn.init.normal_(layer.weight, 1.0, 0.02)
+    return layer

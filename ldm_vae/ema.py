@@ -1,0 +1,38 @@
+"""Exponential moving average of the weights, in fp32, its half-life counted in images.
+
+diffusers' EMAModel counts steps, so its meaning changes with the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+LARGEST_SHARE = 0.05  # half-life at most 5 % of the images seen: early averages must forget the random start (EDM2)
+
+
+class Ema:
+    """`module` is a frozen copy of the network whose weights are the average; it is validated and exported."""
+
+    def __init__(self, module: nn.Module, halflife_images: int) -> None:
+        self.module = copy.deepcopy(module).float().eval().requires_grad_(False)
+        self.halflife_images = halflife_images
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, images_seen: int, batch_images: int) -> None:
+        """After an update at `images_seen` (this batch included), move by what `batch_images` are worth."""
+        halflife = min(self.halflife_images, LARGEST_SHARE * images_seen)
+        keep = 0.5 ** (batch_images / halflife) if halflife > 0 else 0.0
+        averages: list[torch.Tensor] = list(self.module.parameters())
+        values = [parameter.detach().float() for parameter in module.parameters()]
+        torch._foreach_lerp_(averages, values, 1.0 - keep)
+        for average, value in zip(self.module.buffers(), module.buffers(), strict=True):
+            average.copy_(value)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.module.load_state_dict(state)
