@@ -1,0 +1,161 @@
+"""One pass over images: reconstruct, measure, merge over ranks. Validation and eval.reconstruction share it.
+
+Legend: B batch, C channels, R side of an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ldm_vae import latents
+from ldm_vae.autoencoder import downsampling_factor
+from ldm_vae.data.transforms import to_pixels
+from ldm_vae.errors import WorkError
+from ldm_vae.latents import Moments
+from ldm_vae.metrics.metric import Metric
+from ldm_vae.metrics.profile import Profile
+from ldm_vae.metrics.protocol import PINNED, Pair, Protocol
+from ldm_vae.metrics.ranks import gather
+from ldm_vae.metrics.running import Summary
+
+WORST = 10  # how many of the poorest images are kept
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images of one size with the index of each in its source; pixels uint8 [B, C, R, R]."""
+
+    indices: Sequence[int]
+    pixels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics by name; images is N; checksum identifies the evaluated pixels, whatever their order; worst holds
+    (index, value of worst_by), poorest first; latents is Profile's dict."""
+
+    metrics: dict[str, Summary]
+    images: int
+    checksum: str
+    worst_by: str
+    worst: list[tuple[int, float]]
+    latents: dict[str, Any]
+
+
+@torch.inference_mode()
+def evaluate_reconstruction(
+    vae: Any,
+    batches: Iterable[ImageBatch],
+    metrics: Sequence[Metric],
+    device: torch.device,
+    *,
+    resolution: int,
+    batch_size: int,
+    protocol: Protocol = PINNED,
+    each: Callable[[Sequence[int], Mapping[str, torch.Tensor]], None] | None = None,
+) -> Evaluation:
+    """Reconstruct this rank's `batches` with `vae`, measure, and merge over all ranks (each sees the same result).
+
+    Args:
+        vae: a diffusers autoencoder on `device`, in eval mode.
+        batches: the images of this rank, each image on exactly one rank.
+        batch_size: every batch is padded to it, so that an image's numbers do not depend on its neighbours or on the
+            number of processes.
+        each: called with the indices and per-image values of every batch.
+
+    Raises:
+        WorkError: no rank has an image.
+    """
+    profile = Profile(_latent_shape(vae, resolution), resolution)
+    checksum, worst, images = Checksum(), Worst(metrics), 0
+    for batch in batches:
+        moments, pair = reconstruct(vae, batch, device, protocol, batch_size)
+        values = {metric.name: found for metric in metrics if (found := metric.update(pair)) is not None}
+        profile.update(moments, pair)
+        checksum.update(batch.pixels)
+        worst.update(batch.indices, values)
+        images += len(batch.indices)
+        if each is not None:
+            each(batch.indices, values)
+
+    images = int(gather(torch.tensor(images)).sum())
+    if images == 0:
+        raise WorkError("evaluation: there was no image to measure")
+    return Evaluation(
+        metrics={metric.name: metric.compute() for metric in metrics},
+        images=images,
+        checksum=checksum.compute(),
+        worst_by=worst.by,
+        worst=worst.compute(),
+        latents=profile.compute(),
+    )
+
+
+@torch.inference_mode()
+def reconstruct(
+    vae: Any, batch: ImageBatch, device: torch.device, protocol: Protocol = PINNED, batch_size: int = 0
+) -> tuple[Moments, Pair]:
+    """A batch => its moments [B, c, h, w] and the pair that the protocol compares, its tail padded to `batch_size`."""
+    count = len(batch.indices)
+    missing = max(0, batch_size - count)
+    pixels = to_pixels(torch.cat([batch.pixels, *[batch.pixels[-1:]] * missing]).to(device))
+    moments = latents.encode(vae, pixels)
+    z = moments.mean
+    if protocol.posterior == "sample":
+        indices = [*batch.indices, *[batch.indices[-1]] * missing]
+        z = moments.sample(latents.posterior_noise(0, indices, z.shape[1:]).to(device))
+    pair = protocol.pair(pixels, latents.decode(vae, z), count)
+    return Moments(moments.mean[:count], moments.logvar[:count]), pair
+
+
+def _latent_shape(vae: Any, resolution: int) -> tuple[int, int, int]:
+    side = resolution // downsampling_factor(vae)
+    return int(vae.config.latent_channels), side, side
+
+
+class Checksum:
+    """SHA-256 of each image, added up modulo 2^256: the same for any order and any division over ranks."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def update(self, pixels: torch.Tensor) -> None:
+        """pixels uint8 [B, C, R, R]."""
+        for image in pixels:
+            digest = hashlib.sha256(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes())
+            self.total = (self.total + int.from_bytes(digest.digest(), "big")) % 2**256
+
+    def compute(self) -> str:
+        mine = torch.tensor(list(self.total.to_bytes(32, "big")), dtype=torch.uint8)
+        everybody = [int.from_bytes(bytes(row), "big") for row in gather(mine).tolist()]
+        return f"{sum(everybody) % 2**256:064x}"
+
+
+class Worst:
+    """The poorest images by LPIPS, or by the first per-image metric there is; memory for WORST of them."""
+
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        names = [metric.name for metric in metrics]
+        self.by = "lpips_alex" if "lpips_alex" in names else names[0]
+        self.sign = 1.0 if metrics[names.index(self.by)].better == "lower" else -1.0
+        self.heap: list[tuple[float, int]] = []  # (badness, -index): the least bad on top
+
+    def update(self, indices: Sequence[int], values: Mapping[str, torch.Tensor]) -> None:
+        for index, value in zip(indices, values[self.by].tolist(), strict=True):
+            heapq.heappush(self.heap, (self.sign * value, -index))
+            if len(self.heap) > WORST:
+                heapq.heappop(self.heap)
+
+    def compute(self) -> list[tuple[int, float]]:
+        rows = torch.full((WORST, 2), torch.nan, dtype=torch.float64)
+        for row, (badness, index) in enumerate(self.heap):
+            rows[row] = torch.tensor([badness, -index], dtype=torch.float64)
+        found = [(badness, int(index)) for badness, index in gather(rows).flatten(0, 1).tolist() if badness == badness]
+        found.sort(key=lambda item: (-item[0], item[1]))
+        return [(index, self.sign * badness) for badness, index in found[:WORST]]

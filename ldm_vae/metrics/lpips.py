@@ -1,0 +1,28 @@
+"""LPIPS (Zhang et al., CVPR 2018, version 0.1): AlexNet is reported, since VGG is what networks are trained on."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from ldm_vae.assets import load_lpips
+from ldm_vae.metrics.metric import ImageMetric
+from ldm_vae.metrics.protocol import Pair
+
+
+def lpips(network: Any, original: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+    """original and reconstruction [B, C, H, W] on the 0..255 scale, C 1 or 3 => distances [B]."""
+    x, y = (image.float().expand(-1, 3, -1, -1) / 127.5 - 1 for image in (original, reconstruction))
+    distances: torch.Tensor = network(x, y)
+    return distances.flatten()
+
+
+def build(net: Literal["alex", "vgg"], device: torch.device, weights: str | None = None) -> ImageMetric:
+    """Raises WorkError when the trunk cannot be had (ldm_vae.assets says what to do)."""
+    network = load_lpips(net, weights).to(device)
+
+    def measure(pair: Pair) -> torch.Tensor:
+        return lpips(network, pair.original, pair.reconstruction)
+
+    return ImageMetric(f"lpips_{net}", "lower", measure)
