@@ -39,20 +39,20 @@ class Stateful(Protocol):
 # --- state <=> JSON tree and tensors ----------------------------------------------------------------------------------
 
 
-def pack(value: Any, tensors: dict[str, torch.Tensor], name: str = "") -> Any:
+def pack(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
     """A JSON tree of `value`; its tensors go to `tensors` by name. Keys of dicts keep their type (Adam's are ints)."""
     if isinstance(value, torch.Tensor):
         # a clone: safetensors refuses tensors that share memory
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name}
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {"tensor": path}
     if isinstance(value, Mapping):
-        return {"dict": [[key, pack(inner, tensors, f"{name}.{key}")] for key, inner in value.items()]}
+        return {"dict": [[key, pack(inner, tensors, f"{path}.{key}")] for key, inner in value.items()]}
     if isinstance(value, list | tuple):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [pack(inner, tensors, f"{name}.{index}") for index, inner in enumerate(value)]}
+        return {kind: [pack(inner, tensors, f"{path}.{index}") for index, inner in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"state {name}: {type(value).__name__} cannot be saved without pickle")
+    raise TypeError(f"state {path}: {type(value).__name__} cannot be saved without pickle")
 
 
 def unpack(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -70,20 +70,25 @@ def unpack(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+def name(images_seen: int) -> str:
+    """The checkpoint's folder name."""
+    return f"{PREFIX}{images_seen:09d}"
+
+
 def save(folder: Path, images_seen: int, objects: Mapping[str, Stateful], config: str, info: Mapping[str, Any]) -> Path:
     """Write `folder`/images-N with the state of the named objects, the config's text and a few plain values.
 
     Raises:
         WorkError: it cannot be written (a full disk, no permission); older checkpoints stay as they are.
     """
-    final = folder / f"{PREFIX}{images_seen:09d}"
+    final = folder / name(images_seen)
     beside = folder / f".{final.name}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         tensors: dict[str, torch.Tensor] = {}
-        state = {name: pack(thing.state_dict(), tensors, name) for name, thing in objects.items()}
+        state = {key: pack(thing.state_dict(), tensors, key) for key, thing in objects.items()}
         save_file(tensors, beside / "tensors.safetensors")
         (beside / "state.json").write_text(json.dumps({"info": dict(info), "objects": state}))
         (beside / "config.yaml").write_text(config, encoding="utf-8")
@@ -106,8 +111,8 @@ def load(checkpoint: Path, objects: Mapping[str, Stateful]) -> dict[str, Any]:
     """Restore the named objects from `checkpoint`; returns the plain values saved with them."""
     tensors = load_file(checkpoint / "tensors.safetensors")
     state = json.loads((checkpoint / "state.json").read_text())
-    for name, thing in objects.items():
-        thing.load_state_dict(unpack(state["objects"][name], tensors))
+    for key, thing in objects.items():
+        thing.load_state_dict(unpack(state["objects"][key], tensors))
     info: dict[str, Any] = state["info"]
     return info
 
@@ -134,7 +139,7 @@ def prune(folder: Path, keep: int | None, best: str | None = None) -> None:
 def _damage(checkpoint: Path) -> str | None:
     try:
         sums = json.loads((checkpoint / CHECKSUMS).read_text())
-        wrong = [name for name, checksum in sums.items() if _sha256(checkpoint / name) != checksum]
+        wrong = [file for file, checksum in sums.items() if _sha256(checkpoint / file) != checksum]
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{wrong[0]} does not match its checksum" if wrong else None

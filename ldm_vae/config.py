@@ -168,9 +168,14 @@ def dump(config: Section) -> str:
 
 def differences(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, each with its (old, new) value."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    before, after = flatten(old), flatten(new)
     keys = [*before, *(key for key in after if key not in before)]
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def flatten(config: Section) -> dict[str, Any]:
+    """Dotted keys and their plain values."""
+    return _flatten(config.model_dump(mode="json"))
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -209,7 +214,7 @@ def _set_kind(raw: dict[str, Any], path: list[str], kind: str) -> dict[str, Any]
 def _override(section: type[SectionType], config: SectionType, flags: Sequence[str], program: str) -> SectionType:
     import tyro  # 0.2 s, only where flags are given
 
-    known = [f"--{key}" for key in _flatten(config.model_dump())]
+    known = [f"--{key}" for key in flatten(config)]
     for flag in flags:
         name = flag.partition("=")[0]
         plain = name.replace("-", "_").replace("__", "--", 1)

@@ -8,12 +8,16 @@ program builds its Accelerator here.
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from torch import nn
 
-from ldm_vae.errors import UsageError
+from ldm_vae.errors import UsageError, WorkError
 
 SEVERAL_ON_A_CPU = "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m PROGRAM"
 
@@ -43,3 +47,43 @@ def build_accelerator(mixed_precision: str = "no", **settings: Any) -> Accelerat
             "gradients and Adam moments of an 84 M parameter autoencoder take 1.3 GB"
         )
     return accelerator
+
+
+def check_ranks_agree(accelerator: Accelerator, modules: Mapping[str, nn.Module]) -> None:
+    """Raises WorkError, on every rank, that names the first tensor which is not bit-equal on all of them."""
+    if accelerator.num_processes == 1:
+        return
+    names, prints = [], []
+    for prefix, module in modules.items():
+        for name, tensor in module.state_dict().items():
+            bits = tensor.detach().double().flatten().view(torch.int64)
+            places = torch.arange(1, len(bits) + 1, device=bits.device)
+            names.append(f"{prefix}.{name}")
+            prints.append(torch.stack([bits.sum(), (bits * places).sum()]))  # the second sees an exchange of values
+    everyone = accelerator.gather(torch.stack(prints)[None])  # [ranks, tensors, 2]
+    differs = (everyone != everyone[:1]).any(dim=2)
+    if differs.any():
+        first = int(differs.any(dim=0).nonzero()[0])
+        ranks = differs[:, first].nonzero().flatten().tolist()
+        raise WorkError(f"ranks diverged: {names[first]} on rank(s) {ranks} is not what rank 0 has")
+
+
+class StopSignal:
+    """SIGTERM and SIGINT become a question that all ranks answer alike at the end of a step."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if self.number:  # the second time nobody wants to wait
+            raise SystemExit(128 + number)
+        self.number = number
+
+    def agreed(self, accelerator: Accelerator) -> int:
+        """The signal that any rank has got, or 0."""
+        if accelerator.num_processes == 1:
+            return self.number
+        numbers = accelerator.gather(torch.tensor([self.number], device=accelerator.device))
+        return int(numbers.max())

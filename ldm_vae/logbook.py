@@ -15,7 +15,7 @@ from ldm_vae.errors import WorkError
 
 
 class Averages:
-    """Sums of named scalars on the device: nothing waits for the device until `compute`."""
+    """Sums of named scalars on the device: nothing waits for the device until `means`."""
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
@@ -26,15 +26,27 @@ class Averages:
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def compute(self, accelerator: Accelerator) -> dict[str, float]:
-        """The mean of each over the interval and over all ranks (one collective); starts a new interval."""
+    def synchronise(self, accelerator: Accelerator) -> None:
+        """Make the sums of an unfinished interval the same on all ranks, so that rank 0's can be saved for all."""
+        self.sums = {name: accelerator.reduce(value, "mean") for name, value in sorted(self.sums.items())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.counts = state["sums"], state["counts"]
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """The mean of each over the interval so far and over all ranks, in one collective."""
         names = sorted(self.sums)
         if not names:
             return {}
         means = torch.stack([self.sums[name].double() / self.counts[name] for name in names])
-        means = accelerator.reduce(means, "mean")
+        return dict(zip(names, accelerator.reduce(means, "mean").tolist(), strict=True))
+
+    def reset(self) -> None:
+        """Start a new interval."""
         self.sums, self.counts = {}, {}
-        return dict(zip(names, means.tolist(), strict=True))
 
 
 def check_finite(means: Mapping[str, float], since: int, until: int, kept: str) -> None:

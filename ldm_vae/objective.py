@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ldm_vae.autoencoder import Reconstruction
+from ldm_vae.errors import UsageError
 from ldm_vae.losses import TermConfig
 
 Logs = dict[str, torch.Tensor]
@@ -27,6 +28,8 @@ class Objective(nn.Module):
         super().__init__()
         self.configs = dict(terms)
         self.terms = nn.ModuleDict({name: config.build() for name, config in terms.items()})
+        if not any(term.domain == "pixels" for term in self.terms.values()):
+            raise UsageError(f"losses: expected at least one term on pixels, got {', '.join(terms) or 'none'}")
 
     def pixel_terms(
         self, pixels: torch.Tensor, target: torch.Tensor, images_seen: int = 0

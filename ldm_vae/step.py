@@ -56,7 +56,7 @@ class TrainingStep:
     def _autoencoder(self, reconstruction: Reconstruction, images_seen: int) -> Logs:
         pixels = reconstruction.pixels.detach().requires_grad_()
         pixel_total, logs = self.objective.pixel_terms(pixels, reconstruction.target, images_seen)
-        own = list(self.objective.parameters())
+        own = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
         cotangent, *own_gradients = torch.autograd.grad(pixel_total, [pixels, *own], materialize_grads=True)
         logs["loss/pixels"] = pixel_total.detach()
 

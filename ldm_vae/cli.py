@@ -1,0 +1,60 @@
+"""`ldm-vae VERB ...`: the toolkit's one console script. Each verb is a file in `commands/`; torch is imported by the verb
+that needs it, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+
+from ldm_vae import __version__, commands
+from ldm_vae.errors import run_program
+
+ORDER = ("assets", "inspect", "config", "train", "export", "encode", "store", "evaluate", "report")
+
+EPILOG = """\
+from photographs to a latent space:
+  ldm-vae train configs/kl_f8_d4.yaml --data.path PHOTOS --output_dir runs/mine
+  ldm-vae export runs/mine my-vae
+  ldm-vae encode my-vae PHOTOS my-latents --resolution 256
+  ldm-vae evaluate my-vae HELD_OUT --output runs/mine/report --resolution 256
+
+several processes: put `accelerate launch -m ldm_vae` in the place of `ldm-vae`.
+exit status: 0 done, 1 the work failed, 2 the call was wrong, 130 / 143 stopped after saving.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="ldm-vae",
+        description="Train, export, cache and measure the autoencoder of a latent diffusion model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"ldm-vae {__version__}")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+    exist = [module.name for module in pkgutil.iter_modules(commands.__path__)]
+    for name in sorted(exist, key=lambda verb: (ORDER.index(verb) if verb in ORDER else len(ORDER), verb)):
+        command = importlib.import_module(f"ldm_vae.commands.{name}")
+        verb = verbs.add_parser(
+            name,
+            help=command.HELP,
+            description=command.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=getattr(command, "ADD_HELP", True),
+            prefix_chars=getattr(command, "PREFIX_CHARS", "-"),
+        )
+        command.add_arguments(verb)
+        verb.set_defaults(run=command.run)
+    return top
+
+
+def main() -> None:
+    """Entry point of the console script."""
+
+    def run() -> None:
+        arguments = parser().parse_args()
+        arguments.run(arguments)
+
+    run_program(run)

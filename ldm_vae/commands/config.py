@@ -1,0 +1,28 @@
+"""`ldm-vae config [NAME]`: the configs that ship with the project, or one of them."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "list the configs that ship with the project, or print one"
+DESCRIPTION = """\
+Without NAME, list the shipped configs, each with the first line of its comment. With NAME, print that file, to be copied
+and changed:
+
+  ldm-vae config kl_f8_d4 > mine.yaml
+  ldm-vae train mine.yaml --dry_run     # the resolved config
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a shipped config, or a path")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from ldm_vae import programs_at
+
+    if arguments.name is not None:
+        print(programs_at.find_config(arguments.name).read_text(encoding="utf-8"), end="")
+        return
+    for path in sorted((programs_at.root() / "configs").glob("*.yaml")):
+        print(f"{path.stem:16} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")

@@ -1,0 +1,53 @@
+"""Shared by all tests: no network, one thread a worker, and the smallest autoencoder that has every part."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["LDM_VAE_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from ldm_vae.autoencoder import AutoencoderConfig
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def tiny_vae() -> AutoencoderKL:
+    """f = 2, 4 latent channels, random weights, scaling_factor 1."""
+    torch.manual_seed(0)
+    return AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build().eval()
+
+
+@pytest.fixture
+def tiny_vae_folder(tiny_vae: AutoencoderKL, tmp_path: Path) -> Path:
+    """The same, saved by diffusers."""
+    tiny_vae.save_pretrained(tmp_path / "tiny_vae")
+    return tmp_path / "tiny_vae"
+
+
+def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 48)) -> Path:
+    """Smooth random pictures (height, width) as PNG: img_0000.png, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    for index in range(count):
+        coarse = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize(size[::-1], Image.Resampling.BICUBIC).save(folder / f"img_{index:04d}.png")
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Twelve pictures of 40 x 48 px."""
+    return write_images(tmp_path / "images", 12)

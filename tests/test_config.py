@@ -1,0 +1,121 @@
+"""The configuration mechanism: files, includes, overrides, options among several, and what the errors say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ldm_vae import config
+from ldm_vae.config import Part, Section, choice, choices
+from ldm_vae.discriminators.patchgan import Config as PatchGAN
+from ldm_vae.errors import UsageError
+
+
+class Inner(Section):
+    path: str
+    """Where."""
+    flip: bool = True
+    steps: int | None = None
+
+
+class Outer(Section):
+    inner: Inner
+    losses: choices("ldm_vae.losses")
+    discriminator: choice("ldm_vae.discriminators") | None = None
+    rate: float = 1e-4
+
+
+GOOD = "inner: {path: x}\nlosses: {l1: {weight: 1e-6}, kl: {}}\ndiscriminator: {kind: patchgan, width: 8}\n"
+
+
+def write(tmp_path: Path, text: str, name: str = "c.yaml") -> Path:
+    (tmp_path / name).write_text(text)
+    return tmp_path / name
+
+
+def refuse(tmp_path: Path, text: str, *flags: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        config.load(Outer, write(tmp_path, text), flags)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_file_is_read_into_typed_sections(tmp_path: Path) -> None:
+    loaded = config.load(Outer, write(tmp_path, GOOD))
+    assert loaded.losses["l1"].weight == 1e-6  # PyYAML reads 1e-6 as a string
+    assert loaded.discriminator == PatchGAN(width=8)
+    assert loaded.inner.flip is True
+
+
+def test_overrides_change_only_what_they_name(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    flags = ["--losses.kl.weight", "1e-5", "--inner.no-flip", "--inner.steps", "3", "--rate", "2e-3"]
+    changed = config.load(Outer, path, flags)
+    assert config.differences(config.load(Outer, path), changed) == {
+        "inner.flip": (True, False),
+        "inner.steps": (None, 3),
+        "losses.kl.weight": (1e-6, 1e-5),
+        "rate": (1e-4, 2e-3),
+    }
+
+
+def test_dump_reads_back_equal(tmp_path: Path) -> None:
+    loaded = config.load(Outer, write(tmp_path, GOOD), ["--rate", "3e-7"])
+    assert config.load(Outer, write(tmp_path, config.dump(loaded), "d.yaml")) == loaded
+
+
+def test_include_is_merged_below(tmp_path: Path) -> None:
+    write(tmp_path, GOOD, "base.yaml")
+    variant = write(tmp_path, "include: base.yaml\nlosses: {kl: {weight: 2}}\n")
+    loaded = config.load(Outer, variant)
+    assert loaded.losses["kl"].weight == 2 and loaded.losses["l1"].weight == 1e-6
+
+
+def test_kind_on_the_command_line_replaces_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "from ldm_vae.config import Part\nclass Config(Part):\n    depth: int = 2\n", "my_critic.py")
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "my_critic.py").rename(tmp_path / "lab" / "critic.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded = config.load(Outer, write(tmp_path, GOOD), ["--discriminator.kind", "lab.critic"])
+    assert isinstance(loaded.discriminator, Part)
+    assert loaded.discriminator.model_dump() == {"kind": "lab.critic", "depth": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            GOOD + "rat: 3\n",
+            "`rat`: unknown key, did you mean `rate`; this section has discriminator, inner, losses, rate",
+        ),
+        (GOOD.replace("path: x", "pth: x"), "`inner.path`: is missing (and 1 more)"),
+        (GOOD.replace("kl", "kll"), "`losses.kll`: unknown kind `kll`; ldm_vae.losses has kl, l1, l2"),
+        (GOOD.replace("weight", "wait"), "`losses.l1.wait`: unknown key, did you mean `weight`"),
+        (GOOD.replace("1e-6", "heavy"), "`losses.l1.weight`: input should be a valid number"),
+        (GOOD.replace("kind: patchgan", "kind: no.such"), "`discriminator`: kind `no.such` cannot be imported"),
+        (GOOD.replace("kind: patchgan, ", ""), "`discriminator`: `kind` is missing; expected one of patchgan"),
+        ("- a\n", "expected a mapping of sections, got list"),
+        ("a: b: c\n", "not readable as YAML"),
+        ("inner: !!python/object/apply:os.system ['true']\n", "not readable as YAML"),
+    ],
+)
+def test_errors_name_the_field_and_what_exists(tmp_path: Path, text: str, says: str) -> None:
+    assert says in refuse(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--lossez.kl.weight", "3"], "unknown option --lossez.kl.weight, did you mean `--losses.kl.weight`"),
+        (["--rate", "fast"], "options: --rate: "),
+        (["--qqq", "1"], "unknown option --qqq; options are --inner.path"),
+    ],
+)
+def test_a_wrong_flag_is_named(tmp_path: Path, flags: list[str], says: str) -> None:
+    assert says in refuse(tmp_path, GOOD, *flags)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.yaml: no such file"):
+        config.load(Outer, tmp_path / "none.yaml")

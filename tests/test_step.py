@@ -1,0 +1,212 @@
+"""The training step against its textbook form: same adaptive weight, same gradients, and nothing leaks.
+
+The reference is latent-diffusion's: the whole graph kept, two `autograd.grad(retain_graph=True)` at the last layer, one
+backward of the summed loss. Everything in fp64, so that equality is equality.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ldm_vae.adversary import Adversary, AdversaryConfig
+from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.discriminators.patchgan import Config as PatchGAN
+from ldm_vae.errors import UsageError
+from ldm_vae.losses import TermConfig
+from ldm_vae.losses.kl import Config as KL
+from ldm_vae.losses.l1 import Config as L1
+from ldm_vae.objective import Objective
+from ldm_vae.step import TrainingStep
+
+
+class Perceptual(nn.Module):
+    """Stands in for LPIPS: features of a fixed random network, compared."""
+
+    domain = "pixels"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).double().requires_grad_(False)
+
+    def forward(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (self.features(pixels) - self.features(target)).square().mean()
+
+
+class PerceptualConfig(TermConfig):
+    kind: str = "perceptual"
+
+    def build(self) -> Perceptual:
+        return Perceptual()
+
+
+class Scale(nn.Module):
+    """A term with a parameter of its own, as a learned log-variance has."""
+
+    domain = "pixels"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logvar = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (pixels - target).square().mean() * torch.exp(-self.logvar) + self.logvar
+
+
+class ScaleConfig(TermConfig):
+    kind: str = "scale"
+
+    def build(self) -> Scale:
+        return Scale()
+
+
+class FrozenOptimizer(torch.optim.SGD):
+    """Leaves weights and gradients as they are, so that a test can look at the gradients."""
+
+    def step(self, closure=None):
+        return None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        return None
+
+
+def build(*, start_images: int = 0, accumulation: int = 1, adaptive: bool = True, loss: str = "hinge") -> TrainingStep:
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    vae = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build().double()
+    model = TrainableAutoencoder(vae)
+    terms = {"l1": L1(), "perceptual": PerceptualConfig(weight=0.7), "scale": ScaleConfig(), "kl": KL(weight=1e-2)}
+    objective = Objective(terms)
+    discriminator = PatchGAN(width=8, layers=1).build().double()
+    adversary = Adversary(AdversaryConfig(weight=0.5, adaptive=adaptive, start_images=start_images, loss=loss))
+    return TrainingStep(
+        accelerator,
+        accelerator.prepare(model),
+        objective,
+        accelerator.prepare(FrozenOptimizer([*model.parameters(), *objective.parameters()], lr=1.0)),
+        adversary,
+        accelerator.prepare(discriminator),
+        accelerator.prepare(FrozenOptimizer(discriminator.parameters(), lr=1.0)),
+    )
+
+
+def batch(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.rand(2, 3, 32, 32, generator=draw, dtype=torch.float64) * 2 - 1
+    return images, torch.randn(2, 4, 16, 16, generator=draw, dtype=torch.float64)
+
+
+def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def textbook(step: TrainingStep, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, dict, dict]:
+    """latent-diffusion's step on the same networks: (weight, generator gradients, discriminator gradients)."""
+    model, objective, discriminator = step.model, step.objective, step.discriminator
+    for module in (model, objective, discriminator):
+        module.zero_grad()
+    r = model(images, noise)
+    rec, _ = objective.pixel_terms(r.pixels, images)
+    rate, _ = objective.latent_terms(r)
+    fake = step.adversary.generator_loss(discriminator(r.pixels))
+    last = model.vae.decoder.conv_out.weight
+    g_rec = torch.autograd.grad(rec, last, retain_graph=True)[0].norm()
+    g_adv = torch.autograd.grad(fake, last, retain_graph=True)[0].norm()
+    weight = 0.5 * (g_rec / (g_adv + 1e-4)).clamp(max=1e4 / images[0].numel()).detach()
+    (rec + rate + weight * fake).backward()
+    generator = gradients(model) | gradients(objective)
+    discriminator.zero_grad()
+    real, fake = discriminator(images), discriminator(r.pixels.detach())
+    step.adversary.discriminator_loss(real, fake).backward()
+    return weight, generator, gradients(discriminator)
+
+
+@pytest.mark.parametrize("loss", ["hinge", "vanilla", "non_saturating"])
+def test_the_step_equals_its_textbook_form(loss: str) -> None:
+    step = build(loss=loss)
+    images, noise = batch()
+    weight, generator, discriminator = textbook(step, images, noise)
+    for module in (step.model, step.objective, step.discriminator):
+        module.zero_grad()
+    logs = step(images, noise)
+    assert logs["adversary/weight"].item() == pytest.approx(weight.item(), rel=1e-10)
+    ours = gradients(step.model) | gradients(step.objective)
+    assert ours.keys() == generator.keys()
+    for name, expected in generator.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-14, msg=name)
+    for name, expected in discriminator.items():
+        torch.testing.assert_close(gradients(step.discriminator)[name], expected, rtol=1e-9, atol=1e-14, msg=name)
+
+
+def test_every_term_reaches_what_it_should() -> None:
+    images, noise = batch()
+    for name, reaches_decoder in (("perceptual", True), ("l1", True), ("kl", False)):
+        step = build(start_images=10**9)
+        step.objective = Objective({"l1": L1(weight=0.0), name: step.objective.configs[name]})
+        step(images, noise)
+        vae = step.model.vae
+        assert vae.encoder.conv_in.weight.grad.abs().sum() > 0, name
+        assert bool(vae.decoder.conv_out.weight.grad.abs().sum() > 0) == reaches_decoder, name
+
+
+def test_an_objective_without_a_pixel_term_is_refused() -> None:
+    with pytest.raises(UsageError, match="losses: expected at least one term on pixels, got kl"):
+        Objective({"kl": KL()})
+
+
+def test_no_gradient_leaks_between_the_two_networks() -> None:
+    images, noise = batch()
+    # the generator's side alone must not touch the discriminator
+    step = build()
+    reconstruction = step.model(images, noise)
+    step._autoencoder(reconstruction, 0)
+    assert not gradients(step.discriminator)
+    # the discriminator's side alone must not touch the autoencoder
+    step = build()
+    step._discriminator(images, step.model(images, noise).pixels.detach())
+    assert not gradients(step.model)
+    assert gradients(step.discriminator)
+
+
+def test_the_adversary_costs_nothing_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = build(start_images=100)
+
+    def never(*_: object) -> None:
+        raise AssertionError("the discriminator was called before its start")
+
+    monkeypatch.setattr(step.discriminator, "forward", never)
+    logs = step(*batch(), images_seen=99)
+    assert "adversary/weight" not in logs and "adversary/discriminator" not in logs
+    monkeypatch.undo()
+    assert "adversary/weight" in step(*batch(), images_seen=100)
+
+
+def test_the_discriminator_warms_up_unseen() -> None:
+    step = build()
+    step.adversary = Adversary(AdversaryConfig(weight=0.5, start_images=100, warmup_images=40))
+    logs = step(*batch(), images_seen=60)
+    assert "adversary/discriminator" in logs and "adversary/weight" not in logs
+    assert "adversary/discriminator" not in step(*batch(), images_seen=59)
+
+
+def test_accumulated_gradients_are_the_mean_of_the_micro_batches() -> None:
+    first, second = batch(1), batch(2)
+    alone = []
+    for micro in (first, second):
+        step = build()
+        step(*micro)
+        alone.append(gradients(step.model) | gradients(step.objective) | gradients(step.discriminator))
+    step = build(accumulation=2)
+    step(*first)
+    assert not step.accelerator.sync_gradients
+    step(*second)
+    assert step.accelerator.sync_gradients
+    both = gradients(step.model) | gradients(step.objective) | gradients(step.discriminator)
+    for name, gradient in both.items():
+        torch.testing.assert_close(gradient, (alone[0][name] + alone[1][name]) / 2, rtol=1e-9, atol=1e-14, msg=name)
+
+
+def test_a_fixed_weight_is_taken_as_it_is() -> None:
+    assert build(adaptive=False)(*batch())["adversary/weight"].item() == 0.5

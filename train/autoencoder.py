@@ -1,0 +1,340 @@
+"""Train or fine-tune a KL autoencoder with a perceptual and an adversarial loss.
+
+    accelerate launch -m train.autoencoder configs/demo.yaml --output_dir runs/mine --data.path photos
+    python -m train.autoencoder configs/smoke.yaml            # one process, CPU or GPU, under a minute
+    python -m train.autoencoder configs/demo.yaml --dry_run   # print the resolved config and stop
+    python -m train.autoencoder configs/demo.yaml --help      # every knob of that config
+
+The same command again resumes from the last checkpoint. At the end RUN/vae is a diffusers folder (EMA weights, measured
+scaling) and RUN/report/index.html a page to look at. Time is counted in images seen by all processes together.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from pydantic import Field
+from torch import nn
+from tqdm.auto import tqdm
+
+from ldm_vae import checkpoint, config
+from ldm_vae.adversary import Adversary, AdversaryConfig
+from ldm_vae.autoencoder import (
+    AutoencoderConfig,
+    TrainableAutoencoder,
+    check_resolution,
+    count_parameters,
+    downsampling_factor,
+    load_autoencoder,
+)
+from ldm_vae.config import Section, choice, choices
+from ldm_vae.data.dataset import training_loader
+from ldm_vae.data.quarantine import Quarantine
+from ldm_vae.data.transforms import TransformConfig, to_pixels
+from ldm_vae.ema import Ema
+from ldm_vae.errors import Stopped, UsageError, WorkError, run_program
+from ldm_vae.latents import posterior_noise
+from ldm_vae.launch import StopSignal, build_accelerator, check_ranks_agree
+from ldm_vae.logbook import Averages, Logbook, check_finite
+from ldm_vae.objective import Objective
+from ldm_vae.optim import OptimizerConfig, schedule, set_learning_rate
+from ldm_vae.step import TrainingStep
+
+
+class Training(Section):
+    """All knobs of a run."""
+
+    output_dir: Path
+    """The run folder; an existing one of the same config is resumed."""
+    seed: int = 0
+    """Of the weights, the order of the images, augmentation and posterior noise; each draw is keyed."""
+    resolution: int = 256
+    """Side of the training crops in pixels; a multiple of f."""
+    train_batch_size: int = Field(8, gt=0)
+    """Images per process and micro-batch."""
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    """Micro-batches per update; the adaptive weight is computed in each."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the forward passes; weights stay fp32. fp16 needs a GPU."""
+    max_train_images: int = Field(1_000_000, gt=0)
+    """The run ends when so many images have been seen."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Of the autoencoder, absolute (latent-diffusion multiplies 4.5e-6 by the global batch)."""
+    discriminator_learning_rate: float | None = None
+    """Of the discriminator; default: the same."""
+    lr_warmup_images: int = 0
+    """Linear warm-up of both."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up."""
+    max_grad_norm: float | None = None
+    """Clip each network's gradient to this norm; losses are per-pixel means, so norms are small."""
+    ema_halflife_images: int = 500_000
+    """Half-life of the averaged weights, at most 5 % of the images seen; they are validated and exported."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, more time, the same result."""
+    init_from: str | None = None
+    """Start from these weights: a diffusers folder, a hub id, a single file or a run."""
+    on_nan: Literal["stop"] = "stop"
+    """A NaN or infinite loss stops the run; the last good checkpoint stays."""
+    log_every_images: int = Field(10_000, gt=0)
+    """One line of averages in metrics.jsonl."""
+    checkpoint_every_images: int = Field(100_000, gt=0)
+    """A checkpoint that resume starts from."""
+    checkpoints_total_limit: int | None = Field(2, gt=0)
+    """How many checkpoints are kept; the best by validation is kept beside them."""
+    validate_every_images: int | None = Field(None, gt=0)
+    """Metrics of the averaged weights on validation_data."""
+    validation_images: int = Field(256, gt=0)
+    """At most so many images of validation_data are used."""
+    dataloader_num_workers: int = Field(2, ge=0)
+    """Processes that decode images, per training process; the result does not depend on it."""
+    normalisation: Literal["scale", "shift", "channel"] = "scale"
+    """The one normalisation measured and written into vae/config.json (scale: Stable Diffusion; shift: SD3, FLUX)."""
+    report_to: str | None = None
+    """A tracker of Accelerate: tensorboard, wandb, ...; metrics.jsonl is always written."""
+    model: AutoencoderConfig = AutoencoderConfig()
+    losses: choices("ldm_vae.losses")  # type: ignore[valid-type]
+    adversary: AdversaryConfig = AdversaryConfig(weight=0.0)
+    discriminator: choice("ldm_vae.discriminators") | None = None  # type: ignore[valid-type]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: choice("ldm_vae.data.sources")  # type: ignore[valid-type]
+    transform: TransformConfig = TransformConfig()
+    validation_data: choice("ldm_vae.data.sources") | None = None  # type: ignore[valid-type]
+
+
+# a resumed run may change how long it goes on, what it keeps and tells, and on what it runs
+MAY_CHANGE = (
+    "max_train_images", "log_every_images", "checkpoint_every_images", "checkpoints_total_limit",
+    "validate_every_images", "validation_images", "dataloader_num_workers", "report_to", "on_nan", "normalisation",
+)  # fmt: skip
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    flags = [flag for flag in arguments[1:] if flag not in ("--dry_run", "--dry-run")]
+    settings = config.load(Training, arguments[0], flags, program=f"train.autoencoder {arguments[0]}")
+    if len(flags) < len(arguments) - 1:
+        describe(settings)
+    else:
+        train(settings)
+
+
+def describe(settings: Training) -> None:
+    """What `--dry_run` prints: the resolved config, and how large the network is."""
+    with torch.device("meta"):
+        vae = settings.model.build()
+    check_resolution(settings.resolution, downsampling_factor(vae))
+    print(config.dump(settings), end="")
+    print(f"# autoencoder: {count_parameters(vae.parameters()) / 1e6:.2f} M parameters, f {downsampling_factor(vae)}")
+
+
+def train(settings: Training) -> None:
+    accelerator = build_accelerator(
+        settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        log_with=settings.report_to,
+        project_dir=str(settings.output_dir),
+    )
+    run, say = settings.output_dir, accelerator.print
+
+    # --- data: opened first, since a wrong path should cost seconds ---------------------------------------------------
+    source = settings.data.build()
+    validation_source = None if settings.validation_data is None else settings.validation_data.build()
+
+    # --- networks -----------------------------------------------------------------------------------------------------
+    vae = build_autoencoder(settings)
+    check_resolution(settings.resolution, downsampling_factor(vae))
+    if settings.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    ema = Ema(vae, settings.ema_halflife_images)
+    ema.module.to(accelerator.device)
+    network = TrainableAutoencoder(vae)
+    objective = Objective(settings.losses).to(accelerator.device)
+    adversary = Adversary(settings.adversary)
+    critic = build_discriminator(settings)
+    prepare_run_folder(settings, accelerator)
+
+    # --- optimisers; Accelerate wraps networks (DDP, autocast) and optimisers, not the data: our stream is sharded ------
+    discriminator_rate = settings.discriminator_learning_rate or settings.learning_rate
+    optimizer = accelerator.prepare(
+        settings.optimizer.build([*network.parameters(), *objective.parameters()], settings.learning_rate)
+    )
+    model = accelerator.prepare(network)
+    discriminator, critic_optimizer = None, None
+    if critic is not None:
+        critic_optimizer = accelerator.prepare(settings.optimizer.build(critic.parameters(), discriminator_rate))
+        discriminator = accelerator.prepare(critic)
+    step = TrainingStep(
+        accelerator, model, objective, optimizer, adversary, discriminator, critic_optimizer, settings.max_grad_norm
+    )
+
+    # --- resume: the same command again -------------------------------------------------------------------------------
+    averages = Averages()
+    stateful: dict[str, Any] = {
+        "autoencoder": vae, "objective": objective, "optimizer": optimizer, "ema": ema, "averages": averages,
+    }  # fmt: skip
+    if critic is not None:
+        stateful |= {"discriminator": critic, "discriminator_optimizer": critic_optimizer}
+    if accelerator.scaler is not None:
+        stateful["scaler"] = accelerator.scaler
+    images_seen, best = 0, None
+    newest = checkpoint.newest(run / "checkpoints", say)
+    if newest is not None:
+        info = checkpoint.load(newest, stateful)
+        images_seen, best = info["images_seen"], info["best"]
+        say(f"resumed from {newest} at {images_seen:,} images")
+    logbook = Logbook(run / "metrics.jsonl", accelerator)
+    logbook.cut_back(images_seen if newest else -1)
+
+    def save() -> Path:
+        check_ranks_agree(accelerator, {"autoencoder": vae} | ({} if critic is None else {"discriminator": critic}))
+        averages.synchronise(accelerator)
+        if accelerator.is_main_process:
+            info = {"images_seen": images_seen, "best": best}
+            checkpoint.save(run / "checkpoints", images_seen, stateful, config.dump(settings), info)
+            checkpoint.prune(run / "checkpoints", settings.checkpoints_total_limit, best and best["checkpoint"])
+        accelerator.wait_for_everyone()
+        return run / "checkpoints" / checkpoint.name(images_seen)
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+    global_batch = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
+    quarantine = Quarantine(len(source), settings.data.max_bad)
+    loader = training_loader(
+        source, settings.transform, settings.resolution,
+        seed=settings.seed, batch_size=settings.train_batch_size, rank=accelerator.process_index,
+        world_size=accelerator.num_processes, start_position=images_seen,
+        num_workers=settings.dataloader_num_workers,
+    )  # fmt: skip
+    signals = StopSignal()
+    logged_at = images_seen
+    bar = tqdm(
+        total=settings.max_train_images, initial=images_seen, unit="img", desc="train",
+        disable=None if accelerator.is_main_process else True,
+    )  # fmt: skip
+    for batch in loader:
+        if images_seen >= settings.max_train_images:
+            break
+        factor = schedule(images_seen, settings.lr_warmup_images, settings.max_train_images, settings.lr_schedule)
+        set_learning_rate(optimizer, factor * settings.learning_rate)
+        if critic_optimizer is not None:
+            set_learning_rate(critic_optimizer, factor * discriminator_rate)
+
+        images = to_pixels(batch.pixels.to(accelerator.device))
+        noise = posterior_noise(settings.seed, batch.positions.tolist(), network.latent_shape(*images.shape[2:]))
+        averages.update(step(images, noise.to(accelerator.device), images_seen))
+        quarantine.add(batch.bad)
+        if not accelerator.sync_gradients:
+            continue
+        images_seen += global_batch
+        ema.update(vae, images_seen, global_batch)
+        bar.update(global_batch)
+
+        # --- events: each when a multiple of its interval has been crossed, and all at the end
+        ends = images_seen >= settings.max_train_images
+        due = {
+            name: every is not None and (ends or images_seen // every > (images_seen - global_batch) // every)
+            for name, every in (
+                ("log", settings.log_every_images),
+                ("validate", settings.validate_every_images if validation_source is not None else None),
+                ("checkpoint", settings.checkpoint_every_images),
+            )
+        }
+        stop = signals.agreed(accelerator)
+        if any(due.values()) or stop:
+            means = averages.means(accelerator)
+            kept = f"{newest} is kept" if newest else "there was no checkpoint yet"
+            check_finite(means, logged_at, images_seen, kept)
+        if any(due.values()):
+            averages.reset()
+            logged_at = images_seen
+            logbook.write(images_seen, means | {"learning_rate": factor * settings.learning_rate})
+            losses = {name.removeprefix("loss/"): f"{value:.3g}" for name, value in means.items() if "loss/" in name}
+            bar.set_postfix(losses)
+        improved = False
+        if due["validate"]:
+            scores = validate(ema.module, validation_source, settings, accelerator)
+            logbook.write(images_seen, scores)
+            improved = best is None or scores[BEST_BY] < best["value"]
+            if improved:
+                best = {"value": scores[BEST_BY], "checkpoint": checkpoint.name(images_seen)}
+            show_progress(run, accelerator)
+        if due["checkpoint"] or improved or stop:
+            newest = save()
+        if stop:
+            say(f"stopped by signal {stop}, saved {newest}; the same command resumes")
+            raise Stopped(stop)
+    bar.close()
+
+    # --- the end: a diffusers folder from the averaged weights, its scaling measured ----------------------------------
+    if quarantine.count:
+        say(f"{quarantine.count} of {len(source)} images could not be used: {run / 'quarantine.jsonl'}")
+    if accelerator.is_main_process:
+        statistics = measure_over(ema.module, source, settings, accelerator)
+        write_vae(
+            ema.module, run / "vae", statistics.normalisation(settings.normalisation), sample_size=settings.resolution
+        )
+    show_progress(run, accelerator)
+    accelerator.end_training()
+    say(f"trained on {images_seen:,} images; the autoencoder is in {run / 'vae'}")
+
+
+# --- its parts --------------------------------------------------------------------------------------------------------
+
+
+def build_autoencoder(settings: Training) -> AutoencoderKL:
+    """From `init_from` when it is named (its shape must be `model`), else random weights drawn by the seed."""
+    if settings.init_from is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            return settings.model.build().train()
+    vae = load_autoencoder(settings.init_from)
+    asked, found = settings.model.model_dump(mode="json"), vae.config
+    for name, value in asked.items():
+        came = list(found[name]) if isinstance(found[name], tuple | list) else found[name]
+        if came != value:
+            raise UsageError(f"model.{name}: the config says {value}, {settings.init_from} has {came}")
+    return vae.requires_grad_(True).train()
+
+
+def build_discriminator(settings: Training) -> nn.Module | None:
+    if not settings.adversary.enabled:
+        return None
+    if settings.discriminator is None:
+        raise UsageError(
+            "discriminator: is missing although adversary.weight > 0; e.g. `discriminator: {kind: patchgan}`"
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed + 1)
+        network: nn.Module = settings.discriminator.build(settings.model.in_channels)
+        return network.train()
+
+
+def prepare_run_folder(settings: Training, accelerator: Accelerator) -> None:
+    """Write RUN/config.yaml; refuse a folder that holds a run of another config."""
+    path = settings.output_dir / "config.yaml"
+    if path.exists():
+        before = config.load(Training, path)
+        changed = {key: values for key, values in config.differences(before, settings).items() if key not in MAY_CHANGE}
+        if changed:
+            listed = ", ".join(f"{key} (was {old}, now {new})" for key, (old, new) in changed.items())
+            raise UsageError(f"output_dir: {settings.output_dir} holds a run of another config: {listed}")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        settings.output_dir.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".yaml.tmp")
+        beside.write_text(config.dump(settings), encoding="utf-8")
+        beside.replace(path)
+    if settings.report_to is not None:
+        accelerator.init_trackers("ldm-vae", config=config.flatten(settings))
+
+
+if __name__ == "__main__":
+    run_program(main)
