@@ -1,5 +1,5 @@
-"""`ldm-vae VERB ...`: the toolkit's one console script. Each verb is a file in `commands/`; torch is imported by the verb
-that needs it, so that `--help` answers at once."""
+"""`ldm-vae VERB ...`: the toolkit's one console script. Each verb is a file in `commands/`; torch is imported by the
+verb that needs it, so that `--help` answers at once."""
 
 from __future__ import annotations
 

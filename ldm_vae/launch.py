@@ -7,19 +7,26 @@ program builds its Accelerator here.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
+import yaml
 from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from ldm_vae.errors import UsageError, WorkError
 
-SEVERAL_ON_A_CPU = "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m PROGRAM"
+SEVERAL_ON_A_CPU = (
+    "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
+    "-m PROGRAM"
+)
 
 
 def build_accelerator(mixed_precision: str = "no", **settings: Any) -> Accelerator:
@@ -35,18 +42,57 @@ def build_accelerator(mixed_precision: str = "no", **settings: Any) -> Accelerat
             "expected no or bf16 here"
         )
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, **settings)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise UsageError(
-            f"launch: {launched} processes were started, but each of them sees {accelerator.num_processes} and would "
-            f"train its own model; start several processes on a CPU with: {SEVERAL_ON_A_CPU}"
-        )
+    check_processes(accelerator.num_processes, os.environ, _launcher_command())
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UsageError(
             f"launch: {accelerator.distributed_type.value} is not supported; plain DDP is enough, since the weights, "
             "gradients and Adam moments of an 84 M parameter autoencoder take 1.3 GB"
         )
     return accelerator
+
+
+def check_processes(seen: int, environment: Mapping[str, str], launcher: Sequence[str]) -> None:
+    """Raises UsageError unless `seen` processes are what was launched (environment) and asked for (command line)."""
+    started = int(environment.get("WORLD_SIZE", "1"))
+    if started != seen:
+        raise UsageError(
+            f"launch: {started} processes were started, but each of them sees {seen} and would work on its own; "
+            f"several processes on a CPU: {SEVERAL_ON_A_CPU}"
+        )
+    asked = _processes_asked(launcher)
+    if started == 1 and asked > 1:
+        raise UsageError(
+            f"launch: {asked} processes were asked for and one was started, which is what Accelerate does without "
+            f"--multi_gpu; several processes on a CPU: {SEVERAL_ON_A_CPU}"
+        )
+
+
+def _launcher_command() -> list[str]:
+    """The command line of `accelerate launch` when it is our parent."""
+    try:
+        parent = psutil.Process().parent()
+        return parent.cmdline() if parent is not None else []
+    except psutil.Error:  # it is gone, or not ours to see
+        return []
+
+
+def _processes_asked(launcher: Sequence[str]) -> int:
+    """`--num_processes N` of the launcher, or what its `--config_file` says; 1 when it says nothing."""
+    if not any(
+        "accelerate" in word for word in launcher[:3]
+    ):  # accelerate launch, python -m accelerate.commands.launch
+        return 1
+    options = {}
+    for word, following in itertools.pairwise([*launcher, ""]):
+        name, equals, value = word.partition("=")
+        if name in ("--num_processes", "--num-processes", "--config_file", "--config-file"):
+            options[name[2:].replace("-", "_")] = value if equals else following
+    if "num_processes" in options:
+        return int(options["num_processes"])
+    if "config_file" in options:
+        settings = yaml.safe_load(Path(options["config_file"]).read_text(encoding="utf-8"))
+        return int(settings.get("num_processes", 1))
+    return 1
 
 
 def check_ranks_agree(accelerator: Accelerator, modules: Mapping[str, nn.Module]) -> None:

@@ -13,105 +13,40 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from pydantic import Field
-from torch import nn
 from tqdm.auto import tqdm
 
 from ldm_vae import checkpoint, config
-from ldm_vae.adversary import Adversary, AdversaryConfig
+from ldm_vae.adversary import Adversary
 from ldm_vae.autoencoder import (
-    AutoencoderConfig,
     TrainableAutoencoder,
     check_resolution,
     count_parameters,
     downsampling_factor,
-    load_autoencoder,
 )
-from ldm_vae.config import Section, choice, choices
 from ldm_vae.data.dataset import training_loader
 from ldm_vae.data.quarantine import Quarantine
-from ldm_vae.data.transforms import TransformConfig, to_pixels
+from ldm_vae.data.source import Source
+from ldm_vae.data.transforms import to_pixels
 from ldm_vae.ema import Ema
-from ldm_vae.errors import Stopped, UsageError, WorkError, run_program
+from ldm_vae.errors import Stopped, UsageError, run_program
+from ldm_vae.export.diffusers_folder import write_vae
+from ldm_vae.export.measure import measure
 from ldm_vae.latents import posterior_noise
 from ldm_vae.launch import StopSignal, build_accelerator, check_ranks_agree
 from ldm_vae.logbook import Averages, Logbook, check_finite
+from ldm_vae.metrics.batches import image_batches, share_of, spread
+from ldm_vae.metrics.evaluate import evaluate_reconstruction
+from ldm_vae.metrics.select import build_metrics
 from ldm_vae.objective import Objective
-from ldm_vae.optim import OptimizerConfig, schedule, set_learning_rate
+from ldm_vae.optim import schedule, set_learning_rate
+from ldm_vae.report import build_report
 from ldm_vae.step import TrainingStep
-
-
-class Training(Section):
-    """All knobs of a run."""
-
-    output_dir: Path
-    """The run folder; an existing one of the same config is resumed."""
-    seed: int = 0
-    """Of the weights, the order of the images, augmentation and posterior noise; each draw is keyed."""
-    resolution: int = 256
-    """Side of the training crops in pixels; a multiple of f."""
-    train_batch_size: int = Field(8, gt=0)
-    """Images per process and micro-batch."""
-    gradient_accumulation_steps: int = Field(1, gt=0)
-    """Micro-batches per update; the adaptive weight is computed in each."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast of the forward passes; weights stay fp32. fp16 needs a GPU."""
-    max_train_images: int = Field(1_000_000, gt=0)
-    """The run ends when so many images have been seen."""
-    learning_rate: float = Field(1e-4, gt=0)
-    """Of the autoencoder, absolute (latent-diffusion multiplies 4.5e-6 by the global batch)."""
-    discriminator_learning_rate: float | None = None
-    """Of the discriminator; default: the same."""
-    lr_warmup_images: int = 0
-    """Linear warm-up of both."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """What follows the warm-up."""
-    max_grad_norm: float | None = None
-    """Clip each network's gradient to this norm; losses are per-pixel means, so norms are small."""
-    ema_halflife_images: int = 500_000
-    """Half-life of the averaged weights, at most 5 % of the images seen; they are validated and exported."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, more time, the same result."""
-    init_from: str | None = None
-    """Start from these weights: a diffusers folder, a hub id, a single file or a run."""
-    on_nan: Literal["stop"] = "stop"
-    """A NaN or infinite loss stops the run; the last good checkpoint stays."""
-    log_every_images: int = Field(10_000, gt=0)
-    """One line of averages in metrics.jsonl."""
-    checkpoint_every_images: int = Field(100_000, gt=0)
-    """A checkpoint that resume starts from."""
-    checkpoints_total_limit: int | None = Field(2, gt=0)
-    """How many checkpoints are kept; the best by validation is kept beside them."""
-    validate_every_images: int | None = Field(None, gt=0)
-    """Metrics of the averaged weights on validation_data."""
-    validation_images: int = Field(256, gt=0)
-    """At most so many images of validation_data are used."""
-    dataloader_num_workers: int = Field(2, ge=0)
-    """Processes that decode images, per training process; the result does not depend on it."""
-    normalisation: Literal["scale", "shift", "channel"] = "scale"
-    """The one normalisation measured and written into vae/config.json (scale: Stable Diffusion; shift: SD3, FLUX)."""
-    report_to: str | None = None
-    """A tracker of Accelerate: tensorboard, wandb, ...; metrics.jsonl is always written."""
-    model: AutoencoderConfig = AutoencoderConfig()
-    losses: choices("ldm_vae.losses")  # type: ignore[valid-type]
-    adversary: AdversaryConfig = AdversaryConfig(weight=0.0)
-    discriminator: choice("ldm_vae.discriminators") | None = None  # type: ignore[valid-type]
-    optimizer: OptimizerConfig = OptimizerConfig()
-    data: choice("ldm_vae.data.sources")  # type: ignore[valid-type]
-    transform: TransformConfig = TransformConfig()
-    validation_data: choice("ldm_vae.data.sources") | None = None  # type: ignore[valid-type]
-
-
-# a resumed run may change how long it goes on, what it keeps and tells, and on what it runs
-MAY_CHANGE = (
-    "max_train_images", "log_every_images", "checkpoint_every_images", "checkpoints_total_limit",
-    "validate_every_images", "validation_images", "dataloader_num_workers", "report_to", "on_nan", "normalisation",
-)  # fmt: skip
+from ldm_vae.training import MAY_CHANGE, Training, build_autoencoder, build_discriminator
 
 
 def main() -> None:
@@ -162,7 +97,7 @@ def train(settings: Training) -> None:
     critic = build_discriminator(settings)
     prepare_run_folder(settings, accelerator)
 
-    # --- optimisers; Accelerate wraps networks (DDP, autocast) and optimisers, not the data: our stream is sharded ------
+    # --- optimisers; Accelerate wraps networks (DDP, autocast) and optimisers, not the data: our stream is sharded ---
     discriminator_rate = settings.discriminator_learning_rate or settings.learning_rate
     optimizer = accelerator.prepare(
         settings.optimizer.build([*network.parameters(), *objective.parameters()], settings.learning_rate)
@@ -206,13 +141,14 @@ def train(settings: Training) -> None:
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     global_batch = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
-    quarantine = Quarantine(len(source), settings.data.max_bad)
+    quarantine = Quarantine(len(source), max_bad=settings.data.max_bad, path=run / "quarantine.jsonl")
     loader = training_loader(
         source, settings.transform, settings.resolution,
         seed=settings.seed, batch_size=settings.train_batch_size, rank=accelerator.process_index,
         world_size=accelerator.num_processes, start_position=images_seen,
         num_workers=settings.dataloader_num_workers,
     )  # fmt: skip
+    higher_is_better = settings.best_metric in ("psnr", "ssim")
     signals = StopSignal()
     logged_at = images_seen
     bar = tqdm(
@@ -230,7 +166,7 @@ def train(settings: Training) -> None:
         images = to_pixels(batch.pixels.to(accelerator.device))
         noise = posterior_noise(settings.seed, batch.positions.tolist(), network.latent_shape(*images.shape[2:]))
         averages.update(step(images, noise.to(accelerator.device), images_seen))
-        quarantine.add(batch.bad)
+        quarantine.add(batch.bad, good=len(batch.keys))
         if not accelerator.sync_gradients:
             continue
         images_seen += global_batch
@@ -262,10 +198,11 @@ def train(settings: Training) -> None:
         if due["validate"]:
             scores = validate(ema.module, validation_source, settings, accelerator)
             logbook.write(images_seen, scores)
-            improved = best is None or scores[BEST_BY] < best["value"]
+            score = scores[f"validation/{settings.best_metric}"]
+            improved = best is None or (score > best["score"]) == higher_is_better
             if improved:
-                best = {"value": scores[BEST_BY], "checkpoint": checkpoint.name(images_seen)}
-            show_progress(run, accelerator)
+                best = {"score": score, "checkpoint": checkpoint.name(images_seen)}
+            show(run, accelerator)
         if due["checkpoint"] or improved or stop:
             newest = save()
         if stop:
@@ -277,11 +214,13 @@ def train(settings: Training) -> None:
     if quarantine.count:
         say(f"{quarantine.count} of {len(source)} images could not be used: {run / 'quarantine.jsonl'}")
     if accelerator.is_main_process:
-        statistics = measure_over(ema.module, source, settings, accelerator)
-        write_vae(
-            ema.module, run / "vae", statistics.normalisation(settings.normalisation), sample_size=settings.resolution
-        )
-    show_progress(run, accelerator)
+        chosen = spread(len(source), settings.normalisation_images)
+        batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size)
+        pixels = (to_pixels(batch.pixels) for batch in batches)
+        statistics = measure(ema.module, pixels, accelerator.device)
+        normalisation = statistics.normalisation(settings.normalisation)
+        write_vae(ema.module, run / "vae", normalisation, sample_size=settings.resolution)
+    show(run, accelerator)
     accelerator.end_training()
     say(f"trained on {images_seen:,} images; the autoencoder is in {run / 'vae'}")
 
@@ -289,32 +228,26 @@ def train(settings: Training) -> None:
 # --- its parts --------------------------------------------------------------------------------------------------------
 
 
-def build_autoencoder(settings: Training) -> AutoencoderKL:
-    """From `init_from` when it is named (its shape must be `model`), else random weights drawn by the seed."""
-    if settings.init_from is None:
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            return settings.model.build().train()
-    vae = load_autoencoder(settings.init_from)
-    asked, found = settings.model.model_dump(mode="json"), vae.config
-    for name, value in asked.items():
-        came = list(found[name]) if isinstance(found[name], tuple | list) else found[name]
-        if came != value:
-            raise UsageError(f"model.{name}: the config says {value}, {settings.init_from} has {came}")
-    return vae.requires_grad_(True).train()
+def validate(vae: AutoencoderKL, source: Source, settings: Training, accelerator: Accelerator) -> dict[str, float]:
+    """Reconstruction metrics of the averaged weights on held-out images, shared out over the ranks."""
+    chosen = spread(len(source), settings.validation_images)
+    mine = share_of(accelerator.process_index, accelerator.num_processes, chosen, settings.train_batch_size)
+    result = evaluate_reconstruction(
+        vae,
+        image_batches(source, mine, settings.resolution, batch_size=settings.train_batch_size),
+        build_metrics(settings.validation_metrics, accelerator.device, settings.resolution),
+        accelerator.device,
+        resolution=settings.resolution,
+        batch_size=settings.train_batch_size,
+    )
+    return {f"validation/{name}": summary.mean for name, summary in result.metrics.items() if summary.mean is not None}
 
 
-def build_discriminator(settings: Training) -> nn.Module | None:
-    if not settings.adversary.enabled:
-        return None
-    if settings.discriminator is None:
-        raise UsageError(
-            "discriminator: is missing although adversary.weight > 0; e.g. `discriminator: {kind: patchgan}`"
-        )
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed + 1)
-        network: nn.Module = settings.discriminator.build(settings.model.in_channels)
-        return network.train()
+def show(run: Path, accelerator: Accelerator) -> None:
+    """Rewrite RUN/report/index.html, so that a person without a tracker can watch."""
+    if accelerator.is_main_process:
+        build_report(run)
+    accelerator.wait_for_everyone()
 
 
 def prepare_run_folder(settings: Training, accelerator: Accelerator) -> None:

@@ -1,0 +1,137 @@
+"""What a training run is made of: all its knobs, and the networks they describe. The loop is train/autoencoder.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKL
+from pydantic import Field, model_validator
+from torch import nn
+
+from ldm_vae.adversary import AdversaryConfig
+from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
+from ldm_vae.config import Section, choice, choices
+from ldm_vae.data.transforms import TransformConfig
+from ldm_vae.errors import UsageError
+from ldm_vae.metrics.select import VALIDATION
+from ldm_vae.optim import OptimizerConfig
+
+
+class Training(Section):
+    """All knobs of a run."""
+
+    output_dir: Path
+    """The run folder; an existing one of the same config is resumed."""
+    seed: int = 0
+    """Of the weights, the order of the images, augmentation and posterior noise; each draw is keyed."""
+    resolution: int = 256
+    """Side of the training crops in pixels; a multiple of f."""
+    train_batch_size: int = Field(8, gt=0)
+    """Images per process and micro-batch."""
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    """Micro-batches per update; the adaptive weight is computed in each."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the forward passes; weights stay fp32. fp16 needs a GPU."""
+    max_train_images: int = Field(1_000_000, gt=0)
+    """The run ends when so many images have been seen."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Of the autoencoder, absolute (latent-diffusion multiplies 4.5e-6 by the global batch)."""
+    discriminator_learning_rate: float | None = None
+    """Of the discriminator; default: the same."""
+    lr_warmup_images: int = 0
+    """Linear warm-up of both."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up."""
+    max_grad_norm: float | None = None
+    """Clip each network's gradient to this norm; losses are per-pixel means, so norms are small."""
+    ema_halflife_images: int = 500_000
+    """Half-life of the averaged weights, at most 5 % of the images seen; they are validated and exported."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, more time, the same result."""
+    init_from: str | None = None
+    """Start from these weights: a diffusers folder, a hub id, a single file or a run."""
+    on_nan: Literal["stop"] = "stop"
+    """A NaN or infinite loss stops the run; the last good checkpoint stays."""
+    log_every_images: int = Field(10_000, gt=0)
+    """One line of averages in metrics.jsonl."""
+    checkpoint_every_images: int = Field(100_000, gt=0)
+    """A checkpoint that resume starts from."""
+    checkpoints_total_limit: int | None = Field(2, gt=0)
+    """How many checkpoints are kept; the best by validation is kept beside them."""
+    validate_every_images: int | None = Field(None, gt=0)
+    """Metrics of the averaged weights on validation_data."""
+    validation_images: int = Field(256, gt=0)
+    """At most so many images of validation_data are used."""
+    validation_metrics: tuple[Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg"], ...] = VALIDATION
+    """What is measured then."""
+    best_metric: Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg"] = "lpips_alex"
+    """The checkpoint with the best of these is kept beside the newest; one of validation_metrics."""
+    dataloader_num_workers: int = Field(2, ge=0)
+    """Processes that decode images, per training process; the result does not depend on it."""
+    normalisation: Literal["scale", "shift", "channel"] = "scale"
+    """The one normalisation measured and written into vae/config.json (scale: Stable Diffusion; shift: SD3, FLUX)."""
+    normalisation_images: int = Field(1024, gt=0)
+    """Training images that it is measured on."""
+    report_to: str | None = None
+    """A tracker of Accelerate: tensorboard, wandb, ...; metrics.jsonl is always written."""
+    model: AutoencoderConfig = AutoencoderConfig()
+    losses: choices("ldm_vae.losses")  # type: ignore[valid-type]
+    adversary: AdversaryConfig = AdversaryConfig(weight=0.0)
+    discriminator: choice("ldm_vae.discriminators") | None = None  # type: ignore[valid-type]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: choice("ldm_vae.data.sources")  # type: ignore[valid-type]
+    transform: TransformConfig = TransformConfig()
+    validation_data: choice("ldm_vae.data.sources") | None = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _check(self) -> Training:
+        if self.best_metric not in self.validation_metrics:
+            raise ValueError(f"best_metric: expected one of validation_metrics, got {self.best_metric}")
+        return self
+
+
+# a resumed run may change how long it goes on, what it keeps and tells, and on what it runs
+MAY_CHANGE = (
+    "max_train_images",
+    "log_every_images",
+    "checkpoint_every_images",
+    "checkpoints_total_limit",
+    "validate_every_images",
+    "validation_images",
+    "validation_metrics",
+    "normalisation",
+    "normalisation_images",
+    "dataloader_num_workers",
+    "report_to",
+    "on_nan",
+)
+
+
+def build_autoencoder(settings: Training) -> AutoencoderKL:
+    """From `init_from` when it is named (its shape must be `model`), else random weights drawn by the seed."""
+    if settings.init_from is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            return settings.model.build().train()
+    vae = load_autoencoder(settings.init_from)
+    asked, found = settings.model.model_dump(mode="json"), vae.config
+    for name, value in asked.items():
+        came = list(found[name]) if isinstance(found[name], tuple | list) else found[name]
+        if came != value:
+            raise UsageError(f"model.{name}: the config says {value}, {settings.init_from} has {came}")
+    return vae.requires_grad_(True).train()
+
+
+def build_discriminator(settings: Training) -> nn.Module | None:
+    if not settings.adversary.enabled:
+        return None
+    if settings.discriminator is None:
+        raise UsageError(
+            "discriminator: is missing although adversary.weight > 0; e.g. `discriminator: {kind: patchgan}`"
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed + 1)
+        network: nn.Module = settings.discriminator.build(settings.model.in_channels)
+        return network.train()

@@ -1,0 +1,124 @@
+"""Launching: what a program may believe of how it was started, and what several processes agree on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from ldm_vae.errors import UsageError
+from ldm_vae.launch import StopSignal, build_accelerator, check_processes, check_ranks_agree
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_fp16_on_a_cpu_is_refused() -> None:
+    if torch.cuda.is_available():
+        assert build_accelerator("fp16").scaler is not None
+        return
+    with pytest.raises(UsageError, match="mixed_precision: fp16 needs a GPU"):
+        build_accelerator("fp16")
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused() -> None:
+    with pytest.raises(UsageError, match="launch: 2 processes were started, but each of them sees 1"):
+        check_processes(1, {"WORLD_SIZE": "2"}, [])
+    check_processes(2, {"WORLD_SIZE": "2"}, ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "x.py"])
+
+
+def test_several_that_silently_became_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="launch: 2 processes were asked for and one was started"):
+        check_processes(1, {}, ["/usr/bin/accelerate", "launch", "--cpu", "--num_processes", "2", "x.py"])
+    (tmp_path / "two.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
+    with pytest.raises(UsageError, match="--multi_gpu"):
+        check_processes(1, {}, ["python", "accelerate", "launch", f"--config_file={tmp_path / 'two.yaml'}", "x.py"])
+    check_processes(1, {}, ["accelerate", "launch", "--num_processes", "1", "x.py"])
+    check_processes(1, {}, ["bash", "-c", "something --num_processes 2"])
+
+
+def test_a_launch_that_is_silently_one_ends_with_status_2(tmp_path: Path) -> None:
+    script = tmp_path / "one.py"
+    script.write_text(
+        "from ldm_vae.errors import run_program\nfrom ldm_vae.launch import build_accelerator\n"
+        "run_program(lambda: print(build_accelerator().num_processes))\n"
+    )
+    done = launch([str(script)], "--cpu", "--num_processes", "2")
+    assert "error: launch: 2 processes were asked for and one was started" in done.stderr
+    assert "exit status 2" in done.stderr  # Accelerate's launcher reports its child's
+
+
+def test_a_signal_is_remembered_until_the_step_ends() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        stop = StopSignal()
+        accelerator = Accelerator(cpu=True)
+        assert stop.agreed(accelerator) == 0  # nothing yet
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed(accelerator) == signal.SIGTERM
+        with pytest.raises(SystemExit) as second:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert second.value.code == 130
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
+
+
+def launch(program: list[str], *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch OPTIONS PROGRAM`, as a user without a GPU would."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_port", str(free_port()), *options, *program,
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT, check=False
+    )
+
+
+TWO = ("--multi_gpu", "--num_processes", "2")
+
+DIVERGE = """
+import torch
+from ldm_vae.launch import build_accelerator, check_ranks_agree
+from ldm_vae.errors import WorkError
+a = build_accelerator()
+assert a.num_processes == 2
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+check_ranks_agree(a, {"net": net})
+if a.process_index == 1:
+    with torch.no_grad():
+        net[1].weight[0, 0] = torch.nextafter(net[1].weight[0, 0], torch.tensor(9.0))  # one bit on one rank
+try:
+    check_ranks_agree(a, {"net": net})
+except WorkError as error:
+    print(f"RANK{a.process_index} {error}", flush=True)
+a.end_training()
+"""
+
+
+def test_one_bit_on_one_rank_is_found_and_named(tmp_path: Path) -> None:
+    script = tmp_path / "diverge.py"
+    script.write_text(DIVERGE)
+    done = launch([str(script)], *TWO)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert f"RANK{rank} ranks diverged: net.1.weight on rank(s) [1] is not what rank 0 has" in done.stdout
+
+
+def test_a_single_process_agrees_with_itself() -> None:
+    check_ranks_agree(Accelerator(cpu=True), {})
+    assert build_accelerator().num_processes == 1
