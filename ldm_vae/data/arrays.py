@@ -1,0 +1,107 @@
+"""Arrays as images: .npy files and datasets' array columns, of any number of channels and any number type.
+
+For images that no picture format holds: satellite bands, CT slices, spectrograms. Everything becomes uint8, as
+photographs are; what lies outside an assumed range is refused rather than clipped without a word.
+
+Legend: C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm_vae.data.quarantine import BadImage
+
+Array = np.ndarray[Any, Any]
+
+MAGIC = b"\x93NUMPY"
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
+
+
+def load_npy(data: bytes) -> Array:
+    """The array in the bytes of a .npy file. Raises BadImage for objects, and for a header larger than its file."""
+    try:
+        file = io.BytesIO(data)
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        if dtype.hasobject:
+            raise BadImage("a .npy of Python objects is never loaded")
+        # checked before numpy allocates what the header asks for
+        if int(np.prod(shape, dtype=object)) * dtype.itemsize > len(data):
+            raise BadImage(f"the .npy header says {shape} of {dtype}, more than the file holds")
+        file.seek(0)
+        loaded: Array = np.load(file, allow_pickle=False)
+    except BadImage:
+        raise
+    except Exception as error:  # numpy parses the header as Python: any kind of error can come out of it
+        raise BadImage(f"not a readable .npy file: {error}") from error
+    return loaded
+
+
+def from_array(array: Array, channels: int, value_range: tuple[float, float] | None = None) -> torch.Tensor:
+    """[H, W], [H, W, C] or [C, H, W] of any number type => uint8 [C, H, W].
+
+    Args:
+        array: bool and uint8 are taken as they are, uint16 over its whole range, other integers need `value_range`,
+            floats are in [0, 1] unless `value_range` says otherwise.
+        channels: one channel is repeated to three, three become one by ITU-R 601 luma; other differences are refused.
+        value_range: the values that become 0 and 255; outside of them is clipped.
+
+    Raises:
+        BadImage: another shape, NaN or Inf, or values outside of the range that was assumed.
+    """
+    scaled = _to_uint8(_height_width_channels(array, channels), value_range)
+    have = scaled.shape[2]
+    if have == 1 and channels == 3:
+        scaled = np.repeat(scaled, 3, axis=2)
+    elif have == 3 and channels == 1:
+        scaled = np.rint(scaled @ np.array(_LUMA)).astype(np.uint8)[:, :, None]
+    elif have != channels:
+        raise BadImage(f"has {have} channels, expected {channels}")
+    return torch.from_numpy(np.ascontiguousarray(scaled)).permute(2, 0, 1)
+
+
+def _height_width_channels(array: Array, channels: int) -> Array:
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or 0 in array.shape:
+        raise BadImage(f"an array of shape {array.shape} is not an image ([H, W], [H, W, C] or [C, H, W])")
+    wanted = (channels, 1, 3)
+    last, first = array.shape[2], array.shape[0]
+    if last != channels and first in wanted and (first == channels or last not in wanted):
+        array = np.moveaxis(array, 0, 2)
+    return array
+
+
+def _to_uint8(array: Array, value_range: tuple[float, float] | None) -> Array:
+    kind = array.dtype.kind
+    if array.dtype == np.uint8:
+        return array
+    if kind == "b":
+        return array.astype(np.uint8) * 255
+    if kind not in "uif":
+        raise BadImage(f"numbers of type {array.dtype} are not pixels")
+    if kind == "f" and not np.isfinite(array).all():
+        raise BadImage("holds NaN or Inf")
+    if value_range is None:
+        value_range = _assumed_range(array)
+    low, high = value_range
+    scaled: Array = (array.astype(np.float64) - low) * (255.0 / (high - low))
+    rounded: Array = np.rint(scaled.clip(0, 255)).astype(np.uint8)
+    return rounded
+
+
+def _assumed_range(array: Array) -> tuple[float, float]:
+    low, high = float(array.min()), float(array.max())
+    if array.dtype.kind == "f":
+        if low < -1e-3 or high > 1.001:
+            raise BadImage(f"floats are read as [0, 1] and these span [{low:g}, {high:g}]: set data.value_range")
+        return 0.0, 1.0
+    if array.dtype != np.uint16 and (low < 0 or high > 65535 or array.dtype.itemsize < 2):
+        raise BadImage(f"{array.dtype} spans [{low:g}, {high:g}]: set data.value_range")
+    return 0.0, 65535.0

@@ -1,0 +1,208 @@
+"""Bytes => pixels: one exact way from whatever a source holds to a uint8 tensor, and one exception for all that fails.
+
+Decoded with Pillow, from a list of formats that excludes those that start programs (EPS). Never raises anything but
+BadImage, whatever the bytes: tests/test_data_fuzz.py.
+
+Legend: C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from ldm_vae.data import arrays, colour
+from ldm_vae.data.arrays import Array
+from ldm_vae.data.colour import Background
+from ldm_vae.data.quarantine import BadImage
+
+__all__ = ["BadImage", "Decoded", "Decoding", "RawImage", "decode", "read_image"]
+
+RawImage = bytes | Array | Image.Image
+
+WHITE: Background = (255, 255, 255)
+MAX_PIXELS = 178_956_970  # where Pillow calls an image a bomb: 512 MiB of RGB
+MAX_ASPECT = 32  # a strip of 32:1 cannot be cropped sensibly, and resizing 1 x 10^6 by its short side is a bomb
+
+_UPRIGHT = {  # EXIF orientation => what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+Image.init()
+_WANTED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "QOI")
+FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
+EXTENSIONS = frozenset(
+    {extension.lower() for extension, name in Image.EXTENSION.items() if name in FORMATS} | {".jfif", ".npy"}
+)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How bytes become pixels; part of a store's preprocessing identity."""
+
+    channels: int = 3
+    background: Background = WHITE
+    value_range: tuple[float, float] | None = None
+    jpeg_draft: bool = False
+
+
+DEFAULT = Decoding()
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """pixels uint8 [C, H, W]; size (H, W) of the image upright, before jpeg_draft made it smaller; the file format
+    (as Pillow calls it, NPY, or array) and the mode it had."""
+
+    pixels: torch.Tensor
+    original_size: tuple[int, int]
+    format: str
+    mode: str
+
+
+def decode(
+    image: RawImage,
+    *,
+    channels: int = 3,
+    background: Background = WHITE,
+    value_range: tuple[float, float] | None = None,
+) -> torch.Tensor:
+    """An image in any form => uint8 [C, H, W] in sRGB, upright by its EXIF orientation, first frame if it is animated.
+
+    Args:
+        image: the bytes of a file, an array (see `arrays.from_array`) or a Pillow image.
+        channels: 1 (grey), 3 (RGB), 4 (RGBA); any number for arrays and .npy files.
+        background: what is seen through transparent pixels, unless channels is 4.
+        value_range: for arrays, .npy and float TIFF files, the values that become 0 and 255.
+
+    Raises:
+        BadImage: the image cannot be decoded; `.reason` says why.
+    """
+    return read_image(image, Decoding(channels, background, value_range)).pixels
+
+
+def read_image(image: RawImage, decoding: Decoding = DEFAULT, at_least: int | None = None) -> Decoded:
+    """As `decode`, with what is known about the image.
+
+    Args:
+        at_least: with `decoding.jpeg_draft`, the short side that is enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of
+            its size where that is no smaller. Faster, and not the same pixels.
+
+    Raises:
+        BadImage: the image cannot be decoded.
+    """
+    try:
+        with warnings.catch_warnings():  # Pillow warns about odd metadata; torch about the read-only view
+            warnings.simplefilter("ignore")
+            return _read(image, decoding, at_least if decoding.jpeg_draft else None)
+    except BadImage:
+        raise
+    except MemoryError as error:
+        raise BadImage("needs more memory than there is") from error
+    except Exception as error:  # format plugins raise anything on hostile bytes: struct.error, KeyError, ...
+        message = str(error).strip() or type(error).__name__
+        raise BadImage(message.splitlines()[0][:200]) from error
+
+
+def read_size(image: RawImage) -> tuple[int, int]:
+    """(H, W) of an image, upright, from its header alone. Raises BadImage."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if isinstance(image, np.ndarray) or (isinstance(image, bytes) and image.startswith(arrays.MAGIC)):
+                return read_image(image, DEFAULT).original_size
+            picture = _open(image)
+            width, height = picture.size
+            return (width, height) if _orientation(picture) >= 5 else (height, width)
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage(str(error).strip() or type(error).__name__) from error
+
+
+def _read(image: RawImage, decoding: Decoding, at_least: int | None) -> Decoded:
+    if isinstance(image, np.ndarray):
+        return _from_array(image, decoding, "array")
+    if isinstance(image, bytes) and image.startswith(arrays.MAGIC):
+        return _from_array(arrays.load_npy(image), decoding, "NPY")
+    picture = _open(image)
+    name, mode, (width, height) = picture.format or "array", picture.mode, picture.size
+    if at_least is not None and name == "JPEG":
+        shrink = at_least / min(width, height)
+        picture.draft(None, (max(1, round(width * shrink)), max(1, round(height * shrink))))
+    picture.load()
+    orientation = _orientation(picture)
+    if orientation in _UPRIGHT:
+        info = picture.info
+        picture = picture.transpose(_UPRIGHT[orientation])
+        picture.info = info  # transpose drops the palette's transparency and the colour profile
+    if orientation >= 5:
+        width, height = height, width
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        pixels = arrays.from_array(np.asarray(picture), decoding.channels, decoding.value_range)
+    else:
+        pixels = _pixels(colour.to_bands(picture, decoding.channels, decoding.background))
+    return Decoded(pixels, (height, width), name, mode)
+
+
+def _open(image: bytes | Image.Image) -> Image.Image:
+    if isinstance(image, bytes):
+        if not image:
+            raise BadImage("the file is empty")
+        try:
+            image = Image.open(io.BytesIO(image), formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise BadImage("not an image, or damaged at its very beginning") from error
+    _check_size(image.height, image.width)
+    return image
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImage(f"{width} x {height} pixels, the limit is {MAX_PIXELS / 1e6:.0f} million")
+    if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
+        raise BadImage(f"{width} x {height} pixels: longer than {MAX_ASPECT} times its width")
+
+
+def _orientation(picture: Image.Image) -> int:
+    """1 to 8; 1 where the EXIF data are absent or broken."""
+    try:
+        orientation = int(picture.getexif().get(0x0112, 1))
+    except Exception:  # a broken EXIF block is no reason to lose the image
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _from_array(array: Array, decoding: Decoding, name: str) -> Decoded:
+    pixels = arrays.from_array(array, decoding.channels, decoding.value_range)
+    _check_size(pixels.shape[1], pixels.shape[2])
+    return Decoded(pixels, (pixels.shape[1], pixels.shape[2]), name, str(array.dtype))
+
+
+def _pixels(picture: Image.Image) -> torch.Tensor:
+    """A loaded L, RGB or RGBA picture => uint8 [C, H, W].
+
+    Pillow keeps RGB in four bytes a pixel; its arrow interface lends them without a copy (np.asarray takes a fifth of
+    a decode), and torch resizes four channels faster than three. Images above 16 MB lie in several blocks: copied.
+    """
+    channels = len(picture.getbands())
+    if channels > 1:
+        try:
+            flat = pa.array(picture).flatten().to_numpy(zero_copy_only=True)
+            return torch.from_numpy(flat.reshape(picture.height, picture.width, 4)).permute(2, 0, 1)[:channels]
+        except (ValueError, TypeError, pa.ArrowInvalid):
+            pass
+    array = np.array(picture)
+    return torch.from_numpy(array.reshape(picture.height, picture.width, channels)).permute(2, 0, 1)

@@ -1,0 +1,184 @@
+"""What a source of images is: a length, a stable key for every image, its bytes, and all other columns.
+
+One file per kind of source in `ldm_vae.data.sources`; `open_source` tells which kind a path on a command line means.
+Sources are lazy and picklable: nothing but the list of keys is held, a file is opened when its image is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from pydantic import Field, field_validator
+from tqdm import tqdm
+
+from ldm_vae.config import Part
+from ldm_vae.data.decoding import Decoding, RawImage
+from ldm_vae.data.quarantine import BadImage
+from ldm_vae.errors import UsageError, WorkError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image as its source holds it: key, image (bytes of a file, an array, or a Pillow image), other columns."""
+
+    key: str
+    image: RawImage
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Images by index. A source of one's own is any class with these five; its module is named by a dotted `kind`."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns that every record carries."""
+
+    @property
+    def decoding(self) -> Decoding:
+        """How its images are to be decoded (`Decoding()` if nothing is special)."""
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str:
+        """The stable, unique name of an image; costs no reading of the image."""
+
+    def __getitem__(self, index: int) -> Record:
+        """Raises BadImage when the image cannot be read."""
+
+
+class SourceConfig(Part):
+    """What every kind of source has; `data: {kind: folder, path: photographs}` in a training config."""
+
+    path: str
+    """Where the images are: a folder, file, glob or hub id, as the kind has it."""
+    image_column: str | None = None
+    """Column that holds the image (datasets, tar shards); by default the only one that can."""
+    caption_column: str | None = None
+    """Column that holds the caption; it is called `caption` from here on."""
+    split: str = "train"
+    """Split of a dataset."""
+    max_bad: float = Field(1.0, ge=0.0, le=1.0)
+    """Share of unusable images above which the work stops (1: never, with a warning above 1 %)."""
+    channels: int = Field(3, ge=1)
+    """Channels of the decoded images: 1 (grey), 3 (RGB), 4 (RGBA); any number for .npy files and array columns."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Colour behind transparent pixels, 0 to 255 each."""
+    value_range: tuple[float, float] | None = None
+    """Values that become black and white, for .npy, array columns and float TIFF; floats are [0, 1] by default."""
+    jpeg_draft: bool = False
+    """Decode JPEG at 1/2, 1/4 or 1/8 of its size where that is enough: faster, and some 50 dB off. Training only; a
+    store made with it says so in its identity."""
+
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, path: str) -> str:
+        if not path:
+            raise ValueError("expected a folder, file or hub id, got an empty string")
+        return path
+
+    def decoding(self) -> Decoding:
+        """The knobs that change pixels."""
+        return Decoding(self.channels, self.background, self.value_range, self.jpeg_draft)
+
+    def build(self) -> Source:
+        """Open the source. Raises UsageError when nothing is there, WorkError when it is empty."""
+        raise NotImplementedError
+
+
+def open_source(
+    path: str | Path,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split: str = "train",
+    kind: str | None = None,
+    **knobs: Any,
+) -> Source:
+    """What DATA on a command line means.
+
+    A folder of images; a zip; a list file of paths (.txt, .lst); parquet or arrow files, or a folder of them; a folder
+    written by `save_to_disk`; tar shards (file, folder, glob or braces); a hub id `owner/name`.
+
+    Args:
+        kind: one of the files in `ldm_vae.data.sources`; found by looking at `path` if None.
+        knobs: any other field of the kind's Config (`channels=1`).
+
+    Raises:
+        UsageError: nothing is there, or it is none of these.
+        WorkError: it holds no image.
+    """
+    module = importlib.import_module(f"ldm_vae.data.sources.{kind or kind_of(str(path))}")
+    config: SourceConfig = module.Config(
+        path=str(path), image_column=image_column, caption_column=caption_column, split=split, **knobs
+    )
+    return config.build()
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def kind_of(path: str) -> str:
+    """The kind of source that `path` is, by what lies there. Raises UsageError when nothing does."""
+    if "://" in path or (".tar" in path and not Path(path).exists() and re.search(r"[*?{\[]", path)):
+        return "webdataset"
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return _kind_of_folder(place)
+    if place.is_file():
+        kinds = {
+            ".zip": "zip",
+            ".tar": "webdataset",
+            ".parquet": "hub",
+            ".arrow": "hub",
+            ".txt": "list",
+            ".lst": "list",
+        }
+        if place.suffix.lower() not in kinds:
+            raise UsageError(f"data {path}: expected a folder, a hub id or a file of {', '.join(kinds)}")
+        return kinds[place.suffix.lower()]
+    if _HUB_ID.fullmatch(path) and not place.parent.is_dir():
+        return "hub"
+    raise UsageError(f"data {path}: no such file or folder (a dataset of the hub is written owner/name)")
+
+
+def _kind_of_folder(place: Path) -> str:
+    if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return "hub"  # written by datasets' save_to_disk
+    for suffix, kind in ((".tar", "webdataset"), (".parquet", "hub"), (".arrow", "hub")):
+        if any(entry.name != "metadata.parquet" for entry in place.glob(f"*{suffix}")):
+            return kind
+    return "folder"
+
+
+def image_checksum(image: RawImage) -> str:
+    """SHA-256 of an image as the source holds it: the bytes of its file, or shape, type and values of an array."""
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    array = np.ascontiguousarray(np.asarray(image))
+    return hashlib.sha256(f"{array.shape}{array.dtype.str}".encode() + array.tobytes()).hexdigest()
+
+
+def checksum(source: Source, indices: Iterator[int] | range | None = None) -> str:
+    """SHA-256 over keys and images of a source, in its order; an unreadable image counts with its key and as such."""
+    digest = hashlib.sha256()
+    chosen = range(len(source)) if indices is None else indices
+    for index in tqdm(chosen, desc="checksum", unit="images", disable=None, leave=False):
+        try:
+            record = source[index]
+            digest.update(f"{record.key}\n{image_checksum(record.image)}\n".encode("utf-8", "surrogateescape"))
+        except BadImage:
+            digest.update(f"{source.key(index)}\nunreadable\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def not_empty(source: Any, path: str, what: str) -> None:
+    """Raises WorkError for a source without a single image."""
+    if len(source) == 0:
+        raise WorkError(f"data {path}: holds no {what}")

@@ -1,0 +1,174 @@
+"""Any Hugging Face dataset: a hub id, a folder written by `save_to_disk`, parquet or arrow files.
+
+Memory-mapped by `datasets`, decoded by us: the image column is read as raw bytes. The key is the row number.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PillowImage
+from pydantic import model_validator
+
+from ldm_vae.data.captions import rename_caption
+from ldm_vae.data.decoding import Decoding, RawImage
+from ldm_vae.data.files import read_bytes
+from ldm_vae.data.quarantine import BadImage
+from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.errors import UsageError
+
+
+class Config(SourceConfig):
+    """`data: {kind: hub, path: owner/name, image_column: image, split: train}`; `path` may be local files too."""
+
+    kind: str = "hub"
+    name: str | None = None
+    """Configuration of a dataset that has several."""
+    revision: str | None = None
+    """Commit, tag or branch of a dataset on the hub."""
+
+    @model_validator(mode="after")
+    def _check_split(self) -> Config:
+        if not self.split:
+            raise ValueError("split: expected a name such as train, got an empty string")
+        return self
+
+    def build(self) -> HubSource:
+        dataset = load(self)
+        source = HubSource(dataset, self.decoding(), self.image_column, self.caption_column, self.path)
+        not_empty(source, self.path, "image")
+        return source
+
+
+class HubSource:
+    """Rows of a `datasets.Dataset`."""
+
+    def __init__(
+        self, dataset: Any, decoding: Decoding, image_column: str | None, caption_column: str | None, name: str = ""
+    ) -> None:
+        self.decoding = decoding
+        self.image_column = find_image_column(dataset, image_column, name)
+        self._captions = check_caption_column(dataset, caption_column, name)
+        self._dataset = undecoded(dataset)
+        others = [column for column in dataset.column_names if column != self.image_column]
+        self.columns: tuple[str, ...] = tuple(rename_caption(dict.fromkeys(others), caption_column))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def key(self, index: int) -> str:
+        return row_key(index)
+
+    def __getitem__(self, index: int) -> Record:
+        try:
+            row = dict(self._dataset[int(index)])
+        except Exception as error:  # a damaged arrow file: any of pyarrow's, or OSError
+            raise BadImage(f"row cannot be read: {error}") from error
+        image = row.pop(self.image_column)
+        return Record(row_key(index), as_image(image), rename_caption(row, self._captions))
+
+
+def row_key(index: int) -> str:
+    """The key of a row: its number, so that sorting keys keeps the order."""
+    return f"{index:09d}"
+
+
+def load(config: Config, streaming: bool = False) -> Any:
+    """The dataset that a config means. Raises UsageError with one sentence for whatever `datasets` raises."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(config.path).expanduser()
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+            return _pick_split(loaded, config) if isinstance(loaded, Mapping) else loaded
+        files = _files(path)
+        if files:
+            builder = "parquet" if files[0].endswith(".parquet") else "arrow"
+            return datasets.load_dataset(builder, data_files=files, split="train", streaming=streaming)
+        if path.exists() or config.path.startswith(("/", ".", "~")):
+            raise UsageError(
+                f"data.path {config.path}: expected a hub id, parquet or arrow files, or a save_to_disk folder"
+            )
+        return datasets.load_dataset(
+            config.path, config.name, split=config.split, revision=config.revision, streaming=streaming
+        )
+    except UsageError:
+        raise
+    except Exception as error:  # the hub, the network, the builder: dozens of types
+        reason = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+        raise UsageError(f"data {config.path} (split {config.split}): cannot be loaded: {reason[:300]}") from error
+
+
+def _pick_split(splits: Mapping[str, Any], config: Config) -> Any:
+    if config.split not in splits:
+        raise UsageError(f"data.split {config.split}: {config.path} has {', '.join(splits)}")
+    return splits[config.split]
+
+
+def _files(path: Path) -> list[str]:
+    """Parquet or arrow files that a path means: the file itself, those in a folder, those of a glob."""
+    if path.is_file():
+        return [str(path)]
+    if path.is_dir():
+        return sorted(map(str, path.glob("**/*.parquet"))) or sorted(map(str, path.glob("**/*.arrow")))
+    if any(character in str(path) for character in "*?["):
+        return sorted(map(str, path.parent.glob(path.name)))
+    return []
+
+
+def find_image_column(dataset: Any, image_column: str | None, name: str) -> str:
+    """The column that holds the images. Raises UsageError when it is not there, or when there are several to choose."""
+    features: dict[str, Any] = dict(dataset.features or {})
+    if image_column is not None:
+        if features and image_column not in features:
+            raise UsageError(f"data.image_column {image_column}: {name} has {', '.join(features)}")
+        return image_column
+    images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
+    if "image" in features or not features:
+        return "image"
+    if len(images) == 1:
+        return images[0]
+    told = ", ".join(images or features)
+    raise UsageError(f"data.image_column: which column of {name} holds the images? It has {told}")
+
+
+def check_caption_column(dataset: Any, caption_column: str | None, name: str) -> str | None:
+    """Raises UsageError when the caption column is not there."""
+    if caption_column is not None and dataset.features and caption_column not in dataset.features:
+        raise UsageError(f"data.caption_column {caption_column}: {name} has {', '.join(dataset.features)}")
+    return caption_column
+
+
+def undecoded(dataset: Any) -> Any:
+    """The same dataset with its image columns read as bytes; what else is an image comes as bytes too."""
+    import datasets
+
+    for column, feature in dict(dataset.features or {}).items():
+        if isinstance(feature, datasets.Image) and feature.decode:
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
+
+
+def as_image(value: Any) -> RawImage:
+    """What an image column holds => what `decode` takes. Raises BadImage."""
+    if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    if isinstance(value, str | os.PathLike):
+        return read_bytes(value)
+    if isinstance(value, PillowImage.Image):
+        return value
+    if isinstance(value, list | np.ndarray):
+        try:
+            return np.asarray(value)
+        except ValueError as error:
+            raise BadImage("a list of lists of different lengths is not an image") from error
+    raise BadImage("the row holds no image" if value is None else f"a {type(value).__name__} is not an image")
