@@ -18,6 +18,7 @@ from ldm_vae.autoencoder import downsampling_factor
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import WorkError
 from ldm_vae.latents import Moments
+from ldm_vae.metrics.batches import ImageBatch
 from ldm_vae.metrics.metric import Metric
 from ldm_vae.metrics.profile import Profile
 from ldm_vae.metrics.protocol import PINNED, Pair, Protocol
@@ -25,14 +26,6 @@ from ldm_vae.metrics.ranks import gather
 from ldm_vae.metrics.running import Summary
 
 WORST = 10  # how many of the poorest images are kept
-
-
-@dataclass(frozen=True)
-class ImageBatch:
-    """Images of one size with the index of each in its source; pixels uint8 [B, C, R, R]."""
-
-    indices: Sequence[int]
-    pixels: torch.Tensor
 
 
 @dataclass(frozen=True)

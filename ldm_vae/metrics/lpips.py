@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 
-from ldm_vae.assets import load_lpips
 from ldm_vae.metrics.metric import ImageMetric
 from ldm_vae.metrics.protocol import Pair
 
@@ -20,6 +19,8 @@ def lpips(network: Any, original: torch.Tensor, reconstruction: torch.Tensor) ->
 
 def build(net: Literal["alex", "vgg"], device: torch.device, weights: str | None = None) -> ImageMetric:
     """Raises WorkError when the trunk cannot be had (ldm_vae.assets says what to do)."""
+    from ldm_vae.assets import load_lpips  # only who measures LPIPS loads its package
+
     network = load_lpips(net, weights).to(device)
 
     def measure(pair: Pair) -> torch.Tensor:

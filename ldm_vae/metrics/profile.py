@@ -35,7 +35,8 @@ def radial_spectrum(x: torch.Tensor) -> torch.Tensor:
 @cache
 def _rings(height: int, width: int) -> torch.Tensor:
     rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None, :]
-    return ((rows**2 + columns**2).sqrt() * min(height, width)).round().long()
+    rings: torch.Tensor = ((rows**2 + columns**2).sqrt() * min(height, width)).round().long()
+    return rings
 
 
 class Profile:

@@ -1,0 +1,1 @@
+"""Programs with a measuring protocol in sight."""

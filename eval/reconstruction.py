@@ -1,0 +1,218 @@
+"""Measure how well one or several VAEs reconstruct images, by one pinned protocol.
+
+    python -m eval.reconstruction runs/demo/vae HELD_OUT --output runs/demo/report --resolution 64
+    python -m eval.reconstruction my-vae stabilityai/sd-vae-ft-mse PHOTOS --output compared --resolution 256
+    accelerate launch -m eval.reconstruction my-vae PHOTOS --output measured
+
+The protocol: the mode of the posterior is decoded; images are resized by their short side (antialiased bicubic) and
+centre-cropped to --resolution; output is clamped to [-1, 1] and rounded to 8 bits before every metric; every image
+counts exactly once on any number of processes; means come with 95 % intervals over images.
+
+DIR then holds metrics.json (one object, or a list of one per VAE), metrics.md, images.jsonl (every image's numbers),
+pictures/ and quarantine.jsonl. `ldm-vae report DIR` makes a page of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
+from ldm_vae.data.quarantine import Quarantine
+from ldm_vae.data.source import Source, open_source
+from ldm_vae.errors import UsageError, WorkError, run_program
+from ldm_vae.launch import build_accelerator
+from ldm_vae.metrics import result
+from ldm_vae.metrics.batches import image_batches, share_of, spread
+from ldm_vae.metrics.evaluate import Evaluation, evaluate_reconstruction
+from ldm_vae.metrics.pictures import Pictures
+from ldm_vae.metrics.protocol import PINNED
+from ldm_vae.metrics.select import NAMES, build_metrics
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="eval.reconstruction", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("vae", nargs="+", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
+    add("data", metavar="DATA", help="a folder of images, a dataset's hub id, parquet or tar files")
+    add("--output", required=True, type=Path, metavar="DIR", help="where the results go")
+    add("--resolution", type=int, default=256, help="side of the crops in pixels (256)")
+    add("--batch_size", type=int, default=8, help="images per process and step (8)")
+    add("--num_workers", type=int, default=2, help="processes that decode images, per process (2)")
+    add("--pictures", type=int, default=8, metavar="N", help="how many images are kept to look at (8)")
+    add("--max_images", type=int, help="measure the first N images of DATA only")
+    add("--metrics", default=",".join(NAMES), metavar="NAME,...", help=f"default: {','.join(NAMES)}")
+    add("--lpips_weights", metavar="PATH", help="the LPIPS trunk, where it is not found by itself")
+    add("--config", metavar="FOLDER", help="config.json of a single-file VAE of a shape of its own")
+    add("--image_column", help="column that holds the image")
+    add("--split", default="train", help="split of a dataset (train)")
+    add("--max_bad", type=float, default=1.0, help="share of unreadable images above which the work stops (1: never)")
+    found = parser.parse_intermixed_args()
+    for name in ("batch_size", "resolution"):
+        if getattr(found, name) < 1:
+            raise UsageError(f"{name}: expected at least 1, got {getattr(found, name)}")
+    found.metrics = found.metrics.split(",")
+    return found
+
+
+def main() -> None:
+    options = arguments()
+    accelerator = build_accelerator()
+    names = labels(options.vae)
+
+    # --- everything that can be wrong is opened before the first image is measured ------------------------------------
+    vaes = [load_autoencoder(vae, options.config) for vae in options.vae]
+    for vae in vaes:
+        check_resolution(options.resolution, downsampling_factor(vae))
+    channels = {vae.config.in_channels for vae in vaes}
+    if len(channels) > 1:
+        raise UsageError(f"vae: all must take images of one kind, these take {sorted(channels)} channels")
+    source = open_source(options.data, image_column=options.image_column, split=options.split, channels=channels.pop())
+    indices = range(min(len(source), options.max_images or len(source)))
+    prepare(options.output, accelerator)
+    quarantine = Quarantine(len(indices), max_bad=options.max_bad, path=options.output / "quarantine.jsonl")
+
+    # --- measure: one VAE after the other on the device, each rank its share of the images ----------------------------
+    evaluations = []
+    for name, vae in zip(names, vaes, strict=True):
+        part = options.output / PARTS / f"{len(evaluations):03d}-{accelerator.process_index:06d}.jsonl"
+        vae.to(accelerator.device)
+        evaluations.append(measure(name, vae, source, indices, quarantine, part, options, accelerator))
+        vae.cpu()
+
+    # --- results: numbers, a table, and pictures of a fixed choice and of the worst -----------------------------------
+    if accelerator.is_main_process:
+        data = {"source": options.data, "resolution": options.resolution, "quarantined": quarantine_count(options)}
+        results = [
+            result.result(PINNED, result.describe_vae(vae, name, path), data, evaluation, source.key)
+            for name, vae, path, evaluation in zip(names, vaes, options.vae, evaluations, strict=True)
+        ]
+        merge_images(options.output)
+        keep_pictures(vaes, source, indices, evaluations[0], options, accelerator.device)
+        result.write(options.output / "metrics.md", result.markdown(results))
+        result.write(options.output / "metrics.json", results[0] if len(results) == 1 else results)
+        print(result.plain(results))
+        print(f"\nwritten to {options.output}; to look at it: ldm-vae report {options.output}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def measure(
+    name: str,
+    vae: Any,
+    source: Source,
+    indices: Sequence[int],
+    quarantine: Quarantine,
+    part: Path,
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+) -> Evaluation:
+    """One VAE over all images; every image's numbers go to this rank's part of images.jsonl."""
+    with accelerator.main_process_first():  # the first to need an LPIPS trunk fetches it
+        metrics = build_metrics(
+            options.metrics, accelerator.device, options.resolution, lpips_weights=options.lpips_weights
+        )
+    mine = share_of(accelerator.process_index, accelerator.num_processes, indices, options.batch_size)
+    batches = image_batches(
+        source, mine, options.resolution,
+        batch_size=options.batch_size, num_workers=options.num_workers, quarantine=quarantine,
+    )  # fmt: skip
+    bar = tqdm(
+        total=len(mine), desc=f"measure {name}", unit="img", disable=None if accelerator.is_main_process else True
+    )
+    with part.open("w", encoding="utf-8") as file:
+
+        def each(indices: Sequence[int], values: Mapping[str, torch.Tensor]) -> None:
+            columns = {metric: column.tolist() for metric, column in values.items()}
+            for row, index in enumerate(indices):
+                numbers = {metric: column[row] for metric, column in columns.items()}
+                file.write(json.dumps({"vae": name, "index": index, "key": source.key(index), **numbers}) + "\n")
+            bar.update(len(indices))
+
+        evaluation = evaluate_reconstruction(
+            vae, batches, metrics, accelerator.device,
+            resolution=options.resolution, batch_size=options.batch_size, protocol=PINNED, each=each,
+        )  # fmt: skip
+    bar.close()
+    return evaluation
+
+
+def keep_pictures(
+    vaes: Sequence[Any],
+    source: Source,
+    indices: Sequence[int],
+    first: Evaluation,
+    options: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Evenly spread images, and the first VAE's worst ones that are not among them."""
+    kinds = {indices[place]: "shown" for place in spread(len(indices), options.pictures)}
+    kinds |= {index: "worst" for index, _ in first.worst if index not in kinds}
+    metrics = build_metrics(options.metrics, device, options.resolution, lpips_weights=options.lpips_weights)
+    pictures = Pictures(options.output)
+    for vae in vaes:
+        chosen = image_batches(source, list(kinds), options.resolution, batch_size=options.batch_size)
+        pictures.add(vae.to(device), chosen, metrics, device, kinds=kinds, batch_size=options.batch_size)
+        vae.cpu()
+    pictures.finish()
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+PARTS = ".images.parts"
+
+
+def prepare(output: Path, accelerator: Accelerator) -> None:
+    """An output folder without the rests of an earlier call."""
+    if accelerator.is_main_process:
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"output: expected a folder, {output} is a file")
+        shutil.rmtree(output / PARTS, ignore_errors=True)
+        (output / PARTS).mkdir(parents=True)
+        (output / "quarantine.jsonl").unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    if not (output / PARTS).is_dir():
+        raise WorkError(f"output: {output} is not the same folder for all processes; it must be on shared storage")
+
+
+def merge_images(output: Path) -> None:
+    """images.jsonl from the ranks' parts: VAE after VAE, images in order of their index."""
+    merged = output / ".images.jsonl.tmp"
+    with merged.open("wb") as file:
+        for part in sorted((output / PARTS).iterdir()):
+            with part.open("rb") as rows:
+                shutil.copyfileobj(rows, file)
+    merged.replace(output / "images.jsonl")
+    shutil.rmtree(output / PARTS)
+
+
+def quarantine_count(options: argparse.Namespace) -> int:
+    """Over all ranks: they share one file."""
+    path = options.output / "quarantine.jsonl"
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+
+
+def labels(vaes: Sequence[str]) -> list[str]:
+    """A short name for each VAE, numbered where two would be called the same."""
+    names = []
+    for vae in vaes:
+        path = Path(vae)
+        name = (
+            path.parent.name if path.name == "vae" and path.parent.name else path.stem if path.is_file() else path.name
+        )
+        names.append(name if name not in names else f"{name} ({len(names) + 1})")
+    return names
+
+
+if __name__ == "__main__":
+    run_program(main)

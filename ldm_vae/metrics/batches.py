@@ -1,0 +1,58 @@
+"""Images for a metric: the source's good images in order, each on one rank exactly once, cropped by the protocol.
+
+Legend: B batch, C channels, R side of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ldm_vae.data.dataset import ordered_loader
+from ldm_vae.data.quarantine import Quarantine
+from ldm_vae.data.source import Source
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images of one size; indices and keys of each in its source; pixels uint8 [B, C, R, R]."""
+
+    indices: Sequence[int]
+    keys: Sequence[str]
+    pixels: torch.Tensor
+
+
+def share_of(rank: int, world_size: int, indices: Sequence[int], batch_size: int) -> Sequence[int]:
+    """This rank's part of `indices`: a run of whole batches, so that batches are the same for any number of ranks."""
+    batches = -(-len(indices) // batch_size)
+    first, last = rank * batches // world_size, (rank + 1) * batches // world_size
+    return indices[first * batch_size : last * batch_size]
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """At most `wanted` indices below `total`, evenly spread from the first on."""
+    count = min(total, wanted)
+    return [place * total // count for place in range(count)]
+
+
+def image_batches(
+    source: Source,
+    indices: Sequence[int],
+    resolution: int,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    quarantine: Quarantine | None = None,
+) -> Iterator[ImageBatch]:
+    """The usable images among `indices`, in order, centre-cropped to `resolution`; the others go to `quarantine`."""
+    for samples, bad in ordered_loader(source, resolution, indices, batch_size=batch_size, num_workers=num_workers):
+        if quarantine is not None:
+            quarantine.add(bad, good=len(samples))
+        if samples:
+            yield ImageBatch(
+                [sample.index for sample in samples],
+                [sample.key for sample in samples],
+                torch.stack([sample.crop.pixels for sample in samples]),
+            )

@@ -1,0 +1,117 @@
+"""The pictures a person judges by: a few originals, reconstructions and latents, lossless, with their metrics.
+
+    pictures/pictures.json            one object a picture: name, kind, key, index, and per VAE its files and metrics
+    pictures/000.original.png
+    pictures/000.reconstruction.png   of the second VAE: 000.reconstruction.2.png
+    pictures/000.latent.png           the latent's three largest principal components as red, green and blue
+
+Legend: B batch, C channels, c latent channels, h w latent positions, R side of an image.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ldm_vae.metrics.batches import ImageBatch
+from ldm_vae.metrics.evaluate import reconstruct
+from ldm_vae.metrics.metric import ImageMetric, Metric
+from ldm_vae.metrics.protocol import PINNED, Protocol
+
+FOLDER, INDEX = "pictures", "pictures.json"
+
+
+@dataclass
+class Picture:
+    """One image: name of its files, kind (shown or worst), key and index in the source, what each VAE made of it."""
+
+    name: str
+    kind: str
+    key: str
+    index: int
+    vaes: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Pictures:
+    """Collects pictures in a folder beside the final one, which `finish` puts in its place."""
+
+    def __init__(self, output: Path) -> None:
+        self.final = output / FOLDER
+        self.folder = output / f".{FOLDER}.tmp"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.pictures: dict[int, Picture] = {}
+
+    def add(
+        self,
+        vae: Any,
+        batches: Iterable[ImageBatch],
+        metrics: Sequence[Metric],
+        device: torch.device,
+        *,
+        kinds: dict[int, str],
+        batch_size: int,
+        protocol: Protocol = PINNED,
+    ) -> None:
+        """Reconstruct the images of `batches` with one more VAE; kinds maps an index to "shown" or "worst"."""
+        means, added = [], []
+        for batch in batches:
+            moments, pair = reconstruct(vae, batch, device, protocol, batch_size)
+            values = {m.name: m.measure(pair).tolist() for m in metrics if isinstance(m, ImageMetric)}
+            for row, (index, key) in enumerate(zip(batch.indices, batch.keys, strict=True)):
+                picture = self._picture(index, key, kinds[index], pair.original[row])
+                nth = f".{len(picture.vaes) + 1}" if picture.vaes else ""
+                files = {kind: f"{picture.name}.{kind}{nth}.png" for kind in ("reconstruction", "latent")}
+                _save(pair.reconstruction[row], self.folder / files["reconstruction"])
+                picture.vaes.append({**files, "metrics": {name: found[row] for name, found in values.items()}})
+                added.append(self.folder / files["latent"])
+            means.append(moments.mean.cpu())
+        if means:
+            for path, colours in zip(added, principal_colours(torch.cat(means)), strict=True):
+                _save(colours, path)
+
+    def _picture(self, index: int, key: str, kind: str, original: torch.Tensor) -> Picture:
+        if index not in self.pictures:
+            picture = Picture(f"{len(self.pictures):03d}", kind, key, index)
+            _save(original, self.folder / f"{picture.name}.original.png")
+            self.pictures[index] = picture
+        return self.pictures[index]
+
+    def finish(self) -> None:
+        """Replace the pictures of an earlier evaluation."""
+        rows = [asdict(picture) for picture in self.pictures.values()]
+        (self.folder / INDEX).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(self.final, ignore_errors=True)
+        self.folder.replace(self.final)
+
+
+def principal_colours(means: torch.Tensor) -> torch.Tensor:
+    """means [B, c, h, w] => [B, 3, h, w] on the 0..255 scale: their three largest principal components as colours.
+
+    One basis for all images, so that equal colours are equal latents; 98 % of each component fill its range.
+    """
+    count, channels, height, width = means.shape
+    rows = means.double().permute(0, 2, 3, 1).reshape(-1, channels)
+    rows = rows - rows.mean(dim=0)
+    _, basis = torch.linalg.eigh(rows.T @ rows)  # ascending
+    parts = rows @ basis.flip(1)[:, :3]
+    parts = torch.nn.functional.pad(parts, (0, 3 - parts.shape[1]))
+    # a percentile of ordered values: torch.quantile refuses more than 16 M of them
+    ordered = parts.sort(dim=0).values
+    last = len(parts) - 1
+    low, high = ordered[round(0.01 * last)], ordered[round(0.99 * last)]
+    scaled = 255 * (parts - low) / (high - low).clamp(min=1e-12)
+    return scaled.clamp(0, 255).reshape(count, height, width, 3).permute(0, 3, 1, 2)
+
+
+def _save(image: torch.Tensor, path: Path) -> None:
+    """image [C, H, W] on the 0..255 scale, C 1, 3 or 4 => PNG."""
+    array = image.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path, optimize=True)

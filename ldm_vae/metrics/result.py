@@ -1,0 +1,155 @@
+"""What an evaluation leaves behind: metrics.json (its form is metrics.schema.json) and tables to read."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_vae import __version__
+from ldm_vae.autoencoder import count_parameters, decoder_fingerprint, downsampling_factor, encoder_fingerprint
+from ldm_vae.data.transforms import PREPROCESSING_VERSION
+from ldm_vae.metrics.evaluate import Evaluation
+from ldm_vae.metrics.protocol import Protocol
+
+Json = dict[str, Any]
+
+# name in metrics.json: (heading, unit, decimals, better); the order of every table
+TITLES: dict[str, tuple[str, str, int, str]] = {
+    "psnr": ("PSNR", "dB", 2, "higher"),
+    "ssim": ("SSIM", "", 4, "higher"),
+    "ms_ssim": ("MS-SSIM", "", 4, "higher"),
+    "lpips_alex": ("LPIPS alex", "", 4, "lower"),
+    "lpips_vgg": ("LPIPS vgg", "", 4, "lower"),
+    "l1": ("L1", "grey levels", 2, "lower"),
+    "rfid": ("rFID", "", 3, "lower"),
+    "kid": ("KID", "x 1000", 3, "lower"),
+    "fd_dinov2": ("Fréchet DINOv2", "", 2, "lower"),
+    "fd_efflite0": ("Fréchet EfficientNet-Lite0", "", 3, "lower"),
+}
+
+
+def describe_vae(vae: Any, name: str, source: str) -> Json:
+    """Who was measured."""
+    return {
+        "name": name,
+        "source": source,
+        "encoder_fingerprint": encoder_fingerprint(vae),
+        "decoder_fingerprint": decoder_fingerprint(vae),
+        "parameters": count_parameters(vae.parameters()),
+        "downsampling_factor": downsampling_factor(vae),
+        "latent_channels": int(vae.config.latent_channels),
+        "scaling_factor": vae.config.scaling_factor,
+    }
+
+
+def result(protocol: Protocol, vae: Json, data: Json, evaluation: Evaluation, key_of: Callable[[int], str]) -> Json:
+    """The object of metrics.json; `data` says where the images came from, `key_of` an index names the worst ones."""
+    return {
+        "protocol": protocol.to_json(),
+        "vae": vae,
+        "data": {
+            **data,
+            "images": evaluation.images,
+            "checksum": evaluation.checksum,
+            "preprocessing": PREPROCESSING_VERSION,
+        },
+        "metrics": {name: summary.to_json() for name, summary in evaluation.metrics.items()},
+        "worst": [
+            {"key": key_of(index), "index": index, evaluation.worst_by: value} for index, value in evaluation.worst
+        ],
+        "latents": evaluation.latents,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a number may depend on."""
+    found = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "diffusers", "lpips", "numpy")}
+    return {
+        "ldm-vae": __version__,
+        "python": platform.python_version(),
+        **found,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def write(path: Path, content: Any) -> None:
+    """JSON (or a text as it is), whole or not at all. Raises ValueError for NaN and infinity, which are not JSON."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=2, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def read(path: Path) -> list[Json]:
+    """The results of a metrics.json: one or several."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if isinstance(found, list) else [found]
+
+
+def number(name: str, value: float) -> str:
+    """As many decimals as the metric is worth."""
+    _, unit, decimals, _ = TITLES.get(name, (name, "", 4, ""))
+    if not math.isfinite(value):
+        return "-"
+    return f"{value * (1000 if unit == 'x 1000' else 1):.{decimals}f}"
+
+
+def table(results: Sequence[Json]) -> list[list[str]]:
+    """Rows of cells, headings first: one row a metric, one column a VAE, each with its interval."""
+    names = [name for name in TITLES if any(name in found["metrics"] for found in results)]
+    rows = [["metric", *(found["vae"]["name"] for found in results)]]
+    for name in names:
+        title, unit, _, better = TITLES[name]
+        cells = [_cell(name, found["metrics"].get(name)) for found in results]
+        rows.append([f"{title}{f' ({unit})' if unit else ''} {'↑' if better == 'higher' else '↓'}", *cells])
+    rows.append(["images", *(f"{found['data']['images']:,}" for found in results)])
+    return rows
+
+
+def _cell(name: str, summary: Json | None) -> str:
+    if summary is None:
+        return "-"
+    if summary["mean"] is None:
+        return str(summary.get("note", "-"))
+    interval = summary["ci95"]
+    half = f" ± {number(name, (interval[1] - interval[0]) / 2)}" if interval else ""
+    return number(name, summary["mean"]) + half
+
+
+def markdown(results: Sequence[Json]) -> str:
+    """The table for a README or an issue, with what it takes to compare it."""
+    heads, *rows = table(results)
+    lines = [f"| {' | '.join(heads)} |", f"|---{'|---:' * (len(heads) - 1)}|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    first = results[0]
+    protocol, data = first["protocol"], first["data"]
+    lines.append(
+        f"\nMean ± half of the 95 % interval over images. Protocol {protocol['name']} {protocol['version']}: "
+        f"{protocol['posterior']} of the posterior, {data['resolution']} px centre crops, 8-bit images "
+        f"({protocol['rounding']}). Data {data['source']}, checksum {data['checksum'][:12]}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def plain(results: Sequence[Json]) -> str:
+    """The table for a terminal."""
+    rows = table(results)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
