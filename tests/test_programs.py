@@ -1,0 +1,227 @@
+"""The training program as a user runs it: one process and two, killed and resumed, called wrongly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, write_images
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from test_launch import TWO, launch
+
+TINY = {
+    "resolution": 32,
+    "train_batch_size": 2,
+    "learning_rate": 1e-4,
+    "max_train_images": 80,
+    "log_every_images": 8,
+    "checkpoint_every_images": 16,
+    "checkpoints_total_limit": 3,
+    "dataloader_num_workers": 0,
+    "model": {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4},
+    "losses": {"l1": {"weight": 1.0}, "kl": {"weight": 1e-6}},
+    "adversary": {"weight": 0.5, "start_images": 24, "warmup_images": 8},
+    "discriminator": {"kind": "patchgan", "width": 8, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data") / "images", 11)
+
+
+def write_config(folder: Path, images: Path, **changes: object) -> Path:
+    settings = TINY | {"output_dir": str(folder / "run"), "data": {"kind": "folder", "path": str(images)}} | changes
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def command(config: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "train.autoencoder", str(config), *flags]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def run(config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(config, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def metrics(run_folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def newest(run_folder: Path) -> Path:
+    return max((run_folder / "checkpoints").glob("images-*"))
+
+
+def one_sentence(done: subprocess.CompletedProcess[str], status: int) -> str:
+    """The error as a user must see it: the status, one line on stderr, no traceback."""
+    assert done.returncode == status, (done.stdout, done.stderr)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """An undisturbed run."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = run(write_config(folder, images))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_a_run_leaves_what_other_programs_rely_on(finished: Path) -> None:
+    lines = metrics(finished)
+    assert [line["images"] for line in lines] == list(range(8, 81, 8))
+    assert lines[0]["num_processes"] == 1
+    assert "adversary/weight" in lines[-1] and "adversary/weight" not in lines[0]
+    assert all("kl_nats_per_image" in line for line in lines)
+    assert (finished / "config.yaml").is_file() and (finished / "report" / "index.html").is_file()
+    kept = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert kept == ["images-000000048", "images-000000064", "images-000000080"]
+    vae = AutoencoderKL.from_pretrained(finished / "vae")
+    ema = load_file(newest(finished) / "tensors.safetensors")
+    for name, value in vae.state_dict().items():
+        assert torch.equal(value, ema[f"ema.{name}"]), name
+    assert vae.config.scaling_factor not in (1.0, 0.18215)  # measured
+    assert vae.config.shift_factor is None and vae.config.latents_mean is None
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(finished: Path, images: Path) -> None:
+    before = {path: path.read_bytes() for path in (finished / "checkpoints").rglob("*") if path.is_file()}
+    lines = metrics(finished)
+    done = run(write_config(finished.parent, images))
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    assert {path: path.read_bytes() for path in (finished / "checkpoints").rglob("*") if path.is_file()} == before
+    assert metrics(finished) == lines
+
+
+def test_killed_and_resumed_is_bit_equal(finished: Path, images: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, images)
+    victim = subprocess.Popen(command(config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run" / "checkpoints").glob("images-000000032")):
+        assert time.monotonic() < deadline and victim.poll() is None
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    done = run(config, "--dataloader_num_workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    for file in ("tensors.safetensors", "state.json"):
+        assert (newest(tmp_path / "run") / file).read_bytes() == (newest(finished) / file).read_bytes(), file
+    assert metrics(tmp_path / "run") == metrics(finished)
+
+
+def test_sigterm_saves_and_exits_143(finished: Path, images: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, images)
+    victim = subprocess.Popen(command(config), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert victim.poll() is None
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGTERM)
+    said, _ = victim.communicate(timeout=60)
+    assert victim.returncode == 143
+    assert "the same command resumes" in said
+    assert not (tmp_path / "run" / "vae").exists()
+    assert run(config).returncode == 0
+    assert (newest(tmp_path / "run") / "tensors.safetensors").read_bytes() == (
+        newest(finished) / "tensors.safetensors"
+    ).read_bytes()
+
+
+def test_another_config_is_refused_and_a_longer_run_is_not(images: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, images, max_train_images=8)
+    assert run(config).returncode == 0
+    said = one_sentence(run(config, "--losses.kl.weight", "1e-3"), 2)
+    assert "holds a run of another config: losses.kl.weight (was 1e-06, now 0.001)" in said
+    done = run(config, "--max_train_images", "16")
+    assert done.returncode == 0 and "resumed from" in done.stdout
+    assert newest(tmp_path / "run").name == "images-000000016"
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_one_model_the_same_as_one(images: Path, tmp_path: Path) -> None:
+    """The same global batches on one process and on two: equal losses, adaptive weights and weights."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    changes = {"max_train_images": 40, "log_every_images": 4, "checkpoint_every_images": 40}
+    assert run(write_config(tmp_path / "one", images, train_batch_size=4, **changes)).returncode == 0
+    config = write_config(tmp_path / "two", images, train_batch_size=2, **changes)
+    done = launch(["-m", "train.autoencoder", str(config)], *TWO)
+    assert done.returncode == 0, done.stderr
+    one, two = metrics(tmp_path / "one" / "run"), metrics(tmp_path / "two" / "run")
+    assert (one[0].pop("num_processes"), two[0].pop("num_processes")) == (1, 2)
+    assert "adversary/weight" in one[-1]
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    weights = [load_file(newest(tmp_path / name / "run") / "tensors.safetensors") for name in ("one", "two")]
+    for name, value in weights[0].items():
+        if name.startswith(("autoencoder", "discriminator.", "ema")):
+            distance = (value - weights[1][name]).norm() / value.norm().clamp_min(1e-6)
+            assert distance < 1e-4, (name, distance)
+
+
+# --- called wrongly ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "says"),
+    [
+        ({"data": {"kind": "folder", "path": "no/such/folder"}}, 2, "no/such/folder"),
+        ({"resolution": 33}, 2, "resolution: expected a positive multiple of f = 2, got 33"),
+        ({"init_from": "no/such/vae/folder"}, 2, "VAE no/such/vae/folder"),
+        ({"losses": {"kl": {}}}, 2, "losses: expected at least one term on pixels"),
+        ({"discriminator": None}, 2, "discriminator: is missing although adversary.weight > 0"),
+    ],
+)
+def test_a_wrong_call_is_one_sentence(
+    images: Path, tmp_path: Path, changes: dict[str, object], status: int, says: str
+) -> None:
+    done = run(write_config(tmp_path, images, **changes))
+    assert says in one_sentence(done, status)
+    assert not (tmp_path / "run").exists(), "nothing half-written"
+
+
+def test_data_without_a_usable_image_fails_with_status_1(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no" in one_sentence(run(write_config(tmp_path, tmp_path / "empty")), 1)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"not a picture")
+    assert "a.png" in one_sentence(run(write_config(tmp_path, tmp_path / "bad")), 1)
+
+
+def test_an_unreadable_image_goes_to_quarantine_and_the_run_goes_on(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", 5)
+    (images / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 and then nothing")
+    done = run(write_config(tmp_path, images, max_train_images=16))
+    assert done.returncode == 0, done.stderr
+    entries = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [entry["key"] for entry in entries] == ["broken.jpg"] and entries[0]["reason"]
+    assert "1 of 6 images could not be used" in done.stdout
+
+
+def test_dry_run_prints_the_resolved_config_and_writes_nothing(images: Path, tmp_path: Path) -> None:
+    done = run(write_config(tmp_path, images), "--dry_run", "--losses.kl.weight", "1e-5")
+    assert done.returncode == 0, done.stderr
+    resolved = yaml.safe_load(done.stdout)
+    assert resolved["losses"]["kl"]["weight"] == 1e-5 and resolved["seed"] == 0
+    assert not (tmp_path / "run").exists()
