@@ -1,0 +1,89 @@
+"""Run by test_parity.py on one process and on two: the real training step in fp64 on the same global batches.
+
+    accelerate launch [--multi_gpu --num_processes 2 ...] tests/parity.py OUT
+
+Writes OUT/SCENARIO.safetensors with the weights after 20 Adam steps and what the first step logged. The scenarios
+`no_reduce` (the adaptive weight is each rank's own) and `bypass` (DDP's forward is gone round, as the popular script
+does) are broken on purpose.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ldm_vae import keyed
+from ldm_vae.adversary import Adversary, AdversaryConfig
+from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.discriminators.patchgan import Config as PatchGAN
+from ldm_vae.latents import posterior_noise
+from ldm_vae.launch import build_accelerator
+from ldm_vae.losses.kl import Config as KL
+from ldm_vae.losses.l1 import Config as L1
+from ldm_vae.losses.l2 import Config as L2
+from ldm_vae.objective import Objective
+from ldm_vae.step import TrainingStep
+
+GLOBAL_BATCH, STEPS = 8, 20
+
+
+def train(accelerator: Any, accumulation: int, broken: str = "") -> dict[str, torch.Tensor]:
+    accelerator.gradient_accumulation_steps = accumulation
+    accelerator.step = 0
+    torch.manual_seed(0)
+    vae = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build().double()
+    network = TrainableAutoencoder(vae)
+    critic = PatchGAN(width=8, layers=1).build().double()
+    optimizers = [
+        torch.optim.Adam(module.parameters(), lr=1e-3, betas=(0.5, 0.9), eps=1e-12) for module in (network, critic)
+    ]
+    model, discriminator = accelerator.prepare(network), accelerator.prepare(critic)
+    step = TrainingStep(
+        accelerator,
+        network if broken == "bypass" else model,
+        Objective({"l1": L1(), "l2": L2(), "kl": KL(weight=1e-3)}),
+        accelerator.prepare(optimizers[0]),
+        Adversary(AdversaryConfig(weight=0.5)),
+        discriminator,
+        accelerator.prepare(optimizers[1]),
+    )
+    reduce = accelerator.reduce
+    if broken == "no_reduce":
+        accelerator.reduce = lambda tensor, *_args, **_kwargs: tensor
+    share = GLOBAL_BATCH // accelerator.num_processes
+    first: dict[str, torch.Tensor] = {}
+    for number in range(STEPS * accumulation):
+        start = number * GLOBAL_BATCH + accelerator.process_index * share
+        positions = range(start, start + share)
+        images = keyed.normal(1, "images", positions, (3, 16, 16)).double().tanh()
+        # images of unequal brightness: with equal ones an unreduced adaptive weight would hardly show
+        images *= torch.tensor([0.2 + (position % GLOBAL_BATCH) / 8 for position in positions]).view(-1, 1, 1, 1)
+        logs = step(images, posterior_noise(2, positions, (4, 8, 8)).double())
+        if not first:
+            first = {f"first.{name}": reduce(value, "mean") for name, value in logs.items() if "health" not in name}
+    accelerator.reduce = reduce
+    weights = network.state_dict() | {f"critic.{name}": value for name, value in critic.state_dict().items()}
+    return first | {name: value.detach().clone().contiguous() for name, value in weights.items()}
+
+
+def main() -> None:
+    accelerator = build_accelerator()
+    out = Path(sys.argv[1])
+    for name, accumulation, broken in (
+        ("plain", 1, ""),
+        ("accumulated", 2, ""),
+        ("no_reduce", 1, "no_reduce"),
+        ("bypass", 1, "bypass"),
+    ):
+        result = train(accelerator, accumulation, broken)
+        save_file(result, out / f"{name}.{accelerator.num_processes}.{accelerator.process_index}.safetensors")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
