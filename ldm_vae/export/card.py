@@ -1,0 +1,107 @@
+"""README.md of an exported VAE: metadata that a model hub reads, how to load it, what was measured and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from ldm_vae.latent_store.statistics import LatentStatistics
+from ldm_vae.latents import Normalisation
+
+_FORMULA = {
+    "scale": "latents = z * scaling_factor",
+    "shift": "latents = (z - shift_factor) * scaling_factor",
+    "channel": "latents = (z - latents_mean) * scaling_factor / latents_std",
+}
+
+
+def model_card(
+    vae: Any,
+    *,
+    name: str,
+    statistics: LatentStatistics | None = None,
+    results: Sequence[Mapping[str, Any]] = (),
+    metadata: Mapping[str, Any] | None = None,
+    sections: Mapping[str, str] | None = None,
+) -> str:
+    """The card as Markdown with a YAML head.
+
+    Args:
+        vae: the model with the config that is written.
+        statistics: of its latents.
+        results: contents of metrics.json, one per VAE and protocol.
+        metadata: further keys of the head (license, base_model, datasets), laid over ours.
+        sections: title => Markdown, appended in order (fp16 certificate, drift, recipe, warnings).
+    """
+    head = {"library_name": "diffusers", "pipeline_tag": "image-to-image", "tags": ["autoencoder", "vae", "ldm-vae"]}
+    parts = [_shape(vae), "## Load it", _loading(name), "## Latents", _latents(vae, statistics)]
+    if results:
+        parts += ["## Reconstruction", *(_result(result) for result in results)]
+    for title, text in (sections or {}).items():
+        parts += [f"## {title}", text]
+    front = yaml.safe_dump(head | dict(metadata or {}), sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n# {name}\n\n" + "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _shape(vae: Any) -> str:
+    config = vae.config
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    millions = sum(parameter.numel() for parameter in vae.parameters()) / 1e6
+    return (
+        f"A KL-regularised autoencoder for latent diffusion: f = {factor} (an image of H x W pixels has "
+        f"H/{factor} x W/{factor} latents), {config.latent_channels} latent channels, {millions:.2f} M parameters, "
+        f"widths {', '.join(map(str, config.block_out_channels))}."
+    )
+
+
+def _loading(name: str) -> str:
+    load = f'vae = AutoencoderKL.from_pretrained("{name}")'
+    decode = "pixels = vae.decode(vae.encode(images).latent_dist.sample()).sample  # images [B, C, H, W] in [-1, 1]"
+    return f"```python\nfrom diffusers import AutoencoderKL\n{load}\n{decode}\n```"
+
+
+def _latents(vae: Any, statistics: LatentStatistics | None) -> str:
+    normalisation = Normalisation.from_config(vae.config)
+    values = {key: value for key, value in normalisation.to_config().items() if value is not None}
+    lines = [f"`config.json` names one normalisation, `{normalisation.kind}`: `{_FORMULA[normalisation.kind]}`.", ""]
+    lines += [f"- {key}: {_number(value)}" for key, value in values.items()]
+    if statistics is not None:
+        lines += ["", f"Measured in fp64 over {statistics.images:,} images; intervals by bootstrap over images.", ""]
+        lines += statistics_table(statistics)
+    return "\n".join(lines)
+
+
+def statistics_table(statistics: LatentStatistics) -> list[str]:
+    """Lines of a Markdown table: every measured number with its 95 % interval."""
+    tree = statistics.to_json()
+    intervals = tree["ci95"]
+    rows = ["| statistic | value | 95 % interval |", "|---|---|---|"]
+    for key in ("scaling_factor", "shift_factor"):
+        rows.append(f"| {key} | {_number(tree[key])} | {_interval(intervals, key)} |")
+    for key, title in (("latents_mean", "mean"), ("latents_std", "std")):
+        for channel, value in enumerate(tree[key]):
+            rows.append(f"| {title} of channel {channel} | {_number(value)} | {_interval(intervals, key, channel)} |")
+    return rows
+
+
+def _interval(intervals: Mapping[str, Any] | None, key: str, channel: int | None = None) -> str:
+    if intervals is None:
+        return "one image only"
+    low, high = (end if channel is None else end[channel] for end in intervals[key])
+    return f"{_number(low)} to {_number(high)}"
+
+
+def _number(value: float | Sequence[float]) -> str:
+    return f"{value:.5g}" if isinstance(value, int | float) else ", ".join(f"{item:.5g}" for item in value)
+
+
+def _result(result: Mapping[str, Any]) -> str:
+    lines = ["| metric | mean | 95 % interval | n |", "|---|---|---|---|"]
+    for name, summary in result["metrics"].items():
+        if isinstance(summary, Mapping) and "mean" in summary:
+            low, high = summary.get("ci95") or (None, None)
+            between = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+            lines.append(f"| {name} | {summary['mean']:.4g} | {between} | {summary.get('n', '')} |")
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""Write a VAE as a diffusers folder: one normalisation in config.json, read back and compared before it is published.
+
+Legend: c latent channels, h w latent positions.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from ldm_vae import latents
+from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.export import publish
+from ldm_vae.export.card import model_card
+from ldm_vae.latent_store.statistics import LatentStatistics
+from ldm_vae.latents import Normalisation
+
+STATISTICS = "latent_statistics.json"
+
+
+def write_vae(
+    vae: Any,
+    out: Path,
+    normalisation: Normalisation | None,
+    *,
+    sample_size: int | None = None,
+    card: str | None = None,
+    statistics: LatentStatistics | None = None,
+) -> Path:
+    """Write `vae` to the folder `out`, replacing an older export; the model itself is not changed.
+
+    The folder is written beside its final name, loaded with `from_pretrained`, compared (weights bit for bit, and a
+    decode), and only then renamed.
+
+    Args:
+        normalisation: the one that config.json will name; None keeps the one that the model's config names.
+        sample_size: side of the images in pixels that it was trained on; diffusers cuts its tiles by it.
+        card: README.md; a plain one by default.
+        statistics: what was measured: goes to the card and to latent_statistics.json, so that another normalisation
+            can be written later without measuring again.
+
+    Raises:
+        UsageError: `out` is somebody else's folder, or the model's config names two normalisations at once.
+        WorkError: what was read back is not what was written; `out` is as it was before.
+    """
+    publish.check_replaceable(out)
+    copy = configured_copy(vae, normalisation, sample_size=sample_size)
+    folder = publish.beside(out)
+    try:
+        copy.save_pretrained(folder, safe_serialization=True)
+        if statistics is not None:
+            (folder / STATISTICS).write_text(json.dumps(statistics.to_json(), indent=1) + "\n", encoding="utf-8")
+        text = model_card(copy, name=out.name, statistics=statistics) if card is None else card
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        compare(copy, load_folder(type(copy), folder))
+        publish.put(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return out
+
+
+def configured_copy(
+    vae: Any, normalisation: Normalisation | None = None, *, sample_size: int | None = None, **changes: Any
+) -> Any:
+    """A model of the same class and weights (shared when they are on the CPU) whose config is as it will be written."""
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    if isinstance(vae, AutoencoderKL):
+        if normalisation is None:
+            try:
+                normalisation = Normalisation.from_config(config)
+            except ValueError as error:
+                raise UsageError(f"VAE: its config names two normalisations ({error}); measure one") from error
+        config |= normalisation.to_config()
+    if sample_size is not None:
+        config["sample_size"] = sample_size
+    with torch.device("meta"):
+        copy = type(vae).from_config(config | changes)
+    weights = {name: value.detach().cpu() for name, value in vae.state_dict().items()}
+    copy.load_state_dict(weights, strict=True, assign=True)
+    return copy.eval().requires_grad_(False)
+
+
+def load_folder(kind: Any, folder: Path, **options: Any) -> Any:
+    """`from_pretrained` of a local folder, in the dtype it was written in."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return kind.from_pretrained(folder, local_files_only=True, torch_dtype="auto", **options)
+
+
+@torch.no_grad()
+def compare(written: Any, loaded: Any) -> float:
+    """The largest difference of one decode, in pixels of [-1, 1]; the weights must be equal bit for bit.
+
+    Raises:
+        WorkError: a tensor differs, is missing or is left over, or the decode differs by more than 1e-4.
+    """
+    expected, came = written.state_dict(), loaded.state_dict()
+    if expected.keys() != came.keys():
+        raise WorkError(f"reload check: tensor {min(expected.keys() ^ came.keys())} is on one side only")
+    for name, value in expected.items():
+        if value.dtype != came[name].dtype or not torch.equal(value, came[name]):
+            raise WorkError(f"reload check: tensor {name} is not what was written")
+    if not isinstance(written, AutoencoderKL):
+        return 0.0
+    size = (1, int(written.config.latent_channels), 4, 4)
+    z = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    before, after = latents.decode(written, z), latents.decode(loaded.to("cpu").eval(), z)
+    largest = float((before - after).abs().max())
+    if not largest <= 1e-4 and torch.isfinite(before).all():
+        raise WorkError(f"reload check: a decode differs by {largest:.3g}")
+    return largest
