@@ -1,0 +1,104 @@
+"""`ldm-vae encode VAE DATA OUT`: the latents of a whole dataset, once."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "write the latents of a dataset into a store"
+DESCRIPTION = """\
+Encode every image of DATA once into the latent store OUT (mean and logvar, so that a trainer draws new noise each
+epoch). Stopped at any moment, the same command goes on; the number of processes may change and does not change a byte.
+
+  ldm-vae encode my-vae photographs my-latents --resolution 256
+  accelerate launch -m ldm_vae encode my-vae photographs my-latents --resolution 256     # several processes
+
+VAE is a diffusers folder, a run folder, a hub id or a single file; DATA a folder of images, a dataset (parquet, arrow,
+tar shards, hub id) or a list of files. Then:
+
+  from ldm_vae import LatentDataset
+  latents = LatentDataset("my-latents")[0]["latents"]
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("vae", metavar="VAE", help="diffusers folder, run folder, hub id or single file")
+    parser.add_argument("data", metavar="DATA", help="images: folder, dataset, list file, zip, tar shards, hub id")
+    parser.add_argument("out", metavar="OUT", help="folder of the store: new, or one to go on with")
+    parser.add_argument("--resolution", type=int, required=True, help="side of the centre crop in pixels")
+    parser.add_argument("--batch_size", type=int, default=16, help="images per forward pass (default 16)")
+    parser.add_argument("--shard_size", type=int, default=2048, help="images per shard and work unit (default 2048)")
+    parser.add_argument(
+        "--store",
+        choices=("moments", "mean", "sample"),
+        default="moments",
+        help="mean and logvar (default), the mean alone, or one sample",
+    )
+    parser.add_argument("--dtype", choices=("fp16", "fp32", "bf16"), default="fp16", help="how values are stored")
+    parser.add_argument(
+        "--mixed_precision", choices=("no", "bf16", "fp16"), default="no", help="how the encoder computes (no: fp32)"
+    )
+    parser.add_argument("--num_workers", type=int, help="decoding processes (default: the cores, at most 8)")
+    parser.add_argument(
+        "--encode_threads",
+        type=int,
+        help="batches encoded at the same time (default: on a CPU the cores of this process, on a GPU 2)",
+    )
+    parser.add_argument("--max_bad", type=float, default=1.0, help="share of unusable images above which it fails")
+    parser.add_argument("--config", metavar="FOLDER", help="for a single-file VAE: folder with its config.json")
+    parser.add_argument("--image_column", help="column of the image, when DATA has several")
+    parser.add_argument("--caption_column", help="column that is called `caption` in the store")
+    parser.add_argument("--split", default="train", help="split of a dataset (default train)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from datetime import timedelta
+
+    from accelerate import InitProcessGroupKwargs
+
+    from ldm_vae.autoencoder import load_autoencoder
+    from ldm_vae.data.source import open_source
+    from ldm_vae.errors import UsageError
+    from ldm_vae.latent_store import write_store
+    from ldm_vae.latent_store.encoding import default_threads, default_workers
+    from ldm_vae.latent_store.reporting import describe
+    from ldm_vae.launch import build_accelerator
+
+    if not 0 <= arguments.max_bad <= 1:
+        raise UsageError(f"--max_bad: expected a share between 0 and 1, got {arguments.max_bad}")
+    # the first rank to be done waits for the slowest unit of the others: no time limit is right but a long one
+    waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = build_accelerator(arguments.mixed_precision, kwargs_handlers=[waiting])
+    vae = load_autoencoder(arguments.vae, arguments.config)
+    source = open_source(
+        arguments.data,
+        image_column=arguments.image_column,
+        caption_column=arguments.caption_column,
+        split=arguments.split,
+        channels=int(vae.config.in_channels),
+    )
+    processes, device = accelerator.num_processes, accelerator.device
+    manifest = write_store(
+        vae,
+        source,
+        arguments.out,
+        resolution=arguments.resolution,
+        batch_size=arguments.batch_size,
+        shard_size=arguments.shard_size,
+        store=arguments.store,
+        dtype=arguments.dtype,
+        mixed_precision=arguments.mixed_precision,
+        num_workers=default_workers(processes) if arguments.num_workers is None else arguments.num_workers,
+        encode_threads=default_threads(processes, device)
+        if arguments.encode_threads is None
+        else arguments.encode_threads,
+        max_bad=arguments.max_bad,
+        rank=accelerator.process_index,
+        world_size=processes,
+        barrier=accelerator.wait_for_everyone,
+        device=device,
+        source_name=arguments.data,
+        vae_name=arguments.vae,
+    )
+    if accelerator.is_main_process:
+        print(describe(arguments.out, manifest))
+    accelerator.end_training()

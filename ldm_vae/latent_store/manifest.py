@@ -1,0 +1,202 @@
+"""manifest.json: what a latent store is, what it was made with, and where its rows are.
+
+*Identity* is compared whenever something is added: another encoder, preprocessing, resolution or dtype is refused with
+the difference named. What is *recorded* is never compared: a decoder-only fine-tune or a new version of this tool keeps
+every store valid. docs/latent_store.md describes each field for readers in other languages.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from ldm_vae.config import Section
+from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.latent_store import publish
+from ldm_vae.latents import Normalisation
+
+FORMAT = "ldm-vae latent store"
+VERSION = 1
+MANIFEST = "manifest.json"
+
+StoreKind = Literal["moments", "mean", "sample"]
+StorageDtype = Literal["fp16", "fp32", "bf16"]
+ComputeDtype = Literal["no", "bf16", "fp16"]
+
+SHARDS, UNITS = "shards", "units"  # folders
+SAFETENSORS_DTYPES: dict[StorageDtype, str] = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+TENSOR_NAMES: dict[StoreKind, tuple[str, ...]] = {
+    "moments": ("mean", "logvar"),
+    "mean": ("mean",),
+    "sample": ("sample",),
+}
+
+
+class Identity(Section):
+    """What must be equal for two samples to live in one store."""
+
+    encoder: str
+    """SHA-256 of the encoder's and quant_conv's tensors."""
+    preprocessing: str
+    """Version of resize, crop and scaling to [-1, 1]."""
+    resolution: tuple[int, ...]
+    """Side of the square crops in pixels; several give several shapes."""
+    store: StoreKind
+    """Which tensors: mean and logvar, mean alone, or one sample."""
+    dtype: StorageDtype
+    """How a value is stored."""
+    mixed_precision: ComputeDtype
+    """How the encoder computed; `no` is fp32."""
+    shard_size: int
+    """Source samples per work unit."""
+    views: tuple[str, ...] = ("",)
+    """View suffixes; the empty one is the centre crop as it is."""
+
+
+class SourceIdentity(Section):
+    """What was encoded: the number of samples and SHA-256 over their keys, in order, each followed by a newline."""
+
+    samples: int
+    keys: str
+
+
+class Settings(Section):
+    """How units were computed: byte identity is promised at equal settings, equality to rounding otherwise."""
+
+    batch_size: int
+    threads: int
+    device: str
+    memory_format: str
+    torch: str
+
+
+class Recorded(Section):
+    """Provenance that a reader uses or shows and nothing compares."""
+
+    vae: str
+    """The VAE as it was named on the command line."""
+    decoder: str
+    """SHA-256 of the decoder's and post_quant_conv's tensors."""
+    normalisation: dict[str, Any]
+    """The four keys of the VAE's config.json that say how z becomes latents."""
+    tool: str
+    """Version of ldm-vae that began the store."""
+
+
+class FileRecord(Section):
+    """Size and SHA-256 of one file of a shard."""
+
+    bytes: int
+    sha256: str
+
+
+class ShardRecord(Section):
+    """Rows of one unit that share one latent shape; the files are shards/NAME.EXTENSION."""
+
+    name: str = Field(pattern=r"^[0-9]{8}(-[0-9]+x[0-9]+)?$")
+    unit: int
+    rows: int
+    shape: tuple[int, int, int]
+    """Latent shape c, h, w."""
+    files: dict[str, FileRecord]
+    """By extension: safetensors, parquet, arrow."""
+    removed: tuple[int, ...] = ()
+    """Rows that an update has taken out, ascending."""
+
+    @property
+    def live(self) -> int:
+        """Rows that are still part of the store."""
+        return self.rows - len(self.removed)
+
+
+class Manifest(Section):
+    """The whole of manifest.json."""
+
+    format: Literal["ldm-vae latent store"] = "ldm-vae latent store"
+    version: int = VERSION
+    complete: bool = False
+    identity: Identity
+    source: SourceIdentity
+    recorded: Recorded
+    settings: tuple[Settings, ...] = ()
+    samples: int = 0
+    quarantined: int = 0
+    columns: dict[str, str] = Field(default_factory=dict)
+    statistics: dict[str, Any] | None = None
+    shards: tuple[ShardRecord, ...] = ()
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """The one normalisation that the VAE's config.json named when the store was made."""
+        return Normalisation.from_config(self.recorded.normalisation)
+
+    def to_bytes(self) -> bytes:
+        """JSON with one line per shard, so that a manifest of thousands of shards can still be read and compared."""
+        tree = self.model_dump(mode="json")
+        shards = tree.pop("shards")
+        head = json.dumps(tree, indent=2, ensure_ascii=False)
+        lines = ",\n    ".join(json.dumps(shard, ensure_ascii=False) for shard in shards)
+        body = f"[\n    {lines}\n  ]" if shards else "[]"
+        return f'{head[:-2]},\n  "shards": {body}\n}}\n'.encode()
+
+
+def manifest_path(store: Path) -> Path:
+    """Where a store's manifest is."""
+    return store / MANIFEST
+
+
+def read_manifest(store: str | Path) -> Manifest:
+    """Read and check STORE/manifest.json.
+
+    Raises:
+        UsageError: there is no store, or a newer version of this tool wrote it.
+        WorkError: the manifest is damaged.
+    """
+    path = manifest_path(Path(store))
+    try:
+        tree = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(
+            f"store {store}: no manifest.json there; `ldm-vae encode VAE DATA {store}` makes one"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise WorkError(f"store {store}: manifest.json cannot be read: {error}") from error
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise UsageError(f"store {store}: manifest.json is not that of a latent store")
+    if tree.get("version") != VERSION:
+        raise UsageError(
+            f"store {store}: format version {tree.get('version')}, this program reads version {VERSION}; "
+            "use the version of ldm-vae that wrote it, or a newer one"
+        )
+    try:
+        return Manifest.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise WorkError(f"store {store}: manifest.json is damaged: `{where}`: {first['msg']}") from error
+
+
+def write_manifest(store: Path, manifest: Manifest) -> None:
+    """Replace STORE/manifest.json in one step."""
+    publish.replace(manifest_path(store), publish.data(manifest.to_bytes()))
+
+
+def check_identity(store: Path, existing: Identity, wanted: Identity) -> None:
+    """Raises UsageError naming what differs between a store and what would be added to it."""
+    before, after = existing.model_dump(mode="json"), wanted.model_dump(mode="json")
+    differing = [
+        f"{name} is {_short(before[name])}, not {_short(after[name])}" for name in before if before[name] != after[name]
+    ]
+    if differing:
+        raise UsageError(
+            f"OUT {store}: already holds a latent store of another identity: {'; '.join(differing)}; "
+            "choose another OUT, or repeat the settings it was begun with"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 else text  # a SHA-256

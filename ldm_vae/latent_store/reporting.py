@@ -1,0 +1,56 @@
+"""What is in a store, in words a person reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm_vae.latent_store.manifest import Manifest
+
+
+def describe(store: str | Path, manifest: Manifest) -> str:
+    """The lines that `ldm-vae encode` ends with and `ldm-vae store stats` prints."""
+    identity = manifest.identity
+    shapes = sorted({shard.shape for shard in manifest.shards})
+    size = sum(file.bytes for shard in manifest.shards for file in shard.files.values())
+    precision = "fp32" if identity.mixed_precision == "no" else identity.mixed_precision
+    lines = [
+        f"{store}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, {size / 1e6:,.1f} MB"
+        + ("" if manifest.complete else "  (not finished: run the same `ldm-vae encode` command again)"),
+        f"  tensors      {identity.store} in {identity.dtype}, encoded in {precision} "
+        f"at {_sides(identity.resolution)}, "
+        f"latent shape {', '.join('x'.join(map(str, shape)) for shape in shapes) or 'none yet'}",
+        f"  encoder      {identity.encoder[:16]}  (from {manifest.recorded.vae or 'memory'})",
+        f"  columns      {', '.join(manifest.columns)}",
+        f"  quarantined  {manifest.quarantined:,}" + (" (quarantine.jsonl says why)" if manifest.quarantined else ""),
+    ]
+    if manifest.statistics is not None:
+        lines += _statistics(manifest)
+    return "\n".join(lines)
+
+
+def _sides(resolution: tuple[int, ...]) -> str:
+    return ", ".join(f"{side} px" for side in resolution)
+
+
+def _statistics(manifest: Manifest) -> list[str]:
+    measured, intervals = manifest.statistics or {}, (manifest.statistics or {}).get("ci95")
+
+    def interval(name: str, position: int | None = None) -> str:
+        if intervals is None:
+            return ""
+        low, high = intervals[name] if position is None else (end[position] for end in intervals[name])
+        return f"  [{low:.4f}, {high:.4f}]"
+
+    used = manifest.normalisation
+    lines = [
+        f"  measured over {measured['images']:,} latents, 95 % intervals by bootstrap over images:",
+        f"    scaling_factor {measured['scaling_factor']:9.5f}{interval('scaling_factor')}",
+        f"    shift_factor   {measured['shift_factor']:9.5f}{interval('shift_factor')}",
+    ]
+    for channel, (mean, std) in enumerate(zip(measured["latents_mean"], measured["latents_std"], strict=True)):
+        lines.append(
+            f"    channel {channel:<3d}    mean {mean:9.5f}{interval('latents_mean', channel)}   "
+            f"std {std:9.5f}{interval('latents_std', channel)}"
+        )
+    lines.append(f"  read with the VAE's own normalisation: {used.kind}, scaling_factor {used.scaling_factor:.5f}")
+    return lines

@@ -1,0 +1,257 @@
+"""The files of one shard: NAME.safetensors holds the tensors, NAME.parquet the rows, NAME.arrow the rows once more.
+
+There is one writer, and its bytes depend on the rows alone: no timestamp, host or process count. Rows arrive in pieces
+and are spooled to an unnamed file, so a unit of large latents needs no memory; the header comes first in the final file
+and the tensors follow in one pass that also takes the checksum.
+
+`.arrow` is the parquet's table as an uncompressed Arrow IPC file: parquet cannot be read at random, a mapped Arrow file
+can. It is derived; a reader that misses it falls back to the parquet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ldm_vae.errors import WorkError
+from ldm_vae.latent_store import publish
+from ldm_vae.latent_store.manifest import FileRecord
+
+TENSORS, ROWS, MAPPED_ROWS = "safetensors", "parquet", "arrow"
+EXTENSIONS = (TENSORS, ROWS, MAPPED_ROWS)
+STATISTICS = "statistics"
+HEADER_ALIGNMENT = 4096  # tensors begin on a page
+CHUNK_ROWS = 256
+
+# safetensors' name of a dtype => bytes per value and the numpy dtype that holds it (numpy has no bfloat16)
+STORAGE: dict[str, np.dtype[Any]] = {
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "BF16": np.dtype("<u2"),
+    "F64": np.dtype("<f8"),
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a shard: its name, safetensors dtype and the shape of one row."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(np.prod(self.shape)) * STORAGE[self.dtype].itemsize
+
+
+class Spool:
+    """Rows of a shard that is being made, in a file without a name: a kill leaves nothing behind."""
+
+    def __init__(self, folder: Path, specs: Sequence[TensorSpec]) -> None:
+        self.specs = tuple(specs)
+        self.rows = 0
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by `close`)
+
+    def append(self, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Add rows: one array [n, *shape] per spec, in storage dtype."""
+        pieces = [np.ascontiguousarray(tensors[spec.name]) for spec in self.specs]
+        count = len(pieces[0])
+        if count:
+            self._file.write(np.concatenate([piece.view(np.uint8).reshape(count, -1) for piece in pieces], 1).data)
+            self.rows += count
+
+    def read(self, spec: TensorSpec, first: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [first, stop) of one tensor, [n, *shape]."""
+        start = sum(other.row_bytes for other in self.specs[: self.specs.index(spec)])
+        raw = self._mapped()[first:stop, start : start + spec.row_bytes]
+        values: npt.NDArray[Any] = np.ascontiguousarray(raw).view(STORAGE[spec.dtype])
+        return values.reshape(-1, *spec.shape)
+
+    def _mapped(self) -> npt.NDArray[np.uint8]:
+        self._file.flush()
+        width = sum(spec.row_bytes for spec in self.specs)
+        return np.memmap(self._file, dtype=np.uint8, mode="r", shape=(self.rows, width))
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        self._file.close()
+
+
+class _Hashed:
+    """A file that takes the checksum and the size of what goes through it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self._digest.update(view)
+        self._bytes += len(view)
+
+    @property
+    def record(self) -> FileRecord:
+        return FileRecord(bytes=self._bytes, sha256=self._digest.hexdigest())
+
+
+def write_tensors(
+    path: Path, spool: Spool, statistics: npt.NDArray[np.float64], metadata: Mapping[str, str]
+) -> FileRecord:
+    """Publish PATH with the spooled rows and the table of sums; safetensors format."""
+    header = _header(spool, statistics.shape, metadata)
+    record: list[FileRecord] = []
+
+    def write(file: BinaryIO) -> None:
+        out = _Hashed(file)
+        out.write(len(header).to_bytes(8, "little") + header)
+        out.write(np.ascontiguousarray(statistics, dtype="<f8"))
+        for spec in spool.specs:
+            for first in range(0, spool.rows, CHUNK_ROWS):
+                out.write(spool.read(spec, first, min(first + CHUNK_ROWS, spool.rows)))
+        record.append(out.record)
+
+    publish_once(path, write, record)
+    return record[0]
+
+
+def _header(spool: Spool, statistics: tuple[int, ...], metadata: Mapping[str, str]) -> bytes:
+    """The JSON header. The sums come first: 8-byte values need an 8-byte offset, rows may be of odd length."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 8 * int(np.prod(statistics))
+    entries[STATISTICS] = {"dtype": "F64", "shape": list(statistics), "data_offsets": [0, offset]}
+    for spec in spool.specs:
+        end = offset + spool.rows * spec.row_bytes
+        entries[spec.name] = {"dtype": spec.dtype, "shape": [spool.rows, *spec.shape], "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    return text + b" " * (-(8 + len(text)) % HEADER_ALIGNMENT)
+
+
+def write_rows(stem: Path, table: pa.Table) -> dict[str, FileRecord]:
+    """Publish STEM.parquet and STEM.arrow, one row per sample."""
+    return {ROWS: _write_parquet(stem, table), MAPPED_ROWS: write_mapped_rows(stem, table)}
+
+
+def _write_parquet(stem: Path, table: pa.Table) -> FileRecord:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", version="2.6", row_group_size=1 << 20)
+    return _publish_buffer(stem.with_name(f"{stem.name}.{ROWS}"), sink.getvalue())
+
+
+def write_mapped_rows(stem: Path, table: pa.Table) -> FileRecord:
+    """Publish STEM.arrow: one record batch, uncompressed."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return _publish_buffer(stem.with_name(f"{stem.name}.{MAPPED_ROWS}"), sink.getvalue())
+
+
+def _publish_buffer(path: Path, buffer: pa.Buffer) -> FileRecord:
+    record: list[FileRecord] = []
+
+    def write(file: BinaryIO) -> None:
+        out = _Hashed(file)
+        out.write(buffer)
+        record.append(out.record)
+
+    publish_once(path, write, record)
+    return record[0]
+
+
+def to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows as a table; a column whose values do not share a type is kept as JSON text."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {}
+    for name in names:
+        values = [_plain(row.get(name)) for row in rows]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+            columns[name] = pa.array([json.dumps(value, default=str, sort_keys=True) for value in values])
+    return pa.table(columns)
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and arrays as Python values, which pyarrow takes in any nesting."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
+def publish_once(path: Path, write: Any, record: Sequence[FileRecord]) -> None:
+    """Publish PATH; a file of that name that is not the same (left by a killed run, damaged since) is replaced."""
+    if not publish.create(path, write) and checksum(path) != record[0]:
+        publish.replace(path, write)
+
+
+def checksum(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file as it is on disk; size -1 when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+            return FileRecord(bytes=file.tell(), sha256=digest.hexdigest())
+    except OSError:
+        return FileRecord(bytes=-1, sha256="")
+
+
+def to_float(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Stored values as numbers: bfloat16 bits become float32, the others are floats already."""
+    return (values.astype("<u4") << 16).view("<f4") if dtype == "BF16" else values
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The tensors of a shard as read-only arrays that are mapped, not read; bfloat16 comes as its 16 bits (uint16).
+
+    Raises:
+        WorkError: the file is missing, truncated or not a shard.
+    """
+    try:
+        raw = np.memmap(path, dtype=np.uint8, mode="r")
+        length = int.from_bytes(raw[:8].tobytes(), "little")
+        if not 2 <= length <= min(len(raw) - 8, 100_000_000):
+            raise ValueError("no safetensors header")
+        header = json.loads(raw[8 : 8 + length].tobytes())
+        header.pop("__metadata__", None)
+        return {name: _view(raw[8 + length :], entry) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WorkError(
+            f"shard {path}: cannot be read: {error}; `ldm-vae store verify` tells what is damaged"
+        ) from error
+
+
+def _view(data: npt.NDArray[np.uint8], entry: Mapping[str, Any]) -> npt.NDArray[Any]:
+    first, stop = entry["data_offsets"]
+    dtype, shape = STORAGE[entry["dtype"]], tuple(entry["shape"])
+    if not 0 <= first <= stop <= len(data) or stop - first != int(np.prod(shape)) * dtype.itemsize:
+        raise ValueError("truncated, or its header does not fit its size")
+    values: npt.NDArray[Any] = np.asarray(data[first:stop]).view(dtype)
+    return values.reshape(shape)
+
+
+def map_rows(stem: Path) -> pa.Table:
+    """The table of a shard: mapped from .arrow, or read from .parquet where that is missing."""
+    mapped = stem.with_name(f"{stem.name}.{MAPPED_ROWS}")
+    try:
+        if mapped.exists():
+            return pa.ipc.open_file(pa.memory_map(str(mapped))).read_all()
+        return read_rows(stem)
+    except (OSError, pa.ArrowException) as error:
+        raise WorkError(f"shard {mapped}: cannot be read: {error}; `ldm-vae store verify` tells more") from error
+
+
+def read_rows(stem: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table of a shard from its .parquet."""
+    return pq.read_table(stem.with_name(f"{stem.name}.{ROWS}"), columns=None if columns is None else list(columns))

@@ -1,0 +1,92 @@
+"""Verification: every file is read again and compared with the manifest; nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from ldm_vae.errors import WorkError
+from ldm_vae.latent_store import shards
+from ldm_vae.latent_store.manifest import (
+    SAFETENSORS_DTYPES,
+    SHARDS,
+    TENSOR_NAMES,
+    Manifest,
+    ShardRecord,
+    read_manifest,
+)
+from ldm_vae.latent_store.shards import CHUNK_ROWS
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with which file (relative to the store)."""
+
+    file: str
+    what: str
+
+
+def verify(store: str | Path) -> list[Problem]:
+    """Read every shard again: checksums, rows, columns, finite values. An empty list means that all is well.
+
+    Raises:
+        UsageError: there is no store.
+        WorkError: the manifest itself is damaged, or the store is not finished.
+    """
+    path = Path(store)
+    manifest = read_manifest(path)
+    if not manifest.complete:
+        raise WorkError(f"store {store}: not finished; run the `ldm-vae encode` command that began it again")
+    bar = tqdm(manifest.shards, desc="verify", unit="shards", disable=None, leave=False)
+    problems = [problem for shard in bar for problem in check_shard(path, manifest, shard)]
+    rows = sum(shard.live for shard in manifest.shards)
+    if rows != manifest.samples:
+        problems.append(Problem("manifest.json", f"says {manifest.samples} samples, its shards have {rows}"))
+    return problems
+
+
+def check_shard(store: Path, manifest: Manifest, shard: ShardRecord) -> Iterator[Problem]:
+    """What is wrong with one shard."""
+    stem = store / SHARDS / shard.name
+    sound = True
+    for extension in shards.EXTENSIONS:
+        file = f"{SHARDS}/{shard.name}.{extension}"
+        expected, found = shard.files[extension], shards.checksum(store / file)
+        if found != expected:
+            sound = False
+            if found.bytes < 0:
+                yield Problem(file, "is missing or cannot be read")
+            elif found.bytes != expected.bytes:
+                yield Problem(file, f"has {found.bytes:,} bytes, the manifest says {expected.bytes:,}")
+            else:
+                yield Problem(file, "its checksum is not the manifest's: bits have changed")
+    if not sound:
+        return
+    try:
+        yield from _check_rows(manifest, shard, stem)
+    except (WorkError, pa.ArrowException, OSError) as error:
+        yield Problem(f"{SHARDS}/{shard.name}", str(error))
+
+
+def _check_rows(manifest: Manifest, shard: ShardRecord, stem: Path) -> Iterator[Problem]:
+    table = shards.read_rows(stem)
+    if table.num_rows != shard.rows:
+        yield Problem(f"{SHARDS}/{shard.name}.{shards.ROWS}", f"has {table.num_rows} rows, not {shard.rows}")
+    if not table.equals(shards.map_rows(stem)):
+        yield Problem(f"{SHARDS}/{shard.name}.{shards.MAPPED_ROWS}", "does not hold the rows of the parquet")
+    file = f"{SHARDS}/{shard.name}.{shards.TENSORS}"
+    mapped = shards.map_tensors(stem.with_name(f"{shard.name}.{shards.TENSORS}"))
+    dtype = SAFETENSORS_DTYPES[manifest.identity.dtype]
+    for name in TENSOR_NAMES[manifest.identity.store]:
+        if name not in mapped or mapped[name].shape != (shard.rows, *shard.shape):
+            yield Problem(file, f"tensor {name} is missing or not of shape {[shard.rows, *shard.shape]}")
+            continue
+        for first in range(0, shard.rows, CHUNK_ROWS):
+            if not np.isfinite(shards.to_float(mapped[name][first : first + CHUNK_ROWS], dtype)).all():
+                yield Problem(file, f"tensor {name} holds NaN or infinity in rows {first} to {first + CHUNK_ROWS}")
+                break

@@ -1,0 +1,74 @@
+"""`ldm-vae encode`, `store` and `decode` as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm_vae import LatentDataset
+from ldm_vae.cli import parser
+from ldm_vae.errors import UsageError, WorkError
+
+
+def call(*words: object) -> None:
+    arguments = parser().parse_args([str(word) for word in words])
+    arguments.run(arguments)
+
+
+@pytest.fixture
+def store(tiny_vae_folder: Path, image_folder: Path, tmp_path: Path) -> Path:
+    (image_folder / "notes.png").write_text("not a picture")
+    out = tmp_path / "latents"
+    call("encode", tiny_vae_folder, image_folder, out, "--resolution", 32, "--batch_size", 4, "--num_workers", 0)
+    return out
+
+
+def test_encode_then_stats_verify_and_decode(
+    store: Path, tiny_vae_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "12 samples in 1 shards" in capsys.readouterr().out
+    assert len(LatentDataset(store)) == 12
+    call("store", "stats", store)
+    shown = capsys.readouterr().out
+    assert "quarantined  1" in shown and "scaling_factor" in shown and "latent shape 4x16x16" in shown
+    call("store", "stats", store, "--json")
+    assert json.loads(capsys.readouterr().out)["statistics"]["images"] == 12
+    call("store", "verify", store)
+    assert "1 shards with 12 samples are sound" in capsys.readouterr().out
+    call("decode", store, tmp_path / "pictures", "--count", 3, "--first", 2)
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    assert [path.name for path in pictures] == [f"{i:08d}-img_{i:04d}.png" for i in (2, 3, 4)]
+    assert Image.open(pictures[0]).size == (32, 32)
+    shutil.move(tiny_vae_folder, tmp_path / "moved")
+    with pytest.raises(UsageError, match="--vae: say where"):
+        call("decode", store, tmp_path / "pictures")
+    call("decode", store, tmp_path / "again", "--vae", tmp_path / "moved", "--count", 1)
+    assert len(list((tmp_path / "again").iterdir())) == 1
+
+
+def test_verify_names_the_damaged_file(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = store / "shards" / "00000000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(WorkError, match=r"1 problem\(s\), the first in shards/00000000\.safetensors"):
+        call("store", "verify", store)
+    assert "bits have changed" in capsys.readouterr().out
+
+
+def test_wrong_calls_say_what_is_wrong(store: Path, tiny_vae_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="resolution: expected a positive multiple of f = 2, got 33"):
+        call("encode", tiny_vae_folder, image_folder, tmp_path / "x", "--resolution", 33)
+    with pytest.raises(UsageError, match="batch_size: expected at least 1, got 0"):
+        call("encode", tiny_vae_folder, image_folder, tmp_path / "x", "--resolution", 32, "--batch_size", 0)
+    with pytest.raises(UsageError, match="max_bad"):
+        call("encode", tiny_vae_folder, image_folder, tmp_path / "x", "--resolution", 32, "--max_bad", 2)
+    with pytest.raises(UsageError, match="no such file or folder"):
+        call("encode", tiny_vae_folder, tmp_path / "nowhere", tmp_path / "x", "--resolution", 32)
+    with pytest.raises(UsageError, match="--first: expected 0 to 11, got 12"):
+        call("decode", store, tmp_path / "x", "--first", 12)
+    assert not (tmp_path / "x").exists()

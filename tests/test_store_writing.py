@@ -1,0 +1,183 @@
+"""The store's writer: exactly once, resumable, refusing to mix, and never half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from ldm_vae.data.decoding import Decoding
+from ldm_vae.data.quarantine import BadImage
+from ldm_vae.data.source import Record
+from ldm_vae.data.transforms import centre_crop, to_pixels
+from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
+from ldm_vae.latents import encode
+
+
+@dataclass
+class Pictures:
+    """A source in memory; indices in `bad` cannot be decoded, those in `broken` cannot even be read."""
+
+    count: int = 21
+    size: tuple[int, int] = (24, 20)
+    bad: tuple[int, ...] = ()
+    broken: tuple[int, ...] = ()
+    decoding: Decoding = field(default_factory=Decoding)
+    columns: tuple[str, ...] = ("caption", "label", "tags")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def key(self, index: int) -> str:
+        return f"folder/img_{index:03d}.png"
+
+    def pixels(self, index: int) -> np.ndarray[Any, Any]:
+        draw = np.random.default_rng(index)
+        coarse = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        return np.asarray(coarse.resize(self.size[::-1], Image.Resampling.BICUBIC))
+
+    def __getitem__(self, index: int) -> Record:
+        if index in self.broken:
+            raise BadImage("cannot be read")
+        image = b"no image at all" if index in self.bad else self.pixels(index)
+        columns = {"caption": f"picture {index}", "label": index % 3, "tags": [f"t{index}", "x"]}
+        return Record(self.key(index), image, columns)
+
+
+SETTINGS: dict[str, Any] = {"resolution": 16, "batch_size": 4, "shard_size": 8}
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file of a folder and its checksum."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(autouse=True)
+def _silent(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    yield
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_is_stored_is_what_the_encoder_gives(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    source = Pictures()
+    write_store(tiny_vae, source, tmp_path / "s", **SETTINGS, dtype="fp32", source_name="here")
+    data = LatentDataset(tmp_path / "s", raw=True)
+    assert len(data) == 21
+    crops = [centre_crop(torch.from_numpy(source.pixels(i)).permute(2, 0, 1), 16) for i in range(21)]
+    with torch.no_grad():
+        moments = encode(tiny_vae, to_pixels(torch.stack([crop.pixels for crop in crops[:4]])))
+    for index in range(4):
+        assert torch.equal(data[index]["mean"], moments.mean[index])
+        assert torch.equal(data[index]["logvar"], moments.logvar[index])
+    item = data[20]
+    assert item["key"] == "folder/img_020.png" and item["caption"] == "picture 20" and item["tags"] == ["t20", "x"]
+    assert item["source"] == "here" and item["original_size"] == [24, 20] and item["label"] == 2
+    assert item["crop_box"] == list(crops[20].box) and item["bucket"] == "16x16"
+    assert len(item["image_sha256"]) == 64
+    assert verify(tmp_path / "s") == []
+
+
+def test_one_process_two_and_three_give_the_same_bytes(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    source = Pictures(bad=(5, 11), broken=(17,))
+    for name, ranks, threads in (("one", 1, 1), ("two", 2, 2), ("three", 3, 1)):
+        for rank in reversed(range(ranks)):  # rank 0 finishes
+            write = {"rank": rank, "world_size": ranks, "encode_threads": threads, "num_workers": 0}
+            write_store(tiny_vae, source, tmp_path / name, **SETTINGS, **write)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two") == tree(tmp_path / "three")
+    manifest = read_manifest(tmp_path / "one")
+    assert (manifest.samples, manifest.quarantined, manifest.complete) == (18, 3, True)
+    lines = [json.loads(line) for line in (tmp_path / "one" / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == [5, 11, 17]
+    assert lines[2]["reason"] == "cannot be read" and lines[2]["image_sha256"] is None
+    keys = [LatentDataset(tmp_path / "one")[i]["key"] for i in range(18)]
+    assert keys == [source.key(i) for i in range(21) if i not in (5, 11, 17)]
+
+
+def test_decoding_processes_change_nothing(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    for name, workers in (("inline", 0), ("workers", 2)):
+        write_store(tiny_vae, Pictures(bad=(3,)), tmp_path / name, **SETTINGS, num_workers=workers)
+    assert tree(tmp_path / "inline") == tree(tmp_path / "workers")
+
+
+def test_a_finished_store_is_left_alone(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    write_store(tiny_vae, Pictures(), tmp_path / "s", **SETTINGS)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*") if path.is_file()}
+    write_store(tiny_vae, Pictures(), tmp_path / "s", **SETTINGS)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*") if path.is_file()} == before
+
+
+def test_another_identity_is_refused_with_the_difference_named(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    write_store(tiny_vae, Pictures(), tmp_path / "s", **SETTINGS)
+    before = tree(tmp_path / "s")
+    with pytest.raises(UsageError, match=r"resolution is \[16\], not \[8\]"):
+        write_store(tiny_vae, Pictures(), tmp_path / "s", **{**SETTINGS, "resolution": 8})
+    with pytest.raises(UsageError, match="dtype is fp16, not fp32"):
+        write_store(tiny_vae, Pictures(), tmp_path / "s", **SETTINGS, dtype="fp32")
+    with pytest.raises(UsageError, match="preprocessing"):
+        write_store(tiny_vae, Pictures(decoding=Decoding(background=(0, 0, 0))), tmp_path / "s", **SETTINGS)
+    with pytest.raises(UsageError, match=r"other images \(21 of them, DATA has 20\)"):
+        write_store(tiny_vae, Pictures(20), tmp_path / "s", **SETTINGS)
+    with torch.no_grad():
+        tiny_vae.encoder.conv_in.bias[0] += 1e-3
+    with pytest.raises(UsageError, match=r"encoder is [0-9a-f]{12}\.\.\., not [0-9a-f]{12}"):
+        write_store(tiny_vae, Pictures(), tmp_path / "s", **SETTINGS)
+    assert tree(tmp_path / "s") == before
+
+
+def test_a_new_decoder_keeps_the_store_valid(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    write_store(tiny_vae, Pictures(), tmp_path / "s", **SETTINGS)
+    before = tree(tmp_path / "s" / "shards")
+    with torch.no_grad():
+        tiny_vae.decoder.conv_out.bias += 1.0
+    write_store(tiny_vae, Pictures(), tmp_path / "s", **SETTINGS)
+    assert tree(tmp_path / "s" / "shards") == before
+
+
+def test_nothing_usable_and_too_much_bad_are_errors_that_leave_no_finished_store(
+    tiny_vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    with pytest.raises(WorkError, match="no usable image among 3"):
+        write_store(tiny_vae, Pictures(3, bad=(0, 1, 2)), tmp_path / "none", **SETTINGS)
+    with pytest.raises(WorkError, match=r"2 of 10 images are unusable, more than max_bad 0\.1"):
+        write_store(tiny_vae, Pictures(10, bad=(0, 4)), tmp_path / "many", **SETTINGS, max_bad=0.1)
+    assert not read_manifest(tmp_path / "many").complete
+    with pytest.raises(UsageError, match="not finished"):
+        LatentDataset(tmp_path / "many")
+    write_store(tiny_vae, Pictures(10, bad=(0, 4)), tmp_path / "many", **SETTINGS, max_bad=0.5)
+    assert len(LatentDataset(tmp_path / "many")) == 8
+
+
+def test_a_folder_of_something_else_is_refused(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("It was a dark and stormy night.")
+    with pytest.raises(UsageError, match="not a latent store"):
+        write_store(tiny_vae, Pictures(), tmp_path / "thesis", **SETTINGS)
+    with pytest.raises(UsageError, match="expected a folder, got a file"):
+        write_store(tiny_vae, Pictures(), tmp_path / "thesis" / "chapter1.tex", **SETTINGS)
+    assert sorted(path.name for path in (tmp_path / "thesis").iterdir()) == ["chapter1.tex"]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32", "bf16"])
+@pytest.mark.parametrize("store", ["moments", "mean", "sample"])
+def test_every_kind_and_dtype_reads_back(tiny_vae: AutoencoderKL, tmp_path: Path, store: Any, dtype: Any) -> None:
+    write_store(tiny_vae, Pictures(5), tmp_path / "s", **SETTINGS, store=store, dtype=dtype)
+    write_store(tiny_vae, Pictures(5), tmp_path / "exact", **SETTINGS, store=store, dtype="fp32")
+    item, exact = LatentDataset(tmp_path / "s", raw=True)[3], LatentDataset(tmp_path / "exact", raw=True)[3]
+    names = {"moments": {"mean", "logvar"}, "mean": {"mean"}, "sample": {"sample"}}[store]
+    rounding = {"fp16": 2**-10, "fp32": 0.0, "bf16": 2**-7}[dtype]
+    for name in names:
+        assert item[name].dtype == torch.float32
+        torch.testing.assert_close(item[name], exact[name], rtol=rounding, atol=1e-7)
+    assert LatentDataset(tmp_path / "s")[3]["latents"].shape == (4, 8, 8)
+    assert verify(tmp_path / "s") == []
