@@ -47,7 +47,8 @@ def train(accelerator: Any, accumulation: int, broken: str = "") -> dict[str, to
         network if broken == "bypass" else model,
         Objective({"l1": L1(), "l2": L2(), "kl": KL(weight=1e-3)}),
         accelerator.prepare(optimizers[0]),
-        Adversary(AdversaryConfig(weight=0.5)),
+        # with hinge and no logit beyond 1 the critic's last bias has a gradient of rounding alone, which Adam magnifies
+        Adversary(AdversaryConfig(weight=0.5, loss="non_saturating")),
         discriminator,
         accelerator.prepare(optimizers[1]),
     )

@@ -1,0 +1,36 @@
+"""`ldm-vae assets lpips | demo`: real weights and photographs, fetched once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "fetch the LPIPS trunk, or the demo's photographs"
+DESCRIPTION = """\
+Fetch what a run needs and does not bring along, before it needs it:
+
+  ldm-vae assets lpips --net vgg       # the trunk of the perceptual loss, into the cache
+  ldm-vae assets demo data/demo        # photographs to try everything on
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="asset", metavar="ASSET", required=True)
+    lpips = kinds.add_parser("lpips", help="the ImageNet trunk of LPIPS, into $XDG_CACHE_HOME/ldm-vae")
+    lpips.add_argument("--net", nargs="+", choices=("alex", "vgg"), default=("alex", "vgg"), help="default: both")
+    demo = kinds.add_parser("demo", help="photographs that scikit-image and scikit-learn ship, cut into crops")
+    demo.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.asset == "demo":
+        from ldm_vae.photographs import prepare_demo
+
+        print(prepare_demo(arguments.out))
+        return
+    from ldm_vae.assets import cache_dir, lpips_trunk
+
+    for net in arguments.net:
+        tensors = lpips_trunk(net)
+        count = sum(tensor.numel() for tensor in tensors.values())
+        print(f"LPIPS-{net}: trunk of {count / 1e6:.1f} M parameters, cache {cache_dir()}")
