@@ -69,18 +69,18 @@ class Pictures:
                 picture = self._picture(index, key, kinds[index], pair.original[row])
                 nth = f".{len(picture.vaes) + 1}" if picture.vaes else ""
                 files = {kind: f"{picture.name}.{kind}{nth}.png" for kind in ("reconstruction", "latent")}
-                _save(pair.reconstruction[row], self.folder / files["reconstruction"])
+                save(pair.reconstruction[row], self.folder / files["reconstruction"])
                 picture.vaes.append({**files, "metrics": {name: found[row] for name, found in values.items()}})
                 added.append(self.folder / files["latent"])
             means.append(moments.mean.cpu())
         if means:
             for path, colours in zip(added, principal_colours(torch.cat(means)), strict=True):
-                _save(colours, path)
+                save(colours, path)
 
     def _picture(self, index: int, key: str, kind: str, original: torch.Tensor) -> Picture:
         if index not in self.pictures:
             picture = Picture(f"{len(self.pictures):03d}", kind, key, index)
-            _save(original, self.folder / f"{picture.name}.original.png")
+            save(original, self.folder / f"{picture.name}.original.png")
             self.pictures[index] = picture
         return self.pictures[index]
 
@@ -111,7 +111,9 @@ def principal_colours(means: torch.Tensor) -> torch.Tensor:
     return scaled.clamp(0, 255).reshape(count, height, width, 3).permute(0, 3, 1, 2)
 
 
-def _save(image: torch.Tensor, path: Path) -> None:
-    """image [C, H, W] on the 0..255 scale, C 1, 3 or 4 => PNG."""
+def save(image: torch.Tensor, path: Path) -> None:
+    """image [C, H, W] on the 0..255 scale, C 1, 3 or 4 => PNG, whole or not at all."""
     array = image.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path, optimize=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(beside, "PNG", optimize=True)
+    beside.replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -18,22 +17,9 @@ from ldm_vae.autoencoder import count_parameters, decoder_fingerprint, downsampl
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.metrics.evaluate import Evaluation
 from ldm_vae.metrics.protocol import Protocol
+from ldm_vae.metrics.titles import TITLES, heading, number
 
 Json = dict[str, Any]
-
-# name in metrics.json: (heading, unit, decimals, better); the order of every table
-TITLES: dict[str, tuple[str, str, int, str]] = {
-    "psnr": ("PSNR", "dB", 2, "higher"),
-    "ssim": ("SSIM", "", 4, "higher"),
-    "ms_ssim": ("MS-SSIM", "", 4, "higher"),
-    "lpips_alex": ("LPIPS alex", "", 4, "lower"),
-    "lpips_vgg": ("LPIPS vgg", "", 4, "lower"),
-    "l1": ("L1", "grey levels", 2, "lower"),
-    "rfid": ("rFID", "", 3, "lower"),
-    "kid": ("KID", "x 1000", 3, "lower"),
-    "fd_dinov2": ("Fréchet DINOv2", "", 2, "lower"),
-    "fd_efflite0": ("Fréchet EfficientNet-Lite0", "", 3, "lower"),
-}
 
 
 def describe_vae(vae: Any, name: str, source: str) -> Json:
@@ -99,22 +85,13 @@ def read(path: Path) -> list[Json]:
     return found if isinstance(found, list) else [found]
 
 
-def number(name: str, value: float) -> str:
-    """As many decimals as the metric is worth."""
-    _, unit, decimals, _ = TITLES.get(name, (name, "", 4, ""))
-    if not math.isfinite(value):
-        return "-"
-    return f"{value * (1000 if unit == 'x 1000' else 1):.{decimals}f}"
-
-
 def table(results: Sequence[Json]) -> list[list[str]]:
     """Rows of cells, headings first: one row a metric, one column a VAE, each with its interval."""
     names = [name for name in TITLES if any(name in found["metrics"] for found in results)]
     rows = [["metric", *(found["vae"]["name"] for found in results)]]
     for name in names:
-        title, unit, _, better = TITLES[name]
         cells = [_cell(name, found["metrics"].get(name)) for found in results]
-        rows.append([f"{title}{f' ({unit})' if unit else ''} {'↑' if better == 'higher' else '↓'}", *cells])
+        rows.append([f"{heading(name)} {'↑' if TITLES[name].better == 'higher' else '↓'}", *cells])
     rows.append(["images", *(f"{found['data']['images']:,}" for found in results)])
     return rows
 

@@ -1,0 +1,87 @@
+"""`ldm-vae reconstruct VAE IMAGE... OUT`: the first look at an autoencoder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+HELP = "encode and decode images, and show before and after"
+DESCRIPTION = """\
+Decode the mode of each image's posterior. OUT/NAME.png is the reconstruction, OUT/NAME.before-after.png the two side by
+side; PSNR is printed. Without --resolution an image keeps its size, less what does not divide by the VAE's factor.
+
+  ldm-vae reconstruct runs/demo photo.jpg looked-at
+  ldm-vae reconstruct stabilityai/sd-vae-ft-mse a.png b.png looked-at --resolution 512
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("vae", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="image files")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the pictures")
+    parser.add_argument("--resolution", type=int, help="resize by the short side and crop the centre to this side")
+    parser.add_argument("--config", metavar="FOLDER", help="config.json of a single-file VAE of a shape of its own")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
+    from ldm_vae.data.transforms import centre_crop
+    from ldm_vae.errors import UsageError
+    from ldm_vae.metrics.batches import ImageBatch
+    from ldm_vae.metrics.evaluate import reconstruct
+    from ldm_vae.metrics.pictures import save
+    from ldm_vae.metrics.psnr import psnr
+
+    vae = load_autoencoder(arguments.vae, arguments.config)
+    factor = downsampling_factor(vae)
+    if arguments.resolution is not None:
+        check_resolution(arguments.resolution, factor)
+    # every image is read before the first is reconstructed: a mistyped name costs nothing
+    images = [(path, _read(path, int(vae.config.in_channels))) for path in arguments.images]
+    for path, image in images:
+        if arguments.resolution is None and min(image.shape[1:]) < factor:
+            raise UsageError(f"image {path}: its sides must be at least f = {factor} pixels, it is {_size(image)}")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise UsageError(f"OUT: expected a folder, {arguments.out} is a file")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae.to(device)
+    taken: set[str] = set()
+    for path, image in images:
+        if arguments.resolution is None:
+            height, width = (side // factor * factor for side in image.shape[1:])
+            top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+            crop = image[:, top : top + height, left : left + width]
+        else:
+            crop = centre_crop(image, arguments.resolution).pixels
+        _, pair = reconstruct(vae, ImageBatch([0], [str(path)], crop[None]), device)
+        name = path.stem if path.stem not in taken else f"{path.stem}-{len(taken) + 1}"
+        taken.add(name)
+        save(pair.reconstruction[0], arguments.out / f"{name}.png")
+        side_by_side = torch.cat([pair.original[0], pair.reconstruction[0]], dim=2)
+        save(side_by_side, arguments.out / f"{name}.before-after.png")
+        decibel = psnr(pair.original, pair.reconstruction).item()
+        print(f"{path}  {_size(crop)}  PSNR {decibel:.2f} dB  {arguments.out / name}.before-after.png")
+
+
+def _read(path: Path, channels: int) -> torch.Tensor:
+    from ldm_vae.data.decoding import BadImage, decode
+    from ldm_vae.errors import UsageError
+
+    try:
+        return decode(path.read_bytes(), channels=channels)
+    except OSError as error:
+        raise UsageError(f"image {path}: {error.strerror or error}") from error
+    except BadImage as error:
+        raise UsageError(f"image {path}: {error.reason}") from error
+
+
+def _size(image: torch.Tensor) -> str:
+    return f"{image.shape[-1]} x {image.shape[-2]} px"

@@ -1,0 +1,93 @@
+"""What there is to show: everything that a run or an evaluation left in its folder, read and nothing computed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm_vae.errors import UsageError, WorkError
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Each field is empty where the folder has no such thing.
+
+    home: the folder of index.html; log: the lines of metrics.jsonl; results: metrics.json as a list; pictures:
+    pictures.json; statistics: of the latent store; config: of the run, and as it was written; samples: PNG files.
+    """
+
+    name: str
+    home: Path
+    log: list[Json] = field(default_factory=list)
+    results: list[Json] = field(default_factory=list)
+    pictures: list[Json] = field(default_factory=list)
+    statistics: Json | None = None
+    config: Json = field(default_factory=dict)
+    config_text: str = ""
+    samples: list[Path] = field(default_factory=list)
+
+
+def read_contents(folder: Path) -> Contents:
+    """A run folder (its page goes to RUN/report) or the output of eval.reconstruction (its page goes there).
+
+    Raises:
+        UsageError: it is neither.
+        WorkError: a file in it cannot be read.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"report {folder}: no such folder; expected a run or the output of an evaluation")
+    if folder.name == "report" and _is_run(folder.parent):
+        folder = folder.parent
+    is_run = _is_run(folder)
+    home = folder / "report" if is_run else folder
+    if not is_run and not (home / "metrics.json").is_file():
+        raise UsageError(
+            f"report {folder}: expected a run (config.yaml, metrics.jsonl) or an evaluation (metrics.json); found none"
+        )
+    found = _json(home / "metrics.json") if (home / "metrics.json").is_file() else []
+    pictures = home / "pictures" / "pictures.json"
+    manifest = folder / "latents" / "manifest.json"
+    config_text = _text(folder / "config.yaml") if is_run else ""
+    return Contents(
+        name=folder.resolve().name,
+        home=home,
+        log=_lines(folder / "metrics.jsonl") if is_run else [],
+        results=found if isinstance(found, list) else [found],
+        pictures=_json(pictures) if pictures.is_file() else [],
+        statistics=_json(manifest).get("statistics") if manifest.is_file() else None,
+        config=yaml.safe_load(config_text) or {},
+        config_text=config_text,
+        samples=sorted((home / "samples").glob("*.png")),
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl"))
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WorkError(f"{path}: not readable as JSON: {error}") from error
+
+
+def _lines(path: Path) -> list[Json]:
+    """The lines of metrics.jsonl that are whole: a running training may be writing the last one."""
+    lines = []
+    for line in _text(path).splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines

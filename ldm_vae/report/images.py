@@ -1,0 +1,58 @@
+"""Pictures for the page: embedded losslessly, and what is computed from a pair: the difference and the error map."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Pixels = npt.NDArray[np.float64]
+
+DIFFERENCE_GAIN = 4
+# dark to light through violet and orange: readable in both schemes, ordered in grey too
+STOPS = ((13, 12, 34), (63, 15, 92), (133, 32, 106), (205, 65, 73), (247, 133, 60), (252, 208, 110), (252, 253, 215))
+
+
+def read_pixels(path: Path) -> Pixels:
+    """A PNG => [H, W, 3], 0..255."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"), dtype=np.float64)
+
+
+def embed(path: Path) -> str:
+    """A picture file as a data URI, pixel for pixel; WebP is a quarter smaller than PNG."""
+    with Image.open(path) as image:
+        return _uri(image.convert("RGBA" if image.mode == "RGBA" else "RGB"), lossless=True)
+
+
+def difference(original: Pixels, reconstruction: Pixels) -> str:
+    """What the reconstruction has too much (lighter) or too little (darker), DIFFERENCE_GAIN times, around grey."""
+    values = 128 + DIFFERENCE_GAIN * (reconstruction - original)
+    return _uri(Image.fromarray(values.round().clip(0, 255).astype(np.uint8)), lossless=len(values) <= 128)
+
+
+def error(original: Pixels, reconstruction: Pixels) -> Pixels:
+    """Absolute error in grey levels, averaged over colours: [H, W]."""
+    mean: Pixels = np.abs(reconstruction - original).mean(axis=2)
+    return mean
+
+
+def heat_map(values: Pixels, largest: float) -> str:
+    """[H, W] => STOPS from 0 to `largest`."""
+    level = (values / max(largest, 1e-9)).clip(0, 1) * (len(STOPS) - 1)
+    places = np.arange(len(STOPS))
+    channels = [np.interp(level, places, [stop[channel] for stop in STOPS]) for channel in range(3)]
+    colours = np.stack(channels, axis=2).round().astype(np.uint8)
+    return _uri(Image.fromarray(colours), lossless=len(values) <= 128)
+
+
+def _uri(image: Image.Image, *, lossless: bool) -> str:
+    file = io.BytesIO()
+    options: dict[str, Any] = {"lossless": True, "method": 4, "exact": True} if lossless else {"quality": 82}
+    image.save(file, "WEBP", **options)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

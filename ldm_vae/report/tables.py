@@ -1,0 +1,188 @@
+"""Numbers for the page, as the template writes them: headline figures, metrics, latents, protocol."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ldm_vae.metrics.titles import TITLES, heading, number
+from ldm_vae.report.charts import Series, bar_chart, line_chart
+from ldm_vae.report.contents import Contents
+
+Json = dict[str, Any]
+
+ROUNDING = {
+    "round": "rounded to 8 bits",
+    "truncate": "truncated to 8 bits",
+    "truncate_half_up": "made 8-bit by floor(127.5 x + 128)",
+}
+
+
+def headline(contents: Contents) -> list[Json]:
+    """Four figures at most: three metrics of the first VAE, and how much smaller its latent is."""
+    if not contents.results:
+        return []
+    first = contents.results[0]
+    figures = []
+    for name in ("psnr", "lpips_alex", "ssim"):
+        summary = first["metrics"].get(name)
+        if summary and summary["mean"] is not None:
+            title = TITLES[name]
+            interval = summary["ci95"]
+            figures.append(
+                {
+                    "label": title.heading,
+                    "value": number(name, summary["mean"]),
+                    "unit": title.unit,
+                    "detail": f"95 %: {number(name, interval[0])} to {number(name, interval[1])}" if interval else "",
+                }
+            )
+    vae, side = first["vae"], first["data"]["resolution"]
+    factor, channels = vae.get("downsampling_factor"), vae.get("latent_channels")
+    if factor and channels:
+        ratio = 3 * factor**2 / channels
+        shape = f"{side} × {side} × 3 → {side // factor} × {side // factor} × {channels}"
+        figures.append({"label": "Fewer numbers", "value": f"{ratio:.3g}", "unit": "×", "detail": shape})
+    return figures
+
+
+def subtitle(contents: Contents) -> str:
+    """What was trained and measured, in one line."""
+    parts = []
+    if contents.results:
+        vae, data = contents.results[0]["vae"], contents.results[0]["data"]
+        if len(contents.results) == 1:
+            parts.append(f"{vae['parameters'] / 1e6:.2f} M parameters, f = {vae.get('downsampling_factor')}")
+        else:
+            parts.append(f"{len(contents.results)} autoencoders")
+        parts.append(f"{data['images']:,} images of {data['resolution']} px measured")
+    if contents.log:
+        parts.insert(1, f"trained on {contents.log[-1]['images']:,} images")
+    return " · ".join(parts)
+
+
+def metric_rows(results: Sequence[Json]) -> list[Json]:
+    """One row a metric, one cell a VAE; where there are several, the best is marked."""
+    rows = []
+    for name, title in TITLES.items():
+        summaries = [result["metrics"].get(name) for result in results]
+        if not any(summaries):
+            continue
+        means = [summary["mean"] for summary in summaries if summary and summary["mean"] is not None]
+        best = (max if title.better == "higher" else min)(means) if len(means) > 1 else None
+        cells = []
+        for summary in summaries:
+            if summary is None or summary["mean"] is None:
+                cells.append({"note": (summary or {}).get("note", "not measured")})
+                continue
+            interval = summary["ci95"]
+            cells.append(
+                {
+                    "value": number(name, summary["mean"]),
+                    "interval": [number(name, end) for end in interval] if interval else None,
+                    "best": summary["mean"] == best,
+                    "note": summary.get("note"),
+                }
+            )
+        arrow = "↑" if title.better == "higher" else "↓"
+        rows.append({"heading": heading(name), "arrow": arrow, "meaning": title.meaning, "cells": cells})
+    return rows
+
+
+def latents(result: Json) -> Json | None:
+    """KL per channel, each channel's distribution, and the spectra, of one VAE."""
+    found = result.get("latents")
+    if not found:
+        return None
+    kl = found["kl_nats_per_image"]
+    spectrum = found["spectrum"]
+    before_after = [
+        Series("original", _frequencies(spectrum["original"]), faint=True),
+        Series("reconstruction", _frequencies(spectrum["reconstruction"])),
+    ]
+    own = [Series("latents", _frequencies(spectrum["latents"]))]
+    average = sum(value for _, value in own[0].points) / max(1, len(own[0].points))
+    own.append(Series("white noise", [(x, average) for x, _ in own[0].points], faint=True))
+    rows = zip(kl, found["mean"], found["std"], found["noise_std"], strict=True)
+    return {
+        "name": result["vae"]["name"],
+        "kl_total": f"{sum(kl):,.0f}",
+        "bits_per_pixel": f"{sum(kl) / math.log(2) / result['data']['resolution'] ** 2:.3g}",
+        "kl": bar_chart(kl, label="KL per latent channel in nats per image"),
+        "channels": [
+            {"kl": f"{nats:,.1f}", "mean": f"{mean:+.3f}", "std": f"{std:.3f}", "noise": f"{noise:.3g}"}
+            for nats, mean, std, noise in rows
+        ],
+        "image_spectrum": line_chart(before_after, label="power spectra of originals and reconstructions", log=True),
+        "latent_spectrum": line_chart(own, label="power spectrum of the latents", log=True),
+    }
+
+
+def _frequencies(power: Sequence[float]) -> list[tuple[float, float]]:
+    """Power by cycles per sample, 0 to 0.5; the mean (frequency 0) is no texture and is left out."""
+    last = max(1, len(power) - 1)
+    return [(0.5 * place / last, value) for place, value in enumerate(power) if place]
+
+
+def store(statistics: Json) -> Json:
+    """What the latent store measured for config.json, each with its interval."""
+    intervals = statistics.get("ci95") or {}
+    rows = []
+    for name in ("scaling_factor", "shift_factor"):
+        if statistics.get(name) is not None:
+            low_high = intervals.get(name)
+            rows.append(
+                {
+                    "name": name,
+                    "value": f"{statistics[name]:.5f}",
+                    "interval": [f"{end:.5f}" for end in low_high] if low_high else None,
+                }
+            )
+    return {"images": f"{statistics['images']:,}", "rows": rows}
+
+
+def protocol(results: Sequence[Json]) -> list[str]:
+    """The protocol in sentences."""
+    used, data = results[0]["protocol"], results[0]["data"]
+    decoded = "the mode of the posterior" if used["posterior"] == "mode" else "one keyed draw of the posterior"
+    bad = data["quarantined"]
+    left_out = f", {bad} could not be read and {'is' if bad == 1 else 'are'} left out" if bad else ""
+    return [
+        f"Protocol “{used['name']}”, version {used['version']}.",
+        f"{data['images']:,} images of {data['source']}{left_out}; each counted exactly once.",
+        f"Short side resized to {data['resolution']} px (bicubic, antialiased), centre crop.",
+        f"Decoded from {decoded}; output clamped to [−1, 1] and {ROUNDING[used['rounding']]} before every metric.",
+        "PSNR per image on the 8-bit range, then averaged; SSIM with a Gaussian window of 11, σ 1.5, range 255.",
+        "Intervals: 95 % of the mean over images (Student’s t); images are taken as independent, which crops of one "
+        "photograph are not.",
+    ]
+
+
+def fingerprints(results: Sequence[Json]) -> list[Json]:
+    """Who and what was measured, to the bit."""
+    return [
+        {
+            "name": result["vae"]["name"],
+            "source": result["vae"]["source"],
+            "encoder": result["vae"]["encoder_fingerprint"],
+            "decoder": result["vae"]["decoder_fingerprint"],
+        }
+        for result in results
+    ]
+
+
+def commands(contents: Contents) -> list[str]:
+    """The commands that give this page again."""
+    lines = []
+    if contents.config_text:
+        lines.append(f"accelerate launch -m train.autoencoder {contents.config['output_dir']}/config.yaml")
+    if contents.results:
+        vaes = " ".join(result["vae"]["source"] for result in contents.results)
+        data = contents.results[0]["data"]
+        output = f"{contents.config['output_dir']}/report" if contents.config_text else contents.name
+        lines.append(
+            f"python -m eval.reconstruction {vaes} {data['source']} --output {output} --resolution {data['resolution']}"
+        )
+    lines.append(f"ldm-vae report {contents.config.get('output_dir', contents.name)}")
+    return lines

@@ -1,0 +1,128 @@
+"""The training section: curves of every logged number, and what changed when the adversary came in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from ldm_vae.metrics.titles import TITLES, heading, number
+from ldm_vae.report.charts import Series, compact, line_chart
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A heading, one sentence of what to look for, and the drawing."""
+
+    title: str
+    hint: str
+    drawing: Markup
+
+
+# heading, sentence, names of the log (a trailing * takes all that begin so), labels in the legend, logarithmic
+GROUPS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
+    ("Loss", "All terms times their weights.", {"loss/total": "total"}, False),
+    ("Terms", "Before their weights.", {"loss/*": ""}, True),
+    ("Information", "KL in nats per image: what the latent may carry.", {"kl_nats_per_image": "KL"}, False),
+    (
+        "Adversarial losses",
+        "Discriminator at 1.0 (hinge): it cannot tell them apart.",
+        {"adversary/discriminator": "discriminator", "adversary/generator": "generator"},
+        False,
+    ),
+    ("Adversary's weight", "Balances its gradient with the other terms'.", {"adversary/weight": "weight"}, True),
+    (
+        "Discriminator accuracy",
+        "Near 1 on both: it has won. Near 0.5: it has learned nothing.",
+        {"health/real_accuracy": "originals", "health/fake_accuracy": "reconstructions"},
+        False,
+    ),
+    ("Logit margin", "Mean logit of originals minus reconstructions.", {"health/logit_margin": "margin"}, False),
+    ("Gradient norms", "A jump announces trouble.", {"gradient_norm/*": ""}, True),
+    ("Learning rate", "", {"learning_rate": "learning rate"}, False),
+)
+HIDDEN = {"images", "num_processes", "loss/total", "loss/pixels", "loss/kl", "adversary/weight_on_sums"}
+
+
+def curves(log: Sequence[Json], config: Json) -> list[Chart]:
+    """Validation first, then GROUPS, then whatever else was logged, one chart each."""
+    mark = _adversary_mark(config)
+    series = _series(log)
+    span = (0.0, float(log[-1]["images"])) if log else (0.0, 1.0)
+    charts = []
+    for name in [name for name in series if name.startswith("validation/")]:
+        metric = name.removeprefix("validation/")
+        title = heading(metric) if metric in TITLES else metric
+        better = f"{TITLES[metric].better} is better" if metric in TITLES else ""
+        points = Series(title, series.pop(name), dots=True)
+        drawing = line_chart([points], label=f"{title} on held-out images over images seen", mark=mark, x_range=span)
+        charts.append(Chart(f"Validation {title}", f"{better}; averaged weights.".lstrip("; "), drawing))
+    for title, hint, names, log_scale in GROUPS:
+        found: dict[str, str] = {}
+        for name, label in names.items():
+            if name.endswith("*"):
+                taken = [key for key in series if key.startswith(name[:-1]) and key not in HIDDEN]
+                found |= {key: key.removeprefix(name[:-1]) for key in taken}
+            elif name in series:
+                found[name] = label
+        if found:
+            lines = [Series(label, series.pop(name)) for name, label in found.items()]
+            drawing = line_chart(lines, label=f"{title} over images seen", log=log_scale, mark=mark, x_range=span)
+            charts.append(Chart(title, hint, drawing))
+    for name, values in series.items():
+        if name not in HIDDEN:
+            drawing = line_chart([Series(name, values)], label=f"{name} over images seen", mark=mark, x_range=span)
+            charts.append(Chart(name, "", drawing))
+    return [chart for chart in charts if chart.drawing]
+
+
+def _series(log: Sequence[Json]) -> dict[str, list[tuple[float, float]]]:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for line in log:
+        for name, value in line.items():
+            if isinstance(value, int | float) and name != "images" and math.isfinite(value):
+                series.setdefault(name, []).append((float(line["images"]), float(value)))
+    return series
+
+
+def _adversary_mark(config: Json) -> tuple[float, str] | None:
+    adversary = config.get("adversary") or {}
+    starts = adversary.get("start_images")
+    return (float(starts), "adversary") if starts and adversary.get("weight") else None
+
+
+def adversary_change(log: Sequence[Json], config: Json) -> Json | None:
+    """Validation just before the adversary reached the autoencoder and at the end; None unless both were measured."""
+    mark = _adversary_mark(config)
+    lines = [line for line in log if any(name.startswith("validation/") for name in line)]
+    before = [line for line in lines if mark is not None and line["images"] <= mark[0]]
+    if mark is None or not before or lines[-1]["images"] <= mark[0]:
+        return None
+    first, last = before[-1], lines[-1]
+    rows = []
+    for name in first:
+        metric = name.removeprefix("validation/")
+        if metric in TITLES and name in last:
+            change = last[name] - first[name]
+            better = (change > 0) == (TITLES[metric].better == "higher") if change else None
+            rows.append(
+                {
+                    "heading": heading(metric),
+                    "before": number(metric, first[name]),
+                    "after": number(metric, last[name]),
+                    "change": ("+" if change >= 0 else "−") + number(metric, abs(change)),
+                    "better": better,
+                }
+            )
+    return {
+        "rows": rows,
+        "starts": compact(mark[0]),
+        "before": compact(first["images"]),
+        "after": compact(last["images"]),
+        "between": compact(last["images"] - first["images"]),
+    }
