@@ -31,7 +31,7 @@ def flat(count: int, batch_size: int, world_size: int, start: int, steps: int) -
         )
         for rank in range(world_size)
     ]
-    return [task for step in range(steps) for rank in range(world_size) for task in ranks[rank][step]]
+    return [task for step in range(steps) for rank in range(world_size) for task in ranks[rank][step].tasks]
 
 
 @settings(max_examples=60, deadline=None)

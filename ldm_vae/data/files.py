@@ -32,7 +32,30 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         raise BadImage(_reason(error)) from error
 
 
-def _reason(error: OSError | ValueError) -> str:
+def read_range(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
+    """`size` bytes of a file. Raises BadImage when there are fewer, or more than MAX_BYTES are asked for."""
+    if size > MAX_BYTES:
+        raise BadImage(f"a member of {size / 2**30:.1f} GiB, the limit is {MAX_BYTES / 2**30:.0f}")
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            data = file.read(size)
+            while len(data) < size and (more := file.read(size - len(data))):
+                data += more
+    except (OSError, ValueError, OverflowError) as error:
+        raise BadImage(_reason(error)) from error
+    if len(data) < size:
+        raise BadImage("the archive is cut off here")
+    return data
+
+
+def check_member_name(name: str) -> None:
+    """Raises BadImage for a member of an archive whose name would climb out of the folder it is unpacked in."""
+    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":":
+        raise BadImage("its name climbs out of the archive")
+
+
+def _reason(error: OSError | ValueError | OverflowError) -> str:
     code = getattr(error, "errno", None)
     known = {errno.ENOENT: "no such file (it vanished, or never was)", errno.EACCES: "permission denied"}
     return known.get(code, f"cannot be read: {getattr(error, 'strerror', None) or error}")  # type: ignore[arg-type]

@@ -1,15 +1,20 @@
-"""Captions and other columns beside a folder of images: metadata.csv, .jsonl or .parquet, as in datasets' imagefolder.
+"""What stands beside the images of a folder or a zip: tables of captions, class folders, text files.
 
-The table lies in the folder of the images it describes (or above it) and names each by a column `file_name`, relative
-to the table. It is held as one arrow table, about its size on disk.
+- `metadata.csv|jsonl|parquet`, as in datasets' imagefolder: it lies in a folder of the images it describes or above
+  them and names each by a column `file_name`, relative to itself. Held as one arrow table, about its size on disk.
+- Class folders, where there is no table: if all images lie equally deep and in several folders, `label` is the number
+  of the folder's name among the sorted names, `label_name` the name.
+- Text files: with `caption_column: txt` (or another extension) the caption of a.png is the text of a.txt, as kohya's
+  trainers keep it.
 
 Legend: N images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,66 +23,121 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from ldm_vae.data.files import printable
+from ldm_vae.data.quarantine import BadImage
 from ldm_vae.errors import UsageError
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
+Read = Callable[[str], bytes]
+"""Path in the tree => its bytes; raises BadImage when it is not there."""
 
-class Metadata:
-    """The columns of every image, by its index among the keys.
+
+def rename_caption(columns: Mapping[str, Any], caption_column: str | None) -> dict[str, Any]:
+    """The column `caption_column` is called `caption`; a column that was called so becomes `caption_before`."""
+    if caption_column in (None, "caption") or caption_column not in columns:
+        return dict(columns)
+    names = {caption_column: "caption", "caption": "caption_before"}
+    return {names.get(name, name): value for name, value in columns.items()}
+
+
+class TreeColumns:
+    """The columns of the images of a tree, by the name of the image; `all_names` is `names` and what only tables know.
 
     Args:
-        tables: arrow tables, each with a column `file_name` already relative to the root.
-        keys: the sorted keys of the images.
-    """
-
-    def __init__(self, tables: Sequence[pa.Table], keys: Sequence[str]) -> None:
-        self._table = pa.concat_tables(tables, promote_options="permissive")
-        row_of = {name: row for row, name in enumerate(self._table["file_name"].to_pylist())}
-        self._rows = np.fromiter((row_of.get(key, -1) for key in keys), dtype=np.int64, count=len(keys))
-        self.columns: tuple[str, ...] = tuple(name for name in self._table.column_names if name != "file_name")
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """The columns of one image; all None where the table does not name it."""
-        row = int(self._rows[index])
-        if row < 0:
-            return dict.fromkeys(self.columns)
-        return {name: self._table[name][row].as_py() for name in self.columns}
-
-
-def find_tables(root: Path, folders: Sequence[str]) -> list[tuple[str, Path]]:
-    """(folder relative to root, path) of every metadata table in `root` and in `folders` of it.
+        names: POSIX paths of the images that are there.
+        exists, read: the tree.
+        caption_column: a column of the table, or the extension of text files.
 
     Raises:
-        UsageError: two tables in one folder.
+        UsageError: a table cannot be read, or the caption column does not exist.
     """
-    found = []
-    for folder in sorted({"", *folders}):
-        here = [root / folder / f"metadata{suffix}" for suffix in SUFFIXES]
-        here = [path for path in here if path.is_file()]
-        if len(here) > 1:
-            raise UsageError(f"data {root / folder}: expected one metadata table, found {here[0].name}, {here[1].name}")
-        found += [(folder, path) for path in here]
-    return found
 
-
-def read_table(folder: str, path: Path) -> pa.Table:
-    """A metadata table with `file_name` relative to the root that `folder` is relative to.
-
-    Raises:
-        UsageError: it cannot be read, or has no column file_name.
-    """
-    try:
-        if path.suffix == ".csv":
-            table = pa.csv.read_csv(path, parse_options=pa.csv.ParseOptions(newlines_in_values=True))
-        elif path.suffix == ".jsonl":
-            table = pa.json.read_json(path)
+    def __init__(
+        self, names: Sequence[str], exists: Callable[[str], bool], read: Read, caption_column: str | None
+    ) -> None:
+        self._read = read
+        self._captions = caption_column
+        tables = _tables(names, exists, read)
+        # images that only a table knows are samples too, so that their absence is noticed
+        self.all_names = sorted({*names, *(name for table in tables for name in table["file_name"].to_pylist())})
+        self._table = pa.concat_tables(tables, promote_options="permissive") if tables else None
+        have: tuple[str, ...] = ()
+        self.label_names: tuple[str, ...] = ()
+        if self._table is not None:
+            have = tuple(name for name in self._table.column_names if name != "file_name")
+            row_of = {name: row for row, name in enumerate(self._table["file_name"].to_pylist())}
+            self._rows = np.array([row_of.get(name, -1) for name in self.all_names], dtype=np.int64)
         else:
-            table = pa.parquet.read_table(path)
+            self.label_names = _class_folders(names)
+            have = ("label", "label_name") if self.label_names else ()
+        self._table_columns = have if self._table is not None else ()
+        self._beside = caption_column is not None and caption_column not in have
+        if self._beside:
+            if not any(exists(self._text_of(name)) for name in names):
+                raise UsageError(
+                    f"caption_column {caption_column}: no such column (there are: {', '.join(have) or 'none'}) "
+                    f"and no image has a .{caption_column} file beside it"
+                )
+            have = (*have, str(caption_column))
+        self.names: tuple[str, ...] = tuple(rename_caption(dict.fromkeys(have), caption_column))
+
+    def of(self, index: int, name: str) -> dict[str, Any]:
+        """The columns of image `index` of `all_names`, whose name is `name`; None where nothing is known."""
+        columns: dict[str, Any] = {}
+        if self._table is not None:
+            row = int(self._rows[index])
+            columns = {column: None if row < 0 else self._table[column][row].as_py() for column in self._table_columns}
+        if self.label_names:
+            class_name = printable(PurePosixPath(name).parent.name)
+            columns |= {"label": self.label_names.index(class_name), "label_name": class_name}
+        if self._beside:
+            columns[str(self._captions)] = self._text(name)
+        return rename_caption(columns, self._captions)
+
+    def _text_of(self, name: str) -> str:
+        return str(PurePosixPath(name).with_suffix(f".{self._captions}"))
+
+    def _text(self, name: str) -> str | None:
+        try:
+            return self._read(self._text_of(name)).decode("utf-8", "replace").strip()
+        except BadImage:
+            return None
+
+
+def _tables(names: Sequence[str], exists: Callable[[str], bool], read: Read) -> list[pa.Table]:
+    """Every metadata table in the folders of the images and in those above them."""
+    folders = {parent for name in names for parent in PurePosixPath(name).parents}
+    tables = []
+    for folder in sorted({*folders, PurePosixPath()}):
+        here = [str(folder / f"metadata{suffix}") for suffix in SUFFIXES]
+        here = [name for name in here if exists(name)]
+        if len(here) > 1:
+            raise UsageError(f"data: expected one metadata table in a folder, found {here[0]} and {here[1]}")
+        tables += [_table(folder, name, read(name)) for name in here]
+    return tables
+
+
+def _table(folder: PurePosixPath, name: str, data: bytes) -> pa.Table:
+    """A metadata table with `file_name` relative to the root of the tree."""
+    try:
+        if name.endswith(".csv"):
+            table = pa.csv.read_csv(io.BytesIO(data), parse_options=pa.csv.ParseOptions(newlines_in_values=True))
+        elif name.endswith(".jsonl"):
+            table = pa.json.read_json(io.BytesIO(data))
+        else:
+            table = pa.parquet.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError, UnicodeError) as error:
-        raise UsageError(f"data: {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"data: {name} cannot be read: {str(error).splitlines()[0]}") from error
     if "file_name" not in table.column_names:
         have = ", ".join(table.column_names)
-        raise UsageError(f"data: {path} has no column `file_name` that names the images; it has {have}")
-    names = [str(PurePosixPath(folder, str(name))) for name in table["file_name"].to_pylist()]
+        raise UsageError(f"data: {name} has no column `file_name` that names the images; it has {have}")
+    names = [str(folder / str(relative)) for relative in table["file_name"].to_pylist()]
     return table.set_column(table.column_names.index("file_name"), "file_name", pa.array(names, pa.string()))
+
+
+def _class_folders(names: Sequence[str]) -> tuple[str, ...]:
+    """Sorted names of the class folders, empty where the folders do not look like classes."""
+    depths = {name.count("/") for name in names}
+    classes = {printable(PurePosixPath(name).parent.name) for name in names}
+    return tuple(sorted(classes)) if len(depths) == 1 and depths != {0} and len(classes) > 1 else ()

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image as PillowImage
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from ldm_vae.data.captions import rename_caption
 from ldm_vae.data.decoding import Decoding, RawImage
 from ldm_vae.data.files import read_bytes
-from ldm_vae.data.quarantine import BadImage
+from ldm_vae.data.metadata import rename_caption
+from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.source import Record, SourceConfig, not_empty
-from ldm_vae.errors import UsageError
+from ldm_vae.data.stream import InOrderOnly
+from ldm_vae.errors import UsageError, WorkError
 
 
 class Config(SourceConfig):
@@ -31,6 +32,10 @@ class Config(SourceConfig):
     """Configuration of a dataset that has several."""
     revision: str | None = None
     """Commit, tag or branch of a dataset on the hub."""
+    streaming: bool = False
+    """Read over the network in order, nothing is downloaded first (ldm_vae/data/stream.py says what that costs)."""
+    shuffle_buffer: int = Field(1000, ge=0)
+    """With streaming, images among which training shuffles; held as files, undecoded."""
 
     @model_validator(mode="after")
     def _check_split(self) -> Config:
@@ -38,8 +43,10 @@ class Config(SourceConfig):
             raise ValueError("split: expected a name such as train, got an empty string")
         return self
 
-    def build(self) -> HubSource:
+    def build(self) -> HubSource | HubStream:
         dataset = load(self)
+        if self.streaming:
+            return HubStream(dataset, self)
         source = HubSource(dataset, self.decoding(), self.image_column, self.caption_column, self.path)
         not_empty(source, self.path, "image")
         return source
@@ -78,32 +85,65 @@ def row_key(index: int) -> str:
     return f"{index:09d}"
 
 
-def load(config: Config, streaming: bool = False) -> Any:
+class HubStream(InOrderOnly):
+    """Rows of a `datasets.IterableDataset`."""
+
+    def __init__(self, dataset: Any, config: Config) -> None:
+        self.name = config.path
+        self.decoding = config.decoding()
+        self.shuffle_buffer = config.shuffle_buffer
+        self.image_column = find_image_column(dataset, config.image_column, config.path)
+        self._captions = check_caption_column(dataset, config.caption_column, config.path)
+        self._dataset = undecoded(dataset)
+        others = [column for column in dataset.features or {} if column != self.image_column]
+        self.columns: tuple[str, ...] = tuple(rename_caption(dict.fromkeys(others), self._captions))
+
+    def __iter__(self) -> Iterator[Record | Bad]:
+        for index, row in enumerate(self._rows()):
+            others = {name: value for name, value in row.items() if name != self.image_column}
+            try:
+                image = as_image(row.get(self.image_column))
+            except BadImage as error:
+                yield Bad(row_key(index), error.reason)
+                continue
+            yield Record(row_key(index), image, rename_caption(others, self._captions))
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._dataset
+        except Exception as error:  # the network and the server: any kind
+            raise WorkError(f"data {self.name}: the stream broke: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return (re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__)[:300]
+
+
+def load(config: Config) -> Any:
     """The dataset that a config means. Raises UsageError with one sentence for whatever `datasets` raises."""
     import datasets
 
-    datasets.disable_progress_bars()
     path = Path(config.path).expanduser()
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
-            return _pick_split(loaded, config) if isinstance(loaded, Mapping) else loaded
+            loaded = _pick_split(loaded, config) if isinstance(loaded, Mapping) else loaded
+            return loaded.to_iterable_dataset() if config.streaming else loaded
         files = _files(path)
         if files:
             builder = "parquet" if files[0].endswith(".parquet") else "arrow"
-            return datasets.load_dataset(builder, data_files=files, split="train", streaming=streaming)
+            return datasets.load_dataset(builder, data_files=files, split="train", streaming=config.streaming)
         if path.exists() or config.path.startswith(("/", ".", "~")):
             raise UsageError(
                 f"data.path {config.path}: expected a hub id, parquet or arrow files, or a save_to_disk folder"
             )
         return datasets.load_dataset(
-            config.path, config.name, split=config.split, revision=config.revision, streaming=streaming
+            config.path, config.name, split=config.split, revision=config.revision, streaming=config.streaming
         )
     except UsageError:
         raise
     except Exception as error:  # the hub, the network, the builder: dozens of types
-        reason = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
-        raise UsageError(f"data {config.path} (split {config.split}): cannot be loaded: {reason[:300]}") from error
+        raise UsageError(f"data {config.path} (split {config.split}): cannot be loaded: {_one_line(error)}") from error
 
 
 def _pick_split(splits: Mapping[str, Any], config: Config) -> Any:

@@ -1,0 +1,139 @@
+"""Aspect-ratio buckets: images of any shape in batches of one shape, as SDXL's trainers know them.
+
+    shapes = generate(area=1024 * 1024, step=64)                  # 1024 x 1024, 960 x 1088, 896 x 1152, ...
+    assignment = assign(shapes, read_sizes(source))
+    loader = training_loader(source, transform, 1024, buckets=assignment, ...)
+
+Each bucket has its own endless stream, shuffled epoch by epoch, cut into global batches; the batches of all buckets are
+shuffled among each other. A batch that an epoch does not fill is filled by the next epoch of its bucket: every image
+comes once per epoch of its bucket, every rank gets the same number of batches, and nothing is padded or dropped.
+
+Legend: N images, K buckets, B batch of one rank, GB of all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm_vae import keyed
+from ldm_vae.data.decoding import read_size
+from ldm_vae.data.quarantine import BadImage
+from ldm_vae.data.sampler import Order, Task, Work
+from ldm_vae.data.source import Source
+from ldm_vae.errors import UsageError, WorkError
+
+Array = np.ndarray[Any, Any]
+Shape = tuple[int, int]
+
+
+def generate(area: int, step: int = 64, max_aspect: float = 2.0) -> list[Shape]:
+    """Bucket shapes (height, width), sorted by height / width: sides are multiples of `step`, the area is as large as
+    fits into `area`, and no side is longer than `max_aspect` times the other.
+
+    Raises:
+        UsageError: no shape fits.
+    """
+    if area < step * step or step < 1 or max_aspect < 1:
+        raise UsageError(
+            f"buckets: expected area >= step * step and max_aspect >= 1, got area {area}, step {step}, {max_aspect:g}"
+        )
+    shapes = set()
+    for height in range(step, math.isqrt(area) + 1, step):
+        width = area // height // step * step
+        if width <= max_aspect * height:
+            shapes |= {(height, width), (width, height)}
+    if not shapes:
+        raise UsageError(f"buckets: no shape of area {area} in steps of {step} within aspect {max_aspect:g}")
+    return sorted(shapes, key=lambda shape: shape[0] / shape[1])
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which bucket every image belongs to: shapes (K of them), bucket int16 [N], -1 for an unreadable image."""
+
+    shapes: tuple[Shape, ...]
+    bucket: Array
+
+    def counts(self) -> list[int]:
+        """Images per bucket [K]."""
+        return [int((self.bucket == number).sum()) for number in range(len(self.shapes))]
+
+
+def read_sizes(source: Source) -> Array:
+    """(H, W) of every image from its header, int32 [N, 2]; (0, 0) where it cannot be read."""
+    sizes = np.zeros((len(source), 2), dtype=np.int32)
+    for index in tqdm(range(len(source)), desc="image sizes", unit="images", disable=None, leave=False):
+        try:
+            sizes[index] = read_size(source[index].image)
+        except BadImage:
+            continue
+    return sizes
+
+
+def assign(shapes: Sequence[Shape], sizes: Array) -> Assignment:
+    """The bucket whose aspect ratio is nearest, in the logarithm, so that 2:1 and 1:2 are treated alike."""
+    if not shapes:
+        raise UsageError("buckets: the list of shapes is empty")
+    aspects = np.log([height / width for height, width in shapes])
+    readable = (sizes > 0).all(axis=1)
+    safe = np.maximum(sizes, 1)
+    own = np.log(safe[:, 0] / safe[:, 1])
+    bucket = np.full(len(sizes), -1, dtype=np.int16)
+    best = np.full(len(sizes), np.inf)
+    for number, aspect in enumerate(aspects):  # K passes over [N] rather than one [N, K]
+        distance = np.abs(own - aspect)
+        nearer = readable & (distance < best)
+        bucket[nearer], best[nearer] = number, distance[nearer]
+    return Assignment(tuple(shapes), bucket)
+
+
+def batches(
+    assignment: Assignment, seed: int, *, batch_size: int, rank: int = 0, world_size: int = 1, start_position: int = 0
+) -> Iterator[Work]:
+    """This rank's batches, for ever. The plan depends on the global batch, so a resume with another one starts at the
+    first whole batch behind `start_position`.
+
+    Raises:
+        WorkError: not one image has a bucket.
+    """
+    members = [np.flatnonzero(assignment.bucket == number) for number in range(len(assignment.shapes))]
+    if not any(len(indices) for indices in members):
+        raise WorkError("no usable image: not one has a readable size")
+    orders = [Order(seed, len(indices), bucket=number) for number, indices in enumerate(members)]
+    whole = batch_size * world_size
+    step = -(-start_position // whole)
+    for number, place in _plan([len(indices) for indices in members], seed, whole, step):
+        first = place * whole + rank * batch_size
+        at = step * whole + rank * batch_size
+        own = [orders[number].task(first + offset) for offset in range(batch_size)]
+        tasks = [Task(at + offset, task.epoch, int(members[number][task.index])) for offset, task in enumerate(own)]
+        yield Work(tasks, shape=assignment.shapes[number])
+        step += 1
+
+
+def _plan(counts: Sequence[int], seed: int, whole: int, step: int) -> Iterator[tuple[int, int]]:
+    """(bucket, how many batches of it came before) from global batch `step` on. Epoch e of the plan holds the batches
+    that start in epoch e of their bucket, in an order keyed by (seed, e)."""
+
+    def before(epoch: int) -> int:
+        return sum(-(-epoch * count // whole) for count in counts)
+
+    epoch = 0
+    while before(epoch + 1) <= step:
+        epoch += 1
+    while True:
+        entries = [
+            (number, place)
+            for number, count in enumerate(counts)
+            for place in range(-(-epoch * count // whole), -(-(epoch + 1) * count // whole))
+        ]
+        keyed.generator(seed, "buckets", epoch).shuffle(entries)
+        yield from entries[step - before(epoch) :]
+        epoch += 1
+        step = before(epoch)

@@ -1,0 +1,148 @@
+"""Every image of a source once, in order: what evaluation and encoding read.
+
+    for samples, bad in ordered_loader(source, 256, batch_size=16, num_workers=4):
+
+Legend: C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from ldm_vae.data.decoding import read_image
+from ldm_vae.data.quarantine import Bad, BadImage
+from ldm_vae.data.source import Record, Source, image_checksum
+from ldm_vae.data.stream import Stream
+from ldm_vae.data.transforms import Crop, Resolution, centre_crop
+from ldm_vae.data.workers import load
+from ldm_vae.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of an ordered pass: its index, key, views (the crops of it), other columns, SHA-256 as stored."""
+
+    index: int
+    key: str
+    views: tuple[Crop, ...]
+    columns: dict[str, Any]
+    checksum: str
+
+    @property
+    def crop(self) -> Crop:
+        """The first view, and the only one unless `view` says otherwise."""
+        return self.views[0]
+
+
+View = Callable[[torch.Tensor, tuple[int, int]], tuple[Crop, ...]]
+
+
+def centre_view(image: torch.Tensor, original_size: tuple[int, int], resolution: Resolution) -> tuple[Crop, ...]:
+    """The view of evaluation and encoding."""
+    return (centre_crop(image, resolution, original_size),)
+
+
+_Item = tuple[int, Record | Bad | None]  # index, and of a stream what was read
+
+
+class _OrderedDataset(Dataset[tuple[list[Sample], list[Bad]]]):
+    def __init__(self, source: Source | Stream, view: View) -> None:
+        self.decoding = source.decoding
+        # a stream is read in the main process, its records come with the work
+        self.source: Any = None if isinstance(source, Stream) else source
+        self.view = view
+
+    def __getitems__(self, items: Sequence[_Item]) -> _Packed:
+        good: list[Sample] = []
+        bad: list[Bad] = []
+        for index, record in items:
+            if isinstance(record, Bad):
+                bad.append(record)
+                continue
+            key = record.key if record is not None else self.source.key(index)
+            try:
+                record = record or self.source[index]
+                image = read_image(record.image, self.decoding)
+                views = self.view(image.pixels, image.original_size)
+                good.append(Sample(index, record.key, views, record.columns, image_checksum(record.image)))
+            except BadImage as error:
+                bad.append(Bad(key, error.reason))
+        return _Packed.of(good, bad)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A batch of samples on its way between processes: all pixels in one tensor, since each tensor costs a file."""
+
+    buffer: torch.Tensor
+    shapes: list[tuple[int, ...]]
+    good: list[Sample]
+    bad: list[Bad]
+
+    @classmethod
+    def of(cls, good: list[Sample], bad: list[Bad]) -> _Packed:
+        pixels = [crop.pixels for sample in good for crop in sample.views]
+        buffer = torch.cat([image.reshape(-1) for image in pixels]) if pixels else torch.empty(0, dtype=torch.uint8)
+        nothing = torch.empty(0, dtype=torch.uint8)
+        stripped = [
+            dataclasses.replace(sample, views=tuple(dataclasses.replace(crop, pixels=nothing) for crop in sample.views))
+            for sample in good
+        ]
+        return cls(buffer, [tuple(image.shape) for image in pixels], stripped, bad)
+
+    def unpack(self) -> tuple[list[Sample], list[Bad]]:
+        flat = torch.split(self.buffer, [math.prod(shape) for shape in self.shapes])
+        pixels = iter([part.view(shape) for part, shape in zip(flat, self.shapes, strict=True)])
+        return [
+            dataclasses.replace(
+                sample, views=tuple(dataclasses.replace(crop, pixels=next(pixels)) for crop in sample.views)
+            )
+            for sample in self.good
+        ], self.bad
+
+
+def ordered_loader(
+    source: Source | Stream,
+    resolution: Resolution,
+    indices: Sequence[int] | None = None,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    view: View | None = None,
+    allow_draft: bool = False,
+    prefetch_factor: int = 2,
+    multiprocessing_context: str | None = None,
+) -> Iterator[tuple[list[Sample], list[Bad]]]:
+    """Every index once, in order: (samples, bad images) for each `batch_size` indices; together they are the batch.
+
+    Args:
+        indices: which images, in which order; all if None (of a stream, only all).
+        view: (image uint8 [C, H, W], original size) => crops; a centre crop at `resolution` if None. Several views of
+            an image share one decode. With workers it must be picklable.
+        allow_draft: whether a source with jpeg_draft is taken.
+
+    Raises:
+        UsageError: the source decodes with jpeg_draft and that is not allowed; chosen indices of a stream.
+    """
+    if source.decoding.jpeg_draft and not allow_draft:
+        raise UsageError("data.jpeg_draft: for training only; these pixels would be 50 dB off and compare with nothing")
+    items: Iterator[_Item]
+    if isinstance(source, Stream):
+        if indices is not None:
+            raise UsageError("data: a stream is read in order, from its beginning; single images cannot be chosen")
+        items = enumerate(iter(source))
+    else:
+        items = ((int(index), None) for index in (range(len(source)) if indices is None else indices))
+    slices = iter(lambda: list(itertools.islice(items, batch_size)), [])
+    dataset = _OrderedDataset(source, view or functools.partial(centre_view, resolution=resolution))
+    packed = load(dataset, slices, num_workers, False, prefetch_factor, multiprocessing_context)
+    return (batch.unpack() for batch in packed)

@@ -1,0 +1,61 @@
+"""A text file with one image path a line, relative to the file or absolute; `#` starts a comment line.
+
+The key is the line, the order that of the file. For images that are scattered over disks, and for fixed subsets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm_vae.data.decoding import Decoding
+from ldm_vae.data.files import Names, printable, read_bytes
+from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.errors import UsageError
+
+
+class Config(SourceConfig):
+    """`data: {kind: list, path: chosen.txt}`."""
+
+    kind: str = "list"
+
+    def build(self) -> ListSource:
+        path = Path(self.path).expanduser()
+        if not path.is_file():
+            raise UsageError(f"data.path {self.path}: expected a text file of image paths, found no such file")
+        if self.caption_column is not None:
+            raise UsageError("data.caption_column: a list file has no columns; use a folder with metadata.csv")
+        source = ListSource(path, self.decoding())
+        not_empty(source, self.path, "line that names an image")
+        return source
+
+
+class ListSource:
+    """The images that a text file names."""
+
+    columns: tuple[str, ...] = ()
+
+    def __init__(self, path: Path, decoding: Decoding) -> None:
+        self.decoding = decoding
+        self.root = path.parent
+        first_at: dict[str, int] = {}
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        for number, line in enumerate(text.splitlines(), start=1):
+            name = line.strip()
+            if not name or name.startswith("#"):
+                continue
+            if "\0" in name:
+                raise UsageError(f"data {path}: line {number} is not a path; this is no text file")
+            if name in first_at:
+                raise UsageError(f"data {path}: line {number} repeats line {first_at[name]} ({printable(name)})")
+            first_at[name] = number
+        self._names = Names(first_at)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def key(self, index: int) -> str:
+        return printable(self._names[index])
+
+    def __getitem__(self, index: int) -> Record:
+        name = self._names[index]
+        return Record(printable(name), read_bytes(self.root / Path(name).expanduser()))

@@ -1,0 +1,196 @@
+"""WebDataset tar shards: `shards/{000..099}.tar`, `shards/*.tar`, a folder of them, or URLs of them.
+
+Local, uncompressed shards are indexed once when they are opened (about 50,000 members a second) and then read at random
+like any other source. Shards behind a URL, or compressed, are read in order (ldm_vae/data/stream.py). The key is
+`SHARD/KEY`: the shard's name without its ending, and the sample's name in it.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from array import array
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+from tqdm import tqdm
+
+from ldm_vae.data import tars
+from ldm_vae.data.decoding import Decoding
+from ldm_vae.data.files import MAX_BYTES, Names, read_range
+from ldm_vae.data.metadata import rename_caption
+from ldm_vae.data.quarantine import Bad, BadImage
+from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.data.stream import InOrderOnly
+from ldm_vae.errors import UsageError
+
+
+class Config(SourceConfig):
+    """`data: {kind: webdataset, path: "shards/{000..099}.tar", caption_column: txt}`. Columns are named by the
+    extensions of the members; `json.caption` is a field of a JSON member."""
+
+    kind: str = "webdataset"
+    shuffle_buffer: int = Field(1000, ge=0)
+    """Images among which shards that can only be read in order are shuffled; held as files, undecoded."""
+
+    def build(self) -> TarSource | TarStream:
+        if self.path.startswith("pipe:"):
+            raise UsageError(f"data.path {self.path}: programs are not started; give files or URLs")
+        shards = tars.expand(self.path)
+        if not shards:
+            raise UsageError(f"data.path {self.path}: no such tar files")
+        if any("://" in shard or not shard.endswith(".tar") for shard in shards):
+            return TarStream(shards, self)
+        source = TarSource(shards, self.decoding(), self.image_column, self.caption_column)
+        not_empty(source, self.path, "image")
+        return source
+
+
+def shard_key(shard: str, key: str) -> str:
+    """The key of a sample: unique over shards."""
+    return f"{PurePosixPath(shard).name.split('.', 1)[0]}/{key}"
+
+
+def with_caption(columns: dict[str, Any], caption_column: str | None) -> dict[str, Any]:
+    """The columns of a sample with the caption under its name."""
+    head, *path = (caption_column or "").split(".")
+    if path and caption_column not in columns:
+        return {**columns, "caption": tars.json_field(columns.get(head), path)}
+    return rename_caption(columns, caption_column)
+
+
+class TarSource:
+    """Samples of local, uncompressed shards, by index."""
+
+    def __init__(
+        self, shards: list[str], decoding: Decoding, image_column: str | None, caption_column: str | None
+    ) -> None:
+        self.decoding = decoding
+        self._shards = shards
+        self._captions = caption_column
+        self._extensions: list[str] = []
+        self._refused: dict[int, str] = {}
+        keys: list[str] = []
+        # shard, offset, size of each image; extension, offset, size of each other member, and where a sample's end
+        images, others, ends = array("q"), array("q"), array("q")
+        for number, shard in enumerate(tqdm(shards, desc="indexing shards", unit="shards", disable=None, leave=False)):
+            for key, image, rest in self._index(shard, image_column):
+                if isinstance(image, str):
+                    self._refused[len(keys)] = image
+                    images.extend((number, 0, 0))
+                else:
+                    images.extend((number, image.offset, image.size))
+                for member in rest:
+                    if member.extension not in self._extensions:
+                        self._extensions.append(member.extension)
+                    others.extend((self._extensions.index(member.extension), member.offset, member.size))
+                ends.append(len(others) // 3)
+                keys.append(shard_key(shard, key))
+        self._names = Names(keys)
+        self._images = np.array(images, dtype=np.int64).reshape(-1, 3)
+        self._others = np.array(others, dtype=np.int64).reshape(-1, 3)
+        self._ends = np.array(ends, dtype=np.int64)
+        head = (caption_column or "").split(".")[0]
+        if caption_column is not None and not {caption_column, head} & {*self._extensions}:
+            have = ", ".join(self._extensions) or "none"
+            raise UsageError(f"data.caption_column {caption_column}: the samples' other members are {have}")
+        self.columns: tuple[str, ...] = tuple(with_caption(dict.fromkeys(self._extensions), caption_column))
+
+    def _index(
+        self, shard: str, image_column: str | None
+    ) -> Iterator[tuple[str, tars.Member | str, list[tars.Member]]]:
+        """(key, image or the reason why there is none, other members) of each sample; damage ends a shard early."""
+        damage: list[str] = []
+        for sample in tars.group(_members_until_damage(shard, damage)):
+            try:
+                image: tars.Member | str = sample.image(image_column)
+            except BadImage as error:
+                image = error.reason
+            yield sample.key, image, sample.others()
+        for reason in damage:
+            yield "rest-of-shard", f"the rest of the shard cannot be read: {reason}", []
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def key(self, index: int) -> str:
+        return self._names[index]
+
+    def __getitem__(self, index: int) -> Record:
+        key = self._names[index]
+        if index in self._refused:
+            raise BadImage(self._refused[index])
+        number, offset, size = map(int, self._images[index])
+        shard = self._shards[number]
+        columns: dict[str, Any] = dict.fromkeys(self._extensions)
+        for which, start, length in self._others[self._ends[index - 1] if index else 0 : self._ends[index]].tolist():
+            columns[self._extensions[which]] = tars.column_value(
+                self._extensions[which], read_range(shard, start, length)
+            )
+        return Record(key, read_range(shard, offset, size), with_caption(columns, self._captions))
+
+
+def _members_until_damage(shard: str, damage: list[str]) -> Iterator[tars.Member]:
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member, _ in tars.members(archive):
+                yield member
+    except FileNotFoundError as error:
+        raise UsageError(f"data {shard}: no such file") from error
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        damage.append(str(error) or type(error).__name__)
+
+
+class TarStream(InOrderOnly):
+    """Samples of shards that can only be read in order: behind URLs (whatever fsspec can open), or compressed."""
+
+    columns: tuple[str, ...] = ()
+
+    def __init__(self, shards: list[str], config: Config) -> None:
+        self.name = config.path
+        self.decoding = config.decoding()
+        self.shuffle_buffer = config.shuffle_buffer
+        self._shards = shards
+        self._image_column = config.image_column
+        self._captions = config.caption_column
+
+    def __iter__(self) -> Iterator[Record | Bad]:
+        for shard in self._shards:
+            yield from self._samples(shard)
+
+    def _samples(self, shard: str) -> Iterator[Record | Bad]:
+        import fsspec  # type: ignore[import-untyped]
+
+        bytes_of: dict[str, bytes] = {}
+        try:
+            with fsspec.open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
+                for sample in tars.group(_keep_bytes(archive, bytes_of)):
+                    yield self._record(shard, sample, bytes_of)
+                    for member in sample.members:
+                        bytes_of.pop(member.name, None)
+        except Exception as error:  # the network, the server, the archive: any kind
+            reason = str(error) or type(error).__name__
+            yield Bad(shard_key(shard, "rest-of-shard"), f"the rest of the shard cannot be read: {reason}")
+
+    def _record(self, shard: str, sample: tars.Group, bytes_of: dict[str, bytes]) -> Record | Bad:
+        try:
+            image = sample.image(self._image_column)
+        except BadImage as error:
+            return Bad(shard_key(shard, sample.key), error.reason)
+        columns = {
+            member.extension: tars.column_value(member.extension, bytes_of[member.name]) for member in sample.others()
+        }
+        return Record(shard_key(shard, sample.key), bytes_of[image.name], with_caption(columns, self._captions))
+
+
+def _keep_bytes(archive: tarfile.TarFile, bytes_of: dict[str, bytes]) -> Iterator[tars.Member]:
+    """The members, their bytes put aside on the way: a stream cannot go back."""
+    for member, info in tars.members(archive):
+        if member.size > MAX_BYTES:
+            member.refused = f"a member of {member.size / 2**30:.1f} GiB, the limit is {MAX_BYTES / 2**30:.0f}"
+        elif not member.refused:
+            file = archive.extractfile(info)
+            bytes_of[member.name] = file.read() if file is not None else b""
+        yield member

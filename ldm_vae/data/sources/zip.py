@@ -1,0 +1,120 @@
+"""A zip of images, read in place: the key is the member's path, the order is the sorted order of keys.
+
+The directory of the archive is held in a few arrays, and a member is read by its offset: nothing is unpacked, no handle
+is shared between processes. Captions, labels and other columns: see ldm_vae/data/metadata.py.
+"""
+
+from __future__ import annotations
+
+import bisect
+import struct
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from ldm_vae.data.decoding import EXTENSIONS, Decoding
+from ldm_vae.data.files import MAX_BYTES, Names, check_member_name, printable, read_range
+from ldm_vae.data.metadata import TreeColumns
+from ldm_vae.data.quarantine import BadImage
+from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.errors import UsageError
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
+_ENCRYPTED = 0x1
+
+
+class Config(SourceConfig):
+    """`data: {kind: zip, path: photographs.zip}`."""
+
+    kind: str = "zip"
+
+    def build(self) -> ZipSource:
+        path = Path(self.path).expanduser()
+        if not path.is_file():
+            raise UsageError(f"data.path {self.path}: expected a zip file, found no such file")
+        source = ZipSource(path, self.decoding(), self.caption_column)
+        not_empty(source, self.path, f"image ({', '.join(sorted(EXTENSIONS))}); hidden files do not count")
+        return source
+
+
+class ZipSource:
+    """Images in a zip archive."""
+
+    def __init__(self, path: Path, decoding: Decoding, caption_column: str | None = None) -> None:
+        self.path = path
+        self.decoding = decoding
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = sorted(
+                    (member for member in archive.infolist() if not member.is_dir()), key=lambda member: member.filename
+                )
+        except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeError) as error:
+            raise UsageError(f"data {path}: cannot be opened as a zip: {error}") from error
+        self._members = Names(member.filename for member in members)
+        fields = ("header_offset", "compress_size", "file_size", "compress_type", "flag_bits", "CRC")
+        self._fields = np.array([[getattr(member, name) for name in fields] for member in members], dtype=np.int64)
+        images = [member.filename for member in members if _is_image(member.filename)]
+        self._columns = TreeColumns(images, self._exists, self._read, caption_column)
+        self._names = Names(self._columns.all_names)
+        del self._columns.all_names  # held once, packed
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self._columns.names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def key(self, index: int) -> str:
+        return printable(self._names[index])
+
+    def __getitem__(self, index: int) -> Record:
+        name = self._names[index]
+        return Record(printable(name), self._read(name), self._columns.of(index, name))
+
+    def _find(self, name: str) -> int | None:
+        at = bisect.bisect_left(self._members, name)
+        return at if at < len(self._members) and self._members[at] == name else None
+
+    def _exists(self, name: str) -> bool:
+        return self._find(name) is not None
+
+    def _read(self, name: str) -> bytes:
+        check_member_name(name)
+        at = self._find(name)
+        if at is None:
+            raise BadImage("no such member of the archive")
+        offset, packed_size, size, method, flags, crc = map(int, self._fields[at])
+        if flags & _ENCRYPTED:
+            raise BadImage("encrypted")
+        if max(size, packed_size) > MAX_BYTES:
+            raise BadImage(f"unpacks to {size / 2**30:.1f} GiB, the limit is {MAX_BYTES / 2**30:.0f}")
+        header = read_range(self.path, offset, _LOCAL_HEADER.size)
+        signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        if signature != b"PK\x03\x04":
+            raise BadImage("the archive is damaged here")
+        data = _unpack(
+            read_range(self.path, offset + len(header) + name_length + extra_length, packed_size), method, size
+        )
+        if len(data) != size or zlib.crc32(data) != crc:
+            raise BadImage("damaged in the archive (its checksum is wrong)")
+        return data
+
+
+def _unpack(packed: bytes, method: int, size: int) -> bytes:
+    if method == zipfile.ZIP_STORED:
+        return packed
+    if method != zipfile.ZIP_DEFLATED:
+        raise BadImage(f"compressed by method {method}; stored and deflated members can be read")
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, size + 1)  # never more than it says it is
+    except zlib.error as error:
+        raise BadImage(f"damaged in the archive: {error}") from error
+
+
+def _is_image(name: str) -> bool:
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") and part != ".." for part in path.parts) or path.parts[:1] == ("__MACOSX",)
+    return path.suffix.lower() in EXTENSIONS and not hidden

@@ -1,0 +1,115 @@
+"""Sources that can only be read in order: a dataset with `streaming: true`, tar shards behind a URL or compressed.
+
+What they cannot do they say when asked: `length` is None, `len` and an index raise UsageError. Training reads them
+through a shuffle buffer, keyed like everything else, so the batches do not depend on ranks or workers, and a resumed
+run goes on exactly; the price is that each rank reads the whole stream and keeps its part, and that resuming reads
+again what was read before.
+
+Legend: B batch of one rank, GB of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NoReturn, Protocol, runtime_checkable
+
+from ldm_vae import keyed
+from ldm_vae.data.decoding import Decoding
+from ldm_vae.data.quarantine import Bad
+from ldm_vae.data.sampler import Task, Work
+from ldm_vae.data.source import Record
+from ldm_vae.errors import UsageError, WorkError
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Images in a fixed order, readable from the beginning any number of times; bad ones come as Bad."""
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
+    def decoding(self) -> Decoding: ...
+
+    @property
+    def shuffle_buffer(self) -> int:
+        """Images among which training shuffles; they are held as they come, undecoded."""
+
+    def __iter__(self) -> Iterator[Record | Bad]: ...
+
+
+class InOrderOnly:
+    """Gives a stream the sentences for what it cannot do."""
+
+    name: str
+
+    def __len__(self) -> int:
+        self._cannot("has no length")
+
+    def key(self, index: int) -> str:
+        self._cannot(f"cannot name its image {index}")
+
+    def __getitem__(self, index: int) -> Record:
+        self._cannot(f"cannot go to its image {index}")
+
+    def _cannot(self, what: str) -> NoReturn:
+        raise UsageError(
+            f"data {self.name}: read in order, it {what}; download it first (no streaming, uncompressed local shards), "
+            "or use it for training only"
+        )
+
+
+def length(source: Any) -> int | None:
+    """How many images a source has, None for a stream."""
+    return None if isinstance(source, Stream) else len(source)
+
+
+def batches(
+    stream: Stream, seed: int, *, batch_size: int, rank: int = 0, world_size: int = 1, start_position: int = 0
+) -> Iterator[Work]:
+    """This rank's batches, for ever; position p is the p-th usable image of the shuffled epochs, one after the other.
+
+    Raises:
+        WorkError: an epoch without a single image.
+    """
+    position, epoch = 0, 0
+    tasks: list[Task] = []
+    bad: list[Bad] = []
+    while True:
+        images = 0
+        for item in _shuffled(stream, seed, epoch):
+            if isinstance(item, Bad):
+                bad.append(item)
+                continue
+            index, record = item
+            images += 1
+            here = position - start_position
+            position += 1
+            if here >= 0 and here // batch_size % world_size == rank:
+                tasks.append(Task(start_position + here, epoch, index, record))
+            if len(tasks) == batch_size:
+                yield Work(tasks, bad=tuple(bad))
+                tasks, bad = [], []
+        if not images:
+            reason = f"; the first is {bad[0].key} ({bad[0].reason})" if bad else ""
+            raise WorkError(f"no usable image in the stream: {len(bad)} are bad{reason}")
+        epoch += 1
+
+
+def _shuffled(stream: Stream, seed: int, epoch: int) -> Iterator[tuple[int, Record] | Bad]:
+    """(index in the stream, record) in the order of an epoch."""
+    draw = keyed.generator(seed, "shuffle", epoch)
+    buffer: list[tuple[int, Record]] = []
+    index = 0
+    for item in stream:
+        if isinstance(item, Bad):
+            yield item
+            continue
+        buffer.append((index, item))
+        index += 1
+        if len(buffer) > stream.shuffle_buffer:
+            at = int(draw.integers(len(buffer)))
+            buffer[at], buffer[-1] = buffer[-1], buffer[at]
+            yield buffer.pop()
+    draw.shuffle(buffer)
+    yield from buffer

@@ -1,0 +1,151 @@
+"""Tar shards in the WebDataset layout: consecutive members with one name up to the first dot are one sample.
+
+`00000/cat.jpg`, `00000/cat.txt`, `00000/cat.json` are the sample `00000/cat` with an image and two other columns. Read
+by the standard library; no member is ever unpacked, and one whose name climbs out of its folder is refused.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ldm_vae.data.decoding import EXTENSIONS
+from ldm_vae.data.files import check_member_name
+from ldm_vae.data.quarantine import BadImage
+
+
+@dataclass
+class Member:
+    """One file of a shard: name, place of its bytes in the (uncompressed) shard, and why it is refused, if it is."""
+
+    name: str
+    offset: int
+    size: int
+    refused: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name up to the first dot of its last part."""
+        path = PurePosixPath(self.name)
+        return str(path.parent / path.name.split(".", 1)[0]) if path.name else self.name
+
+    @property
+    def extension(self) -> str:
+        """What stands behind that dot, in lower case."""
+        return PurePosixPath(self.name).name.partition(".")[2].lower()
+
+
+@dataclass
+class Group:
+    """The members of one sample."""
+
+    key: str
+    members: list[Member] = field(default_factory=list)
+
+    def image(self, image_column: str | None) -> Member:
+        """The image among the members. Raises BadImage when there is none, or it is refused."""
+        for member in self.members:
+            if member.refused:
+                raise BadImage(member.refused)
+        wanted = [member for member in self.members if is_image(member.extension, image_column)]
+        if not wanted:
+            have = ", ".join(member.extension for member in self.members)
+            raise BadImage(f"the sample has no image, only {have}")
+        return wanted[0]
+
+    def others(self) -> list[Member]:
+        """Members that are columns: all but images."""
+        return [member for member in self.members if not is_image(member.extension, None)]
+
+
+def is_image(extension: str, image_column: str | None) -> bool:
+    """Whether a member of this extension is the image; `image_column` is an extension, any picture's if None."""
+    return extension == image_column if image_column else f".{extension.rpartition('.')[2]}" in EXTENSIONS
+
+
+def members(archive: tarfile.TarFile) -> Iterator[tuple[Member, tarfile.TarInfo]]:
+    """The files of an open tar, hidden ones (and macOS's `._x`) left out. Raises tarfile.TarError where it is cut."""
+    for info in archive:
+        hidden = any(part.startswith(".") and part not in (".", "..") for part in PurePosixPath(info.name).parts)
+        if info.isdir() or hidden:
+            continue
+        refused = "" if info.isreg() else "a link or device, not a file"
+        try:
+            check_member_name(info.name)
+        except BadImage as error:
+            refused = error.reason
+        yield Member(info.name.removeprefix("./"), info.offset_data, info.size, refused), info
+
+
+def group(found: Iterable[Member]) -> Iterator[Group]:
+    """Consecutive members of one key."""
+    current: Group | None = None
+    for member in found:
+        if current is None or current.key != member.key:
+            if current is not None:
+                yield current
+            current = Group(member.key)
+        current.members.append(member)
+    if current is not None:
+        yield current
+
+
+def column_value(extension: str, data: bytes) -> Any:
+    """A member as a column: `cls` and `index` are integers, text is text (JSON too: it is passed on as it is), the rest
+    bytes."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data
+    if extension in ("cls", "cls2", "index", "inx", "id"):
+        try:
+            return int(text)
+        except ValueError:
+            return text
+    return text
+
+
+def json_field(text: Any, path: Sequence[str]) -> Any:
+    """The value at a path in a JSON text, None where there is none (`caption_column: json.caption`)."""
+    try:
+        value = json.loads(text)
+        for step in path:
+            value = value[step]
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
+    return value
+
+
+def expand(pattern: str) -> list[str]:
+    """Shards that a pattern means: `{000..099}` and `{a,b}` are written out, then `*` and `?` are looked up (files
+    only); a folder means the tars in it."""
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    written = [
+        "".join(choice) for choice in product(*(_brace(part) if at % 2 else [part] for at, part in enumerate(parts)))
+    ]
+    found: list[str] = []
+    for name in written:
+        if "://" in name:
+            found.append(name)
+        elif Path(name).expanduser().is_dir():
+            found += sorted(map(str, Path(name).expanduser().glob("*.tar*")))
+        elif any(character in name for character in "*?["):
+            found += sorted(glob.glob(str(Path(name).expanduser())))
+        else:
+            found.append(str(Path(name).expanduser()))
+    return found
+
+
+def _brace(inside: str) -> list[str]:
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if not numbers:
+        return inside.split(",")
+    first, last = numbers.groups()
+    return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]

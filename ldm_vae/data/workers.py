@@ -1,0 +1,82 @@
+"""The worker processes of every loader: torch's DataLoader, with its ways of spoiling a long run closed.
+
+One thread a worker (torch sets it), the global random generator untouched, signals left to the main process, errors for
+users carried across as sentences.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ldm_vae.errors import WorkError
+
+
+class _Failure:
+    """A WorkError on its way out of a worker: raised there it would arrive as a traceback in a string."""
+
+    def __init__(self, error: WorkError) -> None:
+        self.error = str(error)
+
+
+class _Guarded(Dataset[Any]):
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, tasks: Any) -> Any:
+        try:
+            return self.dataset.__getitems__(tasks)
+        except WorkError as error:
+            return _Failure(error)
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(_worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process saves first and then ends us."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # a spawned worker that ends while its queue's thread is inside torch aborts the process and frightens the parent
+    atexit.register(os._exit, 0)
+
+
+def load(
+    dataset: Any, tasks: Iterable[Any], num_workers: int, pin_memory: bool, prefetch_factor: int, context: str | None
+) -> Iterator[Any]:
+    """`dataset.__getitems__(work)` for each of `tasks`, in order.
+
+    Raises:
+        WorkError: a worker raised one, or died.
+    """
+    loader = DataLoader(
+        _Guarded(dataset),
+        batch_sampler=tasks,
+        collate_fn=_same,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        multiprocessing_context=context if num_workers else None,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # without one of its own it draws from the global generator
+    )
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise WorkError(f"a data worker died, out of memory perhaps (dataloader_num_workers): {error}") from error
+        if isinstance(batch, _Failure):
+            raise WorkError(batch.error)
+        yield batch
