@@ -65,6 +65,14 @@ def write_vae(
     return out
 
 
+def read_statistics(path: Path) -> LatentStatistics:
+    """What `write_vae` was given as `statistics`, from the latent_statistics.json that it wrote."""
+    try:
+        return LatentStatistics.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: cannot be read as latent statistics: {error}") from error
+
+
 def configured_copy(
     vae: Any, normalisation: Normalisation | None = None, *, sample_size: int | None = None, **changes: Any
 ) -> Any:

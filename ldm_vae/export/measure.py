@@ -5,7 +5,7 @@ Legend: B batch, C image channels, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from ldm_vae import latents
 from ldm_vae.autoencoder import check_resolution, downsampling_factor, encoder_fingerprint
-from ldm_vae.data.ordered import ordered_loader
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store.manifest import MANIFEST, read_manifest
 from ldm_vae.latent_store.statistics import LatentStatistics
+from ldm_vae.metrics.batches import image_batches, spread
 
 
 @torch.no_grad()
@@ -45,25 +45,21 @@ def measure(
     return statistics
 
 
-def measure_images(vae: Any, data: str, resolution: int, *, batch_size: int = 8, limit: int = 0) -> LatentStatistics:
-    """Statistics over the images of DATA, whole and centre-cropped; `limit` takes that many spread over the source."""
+def measure_images(
+    vae: Any, data: str, resolution: int, *, batch_size: int = 8, limit: int | None = None
+) -> LatentStatistics:
+    """Statistics over the images of DATA, whole and centre-cropped; at most `limit`, spread over the source."""
     check_resolution(resolution, downsampling_factor(vae))
-    source = open_source(data)
-    count = min(limit, len(source)) if limit else len(source)
-    indices = [index * len(source) // count for index in range(count)]
+    source = open_source(data, channels=int(vae.config.in_channels))
+    indices = spread(len(source), limit or len(source))
     quarantine = Quarantine(len(source))
-
-    def pixel_batches() -> Iterator[torch.Tensor]:
-        for good, bad in ordered_loader(source, resolution, indices, batch_size=batch_size):
-            quarantine.add(bad)
-            if good:
-                yield to_pixels(torch.stack([sample.crop.pixels for sample in good]))
-
-    return measure(vae, pixel_batches(), vae.device, batches=-(-count // batch_size))
+    batches = image_batches(source, indices, resolution, batch_size=batch_size, quarantine=quarantine)
+    pixels = (to_pixels(batch.pixels) for batch in batches)
+    return measure(vae, pixels, vae.device, batches=-(-len(indices) // batch_size))
 
 
 def statistics_of(
-    vae: Any, stats: str, resolution: int | None, *, batch_size: int = 8, limit: int = 0
+    vae: Any, stats: str, resolution: int | None, *, batch_size: int = 8, limit: int | None = None
 ) -> LatentStatistics:
     """Statistics from STORE or DATA. Raises UsageError when the store was made by another encoder."""
     if not (Path(stats) / MANIFEST).is_file():

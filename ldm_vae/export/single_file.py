@@ -209,6 +209,7 @@ def is_sd_shape(config: Mapping[str, Any]) -> bool:
         tuple(config["block_out_channels"]) == (128, 256, 512, 512)
         and config["latent_channels"] == 4
         and config["layers_per_block"] == 2
+        and (config["in_channels"], config["out_channels"], config["norm_num_groups"]) == (3, 3, 32)
         and bool(config["mid_block_add_attention"] and config["use_quant_conv"] and config["use_post_quant_conv"])
     )
 

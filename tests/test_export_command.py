@@ -1,0 +1,143 @@
+"""`ldm-vae export` as a user calls it: what is written, said and refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from ldm_vae import cli
+from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
+from ldm_vae.errors import WorkError
+from ldm_vae.export.ldm_keys import to_ldm_name
+from ldm_vae.export.targets import TARGETS, warnings_for, write_target
+
+
+def ldm_vae(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["ldm-vae", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def config_of(folder: Path) -> dict[str, object]:
+    return dict(json.loads((folder / "config.json").read_text()))
+
+
+def test_measured_over_images_then_another_kind_without_measuring_again(
+    tiny_vae_folder: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    call = ("export", tiny_vae_folder, out, "--stats", image_folder, "--resolution", 32)
+    assert ldm_vae(monkeypatch, *call) == 0
+    printed = capsys.readouterr().out
+    assert "95 % interval" in printed and "12 images" in printed and "equal to the bit" in printed
+    scale = config_of(out)["scaling_factor"]
+    assert scale not in (1.0, 0.18215) and config_of(out)["sample_size"] == 32
+    assert "| scaling_factor |" in (out / "README.md").read_text()
+    # the statistics travelled with the folder
+    assert ldm_vae(monkeypatch, "export", out, tmp_path / "channel", "--normalisation", "channel") == 0
+    config = config_of(tmp_path / "channel")
+    assert config["scaling_factor"] == 1.0 and config["shift_factor"] is None and len(config["latents_std"]) == 4
+    # and back, to the same number
+    assert ldm_vae(monkeypatch, "export", tmp_path / "channel", out, "--normalisation", "scale") == 0
+    assert config_of(out)["scaling_factor"] == pytest.approx(scale, rel=1e-12)
+
+
+def test_sd_scaling_is_not_left_in_another_model(
+    tiny_vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_vae.register_to_config(scaling_factor=0.18215)
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    assert ldm_vae(monkeypatch, "export", tmp_path / "vae", tmp_path / "out") == 2
+    assert "--stats" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kind_that_was_not_measured_is_refused(
+    tiny_vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ldm_vae(monkeypatch, "export", tiny_vae_folder, tmp_path / "out", "--normalisation", "shift") == 2
+    assert "--stats" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_single_file_is_written_with_its_warnings(
+    target: str,
+    tiny_vae_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "mine.safetensors"
+    call = ("export", tiny_vae_folder, path, "--target", target)
+    assert ldm_vae(monkeypatch, *call) == 0
+    warned = capsys.readouterr().err
+    assert "cannot load this file" in warned and "ignores the normalisation" in warned
+    assert "cannot load this file" in path.with_suffix(".md").read_text()
+    assert "decoder.mid.attn_1.proj_out.weight" in load_file(path)
+    assert ldm_vae(monkeypatch, *call, "--strict") == 1
+    # and back, without being told the shape
+    assert ldm_vae(monkeypatch, "export", path, tmp_path / "back") == 0
+    one, other = load_autoencoder(tiny_vae_folder).state_dict(), load_autoencoder(tmp_path / "back").state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    # a folder as OUT holds the file and the card
+    assert ldm_vae(monkeypatch, "export", tiny_vae_folder, tmp_path / "mine", "--target", target) == 0
+    assert sorted(entry.name for entry in (tmp_path / "mine").iterdir()) == ["README.md", "mine.safetensors"]
+
+
+def test_a_file_of_wrong_names_is_caught(
+    tiny_vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert write_target(tiny_vae, tmp_path / "right.safetensors") < 1e-5
+
+    def swapped(name: str, blocks: int) -> str:  # every name is there, two blocks have changed places
+        return re.sub(r"block_([12])", lambda match: f"block_{3 - int(match[1])}", to_ldm_name(name, blocks))
+
+    monkeypatch.setattr("ldm_vae.export.ldm_keys.to_ldm_name", swapped)
+    with pytest.raises(WorkError, match="differs from the model"):
+        write_target(tiny_vae, tmp_path / "wrong.safetensors")
+    assert not (tmp_path / "wrong.safetensors").exists()
+
+
+SD = AutoencoderConfig().model_dump() | {"out_channels": 3, "scaling_factor": 0.18215}
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "words"),
+    [
+        ("comfyui", {}, []),
+        ("kohya", {"scaling_factor": 0.13025}, []),
+        ("a1111", {}, []),
+        ("comfyui", {"scaling_factor": 0.5}, ["ignores the normalisation"]),
+        ("comfyui", {"latent_channels": 64}, ["another network", "ignores"]),
+        ("comfyui", {"block_out_channels": (128, 256, 512), "latent_channels": 3}, ["ignores"]),
+        ("comfyui", {"norm_num_groups": 16}, ["32 groups"]),
+        ("kohya", {"latent_channels": 16}, ["neither", "ignores"]),
+        (
+            "kohya",
+            {
+                "latent_channels": 16,
+                "use_quant_conv": False,
+                "use_post_quant_conv": False,
+                "scaling_factor": 0.3611,
+                "shift_factor": 0.1159,
+            },
+            [],
+        ),
+        ("a1111", {"mid_block_add_attention": False}, ["not that of SD"]),
+    ],
+)
+def test_what_each_target_takes(target: str, changes: dict[str, object], words: list[str]) -> None:
+    found = warnings_for(TARGETS[target], SD | changes)
+    assert len(found) == len(words)
+    assert all(word in sentence for word, sentence in zip(words, found, strict=True))
