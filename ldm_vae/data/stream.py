@@ -38,6 +38,10 @@ class Stream(Protocol):
     def __iter__(self) -> Iterator[Record | Bad]: ...
 
 
+class InOrderError(UsageError, TypeError):
+    """Asked of a stream what it cannot do. A TypeError too: that is what `list(stream)` expects of an absent length."""
+
+
 class InOrderOnly:
     """Gives a stream the sentences for what it cannot do."""
 
@@ -53,7 +57,7 @@ class InOrderOnly:
         self._cannot(f"cannot go to its image {index}")
 
     def _cannot(self, what: str) -> NoReturn:
-        raise UsageError(
+        raise InOrderError(
             f"data {self.name}: read in order, it {what}; download it first (no streaming, uncompressed local shards), "
             "or use it for training only"
         )

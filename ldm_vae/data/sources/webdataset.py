@@ -8,6 +8,7 @@ like any other source. Shards behind a URL, or compressed, are read in order (ld
 from __future__ import annotations
 
 import tarfile
+import urllib.request
 from array import array
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -144,7 +145,7 @@ def _members_until_damage(shard: str, damage: list[str]) -> Iterator[tars.Member
 
 
 class TarStream(InOrderOnly):
-    """Samples of shards that can only be read in order: behind URLs (whatever fsspec can open), or compressed."""
+    """Samples of shards that can only be read in order: behind URLs, or compressed."""
 
     columns: tuple[str, ...] = ()
 
@@ -161,11 +162,9 @@ class TarStream(InOrderOnly):
             yield from self._samples(shard)
 
     def _samples(self, shard: str) -> Iterator[Record | Bad]:
-        import fsspec  # type: ignore[import-untyped]
-
         bytes_of: dict[str, bytes] = {}
         try:
-            with fsspec.open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
+            with _open(shard) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
                 for sample in tars.group(_keep_bytes(archive, bytes_of)):
                     yield self._record(shard, sample, bytes_of)
                     for member in sample.members:
@@ -183,6 +182,17 @@ class TarStream(InOrderOnly):
             member.extension: tars.column_value(member.extension, bytes_of[member.name]) for member in sample.others()
         }
         return Record(shard_key(shard, sample.key), bytes_of[image.name], with_caption(columns, self._captions))
+
+
+def _open(shard: str) -> Any:
+    """A file or URL for reading in order; http by the standard library, other schemes (s3, gs, hf) by fsspec."""
+    if shard.startswith(("http://", "https://")):
+        return urllib.request.urlopen(shard, timeout=60)
+    if "://" in shard:
+        import fsspec  # type: ignore[import-untyped]
+
+        return fsspec.open(shard, "rb")
+    return open(shard, "rb")
 
 
 def _keep_bytes(archive: tarfile.TarFile, bytes_of: dict[str, bytes]) -> Iterator[tars.Member]:
