@@ -26,16 +26,17 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
-from ldm_vae.data.quarantine import Quarantine
+from ldm_vae.data.quarantine import Quarantine, read_quarantine
 from ldm_vae.data.source import Source, open_source
 from ldm_vae.errors import UsageError, WorkError, run_program
 from ldm_vae.launch import build_accelerator
 from ldm_vae.metrics import result
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import Evaluation, evaluate_reconstruction
-from ldm_vae.metrics.pictures import Pictures
+from ldm_vae.metrics.metric import Metric
+from ldm_vae.metrics.pictures import keep_pictures
 from ldm_vae.metrics.protocol import PINNED
-from ldm_vae.metrics.select import NAMES, build_metrics
+from ldm_vae.metrics.select import NAMES, build_metrics, check
 
 
 def arguments() -> argparse.Namespace:
@@ -62,6 +63,7 @@ def arguments() -> argparse.Namespace:
         if getattr(found, name) < 1:
             raise UsageError(f"{name}: expected at least 1, got {getattr(found, name)}")
     found.metrics = found.metrics.split(",")
+    check(found.metrics, found.resolution)
     return found
 
 
@@ -80,7 +82,8 @@ def main() -> None:
     source = open_source(options.data, image_column=options.image_column, split=options.split, channels=channels.pop())
     indices = range(min(len(source), options.max_images or len(source)))
     prepare(options.output, accelerator)
-    quarantine = Quarantine(len(indices), max_bad=options.max_bad, path=options.output / "quarantine.jsonl")
+    quarantine_path = options.output / "quarantine.jsonl"  # shared by all ranks
+    quarantine = Quarantine(len(indices), max_bad=options.max_bad, path=quarantine_path)
 
     # --- measure: one VAE after the other on the device, each rank its share of the images ----------------------------
     evaluations = []
@@ -92,13 +95,23 @@ def main() -> None:
 
     # --- results: numbers, a table, and pictures of a fixed choice and of the worst -----------------------------------
     if accelerator.is_main_process:
-        data = {"source": options.data, "resolution": options.resolution, "quarantined": quarantine_count(options)}
+        quarantined = len(read_quarantine(quarantine_path))
+        data = {"source": options.data, "resolution": options.resolution, "quarantined": quarantined}
+        computed = result.settings(accelerator.device, options.batch_size)
         results = [
-            result.result(PINNED, result.describe_vae(vae, name, path), data, evaluation, source.key)
+            result.result(PINNED, result.describe_vae(vae, name, path), data, computed, evaluation, source.key)
             for name, vae, path, evaluation in zip(names, vaes, options.vae, evaluations, strict=True)
         ]
         merge_images(options.output)
-        keep_pictures(vaes, source, indices, evaluations[0], options, accelerator.device)
+        # pictures: usable images, evenly spread, and the first VAE's worst ones that are not among them
+        bad = {entry.key for entry in read_quarantine(quarantine_path)}
+        usable = [index for index in indices if source.key(index) not in bad] if bad else indices
+        kinds = {usable[place]: "shown" for place in spread(len(usable), options.pictures)}
+        kinds |= {index: "worst" for index, _ in evaluations[0].worst if index not in kinds}
+        keep_pictures(
+            options.output, vaes, source, kinds, build(options, accelerator), accelerator.device,
+            resolution=options.resolution, batch_size=options.batch_size,
+        )  # fmt: skip
         result.write(options.output / "metrics.md", result.markdown(results))
         result.write(options.output / "metrics.json", results[0] if len(results) == 1 else results)
         print(result.plain(results))
@@ -119,9 +132,7 @@ def measure(
 ) -> Evaluation:
     """One VAE over all images; every image's numbers go to this rank's part of images.jsonl."""
     with accelerator.main_process_first():  # the first to need an LPIPS trunk fetches it
-        metrics = build_metrics(
-            options.metrics, accelerator.device, options.resolution, lpips_weights=options.lpips_weights
-        )
+        metrics = build(options, accelerator)
     mine = share_of(accelerator.process_index, accelerator.num_processes, indices, options.batch_size)
     batches = image_batches(
         source, mine, options.resolution,
@@ -139,32 +150,21 @@ def measure(
                 file.write(json.dumps({"vae": name, "index": index, "key": source.key(index), **numbers}) + "\n")
             bar.update(len(indices))
 
-        evaluation = evaluate_reconstruction(
-            vae, batches, metrics, accelerator.device,
-            resolution=options.resolution, batch_size=options.batch_size, protocol=PINNED, each=each,
-        )  # fmt: skip
+        try:
+            evaluation = evaluate_reconstruction(
+                vae, batches, metrics, accelerator.device,
+                resolution=options.resolution, batch_size=options.batch_size, protocol=PINNED, each=each,
+            )  # fmt: skip
+        except WorkError:
+            quarantine.finish()  # raises with the reason, where there was an image and none could be used
+            raise
     bar.close()
     return evaluation
 
 
-def keep_pictures(
-    vaes: Sequence[Any],
-    source: Source,
-    indices: Sequence[int],
-    first: Evaluation,
-    options: argparse.Namespace,
-    device: torch.device,
-) -> None:
-    """Evenly spread images, and the first VAE's worst ones that are not among them."""
-    kinds = {indices[place]: "shown" for place in spread(len(indices), options.pictures)}
-    kinds |= {index: "worst" for index, _ in first.worst if index not in kinds}
-    metrics = build_metrics(options.metrics, device, options.resolution, lpips_weights=options.lpips_weights)
-    pictures = Pictures(options.output)
-    for vae in vaes:
-        chosen = image_batches(source, list(kinds), options.resolution, batch_size=options.batch_size)
-        pictures.add(vae.to(device), chosen, metrics, device, kinds=kinds, batch_size=options.batch_size)
-        vae.cpu()
-    pictures.finish()
+def build(options: argparse.Namespace, accelerator: Accelerator) -> list[Metric]:
+    """The metrics that were asked for, ready to update."""
+    return build_metrics(options.metrics, accelerator.device, options.resolution, lpips_weights=options.lpips_weights)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -194,12 +194,6 @@ def merge_images(output: Path) -> None:
                 shutil.copyfileobj(rows, file)
     merged.replace(output / "images.jsonl")
     shutil.rmtree(output / PARTS)
-
-
-def quarantine_count(options: argparse.Namespace) -> int:
-    """Over all ranks: they share one file."""
-    path = options.output / "quarantine.jsonl"
-    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
 
 def labels(vaes: Sequence[str]) -> list[str]:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ldm_vae.metrics.batches import ImageBatch
+from ldm_vae.data.source import Source
+from ldm_vae.metrics.batches import ImageBatch, image_batches
 from ldm_vae.metrics.evaluate import reconstruct
 from ldm_vae.metrics.metric import ImageMetric, Metric
 from ldm_vae.metrics.protocol import PINNED, Protocol
@@ -90,6 +91,28 @@ class Pictures:
         (self.folder / INDEX).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(self.final, ignore_errors=True)
         self.folder.replace(self.final)
+
+
+def keep_pictures(
+    output: Path,
+    vaes: Sequence[Any],
+    source: Source,
+    kinds: dict[int, str],
+    metrics: Sequence[Metric],
+    device: torch.device,
+    *,
+    resolution: int,
+    batch_size: int,
+    protocol: Protocol = PINNED,
+) -> None:
+    """Write output/pictures: what each of `vaes` makes of the images whose indices `kinds` calls "shown" or "worst"."""
+    pictures = Pictures(output)
+    for vae in vaes:
+        chosen = image_batches(source, list(kinds), resolution, batch_size=batch_size)
+        home = next(vae.parameters()).device
+        pictures.add(vae.to(device), chosen, metrics, device, kinds=kinds, batch_size=batch_size, protocol=protocol)
+        vae.to(home)
+    pictures.finish()
 
 
 def principal_colours(means: torch.Tensor) -> torch.Tensor:

@@ -36,8 +36,17 @@ def describe_vae(vae: Any, name: str, source: str) -> Json:
     }
 
 
-def result(protocol: Protocol, vae: Json, data: Json, evaluation: Evaluation, key_of: Callable[[int], str]) -> Json:
-    """The object of metrics.json; `data` says where the images came from, `key_of` an index names the worst ones."""
+def result(
+    protocol: Protocol, vae: Json, data: Json, computed: Json, evaluation: Evaluation, key_of: Callable[[int], str]
+) -> Json:
+    """The object of metrics.json.
+
+    Args:
+        vae: from `describe_vae`.
+        data: where the images came from: source, resolution, quarantined.
+        computed: from `settings`.
+        key_of: the key of an image by its index, for the worst ones.
+    """
     return {
         "protocol": protocol.to_json(),
         "vae": vae,
@@ -52,6 +61,7 @@ def result(protocol: Protocol, vae: Json, data: Json, evaluation: Evaluation, ke
             {"key": key_of(index), "index": index, evaluation.worst_by: value} for index, value in evaluation.worst
         ],
         "latents": evaluation.latents,
+        "settings": computed,
         "versions": versions(),
     }
 

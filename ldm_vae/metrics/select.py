@@ -14,20 +14,25 @@ NAMES = ("psnr", "ssim", "l1", "lpips_alex", "lpips_vgg")
 VALIDATION = ("psnr", "ssim", "lpips_alex")  # what training watches: cheap, and one of each kind
 
 
+def check(names: Sequence[str], resolution: int) -> None:
+    """Raises UsageError for a name that does not exist and for a resolution below SSIM's window."""
+    for name in names:
+        if name not in NAMES:
+            raise UsageError(f"metrics: unknown metric {name}; there are {', '.join(NAMES)}")
+    if resolution < ssim.WINDOW:
+        raise UsageError(f"resolution: SSIM's window needs at least {ssim.WINDOW} px, got {resolution}")
+
+
 def build_metrics(
     names: Sequence[str], device: torch.device, resolution: int, *, lpips_weights: str | None = None
 ) -> list[Metric]:
     """The metrics of `names`, ready to update.
 
     Raises:
-        UsageError: a name that does not exist, or a resolution below SSIM's window.
+        UsageError: see `check`.
         WorkError: the weights of a network cannot be had.
     """
-    for name in names:
-        if name not in NAMES:
-            raise UsageError(f"metrics: unknown metric {name}; there are {', '.join(NAMES)}")
-    if resolution < ssim.WINDOW:
-        raise UsageError(f"resolution: SSIM's window needs at least {ssim.WINDOW} px, got {resolution}")
+    check(names, resolution)
     build: dict[str, Callable[[], Metric]] = {
         "psnr": psnr.build,
         "ssim": ssim.build,

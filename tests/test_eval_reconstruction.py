@@ -1,0 +1,201 @@
+"""eval.reconstruction as a user runs it: what it writes, what it refuses, and one process against two."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from eval import reconstruction
+from ldm_vae import metrics
+from ldm_vae.autoencoder import AutoencoderConfig
+from ldm_vae.data.source import open_source
+from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.metrics.batches import image_batches, share_of, spread
+from ldm_vae.metrics.evaluate import evaluate_reconstruction
+from ldm_vae.metrics.select import build_metrics
+from ldm_vae.report.images import read_pixels
+
+ROOT = Path(reconstruction.__file__).parent.parent
+
+SCHEMA = json.loads((Path(metrics.__file__).parent / "metrics.schema.json").read_text())
+CHEAP = ("--resolution", "32", "--metrics", "psnr,ssim,l1", "--num_workers", "0", "--batch_size", "5")
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["eval.reconstruction", *map(str, arguments)])
+    reconstruction.main()
+
+
+@pytest.fixture
+def other_vae_folder(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    config = AutoencoderConfig(block_out_channels=(8, 16, 16), norm_num_groups=4, layers_per_block=1)
+    config.build().save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def test_one_vae(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_vae_folder: Path,
+    image_folder: Path,
+    tmp_path: Path,
+) -> None:
+    (image_folder / "broken.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    run_main(monkeypatch, tiny_vae_folder, image_folder, "--output", out, "--pictures", "3", *CHEAP)
+    result = json.loads((out / "metrics.json").read_text())
+    jsonschema.validate(result, SCHEMA)
+    assert result["metrics"]["psnr"]["n"] == result["data"]["images"] == 12
+    assert result["data"]["quarantined"] == 1
+    assert json.loads((out / "quarantine.jsonl").read_text())["key"] == "broken.png"
+
+    rows = [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == sorted(row["index"] for row in rows)
+    assert len(rows) == 12
+    mean = sum(row["psnr"] for row in rows) / 12
+    assert mean == pytest.approx(result["metrics"]["psnr"]["mean"], abs=1e-9)
+    worst = sorted(rows, key=lambda row: row["psnr"])[:10]
+    assert [row["key"] for row in worst] == [row["key"] for row in result["worst"]]
+
+    pictures = json.loads((out / "pictures" / "pictures.json").read_text())
+    assert [picture["kind"] for picture in pictures].count("shown") == 3
+    by_key = {row["key"]: row for row in rows}
+    for picture in pictures:
+        assert picture["vaes"][0]["metrics"]["psnr"] == pytest.approx(by_key[picture["key"]]["psnr"], abs=1e-12)
+        for name in (f"{picture['name']}.original.png", picture["vaes"][0]["reconstruction"]):
+            assert read_pixels(out / "pictures" / name).shape == (32, 32, 3)
+    assert not list(out.glob(".*"))
+    printed = capsys.readouterr().out
+    assert f"{result['metrics']['psnr']['mean']:.2f}" in printed
+    assert f"{result['metrics']['psnr']['mean']:.2f}" in (out / "metrics.md").read_text()
+
+
+def test_the_saved_pictures_are_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tiny_vae_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    from skimage.metrics import peak_signal_noise_ratio
+
+    out = tmp_path / "out"
+    run_main(monkeypatch, tiny_vae_folder, image_folder, "--output", out, "--pictures", "2", *CHEAP)
+    for picture in json.loads((out / "pictures" / "pictures.json").read_text()):
+        files = (f"{picture['name']}.original.png", picture["vaes"][0]["reconstruction"])
+        original, other = (read_pixels(out / "pictures" / name) for name in files)
+        expected = peak_signal_noise_ratio(original, other, data_range=255)
+        assert picture["vaes"][0]["metrics"]["psnr"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_several_vaes_give_a_list(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_vae_folder: Path,
+    other_vae_folder: Path,
+    image_folder: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    arguments = (tiny_vae_folder, other_vae_folder, image_folder, "--output", out, "--pictures", "2", *CHEAP)
+    run_main(monkeypatch, *arguments)
+    results = json.loads((out / "metrics.json").read_text())
+    jsonschema.validate(results, SCHEMA)
+    assert [result["vae"]["name"] for result in results] == ["tiny_vae", "other"]
+    assert results[0]["data"]["checksum"] == results[1]["data"]["checksum"]
+    assert results[0]["metrics"]["psnr"]["mean"] != results[1]["metrics"]["psnr"]["mean"]
+    pictures = json.loads((out / "pictures" / "pictures.json").read_text())
+    assert all(len(picture["vaes"]) == 2 for picture in pictures)
+    rows = [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()]
+    assert [row["vae"] for row in rows] == ["tiny_vae"] * 12 + ["other"] * 12
+
+
+def test_numbers_do_not_depend_on_how_the_images_are_divided(tiny_vae: AutoencoderKL, image_folder: Path) -> None:
+    """The parts that two ranks would measure hold, bit for bit, the values of one pass; batches are whole ones."""
+    source = open_source(image_folder)
+    tiny_vae.requires_grad_(False)
+
+    def values(indices: range) -> list[float]:
+        found: list[float] = []
+        evaluate_reconstruction(
+            tiny_vae,
+            image_batches(source, indices, 32, batch_size=5),
+            build_metrics(["psnr", "ssim"], torch.device("cpu"), 32),
+            torch.device("cpu"),
+            resolution=32,
+            batch_size=5,
+            each=lambda _, values: found.extend(values["psnr"].tolist()),
+        )
+        return found
+
+    shares = [share_of(rank, 2, range(12), 5) for rank in range(2)]
+    assert [list(share) for share in shares] == [list(range(5)), list(range(5, 12))]
+    assert values(range(12)) == [value for share in shares for value in values(share)]
+
+
+def test_spread_covers_the_whole() -> None:
+    assert spread(10, 3) == [0, 3, 6]
+    assert spread(2, 8) == [0, 1]
+    assert spread(0, 8) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("--resolution", "33"), "multiple of f = 2"),
+        (("--resolution", "8"), "at least 11"),
+        (("--metrics", "psnr,fid"), "unknown metric fid"),
+        (("--batch_size", "0"), "batch_size"),
+    ],
+)
+def test_wrong_calls_name_the_argument(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_vae_folder: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    change: tuple[str, ...],
+    sentence: str,
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        run_main(monkeypatch, tiny_vae_folder, image_folder, "--output", tmp_path / "out", *CHEAP, *change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_usable_image_is_a_failure_and_leaves_no_result(
+    monkeypatch: pytest.MonkeyPatch, tiny_vae_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"nothing")
+    with pytest.raises(WorkError, match=r"no usable image.*a\.png"):
+        run_main(monkeypatch, tiny_vae_folder, folder, "--output", tmp_path / "out", *CHEAP)
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_one_process_and_two_agree(tiny_vae_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"out{processes}"
+        launch = [sys.executable, "-m"]
+        if processes == 2:
+            launch += ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+            launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
+        call = [*launch, "eval.reconstruction", str(tiny_vae_folder), str(image_folder), "--output", str(out), *CHEAP]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append((json.loads((out / "metrics.json").read_text()), (out / "images.jsonl").read_text()))
+    (one, one_rows), (two, two_rows) = found
+    assert (one["settings"]["processes"], two["settings"]["processes"]) == (1, 2)
+    assert two_rows == one_rows  # every image once, the same bits
+    assert two["data"] == one["data"]
+    assert two["worst"] == one["worst"]
+    for name, summary in one["metrics"].items():
+        assert two["metrics"][name]["n"] == summary["n"]
+        assert two["metrics"][name]["mean"] == pytest.approx(summary["mean"], rel=1e-12)
+        assert two["metrics"][name]["ci95"] == pytest.approx(summary["ci95"], rel=1e-9)
