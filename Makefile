@@ -1,0 +1,45 @@
+# make demo     the whole job on real photographs, on a CPU, in minutes
+# make test     the quick tests          make check   lint, types and all tests (what CI runs)
+# make install  only make .venv ready    make clean   remove .venv, runs/demo and data/demo
+#
+# Each target is a line that can be copied; all of them are idempotent and echo what they run.
+
+PYTHON ?= python3
+BIN := .venv/bin
+ONE_THREAD := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+LAUNCH := --num_processes 1 --num_machines 1 --num_cpu_threads_per_process 2 --mixed_precision no --dynamo_backend no
+
+.PHONY: help install demo test check clean
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 5
+
+install: .venv/.ready
+.venv/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --progress-bar off -e '.[dev]'
+	touch .venv/.ready
+
+demo: install
+	$(BIN)/ldm-vae assets demo data/demo
+	$(BIN)/ldm-vae assets lpips --net alex
+	$(BIN)/accelerate launch $(LAUNCH) -m train.autoencoder configs/demo.yaml
+	$(BIN)/ldm-vae encode runs/demo/vae data/demo/photographs runs/demo/latents --resolution 256
+	$(BIN)/ldm-vae evaluate runs/demo/vae data/demo/heldout --output runs/demo/report --resolution 64
+	$(BIN)/ldm-vae report runs/demo
+	@echo
+	@echo "Open runs/demo/report/index.html in a browser. The VAE is in runs/demo/vae, its latents in runs/demo/latents."
+	@echo "Next, on a folder of your own images:"
+	@echo "  $(BIN)/ldm-vae inspect PHOTOS"
+	@echo "  $(BIN)/ldm-vae train configs/kl_f8_d4.yaml --data.path PHOTOS --output_dir runs/mine"
+
+test: install
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not browser"
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not gpu"
+
+clean:
+	rm -rf .venv runs/demo data/demo

@@ -1,0 +1,63 @@
+"""The command line: what it lists, what it refuses, and the exit statuses that other programs rely on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+def ldm_vae(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ldm_vae", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120, check=False)
+
+
+def test_help_teaches_the_four_commands() -> None:
+    done = ldm_vae("--help")
+    assert done.returncode == 0
+    for verb in ("train", "export", "encode", "evaluate", "assets", "config", "inspect", "store", "report"):
+        assert f"  {verb} " in done.stdout, verb
+    assert "ldm-vae encode my-vae PHOTOS my-latents" in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["assets", "config", "decode", "encode", "export", "inspect", "reconstruct", "report", "store"])
+def test_every_verb_explains_itself(verb: str) -> None:
+    done = ldm_vae(verb, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"ldm-vae {verb}" in done.stdout
+    assert len(done.stdout) > 300
+
+
+def test_the_programs_help_is_shown_by_their_verbs() -> None:
+    assert "accelerate launch -m train.autoencoder" in ldm_vae("train", "--help").stdout
+    assert "eval.reconstruction" in ldm_vae("evaluate", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("bogus",), "invalid choice: 'bogus'"),
+        (("train", "nothing.yaml"), "config nothing.yaml: no such file, and none that ships with the project; these do: demo"),
+        (("config", "nothing"), "config nothing: no such file"),
+        (("encode", "no-vae", "no-data", "out", "--resolution", "64"), "no-"),
+        (("export", "no-vae", "out"), "no-vae"),
+        (("store", "stats", "no-store"), "no-store"),
+        (("inspect", "no-data"), "no-data"),
+    ],
+)  # fmt: skip
+def test_a_wrong_call_ends_with_status_2_and_a_sentence(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    done = ldm_vae(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert says in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_lists_and_prints_what_ships() -> None:
+    listed = ldm_vae("config").stdout
+    assert "kl_f8_d4" in listed and "Stable Diffusion" in listed
+    assert ldm_vae("config", "kl_f8_d4").stdout == (ROOT / "configs" / "kl_f8_d4.yaml").read_text()

@@ -1,0 +1,89 @@
+"""The wheel and the editable install: what they hold, and that a wheel trains outside the clone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_images
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment's bin folder; the dependencies are this interpreter's, so nothing is downloaded."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, with_pip=True)
+    packages = next((folder / "lib").glob("python*/site-packages"))
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True)
+    return folder / "bin"
+
+
+def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=600, check=False)
+
+
+def test_the_top_level_is_the_package_and_its_metadata(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert sorted(top.split("-")[0] for top in tops) == ["ldm_vae", "ldm_vae"]  # ldm_vae and ldm_vae-X.dist-info
+    for program in ("train/autoencoder.py", "eval/reconstruction.py", "configs/demo.yaml"):
+        assert f"ldm_vae/programs/{program}" in names
+    assert not [name for name in names if "/tests/" in name or name.endswith((".pyc", ".pth"))]
+
+
+def test_every_module_imports_outside_the_clone(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import importlib, pkgutil, ldm_vae\n"
+        "names = [m.name for m in pkgutil.walk_packages(ldm_vae.__path__, 'ldm_vae.') if '__main__' not in m.name]\n"
+        "[importlib.import_module(name) for name in names]\n"
+        "print(len(names), ldm_vae.__file__)"
+    )
+    done = run([str(installed / "python"), "-c", code], tmp_path)
+    assert done.returncode == 0, done.stderr
+    count, file = done.stdout.split()
+    assert int(count) > 30 and str(installed.parent) in file
+
+
+def test_an_installed_wheel_trains_and_evaluates(installed: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", 6)
+    train = [str(installed / "ldm-vae"), "train", "smoke", "--data.path", "photos", "--max_train_images", "8"]
+    done = run([*train, "--validation_data.path", "photos", "--output_dir", "mine"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine" / "vae" / "config.json").is_file()
+    evaluate = [str(installed / "ldm-vae"), "evaluate", "mine", "photos", "--output", "measured", "--resolution", "32"]
+    done = run([*evaluate, "--metrics", "psnr", "ssim"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "measured" / "metrics.json").is_file()
+
+
+def test_an_editable_install_shows_the_package_only(tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    packages = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = str(tmp_path / "venv" / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "-e"]
+    done = run([*install, str(ROOT)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    code = "import importlib.util as u; print([bool(u.find_spec(n)) for n in ('ldm_vae', 'train', 'eval', 'tests')])"
+    assert run([python, "-c", code], tmp_path).stdout.strip() == "[True, False, False, False]"
