@@ -66,15 +66,21 @@ def result(
     }
 
 
+def settings(device: torch.device, batch_size: int) -> Json:
+    """How it was computed: equal settings give equal bits, others equality to rounding."""
+    return {
+        "device": device.type,
+        "processes": world_size(),
+        "threads": torch.get_num_threads(),
+        "batch_size": batch_size,
+    }
+
+
 def versions() -> dict[str, str]:
     """Of everything that a number may depend on."""
-    found = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "diffusers", "lpips", "numpy")}
-    return {
-        "ldm-vae": __version__,
-        "python": platform.python_version(),
-        **found,
-        "threads": str(torch.get_num_threads()),
-    }
+    packages = ("torch", "torchvision", "diffusers", "lpips", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"ldm-vae": __version__, "python": platform.python_version()} | found
 
 
 def write(path: Path, content: Any) -> None:
