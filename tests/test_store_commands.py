@@ -30,7 +30,6 @@ def store(tiny_vae_folder: Path, image_folder: Path, tmp_path: Path) -> Path:
 def test_encode_then_stats_verify_and_decode(
     store: Path, tiny_vae_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "12 samples in 1 shards" in capsys.readouterr().out
     assert len(LatentDataset(store)) == 12
     call("store", "stats", store)
     shown = capsys.readouterr().out
@@ -42,7 +41,8 @@ def test_encode_then_stats_verify_and_decode(
     call("decode", store, tmp_path / "pictures", "--count", 3, "--first", 2)
     pictures = sorted((tmp_path / "pictures").iterdir())
     assert [path.name for path in pictures] == [f"{i:08d}-img_{i:04d}.png" for i in (2, 3, 4)]
-    assert Image.open(pictures[0]).size == (32, 32)
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (32, 32)
     shutil.move(tiny_vae_folder, tmp_path / "moved")
     with pytest.raises(UsageError, match="--vae: say where"):
         call("decode", store, tmp_path / "pictures")

@@ -21,6 +21,7 @@ from ldm_vae.data.source import Record
 from ldm_vae.data.transforms import centre_crop, to_pixels
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
+from ldm_vae.latent_store.writing import Processes
 from ldm_vae.latents import encode
 
 
@@ -92,8 +93,8 @@ def test_one_process_two_and_three_give_the_same_bytes(tiny_vae: AutoencoderKL, 
     source = Pictures(bad=(5, 11), broken=(17,))
     for name, ranks, threads in (("one", 1, 1), ("two", 2, 2), ("three", 3, 1)):
         for rank in reversed(range(ranks)):  # rank 0 finishes
-            write = {"rank": rank, "world_size": ranks, "encode_threads": threads, "num_workers": 0}
-            write_store(tiny_vae, source, tmp_path / name, **SETTINGS, **write)
+            own = {"processes": Processes(rank, ranks), "encode_threads": threads}
+            write_store(tiny_vae, source, tmp_path / name, **SETTINGS, **own)
     assert tree(tmp_path / "one") == tree(tmp_path / "two") == tree(tmp_path / "three")
     manifest = read_manifest(tmp_path / "one")
     assert (manifest.samples, manifest.quarantined, manifest.complete) == (18, 3, True)

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("vae", metavar="VAE", help="diffusers folder, run folder, hub id or single file")
     parser.add_argument("data", metavar="DATA", help="images: folder, dataset, list file, zip, tar shards, hub id")
     parser.add_argument("out", metavar="OUT", help="folder of the store: new, or one to go on with")
-    parser.add_argument("--resolution", type=int, required=True, help="side of the centre crop in pixels")
+    parser.add_argument(
+        "--resolution", type=int, nargs="+", required=True, help="side of the crop in pixels; several, several shapes"
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="images per forward pass (default 16)")
     parser.add_argument("--shard_size", type=int, default=2048, help="images per shard and work unit (default 2048)")
     parser.add_argument(
@@ -37,6 +39,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mixed_precision", choices=("no", "bf16", "fp16"), default="no", help="how the encoder computes (no: fp32)"
     )
+    parser.add_argument(
+        "--views",
+        choices=("centre", "flip", "five_crop", "ten_crop"),
+        default="centre",
+        help="what is encoded of each image: the centre, also its mirror image, the corners, all ten",
+    )
+    parser.add_argument(
+        "--bucket_step",
+        type=int,
+        metavar="N",
+        help="aspect buckets: crops of about RESOLUTION x RESOLUTION pixels with sides in steps of N (64 is usual)",
+    )
+    parser.add_argument("--tile", type=int, metavar="N", help="encode larger crops in tiles of N pixels")
+    parser.add_argument("--tile_overlap", type=int, metavar="N", help="overlap of tiles (default: a quarter of a tile)")
+    parser.add_argument("--pixels", action="store_true", help="store the crops too, to train a decoder from the store")
+    parser.add_argument(
+        "--update", action="store_true", help="take up what was added to, changed in and removed from DATA since"
+    )
+    parser.add_argument("--retry_quarantined", action="store_true", help="try the images again that were unusable")
     parser.add_argument("--num_workers", type=int, help="decoding processes (default: the cores, at most 8)")
     parser.add_argument(
         "--encode_threads",
@@ -55,12 +76,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     from accelerate import InitProcessGroupKwargs
 
-    from ldm_vae.autoencoder import load_autoencoder
+    from ldm_vae.autoencoder import downsampling_factor, load_autoencoder
     from ldm_vae.data.source import open_source
     from ldm_vae.errors import UsageError
     from ldm_vae.latent_store import write_store
     from ldm_vae.latent_store.encoding import default_threads, default_workers
     from ldm_vae.latent_store.reporting import describe
+    from ldm_vae.latent_store.tiling import tile_of
+    from ldm_vae.latent_store.writing import Processes
     from ldm_vae.launch import build_accelerator
 
     if not 0 <= arguments.max_bad <= 1:
@@ -87,14 +110,18 @@ def run(arguments: argparse.Namespace) -> None:
         store=arguments.store,
         dtype=arguments.dtype,
         mixed_precision=arguments.mixed_precision,
+        views=arguments.views,
+        bucket_step=arguments.bucket_step,
+        tile=tile_of(arguments.tile, arguments.tile_overlap, downsampling_factor(vae)),
+        pixels=arguments.pixels,
+        update=arguments.update,
+        retry_quarantined=arguments.retry_quarantined,
         num_workers=default_workers(processes) if arguments.num_workers is None else arguments.num_workers,
         encode_threads=default_threads(processes, device)
         if arguments.encode_threads is None
         else arguments.encode_threads,
         max_bad=arguments.max_bad,
-        rank=accelerator.process_index,
-        world_size=processes,
-        barrier=accelerator.wait_for_everyone,
+        processes=Processes(accelerator.process_index, processes, accelerator.wait_for_everyone),
         device=device,
         source_name=arguments.data,
         vae_name=arguments.vae,

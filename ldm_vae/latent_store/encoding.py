@@ -1,4 +1,4 @@
-"""The guarded encode: pixels => stored tensors, the same bits for a sample whatever shares its batch.
+"""The guarded encode: crops => stored tensors, the same bits for a sample whatever shares its batch.
 
 `vae.encode` of a sample is bit-identical in any company, but not across batch shapes or thread counts. So every batch
 is padded to one shape and every encoding thread computes with one torch thread. Several such threads, each with a batch
@@ -10,30 +10,40 @@ Legend: B batch, C image channels, c latent channels, H W pixels, h w latent pos
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
 from ldm_vae import keyed, latents
+from ldm_vae.autoencoder import downsampling_factor
 from ldm_vae.data.transforms import to_pixels
-from ldm_vae.latent_store.manifest import (
+from ldm_vae.errors import WorkError
+from ldm_vae.latent_store.layout import (
+    PIXELS,
     SAFETENSORS_DTYPES,
     TENSOR_NAMES,
-    ComputeDtype,
-    Settings,
-    StorageDtype,
-    StoreKind,
+    crop_of,
+    crops_of,
+    is_flipped,
+    tensor_name,
 )
+from ldm_vae.latent_store.manifest import Identity, Settings
+from ldm_vae.latent_store.preparing import Ready
 from ldm_vae.latent_store.shards import TensorSpec
+from ldm_vae.latent_store.tiling import encode_tiled
 from ldm_vae.latents import Moments
+
+logger = logging.getLogger(__name__)
 
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Rows = dict[str, npt.NDArray[Any]]
+Reason = str | None
 
 
 def default_workers(processes: int) -> int:
@@ -51,82 +61,126 @@ def _cores() -> int:
 
 
 class Encoder:
-    """A VAE's encoder with everything that decides what a stored value is."""
+    """A VAE's encoder with everything that decides what a stored value is. Several threads may call it at once."""
 
-    def __init__(
-        self,
-        vae: Any,
-        *,
-        batch_size: int,
-        store: StoreKind = "moments",
-        dtype: StorageDtype = "fp16",
-        mixed_precision: ComputeDtype = "no",
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, vae: Any, identity: Identity, *, batch_size: int, device: torch.device | str = "cpu") -> None:
         self.vae = vae.to(device)
-        self.batch_size, self.store, self.dtype, self.mixed_precision = batch_size, store, dtype, mixed_precision
-        self.device = torch.device(device)
+        self.identity, self.batch_size, self.device = identity, batch_size, torch.device(device)
+        self._names = TENSOR_NAMES[identity.store]
+        self._dtype = TORCH_DTYPES[identity.dtype]
+        self._factor = downsampling_factor(vae)
+        self._lock = threading.Lock()
 
     @property
     def settings(self) -> Settings:
         """What byte identity depends on besides the identity."""
-        kind = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         return Settings(
             batch_size=self.batch_size,
             threads=1,
-            device=kind,
+            device="cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
             memory_format="contiguous",
             torch=torch.__version__.partition("+")[0],
         )
 
-    def specs(self, shape: tuple[int, ...]) -> list[TensorSpec]:
-        """The stored tensors of a latent shape (c, h, w)."""
-        return [TensorSpec(name, SAFETENSORS_DTYPES[self.dtype], shape) for name in TENSOR_NAMES[self.store]]
+    def specs(self, height: int, width: int, channels: int) -> list[TensorSpec]:
+        """The stored tensors of crops [C, H, W]."""
+        shape = (int(self.vae.config.latent_channels), height // self._factor, width // self._factor)
+        dtype = SAFETENSORS_DTYPES[self.identity.dtype]
+        views = self.identity.views
+        specs = [TensorSpec(tensor_name(name, view), dtype, shape) for view in views for name in self._names]
+        if self.identity.pixels:
+            specs += [TensorSpec(tensor_name(PIXELS, c), "U8", (channels, height, width)) for c in crops_of(views)]
+        return specs
 
-    def __call__(self, images: Sequence[torch.Tensor], keys: Sequence[int]) -> tuple[Rows, list[str | None]]:
-        """uint8 images [C, H, W] of one size => rows in storage dtype, and why a sample cannot be stored (or None).
+    def __call__(self, samples: Sequence[Ready]) -> tuple[Rows, list[Reason]]:
+        """Samples of one crop size => rows in storage dtype, and why a sample cannot be stored (or None).
 
         A sample whose moments are not finite is encoded once more in fp32; if that does not help, or the storage dtype
-        cannot hold it, it has a reason. `keys` are the samples' indices: noise of `store="sample"` is drawn by them.
+        cannot hold it, it has a reason.
         """
-        parts = [
-            self._batch(images[first : first + self.batch_size], keys[first : first + self.batch_size])
-            for first in range(0, len(images), self.batch_size)
-        ]
-        rows = {name: np.concatenate([part[0][name] for part in parts]) for name in TENSOR_NAMES[self.store]}
-        return rows, [reason for part in parts for reason in part[1]]
+        rows: Rows = {}
+        reasons: list[Reason] = [None] * len(samples)
+        for number, view in enumerate(self.identity.views):
+            images = [sample.crops[crop_of(view)] for sample in samples]
+            if is_flipped(view):
+                images = [image.flip(2) for image in images]
+            keys = [(sample.index, sample.group[0], number) for sample in samples]
+            stored, bad = self._encode(images, keys)
+            rows |= {tensor_name(name, view): _numpy(value) for name, value in stored.items()}
+            reason = (
+                f"the encoder gives NaN or infinity for it in fp32, or values that {self.identity.dtype} cannot hold"
+            )
+            reasons = [reason if flag else before for flag, before in zip(bad.tolist(), reasons, strict=True)]
+        if self.identity.pixels:
+            for crop in crops_of(self.identity.views):
+                rows[tensor_name(PIXELS, crop)] = torch.stack([sample.crops[crop] for sample in samples]).numpy()
+        return rows, reasons
 
-    def _batch(self, images: Sequence[torch.Tensor], keys: Sequence[int]) -> tuple[Rows, list[str | None]]:
-        pixels = torch.zeros((self.batch_size, *images[0].shape), dtype=torch.uint8)
+    def _encode(
+        self, images: Sequence[torch.Tensor], keys: Sequence[tuple[int, int, int]]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """uint8 images [C, H, W] => stored tensors [n, c, h, w], and which are not finite [n]; batch by batch."""
+        parts: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
+        first = 0
+        while first < len(images):
+            size = self.batch_size
+            try:
+                parts.append(self._batch(images[first : first + size], keys[first : first + size], size))
+                first += size
+            except torch.OutOfMemoryError as error:
+                self._halve(size, images[0], error)
+        stored = {name: torch.cat([part[0][name] for part in parts]) for name in self._names}
+        return stored, torch.cat([part[1] for part in parts])
+
+    def _halve(self, tried: int, image: torch.Tensor, error: Exception) -> None:
+        """Go on with half the batch, which every later unit records."""
+        if tried == 1:
+            height, width = image.shape[1:]
+            raise WorkError(
+                f"the device has too little memory to encode one image of {height} x {width}; --tile N encodes in parts"
+            ) from error
+        torch.cuda.empty_cache()
+        with self._lock:
+            if self.batch_size == tried:
+                self.batch_size = tried // 2
+                logger.warning("out of memory at batch_size %d: going on with %d", tried, self.batch_size)
+
+    def _batch(
+        self, images: Sequence[torch.Tensor], keys: Sequence[tuple[int, int, int]], size: int
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        pixels = torch.zeros((size, *images[0].shape), dtype=torch.uint8)
         torch.stack(list(images), out=pixels[: len(images)])
-        stored = self._stored(self._moments(pixels, self.mixed_precision), keys)
+        stored = self._stored(self._moments(pixels, self.identity.mixed_precision), keys)
         bad = _not_finite(stored)
-        if self.mixed_precision != "no" and bad.any():
+        if self.identity.mixed_precision != "no" and bad.any():
             again = self._stored(self._moments(pixels, "no"), keys)
             stored = {name: torch.where(bad.view(-1, 1, 1, 1), again[name], value) for name, value in stored.items()}
             bad = _not_finite(stored)
-        reason = f"the encoder gives NaN or infinity for it in fp32, or values that {self.dtype} cannot hold"
-        reasons = [reason if flag else None for flag in bad.tolist()]
-        return {name: _numpy(value) for name, value in stored.items()}, reasons
+        return stored, bad
 
     @torch.no_grad()
-    def _moments(self, pixels: torch.Tensor, precision: ComputeDtype) -> Moments:
+    def _moments(self, pixels: torch.Tensor, precision: str) -> Moments:
         autocast: Any = contextlib.nullcontext()
         if precision != "no":
             autocast = torch.autocast(self.device.type, TORCH_DTYPES[precision])
         with autocast:
-            moments = latents.encode(self.vae, to_pixels(pixels.to(self.device, non_blocking=True)))
+            images = to_pixels(pixels.to(self.device))
+            if self.identity.tile is None or max(images.shape[2:]) <= self.identity.tile[0]:
+                moments = latents.encode(self.vae, images)
+            else:
+                moments = encode_tiled(
+                    lambda part: latents.encode(self.vae, part), images, *self.identity.tile, self._factor
+                )
         return Moments(moments.mean.cpu(), moments.logvar.cpu())
 
-    def _stored(self, moments: Moments, keys: Sequence[int]) -> dict[str, torch.Tensor]:
-        count = len(keys)
-        mean, logvar = moments.mean[:count], moments.logvar[:count]
-        if self.store == "sample":
+    def _stored(self, moments: Moments, keys: Sequence[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
+        mean, logvar = moments.mean[: len(keys)], moments.logvar[: len(keys)]
+        if self.identity.store == "sample":
             noise = keyed.normal(0, "stored sample", keys, mean.shape[1:])
             tensors = {"sample": Moments(mean, logvar).sample(noise)}
         else:
-            tensors = {"mean": mean, "logvar": logvar} if self.store == "moments" else {"mean": mean}
-        return {name: value.to(TORCH_DTYPES[self.dtype]) for name, value in tensors.items()}
+            tensors = {"mean": mean, "logvar": logvar}
+        return {name: tensors[name].to(self._dtype) for name in self._names}
 
 
 def _not_finite(stored: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -7,6 +7,7 @@ every store valid. docs/latent_store.md describes each field for readers in othe
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -16,23 +17,9 @@ from pydantic import Field, ValidationError
 from ldm_vae.config import Section
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import publish
+from ldm_vae.latent_store.layout import FORMAT, VERSION, ComputeDtype, StorageDtype, StoreKind
+from ldm_vae.latent_store.layout import MANIFEST as MANIFEST  # part of this module's interface
 from ldm_vae.latents import Normalisation
-
-FORMAT = "ldm-vae latent store"
-VERSION = 1
-MANIFEST = "manifest.json"
-
-StoreKind = Literal["moments", "mean", "sample"]
-StorageDtype = Literal["fp16", "fp32", "bf16"]
-ComputeDtype = Literal["no", "bf16", "fp16"]
-
-SHARDS, UNITS = "shards", "units"  # folders
-SAFETENSORS_DTYPES: dict[StorageDtype, str] = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
-TENSOR_NAMES: dict[StoreKind, tuple[str, ...]] = {
-    "moments": ("mean", "logvar"),
-    "mean": ("mean",),
-    "sample": ("sample",),
-}
 
 
 class Identity(Section):
@@ -54,6 +41,18 @@ class Identity(Section):
     """Source samples per work unit."""
     views: tuple[str, ...] = ("",)
     """View suffixes; the empty one is the centre crop as it is."""
+    bucket_step: int | None = None
+    """Aspect buckets with sides in steps of this; None is one square."""
+    tile: tuple[int, int] | None = None
+    """Tile and overlap in pixels, where larger images are encoded in tiles."""
+    pixels: bool = False
+    """Whether the crops are stored too, as uint8."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the fields that are not at their default, so that a new field with a default changes nothing."""
+        tree = self.model_dump(mode="json", exclude_defaults=True)
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 class SourceIdentity(Section):
@@ -78,6 +77,8 @@ class Recorded(Section):
 
     vae: str
     """The VAE as it was named on the command line."""
+    data: str
+    """The data as they were named on the command line."""
     decoder: str
     """SHA-256 of the decoder's and post_quant_conv's tensors."""
     normalisation: dict[str, Any]
@@ -96,11 +97,15 @@ class FileRecord(Section):
 class ShardRecord(Section):
     """Rows of one unit that share one latent shape; the files are shards/NAME.EXTENSION."""
 
-    name: str = Field(pattern=r"^[0-9]{8}(-[0-9]+x[0-9]+)?$")
+    name: str = Field(pattern=r"^[0-9]{8}(-[0-9]+-[0-9]+x[0-9]+)?$")
     unit: int
     rows: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     """Latent shape c, h, w."""
+    resolution: int
+    """The resolution it was made for."""
+    size: tuple[int, int]
+    """Height and width of its crops in pixels."""
     files: dict[str, FileRecord]
     """By extension: safetensors, parquet, arrow."""
     removed: tuple[int, ...] = ()
@@ -122,6 +127,8 @@ class Manifest(Section):
     source: SourceIdentity
     recorded: Recorded
     settings: tuple[Settings, ...] = ()
+    units: int = 0
+    """Units so far: the number of the next one."""
     samples: int = 0
     quarantined: int = 0
     columns: dict[str, str] = Field(default_factory=dict)

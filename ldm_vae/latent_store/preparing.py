@@ -1,113 +1,100 @@
-"""One decode per image, whatever is made of it: bytes => checksum, columns and the crops that will be encoded.
+"""The source's side of the pipeline: every sample of some units, in order, decoded once, as crops and a row.
 
-Runs in the workers of a torch DataLoader; a bad image comes back as its reason and never as an exception.
+Decoding happens in the workers of `ordered_loader`; a bad image arrives as its reason and never as an exception.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldm_vae.data.decoding import read_image
+from ldm_vae.data.ordered import Sample, ordered_loader
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Source, image_checksum
-from ldm_vae.data.transforms import Crop, centre_crop
+from ldm_vae.latent_store.layout import tensor_name
 from ldm_vae.latent_store.units import BadSample, Unit, storable
+from ldm_vae.latent_store.views import Cutting
 
-OWN_COLUMNS = ("key", "source", "source_index", "original_size", "crop_box", "bucket", "image_sha256")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A usable image: pixels uint8 [C, H, W] and its row of the parquet."""
-
-    index: int
-    pixels: torch.Tensor
-    row: dict[str, Any]
+OWN_COLUMNS = ("key", "source", "source_index", "image_sha256", "original_size", "resolution", "bucket", "crop_box")
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Consecutive samples of one unit; `last` closes the unit."""
+class Ready:
+    """One future row: the crops uint8 [C, H, W] by name, and the row of the parquet."""
 
     unit: Unit
-    good: list[Prepared]
-    bad: list[BadSample]
+    index: int
+    crops: dict[str, torch.Tensor]
+    row: dict[str, Any]
+
+    @property
+    def group(self) -> tuple[int, int, int]:
+        """Resolution, height and width: rows of one group share a shard."""
+        height, width = self.crops[""].shape[1:]
+        return int(self.row["resolution"]), height, width
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """One sample of a unit: its rows (one per resolution) or why it has none; `last` closes the unit."""
+
+    unit: Unit
+    ready: list[Ready]
+    bad: BadSample | None
     last: bool
 
 
-class _Preparing(Dataset[Any]):
-    def __init__(self, source: Source, name: str, resolutions: Sequence[int]) -> None:
-        self._source, self._name, self._resolutions = source, name, tuple(resolutions)
-
-    def __getitem__(self, index: int) -> list[Prepared] | BadSample:
-        checksum = None
-        try:
-            record = self._source[index]
-            checksum = image_checksum(record.image)
-            image = read_image(record.image, self._source.decoding)
-            row = own_row(record.key, self._name, index, checksum)
-            crops = [centre_crop(image.pixels, side, image.original_size) for side in self._resolutions]
-        except BadImage as bad:
-            return BadSample(
-                index=index, key=storable(self._source.key(index)), reason=bad.reason, image_sha256=checksum
-            )
-        passed_on = {name if name not in OWN_COLUMNS else f"source_{name}": v for name, v in record.columns.items()}
-        return [Prepared(index, crop.pixels.contiguous(), {**row, **geometry(crop), **passed_on}) for crop in crops]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[list[Prepared] | BadSample]:
-        return [self[index] for index in indices]
-
-
-def own_row(key: str, source: str, index: int, checksum: str) -> dict[str, Any]:
-    """The columns that every store has, but for the geometry."""
-    return {"key": storable(key), "source": source, "source_index": index, "image_sha256": checksum}
-
-
-def geometry(crop: Crop) -> dict[str, Any]:
-    """original_size [H, W], crop_box [top, left, height, width] in original pixels, and bucket HxW of the crop."""
-    height, width = crop.pixels.shape[1:]
-    return {"original_size": list(crop.original_size), "crop_box": list(crop.box), "bucket": f"{height}x{width}"}
-
-
-def batches(
-    source: Source, name: str, resolutions: Sequence[int], units: Sequence[Unit], batch_size: int, num_workers: int
-) -> Iterator[Batch]:
-    """All samples of `units`, in order, in batches that never cross a unit's border; workers run ahead over borders."""
-    chunks = _Chunks(units, batch_size)
-    loader = DataLoader(
-        _Preparing(source, name, resolutions),
-        batch_sampler=chunks,
+def samples(
+    source: Source, name: str, cutting: Cutting, units: Sequence[Unit], batch_size: int, num_workers: int
+) -> Iterator[Dealt]:
+    """All samples of `units`, in order; the workers run ahead over the units' borders."""
+    places = ((unit, index) for unit in units for index in unit.indices)
+    indices = itertools.chain.from_iterable(unit.indices for unit in units)
+    loader = ordered_loader(
+        source,
+        max(cutting.resolutions),
+        cast(Sequence[int], indices),  # it is only iterated: 10^9 indices are not held
+        batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
-        prefetch_factor=4 if num_workers else None,
+        view=cutting,
     )
-    for (unit, first), items in zip(chunks.places(), loader, strict=True):
-        good = [prepared for item in items if not isinstance(item, BadSample) for prepared in item]
-        bad = [item for item in items if isinstance(item, BadSample)]
-        yield Batch(unit, good, bad, first + batch_size >= len(unit.indices))
+    for batch, bad in loader:
+        good, reasons = {sample.index: sample for sample in batch}, iter(bad)
+        for unit, index in itertools.islice(places, len(batch) + len(bad)):
+            sample = good.get(index)
+            failed = None if sample is not None else bad_sample(source, index, next(reasons).reason)
+            ready = [] if sample is None else _rows(sample, unit, name, cutting)
+            yield Dealt(unit, ready, failed, index == unit.indices[-1])
 
 
-class _Chunks(Sampler[list[int]]):
-    """The batch sampler: lists of source indices, made as they are asked for (10^9 samples are 10^7 lists)."""
-
-    def __init__(self, units: Sequence[Unit], batch_size: int) -> None:
-        self._units, self._batch_size = units, batch_size
-
-    def places(self) -> Iterator[tuple[Unit, int]]:
-        """Each batch's unit and its first slot there."""
-        for unit in self._units:
-            for first in range(0, len(unit.indices), self._batch_size):
-                yield unit, first
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for unit, first in self.places():
-            yield list(unit.indices[first : first + self._batch_size])
+def bad_sample(source: Source, index: int, reason: str) -> BadSample:
+    """The entry of quarantine.jsonl; the bytes are read once more for their checksum."""
+    checksum = None
+    with contextlib.suppress(BadImage):
+        checksum = image_checksum(source[index].image)
+    return BadSample(index=index, key=storable(source.key(index)), reason=reason, image_sha256=checksum)
 
 
-def _as_it_is(items: list[Any]) -> list[Any]:
-    return items
+def _rows(sample: Sample, unit: Unit, name: str, cutting: Cutting) -> list[Ready]:
+    passed_on = {name if name not in OWN_COLUMNS else f"source_{name}": v for name, v in sample.columns.items()}
+    own = {
+        "key": storable(sample.key),
+        "source": name,
+        "source_index": sample.index,
+        "image_sha256": sample.checksum,
+        "original_size": list(sample.crop.original_size),
+    }
+    rows, width = [], len(cutting.crops)
+    for number, resolution in enumerate(cutting.resolutions):
+        crops = dict(zip(cutting.crops, sample.views[number * width : (number + 1) * width], strict=True))
+        side = crops[""].pixels.shape[1:]
+        geometry = {"resolution": resolution, "bucket": f"{side[0]}x{side[1]}"}
+        boxes = {tensor_name("crop_box", crop): list(cut.box) for crop, cut in crops.items()}
+        pixels = {crop: cut.pixels for crop, cut in crops.items()}
+        rows.append(Ready(unit, sample.index, pixels, {**own, **geometry, **boxes, **passed_on}))
+    return rows

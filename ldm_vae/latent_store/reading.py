@@ -25,7 +25,8 @@ from torch.utils.data import Dataset
 from ldm_vae import keyed, latents
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import shards
-from ldm_vae.latent_store.manifest import SAFETENSORS_DTYPES, SHARDS, TENSOR_NAMES, Manifest, read_manifest
+from ldm_vae.latent_store.layout import SAFETENSORS_DTYPES, SHARDS, TENSOR_NAMES, TENSORS
+from ldm_vae.latent_store.manifest import Manifest, read_manifest
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Moments, Normalisation, NormalisationKind
 
@@ -118,7 +119,7 @@ class LatentDataset(Dataset[Item]):
     def __len__(self) -> int:
         return self.manifest.samples
 
-    def shape(self, index: int) -> tuple[int, int, int]:
+    def shape(self, index: int) -> tuple[int, ...]:
         """Latent shape (c, h, w) of one sample; a store of one resolution has one shape."""
         return self.manifest.shards[self._places([index])[0][0]].shape
 
@@ -158,7 +159,7 @@ class LatentDataset(Dataset[Item]):
         places = list(zip(shard.tolist(), rows.tolist(), strict=True))
         return [(s, _physical(r, self.manifest.shards[s].removed)) for s, r in places]
 
-    def _tensors(self, indices: Sequence[int], places: list[tuple[int, int]], shape: tuple[int, int, int]) -> Item:
+    def _tensors(self, indices: Sequence[int], places: list[tuple[int, int]], shape: tuple[int, ...]) -> Item:
         stored = {name: self._gather(name, places, shape) for name in self._names}
         if self.raw:
             return {name: value.float() for name, value in stored.items()}
@@ -168,7 +169,7 @@ class LatentDataset(Dataset[Item]):
             z = Moments(z, stored["logvar"].float()).sample(noise)
         return {"latents": self.normalisation.apply(z)}
 
-    def _gather(self, name: str, places: list[tuple[int, int]], shape: tuple[int, int, int]) -> torch.Tensor:
+    def _gather(self, name: str, places: list[tuple[int, int]], shape: tuple[int, ...]) -> torch.Tensor:
         """Stored rows => [B, c, h, w] in storage dtype, copied once."""
         dtype: np.dtype[Any] = shards.STORAGE[self._dtype]
         out = np.empty((len(places), *shape), dtype=dtype)
@@ -186,7 +187,7 @@ class LatentDataset(Dataset[Item]):
         mapped = self._maps.get(shard)
         if mapped is None:
             record = self.manifest.shards[shard]
-            path = self._inside(f"{record.name}.{shards.TENSORS}")
+            path = self._inside(f"{record.name}.{TENSORS}")
             mapped = shards.map_tensors(path)
             for name in self._names:
                 if name not in mapped or mapped[name].shape != (record.rows, *record.shape):

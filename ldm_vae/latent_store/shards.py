@@ -25,16 +25,15 @@ import pyarrow.parquet as pq
 
 from ldm_vae.errors import WorkError
 from ldm_vae.latent_store import publish
+from ldm_vae.latent_store.layout import MAPPED_ROWS, ROWS, STATISTICS
 from ldm_vae.latent_store.manifest import FileRecord
 
-TENSORS, ROWS, MAPPED_ROWS = "safetensors", "parquet", "arrow"
-EXTENSIONS = (TENSORS, ROWS, MAPPED_ROWS)
-STATISTICS = "statistics"
 HEADER_ALIGNMENT = 4096  # tensors begin on a page
 CHUNK_ROWS = 256
 
 # safetensors' name of a dtype => bytes per value and the numpy dtype that holds it (numpy has no bfloat16)
 STORAGE: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype("u1"),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
     "BF16": np.dtype("<u2"),
@@ -72,9 +71,11 @@ class Spool:
             self._file.write(np.concatenate([piece.view(np.uint8).reshape(count, -1) for piece in pieces], 1).data)
             self.rows += count
 
-    def read(self, spec: TensorSpec, first: int, stop: int) -> npt.NDArray[Any]:
+    def read(self, name: str, first: int, stop: int) -> npt.NDArray[Any]:
         """Rows [first, stop) of one tensor, [n, *shape]."""
-        start = sum(other.row_bytes for other in self.specs[: self.specs.index(spec)])
+        position = [spec.name for spec in self.specs].index(name)
+        spec = self.specs[position]
+        start = sum(other.row_bytes for other in self.specs[:position])
         raw = self._mapped()[first:stop, start : start + spec.row_bytes]
         values: npt.NDArray[Any] = np.ascontiguousarray(raw).view(STORAGE[spec.dtype])
         return values.reshape(-1, *spec.shape)
@@ -119,7 +120,7 @@ def write_tensors(
         out.write(np.ascontiguousarray(statistics, dtype="<f8"))
         for spec in spool.specs:
             for first in range(0, spool.rows, CHUNK_ROWS):
-                out.write(spool.read(spec, first, min(first + CHUNK_ROWS, spool.rows)))
+                out.write(spool.read(spec.name, first, min(first + CHUNK_ROWS, spool.rows)))
         record.append(out.record)
 
     publish_once(path, write, record)

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from ldm_vae.config import Section
 from ldm_vae.data.source import Source
 from ldm_vae.latent_store import publish
-from ldm_vae.latent_store.manifest import UNITS, Settings, ShardRecord, SourceIdentity
+from ldm_vae.latent_store.layout import PLAN, UNITS
+from ldm_vae.latent_store.manifest import Identity, Settings, ShardRecord, SourceIdentity
 
 
 class BadSample(Section):
@@ -37,6 +38,8 @@ class UnitRecord(Section):
     unit: int
     samples: int
     """Source samples in the unit, the bad ones included."""
+    work: str
+    """Digest of the store's identity and the plan that the unit is of: a record of another does not count."""
     settings: Settings
     shards: tuple[ShardRecord, ...]
     bad: tuple[BadSample, ...] = ()
@@ -57,11 +60,59 @@ class Unit:
         return f"{self.number:08d}"
 
 
-def slices(samples: int, size: int) -> list[Unit]:
-    """The units of a fresh store: [0, size), [size, 2 size), ..."""
-    return [
-        Unit(number, range(first, min(first + size, samples))) for number, first in enumerate(range(0, samples, size))
-    ]
+class Plan(Section):
+    """What is to be encoded next: a fresh store is the plan that appends the whole source to nothing.
+
+    A plan that adds to a finished store is kept in plan.json until its units are merged, so that it can be stopped too.
+    """
+
+    source: SourceIdentity
+    first_unit: int
+    ranges: tuple[tuple[int, int], ...]
+    """Source indices [first, stop) to append, in order."""
+    removed: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """By shard name, rows that the store loses."""
+    bad: tuple[BadSample, ...] = ()
+    """Entries of the quarantine that stay."""
+
+    def work(self, identity: Identity) -> str:
+        """What its records say that they belong to."""
+        return hashlib.sha256(f"{identity.digest} {self.model_dump_json()}".encode()).hexdigest()
+
+    @property
+    def samples(self) -> int:
+        """How many samples it appends."""
+        return sum(stop - first for first, stop in self.ranges)
+
+    def units(self, size: int) -> list[Unit]:
+        """Slices of `size` samples: units first_unit, first_unit + 1, ..."""
+        if len(self.ranges) == 1:
+            indices: Sequence[int] = range(*self.ranges[0])
+        else:
+            indices = [index for first, stop in self.ranges for index in range(first, stop)]
+        return [
+            Unit(self.first_unit + number, indices[first : first + size])
+            for number, first in enumerate(range(0, len(indices), size))
+        ]
+
+
+def fresh_plan(source: SourceIdentity) -> Plan:
+    """Everything, from nothing."""
+    return Plan(source=source, first_unit=0, ranges=((0, source.samples),))
+
+
+def read_plan(store: Path, units_so_far: int) -> Plan | None:
+    """The update that is under way; None when there is none, or when it was merged and only its file is left."""
+    try:
+        plan = Plan.model_validate_json((store / PLAN).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return plan if plan.first_unit >= units_so_far else None
+
+
+def write_plan(store: Path, plan: Plan) -> None:
+    """Keep a plan until it is merged."""
+    publish.replace(store / PLAN, publish.data(plan.model_dump_json().encode() + b"\n"))
 
 
 def record_path(store: Path, unit: int) -> Path:
@@ -69,12 +120,13 @@ def record_path(store: Path, unit: int) -> Path:
     return store / UNITS / f"{unit:08d}.json"
 
 
-def read_record(store: Path, unit: int) -> UnitRecord | None:
-    """A unit's record; None when there is none, or when it is damaged: then the unit is to be done."""
+def read_record(store: Path, unit: int, work: str) -> UnitRecord | None:
+    """A unit's record; None when the unit is to be done: there is none, it is damaged, or of other work."""
     try:
-        return UnitRecord.model_validate_json(record_path(store, unit).read_bytes())
+        record = UnitRecord.model_validate_json(record_path(store, unit).read_bytes())
     except (OSError, ValidationError):
         return None
+    return record if record.work == work else None
 
 
 def write_record(store: Path, record: UnitRecord) -> None:

@@ -12,14 +12,17 @@ from tqdm import tqdm
 
 from ldm_vae.errors import WorkError
 from ldm_vae.latent_store import shards
-from ldm_vae.latent_store.manifest import (
+from ldm_vae.latent_store.layout import (
+    EXTENSIONS,
+    MAPPED_ROWS,
+    ROWS,
     SAFETENSORS_DTYPES,
     SHARDS,
     TENSOR_NAMES,
-    Manifest,
-    ShardRecord,
-    read_manifest,
+    TENSORS,
+    tensor_name,
 )
+from ldm_vae.latent_store.manifest import Manifest, ShardRecord, read_manifest
 from ldm_vae.latent_store.shards import CHUNK_ROWS
 
 
@@ -54,7 +57,7 @@ def check_shard(store: Path, manifest: Manifest, shard: ShardRecord) -> Iterator
     """What is wrong with one shard."""
     stem = store / SHARDS / shard.name
     sound = True
-    for extension in shards.EXTENSIONS:
+    for extension in EXTENSIONS:
         file = f"{SHARDS}/{shard.name}.{extension}"
         expected, found = shard.files[extension], shards.checksum(store / file)
         if found != expected:
@@ -76,13 +79,14 @@ def check_shard(store: Path, manifest: Manifest, shard: ShardRecord) -> Iterator
 def _check_rows(manifest: Manifest, shard: ShardRecord, stem: Path) -> Iterator[Problem]:
     table = shards.read_rows(stem)
     if table.num_rows != shard.rows:
-        yield Problem(f"{SHARDS}/{shard.name}.{shards.ROWS}", f"has {table.num_rows} rows, not {shard.rows}")
+        yield Problem(f"{SHARDS}/{shard.name}.{ROWS}", f"has {table.num_rows} rows, not {shard.rows}")
     if not table.equals(shards.map_rows(stem)):
-        yield Problem(f"{SHARDS}/{shard.name}.{shards.MAPPED_ROWS}", "does not hold the rows of the parquet")
-    file = f"{SHARDS}/{shard.name}.{shards.TENSORS}"
-    mapped = shards.map_tensors(stem.with_name(f"{shard.name}.{shards.TENSORS}"))
+        yield Problem(f"{SHARDS}/{shard.name}.{MAPPED_ROWS}", "does not hold the rows of the parquet")
+    file = f"{SHARDS}/{shard.name}.{TENSORS}"
+    mapped = shards.map_tensors(stem.with_name(f"{shard.name}.{TENSORS}"))
     dtype = SAFETENSORS_DTYPES[manifest.identity.dtype]
-    for name in TENSOR_NAMES[manifest.identity.store]:
+    names = [tensor_name(t, v) for v in manifest.identity.views for t in TENSOR_NAMES[manifest.identity.store]]
+    for name in names:
         if name not in mapped or mapped[name].shape != (shard.rows, *shard.shape):
             yield Problem(file, f"tensor {name} is missing or not of shape {[shard.rows, *shard.shape]}")
             continue

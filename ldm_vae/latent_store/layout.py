@@ -1,0 +1,53 @@
+"""What things are called in a store: folders, files, tensors and views. docs/latent_store.md is the prose of this file.
+
+A view is a crop and whether it is mirrored. The centre crop has no name; `flip` is its mirror image, `top_left` and
+`top_left.flip` are a corner and its mirror image.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+FORMAT = "ldm-vae latent store"
+VERSION = 1
+
+MANIFEST, QUARANTINE, PLAN = "manifest.json", "quarantine.jsonl", "plan.json"
+SHARDS, UNITS = "shards", "units"  # folders
+TENSORS, ROWS, MAPPED_ROWS = "safetensors", "parquet", "arrow"  # the files of a shard, by extension
+EXTENSIONS = (TENSORS, ROWS, MAPPED_ROWS)
+
+StoreKind = Literal["moments", "mean", "sample"]
+StorageDtype = Literal["fp16", "fp32", "bf16"]
+ComputeDtype = Literal["no", "bf16", "fp16"]
+
+SAFETENSORS_DTYPES: dict[StorageDtype, str] = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+TENSOR_NAMES: dict[StoreKind, tuple[str, ...]] = {
+    "moments": ("mean", "logvar"),
+    "mean": ("mean",),
+    "sample": ("sample",),
+}
+PIXELS = "pixels"
+STATISTICS = "statistics"
+
+CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
+FLIP = "flip"
+
+
+def tensor_name(tensor: str, view: str) -> str:
+    """`mean` and `flip` => `mean.flip`."""
+    return f"{tensor}.{view}" if view else tensor
+
+
+def crop_of(view: str) -> str:
+    """The crop that a view shows: `top_left.flip` => `top_left`, `flip` => the centre, which has no name."""
+    return view.removesuffix(FLIP).removesuffix(".")
+
+
+def is_flipped(view: str) -> bool:
+    """Whether a view is a mirror image."""
+    return view.endswith(FLIP)
+
+
+def crops_of(views: tuple[str, ...]) -> tuple[str, ...]:
+    """The crops that a set of views needs, each once, in order."""
+    return tuple(dict.fromkeys(crop_of(view) for view in views))

@@ -1,0 +1,51 @@
+"""Rows of a shard as they are stored, for those who need them all: statistics and comparisons."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_vae.latent_store import shards
+from ldm_vae.latent_store.layout import SAFETENSORS_DTYPES, SHARDS, TENSOR_NAMES, tensor_name
+from ldm_vae.latent_store.manifest import Identity, ShardRecord
+from ldm_vae.latent_store.shards import CHUNK_ROWS
+from ldm_vae.latent_store.statistics import LatentStatistics
+
+ReadRows = Callable[[str, int, int], npt.NDArray[Any]]
+
+
+def statistics(identity: Identity, read: ReadRows, keys: Sequence[str]) -> npt.NDArray[np.float64]:
+    """The table of sums over rows as they are stored, all views; an image is identified by its key in each of them.
+
+    Args:
+        read: (tensor, first, stop) => rows [first, stop) of it.
+        keys: of all rows.
+    """
+    images = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
+    dtype = SAFETENSORS_DTYPES[identity.dtype]
+    total = LatentStatistics()
+    for view in identity.views:
+        for first in range(0, len(images), CHUNK_ROWS):
+            stop = min(first + CHUNK_ROWS, len(images))
+            variance = None
+            if identity.store == "moments":
+                logvar = shards.to_float(read(tensor_name("logvar", view), first, stop), dtype)
+                variance = np.exp(logvar.astype(np.float64))
+            values = shards.to_float(read(tensor_name(TENSOR_NAMES[identity.store][0], view), first, stop), dtype)
+            total.update_values(values, variance, images[first:stop])
+    assert total.sums is not None
+    return total.sums
+
+
+def live_statistics(
+    store: Path, identity: Identity, shard: ShardRecord, mapped: Mapping[str, npt.NDArray[Any]]
+) -> npt.NDArray[np.float64]:
+    """The table of sums over the rows that are still there."""
+    live = np.setdiff1d(np.arange(shard.rows), shard.removed)
+    keys = shards.read_rows(store / SHARDS / shard.name, ["key"]).column("key").take(live).to_pylist()
+    return statistics(identity, lambda name, first, stop: mapped[name][live[first:stop]], keys)

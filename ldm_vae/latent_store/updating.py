@@ -1,0 +1,179 @@
+"""Updates: what was added to, changed in and removed from the source since a store was made.
+
+Images are compared by key and by the checksum of their bytes. A new image is appended; a changed one is appended and
+its old rows are taken out; rows of an image that is gone are taken out. Nothing else is touched: taken out means named
+in the manifest, the shard's files stay as they are.
+
+Keys and checksums are held as 16 bytes each: 10^7 rows need 480 MB here, the only place that needs all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from ldm_vae.data.quarantine import BadImage
+from ldm_vae.data.source import Source, image_checksum
+from ldm_vae.data.workers import load
+from ldm_vae.latent_store import shards, units
+from ldm_vae.latent_store.finishing import finish, read_quarantine
+from ldm_vae.latent_store.layout import EXTENSIONS, PLAN, SHARDS
+from ldm_vae.latent_store.manifest import Manifest, SourceIdentity, write_manifest
+from ldm_vae.latent_store.units import BadSample, Plan, storable
+
+logger = logging.getLogger(__name__)
+
+DIGEST = 16  # bytes of a hash: two of 10^9 keys fall together once in 10^20 stores
+CHUNK = 256  # images per task of a worker
+
+Digests = npt.NDArray[np.bytes_]
+
+
+class StoredImages:
+    """All live rows of a store, found by key."""
+
+    def __init__(self, store: Path, manifest: Manifest) -> None:
+        keys, images, places = [], [], []
+        for number, shard in enumerate(manifest.shards):
+            table = shards.read_rows(store / SHARDS / shard.name, ["key", "image_sha256"])
+            live = np.setdiff1d(np.arange(shard.rows), shard.removed)
+            keys.append(_digests(table.column("key").take(live).to_pylist()))
+            images.append(_shortened(table.column("image_sha256").take(live).to_pylist()))
+            places.append(np.stack([np.full_like(live, number), live], axis=1))
+        order = np.argsort(joined := np.concatenate(keys), kind="stable")
+        self._keys, self.images = joined[order], np.concatenate(images)[order]
+        self._places = np.concatenate(places)[order]
+        self._names = [shard.name for shard in manifest.shards]
+
+    def find(self, keys: Digests) -> list[slice]:
+        """Where rows of each key are (several, if there are several resolutions); an empty slice if none."""
+        first, stop = np.searchsorted(self._keys, keys, "left"), np.searchsorted(self._keys, keys, "right")
+        return [slice(a, b) for a, b in zip(first.tolist(), stop.tolist(), strict=True)]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def by_shard(self, chosen: npt.NDArray[np.bool_]) -> dict[str, tuple[int, ...]]:
+        """Chosen rows [len] as rows of each shard."""
+        places = self._places[chosen]
+        return {
+            self._names[number]: tuple(sorted(places[places[:, 0] == number, 1].tolist()))
+            for number in np.unique(places[:, 0]).tolist()
+        }
+
+
+def make_plan(
+    store: Path, manifest: Manifest, identity: SourceIdentity, source: Source, *, retry: bool, num_workers: int
+) -> Plan | None:
+    """Compare a finished store with its source; None when they agree.
+
+    An image whose bytes cannot be read now, but were encoded before, keeps its row: a disk that is away for a moment
+    does not empty a store.
+    """
+    stored = StoredImages(store, manifest)
+    quarantined = {entry.key: entry for entry in read_quarantine(store)}
+    keep = np.zeros(len(stored), dtype=bool)
+    append: list[int] = []
+    bad: list[BadSample] = []
+    unreadable = 0
+    progress = tqdm(total=len(source), desc="compare", unit="img", disable=None, leave=False)
+    for first, checksums in _checksums(source, num_workers):
+        keys = [storable(source.key(index)) for index in range(first, first + len(checksums))]
+        for index, key, rows, checksum in zip(
+            range(first, first + len(keys)), keys, stored.find(_digests(keys)), checksums, strict=True
+        ):
+            entry = quarantined.get(key)
+            if rows.start < rows.stop:
+                same = checksum is None or stored.images[rows.start] == _shortened([checksum])[0]
+                unreadable += checksum is None
+                keep[rows] = same
+                if not same or (entry is not None and retry):
+                    append.append(index)
+                    keep[rows] = False
+                elif entry is not None:
+                    bad.append(entry.model_copy(update={"index": index}))
+            elif entry is not None and entry.image_sha256 == checksum and not retry:
+                bad.append(entry.model_copy(update={"index": index}))
+            else:
+                append.append(index)
+        progress.update(len(keys))
+    if unreadable:
+        logger.warning("%d images cannot be read now and keep the latents that they have", unreadable)
+    removed = stored.by_shard(~keep)
+    if not append and not removed and identity == manifest.source:
+        return None
+    return Plan(source=identity, first_unit=manifest.units, ranges=_ranges(append), removed=removed, bad=tuple(bad))
+
+
+def settle(store: Path, manifest: Manifest, wanted: Manifest) -> Manifest:
+    """A store that was not finished, and whose source has changed: the units that are done become all of it."""
+    planned = units.fresh_plan(manifest.source)
+    work = planned.work(manifest.identity)
+    done = any(units.read_record(store, unit.number, work) for unit in planned.units(manifest.identity.shard_size))
+    if done:
+        return finish(store, manifest, planned, partly=True)
+    write_manifest(store, wanted)
+    return wanted
+
+
+def forget(store: Path, plan: Plan, manifest: Manifest) -> None:
+    """Throw away an update that was begun and is overtaken by newer changes of the source."""
+    (store / PLAN).unlink(missing_ok=True)
+    for unit in plan.units(manifest.identity.shard_size):
+        units.record_path(store, unit.number).unlink(missing_ok=True)
+        for extension in EXTENSIONS:
+            for path in (store / SHARDS).glob(f"{unit.name}*.{extension}"):
+                path.unlink(missing_ok=True)
+
+
+# --- checksums --------------------------------------------------------------------------------------------------------
+
+
+class _Checksums:
+    """Checksums of the source's images, None for what cannot be read; in workers."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __getitems__(self, indices: Sequence[int]) -> list[str | None]:
+        return [self._checksum(index) for index in indices]
+
+    def _checksum(self, index: int) -> str | None:
+        with contextlib.suppress(BadImage):
+            return image_checksum(self._source[index].image)
+        return None
+
+
+def _checksums(source: Source, num_workers: int) -> Iterator[tuple[int, list[str | None]]]:
+    """(first index, checksums) of the whole source, chunk by chunk."""
+    firsts = range(0, len(source), CHUNK)
+    tasks: Iterable[Any] = (list(range(first, min(first + CHUNK, len(source)))) for first in firsts)
+    yield from zip(firsts, load(_Checksums(source), tasks, num_workers, False, 2, None), strict=True)
+
+
+def _digests(texts: Sequence[str]) -> Digests:
+    digests = [hashlib.blake2b(text.encode(), digest_size=DIGEST).digest() for text in texts]
+    return np.array(digests, dtype=f"S{DIGEST}")
+
+
+def _shortened(checksums: Sequence[str]) -> Digests:
+    return np.array([bytes.fromhex(checksum[: 2 * DIGEST]) for checksum in checksums], dtype=f"S{DIGEST}")
+
+
+def _ranges(indices: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending indices as ranges."""
+    ranges: list[tuple[int, int]] = []
+    for index in indices:
+        if ranges and ranges[-1][1] == index:
+            ranges[-1] = (ranges[-1][0], index + 1)
+        else:
+            ranges.append((index, index + 1))
+    return tuple(ranges)
