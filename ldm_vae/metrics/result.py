@@ -17,6 +17,7 @@ from ldm_vae.autoencoder import count_parameters, decoder_fingerprint, downsampl
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.metrics.evaluate import Evaluation
 from ldm_vae.metrics.protocol import Protocol
+from ldm_vae.metrics.ranks import world_size
 from ldm_vae.metrics.titles import TITLES, heading, number
 
 Json = dict[str, Any]
