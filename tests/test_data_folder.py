@@ -127,7 +127,9 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no column `file_name` that names the images; it has name, text"):
         open_source(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("")
-    with pytest.raises(UsageError, match="expected one metadata table in a folder, found metadata.csv and metadata.jsonl"):
+    with pytest.raises(
+        UsageError, match=r"expected one metadata table in a folder, found metadata.csv and metadata.jsonl"
+    ):
         open_source(tmp_path)
     (tmp_path / "metadata.csv").unlink()
     with pytest.raises(UsageError, match="cannot be read"):

@@ -70,7 +70,7 @@ def read_sizes(source: Source) -> Array:
     sizes = np.zeros((len(source), 2), dtype=np.int32)
     for index in tqdm(range(len(source)), desc="image sizes", unit="images", disable=None, leave=False):
         try:
-            sizes[index] = read_size(source[index].image)
+            sizes[index] = read_size(source[index].image, source.decoding)
         except BadImage:
             continue
     return sizes

@@ -109,27 +109,33 @@ def read_image(image: RawImage, decoding: Decoding = DEFAULT, at_least: int | No
             return _read(image, decoding, at_least if decoding.jpeg_draft else None)
     except BadImage:
         raise
-    except MemoryError as error:
-        raise BadImage("needs more memory than there is") from error
     except Exception as error:  # format plugins raise anything on hostile bytes: struct.error, KeyError, ...
-        message = str(error).strip() or type(error).__name__
-        raise BadImage(message.splitlines()[0][:200]) from error
+        raise _bad_image(error) from error
 
 
-def read_size(image: RawImage) -> tuple[int, int]:
-    """(H, W) of an image, upright, from its header alone. Raises BadImage."""
+def read_size(image: RawImage, decoding: Decoding = DEFAULT) -> tuple[int, int]:
+    """(H, W) of an image, upright, from its header alone (arrays are read). Raises BadImage."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if isinstance(image, np.ndarray) or (isinstance(image, bytes) and image.startswith(arrays.MAGIC)):
-                return read_image(image, DEFAULT).original_size
+                return read_image(image, decoding).original_size
             picture = _open(image)
             width, height = picture.size
             return (width, height) if _orientation(picture) >= 5 else (height, width)
     except BadImage:
         raise
     except Exception as error:
-        raise BadImage(str(error).strip() or type(error).__name__) from error
+        raise _bad_image(error) from error
+
+
+def _bad_image(error: Exception) -> BadImage:
+    if isinstance(error, MemoryError):
+        return BadImage("needs more memory than there is")
+    if isinstance(error, Image.DecompressionBombError):
+        return BadImage(f"more than {MAX_PIXELS / 1e6:.0f} million pixels: a decompression bomb")
+    message = str(error).strip() or type(error).__name__
+    return BadImage(message.splitlines()[0][:200])
 
 
 def _read(image: RawImage, decoding: Decoding, at_least: int | None) -> Decoded:

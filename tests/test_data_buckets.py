@@ -1,0 +1,136 @@
+"""Aspect buckets: shapes, assignment, one shape a batch, every image once an epoch, the same plan on every rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ldm_vae.data.buckets import Assignment, assign, batches, generate, read_sizes
+from ldm_vae.data.dataset import training_loader
+from ldm_vae.data.sampler import Work
+from ldm_vae.data.source import open_source
+from ldm_vae.data.transforms import TransformConfig
+from ldm_vae.errors import UsageError, WorkError
+
+
+def test_generated_shapes() -> None:
+    shapes = generate(1024 * 1024, step=64)
+    assert (1024, 1024) in shapes and (832, 1216) in shapes and (1216, 832) in shapes  # SDXL's own
+    assert len(set(shapes)) == len(shapes) and shapes == sorted(shapes, key=lambda shape: shape[0] / shape[1])
+    for height, width in shapes:
+        assert height % 64 == width % 64 == 0
+        assert 0.85 * 1024**2 < height * width <= 1024**2
+        assert max(height, width) <= 2 * min(height, width)
+        assert (width, height) in shapes
+    assert generate(64 * 64, step=64) == [(64, 64)]
+    with pytest.raises(UsageError, match="expected area >= step"):
+        generate(32, step=64)
+
+
+def test_assignment_is_by_the_logarithm_of_the_aspect() -> None:
+    shapes = [(32, 64), (64, 64), (64, 32)]
+    sizes = np.array([[100, 210], [100, 139], [100, 143], [139, 100], [143, 100], [0, 0], [5, 5]])
+    assignment = assign(shapes, sizes)
+    assert assignment.bucket.tolist() == [0, 1, 0, 1, 2, -1, 1]  # sqrt(2) is the border on both sides
+    assert assignment.counts() == [2, 3, 1]
+    with pytest.raises(UsageError, match="empty"):
+        assign([], sizes)
+
+
+def assignment_of(counts: list[int]) -> Assignment:
+    bucket = np.concatenate([np.full(count, number, dtype=np.int16) for number, count in enumerate(counts)])
+    return Assignment(
+        tuple((8, 8 + number) for number in range(len(counts))), np.random.default_rng(0).permutation(bucket)
+    )
+
+
+def plan(counts: list[int], batch_size: int, world_size: int, steps: int, start: int = 0) -> list[list[Work]]:
+    """[rank][step]."""
+    return [
+        list(
+            islice(
+                batches(
+                    assignment_of(counts),
+                    3,
+                    batch_size=batch_size,
+                    rank=rank,
+                    world_size=world_size,
+                    start_position=start,
+                ),
+                steps,
+            )
+        )
+        for rank in range(world_size)
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any),
+    batch_size=st.integers(1, 5),
+    world_size=st.integers(1, 3),
+)
+def test_every_image_once_an_epoch_of_its_bucket(counts: list[int], batch_size: int, world_size: int) -> None:
+    whole = batch_size * world_size
+    steps = 3 * (sum(counts) // whole + len(counts))
+    ranks = plan(counts, batch_size, world_size, steps)
+    assignment = assignment_of(counts)
+    met: dict[int, list[tuple[int, int]]] = {}
+    for step in range(steps):
+        together = [rank[step] for rank in ranks]
+        assert len({work.shape for work in together}) == 1
+        number = assignment.shapes.index(together[0].shape)
+        tasks = [task for work in together for task in work.tasks]
+        assert [task.position for task in tasks] == list(range(step * whole, (step + 1) * whole))
+        assert all(assignment.bucket[task.index] == number for task in tasks)
+        met.setdefault(number, []).extend((task.epoch, task.index) for task in tasks)
+    for number, seen in met.items():
+        per_epoch = Counter(epoch for epoch, _ in seen)
+        last = max(per_epoch)
+        assert len(set(seen)) == len(seen)  # nothing twice in an epoch
+        finished = [epoch for epoch, count in per_epoch.items() if count == counts[number]]
+        assert len(finished) >= last - 1  # at the seam an epoch may still be open in batches that come later
+
+
+def test_the_plan_is_the_same_for_any_ranks_and_resume() -> None:
+    counts = [11, 3, 20]
+    one = plan(counts, 6, 1, 12)[0]
+    three = plan(counts, 2, 3, 12)
+    for step in range(12):
+        assert one[step].tasks == [task for rank in three for task in rank[step].tasks]
+        assert one[step].shape == three[0][step].shape
+    resumed = plan(counts, 6, 1, 7, start=30)[0]
+    assert resumed == one[5:]
+    assert plan(counts, 6, 1, 6, start=31)[0] == one[6:]  # the next whole batch
+    assert {work.shape for work in one} == {(8, 8), (8, 9), (8, 10)}
+    shapes = [work.shape for work in plan(counts, 2, 1, 40)[0]]
+    assert shapes != sorted(shapes)
+
+
+def test_training_in_buckets(tmp_path: Path) -> None:
+    for number, (height, width) in enumerate([(30, 60), (32, 61), (40, 40), (41, 40), (90, 40), (40, 42)]):
+        pixels = np.full((height, width, 3), number, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    (tmp_path / "6.png").write_bytes(b"junk")
+    source = open_source(tmp_path)
+    sizes = read_sizes(source)
+    assert sizes[0].tolist() == [30, 60] and sizes[6].tolist() == [0, 0]
+    assignment = assign(generate(32 * 32, step=8), sizes)
+    loader = training_loader(source, TransformConfig(), 32, seed=0, batch_size=2, buckets=assignment, num_workers=1)
+    seen = Counter()
+    for batch in islice(loader, 12):
+        height, width = batch.pixels.shape[2:]
+        for index, (_, _, rows, columns) in zip(batch.indices.tolist(), batch.boxes.tolist(), strict=True):
+            assert assignment.shapes[assignment.bucket[index]] == (height, width)
+            assert abs(rows / columns - height / width) < 0.06
+            seen[index] += 1
+    assert set(seen) == set(range(6))
+    with pytest.raises(WorkError, match="not one has a readable size"):
+        next(batches(Assignment(((8, 8),), np.full(3, -1, np.int16)), 0, batch_size=1))
