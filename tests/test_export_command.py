@@ -9,20 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from export_call import run_cli
 from safetensors.torch import load_file
 
-from ldm_vae import cli
 from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
 from ldm_vae.errors import WorkError
 from ldm_vae.export.ldm_keys import to_ldm_name
 from ldm_vae.export.targets import TARGETS, warnings_for, write_target
-
-
-def ldm_vae(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["ldm-vae", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
 
 
 def config_of(folder: Path) -> dict[str, object]:
@@ -33,40 +26,39 @@ def test_measured_over_images_then_another_kind_without_measuring_again(
     tiny_vae_folder: Path,
     image_folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
     call = ("export", tiny_vae_folder, out, "--stats", image_folder, "--resolution", 32)
-    assert ldm_vae(monkeypatch, *call) == 0
+    assert run_cli(*call) == 0
     printed = capsys.readouterr().out
     assert "95 % interval" in printed and "12 images" in printed and "equal to the bit" in printed
     scale = config_of(out)["scaling_factor"]
     assert scale not in (1.0, 0.18215) and config_of(out)["sample_size"] == 32
     assert "| scaling_factor |" in (out / "README.md").read_text()
     # the statistics travelled with the folder
-    assert ldm_vae(monkeypatch, "export", out, tmp_path / "channel", "--normalisation", "channel") == 0
+    assert run_cli("export", out, tmp_path / "channel", "--normalisation", "channel") == 0
     config = config_of(tmp_path / "channel")
     assert config["scaling_factor"] == 1.0 and config["shift_factor"] is None and len(config["latents_std"]) == 4
     # and back, to the same number
-    assert ldm_vae(monkeypatch, "export", tmp_path / "channel", out, "--normalisation", "scale") == 0
+    assert run_cli("export", tmp_path / "channel", out, "--normalisation", "scale") == 0
     assert config_of(out)["scaling_factor"] == pytest.approx(scale, rel=1e-12)
 
 
 def test_sd_scaling_is_not_left_in_another_model(
-    tiny_vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_vae: AutoencoderKL, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_vae.register_to_config(scaling_factor=0.18215)
     tiny_vae.save_pretrained(tmp_path / "vae")
-    assert ldm_vae(monkeypatch, "export", tmp_path / "vae", tmp_path / "out") == 2
+    assert run_cli("export", tmp_path / "vae", tmp_path / "out") == 2
     assert "--stats" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_kind_that_was_not_measured_is_refused(
-    tiny_vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_vae_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ldm_vae(monkeypatch, "export", tiny_vae_folder, tmp_path / "out", "--normalisation", "shift") == 2
+    assert run_cli("export", tiny_vae_folder, tmp_path / "out", "--normalisation", "shift") == 2
     assert "--stats" in capsys.readouterr().err
 
 
@@ -75,23 +67,22 @@ def test_single_file_is_written_with_its_warnings(
     target: str,
     tiny_vae_folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "mine.safetensors"
     call = ("export", tiny_vae_folder, path, "--target", target)
-    assert ldm_vae(monkeypatch, *call) == 0
+    assert run_cli(*call) == 0
     warned = capsys.readouterr().err
     assert "cannot load this file" in warned and "ignores the normalisation" in warned
     assert "cannot load this file" in path.with_suffix(".md").read_text()
     assert "decoder.mid.attn_1.proj_out.weight" in load_file(path)
-    assert ldm_vae(monkeypatch, *call, "--strict") == 1
+    assert run_cli(*call, "--strict") == 1
     # and back, without being told the shape
-    assert ldm_vae(monkeypatch, "export", path, tmp_path / "back") == 0
+    assert run_cli("export", path, tmp_path / "back") == 0
     one, other = load_autoencoder(tiny_vae_folder).state_dict(), load_autoencoder(tmp_path / "back").state_dict()
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     # a folder as OUT holds the file and the card
-    assert ldm_vae(monkeypatch, "export", tiny_vae_folder, tmp_path / "mine", "--target", target) == 0
+    assert run_cli("export", tiny_vae_folder, tmp_path / "mine", "--target", target) == 0
     assert sorted(entry.name for entry in (tmp_path / "mine").iterdir()) == ["README.md", "mine.safetensors"]
 
 

@@ -32,6 +32,7 @@ def write_vae(
     sample_size: int | None = None,
     card: str | None = None,
     statistics: LatentStatistics | None = None,
+    force_upcast: bool | None = None,
 ) -> Path:
     """Write `vae` to the folder `out`, replacing an older export; the model itself is not changed.
 
@@ -44,13 +45,14 @@ def write_vae(
         card: README.md; a plain one by default.
         statistics: what was measured: goes to the card and to latent_statistics.json, so that another normalisation
             can be written later without measuring again.
+        force_upcast: whether pipelines run it in fp32 although they run in fp16; None keeps what the config says.
 
     Raises:
         UsageError: `out` is somebody else's folder, or the model's config names two normalisations at once.
         WorkError: what was read back is not what was written; `out` is as it was before.
     """
     publish.check_replaceable(out)
-    copy = configured_copy(vae, normalisation, sample_size=sample_size)
+    copy = configured_copy(vae, normalisation, sample_size=sample_size, force_upcast=force_upcast)
     folder = publish.beside(out)
     try:
         copy.save_pretrained(folder, safe_serialization=True)
@@ -73,10 +75,9 @@ def read_statistics(path: Path) -> LatentStatistics:
         raise UsageError(f"{path}: cannot be read as latent statistics: {error}") from error
 
 
-def configured_copy(
-    vae: Any, normalisation: Normalisation | None = None, *, sample_size: int | None = None, **changes: Any
-) -> Any:
-    """A model of the same class and weights (shared when they are on the CPU) whose config is as it will be written."""
+def configured_copy(vae: Any, normalisation: Normalisation | None = None, **changes: Any) -> Any:
+    """A model of the same class and weights (shared when they are on the CPU) whose config is as it will be written:
+    with this normalisation, and with those of the `changes` that are not None."""
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     if isinstance(vae, AutoencoderKL):
         if normalisation is None:
@@ -85,10 +86,8 @@ def configured_copy(
             except ValueError as error:
                 raise UsageError(f"VAE: its config names two normalisations ({error}); measure one") from error
         config |= normalisation.to_config()
-    if sample_size is not None:
-        config["sample_size"] = sample_size
     with torch.device("meta"):
-        copy = type(vae).from_config(config | changes)
+        copy = type(vae).from_config(config | {name: value for name, value in changes.items() if value is not None})
     weights = {name: value.detach().cpu() for name, value in vae.state_dict().items()}
     copy.load_state_dict(weights, strict=True, assign=True)
     return copy.eval().requires_grad_(False)

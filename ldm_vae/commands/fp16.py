@@ -1,0 +1,96 @@
+"""`ldm-vae fp16 audit|fix VAE`: whether a VAE may run in half precision, and making it so."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+HELP = "find what overflows in fp16, and rescale it away without retraining"
+DESCRIPTION = """\
+  ldm-vae fp16 audit my-vae photographs        # the largest activation of every layer, and its distance to 65,504
+  ldm-vae fp16 fix my-vae my-vae-fp16 photographs
+
+`fix` multiplies what only GroupNorms read by powers of two: weights stay exact, the fp32 output moves by GroupNorm's
+epsilon only. OUT is a diffusers folder with `force_upcast: false` and the certificate in its card. Without DATA only
+synthetic extremes are tried, and the card says so.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    audit = actions.add_parser("audit", help="record the largest activation of every layer")
+    fix = actions.add_parser("fix", help="write a VAE whose activations fit fp16")
+    for action in (audit, fix):
+        action.add_argument("vae", metavar="VAE", help="diffusers folder, run folder, hub id or single file")
+        if action is fix:
+            action.add_argument("out", metavar="OUT", help="diffusers folder to write")
+        action.add_argument("data", metavar="DATA", nargs="?", help="images to run it over, besides synthetic extremes")
+        action.add_argument(
+            "--resolution", type=int, help="side in pixels (default: the VAE's sample_size, at most 512)"
+        )
+        action.add_argument("--images", type=int, default=8, metavar="N", help="images of DATA (default 8)")
+        action.add_argument("--config", metavar="FOLDER", help="for a single-file VAE: folder with its config.json")
+    audit.add_argument("--all", action="store_true", help="print every layer, not the ten largest of each half")
+    audit.add_argument("--json", action="store_true", help="print every layer as JSON, for programs")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    {"audit": _audit, "fix": _fix}[arguments.action](arguments)
+
+
+def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+
+    from ldm_vae.autoencoder import load_autoencoder
+    from ldm_vae.export.fp16.probes import make_probes
+
+    vae = load_autoencoder(arguments.vae, arguments.config).to("cuda" if torch.cuda.is_available() else "cpu")
+    return vae, make_probes(vae, arguments.data, resolution=arguments.resolution, count=arguments.images)
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    import json
+
+    from ldm_vae.export.fp16.audit import LARGEST, audit
+
+    vae, probes = _prepare(arguments)
+    found = audit(vae, probes)
+    if arguments.json:
+        headroom = {side: found.headroom(side) for side in ("encoder", "decoder")}
+        print(json.dumps({"safe": found.safe, "headroom": headroom, "largest": found.largest}, indent=1))
+        return
+    print(f"measured over {probes.describe()}")
+    for side in ("encoder", "decoder"):
+        rows = sorted(found.of(side).items(), key=lambda row: -row[1])
+        print(f"\n{side}: headroom {found.headroom(side):,.3g}")
+        for name, value in rows if arguments.all else rows[:10]:
+            print(f"  {value:>12,.4g}  {LARGEST / max(value, 1e-30):>10,.3g} x  {name}")
+    print(f"\n{'safe in fp16' if found.safe else 'NOT safe in fp16: `ldm-vae fp16 fix` rescales it'}")
+
+
+def _fix(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from ldm_vae.errors import WorkError
+    from ldm_vae.export import publish
+    from ldm_vae.export.card import model_card
+    from ldm_vae.export.diffusers_folder import write_vae
+    from ldm_vae.export.fp16.audit import audit
+    from ldm_vae.export.fp16.certificate import certify
+    from ldm_vae.export.fp16.rescale import rescale
+
+    out = Path(arguments.out)
+    publish.check_replaceable(out)  # before the work, not after it
+    vae, probes = _prepare(arguments)
+    before = audit(vae, probes)
+    rescaling = rescale(vae, before)
+    certificate = certify(vae, probes, rescaling, before)
+    if not certificate.passed:
+        print("\n".join(certificate.lines()), file=sys.stderr)
+        reason = certificate.limits[0] if certificate.limits else "fp16 is too far from fp32"
+        raise WorkError(f"{arguments.vae}: rescaling does not make it safe in fp16 ({reason}); {out} was not written")
+    sections = {"Half precision": "\n".join(f"- {line}" for line in certificate.lines())}
+    card = model_card(rescaling.vae, name=out.name, sections=sections)
+    write_vae(rescaling.vae, out, None, card=card, force_upcast=False)
+    print("\n".join([f"wrote {out}: force_upcast is false", *certificate.lines()]))

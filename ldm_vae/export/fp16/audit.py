@@ -1,0 +1,94 @@
+"""Record the largest activation of every layer in fp32 and print how far it is from fp16's largest number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from tqdm import tqdm
+
+from ldm_vae.errors import WorkError
+from ldm_vae.export.fp16.probes import Probes
+
+LARGEST = 65_504.0  # fp16's largest number
+SAFE_HEADROOM = 4.0  # below it an image somewhat outside the probes may overflow: force_upcast stays on
+
+_RECORDED = (nn.Conv2d, nn.Linear, nn.GroupNorm, ResnetBlock2D, Attention)
+
+
+@dataclass
+class Audit:
+    """largest: |activation| by module name; variance: of a GroupNorm's input, the smallest group's, averaged over the
+    probes."""
+
+    largest: dict[str, float] = field(default_factory=dict)
+    variance: dict[str, float] = field(default_factory=dict)
+
+    def of(self, side: str) -> dict[str, float]:
+        """The layers of `encoder` or `decoder`, quant convolutions included."""
+        parts = (f"{side}.", "quant_conv" if side == "encoder" else "post_quant_conv")
+        return {name: value for name, value in self.largest.items() if name.startswith(parts)}
+
+    def worst(self, side: str) -> tuple[str, float]:
+        """(layer, value) of the largest activation of `encoder` or `decoder`."""
+        return max(self.of(side).items(), key=lambda row: row[1])
+
+    def headroom(self, side: str) -> float:
+        """How many times the largest activation would fit below 65,504."""
+        return LARGEST / max(self.worst(side)[1], 1e-30)
+
+    @property
+    def safe(self) -> bool:
+        """Whether both halves may run in fp16."""
+        return min(self.headroom("encoder"), self.headroom("decoder")) >= SAFE_HEADROOM
+
+    def describe(self) -> str:
+        """One sentence for a card or a terminal."""
+        parts = []
+        for side in ("encoder", "decoder"):
+            name, value = self.worst(side)
+            parts.append(f"{side} {value:,.4g} at {name} ({self.headroom(side):,.3g} x below {LARGEST:,.0f})")
+        return "largest activation: " + "; ".join(parts)
+
+
+@torch.no_grad()
+def audit(vae: Any, probes: Probes) -> Audit:
+    """Run encoder and decoder in fp32 over the probes. Raises WorkError if they give NaN or Inf even so."""
+    found = Audit()
+    sums: dict[str, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_hook(_record(name, found, sums))
+        for name, module in vae.named_modules()
+        if isinstance(module, _RECORDED)
+    ]
+    try:
+        steps = [*((vae.encode, image) for image in probes.images), *((vae.decode, z) for z in probes.z)]
+        for run, value in tqdm(steps, desc="audit", unit="probe", disable=None, leave=False):
+            run(value[None].to(vae.device, torch.float32))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    bad = [name for name, value in found.largest.items() if value == float("inf")]
+    if bad:
+        raise WorkError(f"audit: {bad[0]} gives NaN or Inf even in fp32")
+    runs = {"encoder": len(probes.images), "decoder": len(probes.z)}
+    found.variance = {name: float(total.min()) / runs[name.split(".")[0]] for name, total in sums.items()}
+    return found
+
+
+def _record(name: str, found: Audit, sums: dict[str, torch.Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        value = float(output.abs().max())
+        value = value if value == value else float("inf")
+        found.largest[name] = max(found.largest.get(name, 0.0), value)
+        if isinstance(module, nn.GroupNorm):
+            groups = inputs[0].double().reshape(inputs[0].shape[0], module.num_groups, -1)
+            variance = groups.var(dim=2, correction=0).sum(dim=0)
+            sums[name] = sums.get(name, torch.zeros_like(variance)) + variance
+
+    return hook

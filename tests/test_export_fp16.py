@@ -1,0 +1,165 @@
+"""fp16: an inflated VAE is found, rescaled and certified; the fp32 image stays; what cannot be helped is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from export_call import run_cli
+
+from ldm_vae import latents
+from ldm_vae.autoencoder import AutoencoderConfig
+from ldm_vae.errors import WorkError
+from ldm_vae.export.diffusers_folder import configured_copy
+from ldm_vae.export.fp16.audit import LARGEST, audit
+from ldm_vae.export.fp16.certificate import certify
+from ldm_vae.export.fp16.probes import Probes, extreme_images, make_probes
+from ldm_vae.export.fp16.rescale import WANTED_HEADROOM, rescale, scale_by
+from ldm_vae.export.fp16.structure import structure_of
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "shortcuts": {"block_out_channels": (8, 16, 16), "layers_per_block": 2},
+    "no_attention": {"block_out_channels": (8, 16), "mid_block_add_attention": False},
+    "no_quant_conv": {"block_out_channels": (16, 8), "use_quant_conv": False, "use_post_quant_conv": False},
+}
+INFLATION = 2.0**18  # 3e5 times, as in the wild
+
+
+def build(shape: str) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderConfig(**{"norm_num_groups": 4, "layers_per_block": 1} | SHAPES[shape]).build().eval()
+
+
+def inflated(vae: AutoencoderKL, factor: float = INFLATION) -> AutoencoderKL:
+    """The same function in fp32, its residual stream and its branches `factor` times larger."""
+    copy, structure = configured_copy(vae), structure_of(vae)
+    names = [s.start for s in structure.stretches] + [b.convolution for b in structure.branches]
+    scale_by(copy, structure, dict.fromkeys(names, factor))
+    return copy
+
+
+@torch.no_grad()
+def largest_difference(one: AutoencoderKL, other: AutoencoderKL, probes: Probes) -> float:
+    moments = (latents.encode(vae, probes.images).mean for vae in (one, other))
+    # latents of images: zeros make a stream of random weights so thin that GroupNorm's epsilon shows
+    pixels = (latents.decode(vae, probes.z[: len(probes.images)]) for vae in (one, other))
+    return max(float(torch.sub(*pair).abs().max()) for pair in (moments, pixels))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_inflated_is_fixed(shape: str) -> None:
+    vae = build(shape)
+    probes = make_probes(vae)
+    big = inflated(vae)
+    assert largest_difference(vae, big, probes) < 1e-3  # in fp32 the same image: nobody sees it before fp16
+    before = audit(big, probes)
+    assert before.headroom("encoder") < 1 and before.headroom("decoder") < 1 and not before.safe
+    broken = certify(big, probes)
+    assert all(value != value for value in broken.psnr.values()) and not broken.passed  # NaN in both halves
+
+    rescaling = rescale(big, before)
+    certificate = certify(big, probes, rescaling, before)
+    assert certificate.passed and not certificate.limits
+    assert min(certificate.psnr.values()) >= 60
+    assert certificate.change is not None and max(certificate.change.values()) < 1e-3
+    assert min(certificate.after.headroom(side) for side in ("encoder", "decoder")) >= WANTED_HEADROOM
+    # powers of two: dividing by them gives the old weights back, bit for bit
+    undone = configured_copy(rescaling.vae)
+    scale_by(undone, structure_of(undone), {name: 1 / factor for name, factor in rescaling.factors.items()})
+    assert all(torch.equal(value, undone.state_dict()[name]) for name, value in big.state_dict().items())
+
+
+def test_every_layer_is_in_the_structure() -> None:
+    vae = build("shortcuts")
+    structure = structure_of(vae)
+    norms = [norm for stretch in structure.stretches for norm in stretch.norms] + [b.norm for b in structure.branches]
+    assert sorted(norms) == sorted(n for n, m in vae.named_modules() if isinstance(m, torch.nn.GroupNorm))
+    writers = [name for stretch in structure.stretches for name in (stretch.start, *stretch.writers)]
+    assert len(writers) == len(set(writers))
+
+
+def test_a_safe_model_is_left_alone() -> None:
+    vae = build("shortcuts")
+    found = audit(vae, make_probes(vae))
+    assert found.safe and rescale(vae, found).factors == {}
+
+
+def test_chains_take_their_factor_back() -> None:
+    vae = build("shortcuts")
+    probes = make_probes(vae)
+    big, structure = configured_copy(vae), structure_of(vae)
+    scale_by(big, structure, {chain.name: INFLATION for chain in structure.chains})
+    assert largest_difference(vae, big, probes) < 1e-4
+    before = audit(big, probes)
+    assert {"encoder.conv_out", "post_quant_conv"} <= {n for n, value in before.largest.items() if value > LARGEST}
+    certificate = certify(big, probes, rescale(big, before), before)
+    assert certificate.passed and min(certificate.psnr.values()) >= 60
+
+
+def test_what_cannot_be_scaled_is_named() -> None:
+    vae = build("shortcuts")
+    with torch.no_grad():
+        vae.decoder.conv_out.weight *= 1e6
+    probes = make_probes(vae)
+    before = audit(vae, probes)
+    certificate = certify(vae, probes, rescale(vae, before), before)
+    assert not certificate.passed
+    assert any("decoder.conv_out" in limit for limit in certificate.limits)
+
+
+def test_epsilon_and_small_weights_set_a_limit() -> None:
+    vae = inflated(build("no_attention"), 2.0**10)
+    structure = structure_of(vae)
+    # one channel group of the stream explodes, the others stay thin: no constant is right for both
+    with torch.no_grad():
+        for name, module in vae.named_modules():
+            if name in structure.stretches[0].writers:
+                module.weight[:2] *= 2.0**12
+                module.weight[2:] *= 2.0**-22
+    probes = make_probes(vae)
+    limits = rescale(vae, audit(vae, probes)).limits
+    assert any("encoder.down_blocks.0.resnets.0" in limit and "would not bear more" in limit for limit in limits)
+
+
+def test_nan_in_fp32_is_an_error() -> None:
+    vae = build("no_attention")
+    with torch.no_grad():
+        vae.decoder.conv_in.bias[0] = float("inf")
+    with pytest.raises(WorkError, match="even in fp32"):
+        audit(vae, make_probes(vae))
+
+
+def test_extremes_are_extreme() -> None:
+    images = extreme_images(3, 16)
+    assert images.shape == (7, 3, 16, 16) and images.min() == -1 and images.max() == 1
+    assert len({float(image.mean()) for image in images}) >= 5
+
+
+# --- the verb ---------------------------------------------------------------------------------------------------------
+
+
+def test_fix_as_a_user_calls_it(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inflated(build("shortcuts")).save_pretrained(tmp_path / "big")
+    assert run_cli("fp16", "audit", tmp_path / "big", image_folder, "--images", 3) == 0
+    assert "NOT safe in fp16" in capsys.readouterr().out
+    assert run_cli("fp16", "fix", tmp_path / "big", tmp_path / "out", image_folder, "--images", 3) == 0
+    printed = capsys.readouterr().out
+    assert "verdict: safe in fp16" in printed and "3 images and 7 synthetic" in printed
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["force_upcast"] is False
+    assert "## Half precision" in (tmp_path / "out" / "README.md").read_text()
+    assert run_cli("fp16", "audit", tmp_path / "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["safe"] is True
+
+
+def test_fix_writes_nothing_when_it_cannot_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vae = build("no_attention")
+    with torch.no_grad():
+        vae.decoder.conv_out.weight *= 1e6
+    vae.save_pretrained(tmp_path / "vae")
+    assert run_cli("fp16", "fix", tmp_path / "vae", tmp_path / "out") == 1
+    assert "decoder.conv_out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
