@@ -72,7 +72,7 @@ def test_an_installed_wheel_trains_and_evaluates(installed: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "mine" / "vae" / "config.json").is_file()
     evaluate = [str(installed / "ldm-vae"), "evaluate", "mine", "photos", "--output", "measured", "--resolution", "32"]
-    done = run([*evaluate, "--metrics", "psnr", "ssim"], tmp_path)
+    done = run([*evaluate, "--metrics", "psnr,ssim"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "measured" / "metrics.json").is_file()
 
@@ -85,5 +85,5 @@ def test_an_editable_install_shows_the_package_only(tmp_path: Path) -> None:
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "-e"]
     done = run([*install, str(ROOT)], tmp_path)
     assert done.returncode == 0, done.stderr
-    code = "import importlib.util as u; print([bool(u.find_spec(n)) for n in ('ldm_vae', 'train', 'eval', 'tests')])"
+    code = "import importlib.util as u; print([bool(u.find_spec(n)) for n in ('ldm_vae', 'train', 'eval', 'configs')])"
     assert run([python, "-c", code], tmp_path).stdout.strip() == "[True, False, False, False]"
