@@ -1,0 +1,56 @@
+"""`ldm-vae tiling VAE IMAGE`: the seam error of `enable_tiling`."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "measure what enable_tiling changes in an image"
+DESCRIPTION = """\
+  ldm-vae tiling my-vae panorama.jpg                     # tiles of the config's sample_size, overlap 25 % and 50 %
+  ldm-vae tiling my-vae panorama.jpg --tile 512 --overlap 0.25
+
+Decodes the image whole and in tiles and says how far apart they are, at the seams and inside the tiles.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("vae", metavar="VAE", help="diffusers folder, run folder, hub id or single file")
+    parser.add_argument("image", metavar="IMAGE", help="an image file larger than a tile")
+    parser.add_argument("--tile", type=int, help="side of a tile in pixels (default: the VAE's sample_size)")
+    parser.add_argument("--overlap", type=float, nargs="+", default=[0.25, 0.5], help="shares of a tile")
+    parser.add_argument("--config", metavar="FOLDER", help="for a single-file VAE: folder with its config.json")
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+    from pathlib import Path
+
+    import torch
+
+    from ldm_vae.autoencoder import downsampling_factor, load_autoencoder
+    from ldm_vae.data.decoding import Decoding, read_image
+    from ldm_vae.data.quarantine import BadImage
+    from ldm_vae.data.transforms import to_pixels
+    from ldm_vae.errors import UsageError
+    from ldm_vae.export.tiling import measure_tiling
+
+    vae = load_autoencoder(arguments.vae, arguments.config).to("cuda" if torch.cuda.is_available() else "cpu")
+    path, factor = Path(arguments.image), downsampling_factor(vae)
+    if not path.is_file():
+        raise UsageError(f"IMAGE {path}: no such file")
+    if not all(0 < share < 1 for share in arguments.overlap):
+        raise UsageError(f"--overlap: expected shares between 0 and 1, got {arguments.overlap}")
+    try:
+        image = read_image(path.read_bytes(), Decoding(channels=int(vae.config.in_channels))).pixels
+    except BadImage as error:
+        raise UsageError(f"IMAGE {path}: {error.reason}") from error
+    height, width = (side // factor * factor for side in image.shape[1:])
+    pixels = to_pixels(image[:, :height, :width])[None].to(vae.device)
+    found = [measure_tiling(vae, pixels, tile=arguments.tile, overlap=overlap) for overlap in arguments.overlap]
+    if arguments.json:
+        print(json.dumps([asdict(one) for one in found], indent=1))
+        return
+    print(f"{path}: {width} x {height} px in tiles of {found[0].tile} px, against the whole image")
+    print("\n".join(one.line() for one in found))

@@ -1,0 +1,157 @@
+"""How far a fine-tuned VAE has moved from its base, for a diffusion model that was trained on the base's latents.
+
+Such a model hands base latents to the tuned decoder (text to image), and gets tuned latents from the tuned encoder
+(image to image). So both are measured: the latents against each other, and all four ways of encoding and decoding
+against the images.
+
+Legend: B batch, c latent channels, h w latent positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ldm_vae import latents
+from ldm_vae.autoencoder import downsampling_factor, encoder_fingerprint
+from ldm_vae.data.transforms import to_pixels
+from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.latents import Normalisation
+from ldm_vae.metrics.batches import ImageBatch
+from ldm_vae.metrics.protocol import PINNED
+from ldm_vae.metrics.running import Summary
+from ldm_vae.metrics.select import build_metrics
+
+WAYS = {
+    "base -> base": "what the base does",
+    "base -> tuned": "base latents, tuned decoder: text to image with a diffusion model of the base",
+    "tuned -> base": "tuned latents, base decoder: how foreign tuned latents are to a model of the base",
+    "tuned -> tuned": "what the tuned one does",
+}
+# of the base's standard deviation: 0.1 is 20 dB below the latents themselves
+SAME_RMS, CLOSE_RMS = 0.1, 0.3
+SAME_LOSS, CLOSE_LOSS = 0.5, 1.5  # dB below the base's own reconstruction
+
+
+@dataclass(frozen=True)
+class Drift:
+    """rms, shift [c] and scale [c] are in units of the base's standard deviation (scale: ratio of the two); cosine is
+    the mean over images, of latents centred by the base's channel means; metrics by way and name."""
+
+    same_encoder: bool
+    same_normalisation: bool
+    images: int
+    cosine: float
+    rms: float
+    shift: list[float]
+    scale: list[float]
+    metrics: dict[str, dict[str, Summary]]
+
+    def psnr(self, way: str) -> float:
+        """Mean PSNR in dB of one way."""
+        value = self.metrics[way]["psnr"].mean
+        assert value is not None
+        return value
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: may a diffusion model of the base go on with the tuned VAE?"""
+        own, cross = self.psnr("base -> base"), self.psnr("base -> tuned")
+        decoder = f"base latents decode at {cross:.2f} dB (base: {own:.2f} dB)"
+        if self.same_encoder:
+            text = f"compatible: the encoder is unchanged, so latents and stores stay valid; {decoder}"
+        elif self.rms <= SAME_RMS and cross >= own - SAME_LOSS:
+            text = f"compatible: latents moved by {self.rms:.3f} of their standard deviation; {decoder}"
+        elif self.rms <= CLOSE_RMS and cross >= own - CLOSE_LOSS:
+            text = (
+                f"close: latents moved by {self.rms:.3f} of their standard deviation; {decoder}; "
+                "a short fine-tune of the diffusion model would help, and stores must be encoded again"
+            )
+        else:
+            text = (
+                f"not compatible: latents moved by {self.rms:.3f} of their standard deviation; {decoder}; "
+                "a diffusion model of the base must be trained on the new latents"
+            )
+        if not self.same_normalisation:
+            text += "; the configs name different normalisations, and a frozen diffusion model needs the base's"
+        return text
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for programs."""
+        metrics = {way: {name: one.to_json() for name, one in found.items()} for way, found in self.metrics.items()}
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "metrics"}
+        return {"verdict": self.verdict, **plain, "metrics": metrics}
+
+    def lines(self) -> list[str]:
+        """For the terminal and the card."""
+        rows = [
+            f"encoder: {'identical' if self.same_encoder else 'changed'}; {self.images:,} images",
+            f"latents: cosine {self.cosine:.5f}, RMS difference {self.rms:.4f} of the base's standard deviation",
+            f"shift per channel: {_numbers(self.shift)}",
+            f"scale per channel: {_numbers(self.scale)}",
+        ]
+        for way, meaning in WAYS.items():
+            shown = ", ".join(f"{name} {one.mean:.4g}" for name, one in self.metrics[way].items())
+            rows.append(f"{way}: {shown} ({meaning})")
+        return [*rows, f"verdict: {self.verdict}"]
+
+
+def _numbers(values: list[float]) -> str:
+    return " ".join(f"{value:+.3f}" for value in values)
+
+
+@torch.no_grad()
+def measure_drift(
+    base: Any,
+    tuned: Any,
+    batches: Iterable[ImageBatch],
+    *,
+    resolution: int,
+    lpips: bool = True,
+    total: int | None = None,
+) -> Drift:
+    """Compare two VAEs on one device over `batches` of images.
+
+    Raises:
+        UsageError: their latents have different shapes.
+        WorkError: there was no image.
+    """
+    shapes = [(int(vae.config.latent_channels), downsampling_factor(vae)) for vae in (base, tuned)]
+    if shapes[0] != shapes[1]:
+        raise UsageError(
+            f"BASE has {shapes[0][0]} channels at f = {shapes[0][1]}, TUNED {shapes[1][0]} at {shapes[1][1]}"
+        )
+    names = ("psnr", "lpips_alex") if lpips else ("psnr",)
+    metrics = {way: build_metrics(names, base.device, resolution) for way in WAYS}
+    means: dict[str, list[torch.Tensor]] = {"base": [], "tuned": []}
+    vaes = {"base": base, "tuned": tuned}
+    for batch in tqdm(batches, desc="drift", unit="batch", disable=None, leave=False, total=total):
+        pixels = to_pixels(batch.pixels.to(base.device))
+        z = {name: latents.encode(vae, pixels).mean for name, vae in vaes.items()}
+        for name, value in z.items():
+            means[name].append(value.double().cpu())
+        for way, measured in metrics.items():
+            encoder, decoder = way.split(" -> ")
+            pair = PINNED.pair(pixels, latents.decode(vaes[decoder], z[encoder]))
+            for metric in measured:
+                metric.update(pair)
+    if not means["base"]:
+        raise WorkError("drift: there was no usable image")
+    before, after = torch.cat(means["base"]), torch.cat(means["tuned"])
+    centre, std = before.mean((0, 2, 3), keepdim=True), before.std((0, 2, 3), keepdim=True)
+    apart = (after - before) / std
+    cosine = torch.cosine_similarity((before - centre).flatten(1), (after - centre).flatten(1))
+    return Drift(
+        same_encoder=encoder_fingerprint(base) == encoder_fingerprint(tuned),
+        same_normalisation=Normalisation.from_config(base.config) == Normalisation.from_config(tuned.config),
+        images=len(before),
+        cosine=float(cosine.mean()),
+        rms=float(apart.square().mean().sqrt()),
+        shift=apart.mean((0, 2, 3)).tolist(),
+        scale=(after.std((0, 2, 3)) / std.flatten()).tolist(),
+        metrics={way: {metric.name: metric.compute() for metric in measured} for way, measured in metrics.items()},
+    )
