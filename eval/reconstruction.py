@@ -35,8 +35,8 @@ from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import Evaluation, evaluate_reconstruction
 from ldm_vae.metrics.metric import Metric
 from ldm_vae.metrics.pictures import keep_pictures
-from ldm_vae.metrics.protocol import PINNED
-from ldm_vae.metrics.select import NAMES, build_metrics, check
+from ldm_vae.metrics.protocol import PINNED, VARIANTS, by_name
+from ldm_vae.metrics.select import NAMES, Weights, build_metrics, check
 
 
 def arguments() -> argparse.Namespace:
@@ -54,6 +54,14 @@ def arguments() -> argparse.Namespace:
     add("--max_images", type=int, help="measure the first N images of DATA only")
     add("--metrics", default=",".join(NAMES), metavar="NAME,...", help=f"default: {','.join(NAMES)}")
     add("--lpips_weights", metavar="PATH", help="the LPIPS trunk, where it is not found by itself")
+    add(
+        "--inception_weights", type=Path, metavar="PATH", help="weights-inception-2015-12-05-6726825d.pth: rFID and KID"
+    )
+    add("--dinov2", metavar="FOLDER", help="a DINOv2 as transformers has it, or its hub id: a Frechet distance in it")
+    add(
+        "--protocol", default=PINNED.name, metavar="NAME",
+        help=f"reproduce the numbers of others: {', '.join(VARIANTS)} (default: {PINNED.name}, which is pinned)",
+    )  # fmt: skip
     add("--config", metavar="FOLDER", help="config.json of a single-file VAE of a shape of its own")
     add("--image_column", help="column that holds the image")
     add("--split", default="train", help="split of a dataset (train)")
@@ -64,6 +72,7 @@ def arguments() -> argparse.Namespace:
             raise UsageError(f"{name}: expected at least 1, got {getattr(found, name)}")
     found.metrics = found.metrics.split(",")
     check(found.metrics, found.resolution)
+    found.protocol = by_name(found.protocol)
     return found
 
 
@@ -99,7 +108,9 @@ def main() -> None:
         data = {"source": options.data, "resolution": options.resolution, "quarantined": quarantined}
         computed = result.settings(accelerator.device, options.batch_size)
         results = [
-            result.result(PINNED, result.describe_vae(vae, name, path), data, computed, evaluation, source.key)
+            result.result(
+                options.protocol, result.describe_vae(vae, name, path), data, computed, evaluation, source.key
+            )
             for name, vae, path, evaluation in zip(names, vaes, options.vae, evaluations, strict=True)
         ]
         merge_images(options.output)
@@ -110,7 +121,7 @@ def main() -> None:
         kinds |= {index: "worst" for index, _ in evaluations[0].worst if index not in kinds}
         keep_pictures(
             options.output, vaes, source, kinds, build(options, accelerator), accelerator.device,
-            resolution=options.resolution, batch_size=options.batch_size,
+            resolution=options.resolution, batch_size=options.batch_size, protocol=options.protocol,
         )  # fmt: skip
         result.write(options.output / "metrics.md", result.markdown(results))
         result.write(options.output / "metrics.json", results[0] if len(results) == 1 else results)
@@ -137,6 +148,7 @@ def measure(
     batches = image_batches(
         source, mine, options.resolution,
         batch_size=options.batch_size, num_workers=options.num_workers, quarantine=quarantine,
+        interpolation=options.protocol.interpolation,
     )  # fmt: skip
     bar = tqdm(
         total=len(mine), desc=f"measure {name}", unit="img", disable=None if accelerator.is_main_process else True
@@ -153,7 +165,7 @@ def measure(
         try:
             evaluation = evaluate_reconstruction(
                 vae, batches, metrics, accelerator.device,
-                resolution=options.resolution, batch_size=options.batch_size, protocol=PINNED, each=each,
+                resolution=options.resolution, batch_size=options.batch_size, protocol=options.protocol, each=each,
             )  # fmt: skip
         except WorkError:
             quarantine.finish()  # raises with the reason, where there was an image and none could be used
@@ -164,7 +176,10 @@ def measure(
 
 def build(options: argparse.Namespace, accelerator: Accelerator) -> list[Metric]:
     """The metrics that were asked for, ready to update."""
-    return build_metrics(options.metrics, accelerator.device, options.resolution, lpips_weights=options.lpips_weights)
+    weights = Weights(options.lpips_weights, options.inception_weights, options.dinov2)
+    return build_metrics(
+        options.metrics, accelerator.device, options.resolution, weights=weights, protocol=options.protocol
+    )
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

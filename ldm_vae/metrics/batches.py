@@ -5,14 +5,19 @@ Legend: B batch, C channels, R side of an image.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
 
 from ldm_vae.data.dataset import ordered_loader
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
+from ldm_vae.data.transforms import Crop
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,13 @@ def image_batches(
     batch_size: int,
     num_workers: int = 0,
     quarantine: Quarantine | None = None,
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> Iterator[ImageBatch]:
     """The usable images among `indices`, in order, centre-cropped to `resolution`; the others go to `quarantine`."""
-    for samples, bad in ordered_loader(source, resolution, indices, batch_size=batch_size, num_workers=num_workers):
+    view = None if interpolation == "bicubic" else functools.partial(bilinear_view, resolution=resolution)
+    for samples, bad in ordered_loader(
+        source, resolution, indices, batch_size=batch_size, num_workers=num_workers, view=view
+    ):
         if quarantine is not None:
             quarantine.add(bad, good=len(samples))
         if samples:
@@ -56,3 +65,12 @@ def image_batches(
                 [sample.key for sample in samples],
                 torch.stack([sample.crop.pixels for sample in samples]),
             )
+
+
+def bilinear_view(image: torch.Tensor, original_size: tuple[int, int], resolution: int) -> tuple[Crop, ...]:
+    """Resize and centre crop as torchvision's Resize and CenterCrop do by default, for protocols that name them."""
+    short = functional.resize(image, [resolution], interpolation=InterpolationMode.BILINEAR, antialias=True)
+    cropped = functional.center_crop(short, [resolution, resolution])
+    height, width = original_size
+    side = min(height, width)
+    return (Crop(cropped, original_size, ((height - side) // 2, (width - side) // 2, side, side)),)

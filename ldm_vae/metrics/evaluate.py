@@ -19,7 +19,7 @@ from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import WorkError
 from ldm_vae.latents import Moments
 from ldm_vae.metrics.batches import ImageBatch
-from ldm_vae.metrics.metric import Metric
+from ldm_vae.metrics.metric import ImageMetric, Metric
 from ldm_vae.metrics.profile import Profile
 from ldm_vae.metrics.protocol import PINNED, Pair, Protocol
 from ldm_vae.metrics.ranks import gather
@@ -103,7 +103,7 @@ def reconstruct(
     if protocol.posterior == "sample":
         indices = [*batch.indices, *[batch.indices[-1]] * missing]
         z = moments.sample(latents.posterior_noise(0, indices, z.shape[1:]).to(device))
-    pair = protocol.pair(pixels, latents.decode(vae, z), count)
+    pair = protocol.pair(pixels, latents.decode(vae, z), batch.indices)
     return Moments(moments.mean[:count], moments.logvar[:count]), pair
 
 
@@ -134,12 +134,14 @@ class Worst:
     """The poorest images by LPIPS, or by the first per-image metric there is; memory for WORST of them."""
 
     def __init__(self, metrics: Sequence[Metric]) -> None:
-        names = [metric.name for metric in metrics]
-        self.by = "lpips_alex" if "lpips_alex" in names else names[0]
-        self.sign = 1.0 if metrics[names.index(self.by)].better == "lower" else -1.0
+        per_image = {metric.name: metric for metric in metrics if isinstance(metric, ImageMetric)}
+        self.by = "lpips_alex" if "lpips_alex" in per_image else next(iter(per_image), "")
+        self.sign = -1.0 if self.by and per_image[self.by].better == "higher" else 1.0
         self.heap: list[tuple[float, int]] = []  # (badness, -index): the least bad on top
 
     def update(self, indices: Sequence[int], values: Mapping[str, torch.Tensor]) -> None:
+        if not self.by:
+            return
         for index, value in zip(indices, values[self.by].tolist(), strict=True):
             heapq.heappush(self.heap, (self.sign * value, -index))
             if len(self.heap) > WORST:

@@ -7,23 +7,27 @@ from typing import Any, Literal
 import torch
 
 from ldm_vae.metrics.metric import ImageMetric
-from ldm_vae.metrics.protocol import Pair
+from ldm_vae.metrics.protocol import PINNED, Pair, Protocol
 
 
 def lpips(network: Any, original: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
-    """original and reconstruction [B, C, H, W] on the 0..255 scale, C 1 or 3 => distances [B]."""
-    x, y = (image.float().expand(-1, 3, -1, -1) / 127.5 - 1 for image in (original, reconstruction))
+    """original and reconstruction [B, C, H, W], pixels in [-1, 1], C 1 or 3 => distances [B]."""
+    x, y = (image.float().expand(-1, 3, -1, -1) for image in (original, reconstruction))
     distances: torch.Tensor = network(x, y)
     return distances.flatten()
 
 
-def build(net: Literal["alex", "vgg"], device: torch.device, weights: str | None = None) -> ImageMetric:
+def build(
+    net: Literal["alex", "vgg"], device: torch.device, weights: str | None = None, protocol: Protocol = PINNED
+) -> ImageMetric:
     """Raises WorkError when the trunk cannot be had (ldm_vae.assets says what to do)."""
     from ldm_vae.assets import load_lpips  # only who measures LPIPS loads its package
 
     network = load_lpips(net, weights).to(device)
 
     def measure(pair: Pair) -> torch.Tensor:
-        return lpips(network, pair.original, pair.reconstruction)
+        if protocol.lpips == "floats":
+            return lpips(network, pair.raw_original, pair.raw_reconstruction)
+        return lpips(network, pair.original / 127.5 - 1, pair.reconstruction / 127.5 - 1)
 
     return ImageMetric(f"lpips_{net}", "lower", measure)

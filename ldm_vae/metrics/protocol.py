@@ -9,26 +9,34 @@ Legend: B batch, C channels, H W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 
+from ldm_vae.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Pair:
-    """A batch of originals and their reconstructions, each [B, C, H, W] fp32; the first `count` are to be measured and
-    the others pad the batch, so that an image's numbers do not depend on how full its batch was.
+    """A batch of originals and their reconstructions, each [B, C, H, W] fp32.
 
     original and reconstruction are on the 0..255 scale, quantised as the protocol says; raw_original and
-    raw_reconstruction are pixels in [-1, 1], the latter as decoded: not clamped.
+    raw_reconstruction are pixels in [-1, 1], the latter as decoded: not clamped. The first len(indices) images are to
+    be measured; the others pad the batch, so that an image's numbers do not depend on how full its batch was.
     """
 
     original: torch.Tensor
     reconstruction: torch.Tensor
     raw_original: torch.Tensor
     raw_reconstruction: torch.Tensor
-    count: int
+    indices: Sequence[int]
+
+    @property
+    def count(self) -> int:
+        """How many of the images are to be measured."""
+        return len(self.indices)
 
 
 @dataclass(frozen=True)
@@ -36,19 +44,27 @@ class Protocol:
     """The choices that change a number. PINNED is ours; no other is used unless it is asked for by name."""
 
     name: str
-    version: int
+    version: int = 1
     posterior: Literal["mode", "sample"] = "mode"
     """What is decoded: the mean, or one draw."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Of the antialiased resize."""
     rounding: Literal["round", "truncate", "truncate_half_up"] = "round"
-    """Floats to 8 bits: round(127.5 x + 127.5), its floor, or floor(127.5 x + 128) as in several public scripts."""
+    """Floats to 8 bits: round(127.5 x + 127.5), its floor, or floor(127.5 x + 128)."""
+    psnr: Literal["quantised", "floats"] = "quantised"
+    """What PSNR compares: 8-bit images, or clamped floats."""
+    ssim: Literal["pinned", "range_of_image", "range_two", "uniform_window"] = "pinned"
+    """See ldm_vae.metrics.ssim."""
+    lpips: Literal["quantised", "floats"] = "quantised"
+    """What LPIPS compares: 8-bit images, or the output as decoded, beyond [-1, 1] too."""
     source: str = ""
     """Where the protocol was read."""
 
-    def pair(self, original: torch.Tensor, reconstruction: torch.Tensor, count: int | None = None) -> Pair:
+    def pair(self, original: torch.Tensor, reconstruction: torch.Tensor, indices: Sequence[int] | None = None) -> Pair:
         """original and reconstruction [B, C, H, W], pixels in [-1, 1] => what the metrics compare."""
         original, reconstruction = original.float(), reconstruction.float()
         quantised = self.quantise(original), self.quantise(reconstruction)
-        return Pair(*quantised, original, reconstruction, len(original) if count is None else count)
+        return Pair(*quantised, original, reconstruction, range(len(original)) if indices is None else indices)
 
     def quantise(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels in [-1, 1], or beyond => whole numbers 0..255, fp32."""
@@ -61,4 +77,47 @@ class Protocol:
         return asdict(self)
 
 
-PINNED = Protocol("ldm-vae", 1, source="this project, docs/evaluation.md")
+PINNED = Protocol("ldm-vae", source="docs/evaluation.md")
+
+# what well-known evaluations do, so that their published numbers can be looked for; never the default
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Protocol(
+            "eq-vae",
+            posterior="sample",
+            interpolation="bilinear",
+            rounding="truncate_half_up",
+            ssim="range_of_image",
+            lpips="floats",
+            source="zelaki/eqvae eval.py at 708ad80",
+        ),
+        Protocol(
+            "lightningdit",
+            posterior="sample",
+            interpolation="bilinear",
+            rounding="truncate_half_up",
+            ssim="range_two",
+            lpips="floats",
+            source="hustvl/LightningDiT evaluate_tokenizer.py at 2725fed",
+        ),
+        Protocol(
+            "lavinal712",
+            posterior="sample",
+            interpolation="bilinear",
+            rounding="truncate",
+            psnr="floats",
+            ssim="uniform_window",
+            lpips="floats",
+            source="lavinal712/AutoencoderKL eval.py at 33c92c0",
+        ),
+    )
+}
+
+
+def by_name(name: str) -> Protocol:
+    """PINNED or a variant. Raises UsageError naming those that exist."""
+    exist = {PINNED.name: PINNED, **VARIANTS}
+    if name not in exist:
+        raise UsageError(f"protocol: unknown protocol {name}; there are {', '.join(exist)}")
+    return exist[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ldm_vae.metrics.metric import ImageMetric
-from ldm_vae.metrics.protocol import Pair
+from ldm_vae.metrics.protocol import PINNED, Pair, Protocol
 
 SMALLEST_MSE = 255.0**2 * 1e-10  # identical images count as 100 dB, so that no mean is infinite and JSON holds no inf
 
@@ -20,9 +20,13 @@ def psnr(original: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(255.0**2 / mse.clamp(min=SMALLEST_MSE))
 
 
-def _measure(pair: Pair) -> torch.Tensor:
+def _quantised(pair: Pair) -> torch.Tensor:
     return psnr(pair.original, pair.reconstruction)
 
 
-def build() -> ImageMetric:
-    return ImageMetric("psnr", "higher", _measure)
+def _floats(pair: Pair) -> torch.Tensor:
+    return psnr(127.5 * (pair.raw_original + 1), 127.5 * (pair.raw_reconstruction.clamp(-1, 1) + 1))
+
+
+def build(protocol: Protocol = PINNED) -> ImageMetric:
+    return ImageMetric("psnr", "higher", _quantised if protocol.psnr == "quantised" else _floats)

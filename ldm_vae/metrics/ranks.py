@@ -1,4 +1,4 @@
-"""What metrics need of a process group: everybody's tensor, on every rank."""
+"""What metrics need of a process group: everybody's tensor, or their sum, on every rank."""
 
 from __future__ import annotations
 
@@ -15,9 +15,21 @@ def gather(value: torch.Tensor) -> torch.Tensor:
     """value [...] of one shape on every rank => [ranks, ...] on the CPU, the same on every rank."""
     if world_size() == 1:
         return value.detach().cpu()[None]
-    # nccl moves GPU memory only
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    mine = value.detach().to(device).contiguous()
+    mine = value.detach().to(_device()).contiguous()
     everybody = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(everybody, mine)
     return torch.stack(everybody).cpu()
+
+
+def total(value: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks of value [...], on the CPU; for tensors too large to be held once per rank."""
+    if world_size() == 1:
+        return value.detach().cpu()
+    summed = value.detach().to(_device(), copy=True)
+    dist.all_reduce(summed)
+    return summed.cpu()
+
+
+def _device() -> torch.device:
+    # nccl moves GPU memory only
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

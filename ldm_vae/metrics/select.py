@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ldm_vae.errors import UsageError
-from ldm_vae.metrics import l1, lpips, psnr, ssim
-from ldm_vae.metrics.metric import Metric
+from ldm_vae.metrics import features, kid, l1, lpips, ms_ssim, psnr, ssim
+from ldm_vae.metrics.frechet import FrechetDistance
+from ldm_vae.metrics.metric import Metric, Unmeasured
+from ldm_vae.metrics.protocol import PINNED, Protocol
+from ldm_vae.metrics.titles import TITLES
 
-NAMES = ("psnr", "ssim", "l1", "lpips_alex", "lpips_vgg")
+NAMES = tuple(TITLES)
 VALIDATION = ("psnr", "ssim", "lpips_alex")  # what training watches: cheap, and one of each kind
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Files of networks that are found nowhere by themselves; None: look where ldm_vae.assets looks, or go without."""
+
+    lpips: str | None = None
+    inception: Path | None = None
+    dinov2: str | None = None
 
 
 def check(names: Sequence[str], resolution: int) -> None:
@@ -24,20 +38,45 @@ def check(names: Sequence[str], resolution: int) -> None:
 
 
 def build_metrics(
-    names: Sequence[str], device: torch.device, resolution: int, *, lpips_weights: str | None = None
+    names: Sequence[str],
+    device: torch.device,
+    resolution: int,
+    *,
+    weights: Weights = Weights(),  # frozen
+    protocol: Protocol = PINNED,
 ) -> list[Metric]:
-    """The metrics of `names`, ready to update.
+    """The metrics of `names`, ready to update; one whose network is not there has a row that says so.
 
     Raises:
         UsageError: see `check`.
-        WorkError: the weights of a network cannot be had.
+        WorkError: the weights of a network that was named or that LPIPS needs cannot be had.
     """
     check(names, resolution)
-    build: dict[str, Callable[[], Metric]] = {
-        "psnr": psnr.build,
-        "ssim": ssim.build,
+    per_image: dict[str, Callable[[], Metric]] = {
+        "psnr": lambda: psnr.build(protocol),
+        "ssim": lambda: ssim.build(protocol),
         "l1": l1.build,
-        "lpips_alex": lambda: lpips.build("alex", device, lpips_weights),
-        "lpips_vgg": lambda: lpips.build("vgg", device, lpips_weights),
+        "lpips_alex": lambda: lpips.build("alex", device, weights.lpips, protocol),
+        "lpips_vgg": lambda: lpips.build("vgg", device, weights.lpips, protocol),
     }
-    return [build[name]() for name in NAMES if name in names]
+    metrics: dict[str, Metric] = {name: build() for name, build in per_image.items() if name in names}
+    if "ms_ssim" in names:
+        too_small = Unmeasured("ms_ssim", "higher", f"needs images of {ms_ssim.SMALLEST} px")
+        metrics["ms_ssim"] = too_small if resolution < ms_ssim.SMALLEST else ms_ssim.build()
+
+    if {"rfid", "kid"} & set(names):
+        inception = None if weights.inception is None else features.inception(weights.inception, device)
+        metrics["rfid"] = _frechet("rfid", inception, features.NOT_SUPPLIED)
+        if inception is not None:
+            metrics["kid"] = kid.KernelDistance("kid", inception, inception.dimensions)
+    if "fd_dinov2" in names and weights.dinov2 is not None:
+        metrics["fd_dinov2"] = _frechet("fd_dinov2", features.dinov2(weights.dinov2, device), "")
+    if "fd_efflite0" in names:
+        metrics["fd_efflite0"] = _frechet(
+            "fd_efflite0", features.efflite0(device), "not installed: pip install 'ldm-vae[features]'"
+        )
+    return [metrics[name] for name in NAMES if name in names and name in metrics]
+
+
+def _frechet(name: str, network: features.Features | None, absent: str) -> Metric:
+    return Unmeasured(name, "lower", absent) if network is None else FrechetDistance(name, network, network.dimensions)

@@ -1,0 +1,55 @@
+"""Fair timing on a machine that is never quiet: contenders take turns, and a ratio is taken within each round."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+
+def interleave(contenders: Mapping[str, Callable[[], Any]], rounds: int, name: str = "") -> dict[str, list[float]]:
+    """Seconds of each contender in each round. A B C, A B C, ...: what slows the machine down slows all of them down.
+    One round before them warms caches up and is not counted."""
+    times: dict[str, list[float]] = {contender: [] for contender in contenders}
+    for number in tqdm(range(rounds + 1), desc=name, unit="round", disable=None, leave=False):
+        for contender, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            if number:
+                times[contender].append(time.perf_counter() - start)
+    return times
+
+
+def row(name: str, times: Mapping[str, list[float]], contender: str, to: str | None, **more: Any) -> dict[str, Any]:
+    """One result of speed.json. The ratio is the time of `to` over the time of the contender, round by round: above 1
+    means that the contender is faster."""
+    found: dict[str, Any] = {"name": name, "median_s": statistics.median(times[contender])}
+    if to is not None:
+        ratios = [theirs / own for theirs, own in zip(times[to], times[contender], strict=True)]
+        found["ratio"] = {"to": to, "median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    return found | more
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            cpu = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
