@@ -28,7 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ldm_vae.errors import UsageError
     from ldm_vae.latent_store import LatentDataset
-    from ldm_vae.latent_store.picturing import decode_to_png, find_vae
+    from ldm_vae.latent_store.origins import find_vae
+    from ldm_vae.latent_store.picturing import decode_to_png
 
     dataset = LatentDataset(arguments.store, sample=False, columns=("key",))
     if not 0 <= arguments.first < len(dataset):
@@ -36,6 +37,6 @@ def run(arguments: argparse.Namespace) -> None:
     stop = len(dataset) if arguments.count is None else min(len(dataset), arguments.first + arguments.count)
     if stop <= arguments.first or arguments.batch_size < 1:
         raise UsageError("--count and --batch_size: expected at least 1")
-    vae = find_vae(dataset, arguments.vae).to("cuda" if torch.cuda.is_available() else "cpu")
+    vae = find_vae(dataset.path, dataset.manifest, arguments.vae).to("cuda" if torch.cuda.is_available() else "cpu")
     written = decode_to_png(dataset, vae, arguments.out, range(arguments.first, stop), arguments.batch_size)
     print(f"{arguments.out}: {written:,} pictures, named by index and key")

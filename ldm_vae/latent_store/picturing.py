@@ -12,35 +12,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ldm_vae.autoencoder import encoder_fingerprint, load_autoencoder
 from ldm_vae.data.transforms import to_uint8
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.errors import WorkError
 from ldm_vae.latent_store import publish
 from ldm_vae.latent_store.reading import LatentDataset
-
-
-def find_vae(dataset: LatentDataset, named: str | None = None) -> Any:
-    """The VAE of a store: the one that is named, else the one that its manifest names, else a `vae/` beside the store.
-
-    Raises:
-        UsageError: none is found, or its encoder is not the store's: those latents mean nothing to its decoder.
-    """
-    recorded = dataset.manifest.recorded.vae
-    candidates = [named] if named is not None else [recorded, str(dataset.path.resolve().parent / "vae")]
-    for place in candidates:
-        try:
-            vae = load_autoencoder(place)
-        except UsageError as error:
-            if named is not None:
-                raise
-            last = error
-            continue
-        if encoder_fingerprint(vae) == dataset.manifest.identity.encoder:
-            return vae
-        last = UsageError(f"VAE {place}: its encoder is not the one that made the store {dataset.path}")
-        if named is not None:
-            raise last
-    raise UsageError(f"--vae: say where the VAE of this store is now ({last})")
 
 
 def decode_to_png(

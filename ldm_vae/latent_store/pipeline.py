@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from ldm_vae.errors import WorkError
+from ldm_vae.latent_store import publish, shards, units
 from ldm_vae.latent_store import rows as stored_rows
-from ldm_vae.latent_store import shards, units
 from ldm_vae.latent_store.encoding import Encoder, Reason, Rows
 from ldm_vae.latent_store.layout import SHARDS, TENSORS
 from ldm_vae.latent_store.manifest import ShardRecord
@@ -142,18 +142,21 @@ class Pipeline:
 
     def _write(self, batch: list[Ready], encoded: Future[tuple[Rows, list[Reason]]] | None, dealt: list[Dealt]) -> int:
         """Spool a batch; at the end of a unit, publish it. Returns how many samples were dealt with."""
-        if encoded is not None:
-            rows, reasons = encoded.result()
-            self._spool(batch, rows, reasons)
-        for sample in dealt:
-            unit = self._unit(sample.unit)
-            if sample.bad is not None:
-                unit.bad.append(sample.bad)
-                self._bad += 1
-            if sample.last:
-                self._publish(unit)
-                unit.close()
-                self._open = None
+        try:
+            if encoded is not None:
+                rows, reasons = encoded.result()
+                self._spool(batch, rows, reasons)
+            for sample in dealt:
+                unit = self._unit(sample.unit)
+                if sample.bad is not None:
+                    unit.bad.append(sample.bad)
+                    self._bad += 1
+                if sample.last:
+                    self._publish(unit)
+                    unit.close()
+                    self._open = None
+        except OSError as error:
+            raise publish.explained(error, self._out) from error
         return len(dealt)
 
     def _unit(self, unit: Unit) -> _OpenUnit:

@@ -41,7 +41,7 @@ def _written(path: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
             os.fsync(file.fileno())
         yield temporary
     except OSError as error:
-        raise _explained(error, path) from error
+        raise explained(error, path) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -92,10 +92,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _explained(error: OSError, path: Path) -> WorkError:
+def explained(error: OSError, path: Path) -> WorkError:
+    """The sentence for a file that cannot be written."""
     reason = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "the file is larger than is allowed here",
         errno.EROFS: "the file system is read-only",
         errno.EACCES: "permission denied",
     }.get(error.errno or 0, error.strerror or str(error))

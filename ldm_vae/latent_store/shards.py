@@ -10,6 +10,7 @@ can. It is derived; a reader that misses it falls back to the parquet.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -87,7 +88,8 @@ class Spool:
 
     def close(self) -> None:
         """Give the disk space back."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk: what is still buffered is not wanted any more
+            self._file.close()
 
 
 class _Hashed:
@@ -142,13 +144,18 @@ def _header(spool: Spool, statistics: tuple[int, ...], metadata: Mapping[str, st
 
 def write_rows(stem: Path, table: pa.Table) -> dict[str, FileRecord]:
     """Publish STEM.parquet and STEM.arrow, one row per sample."""
-    return {ROWS: _write_parquet(stem, table), MAPPED_ROWS: write_mapped_rows(stem, table)}
+    return {ROWS: write_parquet(stem, table), MAPPED_ROWS: write_mapped_rows(stem, table)}
 
 
-def _write_parquet(stem: Path, table: pa.Table) -> FileRecord:
+def write_parquet(stem: Path, table: pa.Table) -> FileRecord:
+    """Publish STEM.parquet."""
+    return _publish_buffer(stem.with_name(f"{stem.name}.{ROWS}"), _as_parquet(table))
+
+
+def _as_parquet(table: pa.Table) -> pa.Buffer:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", version="2.6", row_group_size=1 << 20)
-    return _publish_buffer(stem.with_name(f"{stem.name}.{ROWS}"), sink.getvalue())
+    pq.write_table(table, sink, compression="zstd", version="2.6", row_group_size=1 << 20, store_schema=False)
+    return sink.getvalue()
 
 
 def write_mapped_rows(stem: Path, table: pa.Table) -> FileRecord:
@@ -181,7 +188,8 @@ def to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
             columns[name] = pa.array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
             columns[name] = pa.array([json.dumps(value, default=str, sort_keys=True) for value in values])
-    return pa.table(columns)
+    # as it comes back from a parquet file (names of list elements, ...), so that either copy gives the other's bytes
+    return pq.read_table(pa.BufferReader(_as_parquet(pa.table(columns))))
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ldm_vae.config import Section
 from ldm_vae.data.source import Source
 from ldm_vae.latent_store import publish
-from ldm_vae.latent_store.layout import PLAN, UNITS
+from ldm_vae.latent_store.layout import PLAN, SHARDS, UNITS
 from ldm_vae.latent_store.manifest import Identity, Settings, ShardRecord, SourceIdentity
 
 
@@ -127,6 +127,23 @@ def read_record(store: Path, unit: int, work: str) -> UnitRecord | None:
     except (OSError, ValidationError):
         return None
     return record if record.work == work else None
+
+
+def is_done(store: Path, unit: int, work: str) -> bool:
+    """Whether a unit has its record, and its files are there with the sizes that the record says."""
+    record = read_record(store, unit, work)
+    return record is not None and all(
+        _size(store / SHARDS / f"{shard.name}.{extension}") == file.bytes
+        for shard in record.shards
+        for extension, file in shard.files.items()
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def write_record(store: Path, record: UnitRecord) -> None:

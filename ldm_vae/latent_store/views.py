@@ -6,15 +6,17 @@ Legend: C channels, H W pixels of the image, R resolution.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from ldm_vae.autoencoder import downsampling_factor
 from ldm_vae.data import buckets
 from ldm_vae.data.transforms import Crop, centre_crop
 from ldm_vae.errors import UsageError
-from ldm_vae.latent_store.layout import CORNERS, FLIP
+from ldm_vae.latent_store.layout import CORNERS, FLIP, crops_of
+from ldm_vae.latent_store.manifest import Identity
 
 CORNER_SHARE = 7 / 8  # side of a corner crop relative to the centre crop's: 224 of 256, as in the five- and ten-crop
 
@@ -28,6 +30,19 @@ VIEW_SETS: dict[ViewSet, tuple[str, ...]] = {
 }
 
 Shape = tuple[int, int]
+
+
+def cutting_of(identity: Identity, vae: Any) -> Cutting:
+    """What a store cuts from an image.
+
+    Raises:
+        UsageError: the aspect buckets do not suit the VAE.
+    """
+    step = identity.bucket_step
+    shapes = None
+    if step is not None:
+        shapes = tuple(bucket_shapes(side, step, downsampling_factor(vae)) for side in identity.resolution)
+    return Cutting(identity.resolution, crops_of(identity.views), shapes)
 
 
 def bucket_shapes(resolution: int, step: int, factor: int) -> tuple[Shape, ...]:

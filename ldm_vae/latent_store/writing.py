@@ -21,7 +21,7 @@ from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import preparing, publish, units, updating
 from ldm_vae.latent_store.encoding import Encoder
 from ldm_vae.latent_store.finishing import finish
-from ldm_vae.latent_store.layout import SHARDS, UNITS, ComputeDtype, StorageDtype, StoreKind, crops_of
+from ldm_vae.latent_store.layout import SHARDS, UNITS, ComputeDtype, StorageDtype, StoreKind
 from ldm_vae.latent_store.manifest import (
     Identity,
     Manifest,
@@ -34,7 +34,7 @@ from ldm_vae.latent_store.manifest import (
 from ldm_vae.latent_store.pipeline import Pipeline
 from ldm_vae.latent_store.tiling import check_tile
 from ldm_vae.latent_store.units import Plan, fresh_plan, read_plan, write_plan
-from ldm_vae.latent_store.views import VIEW_SETS, Cutting, ViewSet, bucket_shapes
+from ldm_vae.latent_store.views import VIEW_SETS, Cutting, ViewSet, cutting_of
 from ldm_vae.latents import Normalisation
 
 
@@ -102,7 +102,6 @@ def write_store(
     _at_least_one(batch_size=batch_size, shard_size=shard_size, encode_threads=encode_threads)
     if tile is not None:
         check_tile(*tile, factor)
-    shapes = None if bucket_step is None else tuple(bucket_shapes(side, bucket_step, factor) for side in resolutions)
     identity = Identity(
         encoder=encoder_fingerprint(vae),
         preprocessing=preprocessing_identity(source.decoding),
@@ -116,6 +115,7 @@ def write_store(
         tile=tile,
         pixels=pixels,
     )
+    cutting = cutting_of(identity, vae)
     normalisation = Normalisation.from_config(vae.config).to_config()
     recorded = Recorded(
         vae=vae_name,
@@ -125,7 +125,6 @@ def write_store(
         tool=__version__,
     )
     wanted = Manifest(identity=identity, source=units.source_identity(source), recorded=recorded)
-    cutting = Cutting(resolutions, crops_of(identity.views), shapes)
 
     manifest = begin(out, wanted)
     processes.barrier()  # nobody changes the manifest before all have seen it
@@ -172,7 +171,7 @@ class _Work:
         """Encode the units of a plan that are not done yet, and finish."""
         digest = plan.work(encoder.identity)
         own = plan.units(encoder.identity.shard_size)[self.processes.rank :: self.processes.count]
-        pending = [unit for unit in own if units.read_record(self.out, unit.number, digest) is None]
+        pending = [unit for unit in own if not units.is_done(self.out, unit.number, digest)]
         stream = preparing.samples(
             self.source, self.wanted.recorded.data, self.cutting, pending, encoder.batch_size, self.num_workers
         )
