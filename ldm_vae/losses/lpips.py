@@ -30,7 +30,9 @@ class LPIPS(nn.Module):
         self.smallest = smallest
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LPIPS:
-        self.network._apply(fn)  # .to(device) follows all the same
+        # the network follows to the device all the same, and stays in fp32 whatever the others become
+        here = next(self.network.parameters()).device
+        self.network.to(fn(torch.empty(0, device=here)).device)
         return super()._apply(fn, recurse)
 
     def forward(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
