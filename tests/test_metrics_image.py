@@ -92,7 +92,7 @@ def test_the_protocol_clamps_and_rounds() -> None:
 def test_values_of_padding_are_not_counted() -> None:
     original, other = (image.float() / 127.5 - 1 for image in photographs(32))
     metric = psnr.build()
-    values = metric.update(PINNED.pair(original, other, count=3))
+    values = metric.update(PINNED.pair(original, other, indices=range(3)))
     summary = metric.compute()
     assert values.shape == (3,)
     assert summary.n == 3

@@ -150,10 +150,9 @@ def log_axis(low: float, high: float) -> Axis:
     """Powers of ten, with 2 and 5 between them where there are few."""
     low, high = low / 1.1, high * 1.1
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    every = -(-len(decades) // 5)
     factors = (1, 2, 5) if math.log10(high / low) < 2 else (1,)
-    ticks = [factor * 10.0**decade for decade in decades[::every] for factor in factors]
-    return Axis(low, high, [tick for tick in ticks if low <= tick <= high], log=True)
+    inside = [factor * 10.0**decade for decade in decades for factor in factors if low <= factor * 10.0**decade <= high]
+    return Axis(low, high, inside[:: -(-len(inside) // 6) or 1], log=True)
 
 
 def compact(value: float) -> str:

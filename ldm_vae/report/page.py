@@ -63,6 +63,7 @@ def render(contents: Contents) -> str:
         "gallery": gallery(contents.home, contents.pictures, names),
         "shown_width": SHOWN_WIDTH,
         "metrics": tables.metric_rows(results),
+        "published": tables.published() if results else [],
         "charts": curves(contents.log, contents.config),
         "adversary": adversary_change(contents.log, contents.config),
         "latents": [found for result in results if (found := tables.latents(result))],

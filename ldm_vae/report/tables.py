@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ldm_vae import metrics
 from ldm_vae.metrics.titles import TITLES, heading, number
 from ldm_vae.report.charts import Series, bar_chart, line_chart
 from ldm_vae.report.contents import Contents
 
 Json = dict[str, Any]
+
+PUBLISHED = Path(metrics.__file__).parent / "published.json"
 
 ROUNDING = {
     "round": "rounded to 8 bits",
@@ -88,6 +93,17 @@ def metric_rows(results: Sequence[Json]) -> list[Json]:
         arrow = "↑" if title.better == "higher" else "↓"
         rows.append({"heading": heading(name), "arrow": arrow, "meaning": title.meaning, "cells": cells})
     return rows
+
+
+def published() -> list[Json]:
+    """What others report, each with its source; their protocols differ from ours and from each other."""
+    rows: list[Json] = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    written = []
+    for row in rows:
+        shape = f"f{row['factor']}" + (f" c{row['channels']}" if "channels" in row else "")
+        numbers = [f"{row[name]:g}" if name in row else "" for name in ("rfid", "psnr", "ssim", "lpips")]
+        written.append({"cells": [row["model"], shape, row["data"]], "numbers": numbers, "source": row["source"]})
+    return written
 
 
 def latents(result: Json) -> Json | None:

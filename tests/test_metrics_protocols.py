@@ -1,0 +1,122 @@
+"""MS-SSIM, LPIPS and the protocols of others, each against the library that its repository calls."""
+
+from __future__ import annotations
+
+import warnings
+
+import lpips as lpips_package
+import pytest
+import torch
+from PIL import Image
+from skimage.data import astronaut
+from skimage.metrics import structural_similarity
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    structural_similarity_index_measure,
+)
+from torchvision import transforms
+
+from ldm_vae.errors import UsageError
+from ldm_vae.metrics import lpips, ms_ssim, psnr, ssim
+from ldm_vae.metrics.batches import bilinear_view
+from ldm_vae.metrics.protocol import PINNED, VARIANTS, by_name
+from ldm_vae.metrics.select import build_metrics
+
+
+def floats(side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two crops of a photograph in [-1, 1], and a distorted copy that leaves the range, as a decoder does."""
+    image = torch.from_numpy(astronaut()).permute(2, 0, 1) / 127.5 - 1
+    crops = torch.stack([image[:, :side, 100 : 100 + side], image[:, 250 : 250 + side, 200 : 200 + side]])
+    noise = torch.randn(crops.shape, generator=torch.Generator().manual_seed(0))
+    return crops, crops * 1.05 + 0.08 * noise
+
+
+@pytest.mark.parametrize("side", [176, 201])
+def test_ms_ssim_agrees_with_torchmetrics(side: int) -> None:
+    pair = PINNED.pair(*floats(side))
+    theirs = multiscale_structural_similarity_index_measure(
+        pair.reconstruction.double(), pair.original.double(), data_range=255.0, reduction="none"
+    )
+    assert ms_ssim.ms_ssim(pair.original, pair.reconstruction).tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
+
+
+def test_ms_ssim_below_161_px_says_what_it_needs() -> None:
+    (metric,) = build_metrics(["ms_ssim"], torch.device("cpu"), 160)
+    assert metric.compute().note == "needs images of 161 px"
+    (metric,) = build_metrics(["ms_ssim"], torch.device("cpu"), 161)
+    metric.update(PINNED.pair(*floats(161)))
+    assert 0 < metric.compute().mean < 1
+
+
+def test_lpips_agrees_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 8-bit images scaled to [-1, 1], as the package's own command line does; any trunk serves to compare."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():  # the package calls torchvision's old interface
+        warnings.simplefilter("ignore")
+        network = lpips_package.LPIPS(net="alex", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+    monkeypatch.setattr("ldm_vae.assets.load_lpips", lambda *_: network)
+    pair = PINNED.pair(*floats(64))
+    ours = lpips.build("alex", torch.device("cpu")).update(pair)
+    arrays = [[image.permute(1, 2, 0).numpy() for image in side] for side in (pair.original, pair.reconstruction)]
+    theirs = [network(*(lpips_package.im2tensor(image) for image in both)).item() for both in zip(*arrays, strict=True)]
+    assert ours.tolist() == pytest.approx(theirs, abs=1e-5)
+
+    raw = lpips.build("alex", torch.device("cpu"), protocol=by_name("eq-vae")).update(pair)
+    expected = network(pair.raw_original, pair.raw_reconstruction).flatten()
+    assert raw.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert raw.tolist() != pytest.approx(ours.tolist(), abs=1e-5)
+
+
+def test_ssim_of_eq_vae_is_torchmetrics_without_a_range() -> None:
+    original, other = floats(96)
+    ours = ssim.build(by_name("eq-vae")).update(by_name("eq-vae").pair(original, other))
+    theirs = [
+        structural_similarity_index_measure(b[None].double(), a[None].double()).item()
+        for a, b in zip(original, other, strict=True)
+    ]
+    assert ours.tolist() == pytest.approx(theirs, abs=1e-6)
+
+
+def test_ssim_of_lightningdit_is_torchmetrics_on_minus_one_to_one() -> None:
+    original, other = floats(96)
+    ours = ssim.build(by_name("lightningdit")).update(by_name("lightningdit").pair(original, other))
+    theirs = structural_similarity_index_measure(
+        other.double(), original.double(), data_range=(-1.0, 1.0), reduction="none"
+    )
+    assert ours.tolist() == pytest.approx(theirs.tolist(), abs=1e-6)
+
+
+def test_ssim_and_psnr_of_lavinal712_are_scikit_images_on_floats() -> None:
+    from skimage.metrics import peak_signal_noise_ratio
+
+    original, other = floats(96)
+    protocol = by_name("lavinal712")
+    pair = protocol.pair(original, other)
+    unit = [((image + 1) / 2).clamp(0, 1).double().permute(0, 2, 3, 1).numpy() for image in (original, other)]
+    pairs = list(zip(*unit, strict=True))
+    theirs = [structural_similarity(a, b, win_size=11, channel_axis=-1, data_range=1.0) for a, b in pairs]
+    assert ssim.build(protocol).update(pair).tolist() == pytest.approx(theirs, abs=1e-6)
+    expected = [peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in pairs]
+    assert psnr.build(protocol).update(pair).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_bilinear_view_is_torchvisions_resize_and_crop() -> None:
+    picture = Image.fromarray(astronaut()[:300, :400])
+    theirs = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64), transforms.PILToTensor()])(picture)
+    ours = bilinear_view(transforms.PILToTensor()(picture), (300, 400), 64)[0].pixels
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
+def test_protocols_move_the_numbers_and_ours_is_the_default() -> None:
+    original, other = floats(96)
+    means = {}
+    for name in (PINNED.name, *VARIANTS):
+        protocol = by_name(name)
+        means[name] = ssim.build(protocol).update(protocol.pair(original, other)).mean().item()
+    assert len({round(value, 4) for value in means.values()}) == 4
+    assert ssim.build().update(PINNED.pair(original, other)).mean().item() == means["ldm-vae"]
+
+
+def test_an_unknown_protocol_names_those_that_exist() -> None:
+    with pytest.raises(UsageError, match="there are ldm-vae, eq-vae, lightningdit, lavinal712"):
+        by_name("best")

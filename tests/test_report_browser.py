@@ -1,0 +1,190 @@
+"""The page in a real browser: headless Chromium drags the line, zooms, changes pictures, at desktop and phone width."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_images
+
+from eval import reconstruction
+from ldm_vae.autoencoder import AutoencoderConfig
+from ldm_vae.report import build_report
+
+pytestmark = pytest.mark.browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of two VAEs and a log."""
+    root = tmp_path_factory.mktemp("browser")
+    images = write_images(root / "images", 5, size=(64, 64))
+    vaes = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
+        config.build().save_pretrained(root / f"a-rather-long-name-of-an-autoencoder-{seed}")
+        vaes.append(str(root / f"a-rather-long-name-of-an-autoencoder-{seed}"))
+    run = root / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        flags = ["--output", str(run / "report"), "--resolution", "64", "--metrics", "psnr,ssim", "--num_workers", "0"]
+        patch.setattr(sys, "argv", ["eval", *vaes, str(images), *flags])
+        reconstruction.main()
+    (run / "metrics.jsonl").write_text('{"images": 5, "loss/l1": 1.0}\n{"images": 10, "loss/l1": 0.5}\n')
+    return build_report(run)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    if BROWSER is None or DRIVER is None:
+        missing = "no Chromium" if BROWSER is None else "no chromedriver"
+        print(f"{missing} found: the page was not driven in a browser")
+        pytest.skip(f"{missing} found (Debian: apt-get install chromium chromium-driver)")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    profile = tmp_path_factory.mktemp("profile")
+    for flag in (
+        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", "disable-dev-shm-usage", f"user-data-dir={profile}",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def opened(browser: Any, page: Path, width: int, height: int = 900) -> Any:
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
+    browser.get(page.as_uri())
+    return browser
+
+
+def line_position(browser: Any) -> float:
+    """Where the line is, in per cent of the picture."""
+    return float(
+        browser.execute_script(
+            "const c = document.querySelector('.canvas').getBoundingClientRect(),"
+            " d = document.querySelector('.divider').getBoundingClientRect();"
+            "return 100 * (d.left + d.width / 2 - c.left) / c.width"
+        )
+    )
+
+
+def find(browser: Any, selector: str) -> Any:
+    return browser.find_element("css selector", selector)
+
+
+def test_dragging_the_line_cuts_the_picture_there(browser: Any, page: Path) -> None:
+    from selenium.webdriver import ActionChains
+
+    opened(browser, page, 1280)
+    assert line_position(browser) == pytest.approx(50, abs=0.5)
+    canvas = find(browser, ".canvas")
+    quarter = round(canvas.size["width"] / 4)
+    ActionChains(browser).move_to_element(find(browser, ".divider")).click_and_hold().move_by_offset(
+        quarter, 5
+    ).release().perform()
+    assert line_position(browser) == pytest.approx(75, abs=1)
+    cut = browser.execute_script("return getComputedStyle(document.querySelector('.after')).clipPath")
+    assert float(cut.split()[-1].removesuffix("%)")) == pytest.approx(75, abs=1)
+    # the pointer was let go: moving on moves nothing
+    ActionChains(browser).move_by_offset(-quarter, 0).perform()
+    assert line_position(browser) == pytest.approx(75, abs=1)
+
+
+def test_the_keyboard_moves_the_line(browser: Any, page: Path) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    opened(browser, page, 1280)
+    find(browser, "#split").send_keys(Keys.HOME)
+    assert line_position(browser) == pytest.approx(0, abs=0.5)
+    find(browser, "#split").send_keys(Keys.ARROW_RIGHT * 10)
+    assert line_position(browser) == pytest.approx(1, abs=0.5)
+
+
+def test_zoom_keeps_whole_pixels(browser: Any, page: Path) -> None:
+    opened(browser, page, 1280)
+    assert find(browser, ".canvas").size["width"] == 64 * 8  # the largest that fits
+    find(browser, "#zoom-in").click()
+    assert find(browser, "#zoom").text == "12×"
+    assert find(browser, ".canvas").size["width"] == 64 * 12
+    rendering = "return getComputedStyle(document.querySelector('.before')).imageRendering"
+    assert browser.execute_script(rendering) == "pixelated"
+    for _ in range(7):
+        find(browser, "#zoom-out").click()
+    assert find(browser, "#zoom").text == "1×"
+    assert browser.execute_script(rendering) == "auto"
+
+
+def test_pictures_and_vaes_can_be_chosen(browser: Any, page: Path) -> None:
+    from selenium.webdriver.support.select import Select
+
+    opened(browser, page, 1280)
+    thumbnails = browser.find_elements("css selector", ".thumbnails button")
+    assert len(thumbnails) == 5
+    thumbnails[3].click()
+    assert thumbnails[3].get_attribute("aria-pressed") == "true"
+    key = find(browser, ".which").text
+    numbers = find(browser, "#compare-numbers").text
+    Select(find(browser, "#right")).select_by_index(2)
+    assert find(browser, ".which").text == key
+    assert find(browser, "#compare-numbers").text != numbers
+    shown = browser.execute_script(
+        "const images = document.querySelectorAll('.card')[3].querySelectorAll('img');"
+        "return document.querySelector('.after').src === images[3].src"
+    )
+    assert shown
+    assert find(browser, ".tag.right").text.endswith("-1")
+
+
+def test_charts_tell_their_values(browser: Any, page: Path) -> None:
+    from selenium.webdriver import ActionChains
+
+    opened(browser, page, 1280)
+    chart = find(browser, ".chart svg")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
+    ActionChains(browser).move_to_element_with_offset(chart, chart.size["width"] // 2 - 12, 0).perform()
+    assert find(browser, ".readout").text.split() == ["10", "l1", "0.5"]
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_nothing_is_wider_than_the_screen(browser: Any, page: Path, width: int) -> None:
+    opened(browser, page, width)
+    assert browser.execute_script("return innerWidth") == width
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert find(browser, ".canvas").size["width"] <= width
+
+
+def test_the_scheme_follows_the_system(browser: Any, page: Path) -> None:
+    colours = {}
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        opened(browser, page, 1280)
+        colours[scheme] = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    brightness = {name: sum(map(int, value[4:-1].split(","))) for name, value in colours.items()}
+    assert brightness["light"] > 700
+    assert brightness["dark"] < 100
+
+
+def test_nothing_was_fetched_and_nothing_complained(browser: Any, page: Path) -> None:
+    opened(browser, page, 1280)
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [name for name in loaded if not name.startswith("data:")] == []
+    assert browser.get_log("browser") == []
