@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from export_call import run_cli
 from safetensors import safe_open
 
 from ldm_vae import latents
+from ldm_vae.autoencoder import load_autoencoder
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.export import diffusers_folder
 from ldm_vae.export.diffusers_folder import write_vae
-from ldm_vae.export.measure import measure, measure_images, statistics_of
+from ldm_vae.export.measure import Images, is_store, measure, statistics_of_store
 from ldm_vae.latents import Normalisation
 
 KINDS = {
@@ -63,8 +65,8 @@ def test_a_damaged_write_is_caught_before_it_is_published(
 ) -> None:
     out = write_vae(tiny_vae, tmp_path / "vae", KINDS["shift"])
 
-    def damaged(kind: Any, folder: Path, **options: Any) -> Any:
-        vae = kind.from_pretrained(folder)
+    def damaged(like: Any, folder: Path, **options: Any) -> Any:
+        vae = type(like).from_pretrained(folder)
         vae.decoder.conv_out.bias.data[0] += 1e-6
         return vae
 
@@ -109,9 +111,40 @@ def test_no_image_is_an_error(tiny_vae: AutoencoderKL) -> None:
 
 
 def test_over_a_folder_of_images(tiny_vae: AutoencoderKL, image_folder: Path) -> None:
-    everything = measure_images(tiny_vae, str(image_folder), 32, batch_size=5)
+    everything = measure(tiny_vae, Images(str(image_folder), 32, batch_size=5).batches(tiny_vae), "cpu")
     assert everything.images == 12
-    assert measure_images(tiny_vae, str(image_folder), 32, limit=4).images == 4
-    assert torch.equal(statistics_of(tiny_vae, str(image_folder), 32, batch_size=5).mean, everything.mean)
+    assert [len(batch) for batch in Images(str(image_folder), 32, limit=4).batches(tiny_vae)] == [4]
     with pytest.raises(UsageError, match="multiple of f = 2"):
-        measure_images(tiny_vae, str(image_folder), 33)
+        Images(str(image_folder), 33).batches(tiny_vae)
+
+
+def test_a_store_hands_over_its_statistics(tiny_vae_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    assert run_cli("encode", tiny_vae_folder, image_folder, store, "--resolution", 32, "--num_workers", 0) == 0
+    vae = load_autoencoder(tiny_vae_folder)
+    assert is_store(str(store)) and not is_store(str(image_folder))
+    found = statistics_of_store(vae, str(store))
+    measured = measure(vae, Images(str(image_folder), 32).batches(vae), "cpu")
+    assert found.images == 12 and found.intervals is not None
+    torch.testing.assert_close(found.mean, measured.mean, rtol=1e-3, atol=1e-4)
+    vae.quant_conv.bias += 1
+    with pytest.raises(UsageError, match="another encoder"):
+        statistics_of_store(vae, str(store))
+
+
+# --- variants and shards ----------------------------------------------------------------------------------------------
+
+
+def test_half_precision_variant_and_shards(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    out = write_vae(tiny_vae, tmp_path / "vae", KINDS["scale"], half=True, max_shard_size="30KB")
+    names = sorted(path.name for path in out.glob("*.safetensors*"))
+    assert any("-of-" in name for name in names) and any(".fp16" in name for name in names)
+    full = AutoencoderKL.from_pretrained(out)
+    half = AutoencoderKL.from_pretrained(out, variant="fp16", torch_dtype=torch.float16)
+    for name, value in tiny_vae.state_dict().items():
+        assert torch.equal(full.state_dict()[name], value)
+        assert torch.equal(half.state_dict()[name], value.half())
+    write_vae(tiny_vae, out, KINDS["scale"])  # the shards go with the older export
+    assert [path.name for path in out.glob("*.safetensors*")] == ["diffusion_pytorch_model.safetensors"]
+    with pytest.raises(UsageError, match="max_shard_size"):
+        write_vae(tiny_vae, out, KINDS["scale"], max_shard_size="large")

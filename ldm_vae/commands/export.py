@@ -36,6 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution", type=int, help="side of the images in pixels, for DATA and for config.json")
     parser.add_argument("--batch_size", type=int, default=8, help="images per forward pass over DATA (default 8)")
     parser.add_argument("--stats_images", type=int, metavar="N", help="at most N images of DATA (default all)")
+    parser.add_argument("--variant", choices=("fp16",), help="diffusers: a half-precision copy too; file: only that")
+    parser.add_argument(
+        "--max_shard_size", default="10GB", metavar="SIZE", help="diffusers: divide larger weight files"
+    )
+    parser.add_argument("--pipeline", action="store_true", help="write OUT/vae, as in a pipeline's folder")
+    parser.add_argument(
+        "--preview", action="store_true", help="print and save the map latents -> colours (needs --stats)"
+    )
+    parser.add_argument(
+        "--license", help="licence for the card's head, e.g. apache-2.0 (default: that of a local base)"
+    )
+    parser.add_argument("--base_model", help="hub id of what was fine-tuned, for the card's head")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload OUT to owner/name afterwards")
+    parser.add_argument("--private", action="store_true", help="with --push_to_hub: a private repository")
     parser.add_argument("--strict", action="store_true", help="exit 1 when the target cannot load or ignores something")
     parser.add_argument(
         "--weights_only_pickle", action="store_true", help="read an old .ckpt or .pt (tensors only, no code is run)"
@@ -50,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     request = Request(
         source=arguments.source,
-        out=Path(arguments.out),
+        out=Path(arguments.out) / "vae" if arguments.pipeline else Path(arguments.out),
         target=arguments.target,
         config=arguments.config,
         stats=arguments.stats,
@@ -58,6 +72,14 @@ def run(arguments: argparse.Namespace) -> None:
         resolution=arguments.resolution,
         batch_size=arguments.batch_size,
         stats_images=arguments.stats_images,
+        preview=arguments.preview,
+        half=arguments.variant == "fp16",
+        max_shard_size=arguments.max_shard_size,
+        push_to_hub=arguments.push_to_hub,
+        private=arguments.private,
+        pipeline=arguments.pipeline,
+        license=arguments.license,
+        base_model=arguments.base_model,
         allow_pickle=arguments.weights_only_pickle,
     )
     done = export(request)

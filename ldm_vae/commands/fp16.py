@@ -74,7 +74,7 @@ def _fix(arguments: argparse.Namespace) -> None:
 
     from ldm_vae.errors import WorkError
     from ldm_vae.export import publish
-    from ldm_vae.export.card import model_card
+    from ldm_vae.export.card import Card, card_name
     from ldm_vae.export.diffusers_folder import write_vae
     from ldm_vae.export.fp16.audit import audit
     from ldm_vae.export.fp16.certificate import certify
@@ -91,6 +91,6 @@ def _fix(arguments: argparse.Namespace) -> None:
         reason = certificate.limits[0] if certificate.limits else "fp16 is too far from fp32"
         raise WorkError(f"{arguments.vae}: rescaling does not make it safe in fp16 ({reason}); {out} was not written")
     sections = {"Half precision": "\n".join(f"- {line}" for line in certificate.lines())}
-    card = model_card(rescaling.vae, name=out.name, sections=sections)
+    card = Card(card_name(out), sections=sections).text(rescaling.vae)
     write_vae(rescaling.vae, out, None, card=card, force_upcast=False)
     print("\n".join([f"wrote {out}: force_upcast is false", *certificate.lines()]))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation
+from ldm_vae.metrics.result import markdown
+
+TAGS = ("autoencoder", "vae", "ldm-vae")
 
 _FORMULA = {
     "scale": "latents = z * scaling_factor",
@@ -17,32 +22,34 @@ _FORMULA = {
 }
 
 
-def model_card(
-    vae: Any,
-    *,
-    name: str,
-    statistics: LatentStatistics | None = None,
-    results: Sequence[Mapping[str, Any]] = (),
-    metadata: Mapping[str, Any] | None = None,
-    sections: Mapping[str, str] | None = None,
-) -> str:
-    """The card as Markdown with a YAML head.
+def card_name(out: Path) -> str:
+    """The model's name: that of its folder, or of the folder around one that is only called vae."""
+    place = out.resolve()
+    return place.parent.name if place.name == "vae" else place.name.removesuffix(".safetensors")
 
-    Args:
-        vae: the model with the config that is written.
-        statistics: of its latents.
-        results: contents of metrics.json, one per VAE and protocol.
-        metadata: further keys of the head (license, base_model, datasets), laid over ours.
-        sections: title => Markdown, appended in order (fp16 certificate, drift, recipe, warnings).
-    """
-    head = {"library_name": "diffusers", "pipeline_tag": "image-to-image", "tags": ["autoencoder", "vae", "ldm-vae"]}
-    parts = [_shape(vae), "## Load it", _loading(name), "## Latents", _latents(vae, statistics)]
-    if results:
-        parts += ["## Reconstruction", *(_result(result) for result in results)]
-    for title, text in (sections or {}).items():
-        parts += [f"## {title}", text]
-    front = yaml.safe_dump(head | dict(metadata or {}), sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n# {name}\n\n" + "\n\n".join(part.strip() for part in parts) + "\n"
+
+@dataclass
+class Card:
+    """What a card says: of a model called `name`, with statistics of its latents, contents of metrics.json (one per VAE
+    and protocol), further keys of the head (license, base_model, datasets), and further sections, title => Markdown
+    (recipe, fp16 certificate, drift, warnings)."""
+
+    name: str
+    statistics: LatentStatistics | None = None
+    results: Sequence[dict[str, Any]] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    sections: dict[str, str] = field(default_factory=dict)
+
+    def text(self, vae: Any) -> str:
+        """README.md for `vae` with the config that is written: YAML head and Markdown."""
+        head = {"library_name": "diffusers", "pipeline_tag": "image-to-image", "tags": list(TAGS)}
+        parts = [_shape(vae), "## Load it", _loading(self.name), "## Latents", _latents(vae, self.statistics)]
+        if self.results:
+            parts += ["## Reconstruction", markdown(self.results)]
+        for title, text in self.sections.items():
+            parts += [f"## {title}", text]
+        front = yaml.safe_dump(head | dict(self.metadata), sort_keys=False, allow_unicode=True)
+        return f"---\n{front}---\n\n# {self.name}\n\n" + "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def _shape(vae: Any) -> str:
@@ -95,13 +102,3 @@ def _interval(intervals: Mapping[str, Any] | None, key: str, channel: int | None
 
 def _number(value: float | Sequence[float]) -> str:
     return f"{value:.5g}" if isinstance(value, int | float) else ", ".join(f"{item:.5g}" for item in value)
-
-
-def _result(result: Mapping[str, Any]) -> str:
-    lines = ["| metric | mean | 95 % interval | n |", "|---|---|---|---|"]
-    for name, summary in result["metrics"].items():
-        if isinstance(summary, Mapping) and "mean" in summary:
-            low, high = summary.get("ci95") or (None, None)
-            between = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
-            lines.append(f"| {name} | {summary['mean']:.4g} | {between} | {summary.get('n', '')} |")
-    return "\n".join(lines)

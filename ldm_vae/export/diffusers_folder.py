@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from diffusers import AutoencoderKL
 from ldm_vae import latents
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.export import publish
-from ldm_vae.export.card import model_card
+from ldm_vae.export.card import Card, card_name
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation
 
@@ -33,6 +34,9 @@ def write_vae(
     card: str | None = None,
     statistics: LatentStatistics | None = None,
     force_upcast: bool | None = None,
+    half: bool = False,
+    max_shard_size: str = "10GB",
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write `vae` to the folder `out`, replacing an older export; the model itself is not changed.
 
@@ -46,6 +50,9 @@ def write_vae(
         statistics: what was measured: goes to the card and to latent_statistics.json, so that another normalisation
             can be written later without measuring again.
         force_upcast: whether pipelines run it in fp32 although they run in fp16; None keeps what the config says.
+        half: also write the weights in fp16, for `from_pretrained(..., variant="fp16")`.
+        max_shard_size: a larger weight file is divided, as diffusers does it.
+        files: further files of the folder, by path in it.
 
     Raises:
         UsageError: `out` is somebody else's folder, or the model's config names two normalisations at once.
@@ -53,18 +60,32 @@ def write_vae(
     """
     publish.check_replaceable(out)
     copy = configured_copy(vae, normalisation, sample_size=sample_size, force_upcast=force_upcast)
+    everything = dict(files or {})
+    if statistics is not None:
+        everything[STATISTICS] = (json.dumps(statistics.to_json(), indent=1) + "\n").encode()
+    text = Card(card_name(out), statistics).text(copy) if card is None else card
+    everything["README.md"] = text.encode()
     folder = publish.beside(out)
     try:
-        copy.save_pretrained(folder, safe_serialization=True)
-        if statistics is not None:
-            (folder / STATISTICS).write_text(json.dumps(statistics.to_json(), indent=1) + "\n", encoding="utf-8")
-        text = model_card(copy, name=out.name, statistics=statistics) if card is None else card
-        (folder / "README.md").write_text(text, encoding="utf-8")
-        compare(copy, load_folder(type(copy), folder))
+        _save(copy, folder, max_shard_size)
+        if half:
+            _save(configured_copy(copy).half(), folder, max_shard_size, variant="fp16")
+        for name, content in everything.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
         publish.put(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return out
+
+
+def _save(vae: Any, folder: Path, max_shard_size: str, **variant: str) -> None:
+    """Write the weights, read them back and compare."""
+    try:
+        vae.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size, **variant)
+    except ValueError as error:
+        raise UsageError(f"max_shard_size: expected a size such as 500MB or 2GB, got {max_shard_size}") from error
+    compare(vae, load_folder(vae, folder, **variant))
 
 
 def read_statistics(path: Path) -> LatentStatistics:
@@ -93,11 +114,11 @@ def configured_copy(vae: Any, normalisation: Normalisation | None = None, **chan
     return copy.eval().requires_grad_(False)
 
 
-def load_folder(kind: Any, folder: Path, **options: Any) -> Any:
-    """`from_pretrained` of a local folder, in the dtype it was written in."""
+def load_folder(like: Any, folder: Path, **options: Any) -> Any:
+    """`from_pretrained` of a local folder, of the class and dtype of `like`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return kind.from_pretrained(folder, local_files_only=True, torch_dtype="auto", **options)
+        return type(like).from_pretrained(folder, local_files_only=True, torch_dtype=like.dtype, **options)
 
 
 @torch.no_grad()

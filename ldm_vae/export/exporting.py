@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from diffusers import AutoencoderKL
 
-from ldm_vae.autoencoder import load_autoencoder
+from ldm_vae.autoencoder import downsampling_factor, load_autoencoder
 from ldm_vae.errors import UsageError
-from ldm_vae.export import publish
-from ldm_vae.export.card import model_card
+from ldm_vae.export import hub, publish
+from ldm_vae.export.card import Card, card_name
 from ldm_vae.export.diffusers_folder import STATISTICS, configured_copy, read_statistics, write_vae
-from ldm_vae.export.measure import statistics_of
+from ldm_vae.export.fp16.audit import audit
+from ldm_vae.export.fp16.probes import make_probes
+from ldm_vae.export.measure import Images, is_store, measure, statistics_of_store
+from ldm_vae.export.picture import PICTURE, reconstruction_sheet
+from ldm_vae.export.preview import FILE as PREVIEW
+from ldm_vae.export.preview import Preview, fit_preview, pairs_of_images, pairs_of_store
+from ldm_vae.export.recipe import read_recipe
 from ldm_vae.export.single_file import SD_SCALING, is_sd_shape, load_single_file
-from ldm_vae.export.targets import TARGETS, warnings_for, write_target
+from ldm_vae.export.targets import TARGETS, Target, warnings_for, write_target
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation, NormalisationKind
+
+AUDIT_SIDE = 128  # pixels on a CPU, where the audit of an SD-sized VAE would take minutes at its own size
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,14 @@ class Request:
     resolution: int | None = None
     batch_size: int = 8
     stats_images: int | None = None
+    preview: bool = False
+    half: bool = False
+    max_shard_size: str = "10GB"
+    push_to_hub: str | None = None
+    private: bool = False
+    pipeline: bool = False
+    license: str | None = None
+    base_model: str | None = None
     allow_pickle: bool = False
 
 
@@ -47,26 +66,64 @@ class Done:
 def export(request: Request) -> Done:
     """Do it. Raises UsageError for a wrong request, WorkError when what was written does not read back."""
     done = Done()
+    _check(request)
     vae = _load(request)
     statistics = _statistics(request, vae)
     normalisation = _normalisation(request, vae, statistics, done)
+    card, files = _card(request, statistics), {}
+    if request.preview:
+        preview = _preview(request, vae, normalisation)
+        done.lines += preview.lines()
+        files[PREVIEW] = preview.to_json().encode()
+    if request.stats is not None and not is_store(request.stats):
+        first = next(_images(request, vae).batches(vae))
+        files[PICTURE] = reconstruction_sheet(vae, first[:4])
+        card.sections = {"Pictures": f"Originals above, reconstructions below.\n\n![]({PICTURE})"} | card.sections
     if request.target == "diffusers":
-        write_vae(vae, request.out, normalisation, sample_size=request.resolution, statistics=statistics)
-        done.lines.append(f"wrote {request.out} (diffusers), read back: weights equal to the bit, decode equal")
+        _write_folder(vae, request, normalisation, card, files, done)
         load = f'AutoencoderKL.from_pretrained("{request.out}")'
     else:
-        ready = configured_copy(vae, normalisation, sample_size=request.resolution)
-        path = _write_file(ready, request, statistics, done)
-        load = f'ldm_vae.load_autoencoder("{path}")'
+        load = f'ldm_vae.load_autoencoder("{_write_file(vae, request, normalisation, card, files, done)}")'
     done.lines += [_describe(normalisation, statistics), f"load it: {load}"]
+    if request.push_to_hub is not None:
+        done.lines.append(f"uploaded to {_push(request)}")
     return done
+
+
+def _push(request: Request) -> str:
+    assert request.push_to_hub is not None
+    return hub.push(request.out, request.push_to_hub, private=request.private, path="vae" if request.pipeline else "")
+
+
+def _check(request: Request) -> None:
+    """What can be refused before anything is loaded."""
+    if request.preview and request.stats is None:
+        raise UsageError("--preview: needs images to fit the colours; give --stats STORE or --stats DATA")
+    if request.push_to_hub is not None:
+        hub.check_name(request.push_to_hub)
+    if request.target != "diffusers" and request.push_to_hub and request.out.suffix == ".safetensors":
+        raise UsageError(f"--push_to_hub: uploads a folder; give OUT without .safetensors, got {request.out}")
+    if not request.out.name:
+        raise UsageError(f"OUT {request.out}: expected a new folder or an older export")
+    if request.target == "diffusers" or request.out.suffix != ".safetensors":
+        publish.check_replaceable(request.out)
+    elif request.out.is_dir():
+        raise UsageError(f"OUT {request.out}: expected a file to write, found a folder")
 
 
 def _load(request: Request) -> AutoencoderKL:
     if Path(request.source).is_file() and request.allow_pickle:
         config = None if request.config is None else Path(request.config)
-        return load_single_file(Path(request.source), config, allow_pickle=True).float()
-    return load_autoencoder(request.source, request.config)
+        vae = load_single_file(Path(request.source), config, allow_pickle=True).float()
+    else:
+        vae = load_autoencoder(request.source, request.config)
+    return vae.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _images(request: Request, vae: AutoencoderKL) -> Images:
+    assert request.stats is not None
+    side = request.resolution or int(vae.config.sample_size)
+    return Images(request.stats, side, request.batch_size, request.stats_images)
 
 
 # --- the normalisation ------------------------------------------------------------------------------------------------
@@ -74,13 +131,12 @@ def _load(request: Request) -> AutoencoderKL:
 
 def _statistics(request: Request, vae: AutoencoderKL) -> LatentStatistics | None:
     """Measured now if asked; else as they were measured when SRC was written."""
-    if request.stats is not None:
-        return statistics_of(
-            vae, request.stats, request.resolution, batch_size=request.batch_size, limit=request.stats_images
-        )
-    source = Path(request.source)
-    places = [place for place in (source / STATISTICS, source / "vae" / STATISTICS) if place.is_file()]
-    return read_statistics(places[0]) if places else None
+    if request.stats is None:
+        places = (Path(request.source) / STATISTICS, Path(request.source) / "vae" / STATISTICS)
+        return next((read_statistics(place) for place in places if place.is_file()), None)
+    if is_store(request.stats):
+        return statistics_of_store(vae, request.stats)
+    return measure(vae, _images(request, vae).batches(vae), vae.device)
 
 
 def _normalisation(
@@ -111,49 +167,108 @@ def _normalisation(
 
 
 def _describe(normalisation: Normalisation, statistics: LatentStatistics | None) -> str:
-    values = {key: value for key, value in normalisation.to_config().items() if value is not None}
     intervals = statistics.intervals if statistics is not None else None
     parts = []
-    for key, value in values.items():
-        if isinstance(value, float) and not (normalisation.kind == "channel" and key == "scaling_factor"):
-            low, high = (intervals or {}).get(key, (None, None))
-            measured = "" if low is None else f" (95 % interval {low:.5g} to {high:.5g})"
-            parts.append(f"{key} {value:.5g}{measured}")
-        elif not isinstance(value, float):
+    for key, value in normalisation.to_config().items():
+        if isinstance(value, list):
             parts.append(f"{key} [{', '.join(f'{item:.4g}' for item in value)}]")
+        elif value is not None and normalisation.kind == "channel":
+            parts.append(f"{key} {value:g}")
+        elif value is not None:
+            low, high = (intervals or {}).get(key, (None, None))
+            parts.append(f"{key} {value:.5g}" + ("" if low is None else f" (95 % interval {low:.5g} to {high:.5g})"))
     over = f", measured over {statistics.images:,} images" if statistics is not None else ", as SRC has it"
     return f"normalisation `{normalisation.kind}`: {', '.join(parts)}{over}"
 
 
-# --- single files -----------------------------------------------------------------------------------------------------
+# --- what goes with the weights ---------------------------------------------------------------------------------------
 
 
-def _write_file(vae: AutoencoderKL, request: Request, statistics: LatentStatistics | None, done: Done) -> Path:
+def _card(request: Request, statistics: LatentStatistics | None) -> Card:
+    recipe = read_recipe(Path(request.source))
+    asked = {"license": request.license, "base_model": request.base_model}
+    metadata = recipe.metadata | {key: value for key, value in asked.items() if value is not None}
+    return Card(card_name(request.out), statistics, recipe.results, metadata, dict(recipe.sections))
+
+
+def _preview(request: Request, vae: AutoencoderKL, normalisation: Normalisation) -> Preview:
+    assert request.stats is not None
+    pairs: Iterator[Any] = (
+        pairs_of_store(vae, Path(request.stats), normalisation)
+        if is_store(request.stats)
+        else pairs_of_images(vae, _images(request, vae).batches(vae), normalisation)
+    )
+    return fit_preview(pairs)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _write_folder(
+    vae: AutoencoderKL,
+    request: Request,
+    normalisation: Normalisation,
+    card: Card,
+    files: dict[str, bytes],
+    done: Done,
+) -> None:
+    """The diffusers folder; force_upcast is what an audit of the activations says."""
+    data = None if request.stats is None or is_store(request.stats) else request.stats
+    side = request.resolution or int(vae.config.sample_size)
+    if vae.device.type == "cpu":  # GroupNorm's statistics hardly change with the size; the time does
+        side = min(side, AUDIT_SIDE) // downsampling_factor(vae) * downsampling_factor(vae)
+    probes = make_probes(vae, data, resolution=max(side, downsampling_factor(vae)))
+    found = audit(vae, probes)
+    verdict = f"force_upcast {str(not found.safe).lower()}: {found.describe()}"
+    card.sections["Half precision"] = f"{verdict}; fp32 activations over {probes.describe()}."
+    ready = configured_copy(vae, normalisation, sample_size=request.resolution, force_upcast=not found.safe)
+    write_vae(
+        ready,
+        request.out,
+        normalisation,
+        card=card.text(ready),
+        statistics=card.statistics,
+        half=request.half,
+        max_shard_size=request.max_shard_size,
+        files=files,
+    )
+    done.lines.append(f"wrote {request.out} (diffusers), read back: weights equal to the bit, decode equal")
+    done.lines.append(verdict)
+
+
+def _write_file(
+    vae: AutoencoderKL,
+    request: Request,
+    normalisation: Normalisation,
+    card: Card,
+    files: dict[str, bytes],
+    done: Done,
+) -> Path:
     """OUT.safetensors with its card beside it, or a folder that holds both."""
-    target = TARGETS[request.target]
-    done.warnings += warnings_for(target, vae.config)
+    ready = configured_copy(vae, normalisation, sample_size=request.resolution)
+    target, dtype = TARGETS[request.target], torch.float16 if request.half else None
+    done.warnings += warnings_for(target, ready.config)
+    card.sections[f"For {target.title}"] = _for_target(done.warnings)
     alone = request.out.suffix == ".safetensors"
-    name = request.out.stem if alone else request.out.name
-    sections = {f"For {target.title}": _for_target(done.warnings)}
-    card = model_card(vae, name=name, statistics=statistics, sections=sections)
-    if alone:
-        if request.out.is_dir():
-            raise UsageError(f"OUT {request.out}: expected a file to write, found a folder")
-        path = request.out
-        difference = write_target(vae, path)
-        path.with_suffix(".md").write_text(card, encoding="utf-8")
-    else:
-        publish.check_replaceable(request.out)
-        folder = publish.beside(request.out)
-        try:
-            difference = write_target(vae, folder / f"{name}.safetensors")
-            (folder / "README.md").write_text(card, encoding="utf-8")
+    folder = request.out.parent if alone else publish.beside(request.out)
+    try:
+        difference = write_target(ready, folder / f"{card.name}.safetensors", dtype)
+        beside = {f"{card.name}.md": card.text(ready).encode()} if alone else {"README.md": card.text(ready).encode()}
+        for name, content in (beside | ({} if alone else files)).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        if not alone:
             publish.put(folder, request.out)
-        finally:
+    finally:
+        if not alone:
             shutil.rmtree(folder, ignore_errors=True)
-        path = request.out / f"{name}.safetensors"
-    done.lines.append(f"wrote {path} ({target.title}), read by LDM's names: decode differs by {difference:.1g} at most")
+    path = request.out if alone else request.out / f"{card.name}.safetensors"
+    done.lines.append(_written(path, target, difference))
     return path
+
+
+def _written(path: Path, target: Target, difference: float) -> str:
+    return f"wrote {path} ({target.title}), read by LDM's names: encode and decode differ by {difference:.1g} at most"
 
 
 def _for_target(warnings: list[str]) -> str:

@@ -5,7 +5,8 @@ Legend: B batch, C image channels, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,14 @@ from ldm_vae.metrics.batches import image_batches, spread
 
 
 @torch.no_grad()
-def measure(
-    vae: Any, pixel_batches: Iterable[torch.Tensor], device: torch.device | str, *, batches: int | None = None
-) -> LatentStatistics:
+def measure(vae: Any, pixel_batches: Iterable[torch.Tensor], device: torch.device | str) -> LatentStatistics:
     """Statistics of the latents of pixels [B, C, H, W] in [-1, 1], summed in fp64, intervals by bootstrap over images.
-
-    Args:
-        batches: how many there are, for the progress bar.
 
     Raises:
         WorkError: there was no image, or the encoder gives NaN or Inf.
     """
     statistics = LatentStatistics()
-    for pixels in tqdm(pixel_batches, total=batches, desc="measure latents", unit="batch", disable=None, leave=False):
+    for pixels in tqdm(pixel_batches, desc="measure latents", unit="batch", disable=None, leave=False):
         statistics.update(latents.encode(vae, pixels.to(device=device, dtype=vae.dtype)))
     if not statistics.images:
         raise WorkError("measuring the latents: there was no usable image")
@@ -45,29 +41,35 @@ def measure(
     return statistics
 
 
-def measure_images(
-    vae: Any, data: str, resolution: int, *, batch_size: int = 8, limit: int | None = None
-) -> LatentStatistics:
-    """Statistics over the images of DATA, whole and centre-cropped; at most `limit`, spread over the source."""
-    check_resolution(resolution, downsampling_factor(vae))
-    source = open_source(data, channels=int(vae.config.in_channels))
-    indices = spread(len(source), limit or len(source))
-    quarantine = Quarantine(len(source))
-    batches = image_batches(source, indices, resolution, batch_size=batch_size, quarantine=quarantine)
-    pixels = (to_pixels(batch.pixels) for batch in batches)
-    return measure(vae, pixels, vae.device, batches=-(-len(indices) // batch_size))
+@dataclass(frozen=True)
+class Images:
+    """Images of DATA as an export uses them: whole, centre-cropped, at most `limit` of them, spread over the source."""
+
+    data: str
+    resolution: int
+    batch_size: int = 8
+    limit: int | None = None
+
+    def batches(self, vae: Any) -> Iterator[torch.Tensor]:
+        """Pixels [B, C, H, W] in [-1, 1] for this VAE. Raises UsageError when the resolution does not fit f."""
+        check_resolution(self.resolution, downsampling_factor(vae))
+        source = open_source(self.data, channels=int(vae.config.in_channels))
+        indices = spread(len(source), self.limit or len(source))
+        quarantine = Quarantine(len(source))
+        batches = image_batches(source, indices, self.resolution, batch_size=self.batch_size, quarantine=quarantine)
+        return (to_pixels(batch.pixels) for batch in batches)
 
 
-def statistics_of(
-    vae: Any, stats: str, resolution: int | None, *, batch_size: int = 8, limit: int | None = None
-) -> LatentStatistics:
-    """Statistics from STORE or DATA. Raises UsageError when the store was made by another encoder."""
-    if not (Path(stats) / MANIFEST).is_file():
-        side = resolution or int(vae.config.sample_size)
-        return measure_images(vae, stats, side, batch_size=batch_size, limit=limit)
-    manifest = read_manifest(Path(stats))
+def is_store(stats: str) -> bool:
+    """Whether what `--stats` names is a latent store rather than images."""
+    return (Path(stats) / MANIFEST).is_file()
+
+
+def statistics_of_store(vae: Any, store: str) -> LatentStatistics:
+    """As they were measured when the store was made. Raises UsageError when another encoder made it."""
+    manifest = read_manifest(Path(store))
     if manifest.statistics is None:
-        raise UsageError(f"stats {stats}: the store is not finished and has no statistics yet")
+        raise UsageError(f"stats {store}: the store is not finished and has no statistics yet")
     if manifest.identity.encoder != encoder_fingerprint(vae):
-        raise UsageError(f"stats {stats}: the store was made with another encoder ({manifest.recorded.vae})")
+        raise UsageError(f"stats {store}: the store was made with another encoder ({manifest.recorded.vae})")
     return LatentStatistics.from_json(manifest.statistics)

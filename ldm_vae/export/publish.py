@@ -18,7 +18,7 @@ _OURS = (
     "pictures",
     "vae",
 )
-_OUR_SUFFIXES = (".safetensors", ".safetensors.index.json")
+_OUR_SUFFIXES = (".safetensors", ".safetensors.index.json", ".safetensors.index.fp16.json")
 
 
 def check_replaceable(out: Path) -> None:

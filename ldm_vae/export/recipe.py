@@ -1,0 +1,105 @@
+"""What a run folder says about how its VAE was made: for the model card."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """metadata: keys of the card's head; sections: title => Markdown; results: what evaluation measured."""
+
+    metadata: dict[str, Any] = field(default_factory=dict)
+    sections: dict[str, str] = field(default_factory=dict)
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_recipe(run: Path) -> Recipe:
+    """From RUN/config.yaml, metrics.jsonl and report/metrics.json; empty for a folder that is no run."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        return Recipe()
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    results = _json(run / "report" / "metrics.json")
+    return Recipe(
+        metadata=_metadata(config),
+        sections={"Training": _training(config, _log(run / "metrics.jsonl"))},
+        results=results if isinstance(results, list) else [results] if results else [],
+    )
+
+
+def base_license(base: str) -> str | None:
+    """The licence that the card of a local base names; None when there is none to read."""
+    card = Path(base) / "README.md"
+    if not card.is_file():
+        return None
+    head = card.read_text(encoding="utf-8").split("---")
+    tree = yaml.safe_load(head[1]) if len(head) > 2 else None
+    found = tree.get("license") if isinstance(tree, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Only what is true on a hub: a path of somebody's disk says nothing there."""
+    found: dict[str, Any] = {}
+    base, data = config.get("init_from"), (config.get("data") or {}).get("path")
+    if isinstance(base, str):
+        if _is_hub_id(base):
+            found["base_model"] = base
+        license_name = base_license(base)
+        if license_name is not None:
+            found["license"] = license_name
+    if isinstance(data, str) and _is_hub_id(data):
+        found["datasets"] = [data]
+    return found
+
+
+def _is_hub_id(name: str) -> bool:
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _is_local(base: Any) -> bool:
+    return isinstance(base, str) and not _is_hub_id(base)
+
+
+def _training(config: Mapping[str, Any], log: list[dict[str, Any]]) -> str:
+    lines = []
+    if log:
+        seen = f"{max(row['images'] for row in log):,} images seen"
+        processes = log[0].get("num_processes")
+        lines.append(f"- {seen}" + (f" by {processes} process(es)" if processes else ""))
+    for key in ("resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "mixed_precision"):
+        if key in config:
+            lines.append(f"- {key}: {config[key]}")
+    terms = {name: (term or {}).get("weight") for name, term in (config.get("losses") or {}).items()}
+    lines.append("- losses: " + ", ".join(f"{name} {weight}" for name, weight in terms.items()))
+    adversary = config.get("adversary") or {}
+    if adversary.get("weight"):
+        lines.append(f"- adversary: weight {adversary['weight']}, from {adversary.get('start_images', 0):,} images on")
+    # paths of somebody's disk are nobody else's business
+    private = {"output_dir", "data", "validation_data"} | (
+        {"init_from"} if _is_local(config.get("init_from")) else set()
+    )
+    public = {key: value for key, value in config.items() if key not in private}
+    text = yaml.safe_dump(public, sort_keys=False)
+    return "\n".join(lines) + f"\n\n<details><summary>the whole config</summary>\n\n```yaml\n{text}```\n\n</details>"
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return [row for row in rows if "images" in row]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
