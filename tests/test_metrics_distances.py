@@ -112,6 +112,28 @@ def test_kernel_distance_keeps_the_same_images_in_any_order() -> None:
     assert found[0].n == 10
 
 
+def test_two_ranks_keep_what_one_would_have_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def filled(*pairs: Pair) -> KernelDistance:
+        metric = KernelDistance("kid", colours, 3, kept=10)
+        for pair in pairs:
+            metric.update(pair)
+        return metric
+
+    pairs = [pair_of(7), pair_of(4, 7), pair_of(6, 11)]
+    alone = filled(*pairs).compute()
+    ranks = [filled(*pairs[:2]), filled(pairs[2])]
+    longest = max(len(rank.rows) for rank in ranks)
+
+    def gather(value: torch.Tensor) -> torch.Tensor:  # what each rank would have sent
+        if value.ndim == 0:
+            return torch.tensor([len(rank.rows) for rank in ranks])
+        missing = [torch.full((longest - len(rank.rows), 7), torch.inf) for rank in ranks]
+        return torch.stack([torch.cat([rank.rows, rest]) for rank, rest in zip(ranks, missing, strict=True)])
+
+    monkeypatch.setattr(kid, "gather", gather)
+    assert ranks[0].compute() == ranks[1].compute() == alone
+
+
 def test_efficientnet_knows_coffee_and_cat() -> None:
     """Its own classifier on top of the features: ImageNet's espresso (967) and Egyptian cat (285)."""
     from skimage.data import chelsea, coffee

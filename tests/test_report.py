@@ -183,6 +183,17 @@ def test_what_the_adversary_changed(run: Path) -> None:
     assert adversary_change(log, {"adversary": {"weight": 0.2, "start_images": 900}}) is None  # nothing after it
 
 
+def test_the_worst_that_are_shown_above_are_named(run: Path, page: Page) -> None:
+    result = json.loads((run / "report" / "metrics.json").read_text())
+    pictures = json.loads((run / "report" / "pictures" / "pictures.json").read_text())
+    shown = {picture["key"] for picture in pictures if picture["kind"] == "shown"}
+    worst = [entry["key"] for entry in result["worst"]]
+    assert {picture["key"] for picture in pictures if picture["kind"] == "worst"} == set(worst) - shown
+    above = [picture["key"] for picture in pictures if picture["key"] in shown & set(worst)]
+    assert above
+    assert f"{', '.join(above)} belong" in page.text
+
+
 def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("output_dir: runs/new\n")
     assert Page(build_report(tmp_path).read_text(encoding="utf-8")).sections == ["protocol"]

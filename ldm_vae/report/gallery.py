@@ -16,8 +16,10 @@ Json = dict[str, Any]
 SHOWN_WIDTH = 256  # CSS pixels of a picture in the gallery: a 64 px crop is enlarged four times
 
 
-def gallery(home: Path, pictures: Sequence[Json], names: Sequence[str]) -> Json | None:
+def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Json | None:
     """Everything the template needs of `pictures` (pictures.json): shown and worst ones, and the error maps' scale."""
+    names = [result["vae"]["name"] for result in results]
+    worst = {entry["index"] for entry in results[0].get("worst", [])} if results else set()
     folder = home / "pictures"
     pixels = [
         (images.read_pixels(folder / f"{picture['name']}.original.png"), [
@@ -47,6 +49,7 @@ def gallery(home: Path, pictures: Sequence[Json], names: Sequence[str]) -> Json 
             {
                 "name": picture["name"],
                 "key": picture["key"],
+                "index": picture["index"],
                 "kind": picture["kind"],
                 "width": original.shape[1],
                 "height": original.shape[0],
@@ -57,6 +60,7 @@ def gallery(home: Path, pictures: Sequence[Json], names: Sequence[str]) -> Json 
     return {
         "shown": [card for card in cards if card["kind"] == "shown"],
         "worst": [card for card in cards if card["kind"] == "worst"],
+        "worst_above": [card["key"] for card in cards if card["kind"] == "shown" and card["index"] in worst],
         "largest": f"{largest:.0f}",
         "gain": images.DIFFERENCE_GAIN,
         "stops": ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in images.STOPS),

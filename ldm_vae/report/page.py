@@ -60,7 +60,7 @@ def render(contents: Contents) -> str:
         "version": __version__,
         "names": names,
         "headline": tables.headline(contents),
-        "gallery": gallery(contents.home, contents.pictures, names),
+        "gallery": gallery(contents.home, contents.pictures, results),
         "shown_width": SHOWN_WIDTH,
         "metrics": tables.metric_rows(results),
         "published": tables.published() if results else [],

@@ -25,31 +25,38 @@ ROUNDING = {
 
 
 def headline(contents: Contents) -> list[Json]:
-    """Four figures at most: three metrics of the first VAE, and how much smaller its latent is."""
-    if not contents.results:
-        return []
-    first = contents.results[0]
+    """Four figures at most. One VAE: three metrics and how much smaller its latent is. Several: PSNR of each."""
+    if len(contents.results) > 1:
+        return [_of_several(result) for result in contents.results[:4] if result["metrics"].get("psnr")]
     figures = []
-    for name in ("psnr", "lpips_alex", "ssim"):
-        summary = first["metrics"].get(name)
-        if summary and summary["mean"] is not None:
-            title = TITLES[name]
-            interval = summary["ci95"]
-            figures.append(
-                {
-                    "label": title.heading,
-                    "value": number(name, summary["mean"]),
-                    "unit": title.unit,
-                    "detail": f"95 %: {number(name, interval[0])} to {number(name, interval[1])}" if interval else "",
-                }
-            )
-    vae, side = first["vae"], first["data"]["resolution"]
-    factor, channels = vae.get("downsampling_factor"), vae.get("latent_channels")
-    if factor and channels:
-        ratio = 3 * factor**2 / channels
-        shape = f"{side} × {side} × 3 → {side // factor} × {side // factor} × {channels}"
+    for result in contents.results:
+        for name in ("psnr", "lpips_alex", "ssim"):
+            summary = result["metrics"].get(name)
+            if summary and summary["mean"] is not None:
+                title, interval = TITLES[name], summary["ci95"]
+                detail = f"95 %: {number(name, interval[0])} to {number(name, interval[1])}" if interval else ""
+                value = number(name, summary["mean"])
+                figures.append({"label": title.heading, "value": value, "unit": title.unit, "detail": detail})
+        ratio, shape = _compression(result)
         figures.append({"label": "Fewer numbers", "value": f"{ratio:.3g}", "unit": "×", "detail": shape})
     return figures
+
+
+def _of_several(result: Json) -> Json:
+    metrics = result["metrics"]
+    perceptual = metrics.get("lpips_alex")
+    parts = [f"LPIPS alex {number('lpips_alex', perceptual['mean'])}"] if perceptual else []
+    parts.append(f"{_compression(result)[0]:.3g} × fewer numbers")
+    value = number("psnr", metrics["psnr"]["mean"])
+    return {"label": result["vae"]["name"], "value": value, "unit": "dB PSNR", "detail": ", ".join(parts)}
+
+
+def _compression(result: Json) -> tuple[float, str]:
+    """How many numbers of an image one number of its latent stands for, and both shapes."""
+    vae, side = result["vae"], result["data"]["resolution"]
+    factor, channels = vae["downsampling_factor"], vae["latent_channels"]
+    shape = f"{side} × {side} × 3 → {side // factor} × {side // factor} × {channels}"
+    return 3 * factor**2 / channels, shape
 
 
 def subtitle(contents: Contents) -> str:
@@ -58,7 +65,7 @@ def subtitle(contents: Contents) -> str:
     if contents.results:
         vae, data = contents.results[0]["vae"], contents.results[0]["data"]
         if len(contents.results) == 1:
-            parts.append(f"{vae['parameters'] / 1e6:.2f} M parameters, f = {vae.get('downsampling_factor')}")
+            parts.append(f"{vae['parameters'] / 1e6:.2f} M parameters, f = {vae['downsampling_factor']}")
         else:
             parts.append(f"{len(contents.results)} autoencoders")
         parts.append(f"{data['images']:,} images of {data['resolution']} px measured")
