@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,8 +14,11 @@ import torch
 import yaml
 from conftest import ROOT, write_images
 from diffusers import AutoencoderKL
+from forked import Child, Finished, fork
 from safetensors.torch import load_file
 from test_launch import TWO, launch
+
+from train import autoencoder as training_program
 
 TINY = {
     "resolution": 32,
@@ -46,18 +48,12 @@ def write_config(folder: Path, images: Path, **changes: object) -> Path:
     return path
 
 
-def command(config: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "train.autoencoder", str(config), *flags]
+def run(config: Path, *flags: str) -> Finished:
+    return start(config, *flags).wait()
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-
-
-def run(config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(config, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
+def start(config: Path, *flags: str) -> Child:
+    return fork(training_program.main, [str(config), *flags])
 
 
 def metrics(run_folder: Path) -> list[dict[str, float]]:
@@ -68,7 +64,7 @@ def newest(run_folder: Path) -> Path:
     return max((run_folder / "checkpoints").glob("images-*"))
 
 
-def one_sentence(done: subprocess.CompletedProcess[str], status: int) -> str:
+def one_sentence(done: Finished, status: int) -> str:
     """The error as a user must see it: the status, one line on stderr, no traceback."""
     assert done.returncode == status, (done.stdout, done.stderr)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -78,9 +74,10 @@ def one_sentence(done: subprocess.CompletedProcess[str], status: int) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
-    """An undisturbed run."""
+    """An undisturbed run, started as a user does."""
     folder = tmp_path_factory.mktemp("finished")
-    done = run(write_config(folder, images))
+    command = [sys.executable, "-W", "ignore", "-m", "train.autoencoder", str(write_config(folder, images))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -114,13 +111,12 @@ def test_the_same_command_on_a_finished_run_changes_nothing(finished: Path, imag
 
 def test_killed_and_resumed_is_bit_equal(finished: Path, images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images)
-    victim = subprocess.Popen(command(config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    victim = start(config)
     while not list((tmp_path / "run" / "checkpoints").glob("images-000000032")):
-        assert time.monotonic() < deadline and victim.poll() is None
+        assert victim.running()
         time.sleep(0.01)
-    victim.send_signal(signal.SIGKILL)
-    assert victim.wait() == -signal.SIGKILL
+    victim.kill(signal.SIGKILL)
+    assert victim.wait().returncode == -signal.SIGKILL
     done = run(config, "--dataloader_num_workers", "2")
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
@@ -131,14 +127,14 @@ def test_killed_and_resumed_is_bit_equal(finished: Path, images: Path, tmp_path:
 
 def test_sigterm_saves_and_exits_143(finished: Path, images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images)
-    victim = subprocess.Popen(command(config), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    victim = start(config)
     while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert victim.poll() is None
+        assert victim.running()
         time.sleep(0.01)
-    victim.send_signal(signal.SIGTERM)
-    said, _ = victim.communicate(timeout=60)
-    assert victim.returncode == 143
-    assert "the same command resumes" in said
+    victim.kill(signal.SIGTERM)
+    stopped = victim.wait()
+    assert stopped.returncode == 143, stopped.stderr
+    assert "the same command resumes" in stopped.stdout
     assert not (tmp_path / "run" / "vae").exists()
     assert run(config).returncode == 0
     assert (newest(tmp_path / "run") / "tensors.safetensors").read_bytes() == (
@@ -175,9 +171,10 @@ def test_two_processes_train_one_model_the_same_as_one(images: Path, tmp_path: P
         assert ours == pytest.approx(theirs, rel=1e-4)
     weights = [load_file(newest(tmp_path / name / "run") / "tensors.safetensors") for name in ("one", "two")]
     for name, value in weights[0].items():
-        if name.startswith(("autoencoder", "discriminator.", "ema")):
+        # a key's bias has a gradient of rounding alone (softmax does not see it), which Adam divides by itself
+        if name.startswith(("autoencoder", "discriminator.", "ema")) and "to_k.bias" not in name:
             distance = (value - weights[1][name]).norm() / value.norm().clamp_min(1e-6)
-            assert distance < 1e-4, (name, distance)
+            assert distance < 1e-5, (name, distance)
 
 
 # --- called wrongly ---------------------------------------------------------------------------------------------------

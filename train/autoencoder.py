@@ -95,6 +95,8 @@ def train(settings: Training) -> None:
     objective = Objective(settings.losses).to(accelerator.device)
     adversary = Adversary(settings.adversary)
     critic = build_discriminator(settings)
+    if validation_source is not None:  # what it needs is fetched now and not after the first hours
+        build_metrics(settings.validation_metrics, accelerator.device, settings.resolution)
     prepare_run_folder(settings, accelerator)
 
     # --- optimisers; Accelerate wraps networks (DDP, autocast) and optimisers, not the data: our stream is sharded ---
