@@ -22,6 +22,9 @@ _FORMULA = {
 }
 
 
+_KINDS = {"AutoencoderKL": "A KL-regularised", "VQModel": "A vector-quantised", "AutoencoderTiny": "A distilled, tiny"}
+
+
 def card_name(out: Path) -> str:
     """The model's name: that of its folder, or of the folder around one that is only called vae."""
     place = out.resolve()
@@ -43,7 +46,7 @@ class Card:
     def text(self, vae: Any) -> str:
         """README.md for `vae` with the config that is written: YAML head and Markdown."""
         head = {"library_name": "diffusers", "pipeline_tag": "image-to-image", "tags": list(TAGS)}
-        parts = [_shape(vae), "## Load it", _loading(self.name), "## Latents", _latents(vae, self.statistics)]
+        parts = [_shape(vae), "## Load it", _loading(vae, self.name), "## Latents", _latents(vae, self.statistics)]
         if self.results:
             parts += ["## Reconstruction", markdown(self.results)]
         for title, text in self.sections.items():
@@ -53,20 +56,23 @@ class Card:
 
 
 def _shape(vae: Any) -> str:
-    config = vae.config
-    factor = 2 ** (len(config.block_out_channels) - 1)
+    config, kind = vae.config, _KINDS.get(type(vae).__name__, "An")
+    widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    factor = 2 ** (len(widths) - 1)
     millions = sum(parameter.numel() for parameter in vae.parameters()) / 1e6
     return (
-        f"A KL-regularised autoencoder for latent diffusion: f = {factor} (an image of H x W pixels has "
+        f"{kind} autoencoder for latent diffusion: f = {factor} (an image of H x W pixels has "
         f"H/{factor} x W/{factor} latents), {config.latent_channels} latent channels, {millions:.2f} M parameters, "
-        f"widths {', '.join(map(str, config.block_out_channels))}."
+        f"widths {', '.join(map(str, widths))}."
     )
 
 
-def _loading(name: str) -> str:
-    load = f'vae = AutoencoderKL.from_pretrained("{name}")'
-    decode = "pixels = vae.decode(vae.encode(images).latent_dist.sample()).sample  # images [B, C, H, W] in [-1, 1]"
-    return f"```python\nfrom diffusers import AutoencoderKL\n{load}\n{decode}\n```"
+def _loading(vae: Any, name: str) -> str:
+    kind = type(vae).__name__
+    load = f'vae = {kind}.from_pretrained("{name}")'
+    code = "latent_dist.sample()" if kind == "AutoencoderKL" else "latents"
+    decode = f"pixels = vae.decode(vae.encode(images).{code}).sample  # images [B, C, H, W] in [-1, 1]"
+    return f"```python\nfrom diffusers import {kind}\n{load}\n{decode}\n```"
 
 
 def _latents(vae: Any, statistics: LatentStatistics | None) -> str:
