@@ -1,0 +1,105 @@
+"""ldm-vae reconstruct: before and after of a few files, and what validation leaves for the page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from ldm_vae import metrics
+from ldm_vae.commands import reconstruct as command
+from ldm_vae.data.source import open_source
+from ldm_vae.errors import UsageError
+from ldm_vae.metrics.batches import image_batches
+from ldm_vae.metrics.evaluate import evaluate_reconstruction
+from ldm_vae.metrics.live import record_validation
+from ldm_vae.metrics.pictures import principal_colours
+from ldm_vae.metrics.select import build_metrics
+from ldm_vae.report import build_report
+from ldm_vae.report.images import read_pixels
+
+
+def call(*arguments: str | Path) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    command.run(parser.parse_args(list(map(str, arguments))))
+
+
+def test_before_and_after_stand_side_by_side(
+    tiny_vae_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = image_folder / "img_0000.png", image_folder / "img_0001.png"
+    call(tiny_vae_folder, first, second, tmp_path / "out")
+    both = read_pixels(tmp_path / "out" / "img_0000.before-after.png")
+    assert both.shape == (40, 96, 3)
+    assert np.array_equal(both[:, :48], read_pixels(first))
+    assert np.array_equal(both[:, 48:], read_pixels(tmp_path / "out" / "img_0000.png"))
+    assert (tmp_path / "out" / "img_0001.png").exists()
+    assert capsys.readouterr().out.count(" dB ") == 2
+
+
+def test_sizes_that_do_not_divide_are_cropped_and_a_resolution_resizes(tiny_vae_folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (51, 33), (200, 10, 10)).save(tmp_path / "odd.png")
+    call(tiny_vae_folder, tmp_path / "odd.png", tmp_path / "out")
+    assert read_pixels(tmp_path / "out" / "odd.png").shape == (32, 50, 3)
+    call(tiny_vae_folder, tmp_path / "odd.png", tmp_path / "out", "--resolution", "16")
+    assert read_pixels(tmp_path / "out" / "odd.png").shape == (16, 16, 3)
+
+
+def test_two_images_of_one_name_are_both_kept(tiny_vae_folder: Path, tmp_path: Path) -> None:
+    for folder, colour in (("a", 10), ("b", 200)):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8), (colour,) * 3).save(tmp_path / folder / "same.png")
+    call(tiny_vae_folder, tmp_path / "a" / "same.png", tmp_path / "b" / "same.png", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.before-after.png"))) == 2
+
+
+def test_a_wrong_image_is_named_and_nothing_is_written(
+    tiny_vae_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no")
+    good = image_folder / "img_0000.png"
+    for wrong, sentence in ((tmp_path / "broken.png", "not an image"), (tmp_path / "none.png", "No such file")):
+        with pytest.raises(UsageError, match=f"image {wrong}: {sentence}"):
+            call(tiny_vae_folder, good, wrong, tmp_path / "out")
+    with pytest.raises(UsageError, match="multiple of f"):
+        call(tiny_vae_folder, good, tmp_path / "out", "--resolution", "15")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_validation_leaves_pictures_for_the_page(tiny_vae: AutoencoderKL, image_folder: Path, tmp_path: Path) -> None:
+    cpu, source, run = torch.device("cpu"), open_source(image_folder), tmp_path / "run"
+    tiny_vae.requires_grad_(False)
+    measured = build_metrics(["psnr", "ssim"], cpu, 32)
+    batches = image_batches(source, range(12), 32, batch_size=4)
+    evaluation = evaluate_reconstruction(tiny_vae, batches, measured, cpu, resolution=32, batch_size=4)
+    record_validation(
+        run, tiny_vae, source, "held-out", evaluation, measured, cpu, resolution=32, batch_size=4
+    )  # fmt: skip
+    (run / "metrics.jsonl").write_text('{"images": 5, "validation/psnr": 1.0}\n')
+    result = json.loads((run / "report" / "metrics.json").read_text())
+    jsonschema.validate(result, json.loads((Path(metrics.__file__).parent / "metrics.schema.json").read_text()))
+    assert result["metrics"]["psnr"]["n"] == 12
+    page = build_report(run).read_text(encoding="utf-8")
+    for section in ("compare", "pictures", "metrics", "training", "latents"):
+        assert f'<section id="{section}"' in page
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 16])
+def test_latents_become_colours(channels: int) -> None:
+    means = torch.randn(4, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    colours = principal_colours(means)
+    assert colours.shape == (4, 3, 8, 8)
+    assert 0 <= colours.min() <= 1
+    assert colours.max() == 255
+    if channels >= 3:  # the first component varies most, and equal latents have equal colours
+        assert torch.equal(
+            principal_colours(torch.cat([means, means]))[:4], principal_colours(torch.cat([means] * 2))[4:]
+        )
