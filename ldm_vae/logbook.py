@@ -15,38 +15,44 @@ from ldm_vae.errors import WorkError
 
 
 class Averages:
-    """Sums of named scalars on the device: nothing waits for the device until `means`."""
+    """Sums of named scalars on the device: nothing waits for the device until `means`.
 
-    def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
+    With `skip_nan` a value that is NaN or infinite does not count; otherwise it shows in the mean.
+    """
+
+    def __init__(self, skip_nan: bool = False) -> None:
+        self.skip_nan = skip_nan
+        self.sums: dict[str, torch.Tensor] = {}  # [2]: sum and count
 
     def update(self, logs: Mapping[str, torch.Tensor]) -> None:
         for name, value in logs.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-            self.counts[name] = self.counts.get(name, 0) + 1
+            counts = torch.isfinite(value) if self.skip_nan else torch.ones_like(value, dtype=torch.bool)
+            entry = torch.stack([torch.where(counts, value, 0.0).double(), counts.double()])
+            # a resumed sum comes from a file, hence from the CPU
+            self.sums[name] = self.sums[name].to(entry.device) + entry if name in self.sums else entry
 
     def synchronise(self, accelerator: Accelerator) -> None:
         """Make the sums of an unfinished interval the same on all ranks, so that rank 0's can be saved for all."""
         self.sums = {name: accelerator.reduce(value, "mean") for name, value in sorted(self.sums.items())}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "counts": self.counts}
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.sums
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums, self.counts = state["sums"], state["counts"]
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.sums = dict(state)
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """The mean of each over the interval so far and over all ranks, in one collective."""
         names = sorted(self.sums)
         if not names:
             return {}
-        means = torch.stack([self.sums[name].double() / self.counts[name] for name in names])
-        return dict(zip(names, accelerator.reduce(means, "mean").tolist(), strict=True))
+        sums = accelerator.reduce(torch.stack([self.sums[name] for name in names]), "mean")
+        found = zip(names, sums.tolist(), strict=True)
+        return {name: total / count for name, (total, count) in found if count > 0}
 
     def reset(self) -> None:
         """Start a new interval."""
-        self.sums, self.counts = {}, {}
+        self.sums = {}
 
 
 def check_finite(means: Mapping[str, float], since: int, until: int, kept: str) -> None:

@@ -36,6 +36,7 @@ class TrainingStep:
     discriminator: nn.Module | None = None
     discriminator_optimizer: Any = None
     max_grad_norm: float | None = None
+    skip_nan: bool = False
 
     def __call__(self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0) -> Logs:
         """images [B, C, H, W] in [-1, 1] and keyed noise [B, c, h, w] of this process => detached scalars by name.
@@ -110,9 +111,13 @@ class TrainingStep:
         logs: Logs = {}
         if self.accelerator.sync_gradients:
             limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-            norm = self.accelerator.clip_grad_norm_(parameters, limit)
-            if norm is not None:
-                logs[f"gradient_norm/{name}"] = norm.detach()
+            norm = self.accelerator.clip_grad_norm_(parameters, limit).detach()
+            if self.skip_nan:  # gradients are averaged over the ranks, so all of them skip or none does
+                skipped = not bool(torch.isfinite(norm))
+                if skipped:
+                    optimizer.zero_grad()
+                logs[f"skipped/{name}"] = norm.new_tensor(float(skipped))
+            logs[f"gradient_norm/{name}"] = norm
         optimizer.step()
         optimizer.zero_grad()
         return logs

@@ -15,8 +15,10 @@ from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
 from ldm_vae.config import Section, choice, choices
 from ldm_vae.data.transforms import TransformConfig
 from ldm_vae.errors import UsageError
-from ldm_vae.metrics.select import VALIDATION
 from ldm_vae.optim import OptimizerConfig
+
+
+ValidationMetric = Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg"]
 
 
 class Training(Section):
@@ -52,8 +54,9 @@ class Training(Section):
     """Recompute activations in the backward: less memory, more time, the same result."""
     init_from: str | None = None
     """Start from these weights: a diffusers folder, a hub id, a single file or a run."""
-    on_nan: Literal["stop"] = "stop"
-    """A NaN or infinite loss stops the run; the last good checkpoint stays."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """stop: a NaN or infinite loss or gradient ends the run, the last good checkpoint stays. skip: the update is left
+    out and counted (skipped/autoencoder, skipped/discriminator); waits for the device at every step."""
     log_every_images: int = Field(10_000, gt=0)
     """One line of averages in metrics.jsonl."""
     checkpoint_every_images: int = Field(100_000, gt=0)
@@ -64,9 +67,9 @@ class Training(Section):
     """Metrics of the averaged weights on validation_data."""
     validation_images: int = Field(256, gt=0)
     """At most so many images of validation_data are used."""
-    validation_metrics: tuple[Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg"], ...] = VALIDATION
+    validation_metrics: tuple[ValidationMetric, ...] = ("psnr", "ssim", "lpips_alex")
     """What is measured then."""
-    best_metric: Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg"] = "lpips_alex"
+    best_metric: ValidationMetric = "lpips_alex"
     """The checkpoint with the best of these is kept beside the newest; one of validation_metrics."""
     dataloader_num_workers: int = Field(2, ge=0)
     """Processes that decode images, per training process; the result does not depend on it."""
@@ -89,6 +92,12 @@ class Training(Section):
     def _check(self) -> Training:
         if self.best_metric not in self.validation_metrics:
             raise ValueError(f"best_metric: expected one of validation_metrics, got {self.best_metric}")
+        for name, part in (("data", self.data), ("validation_data", self.validation_data)):
+            channels = getattr(part, "channels", self.model.in_channels)
+            if channels != self.model.in_channels:
+                raise ValueError(
+                    f"{name}.channels: expected model.in_channels {self.model.in_channels}, got {channels}"
+                )
         return self
 
 

@@ -23,7 +23,6 @@ from ldm_vae.latents import Moments, Normalisation, posterior_noise
 from ldm_vae.logbook import Averages, Logbook, check_finite
 from ldm_vae.optim import schedule
 
-
 # --- keyed ------------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +173,15 @@ def test_averages_are_means_over_the_steps_that_had_the_name() -> None:
     assert resumed.means(accelerator) == {"a": 3.0, "b": 5.0}
     resumed.reset()
     assert resumed.means(accelerator) == {}
+
+
+def test_nan_shows_in_a_mean_unless_it_is_skipped() -> None:
+    accelerator = Accelerator(cpu=True)
+    for skip, expected in ((False, math.nan), (True, 2.0)):
+        averages = Averages(skip)
+        for value in (1.0, math.nan, 3.0):
+            averages.update({"a": torch.tensor(value)})
+        assert averages.means(accelerator)["a"] == pytest.approx(expected, nan_ok=True)
 
 
 def test_nan_names_the_term_and_the_interval() -> None:

@@ -152,6 +152,13 @@ def test_another_config_is_refused_and_a_longer_run_is_not(images: Path, tmp_pat
     assert newest(tmp_path / "run").name == "images-000000016"
 
 
+def test_nan_stops_the_run_and_names_the_interval(images: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, images, learning_rate=1e30, checkpoint_every_images=8)
+    said = one_sentence(run(config), 1)
+    assert "became NaN or infinite between" in said and "images" in said
+    assert "is kept" in said or "no checkpoint yet" in said
+
+
 # --- several processes ------------------------------------------------------------------------------------------------
 
 

@@ -210,3 +210,19 @@ def test_accumulated_gradients_are_the_mean_of_the_micro_batches() -> None:
 
 def test_a_fixed_weight_is_taken_as_it_is() -> None:
     assert build(adaptive=False)(*batch())["adversary/weight"].item() == 0.5
+
+
+def test_a_nan_update_is_left_out_when_it_is_to_be_skipped() -> None:
+    images, noise = batch()
+    step = build(start_images=10**9)
+    step.optimizer = step.accelerator.prepare(
+        torch.optim.Adam([*step.model.parameters(), *step.objective.parameters()], lr=0.1)
+    )
+    step.skip_nan = True
+    before = [parameter.detach().clone() for parameter in step.model.parameters()]
+    logs = step(images * torch.nan, noise)
+    assert logs["skipped/autoencoder"] == 1
+    assert all(torch.equal(old, new) for old, new in zip(before, step.model.parameters(), strict=True))
+    assert step(images, noise)["skipped/autoencoder"] == 0
+    assert not all(torch.equal(old, new) for old, new in zip(before, step.model.parameters(), strict=True))
+    assert all(parameter.isfinite().all() for parameter in step.model.parameters())

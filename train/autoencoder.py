@@ -109,12 +109,14 @@ def train(settings: Training) -> None:
     if critic is not None:
         critic_optimizer = accelerator.prepare(settings.optimizer.build(critic.parameters(), discriminator_rate))
         discriminator = accelerator.prepare(critic)
+    skip_nan = settings.on_nan == "skip"
     step = TrainingStep(
-        accelerator, model, objective, optimizer, adversary, discriminator, critic_optimizer, settings.max_grad_norm
-    )
+        accelerator, model, objective, optimizer, adversary, discriminator, critic_optimizer, settings.max_grad_norm,
+        skip_nan,
+    )  # fmt: skip
 
     # --- resume: the same command again -------------------------------------------------------------------------------
-    averages = Averages()
+    averages = Averages(skip_nan)
     stateful: dict[str, Any] = {
         "autoencoder": vae, "objective": objective, "optimizer": optimizer, "ema": ema, "averages": averages,
     }  # fmt: skip
@@ -148,7 +150,7 @@ def train(settings: Training) -> None:
         source, settings.transform, settings.resolution,
         seed=settings.seed, batch_size=settings.train_batch_size, rank=accelerator.process_index,
         world_size=accelerator.num_processes, start_position=images_seen,
-        num_workers=settings.dataloader_num_workers,
+        num_workers=settings.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
     )  # fmt: skip
     higher_is_better = settings.best_metric in ("psnr", "ssim")
     signals = StopSignal()
@@ -165,7 +167,7 @@ def train(settings: Training) -> None:
         if critic_optimizer is not None:
             set_learning_rate(critic_optimizer, factor * discriminator_rate)
 
-        images = to_pixels(batch.pixels.to(accelerator.device))
+        images = to_pixels(batch.pixels.to(accelerator.device, non_blocking=True))
         noise = posterior_noise(settings.seed, batch.positions.tolist(), network.latent_shape(*images.shape[2:]))
         averages.update(step(images, noise.to(accelerator.device), images_seen))
         quarantine.add(batch.bad, good=len(batch.keys))

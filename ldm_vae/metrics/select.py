@@ -16,7 +16,6 @@ from ldm_vae.metrics.protocol import PINNED, Protocol
 from ldm_vae.metrics.titles import TITLES
 
 NAMES = tuple(TITLES)
-VALIDATION = ("psnr", "ssim", "lpips_alex")  # what training watches: cheap, and one of each kind
 
 
 @dataclass(frozen=True)
