@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import lpips
 import torch
 from torch import nn
 
@@ -33,7 +34,8 @@ class LPIPS(nn.Module):
         # the network follows to the device all the same, and stays in fp32 whatever the others become
         here = next(self.network.parameters()).device
         self.network.to(fn(torch.empty(0, device=here)).device)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         channels, *sides = pixels.shape[1:]
@@ -49,8 +51,8 @@ class LPIPS(nn.Module):
     def _features(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Unit-length features of the five layers (Zhang et al. 2018, eq. 1)."""
         scaled = self.network.scaling_layer(images.float().expand(-1, 3, -1, -1))
-        outputs = self.network.net(scaled)
-        return [_normalise(layer) for layer in outputs]
+        # where a ReLU left nothing the norm's gradient is NaN; the ReLU's backward pass puts 0 in its place
+        return [lpips.normalize_tensor(layer) for layer in self.network.net(scaled)]
 
     def _distance(self, found: list[torch.Tensor], wanted: list[torch.Tensor]) -> torch.Tensor:
         distances = [
@@ -58,12 +60,6 @@ class LPIPS(nn.Module):
             for linear, ours, theirs in zip(self.network.lins, found, wanted, strict=True)
         ]
         return torch.stack(distances).sum(dim=0)
-
-
-def _normalise(features: torch.Tensor, epsilon: float = 1e-10) -> torch.Tensor:
-    # the clamp keeps the gradient finite where a ReLU left nothing: the root's is infinite at 0, and inf * 0 is NaN
-    squares = features.square().sum(dim=1, keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
-    return features / (squares.sqrt() + epsilon)
 
 
 class Config(TermConfig):
