@@ -1,4 +1,4 @@
-"""Damage: full disks, no permission, truncated files, flipped bits. A clear error or repair, nothing lost or doubled."""
+"""Damage: full disks, no permission, truncated files, flipped bits: a clear error or repair, nothing lost or twice."""
 
 from __future__ import annotations
 

@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from datetime import timedelta
+    from pathlib import Path
 
     from accelerate import InitProcessGroupKwargs
 
@@ -80,8 +81,9 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm_vae.data.source import open_source
     from ldm_vae.errors import UsageError
     from ldm_vae.latent_store import write_store
+    from ldm_vae.latent_store.costs import describe_costs, measure_costs
     from ldm_vae.latent_store.encoding import default_threads, default_workers
-    from ldm_vae.latent_store.reporting import describe
+    from ldm_vae.latent_store.reporting import describe, units_in
     from ldm_vae.latent_store.tiling import tile_of
     from ldm_vae.latent_store.writing import Processes
     from ldm_vae.launch import build_accelerator
@@ -100,6 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
         channels=int(vae.config.in_channels),
     )
     processes, device = accelerator.num_processes, accelerator.device
+    before = units_in(arguments.out)
     manifest = write_store(
         vae,
         source,
@@ -128,4 +131,6 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if accelerator.is_main_process:
         print(describe(arguments.out, manifest))
+        if manifest.units > before:
+            print(describe_costs(measure_costs(Path(arguments.out), manifest, vae, source)))
     accelerator.end_training()

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm_vae.latent_store.manifest import Manifest
+from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.latent_store.manifest import Manifest, read_manifest
+
+
+def units_in(store: str | Path) -> int:
+    """How many finished units a store has; 0 where there is none yet."""
+    try:
+        return read_manifest(store).units
+    except (UsageError, WorkError):  # whoever writes to it says what is wrong
+        return 0
 
 
 def describe(store: str | Path, manifest: Manifest) -> str:
@@ -14,7 +23,7 @@ def describe(store: str | Path, manifest: Manifest) -> str:
     size = sum(file.bytes for shard in manifest.shards for file in shard.files.values())
     precision = "fp32" if identity.mixed_precision == "no" else identity.mixed_precision
     lines = [
-        f"{store}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, {size / 1e6:,.1f} MB"
+        f"{store}: {manifest.samples:,} samples in {_shards(len(manifest.shards))}, {size / 1e6:,.1f} MB"
         + ("" if manifest.complete else "  (not finished: run the same `ldm-vae encode` command again)"),
         f"  tensors      {identity.store} in {identity.dtype}, encoded in {precision} "
         f"at {_sides(identity.resolution)}, "
@@ -26,6 +35,10 @@ def describe(store: str | Path, manifest: Manifest) -> str:
     if manifest.statistics is not None:
         lines += _statistics(manifest)
     return "\n".join(lines)
+
+
+def _shards(count: int) -> str:
+    return f"{count:,} shard" if count == 1 else f"{count:,} shards"
 
 
 def _sides(resolution: tuple[int, ...]) -> str:
