@@ -60,7 +60,7 @@ def build_metrics(
     }
     metrics: dict[str, Metric] = {name: build() for name, build in per_image.items() if name in names}
     if "ms_ssim" in names:
-        too_small = Unmeasured("ms_ssim", "higher", f"needs images of {ms_ssim.SMALLEST} px")
+        too_small = Unmeasured("ms_ssim", "higher", f"needs {ms_ssim.SMALLEST} px or more")
         metrics["ms_ssim"] = too_small if resolution < ms_ssim.SMALLEST else ms_ssim.build()
 
     if {"rfid", "kid"} & set(names):
