@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL
+from forked import fork
 from safetensors.torch import load_file, save_file
 
 from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
 from ldm_vae.errors import UsageError
 from ldm_vae.export.ldm_keys import to_ldm, to_ldm_name
 from ldm_vae.export.single_file import CONFIG_KEY, load_single_file, save_single_file
+from train import autoencoder as training_program
 
 SHAPES: dict[str, dict[str, Any]] = {
     "f2": {"block_out_channels": (32, 64), "layers_per_block": 1},
@@ -181,3 +184,31 @@ def test_pickles_are_read_with_a_flag_and_tensors_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="tensors alone"):
         load_single_file(path, allow_pickle=True)
     assert not (tmp_path / "executed").exists()
+
+
+def test_the_weights_of_a_diffusers_folder_find_their_config(tiny_vae: AutoencoderKL, tiny_vae_folder: Path) -> None:
+    # 4 groups and widths below 32: from the tensors alone this could not be told
+    assert same(load_single_file(tiny_vae_folder / "diffusion_pytorch_model.safetensors"), tiny_vae)
+
+
+def test_fine_tuning_starts_from_a_single_file(image_folder: Path, tmp_path: Path) -> None:
+    vae = build(SHAPES["f2"])
+    path = save_single_file(vae, tmp_path / "start.safetensors", "first_stage_model.")
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "init_from": str(path),
+        "resolution": 32,
+        "train_batch_size": 2,
+        "max_train_images": 4,
+        "learning_rate": 1e-9,  # so that what comes out is what went in
+        "dataloader_num_workers": 0,
+        "model": {"block_out_channels": [32, 64], "layers_per_block": 1},
+        "losses": {"l1": {"weight": 1.0}},
+        "data": {"kind": "folder", "path": str(image_folder)},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    done = fork(training_program.main, [str(tmp_path / "config.yaml")]).wait()
+    assert done.returncode == 0, done.stderr
+    tuned, start = load_autoencoder(tmp_path / "run").state_dict(), vae.state_dict()
+    assert all(torch.allclose(value, start[name], atol=1e-6) for name, value in tuned.items())
+    assert any(not torch.equal(value, start[name]) for name, value in tuned.items())

@@ -48,6 +48,9 @@ def load_single_file(path: Path, config: Path | None = None, *, allow_pickle: bo
     Raises:
         UsageError: the file cannot be read, holds no KL autoencoder, or one of another shape than `config` says.
     """
+    beside = path.with_name("config.json")
+    if config is None and path.name.startswith("diffusion_pytorch_model") and beside.is_file():
+        config = beside  # the weights of a diffusers folder, named without the folder
     given = None if config is None else read_config(config)
     tensors, header, shapes = _read(path, allow_pickle)
     blocks = sum(name.startswith(("encoder.down.", "encoder.down_blocks.")) for name in _stage_names(tensors))

@@ -1,0 +1,112 @@
+"""Every shipped config x every layout: round trips are equal to the bit.
+
+Widths are divided by 8 where tensors are compared on disk (the key map knows names and shapes, not sizes); at full size
+names and shapes are compared on the meta device, and the tensors on disk in the slow tests.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from ldm_vae import config
+from ldm_vae.autoencoder import AutoencoderConfig
+from ldm_vae.export.diffusers_folder import write_vae
+from ldm_vae.export.ldm_keys import to_ldm
+from ldm_vae.export.single_file import infer_config, load_single_file, save_single_file
+from ldm_vae.export.targets import TARGETS, warnings_for, write_target
+from ldm_vae.latents import Normalisation
+from ldm_vae.training import Training
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+LAYOUTS = ("diffusers", "bare", "first_stage_model.", "vae.", *TARGETS)
+
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+def model_of(path: Path) -> AutoencoderConfig:
+    return config.load(Training, path).model
+
+
+def shape_of(vae: AutoencoderKL) -> AutoencoderConfig:
+    return AutoencoderConfig(**{name: vae.config[name] for name in AutoencoderConfig.model_fields})
+
+
+def narrow(model: AutoencoderConfig) -> AutoencoderKL:
+    widths = tuple(max(4, width // 8) for width in model.block_out_channels)
+    changes = {"block_out_channels": widths, "norm_num_groups": min(4, model.norm_num_groups)}
+    torch.manual_seed(0)
+    return model.model_copy(update=changes).build().eval()
+
+
+def write_and_read(vae: AutoencoderKL, layout: str, folder: Path) -> AutoencoderKL:
+    path = folder / "vae.safetensors"
+    if layout == "diffusers":
+        return AutoencoderKL.from_pretrained(write_vae(vae, folder / "vae", Normalisation(0.5)))
+    if layout in TARGETS:
+        write_target(vae, path)
+    else:
+        save_single_file(vae, path, layout.removeprefix("bare"))
+    return load_single_file(path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@every_config
+def test_round_trip(path: Path, layout: str, tmp_path: Path) -> None:
+    vae = narrow(model_of(path))
+    back = write_and_read(vae, layout, tmp_path)
+    before, after = vae.state_dict(), back.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert shape_of(vae) == shape_of(back)
+
+
+@every_config
+def test_diffusers_own_reader(path: Path, tmp_path: Path) -> None:
+    vae = narrow(model_of(path))
+    folder = write_vae(vae, tmp_path / "vae", Normalisation(0.5))
+    for prefix in ("", "first_stage_model."):
+        file = save_single_file(vae, tmp_path / "vae.safetensors", prefix)
+        back = AutoencoderKL.from_single_file(str(file), config=str(folder)).state_dict()
+        assert all(torch.equal(value, back[name]) for name, value in vae.state_dict().items())
+
+
+@every_config
+def test_at_full_size_the_names_are_a_bijection_and_tell_the_shape(path: Path) -> None:
+    model = model_of(path)
+    with torch.device("meta"):
+        vae = model.build()
+    renamed = to_ldm(vae.state_dict(), len(model.block_out_channels))
+    assert len(renamed) == len(vae.state_dict())
+    if model.norm_num_groups == 32:
+        found = infer_config({name: tuple(value.shape) for name, value in renamed.items()}, path)
+        assert {name: found[name] for name in AutoencoderConfig.model_fields} == model.model_dump()
+
+
+def test_what_the_targets_say_to_the_shipped_configs() -> None:
+    """The table of docs/export.md."""
+    loadable = {}
+    for path in CONFIGS:
+        with torch.device("meta"):
+            vae = model_of(path).build()
+        warned = {name: " ".join(warnings_for(target, vae.config)) for name, target in TARGETS.items()}
+        loadable[path.stem] = {name for name, sentences in warned.items() if "cannot load" not in sentences}
+    assert loadable["kl_f8_d4"] == {"comfyui", "kohya", "a1111"}
+    assert loadable["kl_f8_d16"] == {"comfyui"} and loadable["kl_f4_d3"] == {"comfyui"}
+    assert loadable["kl_f16_d16"] == loadable["kl_f32_d64"] == loadable["demo"] == loadable["smoke"] == set()
+
+
+@pytest.mark.slow
+@every_config
+def test_at_full_size_on_disk(path: Path, tmp_path: Path) -> None:
+    vae = model_of(path).build().eval()
+    assert write_target(vae, tmp_path / "vae.safetensors") < 1e-4
+    if vae.config.norm_num_groups == 32:  # as another program would have written it: without our header
+        save_file(load_file(tmp_path / "vae.safetensors"), tmp_path / "vae.safetensors")
+    back = load_single_file(tmp_path / "vae.safetensors")
+    assert all(torch.equal(value, back.state_dict()[name]) for name, value in vae.state_dict().items())
+    assert back.config.scaling_factor == (0.18215 if path.stem == "kl_f8_d4" else 1.0)
