@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jsonschema
@@ -135,6 +136,31 @@ def test_numbers_do_not_depend_on_how_the_images_are_divided(tiny_vae: Autoencod
     shares = [share_of(rank, 2, range(12), 5) for rank in range(2)]
     assert [list(share) for share in shares] == [list(range(5)), list(range(5, 12))]
     assert values(range(12)) == [value for share in shares for value in values(share)]
+
+
+def test_every_batch_has_one_shape(
+    tiny_vae: AutoencoderKL, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network's last bits depend on the batch size: the tail is padded, so that an image measures alike alone."""
+    source, cpu = open_source(image_folder), torch.device("cpu")
+    tiny_vae.requires_grad_(False)
+    sizes, encode = [], tiny_vae.encode
+    monkeypatch.setattr(tiny_vae, "encode", lambda pixels: (sizes.append(len(pixels)), encode(pixels))[1])
+    found: dict[int, float] = {}
+
+    def each(indices: Sequence[int], values: Mapping[str, torch.Tensor]) -> None:
+        found.update(zip(indices, values["ssim"].tolist(), strict=True))
+
+    values = []
+    for indices in (range(7), [6]):
+        found.clear()
+        batches = image_batches(source, indices, 32, batch_size=5)
+        metrics = build_metrics(["ssim"], cpu, 32)
+        result = evaluate_reconstruction(tiny_vae, batches, metrics, cpu, resolution=32, batch_size=5, each=each)
+        assert result.images == result.metrics["ssim"].n == len(found) == len(indices)
+        values.append(found[6])
+    assert sizes == [5, 5, 5]
+    assert values[0] == values[1]
 
 
 def test_worst_holds_ten_however_many_images_there_are() -> None:
