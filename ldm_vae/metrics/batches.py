@@ -14,7 +14,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from ldm_vae.data.dataset import ordered_loader
+from ldm_vae.data.ordered import ordered_loader
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import Crop
