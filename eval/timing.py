@@ -13,16 +13,26 @@ import torch
 from tqdm.auto import tqdm
 
 
-def interleave(contenders: Mapping[str, Callable[[], Any]], rounds: int, name: str = "") -> dict[str, list[float]]:
+def interleave(
+    contenders: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    name: str = "",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each contender in each round. A B C, A B C, ...: what slows the machine down slows all of them down.
-    One round before them warms caches up and is not counted."""
+    One round before them warms caches up and is not counted.
+
+    Args:
+        clock: time.process_time for work that stays in this process and is asked for per core: other programs on the
+            machine then count only as far as they take the cache.
+    """
     times: dict[str, list[float]] = {contender: [] for contender in contenders}
     for number in tqdm(range(rounds + 1), desc=name, unit="round", disable=None, leave=False):
         for contender, run in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if number:
-                times[contender].append(time.perf_counter() - start)
+                times[contender].append(clock() - start)
     return times
 
 

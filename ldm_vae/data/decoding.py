@@ -170,7 +170,7 @@ def _open(image: bytes | Image.Image) -> Image.Image:
         try:
             image = Image.open(io.BytesIO(image), formats=FORMATS)
         except UnidentifiedImageError as error:
-            raise BadImage("not an image, or damaged at its very beginning") from error
+            raise BadImage("not an image of a known format, or damaged at its beginning") from error
     _check_size(image.height, image.width)
     return image
 
@@ -206,7 +206,7 @@ def _pixels(picture: Image.Image) -> torch.Tensor:
     channels = len(picture.getbands())
     if channels > 1:
         try:
-            flat = pa.array(picture).flatten().to_numpy(zero_copy_only=True)
+            flat = pa.array(picture).values.to_numpy(zero_copy_only=True)
             return torch.from_numpy(flat.reshape(picture.height, picture.width, 4)).permute(2, 0, 1)[:channels]
         except (ValueError, TypeError, pa.ArrowInvalid):
             pass

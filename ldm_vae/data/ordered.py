@@ -51,7 +51,42 @@ def centre_view(image: torch.Tensor, original_size: tuple[int, int], resolution:
     return (centre_crop(image, resolution, original_size),)
 
 
-_Item = tuple[int, Record | Bad | None]  # index, and of a stream what was read
+Item = tuple[int, Record | Bad | None]
+"""Index of an image; of a stream also what was read there."""
+
+
+def items(source: Source | Stream, indices: Sequence[int] | None = None) -> Iterator[Item]:
+    """What is to be read, in order. Raises UsageError for chosen indices of a stream."""
+    if not isinstance(source, Stream):
+        return ((int(index), None) for index in (range(len(source)) if indices is None else indices))
+    if indices is not None:
+        raise UsageError("data: a stream is read in order, from its beginning; single images cannot be chosen")
+    return enumerate(iter(source))
+
+
+def batches_of(found: Iterator[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Consecutive lists of `batch_size`, the last one shorter."""
+    return iter(lambda: list(itertools.islice(found, batch_size)), [])
+
+
+def take(source: Source | None, item: Item) -> Record:
+    """The record of an item, read now unless it came with it. Raises BadImage."""
+    index, record = item
+    if isinstance(record, Bad):
+        raise BadImage(record.reason)
+    if record is None:
+        assert source is not None
+        record = source[index]
+    return record
+
+
+def key_of(source: Source | None, item: Item) -> str:
+    """The key of an item."""
+    index, record = item
+    if record is None:
+        assert source is not None
+        return source.key(index)
+    return record.key
 
 
 class _OrderedDataset(Dataset[tuple[list[Sample], list[Bad]]]):
@@ -61,21 +96,17 @@ class _OrderedDataset(Dataset[tuple[list[Sample], list[Bad]]]):
         self.source: Any = None if isinstance(source, Stream) else source
         self.view = view
 
-    def __getitems__(self, items: Sequence[_Item]) -> _Packed:
+    def __getitems__(self, work: Sequence[Item]) -> _Packed:
         good: list[Sample] = []
         bad: list[Bad] = []
-        for index, record in items:
-            if isinstance(record, Bad):
-                bad.append(record)
-                continue
-            key = record.key if record is not None else self.source.key(index)
+        for item in work:
             try:
-                record = record or self.source[index]
+                record = take(self.source, item)
                 image = read_image(record.image, self.decoding)
                 views = self.view(image.pixels, image.original_size)
-                good.append(Sample(index, record.key, views, record.columns, image_checksum(record.image)))
+                good.append(Sample(item[0], record.key, views, record.columns, image_checksum(record.image)))
             except BadImage as error:
-                bad.append(Bad(key, error.reason))
+                bad.append(Bad(key_of(self.source, item), error.reason))
         return _Packed.of(good, bad)
 
 
@@ -135,14 +166,7 @@ def ordered_loader(
     """
     if source.decoding.jpeg_draft and not allow_draft:
         raise UsageError("data.jpeg_draft: for training only; these pixels would be 50 dB off and compare with nothing")
-    items: Iterator[_Item]
-    if isinstance(source, Stream):
-        if indices is not None:
-            raise UsageError("data: a stream is read in order, from its beginning; single images cannot be chosen")
-        items = enumerate(iter(source))
-    else:
-        items = ((int(index), None) for index in (range(len(source)) if indices is None else indices))
-    slices = iter(lambda: list(itertools.islice(items, batch_size)), [])
+    slices = batches_of(items(source, indices), batch_size)
     dataset = _OrderedDataset(source, view or functools.partial(centre_view, resolution=resolution))
     packed = load(dataset, slices, num_workers, False, prefetch_factor, multiprocessing_context)
     return (batch.unpack() for batch in packed)

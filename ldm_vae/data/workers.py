@@ -49,7 +49,12 @@ def _start_worker(_worker: int) -> None:
 
 
 def load(
-    dataset: Any, tasks: Iterable[Any], num_workers: int, pin_memory: bool, prefetch_factor: int, context: str | None
+    dataset: Any,
+    tasks: Iterable[Any],
+    num_workers: int,
+    pin_memory: bool = False,
+    prefetch_factor: int = 2,
+    context: str | None = None,
 ) -> Iterator[Any]:
     """`dataset.__getitems__(work)` for each of `tasks`, in order.
 

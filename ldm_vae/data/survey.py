@@ -1,0 +1,199 @@
+"""What is in a source, before an hour is spent on it: sizes, shapes, formats, damage, captions, thumbnails.
+
+`survey` looks at every image asked for (decoding it: damage shows only so), `Survey.lines` tells it to a person.
+
+Legend: N images looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ldm_vae import keyed
+from ldm_vae.data import buckets
+from ldm_vae.data.decoding import read_image
+from ldm_vae.data.ordered import Item, batches_of, items, key_of, take
+from ldm_vae.data.quarantine import Bad, BadImage
+from ldm_vae.data.source import Source
+from ldm_vae.data.stream import Stream, length
+from ldm_vae.data.transforms import centre_crop
+from ldm_vae.data.workers import load
+
+THUMBNAILS = 10
+THUMBNAIL_SIDE = 128
+ASPECTS = (0.4, 0.5, 0.62, 0.72, 0.85, 1.18, 1.4, 1.6, 2.0, 2.5)  # borders of the histogram of width / height
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One image: index, key, (H, W), format and mode of its file, bytes, its caption; reason if it is bad."""
+
+    index: int
+    key: str
+    size: tuple[int, int] = (0, 0)
+    format: str = ""
+    mode: str = ""
+    bytes: int = 0
+    caption: str | None = None
+    reason: str = ""
+
+
+@dataclass
+class Survey:
+    """What was found: images in the source (None: a stream), its columns, and the findings."""
+
+    total: int | None
+    columns: tuple[str, ...]
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def good(self) -> list[Finding]:
+        return [found for found in self.findings if not found.reason]
+
+    @property
+    def bad(self) -> list[Bad]:
+        return [Bad(found.key, found.reason) for found in self.findings if found.reason]
+
+    def sizes(self) -> np.ndarray[Any, Any]:
+        """(H, W) of the usable images, int [N, 2]."""
+        return np.array([found.size for found in self.good], dtype=np.int64).reshape(-1, 2)
+
+
+class _Look(Dataset[list[Finding]]):
+    def __init__(self, source: Source | Stream) -> None:
+        self.decoding = source.decoding
+        self.source = None if isinstance(source, Stream) else source
+
+    def __getitems__(self, work: Sequence[Item]) -> list[Finding]:
+        return [self._look(item) for item in work]
+
+    def _look(self, item: Item) -> Finding:
+        try:
+            record = take(self.source, item)
+            image = read_image(record.image, self.decoding)
+        except BadImage as error:
+            return Finding(item[0], key_of(self.source, item), reason=error.reason)
+        size = len(record.image) if isinstance(record.image, bytes) else 0
+        caption = record.columns.get("caption")
+        text = None if caption is None else str(caption)
+        return Finding(item[0], record.key, image.original_size, image.format, image.mode, size, text)
+
+
+def survey(source: Source | Stream, max_images: int | None = None, num_workers: int = 0) -> Survey:
+    """Look at all images, or at `max_images` of them drawn at random (of a stream, the first)."""
+    total = length(source)
+    indices: Sequence[int] | None = None
+    if total is not None and max_images is not None and max_images < total:
+        indices = np.sort(keyed.generator(0, "survey").choice(total, max_images, replace=False)).tolist()
+    chosen = islice(items(source, indices), None if total is not None else max_images)
+    found = Survey(total, source.columns)
+    count = total if indices is None else len(indices)
+    with tqdm(total=count, desc="looking", unit="images", disable=None, leave=False) as bar:
+        for batch in load(_Look(source), batches_of(chosen, 16), num_workers):
+            found.findings += batch
+            bar.update(len(batch))
+            bar.set_postfix(bad=len(found.bad))
+    return found
+
+
+def lines(found: Survey, resolution: int, shapes: Sequence[buckets.Shape]) -> list[str]:
+    """The survey as a person reads it."""
+    good, bad = found.good, found.bad
+    looked = "" if found.total == len(found.findings) else f", {len(found.findings):,} of them looked at"
+    total = "a stream of images" if found.total is None else f"{found.total:,} images"
+    out = [f"{total}{looked}: {len(good):,} usable, {len(bad):,} not"]
+    if good:
+        out += ["", *_sizes(found, resolution), "", *_aspects(found), "", *_counts("formats", [f.format for f in good])]
+        out += _counts("modes", [f.mode for f in good])
+    out += ["", *_columns(found)]
+    if good:
+        out += ["", *_buckets(found, shapes)]
+    if bad:
+        out += ["", "not usable", *(f"  {count:>8,}  {reason}" for reason, count in _reasons(bad))]
+        out += [f"            {entry.key}" for entry in bad[:10]]
+        out += [f"            ... and {len(bad) - 10:,} more"] if len(bad) > 10 else []
+    return out
+
+
+def _sizes(found: Survey, resolution: int) -> list[str]:
+    sizes = found.sizes()
+    megapixels = sizes.prod(axis=1) / 1e6
+    kilobytes = np.array([f.bytes for f in found.good]) / 1e3
+    table = [("width", sizes[:, 1]), ("height", sizes[:, 0]), ("megapixels", megapixels), ("kilobytes", kilobytes)]
+    out = [f"{'':12}{'min':>10}{'5 %':>10}{'median':>10}{'95 %':>10}{'max':>10}"]
+    for name, values in table:
+        told = [f"{value:10.2f}" if name == "megapixels" else f"{value:10.0f}" for value in _quantiles(values)]
+        out.append(f"{name:12}" + "".join(told))
+    small = int((sizes.min(axis=1) < resolution).sum())
+    share = 100 * small / len(sizes)
+    out.append(f"{small:,} ({share:.1f} %) have a short side below {resolution} px and would be enlarged")
+    return out
+
+
+def _quantiles(values: np.ndarray[Any, Any]) -> list[float]:
+    return [float(np.quantile(values, share)) for share in (0.0, 0.05, 0.5, 0.95, 1.0)]
+
+
+def _aspects(found: Survey) -> list[str]:
+    sizes = found.sizes()
+    aspects = sizes[:, 1] / sizes[:, 0]
+    counts = np.bincount(np.searchsorted(ASPECTS, aspects), minlength=len(ASPECTS) + 1)
+    borders = ["", *(f"{border:g}" for border in ASPECTS), ""]
+    out = ["width / height"]
+    for number, count in enumerate(counts.tolist()):
+        low, high = borders[number], borders[number + 1]
+        name = f"{low} to {high}" if low and high else f"below {high}" if high else f"above {low}"
+        out.append(f"  {name:14}{count:>8,}  {'#' * math.ceil(40 * count / max(counts))}")
+    return out
+
+
+def _counts(name: str, values: Sequence[str]) -> list[str]:
+    return [f"{name:12}" + ", ".join(f"{value} {count:,}" for value, count in Counter(values).most_common())]
+
+
+def _columns(found: Survey) -> list[str]:
+    out = [f"{'columns':12}{', '.join(found.columns) or 'none'}"]
+    if "caption" in found.columns:
+        texts = [f.caption for f in found.good if f.caption and f.caption.strip()]
+        out.append(f"{'captions':12}{len(texts):,} of {len(found.good):,}")
+        out += [f"            {text.splitlines()[0][:90]!r}" for text in texts[:3]]
+    else:
+        out.append(f"{'captions':12}none (--caption_column names the column that holds them)")
+    return out
+
+
+def _buckets(found: Survey, shapes: Sequence[buckets.Shape]) -> list[str]:
+    counts = buckets.assign(shapes, found.sizes()).counts()
+    out = ["aspect buckets (height x width)"]
+    out += [f"  {f'{h} x {w}':14}{count:>8,}" for (h, w), count in zip(shapes, counts, strict=True) if count]
+    return out
+
+
+def _reasons(bad: Sequence[Bad]) -> list[tuple[str, int]]:
+    return Counter(entry.reason for entry in bad).most_common(8)
+
+
+def thumbnails(source: Source, found: Survey, path: Path) -> int:
+    """Write up to ten usable images, spread over the source, side by side as one PNG; returns how many there are."""
+    good = found.good
+    chosen = [good[at] for at in sorted({round(i * (len(good) - 1) / (THUMBNAILS - 1)) for i in range(THUMBNAILS)})]
+    side, columns = THUMBNAIL_SIDE, (len(chosen) + 1) // 2 if len(chosen) > 5 else len(chosen)
+    sheet = Image.new("RGB", (columns * side, math.ceil(len(chosen) / columns) * side), "white")
+    for place, finding in enumerate(chosen):
+        pixels = centre_crop(read_image(source[finding.index].image, source.decoding).pixels, side).pixels
+        shown = pixels[:3] if pixels.shape[0] >= 3 else pixels[:1].expand(3, -1, -1)
+        tile = Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
+        sheet.paste(tile, (place % columns * side, place // columns * side))
+    sheet.save(path, "PNG")
+    return len(chosen)
