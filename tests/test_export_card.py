@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from ldm_vae.autoencoder import load_autoencoder
 from ldm_vae.errors import WorkError
 from ldm_vae.export.card import Card, card_name
+from ldm_vae.export.drift import measure_drift
 from ldm_vae.export.measure import Images
 from ldm_vae.export.picture import reconstruction_sheet
 from ldm_vae.export.preview import FILE, fit_preview, pairs_of_images, pairs_of_store
@@ -74,6 +76,18 @@ def test_local_paths_stay_at_home_and_a_local_base_lends_its_licence(run_folder:
     recipe = read_recipe(run_folder)
     assert recipe.metadata == {"license": "openrail"}
     assert str(tmp_path) not in recipe.sections["Training"]
+
+
+def test_drift_stands_in_the_card(
+    tiny_vae_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = functools.partial(measure_drift, lpips=False)  # the weights of LPIPS are not this test's business
+    monkeypatch.setattr("ldm_vae.export.exporting.measure_drift", metrics)
+    call = ("export", tiny_vae_folder, tmp_path / "out", "--resolution", 32, "--drift_from", tiny_vae_folder)
+    assert run_cli(*call) == 2
+    assert run_cli(*call, "--stats", image_folder) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Drift" in card and "encoder: identical; 12 images" in card and "verdict: compatible" in card
 
 
 def test_names() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
 from ldm_vae.errors import WorkError
-from ldm_vae.export.ldm_keys import to_ldm_name
+from ldm_vae.export.ldm_keys import to_ldm, to_ldm_name
 from ldm_vae.export.targets import TARGETS, warnings_for, write_target
 
 
@@ -132,3 +132,16 @@ def test_what_each_target_takes(target: str, changes: dict[str, object], words: 
     found = warnings_for(TARGETS[target], SD | changes)
     assert len(found) == len(words)
     assert all(word in sentence for word, sentence in zip(words, found, strict=True))
+
+
+def test_an_old_pickle_is_read_with_its_flag_and_said_so(
+    tiny_vae: AutoencoderKL, tiny_vae_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"state_dict": to_ldm(tiny_vae.state_dict(), 2)}, tmp_path / "old.ckpt")
+    call = ("export", tmp_path / "old.ckpt", tmp_path / "out", "--config", tiny_vae_folder)
+    assert run_cli(*call) == 2
+    assert "--weights_only_pickle" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert run_cli(*call, "--weights_only_pickle") == 0
+    assert "as a pickle, with weights_only" in capsys.readouterr().out
+    loaded = load_autoencoder(tmp_path / "out").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in tiny_vae.state_dict().items())

@@ -146,6 +146,10 @@ def test_fix_as_a_user_calls_it(image_folder: Path, tmp_path: Path, capsys: pyte
     inflated(build("shortcuts")).save_pretrained(tmp_path / "big")
     assert run_cli("fp16", "audit", tmp_path / "big", image_folder, "--images", 3) == 0
     assert "NOT safe in fp16" in capsys.readouterr().out
+    # an export of it keeps pipelines in fp32, because a test says so
+    assert run_cli("export", tmp_path / "big", tmp_path / "kept") == 0
+    assert "force_upcast true" in capsys.readouterr().out
+    assert json.loads((tmp_path / "kept" / "config.json").read_text())["force_upcast"] is True
     assert run_cli("fp16", "fix", tmp_path / "big", tmp_path / "out", image_folder, "--images", 3) == 0
     printed = capsys.readouterr().out
     assert "verdict: safe in fp16" in printed and "3 images and 7 synthetic" in printed

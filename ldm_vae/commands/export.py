@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preview", action="store_true", help="print and save the map latents -> colours (needs --stats)"
     )
     parser.add_argument(
+        "--drift_from", metavar="VAE", help="say in the card how far it is from this base (with --stats)"
+    )
+    parser.add_argument(
         "--license", help="licence for the card's head, e.g. apache-2.0 (default: that of a local base)"
     )
     parser.add_argument("--base_model", help="hub id of what was fine-tuned, for the card's head")
@@ -80,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         pipeline=arguments.pipeline,
         license=arguments.license,
         base_model=arguments.base_model,
+        drift_from=arguments.drift_from,
         allow_pickle=arguments.weights_only_pickle,
     )
     done = export(request)

@@ -16,6 +16,7 @@ from ldm_vae.errors import UsageError
 from ldm_vae.export import hub, publish
 from ldm_vae.export.card import Card, card_name
 from ldm_vae.export.diffusers_folder import STATISTICS, configured_copy, read_statistics, write_vae
+from ldm_vae.export.drift import measure_drift
 from ldm_vae.export.fp16.audit import audit
 from ldm_vae.export.fp16.probes import make_probes
 from ldm_vae.export.measure import Images, is_store, measure, statistics_of_store
@@ -52,6 +53,7 @@ class Request:
     pipeline: bool = False
     license: str | None = None
     base_model: str | None = None
+    drift_from: str | None = None
     allow_pickle: bool = False
 
 
@@ -67,7 +69,7 @@ def export(request: Request) -> Done:
     """Do it. Raises UsageError for a wrong request, WorkError when what was written does not read back."""
     done = Done()
     _check(request)
-    vae = _load(request)
+    vae = _load(request, done)
     statistics = _statistics(request, vae)
     normalisation = _normalisation(request, vae, statistics, done)
     card, files = _card(request, statistics), {}
@@ -79,6 +81,8 @@ def export(request: Request) -> Done:
         first = next(_images(request, vae).batches(vae))
         files[PICTURE] = reconstruction_sheet(vae, first[:4])
         card.sections = {"Pictures": f"Originals above, reconstructions below.\n\n![]({PICTURE})"} | card.sections
+    if request.drift_from is not None:
+        card.sections["Drift"] = _drift(request, vae, done)
     if request.target == "diffusers":
         _write_folder(vae, request, normalisation, card, files, done)
         load = f'AutoencoderKL.from_pretrained("{request.out}")'
@@ -99,6 +103,8 @@ def _check(request: Request) -> None:
     """What can be refused before anything is loaded."""
     if request.preview and request.stats is None:
         raise UsageError("--preview: needs images to fit the colours; give --stats STORE or --stats DATA")
+    if request.drift_from is not None and (request.stats is None or is_store(request.stats)):
+        raise UsageError("--drift_from: needs images to compare the two over; give --stats DATA")
     if request.push_to_hub is not None:
         hub.check_name(request.push_to_hub)
     if request.target != "diffusers" and request.push_to_hub and request.out.suffix == ".safetensors":
@@ -111,10 +117,11 @@ def _check(request: Request) -> None:
         raise UsageError(f"OUT {request.out}: expected a file to write, found a folder")
 
 
-def _load(request: Request) -> AutoencoderKL:
+def _load(request: Request, done: Done) -> AutoencoderKL:
     if Path(request.source).is_file() and request.allow_pickle:
         config = None if request.config is None else Path(request.config)
         vae = load_single_file(Path(request.source), config, allow_pickle=True).float()
+        done.lines.append(f"read {request.source} as a pickle, with weights_only: tensors alone, no code was run")
     else:
         vae = load_autoencoder(request.source, request.config)
     return vae.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -199,6 +206,15 @@ def _preview(request: Request, vae: AutoencoderKL, normalisation: Normalisation)
         else pairs_of_images(vae, _images(request, vae).batches(vae), normalisation)
     )
     return fit_preview(pairs)
+
+
+def _drift(request: Request, vae: AutoencoderKL, done: Done) -> str:
+    """Against the base that a diffusion model was trained with, over the images of --stats."""
+    assert request.drift_from is not None
+    base, images = load_autoencoder(request.drift_from).to(vae.device), _images(request, vae)
+    found = measure_drift(base, vae, images.image_batches(vae), resolution=images.resolution)
+    done.lines.append(f"drift from {request.drift_from}: {found.verdict}")
+    return "\n".join(f"- {line}" for line in found.lines())
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

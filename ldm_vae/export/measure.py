@@ -21,7 +21,7 @@ from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store.manifest import MANIFEST, read_manifest
 from ldm_vae.latent_store.statistics import LatentStatistics
-from ldm_vae.metrics.batches import image_batches, spread
+from ldm_vae.metrics.batches import ImageBatch, image_batches, spread
 
 
 @torch.no_grad()
@@ -52,12 +52,15 @@ class Images:
 
     def batches(self, vae: Any) -> Iterator[torch.Tensor]:
         """Pixels [B, C, H, W] in [-1, 1] for this VAE. Raises UsageError when the resolution does not fit f."""
+        return (to_pixels(batch.pixels) for batch in self.image_batches(vae))
+
+    def image_batches(self, vae: Any) -> Iterator[ImageBatch]:
+        """The same as metrics take them."""
         check_resolution(self.resolution, downsampling_factor(vae))
         source = open_source(self.data, channels=int(vae.config.in_channels))
         indices = spread(len(source), self.limit or len(source))
         quarantine = Quarantine(len(source))
-        batches = image_batches(source, indices, self.resolution, batch_size=self.batch_size, quarantine=quarantine)
-        return (to_pixels(batch.pixels) for batch in batches)
+        return image_batches(source, indices, self.resolution, batch_size=self.batch_size, quarantine=quarantine)
 
 
 def is_store(stats: str) -> bool:
