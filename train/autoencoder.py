@@ -41,6 +41,7 @@ from ldm_vae.launch import StopSignal, build_accelerator, check_ranks_agree
 from ldm_vae.logbook import Averages, Logbook, check_finite
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import evaluate_reconstruction
+from ldm_vae.metrics.live import record_validation
 from ldm_vae.metrics.select import build_metrics
 from ldm_vae.objective import Objective
 from ldm_vae.optim import schedule, set_learning_rate
@@ -223,7 +224,7 @@ def train(settings: Training) -> None:
         pixels = (to_pixels(batch.pixels) for batch in batches)
         statistics = measure(ema.module, pixels, accelerator.device)
         normalisation = statistics.normalisation(settings.normalisation)
-        write_vae(ema.module, run / "vae", normalisation, sample_size=settings.resolution)
+        write_vae(ema.module, run / "vae", normalisation, sample_size=settings.resolution, statistics=statistics)
     show(run, accelerator)
     accelerator.end_training()
     say(f"trained on {images_seen:,} images; the autoencoder is in {run / 'vae'}")
@@ -236,14 +237,13 @@ def validate(vae: AutoencoderKL, source: Source, settings: Training, accelerator
     """Reconstruction metrics of the averaged weights on held-out images, shared out over the ranks."""
     chosen = spread(len(source), settings.validation_images)
     mine = share_of(accelerator.process_index, accelerator.num_processes, chosen, settings.train_batch_size)
-    result = evaluate_reconstruction(
-        vae,
-        image_batches(source, mine, settings.resolution, batch_size=settings.train_batch_size),
-        build_metrics(settings.validation_metrics, accelerator.device, settings.resolution),
-        accelerator.device,
-        resolution=settings.resolution,
-        batch_size=settings.train_batch_size,
-    )
+    metrics = build_metrics(settings.validation_metrics, accelerator.device, settings.resolution)
+    shape = {"resolution": settings.resolution, "batch_size": settings.train_batch_size}
+    batches = image_batches(source, mine, settings.resolution, batch_size=settings.train_batch_size)
+    result = evaluate_reconstruction(vae, batches, metrics, accelerator.device, **shape)
+    if accelerator.is_main_process:
+        name = settings.validation_data.path
+        record_validation(settings.output_dir, vae, source, name, result, metrics, accelerator.device, **shape)
     return {f"validation/{name}": summary.mean for name, summary in result.metrics.items() if summary.mean is not None}
 
 
