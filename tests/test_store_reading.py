@@ -94,7 +94,7 @@ def test_pickling_sends_no_maps(store: Path) -> None:
 def test_columns_are_chosen_and_a_wrong_one_is_named(store: Path) -> None:
     assert set(LatentDataset(store, columns=("label",))[0]) == {"latents", "index", "label"}
     assert set(LatentDataset(store, columns=())[0]) == {"latents", "index"}
-    with pytest.raises(UsageError, match="no column 'captoin'; it has key, source"):
+    with pytest.raises(UsageError, match="columns: the store has no 'captoin'; it has 'key', 'source'"):
         LatentDataset(store, columns=("captoin",))
 
 

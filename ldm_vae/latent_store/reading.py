@@ -4,6 +4,7 @@
     data[0]["latents"]                    # scaled [c, h, w], fp32: what a diffusion model sees
     data[0]["caption"]                    # and every other column of the store
     data.decode(data[0]["latents"], vae)  # back to pixels [C, H, W]
+    for batch in data.loader(64): ...     # shuffled batches of an epoch; new noise each epoch
 
 No file is opened per sample: each shard is mapped once per process, when it is first touched, and its pages are shared
 between workers. Rows go straight from the map into the batch's buffer.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,16 +26,24 @@ from torch.utils.data import Dataset
 from ldm_vae import keyed, latents
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import shards
-from ldm_vae.latent_store.layout import SAFETENSORS_DTYPES, SHARDS, TENSOR_NAMES, TENSORS
-from ldm_vae.latent_store.manifest import Manifest, read_manifest
+from ldm_vae.latent_store.layout import PIXELS, SAFETENSORS_DTYPES, SHARDS, TENSOR_NAMES, TENSORS, tensor_name
+
+from ldm_vae.latent_store.layout import crop_of, is_flipped  # isort: skip
+from ldm_vae.latent_store.manifest import Manifest, ShardRecord, read_manifest
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Moments, Normalisation, NormalisationKind
 
+if TYPE_CHECKING:
+    from ldm_vae.latent_store.loading import LatentLoader
+
 Item = dict[str, Any]
+Integers = npt.NDArray[np.int64]
+
+MOST_MAPS = 30_000  # the kernel allows a process 65,530 mappings; stores of more shards give up the oldest ones
 
 
 class Rows(Sequence[Item]):
-    """The samples of one batch: `batch` is the ready collated dict, indexing makes single items from it."""
+    """The samples of one batch: `batch` is the ready dict of whole tensors, indexing makes single items from it."""
 
     def __init__(self, batch: Item, count: int) -> None:
         self.batch, self._count = batch, count
@@ -63,13 +72,17 @@ class LatentDataset(Dataset[Item]):
         path: the store's folder.
         raw: give the stored tensors instead (`mean` and `logvar`, or what the store has), unscaled, fp32.
         sample: z = mean + sigma * noise; False gives the mean. Noise is keyed by (seed, epoch, index).
-        seed: of the noise.
-        columns: which columns to give; None is all.
+        seed: of the noise and of random views.
+        columns: which columns to give; None is all (of `loader`: caption and label, where they exist).
         normalisation: one of your own, or `scale`, `shift`, `channel` from the store's measured statistics; None is the
             one that the VAE's config.json named.
+        view: which view (`""`, `flip`, `top_left`, ...), or `random`: another one each epoch, keyed as the noise is.
+        resolution: only samples of this resolution; None is all.
+        pixels: also give `pixels`, uint8 [C, H, W], of a store that was made with them.
 
     Raises:
-        UsageError: no store there, one of another format version, an incomplete one, or an unknown column.
+        UsageError: no store there, one of another format version, an incomplete one; an unknown column, view or
+            resolution.
     """
 
     def __init__(
@@ -81,23 +94,43 @@ class LatentDataset(Dataset[Item]):
         seed: int = 0,
         columns: Sequence[str] | None = None,
         normalisation: Normalisation | NormalisationKind | None = None,
+        view: str = "",
+        resolution: int | None = None,
+        pixels: bool = False,
     ) -> None:
         self.path = Path(path)
         self.manifest: Manifest = read_manifest(self.path)
         if not self.manifest.complete:
             raise UsageError(f"store {path}: not finished; run the `ldm-vae encode` command that began it again")
         self.raw, self.sample, self.seed, self.epoch = raw, sample, seed, 0
+        identity = self.manifest.identity
+        _known("view", view, (*identity.views, "random"))
+        self._view = view
+        if resolution is not None:
+            _known("resolution", resolution, identity.resolution)
+        if pixels and not identity.pixels:
+            raise UsageError("pixels: the store has none; make one with `ldm-vae encode --pixels`")
         self.columns = tuple(self.manifest.columns if columns is None else columns)
         for name in self.columns:
-            if name not in self.manifest.columns:
-                exist = ", ".join(self.manifest.columns)
-                raise UsageError(f"columns: the store has no column {name!r}; it has {exist}")
+            _known("columns", name, tuple(self.manifest.columns))
+        usual = tuple(name for name in ("caption", "label") if name in self.manifest.columns)
+        self.batch_columns = usual if columns is None else self.columns
         self.normalisation = self._choose(normalisation)
-        identity = self.manifest.identity
         self._names = TENSOR_NAMES[identity.store]
+        self._pixels = pixels
         self._dtype = SAFETENSORS_DTYPES[identity.dtype]
-        self._stops = np.cumsum([shard.live for shard in self.manifest.shards], dtype=np.int64)
-        self._starts = self._stops - np.array([shard.live for shard in self.manifest.shards], dtype=np.int64)
+        self.shards: tuple[ShardRecord, ...] = tuple(
+            shard for shard in self.manifest.shards if resolution in (None, shard.resolution)
+        )
+        live = np.array([shard.live for shard in self.shards], dtype=np.int64)
+        self._stops: Integers = np.cumsum(live)
+        self._starts: Integers = self._stops - live
+        # of a shard that has lost rows: how many live ones come before each of those
+        self._before_removed: dict[int, Integers] = {
+            number: np.asarray(shard.removed, dtype=np.int64) - np.arange(len(shard.removed))
+            for number, shard in enumerate(self.shards)
+            if shard.removed
+        }
         self._maps: dict[int, dict[str, npt.NDArray[Any]]] = {}
         self._tables: dict[int, dict[str, Any]] = {}
 
@@ -113,69 +146,110 @@ class LatentDataset(Dataset[Item]):
         return LatentStatistics.from_json(self.manifest.statistics)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the noise is keyed by."""
+        """Choose the epoch that noise and random views are keyed by (`loader` does it by itself)."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.manifest.samples
+        return int(self._stops[-1]) if len(self._stops) else 0
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """Latent shape (c, h, w) of one sample; a store of one resolution has one shape."""
-        return self.manifest.shards[self._places([index])[0][0]].shape
+        """Latent shape (c, h, w) of one sample; a store of one resolution without buckets has one shape."""
+        return self.shards[int(np.searchsorted(self._stops, self._checked(index), side="right"))].shape
+
+    def shapes(self) -> dict[tuple[int, ...], Sequence[int] | Integers]:
+        """The latent shapes in the store, each with the indices of its samples."""
+        if len({shard.shape for shard in self.shards}) == 1:
+            return {self.shards[0].shape: range(len(self))}
+        found: dict[tuple[int, ...], list[Integers]] = {}
+        for number, shard in enumerate(self.shards):
+            found.setdefault(shard.shape, []).append(np.arange(self._starts[number], self._stops[number]))
+        return {shape: np.concatenate(parts) for shape, parts in found.items()}
+
+    def loader(self, batch_size: int, **options: Any) -> LatentLoader:
+        """Batches of this dataset, shuffled, sharded over ranks, resumable: see `LatentLoader`."""
+        from ldm_vae.latent_store.loading import LatentLoader
+
+        return LatentLoader(self, batch_size, **options)
 
     # --- items --------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, index: int) -> Item:
-        rows = self._rows([self._checked(index)])
-        item: Item = rows[0]
+        item: Item = self.__getitems__([index])[0]
         return item
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[Item]:
         """A whole batch at once: the way torch's DataLoader asks for it."""
-        rows: Sequence[Item] = self._rows([self._checked(index) for index in indices])
-        return rows
+        checked = [self._checked(index) for index in indices]
+        shard, _ = self._places(np.array(checked, dtype=np.int64))
+        if len({self.shards[number].shape for number in set(shard)}) > 1:
+            return [self[index] for index in checked]  # one buffer cannot hold them: single items
+        return Rows(self.read(checked, [self.epoch] * len(checked), self.columns), len(checked))
 
     def _checked(self, index: int) -> int:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a store of {len(self)} samples")
         return int(index) % len(self)
 
-    def _rows(self, indices: Sequence[int]) -> Any:
-        places = self._places(indices)
-        shapes = {self.manifest.shards[shard].shape for shard, _ in places}
-        if len(shapes) > 1:  # one buffer cannot hold them: single items, as DataLoader's collate expects
-            return [self[index] for index in indices]
-        batch: Item = self._tensors(indices, places, shapes.pop())
-        batch["index"] = torch.tensor(indices)
-        for name in self.columns:
-            batch[name] = [self._value(shard, row, name) for shard, row in places]
-        return Rows(batch, len(indices))
-
-    def _places(self, indices: Sequence[int]) -> list[tuple[int, int]]:
-        """Where samples lie: (shard, physical row) each."""
-        wanted = np.asarray(indices, dtype=np.int64)
-        shard = np.searchsorted(self._stops, wanted, side="right")
-        rows = wanted - self._starts[shard]
-        places = list(zip(shard.tolist(), rows.tolist(), strict=True))
-        return [(s, _physical(r, self.manifest.shards[s].removed)) for s, r in places]
-
-    def _tensors(self, indices: Sequence[int], places: list[tuple[int, int]], shape: tuple[int, ...]) -> Item:
-        stored = {name: self._gather(name, places, shape) for name in self._names}
+    def read(self, indices: Sequence[int], epochs: Sequence[int], columns: Sequence[str]) -> Item:
+        """One batch of samples that share a latent shape, each of its own epoch: tensors [B, ...], columns as lists."""
+        shard, row = self._places(np.asarray(indices, dtype=np.int64))
+        shape = self.shards[shard[0]].shape
+        views = self._views(indices, epochs)
+        stored = {name: self._gather(name, views, shard, row, shape) for name in self._names}
+        batch: Item = {}
         if self.raw:
-            return {name: value.float() for name, value in stored.items()}
-        z = stored[self._names[0]].float()
-        if "logvar" in stored and self.sample:
-            noise = keyed.normal(self.seed, "latent store", [(self.epoch, index) for index in indices], shape)
-            z = Moments(z, stored["logvar"].float()).sample(noise)
-        return {"latents": self.normalisation.apply(z)}
+            batch |= {name: value.float() for name, value in stored.items()}
+        else:
+            z = stored[self._names[0]].float()
+            if "logvar" in stored and self.sample:
+                noise = keyed.normal(self.seed, "latent store", zip(epochs, indices, strict=True), shape)
+                z = Moments(z, stored["logvar"].float()).sample(noise)
+            batch["latents"] = self.normalisation.apply(z)
+        if self._pixels:
+            batch[PIXELS] = self._gather_pixels(views, shard, row)
+        batch["index"] = torch.tensor(indices)
+        for name in columns:
+            batch[name] = [self._value(s, r, name) for s, r in zip(shard, row, strict=True)]
+        return batch
 
-    def _gather(self, name: str, places: list[tuple[int, int]], shape: tuple[int, ...]) -> torch.Tensor:
+    def _places(self, indices: Integers) -> tuple[list[int], list[int]]:
+        """Where samples lie: shards, and rows of their files."""
+        shard = np.searchsorted(self._stops, indices, side="right")
+        row = indices - self._starts[shard]
+        if self._before_removed:
+            for number in np.unique(shard).tolist():
+                if (before := self._before_removed.get(number)) is not None:
+                    own = shard == number
+                    row[own] += np.searchsorted(before, row[own], side="right")
+        return shard.tolist(), row.tolist()
+
+    def _views(self, indices: Sequence[int], epochs: Sequence[int]) -> list[str] | str:
+        if self._view != "random":
+            return self._view
+        views = self.manifest.identity.views
+        keys = zip(epochs, indices, strict=True)
+        return [views[int(keyed.generator(self.seed, "view", *key).integers(len(views)))] for key in keys]
+
+    def _gather(
+        self, name: str, views: list[str] | str, shard: list[int], row: list[int], shape: Sequence[int]
+    ) -> torch.Tensor:
         """Stored rows => [B, c, h, w] in storage dtype, copied once."""
         dtype: np.dtype[Any] = shards.STORAGE[self._dtype]
-        out = np.empty((len(places), *shape), dtype=dtype)
-        for position, (shard, row) in enumerate(places):
-            out[position] = self._map(shard)[name][row]
+        out = np.empty((len(shard), *shape), dtype=dtype)
+        maps, one = self._maps, tensor_name(name, views) if isinstance(views, str) else ""
+        for position, (s, r) in enumerate(zip(shard, row, strict=True)):
+            mapped = maps.get(s) or self._map(s)
+            out[position] = mapped[one or tensor_name(name, views[position])][r]
         return torch.from_numpy(out) if self._dtype != "BF16" else torch.from_numpy(out).view(torch.bfloat16)
+
+    def _gather_pixels(self, views: list[str] | str, shard: list[int], row: list[int]) -> torch.Tensor:
+        """Stored crops => uint8 [B, C, H, W], mirrored where the view is."""
+        each = [views] * len(shard) if isinstance(views, str) else views
+        crops = []
+        for s, r, view in zip(shard, row, each, strict=True):
+            crop = self._map(s)[tensor_name(PIXELS, crop_of(view))][r]
+            crops.append(crop[:, :, ::-1] if is_flipped(view) else crop)
+        return torch.from_numpy(np.stack(crops))
 
     def _value(self, shard: int, row: int, name: str) -> Any:
         column = self._table(shard).get(name)
@@ -186,22 +260,24 @@ class LatentDataset(Dataset[Item]):
     def _map(self, shard: int) -> dict[str, npt.NDArray[Any]]:
         mapped = self._maps.get(shard)
         if mapped is None:
-            record = self.manifest.shards[shard]
+            record = self.shards[shard]
             path = self._inside(f"{record.name}.{TENSORS}")
             mapped = shards.map_tensors(path)
-            for name in self._names:
-                if name not in mapped or mapped[name].shape != (record.rows, *record.shape):
-                    raise WorkError(
-                        f"shard {path}: tensor {name} is not as the manifest says; run `ldm-vae store verify`"
-                    )
+            for view in self.manifest.identity.views:
+                for name in self._names:
+                    found = mapped.get(tensor_name(name, view))
+                    if found is None or found.shape != (record.rows, *record.shape):
+                        raise WorkError(f"shard {path}: is not as the manifest says; run `ldm-vae store verify`")
+            _make_room(self._maps)
             self._maps[shard] = mapped
         return mapped
 
     def _table(self, shard: int) -> dict[str, Any]:
         columns = self._tables.get(shard)
         if columns is None:
-            table = shards.map_rows(self._inside(self.manifest.shards[shard].name)).combine_chunks()
+            table = shards.map_rows(self._inside(self.shards[shard].name)).combine_chunks()
             columns = {name: table.column(name).chunk(0) for name in table.column_names}
+            _make_room(self._tables)
             self._tables[shard] = columns
         return columns
 
@@ -227,10 +303,12 @@ class LatentDataset(Dataset[Item]):
         return pixels[0] if single else pixels
 
 
-def _physical(row: int, removed: Sequence[int]) -> int:
-    """The row in the file of the row-th sample that is still there."""
-    for gone in removed:
-        if gone > row:
-            break
-        row += 1
-    return row
+def _known(what: str, name: Any, exist: Sequence[Any]) -> None:
+    if name not in exist:
+        raise UsageError(f"{what}: the store has no {name!r}; it has {', '.join(map(repr, exist))}")
+
+
+def _make_room(maps: dict[int, Any]) -> None:
+    """Give up the oldest mapping when there are too many."""
+    if len(maps) >= MOST_MAPS:
+        del maps[next(iter(maps))]

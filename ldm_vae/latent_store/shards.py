@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from ldm_vae.errors import WorkError
 from ldm_vae.latent_store import publish
@@ -221,6 +222,17 @@ def to_float(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+def map_file(path: Path) -> npt.NDArray[np.uint8]:
+    """The bytes of a file, mapped, read-only. torch's mapping holds no file descriptor (numpy's does): a process that
+    reads a store of thousands of shards stays below the usual limit of 1,024."""
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError("the file is empty")
+    raw: npt.NDArray[np.uint8] = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    raw.flags.writeable = False
+    return raw
+
+
 def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
     """The tensors of a shard as read-only arrays that are mapped, not read; bfloat16 comes as its 16 bits (uint16).
 
@@ -228,14 +240,14 @@ def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
         WorkError: the file is missing, truncated or not a shard.
     """
     try:
-        raw = np.memmap(path, dtype=np.uint8, mode="r")
+        raw = map_file(path)
         length = int.from_bytes(raw[:8].tobytes(), "little")
         if not 2 <= length <= min(len(raw) - 8, 100_000_000):
             raise ValueError("no safetensors header")
         header = json.loads(raw[8 : 8 + length].tobytes())
         header.pop("__metadata__", None)
         return {name: _view(raw[8 + length :], entry) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise WorkError(
             f"shard {path}: cannot be read: {error}; `ldm-vae store verify` tells what is damaged"
         ) from error
@@ -255,9 +267,9 @@ def map_rows(stem: Path) -> pa.Table:
     mapped = stem.with_name(f"{stem.name}.{MAPPED_ROWS}")
     try:
         if mapped.exists():
-            return pa.ipc.open_file(pa.memory_map(str(mapped))).read_all()
+            return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(map_file(mapped)))).read_all()
         return read_rows(stem)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
         raise WorkError(f"shard {mapped}: cannot be read: {error}; `ldm-vae store verify` tells more") from error
 
 
