@@ -1,6 +1,6 @@
 """Killed at any moment, by any number of processes: the finished store is the one that was never interrupted.
 
-In the suite: 24 kills of forked children at random moments, and 4 of the real program under its launcher (slow). The
+In the suite (slow): 24 kills of forked children at random moments, and 4 of the real program under its launcher. The
 torture, as often as one likes:
 
     python tests/test_store_kills.py --kills 100
@@ -109,6 +109,7 @@ def undo(out: Path, draw: random.Random) -> None:
         record.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_killed_two_dozen_times_at_random_moments(tmp_path: Path) -> None:
     child(str(tmp_path / "whole"), 0, 1, 0, 0)
