@@ -169,10 +169,10 @@ def _trunk_file(path: Path) -> Tensors:
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         return {key: value.float() for key, value in tensors.items() if key.startswith("features.")}
-    # torch.load says what is wrong with a file in half a dozen ways
-    except (OSError, EOFError, ValueError, AttributeError, SafetensorError, RuntimeError, pickle.PickleError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"lpips weights {path}: cannot be read: {reason}") from error
+    except OSError as error:
+        raise UsageError(f"lpips weights {path}: {error}") from error
+    except Exception as error:  # torch.load has half a dozen; what some of them advise is unsafe
+        raise UsageError(f"lpips weights {path}: not a file of tensors that torch or safetensors wrote") from error
 
 
 # --- the source distribution ------------------------------------------------------------------------------------------

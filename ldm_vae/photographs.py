@@ -11,8 +11,8 @@ Whole photographs are held out: crops of one photograph on both sides would be a
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,9 @@ from ldm_vae.errors import UsageError, WorkError
 
 SHORT_SIDE = 256  # of a whole photograph; tiles are cut at this scale and, where the original allows, at twice it
 TRAIN_TILE, HELDOUT_TILE = 96, 64
+MARK = "ATTRIBUTION.md"
+CC_BY = "CC BY 2.0 (https://creativecommons.org/licenses/by/2.0/)"
+SKIMAGE_DATA = "https://gitlab.com/scikit-image/data"
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,74 @@ class Photograph:
     file: str
     held_out: bool
     credit: str
+    source: str
 
 
 PHOTOGRAPHS = (
-    Photograph("astronaut", "skimage", "data/astronaut.png", False, "Eileen Collins; NASA, public domain"),
-    Photograph("china", "sklearn", "datasets/images/china.jpg", False, "danielbuechele on Flickr, CC BY 2.0"),
-    Photograph("coffee", "skimage", "data/coffee.png", False, "Rachel Michetti, courtesy of Pikolo Espresso Bar, CC0"),
-    Photograph("rocket", "skimage", "data/rocket.jpg", False, "DSCOVR on Falcon 9; SpaceX, public domain"),
-    Photograph("retina", "skimage", "data/retina.jpg", False, "Fundus of a normal left eye; Haggstrom, CC0"),
-    Photograph("hubble", "skimage", "data/hubble_deep_field.jpg", False, "eXtreme Deep Field; NASA, public domain"),
-    Photograph("chelsea", "skimage", "data/chelsea.png", True, "Chelsea the cat; Stefan van der Walt, CC0"),
-    Photograph("flower", "sklearn", "datasets/images/flower.jpg", True, "vultilion on Flickr, CC BY 2.0"),
+    Photograph(
+        "astronaut",
+        "scikit-image",
+        "skimage/data/astronaut.png",
+        False,
+        "Eileen Collins, by NASA; public domain",
+        "https://flic.kr/p/r9qvLn",
+    ),
+    Photograph(
+        "china",
+        "scikit-learn",
+        "sklearn/datasets/images/china.jpg",
+        False,
+        f"by danielbuechele on Flickr; {CC_BY}",
+        "https://www.flickr.com/photos/danielbuechele/6061409035/",
+    ),
+    Photograph(
+        "coffee",
+        "scikit-image",
+        "skimage/data/coffee.png",
+        False,
+        "by Rachel Michetti, courtesy of Pikolo Espresso Bar; CC0",
+        SKIMAGE_DATA,
+    ),
+    Photograph(
+        "rocket",
+        "scikit-image",
+        "skimage/data/rocket.jpg",
+        False,
+        "DSCOVR on Falcon 9, by SpaceX; public domain",
+        "https://www.flickr.com/photos/spacexphotos/16511594820/",
+    ),
+    Photograph(
+        "retina",
+        "scikit-image",
+        "skimage/data/retina.jpg",
+        False,
+        "fundus of a normal left eye, by Mikael Häggström; CC0",
+        "https://commons.wikimedia.org/wiki/File:Fundus_photograph_of_normal_left_eye.jpg",
+    ),
+    Photograph(
+        "hubble",
+        "scikit-image",
+        "skimage/data/hubble_deep_field.jpg",
+        False,
+        "Hubble eXtreme Deep Field, by NASA; public domain",
+        "http://hubblesite.org/newscenter/archive/releases/2012/37/image/a/",
+    ),
+    Photograph(
+        "chelsea",
+        "scikit-image",
+        "skimage/data/chelsea.png",
+        True,
+        "Chelsea the cat, by Stefan van der Walt; CC0",
+        SKIMAGE_DATA,
+    ),
+    Photograph(
+        "flower",
+        "scikit-learn",
+        "sklearn/datasets/images/flower.jpg",
+        True,
+        f"by vultilion on Flickr; {CC_BY}",
+        "https://www.flickr.com/photos/vultilion/6056698931/",
+    ),
 )
 
 
@@ -52,27 +112,37 @@ def prepare_demo(out: Path) -> str:
     """Write the photographs and crops to `out`; returns a sentence. An `out` that is whole is left as it is.
 
     Raises:
-        UsageError: `out` holds something else.
-        WorkError: a package is not installed.
+        UsageError: `out` is or holds something else.
+        WorkError: a package is not installed, or `out` cannot be written.
     """
-    done = out / "ATTRIBUTION.md"
-    if not done.is_file():
-        if out.exists() and any(out.iterdir()):
-            raise UsageError(f"OUT {out}: expected a new folder or one of these photographs, it holds something else")
-        beside = out.with_name(f".{out.name}.{os.getpid()}")
-        shutil.rmtree(beside, ignore_errors=True)
-        try:
-            for photograph in tqdm(PHOTOGRAPHS, desc="photographs", unit="photo", disable=None):
-                _cut(photograph, beside)
-            (beside / done.name).write_text(_attribution(), encoding="utf-8")
-            if out.exists():
-                out.rmdir()
-            out.parent.mkdir(parents=True, exist_ok=True)
-            beside.rename(out)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    counts = {side: sum(1 for _ in (out / side).rglob("*.png")) for side in ("photographs", "train", "heldout")}
+    folder = out.absolute()  # `.` has no name to write beside
+    try:
+        if not (folder / MARK).is_file():
+            if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+                raise UsageError(f"OUT {out}: expected a new folder or one of these photographs, it is something else")
+            _write(folder)
+        counts = {side: sum(1 for _ in (folder / side).rglob("*.png")) for side in ("photographs", "train", "heldout")}
+    except OSError as error:
+        raise WorkError(f"the photographs cannot be written: {error}") from error
     return f"{out}: {counts['photographs']} photographs, {counts['train']} training crops, {counts['heldout']} held out"
+
+
+def _write(out: Path) -> None:
+    """The whole folder beside `out`, then under its name: what is there is whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        beside.chmod(0o755)  # mkdtemp gives 700
+        for photograph in tqdm(PHOTOGRAPHS, desc="photographs", unit="photo", disable=None):
+            _cut(photograph, beside)
+        (beside / MARK).write_text(_attribution(), encoding="utf-8")
+        try:
+            beside.replace(out)
+        except OSError:
+            if not (out / MARK).is_file():  # else another process was first, with the same photographs
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _cut(photograph: Photograph, out: Path) -> None:
@@ -96,12 +166,16 @@ def _cut(photograph: Photograph, out: Path) -> None:
 
 
 def _locate(photograph: Photograph) -> Path:
-    spec = importlib.util.find_spec(photograph.package)
+    package, _, file = photograph.file.partition("/")
+    spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise WorkError("the demo's photographs come with scikit-image and scikit-learn: pip install 'ldm-vae[demo]'")
-    path = Path(spec.origin).parent / photograph.file
+        raise WorkError(
+            "the demo's photographs come with scikit-image and scikit-learn, and "
+            f"{photograph.package} is not installed: pip install 'ldm-vae[demo]'"
+        )
+    path = Path(spec.origin).parent / file
     if not path.is_file():
-        raise WorkError(f"{photograph.package} does not ship {photograph.file} in this version")
+        raise WorkError(f"the installed version of {photograph.package} does not ship {file}")
     return path
 
 
@@ -118,9 +192,9 @@ def _tiles(image: Image.Image, size: int, stride: int) -> list[Image.Image]:
 
 
 def _attribution() -> str:
-    lines = ["# Photographs of the demo", "", "As stated by the packages that ship them; resized and cut.", ""]
-    for photograph in PHOTOGRAPHS:
-        side = "held out" if photograph.held_out else "training"
-        package = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[photograph.package]
-        lines.append(f"- {photograph.name} ({side}): {photograph.credit} (from {package})")
+    lines = ["# Photographs of the demo", ""]
+    lines += ["Authors and licences as stated by the packages that ship them. Resized, and cut into crops.", ""]
+    for each in PHOTOGRAPHS:
+        side = "held out" if each.held_out else "training"
+        lines.append(f"- {each.name} ({side}): {each.credit}; {each.source}; shipped by {each.package}")
     return "\n".join(lines) + "\n"
