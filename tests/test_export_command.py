@@ -86,6 +86,16 @@ def test_single_file_is_written_with_its_warnings(
     assert sorted(entry.name for entry in (tmp_path / "mine").iterdir()) == ["README.md", "mine.safetensors"]
 
 
+def test_half_precision_file(tiny_vae_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    assert run_cli("export", tiny_vae_folder, path, "--target", "kohya", "--variant", "fp16") == 0
+    assert {value.dtype for value in load_file(path).values()} == {torch.float16}
+    full = load_autoencoder(tiny_vae_folder).state_dict()
+    assert all(
+        torch.equal(value, full[name].half().float()) for name, value in load_autoencoder(path).state_dict().items()
+    )
+
+
 def test_a_file_of_wrong_names_is_caught(
     tiny_vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,8 @@ def test_the_folder_is_what_diffusers_loads(tiny_vae: AutoencoderKL, tmp_path: P
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in tiny_vae.state_dict().items())
     with safe_open(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "vae").iterdir()}
+    assert len(modes) == 1  # the weights are as readable as the config
     assert "library_name: diffusers" in (tmp_path / "vae" / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]  # nothing is left beside it
 

@@ -29,7 +29,7 @@ from ldm_vae.export.targets import TARGETS, Target, warnings_for, write_target
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation, NormalisationKind
 
-AUDIT_SIDE = 128  # pixels on a CPU, where the audit of an SD-sized VAE would take minutes at its own size
+AUDIT_SIDE = 64  # pixels on a CPU, where the audit of an SD-sized VAE would take minutes at its own size
 
 
 @dataclass(frozen=True)
@@ -262,13 +262,13 @@ def _write_file(
 ) -> Path:
     """OUT.safetensors with its card beside it, or a folder that holds both."""
     ready = configured_copy(vae, normalisation, sample_size=request.resolution)
-    target, dtype = TARGETS[request.target], torch.float16 if request.half else None
+    target = TARGETS[request.target]
     done.warnings += warnings_for(target, ready.config)
     card.sections[f"For {target.title}"] = _for_target(done.warnings)
     alone = request.out.suffix == ".safetensors"
     folder = request.out.parent if alone else publish.beside(request.out)
     try:
-        difference = write_target(ready, folder / f"{card.name}.safetensors", dtype)
+        difference = write_target(ready, folder / f"{card.name}.safetensors", half=request.half)
         beside = {f"{card.name}.md": card.text(ready).encode()} if alone else {"README.md": card.text(ready).encode()}
         for name, content in (beside | ({} if alone else files)).items():
             (folder / name).parent.mkdir(exist_ok=True)

@@ -44,14 +44,24 @@ def beside(out: Path) -> Path:
 
 def put(folder: Path, out: Path) -> None:
     """Rename `folder` to `out`; an older export steps aside first and is deleted last."""
-    for path in [*(path for path in folder.rglob("*") if path.is_file()), folder]:
-        _sync(path)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            settle(path)
+    _sync(folder)
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     if out.exists():
         out.rename(old)
     folder.rename(out)
     _sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(path: Path) -> None:
+    """On disk, and readable by whom the umask allows (safetensors writes files that only their owner may read)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+    _sync(path)
 
 
 def _sync(path: Path) -> None:

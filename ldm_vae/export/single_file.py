@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ldm_vae.errors import UsageError
-from ldm_vae.export import ldm_keys
+from ldm_vae.export import ldm_keys, publish
 
 CONFIG_KEY = "ldm_vae.config"  # in the header of our own files: the diffusers config, so that nothing is inferred
 
@@ -79,8 +79,7 @@ def save_single_file(vae: AutoencoderKL, path: Path, prefix: str = "") -> Path:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, beside, metadata={"format": "pt", CONFIG_KEY: json.dumps(config)})
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
+        publish.settle(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -115,8 +115,8 @@ TARGETS: Mapping[str, Target] = {
 }
 
 
-def write_target(vae: AutoencoderKL, path: Path, dtype: torch.dtype | None = None) -> float:
-    """Write the bare LDM file that all three programs read, in `dtype`, and read it as they do.
+def write_target(vae: AutoencoderKL, path: Path, *, half: bool = False) -> float:
+    """Write the bare LDM file that all three programs read, in fp16 if `half`, and read it as they do.
 
     Returns:
         the largest difference of moments and pixels, relative to the largest of them (rounding only).
@@ -124,7 +124,8 @@ def write_target(vae: AutoencoderKL, path: Path, dtype: torch.dtype | None = Non
     Raises:
         WorkError: the file does not encode or decode as the model does; it is removed.
     """
-    copy = configured_copy(vae).to(dtype or vae.dtype)
+    copy = configured_copy(vae)
+    copy = copy.half() if half else copy
     save_single_file(copy, path)
     difference = max(_differences(copy.float(), load_file(path)))
     if not difference <= TOLERANCE:
