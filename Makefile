@@ -33,12 +33,14 @@ demo: install
 	@echo "  $(BIN)/ldm-vae train configs/kl_f8_d4.yaml --data.path PHOTOS --output_dir runs/mine"
 
 test: install
+	$(BIN)/ldm-vae assets lpips
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not browser"
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/ldm-vae assets lpips
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not gpu"
 
 clean:
