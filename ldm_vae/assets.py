@@ -30,6 +30,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from ldm_vae import publish
 from ldm_vae.errors import UsageError, WorkError
 
 Net = Literal["alex", "vgg"]
@@ -245,12 +246,4 @@ def _convert(tree: Mapping[str, Any], net: str) -> Tensors:
 
 
 def _save(tensors: Tensors, path: Path) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(save(tensors))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    publish.replace(path, publish.data(save(tensors)))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldm_vae import publish
 from ldm_vae.errors import WorkError
 
 PREFIX = "images-"
@@ -82,11 +82,10 @@ def save(folder: Path, images_seen: int, objects: Mapping[str, Stateful], config
         WorkError: it cannot be written (a full disk, no permission); older checkpoints stay as they are.
     """
     final = folder / name(images_seen)
-    beside = folder / f".{final.name}.{os.getpid()}"
+    beside: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
+        beside = publish.beside(final)
         tensors: dict[str, torch.Tensor] = {}
         state = {key: pack(thing.state_dict(), tensors, key) for key, thing in objects.items()}
         save_file(tensors, beside / "tensors.safetensors")
@@ -94,13 +93,10 @@ def save(folder: Path, images_seen: int, objects: Mapping[str, Stateful], config
         (beside / "config.yaml").write_text(config, encoding="utf-8")
         sums = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
         (beside / CHECKSUMS).write_text(json.dumps(sums, indent=1))
-        for path in (*beside.iterdir(), beside):
-            _fsync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
-        _fsync(folder)
+        publish.put(beside, final)
     except (OSError, RuntimeError) as error:  # safetensors reports a full disk as a RuntimeError of its own
-        shutil.rmtree(beside, ignore_errors=True)
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
         last = newest(folder)
         kept = f"the last good one is {last.name}" if last else "there is none yet"
         raise WorkError(f"checkpoint {final.name} could not be written ({error}); {kept}") from error
@@ -132,7 +128,7 @@ def prune(folder: Path, keep: int | None, best: str | None = None) -> None:
     for checkpoint in checkpoints[keep:] if keep is not None else []:
         if checkpoint.name != best:
             shutil.rmtree(checkpoint)
-    for leftover in folder.glob(f".{PREFIX}*"):
+    for leftover in filter(publish.is_temporary, folder.iterdir()):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -148,11 +144,3 @@ def _damage(checkpoint: Path) -> str | None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,10 @@ import pkgutil
 from ldm_vae import __version__, commands
 from ldm_vae.errors import run_program
 
-ORDER = ("assets", "inspect", "config", "train", "export", "encode", "store", "evaluate", "report")
+ORDER = (
+    "assets", "inspect", "config", "train", "export", "encode", "store", "evaluate", "report",
+    "reconstruct", "decode", "fp16", "drift", "tiling",
+)  # fmt: skip
 
 EPILOG = """\
 from photographs to a latent space:

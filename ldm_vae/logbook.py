@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ldm_vae import publish
 from ldm_vae.errors import WorkError
 
 
@@ -76,9 +77,7 @@ class Logbook:
         if not (self.accelerator.is_main_process and self.path.exists()):
             return
         lines = [line for line in self.path.read_text().splitlines(keepends=True) if _is_until(line, images_seen)]
-        beside = self.path.with_suffix(".jsonl.tmp")
-        beside.write_text("".join(lines))
-        beside.replace(self.path)
+        publish.replace(self.path, publish.data("".join(lines).encode()))
 
     def write(self, images_seen: int, values: Mapping[str, Any]) -> None:
         if not self.accelerator.is_main_process:

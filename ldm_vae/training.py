@@ -17,7 +17,6 @@ from ldm_vae.data.transforms import TransformConfig
 from ldm_vae.errors import UsageError
 from ldm_vae.optim import OptimizerConfig
 
-
 ValidationMetric = Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg"]
 
 

@@ -84,7 +84,7 @@ def test_a_damaged_newest_is_passed_over_aloud(tmp_path: Path, damage: str) -> N
 def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
     for images in (10, 20, 30, 40):
         save(tmp_path, images)
-    (tmp_path / ".images-000000050.123").mkdir()  # what a killed process left
+    (tmp_path / ".images-000000050.123.tmp").mkdir()  # what a killed process left
     checkpoint.prune(tmp_path, 2, best="images-000000010")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "images-000000010", "images-000000030", "images-000000040",
@@ -98,7 +98,7 @@ def test_a_failed_save_keeps_the_last_good_one(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(WorkError, match="No space left on device.*the last good one is images-000000010"):
+    with pytest.raises(WorkError, match=r"No space left on device.*the last good one is images-000000010"):
         save(tmp_path, 20)
     assert checkpoint.newest(tmp_path) == good
     assert [path.name for path in tmp_path.iterdir()] == [good.name]

@@ -18,8 +18,9 @@ from diffusers import AutoencoderKL
 from test_store_updating import AFTER, Album, contents, names
 from test_store_writing import SETTINGS, Pictures, tree
 
+from ldm_vae import publish
 from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.latent_store import publish, read_manifest, verify, write_store
+from ldm_vae.latent_store import read_manifest, verify, write_store
 from ldm_vae.latent_store.reencoding import reencode
 from ldm_vae.latent_store.repairing import Repaired, repair
 

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT, write_images
 
 pytestmark = pytest.mark.slow

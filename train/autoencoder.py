@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
-from ldm_vae import checkpoint, config
+from ldm_vae import checkpoint, config, publish
 from ldm_vae.adversary import Adversary
 from ldm_vae.autoencoder import (
     TrainableAutoencoder,
@@ -266,9 +266,7 @@ def prepare_run_folder(settings: Training, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         settings.output_dir.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".yaml.tmp")
-        beside.write_text(config.dump(settings), encoding="utf-8")
-        beside.replace(path)
+        publish.replace(path, publish.data(config.dump(settings).encode()))
     if settings.report_to is not None:
         accelerator.init_trackers("ldm-vae", config=config.flatten(settings))
 

@@ -6,8 +6,8 @@ import argparse
 
 HELP = "list the configs that ship with the project, or print one"
 DESCRIPTION = """\
-Without NAME, list the shipped configs, each with the first line of its comment. With NAME, print that file, to be copied
-and changed:
+Without NAME, list the shipped configs, each with the first line of its comment. With NAME, print that file, to be
+copied and changed:
 
   ldm-vae config kl_f8_d4 > mine.yaml
   ldm-vae train mine.yaml --dry_run     # the resolved config

@@ -73,15 +73,15 @@ def _fix(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ldm_vae.errors import WorkError
-    from ldm_vae.export import publish
     from ldm_vae.export.card import Card, card_name
     from ldm_vae.export.diffusers_folder import write_vae
     from ldm_vae.export.fp16.audit import audit
     from ldm_vae.export.fp16.certificate import certify
     from ldm_vae.export.fp16.rescale import rescale
+    from ldm_vae.export.replaceable import check_replaceable
 
     out = Path(arguments.out)
-    publish.check_replaceable(out)  # before the work, not after it
+    check_replaceable(out)  # before the work, not after it
     vae, probes = _prepare(arguments)
     before = audit(vae, probes)
     rescaling = rescale(vae, before)

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from ldm_vae import latents
+from ldm_vae import latents, publish
 from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.export import publish
 from ldm_vae.export.card import Card, card_name
+from ldm_vae.export.replaceable import check_replaceable
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation
 
@@ -58,7 +58,7 @@ def write_vae(
         UsageError: `out` is somebody else's folder, or the model's config names two normalisations at once.
         WorkError: what was read back is not what was written; `out` is as it was before.
     """
-    publish.check_replaceable(out)
+    check_replaceable(out)
     copy = configured_copy(vae, normalisation, sample_size=sample_size, force_upcast=force_upcast)
     everything = dict(files or {})
     if statistics is not None:

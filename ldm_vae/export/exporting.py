@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from ldm_vae import publish
 from ldm_vae.autoencoder import downsampling_factor, load_autoencoder
 from ldm_vae.errors import UsageError
-from ldm_vae.export import hub, publish
+from ldm_vae.export import hub
 from ldm_vae.export.card import Card, card_name
 from ldm_vae.export.diffusers_folder import STATISTICS, configured_copy, read_statistics, write_vae
 from ldm_vae.export.drift import measure_drift
@@ -24,6 +25,7 @@ from ldm_vae.export.picture import PICTURE, reconstruction_sheet
 from ldm_vae.export.preview import FILE as PREVIEW
 from ldm_vae.export.preview import Preview, fit_preview, pairs_of_images, pairs_of_store
 from ldm_vae.export.recipe import read_recipe
+from ldm_vae.export.replaceable import check_replaceable
 from ldm_vae.export.single_file import SD_SCALING, is_sd_shape, load_single_file
 from ldm_vae.export.targets import TARGETS, Target, warnings_for, write_target
 from ldm_vae.latent_store.statistics import LatentStatistics
@@ -112,7 +114,7 @@ def _check(request: Request) -> None:
     if not request.out.name:
         raise UsageError(f"OUT {request.out}: expected a new folder or an older export")
     if request.target == "diffusers" or request.out.suffix != ".safetensors":
-        publish.check_replaceable(request.out)
+        check_replaceable(request.out)
     elif request.out.is_dir():
         raise UsageError(f"OUT {request.out}: expected a file to write, found a folder")
 

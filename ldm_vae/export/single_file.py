@@ -20,8 +20,9 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ldm_vae import publish
 from ldm_vae.errors import UsageError
-from ldm_vae.export import ldm_keys, publish
+from ldm_vae.export import ldm_keys
 
 CONFIG_KEY = "ldm_vae.config"  # in the header of our own files: the diffusers config, so that nothing is inferred
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ldm_vae import publish
 from ldm_vae.errors import WorkError
-from ldm_vae.latent_store import publish, rows, shards, units
+from ldm_vae.latent_store import rows, shards, units
 from ldm_vae.latent_store.layout import PLAN, QUARANTINE, SHARDS, STATISTICS, TENSORS, UNITS
 from ldm_vae.latent_store.manifest import Manifest, ShardRecord, write_manifest
 from ldm_vae.latent_store.statistics import LatentStatistics

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from ldm_vae import publish
 from ldm_vae.config import Section
 from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.latent_store import publish
 from ldm_vae.latent_store.layout import FORMAT, VERSION, ComputeDtype, StorageDtype, StoreKind
 from ldm_vae.latent_store.layout import MANIFEST as MANIFEST  # part of this module's interface
 from ldm_vae.latents import Normalisation

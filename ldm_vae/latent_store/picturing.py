@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ldm_vae import publish
 from ldm_vae.data.transforms import to_uint8
 from ldm_vae.errors import WorkError
-from ldm_vae.latent_store import publish
 from ldm_vae.latent_store.reading import LatentDataset
 
 

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ldm_vae import publish
 from ldm_vae.errors import WorkError
-from ldm_vae.latent_store import publish, shards, units
 from ldm_vae.latent_store import rows as stored_rows
+from ldm_vae.latent_store import shards, units
 from ldm_vae.latent_store.encoding import Encoder, Reason, Rows
 from ldm_vae.latent_store.layout import SHARDS, TENSORS
 from ldm_vae.latent_store.manifest import ShardRecord

@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from ldm_vae import publish
 from ldm_vae.errors import WorkError
-from ldm_vae.latent_store import publish
 from ldm_vae.latent_store.layout import MAPPED_ROWS, ROWS, STATISTICS
 from ldm_vae.latent_store.manifest import FileRecord
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
+from ldm_vae import publish
 from ldm_vae.config import Section
 from ldm_vae.data.source import Source
-from ldm_vae.latent_store import publish
 from ldm_vae.latent_store.layout import PLAN, SHARDS, UNITS
 from ldm_vae.latent_store.manifest import Identity, Settings, ShardRecord, SourceIdentity
 

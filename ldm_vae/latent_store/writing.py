@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from ldm_vae import __version__
+from ldm_vae import __version__, publish
 from ldm_vae.autoencoder import check_resolution, decoder_fingerprint, downsampling_factor, encoder_fingerprint
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import preprocessing_identity
 from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.latent_store import preparing, publish, units, updating
+from ldm_vae.latent_store import preparing, units, updating
 from ldm_vae.latent_store.encoding import Encoder
 from ldm_vae.latent_store.finishing import finish
 from ldm_vae.latent_store.layout import SHARDS, UNITS, ComputeDtype, StorageDtype, StoreKind

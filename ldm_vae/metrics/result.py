@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae import __version__
+from ldm_vae import __version__, publish
 from ldm_vae.autoencoder import count_parameters, decoder_fingerprint, downsampling_factor, encoder_fingerprint
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.metrics.evaluate import Evaluation
@@ -88,12 +87,7 @@ def write(path: Path, content: Any) -> None:
     """JSON (or a text as it is), whole or not at all. Raises ValueError for NaN and infinity, which are not JSON."""
     text = content if isinstance(content, str) else json.dumps(content, indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    publish.replace(path, publish.data(text.encode()))
 
 
 def read(path: Path) -> list[Json]:

@@ -6,13 +6,12 @@ build_report(Path("compared"))           what eval.reconstruction wrote
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ldm_vae import __version__
+from ldm_vae import __version__, publish
 from ldm_vae.report import tables
 from ldm_vae.report.contents import Contents, read_contents
 from ldm_vae.report.gallery import SHOWN_WIDTH, gallery
@@ -34,12 +33,7 @@ def build_report(run: Path) -> Path:
     contents.home.mkdir(parents=True, exist_ok=True)
     path = contents.home / "index.html"
     # a page may be open while training rewrites it: it is whole at any time
-    beside = path.with_name(f".index.html.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(html)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    publish.replace(path, publish.data(html.encode()))
     return path
 
 

@@ -1,4 +1,4 @@
-"""Publishing a file: complete or not there at all, whatever is killed, and never two writers in one file.
+"""Publishing a file or a folder: complete or not there at all, whatever is killed, and never two writers in one file.
 
 A file is written beside its final name under a temporary one that no other process shares, fsynced, then linked to
 the final name *if that is absent*. A process that lost the race (an orphan of a killed launcher, a second launch by
@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -51,7 +52,7 @@ def replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Write `path` so that a reader sees the old file or the new one, and nothing between."""
     with _written(path, write) as temporary:
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def create(path: Path, write: Callable[[BinaryIO], None]) -> bool:
@@ -67,7 +68,7 @@ def create(path: Path, write: Callable[[BinaryIO], None]) -> bool:
             if path.exists():  # a file system without hard links: the check and the rename are two steps there
                 return False
             os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     return True
 
 
@@ -80,9 +81,41 @@ def data(content: bytes) -> Callable[[BinaryIO], None]:
     return write
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def beside(out: Path) -> Path:
+    """An empty folder next to `out`, of a temporary name: to be filled, then `put`."""
+    folder = temporary_name(out)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def put(folder: Path, out: Path) -> None:
+    """Give a filled folder its name; an older one of that name steps aside first and is deleted last."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            settle(path)
+    sync(folder)
+    old = temporary_name(out)
+    if out.exists():
+        out.rename(old)
+    folder.rename(out)
+    sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(path: Path) -> None:
+    """On disk, and readable by whom the umask allows (safetensors writes files that only their owner may read)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
