@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
-
 from conftest import ROOT
+
 from ldm_vae.errors import run_program
 
 

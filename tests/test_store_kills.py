@@ -25,9 +25,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # when it is run as a program
 
+from conftest import write_images
 from test_store_writing import SETTINGS, Pictures, tree
 
-from conftest import write_images
 from ldm_vae import publish
 from ldm_vae.latent_store import LatentDataset, verify, write_store
 from ldm_vae.latent_store.writing import Processes
