@@ -100,8 +100,9 @@ class Training(Section):
         return self
 
 
-# a resumed run may change how long it goes on, what it keeps and tells, and on what it runs
+# a resumed run may change how long it goes on, what it keeps and tells, and on how many processes it runs
 MAY_CHANGE = (
+    "train_batch_size",  # with another number of processes the same global batch is another batch of each
     "max_train_images",
     "log_every_images",
     "checkpoint_every_images",

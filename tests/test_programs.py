@@ -16,7 +16,7 @@ from conftest import ROOT, write_images
 from diffusers import AutoencoderKL
 from forked import Child, Finished, fork
 from safetensors.torch import load_file
-from test_launch import TWO, launch
+from test_launch import TWO, launch, launch_machines
 
 from train import autoencoder as training_program
 
@@ -162,26 +162,61 @@ def test_nan_stops_the_run_and_names_the_interval(images: Path, tmp_path: Path) 
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_one_model_the_same_as_one(images: Path, tmp_path: Path) -> None:
-    """The same global batches on one process and on two: equal losses, adaptive weights and weights."""
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    changes = {"max_train_images": 40, "log_every_images": 4, "checkpoint_every_images": 40}
-    assert run(write_config(tmp_path / "one", images, train_batch_size=4, **changes)).returncode == 0
-    config = write_config(tmp_path / "two", images, train_batch_size=2, **changes)
-    done = launch(["-m", "train.autoencoder", str(config)], *TWO)
+PARALLEL = {"max_train_images": 40, "log_every_images": 4, "checkpoint_every_images": 40}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """A run of global batch 4 on one process."""
+    folder = tmp_path_factory.mktemp("one")
+    done = run(write_config(folder, images, train_batch_size=4, **PARALLEL))
     assert done.returncode == 0, done.stderr
-    one, two = metrics(tmp_path / "one" / "run"), metrics(tmp_path / "two" / "run")
-    assert (one[0].pop("num_processes"), two[0].pop("num_processes")) == (1, 2)
-    assert "adversary/weight" in one[-1]
-    for ours, theirs in zip(one, two, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    weights = [load_file(newest(tmp_path / name / "run") / "tensors.safetensors") for name in ("one", "two")]
+    return folder / "run"
+
+
+def assert_same_training(one: Path, two: Path) -> None:
+    """Equal losses, adaptive weights and weights, to the rounding of fp32."""
+    ours, theirs = metrics(one), metrics(two)
+    assert (ours[0].pop("num_processes"), theirs[0].pop("num_processes")) == (1, 2)
+    assert "adversary/weight" in ours[-1]
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
+    weights = [load_file(newest(run_folder) / "tensors.safetensors") for run_folder in (one, two)]
     for name, value in weights[0].items():
         # a key's bias has a gradient of rounding alone (softmax does not see it), which Adam divides by itself
         if name.startswith(("autoencoder", "discriminator.", "ema")) and "to_k.bias" not in name:
             distance = (value - weights[1][name]).norm() / value.norm().clamp_min(1e-6)
             assert distance < 1e-5, (name, distance)
+
+
+def test_two_processes_train_one_model_the_same_as_one(one_process: Path, images: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL)
+    done = launch(["-m", "train.autoencoder", str(config)], *TWO)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(one_process, tmp_path / "run")
+
+
+def test_two_machines_train_one_model_the_same_as_one(one_process: Path, images: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL)
+    for status, said in launch_machines(["-m", "train.autoencoder", str(config)]):
+        assert status == 0, said
+    assert_same_training(one_process, tmp_path / "run")
+
+
+def test_a_run_of_two_processes_goes_on_with_one(one_process: Path, images: Path, tmp_path: Path) -> None:
+    """The global order of the images is kept: the resumed run logs what the undisturbed one does."""
+    config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL | {"max_train_images": 20})
+    done = launch(["-m", "train.autoencoder", str(config)], *TWO)
+    assert done.returncode == 0, done.stderr
+    text = config.read_text().replace("train_batch_size: 2", "train_batch_size: 4").replace(": 20", ": 40")
+    config.write_text(text)
+    resumed = run(config)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from" in resumed.stdout
+    ours, theirs = metrics(one_process), metrics(tmp_path / "run")
+    for mine, other in zip(ours[1:], theirs[1:], strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
 
 
 # --- called wrongly ---------------------------------------------------------------------------------------------------

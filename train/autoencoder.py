@@ -125,12 +125,15 @@ def train(settings: Training) -> None:
         stateful |= {"discriminator": critic, "discriminator_optimizer": critic_optimizer}
     if accelerator.scaler is not None:
         stateful["scaler"] = accelerator.scaler
+    global_batch = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
     images_seen, best = 0, None
     newest = checkpoint.newest(run / "checkpoints", say)
     if newest is not None:
         info = checkpoint.load(newest, stateful)
         images_seen, best = info["images_seen"], info["best"]
         say(f"resumed from {newest} at {images_seen:,} images")
+        if info["global_batch"] != global_batch:
+            say(f"the global batch was {info['global_batch']}, now it is {global_batch}: the order of images is kept")
     logbook = Logbook(run / "metrics.jsonl", accelerator)
     logbook.cut_back(images_seen if newest else -1)
 
@@ -138,14 +141,13 @@ def train(settings: Training) -> None:
         check_ranks_agree(accelerator, {"autoencoder": vae} | ({} if critic is None else {"discriminator": critic}))
         averages.synchronise(accelerator)
         if accelerator.is_main_process:
-            info = {"images_seen": images_seen, "best": best}
+            info = {"images_seen": images_seen, "best": best, "global_batch": global_batch}
             checkpoint.save(run / "checkpoints", images_seen, stateful, config.dump(settings), info)
             checkpoint.prune(run / "checkpoints", settings.checkpoints_total_limit, best and best["checkpoint"])
         accelerator.wait_for_everyone()
         return run / "checkpoints" / checkpoint.name(images_seen)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
-    global_batch = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
     quarantine = Quarantine(len(source), max_bad=settings.data.max_bad, path=run / "quarantine.jsonl")
     loader = training_loader(
         source, settings.transform, settings.resolution,

@@ -1,0 +1,71 @@
+"""Mixed precision leaves fp32 master weights: at a learning rate of 4.5e-6 bf16 moves as many weights as fp32 does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from ldm_vae.adversary import Adversary, AdversaryConfig
+from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.discriminators.patchgan import Config as PatchGAN
+from ldm_vae.losses.kl import Config as KL
+from ldm_vae.losses.l1 import Config as L1
+from ldm_vae.objective import Objective
+from ldm_vae.step import TrainingStep
+
+
+def reset() -> None:
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator():
+    reset()
+    yield
+    reset()
+
+
+def moved(precision: str, cast_weights: bool = False) -> tuple[float, torch.dtype]:
+    """Share of the autoencoder's weights that five updates at 4.5e-6 have moved, and their type."""
+    reset()
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    network = TrainableAutoencoder(AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4).build())
+    critic = PatchGAN(width=8, layers=1).build()
+    if cast_weights:
+        network.to(torch.bfloat16)
+    optimizers = [torch.optim.AdamW(module.parameters(), lr=4.5e-6, weight_decay=0.0) for module in (network, critic)]
+    step = TrainingStep(
+        accelerator,
+        accelerator.prepare(network),
+        Objective({"l1": L1(), "kl": KL()}),
+        accelerator.prepare(optimizers[0]),
+        Adversary(AdversaryConfig(weight=0.5)),
+        accelerator.prepare(critic),
+        accelerator.prepare(optimizers[1]),
+    )
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    for _ in range(5):
+        logs = step(images.to(before[0].dtype), torch.randn(2, 4, 8, 8))
+    assert all(value.dtype == torch.float32 for value in logs.values())
+    changed = sum(int((old != new).sum()) for old, new in zip(before, network.parameters(), strict=True))
+    return changed / sum(parameter.numel() for parameter in before), before[0].dtype
+
+
+def test_bf16_moves_the_same_share_of_weights_as_fp32() -> None:
+    fp32, _ = moved("no")
+    bf16, dtype = moved("bf16")
+    assert dtype == torch.float32
+    assert fp32 > 0.95
+    assert bf16 == pytest.approx(fp32, abs=0.02)
+
+
+def test_cast_weights_would_hardly_move() -> None:
+    share, dtype = moved("no", cast_weights=True)
+    assert dtype == torch.bfloat16
+    assert share < 0.3
