@@ -91,9 +91,9 @@ def launch(program: list[str], *options: str, timeout: float = 300) -> subproces
 def launch_machines(program: list[str], timeout: float = 300) -> list[tuple[int, str]]:
     """The same program on two "machines" of one process, each with its own launcher, rank and the same rendezvous."""
     common = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2",
-        "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()), "--rdzv_backend", "static",
-        "--mixed_precision", "no", "--dynamo_backend", "no",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2",
+        "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()),
+        "--rdzv_backend", "static", "--mixed_precision", "no", "--dynamo_backend", "no",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     machines = [
