@@ -240,6 +240,17 @@ def test_a_wrong_call_is_one_sentence(
     assert not (tmp_path / "run").exists(), "nothing half-written"
 
 
+def test_a_missing_asset_without_network_is_one_sentence(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    losses = {"l1": {}, "lpips": {"net": "alex"}}
+    said = one_sentence(run(write_config(tmp_path, images, losses=losses)), 1)
+    assert "LPIPS-alex" in said and "ldm-vae assets lpips --net alex" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_without_a_usable_image_fails_with_status_1(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no" in one_sentence(run(write_config(tmp_path, tmp_path / "empty")), 1)
