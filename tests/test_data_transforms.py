@@ -139,22 +139,3 @@ def test_all_256_values_survive_the_round_trip() -> None:
 def test_preprocessing_identity_names_what_changes_pixels() -> None:
     assert preprocessing_identity() == PREPROCESSING_VERSION
     assert preprocessing_identity(Decoding(jpeg_draft=True)) == f"{PREPROCESSING_VERSION} jpeg_draft=True"
-
-
-def test_permuted_channels_are_the_same_crop_in_other_colours() -> None:
-    image = torch.arange(3 * 40 * 40, dtype=torch.int64).remainder(251).to(torch.uint8).view(3, 40, 40)
-    orders = set()
-    for index in range(40):
-        plain, permuted = (
-            random_crop(
-                image, 32, TransformConfig(resize="none", permute_channels=permute), keyed.generator(0, "x", index)
-            )
-            for permute in (False, True)
-        )
-        assert plain.box == permuted.box and plain.flipped == permuted.flipped
-        order = tuple(
-            next(channel for channel in range(3) if torch.equal(row, plain.pixels[channel])) for row in permuted.pixels
-        )
-        assert sorted(order) == [0, 1, 2]
-        orders.add(order)
-    assert len(orders) == 6

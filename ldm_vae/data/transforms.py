@@ -63,8 +63,6 @@ class TransformConfig(Section):
     (1, 2) shows whole images and halves of them. Only with resize: short_side."""
     flip: bool = True
     """Mirror every second crop (switch off for text, or where left and right differ)."""
-    permute_channels: bool = False
-    """Shuffle the colour channels of every crop: gives hues that a handful of photographs do not have."""
 
     @model_validator(mode="after")
     def _check(self) -> TransformConfig:
@@ -110,8 +108,7 @@ def random_crop(
     Cut first, resized after: fewer pixels to resize, and the box of the micro-conditioning is exact.
 
     Args:
-        generator: gives four numbers, always the same four, so that one option does not change another's draw (and
-            after them a permutation of the channels, where asked for).
+        generator: gives four numbers, always the same four, so that one option does not change another's draw.
         original_size: as in `centre_crop`.
     """
     rows, columns = _height_width(resolution)
@@ -130,8 +127,6 @@ def random_crop(
     top = min(int(u_top * (height - box_height + 1)), height - box_height)
     left = min(int(u_left * (width - box_width + 1)), width - box_width)
     pixels = _resize(image[:, top : top + box_height, left : left + box_width], rows, columns)
-    if config.permute_channels:
-        pixels = pixels[generator.permutation(len(pixels))]
     flipped = bool(config.flip and u_flip < 0.5)
     box = _in_original((top, left, box_height, box_width), (height, width), original_size)
     return Crop(pixels.flip(2) if flipped else pixels, original_size or (height, width), box, flipped)
