@@ -321,7 +321,7 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "data" / "demo"
     said = prepare_demo(folder)
-    assert said == f"{folder}: 8 photographs, 784 training crops, 48 held out"
+    assert said == f"{folder}: 9 photographs, 872 training crops, 48 held out"
     return folder
 
 
