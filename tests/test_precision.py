@@ -29,15 +29,13 @@ def _own_accelerator():
     reset()
 
 
-def moved(precision: str, cast_weights: bool = False) -> tuple[float, torch.dtype]:
+def moved(precision: str) -> tuple[float, torch.dtype]:
     """Share of the autoencoder's weights that five updates at 4.5e-6 have moved, and their type."""
     reset()
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     network = TrainableAutoencoder(AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4).build())
     critic = PatchGAN(width=8, layers=1).build()
-    if cast_weights:
-        network.to(torch.bfloat16)
     optimizers = [torch.optim.AdamW(module.parameters(), lr=4.5e-6, weight_decay=0.0) for module in (network, critic)]
     step = TrainingStep(
         accelerator,
@@ -51,7 +49,7 @@ def moved(precision: str, cast_weights: bool = False) -> tuple[float, torch.dtyp
     before = [parameter.detach().clone() for parameter in network.parameters()]
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     for _ in range(5):
-        logs = step(images.to(before[0].dtype), torch.randn(2, 4, 8, 8))
+        logs = step(images, torch.randn(2, 4, 8, 8))
     assert all(value.dtype == torch.float32 for value in logs.values())
     changed = sum(int((old != new).sum()) for old, new in zip(before, network.parameters(), strict=True))
     return changed / sum(parameter.numel() for parameter in before), before[0].dtype
@@ -66,6 +64,12 @@ def test_bf16_moves_the_same_share_of_weights_as_fp32() -> None:
 
 
 def test_cast_weights_would_hardly_move() -> None:
-    share, dtype = moved("no", cast_weights=True)
-    assert dtype == torch.bfloat16
-    assert share < 0.3
+    """Why: an update of 4.5e-6 is below half a step of bf16 for nearly every weight of a convolution."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(16, 16, 3).to(torch.bfloat16)
+    before = layer.weight.detach().clone()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=4.5e-6, weight_decay=0.0)
+    for _ in range(5):
+        layer.weight.grad = torch.randn_like(layer.weight)
+        optimizer.step()
+    assert (layer.weight != before).float().mean() < 0.3

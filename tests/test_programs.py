@@ -184,8 +184,9 @@ def assert_same_training(one: Path, two: Path) -> None:
         assert mine == pytest.approx(other, rel=1e-4)
     weights = [load_file(newest(run_folder) / "tensors.safetensors") for run_folder in (one, two)]
     for name, value in weights[0].items():
-        # a key's bias has a gradient of rounding alone (softmax does not see it), which Adam divides by itself
-        if name.startswith(("autoencoder", "discriminator.", "ema")) and "to_k.bias" not in name:
+        # two biases have a gradient of rounding alone, which Adam divides by itself: a key's (softmax does not see it)
+        # and the critic's last under hinge while no logit is beyond 1 (it raises real and fake alike)
+        if name.startswith(("autoencoder", "discriminator.", "ema")) and not name.endswith(("to_k.bias", "5.bias")):
             distance = (value - weights[1][name]).norm() / value.norm().clamp_min(1e-6)
             assert distance < 1e-5, (name, distance)
 

@@ -12,6 +12,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from conftest import write_images
 from test_store_writing import SETTINGS, Pictures, tree
 
 from ldm_vae import publish
-from ldm_vae.latent_store import LatentDataset, verify, write_store
+from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latent_store.writing import Processes
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +96,9 @@ def torture(out: Path, kills: int, seed: int, *, update: int = 0) -> int:
             assert rank.exitcode in (0, -signal.SIGKILL)
         killed += len(alive)
         longest = max(0.02, longest * (1.15 if alive else 0.8))
-        if len(list((out / "units").glob("*.json"))) > 6 and draw.random() < 0.5:
+        if update == 0 and (out / "manifest.json").is_file() and read_manifest(out).complete:
+            shutil.rmtree(out)  # a finished store is never touched again: the next round begins anew
+        elif len(list((out / "units").glob("*.json"))) > 6 and draw.random() < 0.5:
             undo(out, draw)
     child(str(out), 0, 1, 0, update)
     return started
