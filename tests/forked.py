@@ -1,23 +1,29 @@
-"""Run a program's `main` in a forked child: the program as a user runs it (arguments, output, signals, exit status)
-without the ten seconds in which a new interpreter imports torch and diffusers."""
+"""Run a program's `main` in a child forked from a server that has imported already: the program as a user runs it
+(arguments, output, signals, exit status) without the ten seconds in which a new interpreter imports torch and
+diffusers. The server never computes: a child of a process whose autograd or OpenMP threads run dies in its first
+backward ("Invalid thread pool")."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
 
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
 
 from ldm_vae.errors import run_program
+
+PRELOAD = ["torch", "forked", "ldm_vae.latent_store.writing", "ldm_vae.latent_store.updating", "train.autoencoder"]
 
 
 @dataclass(frozen=True)
@@ -33,69 +39,58 @@ class Finished:
 class Child:
     """A running program."""
 
-    pid: int
-    out: IO[str]
-    err: IO[str]
-    status: int | None = None
+    process: Any
+    folder: Path
 
     def running(self) -> bool:
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = status if pid else None
-        return self.status is None
+        return bool(self.process.is_alive())
 
     def kill(self, number: int) -> None:
-        os.kill(self.pid, number)
+        os.kill(self.process.pid, number)
 
     def wait(self, timeout: float = 300) -> Finished:
-        deadline = time.monotonic() + timeout
-        while self.running():
-            if time.monotonic() > deadline:
-                self.kill(signal.SIGKILL)
-                raise TimeoutError(f"still running after {timeout} s")
-            time.sleep(0.005)
-        texts = []
-        for file in (self.out, self.err):
-            file.seek(0)
-            texts.append(file.read())
-            file.close()
-        assert self.status is not None
-        return Finished(os.waitstatus_to_exitcode(self.status), *texts)
+        self.process.join(timeout)
+        if self.running():
+            self.process.kill()
+            raise TimeoutError(f"still running after {timeout} s")
+        out, err = ((self.folder / name).read_text() for name in ("out", "err"))
+        shutil.rmtree(self.folder)
+        return Finished(self.process.exitcode, out, err)
+
+
+def forkserver() -> ForkServerContext:
+    """The server's context; the first process started in it starts the server (some ten seconds)."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 def fork(main: Callable[[], Any], arguments: Sequence[str]) -> Child:
-    """Start `main` with `sys.argv[1:]` = arguments in a child."""
-    out, err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115 - closed by `wait`
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # a fork with threads: torch's are idle in the parent
-        pid = os.fork()
-    if pid == 0:
-        _child(main, arguments, out, err)
-    return Child(pid, out, err)
+    """Start `main`, a function of a module, with `sys.argv[1:]` = arguments and this process's environment."""
+    folder = Path(tempfile.mkdtemp(prefix="forked-"))
+    process = forkserver().Process(target=_child, args=(main, list(arguments), dict(os.environ), folder))
+    process.start()
+    return Child(process, folder)
 
 
-def _child(main: Callable[[], Any], arguments: Sequence[str], out: IO[str], err: IO[str]) -> None:
+def _child(main: Callable[[], Any], arguments: list[str], environment: dict[str, str], folder: Path) -> None:
     status = 70
     try:
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
+        os.environ.clear()
+        os.environ.update(environment)
         os.chdir(ROOT)
         sys.argv = [getattr(main, "__module__", "program"), *arguments]
         warnings.simplefilter("ignore")
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        PartialState._reset_state()
         run_program(main)
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except BaseException:
         traceback.print_exc()
-        status = 70
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

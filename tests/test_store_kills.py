@@ -9,7 +9,6 @@ torture, as often as one likes:
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import random
 import shutil
@@ -27,6 +26,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # when it is run as a program
 
 from conftest import write_images
+from forked import forkserver
 from test_store_writing import SETTINGS, Pictures, tree
 
 from ldm_vae import publish
@@ -34,7 +34,6 @@ from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_sto
 from ldm_vae.latent_store.writing import Processes
 
 ROOT = Path(__file__).parent.parent
-PRELOAD = ["torch", "test_store_kills", "ldm_vae.latent_store.writing", "ldm_vae.latent_store.updating"]
 LAUNCH = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
@@ -60,14 +59,6 @@ def child(out: str, rank: int, count: int, workers: int, update: int) -> None:
     write_store(
         vae(), source(update or 60), out, **SETTINGS, processes=processes, num_workers=workers, update=bool(update)
     )
-
-
-def forkserver() -> Any:
-    """Children come from a server that has imported everything: a second each, not ten."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
 
 
 def torture(out: Path, kills: int, seed: int, *, update: int = 0) -> int:
