@@ -21,6 +21,7 @@ from torch import nn
 from ldm_vae import latents
 from ldm_vae.config import Section
 from ldm_vae.errors import UsageError
+from ldm_vae.fine_tuning import encoder_learns
 from ldm_vae.latents import Moments
 
 
@@ -163,6 +164,7 @@ class TrainableAutoencoder(nn.Module):
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
+        self.encoder_learns = encoder_learns(vae)
         self._last_hidden: torch.Tensor | None = None
         vae.decoder.conv_out.register_forward_pre_hook(self._keep_last_hidden)
 
@@ -182,7 +184,8 @@ class TrainableAutoencoder(nn.Module):
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
         """images [B, C, H, W] in [-1, 1], noise [B, c, h, w] standard normal, drawn by key => Reconstruction."""
-        moments = latents.encode(self.vae, images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_learns):
+            moments = latents.encode(self.vae, images)
         z = moments.sample(noise.to(moments.mean))
         pixels = latents.at_least_fp32(self.vae.decode(z).sample)
         last_hidden, self._last_hidden = self._last_hidden, None

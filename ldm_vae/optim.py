@@ -32,6 +32,11 @@ class OptimizerConfig(Section):
         return optimizer
 
 
+def learning(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+
 def schedule(images_seen: int, warmup_images: int, max_images: int, kind: Literal["constant", "cosine"]) -> float:
     """Factor of the learning rate: linear from 0 over warmup_images, then constant, or a half cosine down to 0."""
     warmup = min(1.0, images_seen / warmup_images) if warmup_images else 1.0

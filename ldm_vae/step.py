@@ -22,6 +22,7 @@ from ldm_vae.adversary import Adversary
 from ldm_vae.autoencoder import Reconstruction, TrainableAutoencoder
 from ldm_vae.health import logit_statistics
 from ldm_vae.objective import Logs, Objective
+from ldm_vae.optim import learning
 
 
 @dataclass
@@ -57,7 +58,7 @@ class TrainingStep:
     def _autoencoder(self, reconstruction: Reconstruction, images_seen: int) -> Logs:
         pixels = reconstruction.pixels.detach().requires_grad_()
         pixel_total, logs = self.objective.pixel_terms(pixels, reconstruction.target, images_seen)
-        own = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+        own = learning([self.objective])
         cotangent, *own_gradients = torch.autograd.grad(pixel_total, [pixels, *own], materialize_grads=True)
         logs["loss/pixels"] = pixel_total.detach()
 
@@ -76,7 +77,7 @@ class TrainingStep:
         if self.accelerator.sync_gradients:  # the objective is no DDP module: its terms run on a cut graph
             for parameter in own:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        return logs | self._update(self.optimizer, "autoencoder", [*self.model.parameters(), *own])
+        return logs | self._update(self.optimizer, "autoencoder", learning([self.model, self.objective]))
 
     def _adversary_cotangent(
         self, pixels: torch.Tensor, pixel_cotangent: torch.Tensor, last_hidden: torch.Tensor
@@ -103,7 +104,7 @@ class TrainingStep:
         loss = self.adversary.discriminator_loss(real_logits, fake_logits)
         self.accelerator.backward(loss)
         logs = {"adversary/discriminator": loss.detach()} | logit_statistics(real_logits, fake_logits)
-        return logs | self._update(self.discriminator_optimizer, "discriminator", list(self.discriminator.parameters()))
+        return logs | self._update(self.discriminator_optimizer, "discriminator", learning([self.discriminator]))
 
     # ------------------------------------------------------------------------------------------------------------------
 

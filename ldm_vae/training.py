@@ -15,6 +15,7 @@ from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
 from ldm_vae.config import Section, choice, choices
 from ldm_vae.data.transforms import TransformConfig
 from ldm_vae.errors import UsageError
+from ldm_vae.fine_tuning import resize_channels, set_trainable
 from ldm_vae.optim import OptimizerConfig
 
 ValidationMetric = Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg"]
@@ -53,6 +54,11 @@ class Training(Section):
     """Recompute activations in the backward: less memory, more time, the same result."""
     init_from: str | None = None
     """Start from these weights: a diffusers folder, a hub id, a single file or a run."""
+    ignore_mismatched_sizes: bool = False
+    """With init_from: model.latent_channels and model.in_channels may be others than there; what fits is kept."""
+    trainable: tuple[str, ...] = ("*",)
+    """Patterns of the parameters that learn, in diffusers' names; later ones win, a leading ! freezes. The decoder
+    alone: ["decoder.*", "post_quant_conv.*"]; the encoder then runs without a graph and stays as it is."""
     on_nan: Literal["stop", "skip"] = "stop"
     """stop: a NaN or infinite loss or gradient ends the run, the last good checkpoint stays. skip: the update is left
     out and counted (skipped/autoencoder, skipped/discriminator); waits for the device at every step."""
@@ -119,18 +125,25 @@ MAY_CHANGE = (
 
 
 def build_autoencoder(settings: Training) -> AutoencoderKL:
-    """From `init_from` when it is named (its shape must be `model`), else random weights drawn by the seed."""
-    if settings.init_from is None:
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            return settings.model.build().train()
-    vae = load_autoencoder(settings.init_from)
-    asked, found = settings.model.model_dump(mode="json"), vae.config
-    for name, value in asked.items():
-        came = list(found[name]) if isinstance(found[name], tuple | list) else found[name]
-        if came != value:
-            raise UsageError(f"model.{name}: the config says {value}, {settings.init_from} has {came}")
-    return vae.requires_grad_(True).train()
+    """From `init_from` when it is named, else random weights drawn by the seed; `trainable` is applied.
+
+    Raises:
+        UsageError: the shape of `init_from` is not `model`, or `trainable` names nothing.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        vae = settings.model.build()
+    if settings.init_from is not None:
+        base = load_autoencoder(settings.init_from)
+        may_differ = ("latent_channels", "in_channels") if settings.ignore_mismatched_sizes else ()
+        for name, value in settings.model.model_dump(mode="json").items():
+            came = list(base.config[name]) if isinstance(base.config[name], tuple | list) else base.config[name]
+            if came != value and name not in may_differ:
+                hint = "; ignore_mismatched_sizes keeps what fits" if name in ("latent_channels", "in_channels") else ""
+                raise UsageError(f"model.{name}: the config says {value}, {settings.init_from} has {came}{hint}")
+        vae = resize_channels(base, vae)
+    set_trainable(vae, settings.trainable)
+    return vae.train()
 
 
 def build_discriminator(settings: Training) -> nn.Module | None:

@@ -27,13 +27,14 @@ from ldm_vae.autoencoder import (
     check_resolution,
     count_parameters,
     downsampling_factor,
+    encoder_fingerprint,
 )
 from ldm_vae.data.dataset import training_loader
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.ema import Ema
-from ldm_vae.errors import Stopped, UsageError, run_program
+from ldm_vae.errors import Stopped, UsageError, WorkError, run_program
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.measure import measure
 from ldm_vae.latents import posterior_noise
@@ -44,7 +45,7 @@ from ldm_vae.metrics.evaluate import evaluate_reconstruction
 from ldm_vae.metrics.live import record_validation
 from ldm_vae.metrics.select import build_metrics
 from ldm_vae.objective import Objective
-from ldm_vae.optim import schedule, set_learning_rate
+from ldm_vae.optim import learning, schedule, set_learning_rate
 from ldm_vae.report import build_report
 from ldm_vae.step import TrainingStep
 from ldm_vae.training import MAY_CHANGE, Training, build_autoencoder, build_discriminator
@@ -93,6 +94,7 @@ def train(settings: Training) -> None:
     ema = Ema(vae, settings.ema_halflife_images)
     ema.module.to(accelerator.device)
     network = TrainableAutoencoder(vae)
+    encoder_before = None if network.encoder_learns else encoder_fingerprint(vae)
     objective = Objective(settings.losses).to(accelerator.device)
     adversary = Adversary(settings.adversary)
     critic = build_discriminator(settings)
@@ -102,13 +104,11 @@ def train(settings: Training) -> None:
 
     # --- optimisers; Accelerate wraps networks (DDP, autocast) and optimisers, not the data: our stream is sharded ---
     discriminator_rate = settings.discriminator_learning_rate or settings.learning_rate
-    optimizer = accelerator.prepare(
-        settings.optimizer.build([*network.parameters(), *objective.parameters()], settings.learning_rate)
-    )
+    optimizer = accelerator.prepare(settings.optimizer.build(learning([network, objective]), settings.learning_rate))
     model = accelerator.prepare(network)
     discriminator, critic_optimizer = None, None
     if critic is not None:
-        critic_optimizer = accelerator.prepare(settings.optimizer.build(critic.parameters(), discriminator_rate))
+        critic_optimizer = accelerator.prepare(settings.optimizer.build(learning([critic]), discriminator_rate))
         discriminator = accelerator.prepare(critic)
     skip_nan = settings.on_nan == "skip"
     step = TrainingStep(
@@ -220,6 +220,10 @@ def train(settings: Training) -> None:
     # --- the end: a diffusers folder from the averaged weights, its scaling measured ----------------------------------
     if quarantine.count:
         say(f"{quarantine.count} of {len(source)} images could not be used: {run / 'quarantine.jsonl'}")
+    if encoder_before is not None:
+        if encoder_fingerprint(ema.module) != encoder_before:
+            raise WorkError("trainable: the frozen encoder changed; nothing was exported")
+        say(f"the encoder is unchanged ({encoder_before[:12]}): stores made with it stay valid")
     if accelerator.is_main_process:
         chosen = spread(len(source), settings.normalisation_images)
         batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size)
