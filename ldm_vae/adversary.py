@@ -1,7 +1,7 @@
-"""The adversarial game: the losses of both sides, and when each of them plays.
+"""The adversarial game: the losses of both sides, when each of them plays, and what keeps the discriminator tame.
 
 Two methods, not a mode flag. `generator_loss` is what the autoencoder minimises, `discriminator_loss` what the
-discriminator does. Legend: B batch, H' W' patches; logits are [B, 1, H', W'].
+discriminator does. Legend: B batch, C image channels, H W pixels, H' W' patches; logits are [B, 1, H', W'].
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from pydantic import Field
+from torch import nn
 
 from ldm_vae.config import Section
+from ldm_vae.latents import at_least_fp32
 
 
 class AdversaryConfig(Section):
@@ -29,17 +33,32 @@ class AdversaryConfig(Section):
     """Images seen before the autoencoder is trained against the discriminator."""
     warmup_images: int = 0
     """Images before start_images in which the discriminator already learns, unseen by the autoencoder."""
+    r1_weight: float = Field(0.0, ge=0)
+    """gamma of R1, the discriminator's squared gradient on real images (Mescheder et al. 2018, eq. 9); 0: none."""
+    r1_every: int = Field(16, gt=0)
+    """R1 in every so many micro-batches, times as much (lazy regularisation, Karras et al. 2020, section 3.1)."""
+    lecam_weight: float = Field(0.0, ge=0)
+    """lambda of LeCAM, which holds real and fake logits near each other's average: for small data (Tseng et al. 2021,
+    eq. 4); 0: none."""
+    lecam_halflife_images: int = Field(20_000, gt=0)
+    """Half-life of those averages; the paper's decay of 0.999 at batch 32 is 22,000."""
 
     @property
     def enabled(self) -> bool:
         return self.weight > 0
 
 
-class Adversary:
-    """The rules of the game."""
+class Adversary(nn.Module):
+    """The rules of the game. Its state, in the checkpoint: LeCAM's averages of the real and of the fake logits."""
+
+    averages: torch.Tensor
+    updates: torch.Tensor
 
     def __init__(self, config: AdversaryConfig) -> None:
+        super().__init__()
         self.config = config
+        self.register_buffer("averages", torch.zeros(2))
+        self.register_buffer("updates", torch.zeros(()))
 
     def generator_plays(self, images_seen: int) -> bool:
         return self.config.enabled and images_seen >= self.config.start_images
@@ -58,3 +77,32 @@ class Adversary:
         if self.config.loss == "hinge":
             return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
         return 0.5 * (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean())
+
+    # --- regularisers of the discriminator ----------------------------------------------------------------------------
+
+    def r1_due(self, images_seen: int, global_batch: int) -> bool:
+        """Whether this micro-batch, of so many images over all processes, pays R1."""
+        return self.config.r1_weight > 0 and images_seen // global_batch % self.config.r1_every == 0
+
+    def r1(self, real: torch.Tensor, real_logits: torch.Tensor) -> torch.Tensor:
+        """gamma / 2 * E |grad_x D(x)|^2 times r1_every; D(x) is the mean logit of an image, real [B, C, H, W] requires
+        a gradient."""
+        # the sum of the logits, divided afterwards in fp32: the cotangent of a mean is subnormal in fp16
+        (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
+        gradient = at_least_fp32(gradient) / real_logits[0].numel()
+        squared = gradient.square().sum(dim=(1, 2, 3)).mean()
+        return 0.5 * self.config.r1_weight * self.config.r1_every * squared
+
+    def lecam(self, accelerator: Accelerator, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+        """lambda * (E relu(D(x) - fake average)^2 + E relu(real average - D(G))^2), after the averages, which are those
+        of all ranks, have moved."""
+        batch = torch.stack([real_logits.detach().mean(), fake_logits.detach().mean()])
+        batch = accelerator.reduce(batch, "mean").to(self.averages)
+        images = len(real_logits) * accelerator.num_processes
+        self.updates += 1
+        keep = 0.5 ** (images / self.config.lecam_halflife_images)
+        # bias-corrected as Adam's moments: the first average is the first batch's, not a thousandth of it
+        self.averages.lerp_(batch, (1.0 - keep) / (1.0 - keep**self.updates))
+        real_average, fake_average = self.averages.unbind()
+        distance = F.relu(real_logits - fake_average).square() + F.relu(real_average - fake_logits).square()
+        return self.config.lecam_weight * distance.mean()

@@ -71,6 +71,7 @@ class Logbook:
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path = path
         self.accelerator = accelerator
+        self.lines: list[dict[str, Any]] = []
 
     def cut_back(self, images_seen: int) -> None:
         """Drop the lines behind a checkpoint (resume) or all (a fresh start), so that each interval stands once."""
@@ -78,17 +79,18 @@ class Logbook:
             return
         lines = [line for line in self.path.read_text().splitlines(keepends=True) if _is_until(line, images_seen)]
         publish.replace(self.path, publish.data("".join(lines).encode()))
+        self.lines = [json.loads(line) for line in lines]
 
-    def write(self, images_seen: int, values: Mapping[str, Any]) -> None:
+    def write(self, images_seen: int, values: Mapping[str, float], warnings: Mapping[str, str] | None = None) -> None:
+        """One line with the values, and the sentences that a monitor has for this interval, by name."""
         if not self.accelerator.is_main_process:
             return
-        first = {} if self.path.exists() and self.path.stat().st_size else self._first()
+        first = {} if self.lines else {"num_processes": self.accelerator.num_processes}
+        line = {"images": images_seen, **first, **values} | ({"warnings": dict(warnings)} if warnings else {})
         with self.path.open("a") as file:
-            file.write(json.dumps({"images": images_seen, **first, **values}) + "\n")
+            file.write(json.dumps(line) + "\n")
+        self.lines.append(line)
         self.accelerator.log(dict(values), step=images_seen)
-
-    def _first(self) -> dict[str, Any]:
-        return {"num_processes": self.accelerator.num_processes}
 
 
 def _is_until(line: str, images_seen: int) -> bool:

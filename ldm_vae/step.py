@@ -50,7 +50,7 @@ class TrainingStep:
             logs = self._autoencoder(reconstruction, images_seen)
             if self.adversary.discriminator_plays(images_seen):
                 # the last use of the reconstruction: from here on only its values
-                logs |= self._discriminator(reconstruction.target, reconstruction.pixels.detach())
+                logs |= self._discriminator(reconstruction.target, reconstruction.pixels.detach(), images_seen)
         return logs
 
     # --- the step -----------------------------------------------------------------------------------------------------
@@ -97,13 +97,21 @@ class TrainingStep:
         }
         return weight * cotangent, logs
 
-    def _discriminator(self, real: torch.Tensor, fake: torch.Tensor) -> Logs:
+    def _discriminator(self, real: torch.Tensor, fake: torch.Tensor, images_seen: int) -> Logs:
         assert self.discriminator is not None
+        r1_due = self.adversary.r1_due(images_seen, len(real) * self.accelerator.num_processes)
+        real = real.detach().requires_grad_(r1_due)
         # one forward over both halves: DDP allows one per backward, and the default group norm does not mix images
         real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
         loss = self.adversary.discriminator_loss(real_logits, fake_logits)
-        self.accelerator.backward(loss)
         logs = {"adversary/discriminator": loss.detach()} | logit_statistics(real_logits, fake_logits)
+        if r1_due:
+            penalty = self.adversary.r1(real, real_logits)
+            loss, logs = loss + penalty, logs | {"adversary/r1": penalty.detach()}
+        if self.adversary.config.lecam_weight > 0:
+            penalty = self.adversary.lecam(self.accelerator, real_logits, fake_logits)
+            loss, logs = loss + penalty, logs | {"adversary/lecam": penalty.detach()}
+        self.accelerator.backward(loss)
         return logs | self._update(self.discriminator_optimizer, "discriminator", learning([self.discriminator]))
 
     # ------------------------------------------------------------------------------------------------------------------

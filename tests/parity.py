@@ -31,7 +31,7 @@ from ldm_vae.step import TrainingStep
 GLOBAL_BATCH, STEPS = 8, 20
 
 
-def train(accelerator: Any, accumulation: int, broken: str = "") -> dict[str, torch.Tensor]:
+def train(accelerator: Any, accumulation: int, broken: str = "", **adversary: float) -> dict[str, torch.Tensor]:
     accelerator.gradient_accumulation_steps = accumulation
     accelerator.step = 0
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def train(accelerator: Any, accumulation: int, broken: str = "") -> dict[str, to
         Objective({"l1": L1(), "l2": L2(), "kl": KL(weight=1e-3)}),
         accelerator.prepare(optimizers[0]),
         # with hinge and no logit beyond 1 the critic's last bias has a gradient of rounding alone, which Adam magnifies
-        Adversary(AdversaryConfig(weight=0.5, loss="non_saturating")),
+        Adversary(AdversaryConfig(weight=0.5, loss="non_saturating", **adversary)).double(),
         discriminator,
         accelerator.prepare(optimizers[1]),
     )
@@ -63,7 +63,7 @@ def train(accelerator: Any, accumulation: int, broken: str = "") -> dict[str, to
         images = keyed.normal(1, "images", positions, (3, 16, 16)).double().tanh()
         # images of unequal brightness: with equal ones an unreduced adaptive weight would hardly show
         images *= torch.tensor([0.2 + (position % GLOBAL_BATCH) / 8 for position in positions]).view(-1, 1, 1, 1)
-        logs = step(images, posterior_noise(2, positions, (4, 8, 8)).double())
+        logs = step(images, posterior_noise(2, positions, (4, 8, 8)).double(), number * GLOBAL_BATCH)
         if not first:
             first = {f"first.{name}": reduce(value, "mean") for name, value in logs.items() if "health" not in name}
     accelerator.reduce = reduce
@@ -74,13 +74,15 @@ def train(accelerator: Any, accumulation: int, broken: str = "") -> dict[str, to
 def main() -> None:
     accelerator = build_accelerator()
     out = Path(sys.argv[1])
-    for name, accumulation, broken in (
-        ("plain", 1, ""),
-        ("accumulated", 2, ""),
-        ("no_reduce", 1, "no_reduce"),
-        ("bypass", 1, "bypass"),
+    regularisers = {"r1_weight": 10.0, "r1_every": 2, "lecam_weight": 0.1, "lecam_halflife_images": 50}
+    for name, accumulation, broken, adversary in (
+        ("plain", 1, "", {}),
+        ("regularised", 1, "", regularisers),
+        ("accumulated", 2, "", {}),
+        ("no_reduce", 1, "no_reduce", {}),
+        ("bypass", 1, "bypass", {}),
     ):
-        result = train(accelerator, accumulation, broken)
+        result = train(accelerator, accumulation, broken, **adversary)
         save_file(result, out / f"{name}.{accelerator.num_processes}.{accelerator.process_index}.safetensors")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -25,7 +25,18 @@ from ldm_vae.report.charts import Series, bar_chart, compact, line_chart, linear
 from ldm_vae.report.images import difference, heat_map, read_pixels
 from ldm_vae.report.training import adversary_change
 
-SECTIONS = ["compare", "pictures", "metrics", "training", "adversary", "latents", "samples", "worst", "protocol"]
+SECTIONS = [
+    "compare",
+    "pictures",
+    "metrics",
+    "training",
+    "health",
+    "adversary",
+    "latents",
+    "samples",
+    "worst",
+    "protocol",
+]
 VOID = {"meta", "link", "img", "input", "br"}
 
 CONFIG = """\

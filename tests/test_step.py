@@ -165,7 +165,7 @@ def test_no_gradient_leaks_between_the_two_networks() -> None:
     assert not gradients(step.discriminator)
     # the discriminator's side alone must not touch the autoencoder
     step = build()
-    step._discriminator(images, step.model(images, noise).pixels.detach())
+    step._discriminator(images, step.model(images, noise).pixels.detach(), 0)
     assert not gradients(step.model)
     assert gradients(step.discriminator)
 

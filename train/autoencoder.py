@@ -37,6 +37,7 @@ from ldm_vae.ema import Ema
 from ldm_vae.errors import Stopped, UsageError, WorkError, run_program
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.measure import measure
+from ldm_vae.health import diagnose
 from ldm_vae.latents import posterior_noise
 from ldm_vae.launch import StopSignal, build_accelerator, check_ranks_agree
 from ldm_vae.logbook import Averages, Logbook, check_finite
@@ -96,7 +97,7 @@ def train(settings: Training) -> None:
     network = TrainableAutoencoder(vae)
     encoder_before = None if network.encoder_learns else encoder_fingerprint(vae)
     objective = Objective(settings.losses).to(accelerator.device)
-    adversary = Adversary(settings.adversary)
+    adversary = Adversary(settings.adversary).to(accelerator.device)
     critic = build_discriminator(settings)
     if validation_source is not None:  # what it needs is fetched now and not after the first hours
         build_metrics(settings.validation_metrics, accelerator.device, settings.resolution)
@@ -122,7 +123,7 @@ def train(settings: Training) -> None:
         "autoencoder": vae, "objective": objective, "optimizer": optimizer, "ema": ema, "averages": averages,
     }  # fmt: skip
     if critic is not None:
-        stateful |= {"discriminator": critic, "discriminator_optimizer": critic_optimizer}
+        stateful |= {"adversary": adversary, "discriminator": critic, "discriminator_optimizer": critic_optimizer}
     if accelerator.scaler is not None:
         stateful["scaler"] = accelerator.scaler
     global_batch = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
@@ -157,7 +158,7 @@ def train(settings: Training) -> None:
     )  # fmt: skip
     higher_is_better = settings.best_metric in ("psnr", "ssim")
     signals = StopSignal()
-    logged_at = images_seen
+    logged_at, warned = images_seen, set[str]()
     bar = tqdm(
         total=settings.max_train_images, initial=images_seen, unit="img", desc="train",
         disable=None if accelerator.is_main_process else True,
@@ -198,7 +199,12 @@ def train(settings: Training) -> None:
         if any(due.values()):
             averages.reset()
             logged_at = images_seen
-            logbook.write(images_seen, means | {"learning_rate": factor * settings.learning_rate})
+            means["learning_rate"] = factor * settings.learning_rate
+            warnings = diagnose([*logbook.lines, means], settings.adversary)
+            for name in warnings.keys() - warned:
+                tqdm.write(f"warning at {images_seen:,} images: {warnings[name]}", file=sys.stderr)
+            warned = set(warnings)
+            logbook.write(images_seen, means, warnings)
             losses = {name.removeprefix("loss/"): f"{value:.3g}" for name, value in means.items() if "loss/" in name}
             bar.set_postfix(losses)
         improved = False

@@ -16,7 +16,7 @@ from ldm_vae.report import tables
 from ldm_vae.report.contents import Contents, read_contents
 from ldm_vae.report.gallery import SHOWN_WIDTH, gallery
 from ldm_vae.report.images import embed
-from ldm_vae.report.training import adversary_change, curves
+from ldm_vae.report.training import adversary_change, curves, health
 
 TEMPLATES = Path(__file__).parent / "page"
 
@@ -59,6 +59,7 @@ def render(contents: Contents) -> str:
         "metrics": tables.metric_rows(results),
         "published": tables.published() if results else [],
         "charts": curves(contents.log, contents.config),
+        "health": health(contents.log, contents.config),
         "adversary": adversary_change(contents.log, contents.config),
         "latents": [found for result in results if (found := tables.latents(result))],
         "store": tables.store(contents.statistics) if contents.statistics else None,

@@ -1,4 +1,4 @@
-"""The training section: curves of every logged number, and what changed when the adversary came in."""
+"""The training and health sections: curves of every logged number, and what changed when the adversary came in."""
 
 from __future__ import annotations
 
@@ -24,61 +24,100 @@ class Chart:
     drawing: Markup
 
 
-# heading, sentence, names of the log (a trailing * takes all that begin so), labels in the legend, logarithmic
-GROUPS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
-    ("Loss", "All terms times their weights.", {"loss/total": "total"}, False),
-    ("Terms", "Before their weights.", {"loss/*": ""}, True),
-    ("Information", "KL in nats per image: what the latent may carry.", {"kl_nats_per_image": "KL"}, False),
-    (
+@dataclass(frozen=True)
+class Group:
+    """Curves that belong in one chart: `names` of the log (a trailing * takes all that begin so) to legend labels."""
+
+    title: str
+    hint: str
+    names: dict[str, str]
+    log: bool = False
+
+
+TRAINING = (
+    Group("Loss", "All terms times their weights.", {"loss/total": "total"}),
+    Group("Terms", "Before their weights.", {"loss/*": ""}, log=True),
+    Group("Information", "KL in nats per image: what the latent may carry.", {"kl_nats_per_image": "KL"}),
+    Group("Learning rate", "", {"learning_rate": "learning rate"}),
+)
+HEALTH = (
+    Group(
         "Adversarial losses",
         "Discriminator at 1.0 (hinge): it cannot tell them apart.",
         {"adversary/discriminator": "discriminator", "adversary/generator": "generator"},
-        False,
     ),
-    ("Adversary's weight", "Balances its gradient with the other terms'.", {"adversary/weight": "weight"}, True),
-    (
+    Group("Adversary's weight", "Balances its gradient with the other terms'.", {"adversary/weight": "weight"}, True),
+    Group(
         "Discriminator accuracy",
         "Near 1 on both: it has won. Near 0.5: it has learned nothing.",
         {"health/real_accuracy": "originals", "health/fake_accuracy": "reconstructions"},
-        False,
     ),
-    ("Logit margin", "Mean logit of originals minus reconstructions.", {"health/logit_margin": "margin"}, False),
-    ("Gradient norms", "A jump announces trouble.", {"gradient_norm/*": ""}, True),
-    ("Learning rate", "", {"learning_rate": "learning rate"}, False),
+    Group("Logit margin", "Mean logit of originals minus reconstructions.", {"health/logit_margin": "margin"}),
+    Group("Gradient norms", "A jump announces trouble.", {"gradient_norm/*": ""}, log=True),
+    Group(
+        "Regularisers", "R1 and LeCAM, times their weights.", {"adversary/r1": "R1", "adversary/lecam": "LeCAM"}, True
+    ),
 )
 HIDDEN = {"images", "num_processes", "loss/total", "loss/pixels", "loss/kl", "adversary/weight_on_sums"}
+OF_HEALTH = ("adversary/", "health/", "gradient_norm/")
 
 
 def curves(log: Sequence[Json], config: Json) -> list[Chart]:
-    """Validation first, then GROUPS, then whatever else was logged, one chart each."""
-    mark = _adversary_mark(config)
-    series = _series(log)
-    span = (0.0, float(log[-1]["images"])) if log else (0.0, 1.0)
+    """Validation first, then TRAINING, then whatever else was logged and is not HEALTH's, one chart each."""
+    series = {name: values for name, values in _series(log).items() if not name.startswith(OF_HEALTH)}
+    around = _around(log, config)
     charts = []
     for name in [name for name in series if name.startswith("validation/")]:
         metric = name.removeprefix("validation/")
         title = heading(metric) if metric in TITLES else metric
         better = f"{TITLES[metric].better} is better" if metric in TITLES else ""
         points = Series(title, series.pop(name), dots=True)
-        drawing = line_chart([points], label=f"{title} on held-out images over images seen", mark=mark, x_range=span)
+        drawing = line_chart([points], label=f"{title} on held-out images over images seen", **around)
         charts.append(Chart(f"Validation {title}", f"{better}; averaged weights.".lstrip("; "), drawing))
-    for title, hint, names, log_scale in GROUPS:
-        found: dict[str, str] = {}
-        for name, label in names.items():
-            if name.endswith("*"):
-                taken = [key for key in series if key.startswith(name[:-1]) and key not in HIDDEN]
-                found |= {key: key.removeprefix(name[:-1]) for key in taken}
-            elif name in series:
-                found[name] = label
-        if found:
-            lines = [Series(label, series.pop(name)) for name, label in found.items()]
-            drawing = line_chart(lines, label=f"{title} over images seen", log=log_scale, mark=mark, x_range=span)
-            charts.append(Chart(title, hint, drawing))
+    charts += [chart for group in TRAINING if (chart := _chart(group, series, around))]
     for name, values in series.items():
         if name not in HIDDEN:
-            drawing = line_chart([Series(name, values)], label=f"{name} over images seen", mark=mark, x_range=span)
+            drawing = line_chart([Series(name, values)], label=f"{name} over images seen", **around)
             charts.append(Chart(name, "", drawing))
     return [chart for chart in charts if chart.drawing]
+
+
+def health(log: Sequence[Json], config: Json) -> Json | None:
+    """The adversary's curves, and what the monitor said: each warning with the images at which it first stood and at
+    which it last did; None when no adversary played."""
+    series = _series(log)
+    if not any(name.startswith("adversary/") for name in series):
+        return None
+    around = _around(log, config)
+    warnings: dict[str, Json] = {}
+    for line in log:
+        for name, sentence in line.get("warnings", {}).items():
+            first = warnings.get(name, {"since": compact(line["images"])})
+            warnings[name] = first | {"until": compact(line["images"]), "sentence": sentence}
+    charts = [chart for group in HEALTH if (chart := _chart(group, series, around)) and chart.drawing]
+    return {"warnings": list(warnings.values()), "charts": charts}
+
+
+def _chart(group: Group, series: dict[str, list[tuple[float, float]]], around: Json) -> Chart | None:
+    """The chart of a group, whose curves leave `series`."""
+    found: dict[str, str] = {}
+    for name, label in group.names.items():
+        if name.endswith("*"):
+            taken = [key for key in series if key.startswith(name[:-1]) and key not in HIDDEN]
+            found |= {key: key.removeprefix(name[:-1]) for key in taken}
+        elif name in series:
+            found[name] = label
+    if not found:
+        return None
+    lines = [Series(label, series.pop(name)) for name, label in found.items()]
+    return Chart(
+        group.title, group.hint, line_chart(lines, label=f"{group.title} over images seen", log=group.log, **around)
+    )
+
+
+def _around(log: Sequence[Json], config: Json) -> Json:
+    """What all charts share: where the adversary starts, and the range of images."""
+    return {"mark": _adversary_mark(config), "x_range": (0.0, float(log[-1]["images"])) if log else (0.0, 1.0)}
 
 
 def _series(log: Sequence[Json]) -> dict[str, list[tuple[float, float]]]:

@@ -1,0 +1,134 @@
+"""The discriminator's regularisers against closed forms, and a monitor that warns of a sick game and of no healthy
+one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from conftest import write_images
+from forked import fork
+from torch import nn
+
+from ldm_vae.adversary import Adversary, AdversaryConfig
+from ldm_vae.health import diagnose
+from ldm_vae.report.training import health
+from train import autoencoder as training_program
+
+# --- regularisers -----------------------------------------------------------------------------------------------------
+
+
+def test_r1_of_a_linear_discriminator_is_its_weight() -> None:
+    # D(x) = mean over patches of (w * x): the gradient of an image is w / patches at every place it is read
+    layer = nn.Conv2d(3, 1, 2, stride=2, bias=False)
+    real = torch.randn(4, 3, 6, 6, requires_grad=True)
+    penalty = Adversary(AdversaryConfig(r1_weight=10.0, r1_every=4)).r1(real, layer(real))
+    patches = 9
+    expected = 0.5 * 10.0 * 4 * layer.weight.detach().square().sum().item() / patches
+    assert penalty.item() == pytest.approx(expected, rel=1e-5)
+    penalty.backward()
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, 10.0 * 4 * layer.weight.detach() / patches)
+
+
+def test_r1_is_lazy_and_counts_micro_batches_of_all_processes() -> None:
+    game = Adversary(AdversaryConfig(r1_weight=1.0, r1_every=4))
+    assert [game.r1_due(images, 8) for images in range(0, 64, 8)] == [True, False, False, False] * 2
+    assert not Adversary(AdversaryConfig()).r1_due(0, 8)
+
+
+def test_lecam_is_the_papers() -> None:
+    game = Adversary(AdversaryConfig(lecam_weight=0.5, lecam_halflife_images=4)).double()
+    accelerator = Accelerator(cpu=True)
+    draw = torch.Generator().manual_seed(0)
+    averages = torch.zeros(2, dtype=torch.float64)
+    for step in range(1, 6):
+        real, fake = (torch.randn(4, 1, 3, 3, generator=draw, dtype=torch.float64) for _ in range(2))
+        loss = game.lecam(accelerator, real, fake)
+        # four images a step are a half-life: each batch counts twice the one before
+        averages = averages * 0.5 + 0.5 * torch.stack([real.mean(), fake.mean()])
+        real_average, fake_average = averages / (1 - 0.5**step)
+        expected = (real - fake_average).clamp_min(0).square() + (real_average - fake).clamp_min(0).square()
+        assert loss.item() == pytest.approx(0.5 * expected.mean().item(), rel=1e-9)
+    assert set(game.state_dict()) == {"averages", "updates"}
+
+
+# --- the monitor ------------------------------------------------------------------------------------------------------
+
+
+def line(real: float = 0.8, fake: float = 0.7, margin: float = 1.0, **more: float) -> dict[str, Any]:
+    accuracies = {"health/real_accuracy": real, "health/fake_accuracy": fake, "health/logit_margin": margin}
+    return {"loss/total": 1.0, "gradient_norm/autoencoder": 0.1, "gradient_norm/discriminator": 0.1} | accuracies | more
+
+
+@pytest.mark.parametrize(
+    ("sick", "name", "remedy"),
+    [
+        (line(0.99, 1.0, 9.0), "saturated", "discriminator_learning_rate"),
+        (line(0.5, 0.5, 0.0), "blind", "raise discriminator_learning_rate"),
+        (line(0.2, 0.3, -1.0), "fooled", "lower adversary.weight"),
+        (line(**{"adversary/weight_on_sums": 5e3}), "ceiling", "r1_weight"),
+    ],
+)
+def test_a_state_is_named_when_it_lasts(sick: dict[str, Any], name: str, remedy: str) -> None:
+    healthy = [line() for _ in range(10)]
+    config = AdversaryConfig(weight=0.5)
+    assert diagnose(healthy, config) == {}
+    copies = [dict(sick) for _ in range(3)]
+    assert diagnose([*healthy, *copies[:2]], config) == {}  # single intervals of a healthy game look like any
+    found = diagnose([*healthy, *copies], config)
+    assert list(found) == [name] and remedy in found[name]
+    assert diagnose([*healthy, *copies, line()], config) == {}
+
+
+def test_a_jump_of_a_gradient_norm_is_seen_at_once() -> None:
+    healthy = [line() for _ in range(12)]
+    found = diagnose([*healthy, line(**{"gradient_norm/autoencoder": 5.0})], AdversaryConfig())
+    assert list(found) == ["jump_autoencoder"] and "jumped to 5" in found["jump_autoencoder"]
+
+
+def test_before_the_discriminator_plays_there_is_nothing_to_say() -> None:
+    sick = [line(1.0, 1.0, 9.0) for _ in range(3)]
+    validation = {"validation/psnr": 20.0}
+    assert diagnose([{"loss/total": 1.0}] * 20, AdversaryConfig()) == {}
+    assert list(diagnose([*sick, validation], AdversaryConfig())) == ["saturated"]  # a validation's line is no interval
+
+
+@pytest.mark.parametrize("rate", [None, 0.3], ids=["healthy", "sick"])
+def test_a_run_made_sick_on_purpose_says_so(tmp_path: Path, rate: float | None) -> None:
+    """A discriminator whose rate is a hundred times too high, against an autoencoder that hardly learns."""
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "resolution": 32,
+        "train_batch_size": 4,
+        "learning_rate": 1e-4 if rate is None else 1e-7,
+        "discriminator_learning_rate": 2e-4 if rate is None else 1e-2,
+        "max_train_images": 320,
+        "log_every_images": 32,
+        "dataloader_num_workers": 0,
+        "normalisation_images": 4,
+        "model": {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4},
+        "losses": {"l1": {"weight": 1.0}},
+        "adversary": {"weight": 0.5, "r1_weight": 1.0 if rate is None else 0.0, "lecam_weight": 0.01},
+        "discriminator": {"kind": "patchgan", "width": 8, "layers": 1},
+        "data": {"kind": "folder", "path": str(write_images(tmp_path / "images", 8))},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    done = fork(training_program.main, [str(tmp_path / "config.yaml")]).wait()
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(entry) for entry in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    said = {name for entry in log for name in entry.get("warnings", {})}
+    section = health(log, settings)
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert section is not None and 'id="health"' in page
+    if rate is None:
+        assert "saturated" not in said
+        assert {"adversary/r1", "adversary/lecam"} <= set(log[0])
+    else:
+        assert "saturated" in said and "the discriminator has won" in page
+        assert "warning at" in done.stderr and done.stderr.count("the discriminator has won") == 1  # once, not at each
