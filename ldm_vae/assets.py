@@ -85,9 +85,8 @@ def load_lpips(net: Net, weights: str | None = None) -> lpips.LPIPS:
         WorkError: no trunk can be had; the sentence says what would help.
     """
     trunk = _trunk_file(Path(weights)) if weights is not None else lpips_trunk(net)
-    with init_empty_weights(), warnings.catch_warnings():  # 10 s less than drawing VGG's 138 M random numbers first
-        warnings.simplefilter("ignore")  # torchvision's `pretrained`, and that nothing is copied to empty weights
-        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    with init_empty_weights():  # 10 s less than drawing VGG's 138 M random numbers first
+        network = random_lpips(net)
     linear = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
     state = torch.load(linear, map_location="cpu", weights_only=True)
     state |= {f"lins.{key.removeprefix('lin')}": value for key, value in state.items()}  # the same layers, listed
@@ -98,7 +97,14 @@ def load_lpips(net: Net, weights: str | None = None) -> lpips.LPIPS:
     except (KeyError, RuntimeError) as error:
         source = weights or f"in {cache_dir()} or torchvision's cache"
         raise UsageError(f"lpips weights {source}: not the trunk of {net}: {str(error).splitlines()[-1]}") from error
-    return network.eval().requires_grad_(False)
+    return network.requires_grad_(False)
+
+
+def random_lpips(net: Net) -> lpips.LPIPS:
+    """The network without its weights, frozen and in eval mode: for counting what it costs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's `pretrained`, and that nothing is copied to empty weights
+        return lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False).eval().requires_grad_(False)
 
 
 def lpips_trunk(net: Net) -> Tensors:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from pydantic import model_validator
 from torch import nn
 
 from ldm_vae import latents
@@ -44,6 +45,16 @@ class AutoencoderConfig(Section):
     """A 1x1 convolution behind the encoder (SD, SDXL: yes; SD3, FLUX: no)."""
     use_post_quant_conv: bool = True
     """A 1x1 convolution before the decoder (SD, SDXL: yes; SD3, FLUX: no)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AutoencoderConfig:
+        odd = [width for width in self.block_out_channels if width <= 0 or width % self.norm_num_groups]
+        if odd or not self.block_out_channels:
+            raise ValueError(
+                f"block_out_channels: expected multiples of norm_num_groups {self.norm_num_groups}, got "
+                f"{odd[0] if odd else 'none'}"
+            )
+        return self
 
     def build(self) -> AutoencoderKL:
         """A randomly initialised network; its scaling_factor is 1 until it is measured."""

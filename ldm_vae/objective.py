@@ -24,10 +24,12 @@ class Objective(nn.Module):
     the EMA and the checkpoint.
     """
 
-    def __init__(self, terms: Mapping[str, TermConfig]) -> None:
+    def __init__(self, terms: Mapping[str, TermConfig], outline: bool = False) -> None:
+        """`outline`: without the weights that a term would load, to count its cost."""
         super().__init__()
         self.configs = dict(terms)
-        self.terms = nn.ModuleDict({name: config.build() for name, config in terms.items()})
+        built = {name: config.outline() if outline else config.build() for name, config in terms.items()}
+        self.terms = nn.ModuleDict(built)
         if not any(term.domain == "pixels" for term in self.terms.values()):
             raise UsageError(f"losses: expected at least one term on pixels, got {', '.join(terms) or 'none'}")
 

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
@@ -25,7 +24,6 @@ from ldm_vae.adversary import Adversary
 from ldm_vae.autoencoder import (
     TrainableAutoencoder,
     check_resolution,
-    count_parameters,
     downsampling_factor,
     encoder_fingerprint,
 )
@@ -47,6 +45,7 @@ from ldm_vae.metrics.live import record_validation
 from ldm_vae.metrics.select import build_metrics
 from ldm_vae.objective import Objective
 from ldm_vae.optim import learning, schedule, set_learning_rate
+from ldm_vae.plan import describe
 from ldm_vae.report import build_report
 from ldm_vae.step import TrainingStep
 from ldm_vae.training import MAY_CHANGE, Training, build_autoencoder, build_discriminator
@@ -60,18 +59,9 @@ def main() -> None:
     flags = [flag for flag in arguments[1:] if flag not in ("--dry_run", "--dry-run")]
     settings = config.load(Training, arguments[0], flags, program=f"train.autoencoder {arguments[0]}")
     if len(flags) < len(arguments) - 1:
-        describe(settings)
+        print(describe(settings), end="")
     else:
         train(settings)
-
-
-def describe(settings: Training) -> None:
-    """What `--dry_run` prints: the resolved config, and how large the network is."""
-    with torch.device("meta"):
-        vae = settings.model.build()
-    check_resolution(settings.resolution, downsampling_factor(vae))
-    print(config.dump(settings), end="")
-    print(f"# autoencoder: {count_parameters(vae.parameters()) / 1e6:.2f} M parameters, f {downsampling_factor(vae)}")
 
 
 def train(settings: Training) -> None:

@@ -10,6 +10,8 @@ Every term is a mean per pixel value, so that a weight means the same at every r
 
 from __future__ import annotations
 
+from typing import Any
+
 from ldm_vae.config import Part
 
 
@@ -18,6 +20,10 @@ class TermConfig(Part):
 
     weight: float = 1.0
     """Factor of this term in the sum."""
+
+    def outline(self) -> Any:
+        """The same module without weights that would have to be loaded: for counting its cost."""
+        return self.build()
 
     def weight_at(self, images_seen: int) -> float:
         """The weight after so many images; a schedule overrides this."""

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import lpips
 import torch
+from pydantic import Field
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from ldm_vae.assets import load_lpips
+from ldm_vae.assets import load_lpips, random_lpips
 from ldm_vae.errors import UsageError
 from ldm_vae.losses import TermConfig
 
@@ -25,10 +27,11 @@ class LPIPS(nn.Module):
     domain = "pixels"
     network: Any
 
-    def __init__(self, network: Any, smallest: int) -> None:
+    def __init__(self, network: Any, smallest: int, chunk: int | None = None) -> None:
         super().__init__()
         self.__dict__["network"] = network  # past nn.Module's registry
         self.smallest = smallest
+        self.chunk = chunk
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LPIPS:
         # the network follows to the device all the same, and stays in fp32 whatever the others become
@@ -44,9 +47,15 @@ class LPIPS(nn.Module):
         if min(sides) < self.smallest:
             raise UsageError(f"losses.lpips: expected crops of at least {self.smallest} px, got {min(sides)}")
         with torch.autocast(pixels.device.type, enabled=False):
-            with torch.no_grad():  # the target's features need no graph: half of the activations
-                wanted = self._features(target)
-            return self._distance(self._features(pixels), wanted).mean()
+            if self.chunk is None:
+                return self._images(pixels, target).mean()
+            chunks = zip(pixels.split(self.chunk), target.split(self.chunk), strict=True)
+            return torch.cat([checkpoint(self._images, *chunk, use_reentrant=False) for chunk in chunks]).mean()
+
+    def _images(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():  # the target's features need no graph: half of the activations
+            wanted = self._features(target)
+        return self._distance(self._features(pixels), wanted)
 
     def _features(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Unit-length features of the five layers (Zhang et al. 2018, eq. 1)."""
@@ -71,5 +80,12 @@ class Config(TermConfig):
     weights: str | None = None
     """A file of the trunk (torchvision's .pth, or safetensors); found by itself if null."""
 
+    chunk: int | None = Field(None, gt=0)
+    """Images whose activations are held at once; their forward is run again in the backward. For small GPUs: less
+    memory for a third more LPIPS work, the same result."""
+
     def build(self) -> LPIPS:
-        return LPIPS(load_lpips(self.net, self.weights), SMALLEST[self.net])
+        return LPIPS(load_lpips(self.net, self.weights), SMALLEST[self.net], self.chunk)
+
+    def outline(self) -> LPIPS:
+        return LPIPS(random_lpips(self.net), SMALLEST[self.net], self.chunk)

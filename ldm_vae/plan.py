@@ -1,0 +1,249 @@
+"""What a run will cost, told before it is started: `--dry_run`. Nothing is computed or fetched, of the data only the
+list is read: the real training step runs on tensors without content, its operations and memory are counted.
+
+Legend: B batch, C image channels, H W pixels, c latent channels, h w latent positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ldm_vae import config
+from ldm_vae.adversary import Adversary
+from ldm_vae.autoencoder import (
+    TrainableAutoencoder,
+    check_resolution,
+    count_parameters,
+    downsampling_factor,
+)
+from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.fine_tuning import set_trainable
+from ldm_vae.objective import Objective
+from ldm_vae.optim import learning
+from ldm_vae.step import TrainingStep
+from ldm_vae.training import Training, build_autoencoder, build_discriminator
+
+GB = 1e9
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> int:
+    return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
+
+
+# torch counts convolutions, matrix products and the attention of GPUs; the CPU's is another operation
+COUNTS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Cost(TorchDispatchMode):
+    """Counts the floating-point operations of what runs inside (a multiplication and an addition are two), and the
+    largest number of bytes that tensors made inside held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self.bytes = self.peak_bytes = 0
+        self._seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (count := COUNTS.get(func.overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self._hold(tensor.untyped_storage())
+        return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen[storage] = size
+        self.bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.bytes -= size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """parameters by network; GFLOP an image of each forward pass, and of a whole step with the adversary active;
+    bytes of a process by what holds them."""
+
+    parameters: dict[str, int]
+    forward_gflop: dict[str, float]
+    step_gflop: float
+    bytes: dict[str, int]
+
+
+def plan(settings: Training) -> Plan:
+    """Count a step of this config: shapes alone, on any machine, in seconds.
+
+    Raises:
+        UsageError: the config cannot be built.
+    """
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1)
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.mixed_precision)
+    cast = contextlib.nullcontext() if precision is None else torch.autocast("cpu", precision)
+    with FakeTensorMode(), cast:
+        # the base's own weights are not wanted here, its shape is `model`
+        vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
+        if settings.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        network = TrainableAutoencoder(vae)
+        objective = Objective(settings.losses, outline=True)
+        critic = build_discriminator(settings)
+        size = settings.resolution
+        images = torch.empty(settings.train_batch_size, settings.model.in_channels, size, size)
+        noise = torch.empty(len(images), *network.latent_shape(size, size))
+        parts: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
+            "encoder": (vae.encode, (images,)),
+            "decoder": (vae.decode, (noise,)),
+        }
+        parts |= {name: (term, (images, images)) for name, term in objective.terms.items() if term.domain == "pixels"}
+        parts |= {} if critic is None else {"discriminator": (critic, (images,))}
+        forward = {
+            name: _flops(function, arguments) / len(images) / 1e9 for name, (function, arguments) in parts.items()
+        }
+        optimizer = settings.optimizer.build(learning([network, objective]), settings.learning_rate)
+        critic_optimizer = None if critic is None else settings.optimizer.build(learning([critic]), 1e-4)
+        step = TrainingStep(
+            accelerator, network, objective, optimizer, Adversary(settings.adversary), critic, critic_optimizer,
+            settings.max_grad_norm,
+        )  # fmt: skip
+        with Cost() as first:
+            step(images, noise, settings.adversary.start_images)
+        with Cost() as second:  # the first made Adam's moments
+            step(images, noise, settings.adversary.start_images)
+    moments = sum(
+        value.untyped_storage().nbytes()
+        for one in (optimizer, critic_optimizer)
+        if one is not None
+        for state in one.state.values()
+        for value in state.values()
+    )
+    held = [vae] if critic is None else [vae, critic]
+    weights = sum(_bytes(module) for module in held)
+    return Plan(
+        parameters={"autoencoder": count_parameters(vae.parameters())}
+        | ({} if critic is None else {"discriminator": count_parameters(critic.parameters())}),
+        forward_gflop=forward,
+        step_gflop=second.flops / len(images) / 1e9,
+        bytes={
+            "weights": weights,
+            "averaged weights": _bytes(vae),
+            "Adam's moments": moments,
+            "activations and gradients": max(second.peak_bytes, first.peak_bytes - moments),
+        },
+    )
+
+
+def _flops(function: Any, arguments: tuple[torch.Tensor, ...]) -> int:
+    with Cost() as cost, torch.no_grad():
+        function(*arguments)
+    return cost.flops
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+
+def describe(settings: Training, processes: int = 1) -> str:
+    """What `--dry_run` prints: the resolved config as YAML, then the plan as comments. Data and base weights that are
+    not on this machine are said to be so.
+
+    Raises:
+        UsageError: the config does not hold together.
+    """
+    vae = _outline(settings)
+    check_resolution(settings.resolution, downsampling_factor(vae))
+    found = plan(settings)
+    peak = sum(found.bytes.values())
+    global_batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
+    latent = TrainableAutoencoder(vae).latent_shape(settings.resolution, settings.resolution)
+    millions = {name: f"{count / 1e6:.2f} M" for name, count in found.parameters.items()}
+    forward = {name: f"{count:.3g}" for name, count in found.forward_gflop.items() if count}
+    memory = {name: f"{count / GB:.2f}" for name, count in found.bytes.items()}
+    batch = f"{settings.train_batch_size} images of {settings.resolution} px"
+    lines = {
+        "parameters": f"{_listed(millions)}; f {downsampling_factor(vae)}, latents {' x '.join(map(str, latent))}",
+        "GFLOP an image": f"forward {_listed(forward)}; a training step with all that plays {found.step_gflop:.4g}",
+        "memory, GB": f"{_listed(memory)}; peak about {peak / GB:.1f} in a process with {batch}",
+        "init_from": _found_base(settings),
+        "data": _found_data(settings.data, global_batch, settings.max_train_images),
+        "validation_data": _found_data(settings.validation_data),
+    }
+    comments = "".join(f"# {name + ':':16} {text}\n" for name, text in lines.items() if text)
+    return f"{config.dump(settings)}{comments}"
+
+
+def _outline(settings: Training) -> Any:
+    with torch.device("meta"):
+        vae = settings.model.build()
+    set_trainable(vae, settings.trainable)
+    return vae
+
+
+def _listed(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _found_base(settings: Training) -> str:
+    if settings.init_from is None:
+        return ""
+    if Path(settings.init_from).exists():
+        build_autoencoder(settings)  # raises where its shape is not `model`
+        return f"{settings.init_from}, whose shape is `model`"
+    cached = [_cached(settings.init_from, name) for name in ("config.json", "vae/config.json")]
+    return f"{settings.init_from}, in the hub's cache" if any(cached) else f"not found here: {settings.init_from}"
+
+
+def _cached(hub_id: str, name: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(hub_id, name), str)
+    except ValueError:  # not a hub id
+        return False
+
+
+def _found_data(data: Any, global_batch: int = 0, max_images: int = 0) -> str:
+    if data is None:
+        return ""
+    if data.kind == "hub" and not Path(data.path).exists():
+        return f"not looked for: {data.path} is a hub id"
+    try:
+        count = len(data.build())
+    except (UsageError, WorkError):
+        return f"not found here: {data.path}"
+    if not global_batch:
+        return f"{count:,} images in {data.path}"
+    return (
+        f"{count:,} images in {data.path}; an epoch is {count / global_batch:.4g} updates of {global_batch}, the run "
+        f"{max_images / count:.3g} epochs, {max_images // global_batch:,} updates"
+    )

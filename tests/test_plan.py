@@ -1,0 +1,151 @@
+"""The dry run's figures are those of the real step, and it asks for nothing that is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from conftest import ROOT, write_images
+from forked import Finished, fork
+from torch import nn
+
+from ldm_vae import config
+from ldm_vae.adversary import Adversary, AdversaryConfig
+from ldm_vae.autoencoder import TrainableAutoencoder
+from ldm_vae.discriminators.patchgan import Config as PatchGAN
+from ldm_vae.losses.kl import Config as KL
+from ldm_vae.losses.l1 import Config as L1
+from ldm_vae.losses.lpips import LPIPS, SMALLEST
+from ldm_vae.losses.lpips import Config as LPIPSConfig
+from ldm_vae.objective import Objective
+from ldm_vae.plan import Cost, plan
+from ldm_vae.step import TrainingStep
+from ldm_vae.training import Training
+from train import autoencoder as training_program
+
+SETTINGS: dict[str, Any] = {
+    "output_dir": "unused",
+    "resolution": 32,
+    "train_batch_size": 2,
+    "model": {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4},
+    "losses": {"l1": {"weight": 1.0}, "kl": {"weight": 1e-6}},
+    "adversary": {"weight": 0.5},
+    "discriminator": {"kind": "patchgan", "width": 8, "layers": 1},
+    "data": {"kind": "folder", "path": "nowhere"},
+}
+
+
+def settings(**changes: Any) -> Training:
+    return config.validate(Training, SETTINGS | changes, "test")
+
+
+def test_operations_are_counted_as_the_formulas_say() -> None:
+    image = torch.randn(2, 3, 8, 8)
+    with Cost() as cost:
+        nn.functional.conv2d(image, torch.randn(5, 3, 3, 3), padding=1)
+    assert cost.flops == 2 * 2 * 8 * 8 * 5 * 3 * 9
+    query = torch.randn(2, 1, 16, 4)
+    with Cost() as cost:
+        nn.functional.scaled_dot_product_attention(query, query, query)
+    assert cost.flops == 2 * (2 * 16 * 16 * 4) * 2
+
+
+def test_memory_is_the_most_that_lives_at_one_time() -> None:
+    with Cost() as cost:
+        kept = torch.zeros(1000)
+        for _ in range(5):
+            kept = kept + 1.0  # two at a time
+        view = kept[:10]
+    assert cost.peak_bytes == 2 * 4000 and cost.bytes == 4000 and len(view) == 10
+
+
+def test_the_plan_is_what_the_real_step_does() -> None:
+    found = plan(settings())
+    accelerator = Accelerator(cpu=True)
+    chosen = settings()
+    network = TrainableAutoencoder(chosen.model.build().train())
+    critic = PatchGAN(width=8, layers=1).build()
+    optimizers = [chosen.optimizer.build(module.parameters(), 1e-4) for module in (network, critic)]
+    step = TrainingStep(
+        accelerator, network, Objective({"l1": L1(), "kl": KL()}), optimizers[0],
+        Adversary(AdversaryConfig(weight=0.5)), critic, optimizers[1],
+    )  # fmt: skip
+    images, noise = torch.zeros(2, 3, 32, 32), torch.zeros(2, 4, 16, 16)
+    step(images, noise)
+    with Cost() as real:
+        step(images, noise)
+    assert found.step_gflop == pytest.approx(real.flops / 2 / 1e9, rel=1e-6)
+    assert found.bytes["activations and gradients"] == pytest.approx(real.peak_bytes, rel=0.02)
+    weights = [parameter for module in (network, critic) for parameter in module.parameters()]
+    assert found.bytes["weights"] == sum(4 * parameter.numel() for parameter in weights)
+    assert found.bytes["Adam's moments"] == pytest.approx(2 * found.bytes["weights"], rel=0.01)
+
+
+def test_what_saves_memory_shows_and_what_costs_shows() -> None:
+    deep = {"model": SETTINGS["model"] | {"block_out_channels": [8, 8, 16], "layers_per_block": 2}, "resolution": 64}
+    plain, saving = plan(settings(**deep)), plan(settings(**deep, gradient_checkpointing=True))
+    name = "activations and gradients"
+    assert saving.bytes[name] < 0.6 * plain.bytes[name]
+    assert 1.2 < saving.step_gflop / plain.step_gflop < 1.4  # one more forward of the autoencoder
+    decoder = plan(settings(trainable=["decoder.*", "post_quant_conv.*"]))
+    assert decoder.step_gflop < 0.85 * plan(settings()).step_gflop
+
+
+def test_lpips_in_chunks_is_the_same_loss_in_less_memory() -> None:
+    torch.manual_seed(0)
+    whole = LPIPSConfig(net="alex").outline()
+    chunked = LPIPS(whole.network, SMALLEST["alex"], chunk=1)
+    target = torch.rand(4, 3, 64, 64) * 2 - 1
+    results = []
+    for term in (whole, chunked):
+        pixels = (target * 0.5).requires_grad_()
+        with Cost() as cost:
+            loss = term(pixels, target)
+            (gradient,) = torch.autograd.grad(loss, pixels)
+        results.append((loss.detach(), gradient, cost.peak_bytes))
+    (loss, gradient, peak), (other_loss, other_gradient, other_peak) = results
+    torch.testing.assert_close(other_loss, loss)
+    torch.testing.assert_close(other_gradient, gradient)
+    assert other_peak < 0.5 * peak
+
+
+# --- through the real program -----------------------------------------------------------------------------------------
+
+
+def dry_run(folder: Path, **changes: Any) -> Finished:
+    (folder / "config.yaml").write_text(yaml.safe_dump(SETTINGS | {"output_dir": str(folder / "run")} | changes))
+    return fork(training_program.main, [str(folder / "config.yaml"), "--dry_run"]).wait()
+
+
+def test_a_dry_run_needs_neither_data_nor_weights(tmp_path: Path) -> None:
+    done = dry_run(tmp_path, init_from="some-lab/some-vae", losses={"l1": {}, "lpips": {"net": "vgg"}})
+    assert done.returncode == 0, done.stderr
+    told = {line[2:].partition(":")[0]: line for line in done.stdout.splitlines() if line.startswith("# ")}
+    assert "not found here: nowhere" in told["data"] and "not found here: some-lab/some-vae" in told["init_from"]
+    assert "lpips" in told["GFLOP an image"] and "peak about" in told["memory, GB"]
+    assert not (tmp_path / "run").exists()
+    resolved = yaml.safe_load(done.stdout)  # the plan stands in comments: the output is a config
+    assert resolved["losses"]["lpips"]["net"] == "vgg"
+
+
+def test_a_dry_run_tells_of_what_is_there(tmp_path: Path, tiny_vae_folder: Path) -> None:
+    images = write_images(tmp_path / "images", 10)
+    data = {"kind": "folder", "path": str(images)}
+    done = dry_run(tmp_path, init_from=str(tiny_vae_folder), data=data, max_train_images=40)
+    assert done.returncode == 0, done.stderr
+    assert f"10 images in {images}; an epoch is 5 updates of 2, the run 4 epochs, 20 updates" in done.stdout
+    assert "whose shape is `model`" in done.stdout
+    wrong = dry_run(tmp_path, init_from=str(tiny_vae_folder), model=SETTINGS["model"] | {"layers_per_block": 2})
+    assert wrong.returncode == 2 and "model.layers_per_block: the config says 2" in wrong.stderr
+    odd = dry_run(tmp_path, model={"block_out_channels": [8, 12], "norm_num_groups": 8})
+    assert odd.returncode == 2 and "expected multiples of norm_num_groups 8, got 12" in odd.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_has_a_plan(path: Path) -> None:
+    found = plan(config.load(Training, path))
+    assert found.step_gflop > 3 * found.forward_gflop["encoder"] and all(found.bytes.values())
