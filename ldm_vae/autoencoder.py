@@ -75,7 +75,7 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> Au
 
     Args:
         source: a diffusers folder, a pipeline folder with `vae/`, a run folder (its exported `vae/`), a single
-            `.safetensors` file, or a hub id.
+            `.safetensors` file, or a hub id (of a VAE or of a pipeline).
         config: for a single file of another shape than it tells by itself, a folder that holds its config.json.
 
     Raises:
@@ -106,7 +106,13 @@ def _from_pretrained(source: str) -> AutoencoderKL:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            return AutoencoderKL.from_pretrained(source, use_safetensors=True)
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' affair, not the user's
+            try:
+                return AutoencoderKL.from_pretrained(source, use_safetensors=True)
+            except OSError:
+                if path.is_dir():
+                    raise
+                return AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True)  # a pipeline's
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"VAE {source}: cannot be loaded as an AutoencoderKL: {_first_line(error)}") from error
 

@@ -19,6 +19,7 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import DynamoBackend
 from torch import nn
 
 from ldm_vae.errors import UsageError, WorkError
@@ -47,6 +48,11 @@ def build_accelerator(mixed_precision: str = "no", **settings: Any) -> Accelerat
         raise UsageError(
             f"launch: {accelerator.distributed_type.value} is not supported; plain DDP is enough, since the weights, "
             "gradients and Adam moments of an 84 M parameter autoencoder take 1.3 GB"
+        )
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise UsageError(
+            f"launch: --dynamo_backend {accelerator.state.dynamo_plugin.backend.value.lower()} would put `_orig_mod.` "
+            "into the names of weights; expected no, and torch_compile: true in the config"
         )
     return accelerator
 

@@ -41,13 +41,14 @@ GB = 1e9
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward(
     gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> int:
-    return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
+    shapes = (gradient.shape, query.shape, key.shape, value.shape)
+    return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
 
 
 # torch counts convolutions, matrix products and the attention of GPUs; the CPU's is another operation
@@ -57,14 +58,15 @@ COUNTS = flop_registry | {
 }
 
 
-class Cost(TorchDispatchMode):
+class Cost(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the floating-point operations of what runs inside (a multiplication and an addition are two), and the
     largest number of bytes that tensors made inside held at one time."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-        self.bytes = self.peak_bytes = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: int = 0
+        self.bytes: int = 0
+        self.peak_bytes: int = 0
         self._seen = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -165,7 +167,7 @@ def plan(settings: Training) -> Plan:
 def _flops(function: Any, arguments: tuple[torch.Tensor, ...]) -> int:
     with Cost() as cost, torch.no_grad():
         function(*arguments)
-    return cost.flops
+    return int(cost.flops)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -2,8 +2,8 @@
 
 The graph is cut at the reconstruction. Pixel terms and the adversary each give a cotangent there (their own graphs are
 freed before the autoencoder's backward), the two are balanced at the last layer, and one backward carries their sum
-through decoder and encoder. An f8 network at 256 px costs 419 GFLOP a step so; latent-diffusion's two forwards and two
-retained backwards cost 596.
+through decoder and encoder. An f8 network (widths 64 to 256, two images of 128 px) costs 419 GFLOP a step so;
+latent-diffusion's two forwards and two retained backwards cost 596.
 
 Legend: B batch, C image channels, H W pixels, c latent channels, h w latent positions.
 """

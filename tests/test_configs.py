@@ -78,4 +78,5 @@ def test_every_config_loads_and_builds(path: Path) -> None:
 
 def test_the_named_configs_exist() -> None:
     named = {"kl_f4_d3", "kl_f8_d4", "kl_f8_d16", "kl_f16_d16", "kl_f32_d64", "smoke", "demo"}
+    named |= {"finetune_decoder_sd", "finetune_decoder_sd_8gb", "finetune_sdxl", "finetune_flux"}
     assert named <= {path.stem for path in CONFIGS}

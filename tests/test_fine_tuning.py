@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import write_images
+from conftest import ROOT, write_images
 from diffusers import AutoencoderKL
 from forked import Finished, fork
 from torch import nn
+from torch._dynamo.utils import counters
 
-from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder, load_autoencoder
+from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder, encoder_fingerprint, load_autoencoder
 from ldm_vae.errors import UsageError
 from ldm_vae.fine_tuning import encoder_learns, resize_channels, set_trainable
 from train import autoencoder as training_program
@@ -121,3 +125,70 @@ def test_latent_channels_change_only_when_asked(tiny_vae_folder: Path, tmp_path:
     done = tune(tmp_path, tiny_vae_folder, model=SHAPE | {"latent_channels": 6}, ignore_mismatched_sizes=True)
     assert done.returncode == 0, done.stderr
     assert load_autoencoder(tmp_path / "run").config.latent_channels == 6
+
+
+# --- layout and compiler ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"channels_last": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager", "channels_last": True}],
+    ids=["channels_last", "torch_compile"],
+)
+def test_layout_and_compiler_change_neither_the_result_nor_a_name(tmp_path: Path, knobs: dict[str, object]) -> None:
+    critic = {"adversary": {"weight": 0.5}, "discriminator": {"kind": "patchgan", "width": 8, "layers": 1}}
+    base = AutoencoderConfig(**SHAPE).build()
+    base.save_pretrained(tmp_path / "base")
+    tuned = []
+    for name, changes in (("plain", {}), ("changed", knobs)):
+        (tmp_path / name).mkdir()
+        done = tune(tmp_path / name, tmp_path / "base", learning_rate=1e-4, **critic, **changes)
+        assert done.returncode == 0, done.stderr
+        tuned.append(load_autoencoder(tmp_path / name / "run").state_dict())
+    plain, changed = tuned
+    assert list(plain) == list(changed) == list(base.state_dict())
+    checkpoint = next((tmp_path / "changed" / "run" / "checkpoints").iterdir())
+    assert "_orig_mod" not in (checkpoint / "state.json").read_text()
+    for name, value in plain.items():
+        if "to_k.bias" not in name:  # its gradient is zero but for rounding, which Adam divides by itself
+            torch.testing.assert_close(changed[name], value, atol=2e-6, rtol=1e-4)
+
+
+def test_a_compiler_that_is_not_there_is_named(tmp_path: Path, tiny_vae_folder: Path) -> None:
+    done = tune(tmp_path, tiny_vae_folder, torch_compile=True, torch_compile_backend="inducto")
+    assert done.returncode == 2 and "torch_compile_backend: expected one of" in done.stderr
+
+
+def test_the_forward_is_compiled_as_one_graph(tiny_vae: AutoencoderKL) -> None:
+    network = TrainableAutoencoder(tiny_vae.train())
+    network.compile(backend="aot_eager")
+    counters.clear()
+    for _ in range(2):
+        network(torch.rand(1, 3, 16, 16), torch.randn(1, 4, 8, 8)).pixels.sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_the_launchers_compiler_is_refused(
+    tmp_path: Path, tiny_vae_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    done = tune(tmp_path, tiny_vae_folder)
+    assert done.returncode == 2 and "torch_compile: true" in done.stderr
+
+
+def test_a_pipelines_vae_is_found_in_the_hubs_cache(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    cached = tmp_path / "models--some-lab--some-pipeline"
+    tiny_vae.save_pretrained(cached / "snapshots" / ("a" * 40) / "vae")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    program = (
+        "from ldm_vae.autoencoder import encoder_fingerprint, load_autoencoder\n"
+        "print(encoder_fingerprint(load_autoencoder('some-lab/some-pipeline')))\n"
+        "load_autoencoder('some-lab/other')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"HF_HUB_CACHE": str(tmp_path)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == encoder_fingerprint(tiny_vae), done.stderr
+    assert "UsageError: VAE some-lab/other: cannot be loaded" in done.stderr

@@ -11,6 +11,7 @@ scaling) and RUN/report/index.html a page to look at. Time is counted in images 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from ldm_vae.optim import learning, schedule, set_learning_rate
 from ldm_vae.plan import describe
 from ldm_vae.report import build_report
 from ldm_vae.step import TrainingStep
-from ldm_vae.training import MAY_CHANGE, Training, build_autoencoder, build_discriminator
+from ldm_vae.training import MAY_CHANGE, Training, arrange, build_autoencoder, build_discriminator
 
 
 def main() -> None:
@@ -59,7 +60,8 @@ def main() -> None:
     flags = [flag for flag in arguments[1:] if flag not in ("--dry_run", "--dry-run")]
     settings = config.load(Training, arguments[0], flags, program=f"train.autoencoder {arguments[0]}")
     if len(flags) < len(arguments) - 1:
-        print(describe(settings), end="")
+        if os.environ.get("RANK", "0") == "0":
+            print(describe(settings, processes=int(os.environ.get("WORLD_SIZE", "1"))), end="")
     else:
         train(settings)
 
@@ -89,6 +91,8 @@ def train(settings: Training) -> None:
     objective = Objective(settings.losses).to(accelerator.device)
     adversary = Adversary(settings.adversary).to(accelerator.device)
     critic = build_discriminator(settings)
+    for module in [network] if critic is None else [network, critic]:
+        arrange(module, settings)
     if validation_source is not None:  # what it needs is fetched now and not after the first hours
         build_metrics(settings.validation_metrics, accelerator.device, settings.resolution)
     prepare_run_folder(settings, accelerator)

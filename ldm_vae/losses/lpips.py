@@ -49,7 +49,7 @@ class LPIPS(nn.Module):
         with torch.autocast(pixels.device.type, enabled=False):
             if self.chunk is None:
                 return self._images(pixels, target).mean()
-            chunks = zip(pixels.split(self.chunk), target.split(self.chunk), strict=True)
+            chunks = zip(torch.split(pixels, self.chunk), torch.split(target, self.chunk), strict=True)
             return torch.cat([checkpoint(self._images, *chunk, use_reentrant=False) for chunk in chunks]).mean()
 
     def _images(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
