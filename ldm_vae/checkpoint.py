@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ldm_vae import publish
@@ -94,7 +95,7 @@ def save(folder: Path, images_seen: int, objects: Mapping[str, Stateful], config
         sums = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
         (beside / CHECKSUMS).write_text(json.dumps(sums, indent=1))
         publish.put(beside, final)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as a RuntimeError of its own
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
         last = newest(folder)
