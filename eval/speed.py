@@ -16,11 +16,15 @@ from typing import Any
 
 from ldm_vae.errors import UsageError, run_program
 
-from . import speed_data
+from . import speed_data, speed_train
 from .timing import machine
 
 # name => (one line of help, what it runs); each lives in a file of its own
 BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], list[dict[str, Any]]]]] = {
+    "train": (
+        "one generator and one discriminator update: seconds, operations and memory, beside published recipes",
+        speed_train.run,
+    ),
     "data": (
         "images decoded, cropped and batched per core, beside a plain datasets + DataLoader pipeline",
         speed_data.run,
@@ -47,6 +51,7 @@ def arguments() -> argparse.Namespace:
     known = "; ".join(f"{name}: {text}" for name, (text, _) in BENCHMARKS.items())
     parser.add_argument("what", choices=[*BENCHMARKS, "all"], help=known)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where speed.json goes")
+    parser.add_argument("--compile", action="store_true", help="train: every recipe's networks under torch.compile")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every contender (7)")
     found = parser.parse_args()
     if found.rounds < 1:
@@ -61,7 +66,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         ratio = found.get("ratio")
         shown = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) x {ratio['to']}" if ratio else ""
         rate = f"   {found['images_per_s']:.0f} images/s" if "images_per_s" in found else ""
-        lines.append(f"{found['name']:28}{found['median_s']:9.3f} s   {shown}{rate}")
+        figure = f"{found['median_s']:9.3f} s" if "median_s" in found else f"{found['value']:9.4g} {found['unit']}"
+        lines.append(f"{found['name']:28}{figure:14} {shown}{rate}")
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ LOST = 0.35  # mean accuracy: wrong more often than right
 BLIND = 0.015  # mean accuracy within this of a half
 JUMP = 20.0  # a gradient norm over the median of those before, of which there are at least so many:
 HISTORY = 10
+START = 15  # intervals that a discriminator may be blind for: the demo's needs a dozen
 
 Line = Mapping[str, Any]
 
@@ -79,7 +80,7 @@ def diagnose(log: Sequence[Line], config: AdversaryConfig) -> dict[str, str]:
 
 def _started(played: Sequence[Line]) -> bool:
     """Its first intervals are blind in every run."""
-    return len(played) > 2 * PATIENCE
+    return len(played) > START
 
 
 def _at_ceiling(line: Line, config: AdversaryConfig) -> bool:

@@ -76,7 +76,7 @@ def line(real: float = 0.8, fake: float = 0.7, margin: float = 1.0, **more: floa
     ],
 )
 def test_a_state_is_named_when_it_lasts(sick: dict[str, Any], name: str, remedy: str) -> None:
-    healthy = [line() for _ in range(10)]
+    healthy = [line() for _ in range(15)]
     config = AdversaryConfig(weight=0.5)
     assert diagnose(healthy, config) == {}
     copies = [dict(sick) for _ in range(3)]

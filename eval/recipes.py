@@ -1,0 +1,217 @@
+"""Training steps to measure ours against: each does one generator and one discriminator update on the same network,
+terms and batch. They are short forms of published recipes, with what costs time and memory in them kept:
+
+- latent_diffusion: CompVis' AutoencoderKL under Lightning. `training_step` runs twice, so the autoencoder is run twice
+  and LPIPS again for the discriminator; two retained backward passes for the adaptive weight.
+- diffusers_published: train_autoencoderkl.py. Generator and discriminator take alternate batches, LPIPS stands under
+  no_grad, the discriminator's loss goes back through the autoencoder.
+- diffusers_repaired: the same with the gradient of LPIPS.
+- shared_forward: what one writes first. One forward for both sides, the textbook adaptive weight.
+- autoencoder_only: forward and backward of the autoencoder with L1, the floor.
+- train_step, small_gpu: ldm_vae.step.TrainingStep; the second with the savings of configs/profiles/small_gpu.yaml.
+
+Legend: B batch, C image channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from ldm_vae.adversary import Adversary, AdversaryConfig
+from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.discriminators.patchgan import Config as PatchGAN
+from ldm_vae.losses.kl import Config as KL
+from ldm_vae.losses.l1 import Config as L1
+from ldm_vae.losses.lpips import LPIPS, SMALLEST
+from ldm_vae.losses.lpips import Config as LPIPSConfig
+from ldm_vae.objective import Objective
+from ldm_vae.step import TrainingStep
+
+KL_WEIGHT, ADVERSARY_WEIGHT, LEARNING_RATE = 1e-6, 0.5, 1e-5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every recipe gets: an f8 network of these widths and a batch. The default is half of Stable Diffusion's
+    width, so that a CPU takes seconds for a step. LPIPS has random weights: they cost what the genuine ones do."""
+
+    widths: tuple[int, ...] = (64, 128, 256, 256)
+    resolution: int = 128
+    batch: int = 2
+    net: str = "vgg"
+    critic_width: int = 64
+    groups: int = 32
+    compiled: bool = False
+
+    def images(self) -> torch.Tensor:
+        return torch.rand(self.batch, 3, self.resolution, self.resolution) * 2 - 1
+
+
+class Networks:
+    """Autoencoder, LPIPS, discriminator and their optimisers, as a recipe of one's own would hold them."""
+
+    def __init__(self, work: Work) -> None:
+        torch.manual_seed(0)
+        self.work = work
+        self.network = TrainableAutoencoder(
+            AutoencoderConfig(block_out_channels=work.widths, norm_num_groups=work.groups).build().train()
+        )
+        self.lpips = LPIPSConfig.model_validate({"net": work.net}).outline()
+        self.critic = PatchGAN(width=work.critic_width).build().train()
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=LEARNING_RATE, betas=(0.5, 0.9))
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=LEARNING_RATE, betas=(0.5, 0.9))
+        if work.compiled:
+            for module in (self.network, self.critic, self.lpips):
+                module.compile()
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(pixels, KL per pixel value), with fresh noise as these recipes draw it."""
+        noise = torch.randn(len(images), *self.network.latent_shape(*images.shape[2:]))
+        reconstruction = self.network(images, noise)
+        return reconstruction.pixels, reconstruction.moments.kl().sum() / images.numel()
+
+    def adaptive(self, reconstruction_loss: torch.Tensor, generator_loss: torch.Tensor) -> torch.Tensor:
+        """The textbook weight: two backward passes to the last layer that keep every graph."""
+        last = self.network.last_layer.weight
+        norms = [
+            torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
+            for loss in (reconstruction_loss, generator_loss)
+        ]
+        return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach() * ADVERSARY_WEIGHT
+
+    def update_autoencoder(self, loss: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def update_critic(self, real: torch.Tensor, fake: torch.Tensor) -> None:
+        loss = 0.5 * (F.relu(1 - self.critic(real)).mean() + F.relu(1 + self.critic(fake)).mean())
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+
+
+Step = Callable[[torch.Tensor], object]
+
+
+def latent_diffusion(work: Work) -> Step:
+    networks = Networks(work)
+
+    def step(images: torch.Tensor) -> None:
+        # optimizer_idx 0; Lightning freezes the networks whose turn it is not
+        networks.critic.requires_grad_(False)
+        pixels, kl = networks.forward(images)
+        reconstruction = F.l1_loss(pixels, images) + networks.lpips(pixels, images)
+        generator = -networks.critic(pixels).mean()
+        weight = networks.adaptive(reconstruction, generator)
+        networks.update_autoencoder(reconstruction + KL_WEIGHT * kl + weight * generator)
+        networks.critic.requires_grad_(True)
+        # optimizer_idx 1: the same function from its start
+        networks.network.requires_grad_(False)
+        pixels, _ = networks.forward(images)
+        networks.lpips(pixels, images)  # computed before the branch, and thrown away
+        networks.update_critic(images, pixels.detach())
+        networks.network.requires_grad_(True)
+
+    return step
+
+
+def _diffusers(work: Work, lpips_gradient: bool) -> Step:
+    networks = Networks(work)
+
+    def step(images: torch.Tensor) -> None:
+        # the generator's batch
+        networks.critic.requires_grad_(False)
+        pixels, kl = networks.forward(images)
+        with torch.set_grad_enabled(lpips_gradient):
+            perceptual = networks.lpips(pixels, images)
+        reconstruction = F.l1_loss(pixels, images) + perceptual
+        generator = -networks.critic(pixels).mean()
+        weight = networks.adaptive(reconstruction, generator)
+        networks.update_autoencoder(reconstruction + KL_WEIGHT * kl + weight * generator)
+        networks.critic.requires_grad_(True)
+        # the discriminator's batch, another one there; its loss is carried back through the autoencoder
+        pixels, _ = networks.forward(images)
+        networks.update_critic(images, pixels)
+
+    return step
+
+
+def diffusers_published(work: Work) -> Step:
+    return _diffusers(work, lpips_gradient=False)
+
+
+def diffusers_repaired(work: Work) -> Step:
+    return _diffusers(work, lpips_gradient=True)
+
+
+def shared_forward(work: Work) -> Step:
+    networks = Networks(work)
+
+    def step(images: torch.Tensor) -> None:
+        networks.critic.requires_grad_(False)
+        pixels, kl = networks.forward(images)
+        reconstruction = F.l1_loss(pixels, images) + networks.lpips(pixels, images)
+        generator = -networks.critic(pixels).mean()
+        weight = networks.adaptive(reconstruction, generator)
+        networks.update_autoencoder(reconstruction + KL_WEIGHT * kl + weight * generator)
+        networks.critic.requires_grad_(True)
+        networks.update_critic(images, pixels.detach())
+
+    return step
+
+
+def autoencoder_only(work: Work) -> Step:
+    networks = Networks(work)
+
+    def step(images: torch.Tensor) -> None:
+        pixels, kl = networks.forward(images)
+        networks.update_autoencoder(F.l1_loss(pixels, images) + KL_WEIGHT * kl)
+
+    return step
+
+
+def ours(work: Work, accumulation: int = 1) -> Step:
+    networks = Networks(work)
+    if accumulation > 1:
+        networks.network.vae.enable_gradient_checkpointing()
+        networks.lpips = LPIPS(networks.lpips.network, SMALLEST[work.net], chunk=1)
+    objective = Objective({"l1": L1(), "kl": KL(weight=KL_WEIGHT)})
+    objective.terms["lpips"], objective.configs["lpips"] = networks.lpips, LPIPSConfig()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    step = TrainingStep(
+        accelerator, networks.network, objective, networks.optimizer,
+        Adversary(AdversaryConfig(weight=ADVERSARY_WEIGHT)), networks.critic, networks.critic_optimizer,
+    )  # fmt: skip
+
+    def run(images: torch.Tensor) -> object:
+        return step(images, torch.randn(len(images), *networks.network.latent_shape(*images.shape[2:])))
+
+    return run
+
+
+def small_gpu(work: Work) -> Step:
+    """What the profile does to the same batch: half of it at a time, activations computed again."""
+    half = ours(work, accumulation=2)
+
+    def run(images: torch.Tensor) -> None:
+        for part in images.chunk(2):
+            half(part)
+
+    return run
+
+
+RECIPES: dict[str, Callable[[Work], Step]] = {
+    "train_step": ours,
+    "latent_diffusion": latent_diffusion,
+    "diffusers_published": diffusers_published,
+    "diffusers_repaired": diffusers_repaired,
+    "shared_forward": shared_forward,
+    "autoencoder_only": autoencoder_only,
+    "small_gpu": small_gpu,
+}

@@ -1,0 +1,144 @@
+"""`eval.speed train`: one generator and one discriminator update, beside published recipes on the same work.
+
+- `train_step`: seconds, in turns (eval/recipes.py says what each recipe does);
+- `train_step_flops`: operations, counted on tensors without content. `ideal` is what no recipe can leave out: forward
+  and backward of the autoencoder once, LPIPS forward on both images and its input gradient once, discriminator forward
+  three times, its input gradient once and its backward once;
+- `train_step_memory`: the growth of the process's resident memory over four updates, each recipe in a process of its
+  own, and `counted_bytes`: the most bytes that tensors held, free of the allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import threading
+import time
+from typing import Any
+
+import psutil
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm.auto import tqdm
+
+from ldm_vae.plan import Cost
+
+from .recipes import RECIPES, Networks, Step, Work
+from .timing import interleave, row
+
+TIMED = Work()
+MEMORY = Work(batch=4)
+REFERENCES = ("latent_diffusion", "diffusers_published", "diffusers_repaired", "shared_forward", "autoencoder_only")
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of speed.json."""
+    work = Work(compiled=options.compile)
+    return [*_times(work, options.rounds), *_operations(Work()), *_memory(MEMORY)]
+
+
+# --- seconds ----------------------------------------------------------------------------------------------------------
+
+
+def _times(work: Work, rounds: int) -> list[dict[str, Any]]:
+    images = work.images()
+    steps = {name: _bound(RECIPES[name](work), images) for name in ("train_step", *REFERENCES, "small_gpu")}
+    times = interleave(steps, rounds, "train")
+    shape = {"batch": work.batch, "resolution": work.resolution, "compiled": work.compiled}
+    rows = [row("train_step", times, "train_step", to, **shape) for to in REFERENCES]
+    rows += [row(name, times, name, None, **shape) for name in REFERENCES]
+    return [*rows, row("train_step_small_gpu", times, "small_gpu", "train_step", **shape)]
+
+
+def _bound(step: Step, images: torch.Tensor) -> Any:
+    return lambda: step(images)
+
+
+# --- operations -------------------------------------------------------------------------------------------------------
+
+
+def count_operations(work: Work, name: str) -> int:
+    """FLOPs of one step of a recipe."""
+    with FakeTensorMode():
+        step, images = RECIPES[name](work), work.images()
+        with Cost() as cost:
+            step(images)
+    return int(cost.flops)
+
+
+def ideal_operations(work: Work) -> int:
+    """FLOPs of what no recipe can leave out."""
+    with FakeTensorMode():
+        networks, images = Networks(work), work.images()
+        with Cost() as autoencoder:
+            pixels, kl = networks.forward(images)
+            (pixels.mean() + kl).backward()
+        fake = pixels.detach().requires_grad_()
+        with Cost() as perceptual:
+            torch.autograd.grad(networks.lpips(fake, images), fake)
+        networks.critic.requires_grad_(False)
+        with Cost() as generator:
+            torch.autograd.grad(networks.critic(fake).mean(), fake)
+        networks.critic.requires_grad_(True)
+        with Cost() as discriminator:
+            networks.critic(torch.cat([images, fake.detach()])).mean().backward()
+    return sum(cost.flops for cost in (autoencoder, perceptual, generator, discriminator))
+
+
+def _operations(work: Work) -> list[dict[str, Any]]:
+    names = ("train_step", *REFERENCES, "small_gpu")
+    counts = {name: count_operations(work, name) for name in tqdm(names, desc="operations", disable=None, leave=False)}
+    counts["ideal"] = ideal_operations(work)
+    return _counted("train_step_flops", counts, "GFLOP", 1e9)
+
+
+def _counted(figure: str, counts: dict[str, int], unit: str, scale: float) -> list[dict[str, Any]]:
+    """Ours beside each other count; a ratio above 1 means that ours is smaller."""
+    own = counts["train_step"]
+    rows = []
+    for name, count in counts.items():
+        ratio = count / own
+        rows.append(
+            {"name": figure, "value": own / scale, "unit": unit, "of": count / scale}
+            | {"ratio": {"to": name, "median": ratio, "min": ratio, "max": ratio}}
+        )
+    return rows[1:]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def _memory(work: Work) -> list[dict[str, Any]]:
+    resident, counted = {}, {}
+    for name in tqdm(("train_step", *REFERENCES, "small_gpu"), desc="memory", disable=None, leave=False):
+        # a process of its own, so that no recipe finds memory that another left
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            resident[name], counted[name] = pool.apply(_grown, (work, name))
+    rows = _counted("train_step_memory", resident, "GB", 1e9)
+    return [*rows, *_counted("train_step_memory_counted", counted, "GB", 1e9)]
+
+
+def _grown(work: Work, name: str) -> tuple[int, int]:
+    """(growth of the resident memory, most bytes of tensors) of four updates of a recipe, its networks included."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    images = work.images()
+    with Cost() as cost:
+        step = RECIPES[name](work)
+        step(images)
+    counted = cost.peak_bytes
+    peak, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, process.memory_info().rss)
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(3):
+        step(images)
+    done.set()
+    watcher.join()
+    return peak - before, counted
