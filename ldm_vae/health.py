@@ -95,7 +95,7 @@ def _gradient_jumps(averages: Sequence[Line]) -> dict[str, str]:
         if len(before) < HISTORY or f"gradient_norm/{side}" not in averages[-1]:
             continue
         usual = statistics.median(before)
-        if norms[-1] > JUMP * usual > 0:
+        if usual > 0 and norms[-1] > max(JUMP * usual, *before):  # a vanishing norm flickers by more
             found[f"jump_{side}"] = (
                 f"the gradient norm of the {side} jumped to {norms[-1]:.2g}, its median is {usual:.2g}: set "
                 "max_grad_norm near that median's tenfold, or lower the learning rate"
