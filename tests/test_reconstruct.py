@@ -81,7 +81,7 @@ def test_a_validation_leaves_pictures_for_the_page(tiny_vae: AutoencoderKL, imag
     batches = image_batches(source, range(12), 32, batch_size=4)
     evaluation = evaluate_reconstruction(tiny_vae, batches, measured, cpu, resolution=32, batch_size=4)
     record_validation(
-        run, tiny_vae, source, "held-out", evaluation, measured, cpu, resolution=32, batch_size=4
+        run, tiny_vae, source, "held-out", evaluation, measured, cpu, resolution=32, batch_size=4, images_seen=8
     )  # fmt: skip
     (run / "metrics.jsonl").write_text('{"images": 5, "validation/psnr": 1.0}\n')
     result = json.loads((run / "report" / "metrics.json").read_text())

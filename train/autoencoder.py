@@ -49,6 +49,7 @@ from ldm_vae.optim import learning, schedule, set_learning_rate
 from ldm_vae.plan import describe
 from ldm_vae.report import build_report
 from ldm_vae.step import TrainingStep
+from ldm_vae.trackers import check_tracker, log_picture, start_tracker
 from ldm_vae.training import MAY_CHANGE, Training, arrange, build_autoencoder, build_discriminator
 
 
@@ -67,6 +68,7 @@ def main() -> None:
 
 
 def train(settings: Training) -> None:
+    check_tracker(settings.report_to)
     accelerator = build_accelerator(
         settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -203,7 +205,7 @@ def train(settings: Training) -> None:
             bar.set_postfix(losses)
         improved = False
         if due["validate"]:
-            scores = validate(ema.module, validation_source, settings, accelerator)
+            scores = validate(ema.module, validation_source, settings, accelerator, images_seen)
             logbook.write(images_seen, scores)
             score = scores[f"validation/{settings.best_metric}"]
             improved = best is None or (score > best["score"]) == higher_is_better
@@ -239,7 +241,9 @@ def train(settings: Training) -> None:
 # --- its parts --------------------------------------------------------------------------------------------------------
 
 
-def validate(vae: AutoencoderKL, source: Source, settings: Training, accelerator: Accelerator) -> dict[str, float]:
+def validate(
+    vae: AutoencoderKL, source: Source, settings: Training, accelerator: Accelerator, images_seen: int
+) -> dict[str, float]:
     """Reconstruction metrics of the averaged weights on held-out images, shared out over the ranks."""
     chosen = spread(len(source), settings.validation_images)
     mine = share_of(accelerator.process_index, accelerator.num_processes, chosen, settings.train_batch_size)
@@ -249,7 +253,18 @@ def validate(vae: AutoencoderKL, source: Source, settings: Training, accelerator
     result = evaluate_reconstruction(vae, batches, metrics, accelerator.device, **shape)
     if accelerator.is_main_process:
         name = settings.validation_data.path
-        record_validation(settings.output_dir, vae, source, name, result, metrics, accelerator.device, **shape)
+        sheet = record_validation(
+            settings.output_dir,
+            vae,
+            source,
+            name,
+            result,
+            metrics,
+            accelerator.device,
+            **shape,
+            images_seen=images_seen,
+        )
+        log_picture(accelerator, "validation", sheet, images_seen)
     return {f"validation/{name}": summary.mean for name, summary in result.metrics.items() if summary.mean is not None}
 
 
@@ -274,7 +289,7 @@ def prepare_run_folder(settings: Training, accelerator: Accelerator) -> None:
         settings.output_dir.mkdir(parents=True, exist_ok=True)
         publish.replace(path, publish.data(config.dump(settings).encode()))
     if settings.report_to is not None:
-        accelerator.init_trackers("ldm-vae", config=config.flatten(settings))
+        start_tracker(accelerator, config.flatten(settings))
 
 
 if __name__ == "__main__":

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.io import ImageReadMode, read_image
+from torchvision.utils import make_grid
 
 from ldm_vae.data.source import Source
 from ldm_vae.metrics import result
 from ldm_vae.metrics.batches import spread
 from ldm_vae.metrics.evaluate import Evaluation
 from ldm_vae.metrics.metric import Metric
-from ldm_vae.metrics.pictures import keep_pictures
+from ldm_vae.metrics.pictures import FOLDER, INDEX, keep_pictures, save
 from ldm_vae.metrics.protocol import PINNED
 
 PICTURES = 6
+KINDS = ("original", "reconstruction")
 
 
 def record_validation(
@@ -30,8 +34,11 @@ def record_validation(
     *,
     resolution: int,
     batch_size: int,
-) -> None:
-    """Write RUN/report/metrics.json and pictures; to be called by the main process after `evaluate_reconstruction`.
+    images_seen: int,
+) -> Path:
+    """Write RUN/report/metrics.json, its pictures, and a sheet of them that stays; to be called by the main process
+    after `evaluate_reconstruction`. Returns the sheet, RUN/report/validation/images-N.png: a column for each image,
+    the original above its reconstruction.
 
     Args:
         vae: the averaged weights that were measured, on `device`.
@@ -46,3 +53,14 @@ def record_validation(
     computed = result.settings(device, batch_size)
     found = result.result(PINNED, about, data, computed, evaluation, source.key)
     result.write(report / "metrics.json", found)
+    return _sheet(report, images_seen)
+
+
+def _sheet(report: Path, images_seen: int) -> Path:
+    rows = json.loads((report / FOLDER / INDEX).read_text(encoding="utf-8"))
+    files = [row["vaes"][0]["reconstruction"].replace("reconstruction", kind) for kind in KINDS for row in rows]
+    images = [read_image(str(report / FOLDER / file), ImageReadMode.RGB) for file in files]
+    path = report / "validation" / f"images-{images_seen:09d}.png"
+    path.parent.mkdir(exist_ok=True)
+    save(make_grid(images, nrow=len(rows), padding=4, pad_value=255).float(), path)
+    return path
