@@ -125,15 +125,16 @@ def test_killed_and_resumed_is_bit_equal(finished: Path, images: Path, tmp_path:
     assert metrics(tmp_path / "run") == metrics(finished)
 
 
-def test_sigterm_saves_and_exits_143(finished: Path, images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_exits(finished: Path, images: Path, tmp_path: Path, number: int, status: int) -> None:
     config = write_config(tmp_path, images)
     victim = start(config)
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert victim.running()
         time.sleep(0.01)
-    victim.kill(signal.SIGTERM)
+    victim.kill(number)
     stopped = victim.wait()
-    assert stopped.returncode == 143, stopped.stderr
+    assert stopped.returncode == status, stopped.stderr
     assert "the same command resumes" in stopped.stdout
     assert not (tmp_path / "run" / "vae").exists()
     assert run(config).returncode == 0
@@ -162,7 +163,7 @@ def test_nan_stops_the_run_and_names_the_interval(images: Path, tmp_path: Path) 
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-PARALLEL = {"max_train_images": 40, "log_every_images": 4, "checkpoint_every_images": 40}
+PARALLEL = {"max_train_images": 88, "log_every_images": 4, "checkpoint_every_images": 88}  # 22 updates
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +211,11 @@ def test_a_run_of_two_processes_goes_on_with_one(one_process: Path, images: Path
     config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL | {"max_train_images": 20})
     done = launch(["-m", "train.autoencoder", str(config)], *TWO)
     assert done.returncode == 0, done.stderr
-    text = config.read_text().replace("train_batch_size: 2", "train_batch_size: 4").replace(": 20", ": 40")
+    text = (
+        config.read_text()
+        .replace("train_batch_size: 2", "train_batch_size: 4")
+        .replace("max_train_images: 20", "max_train_images: 88")
+    )
     config.write_text(text)
     resumed = run(config)
     assert resumed.returncode == 0, resumed.stderr
@@ -230,6 +235,7 @@ def test_a_run_of_two_processes_goes_on_with_one(one_process: Path, images: Path
         ({"resolution": 33}, 2, "resolution: expected a positive multiple of f = 2, got 33"),
         ({"init_from": "no/such/vae/folder"}, 2, "VAE no/such/vae/folder"),
         ({"losses": {"kl": {}}}, 2, "losses: expected at least one term on pixels"),
+        ({"model": {"block_out_channels": [8, 12], "norm_num_groups": 8}}, 2, "expected multiples of norm_num_groups"),
         ({"discriminator": None}, 2, "discriminator: is missing although adversary.weight > 0"),
     ],
 )

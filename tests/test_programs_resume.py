@@ -170,6 +170,16 @@ def test_accelerate_reads_the_launch_files(name: str, machines: int, processes: 
     assert f"--config_file configs/accelerate/{name}.yaml" in path.read_text()
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_sharded_training_is_refused_with_the_reason(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    said = one_sentence(run(write_config(tmp_path, images)), 2)
+    assert f"{name} is not supported; plain DDP is enough" in said and "1.3 GB" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_image_for_two_processes(tmp_path: Path) -> None:
     """Fewer images than processes, and five validation images for two: nobody waits for anybody; by the launch file."""
     images = write_images(tmp_path / "images", 1)

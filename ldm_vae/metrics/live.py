@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.io import ImageReadMode, read_image
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 from ldm_vae.data.source import Source
@@ -59,7 +60,7 @@ def record_validation(
 def _sheet(report: Path, images_seen: int) -> Path:
     rows = json.loads((report / FOLDER / INDEX).read_text(encoding="utf-8"))
     files = [row["vaes"][0]["reconstruction"].replace("reconstruction", kind) for kind in KINDS for row in rows]
-    images = [read_image(str(report / FOLDER / file), ImageReadMode.RGB) for file in files]
+    images = [pil_to_tensor(Image.open(report / FOLDER / file).convert("RGB")) for file in files]
     path = report / "validation" / f"images-{images_seen:09d}.png"
     path.parent.mkdir(exist_ok=True)
     save(make_grid(images, nrow=len(rows), padding=4, pad_value=255).float(), path)
