@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ class Logbook:
         self.path = path
         self.accelerator = accelerator
         self.lines: list[dict[str, Any]] = []
+        self._since = time.monotonic()
+        self._before = 0.0
 
     def cut_back(self, images_seen: int) -> None:
         """Drop the lines behind a checkpoint (resume) or all (a fresh start), so that each interval stands once."""
@@ -80,13 +83,17 @@ class Logbook:
         lines = [line for line in self.path.read_text().splitlines(keepends=True) if _is_until(line, images_seen)]
         publish.replace(self.path, publish.data("".join(lines).encode()))
         self.lines = [json.loads(line) for line in lines]
+        self._before = float(self.lines[-1].get("seconds", 0.0)) if self.lines else 0.0
 
     def write(self, images_seen: int, values: Mapping[str, float], warnings: Mapping[str, str] | None = None) -> None:
-        """One line with the values, and the sentences that a monitor has for this interval, by name."""
+        """One line with the values, and the sentences that a monitor has for this interval, by name; `seconds` is what
+        the run took so far, the time that a kill lost left out."""
         if not self.accelerator.is_main_process:
             return
         first = {} if self.lines else {"num_processes": self.accelerator.num_processes}
-        line = {"images": images_seen, **first, **values} | ({"warnings": dict(warnings)} if warnings else {})
+        seconds = round(self._before + time.monotonic() - self._since, 1)
+        line = {"images": images_seen, "seconds": seconds, **first, **values}
+        line |= {"warnings": dict(warnings)} if warnings else {}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.lines.append(line)

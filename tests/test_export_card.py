@@ -22,6 +22,8 @@ from ldm_vae.export.measure import Images
 from ldm_vae.export.picture import reconstruction_sheet
 from ldm_vae.export.preview import FILE, fit_preview, pairs_of_images, pairs_of_store
 from ldm_vae.export.recipe import read_recipe
+from ldm_vae.export.store_card import store_card
+from ldm_vae.latent_store import read_manifest
 from ldm_vae.latents import Normalisation
 
 
@@ -44,7 +46,7 @@ def run_folder(tiny_vae: AutoencoderKL, tmp_path: Path) -> Path:
         "data": {"kind": "hub", "path": "some-lab/photographs"},
     }
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    (run / "metrics.jsonl").write_text('{"images": 100, "num_processes": 2}\n{"images": 12000}\n')
+    (run / "metrics.jsonl").write_text('{"images": 100, "num_processes": 2}\n{"images": 12000, "seconds": 5400.0}\n')
     (run / "report").mkdir()
     metrics = {"psnr": {"mean": 27.25, "ci95": [27.0, 27.5], "n": 40}}
     data = {"source": "held-out", "images": 40, "checksum": "ab" * 32, "resolution": 32}
@@ -60,7 +62,14 @@ def test_a_run_gives_its_recipe_and_results(run_folder: Path, tmp_path: Path) ->
     head = head_of(card)
     assert head["library_name"] == "diffusers" and head["license"] == "apache-2.0" and "vae" in str(head["tags"])
     assert head["base_model"] == "some-lab/base-vae" and head["datasets"] == ["some-lab/photographs"]
-    for words in ("27.25", "12,000 images seen by 2 process(es)", "l1 1.0", "from 5,000 images on", "Half precision"):
+    for words in (
+        "27.25",
+        "12,000 images seen by 2 process(es)",
+        "1.5 hours, 3 process-hours",
+        "l1 1.0",
+        "from 5,000 images on",
+        "Half precision",
+    ):
         assert words in card, words
     assert 'AutoencoderKL.from_pretrained("mine")' in card and "scaling_factor: 0.7" in card
     assert "/home/me" not in card
@@ -151,3 +160,33 @@ def test_preview_from_images_and_from_a_store(
     assert run_cli(*call, "--stats", image_folder) == 0
     assert (out / "pictures" / "reconstruction.png").is_file()
     assert "![](pictures/reconstruction.png)" in (out / "README.md").read_text()
+
+
+# --- stores -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_has_a_card(tiny_vae_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    (image_folder / "junk.png").write_bytes(b"junk")
+    store = tmp_path / "store"
+    assert run_cli("encode", tiny_vae_folder, image_folder, store, "--resolution", 32, "--num_workers", 0) == 0
+    manifest = read_manifest(store)
+    card = store_card("my-latents", manifest, license="cc0-1.0")
+    head = head_of(card)
+    assert head["license"] == "cc0-1.0" and head["size_categories"] == ["n<1K"] and "latents" in head["tags"]
+    assert "source_datasets" not in head and str(tmp_path) not in card
+    for words in (
+        "12 images as latents",
+        'LatentDataset("my-latents")',
+        "4x16x16",
+        "`mean` and `logvar`",
+        "1 images could not be used",
+        manifest.identity.encoder,
+        "scaling_factor 1.0",
+        "| scaling_factor |",
+    ):
+        assert words in card, words
+    public = manifest.model_copy(
+        update={"recorded": manifest.recorded.model_copy(update={"vae": "lab/vae", "data": "lab/photographs"})}
+    )
+    shown = store_card("my-latents", public)
+    assert head_of(shown)["source_datasets"] == ["lab/photographs"] and "VAE (`lab/vae`)" in shown

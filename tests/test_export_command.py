@@ -55,6 +55,30 @@ def test_sd_scaling_is_not_left_in_another_model(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bases_normalisation_is_kept(
+    tiny_vae: AutoencoderKL, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_vae.register_to_config(scaling_factor=1.5305, shift_factor=0.0609)  # SD3's
+    tiny_vae.save_pretrained(tmp_path / "base")
+    tiny_vae.register_to_config(scaling_factor=0.7, shift_factor=None)
+    tiny_vae.save_pretrained(tmp_path / "tuned")
+    call = ("export", tmp_path / "tuned", tmp_path / "out", "--normalisation_from")
+    stats = ("--stats", image_folder, "--resolution", 32)
+    assert run_cli(*call, tmp_path / "base", *stats) == 0
+    config = config_of(tmp_path / "out")
+    assert (config["scaling_factor"], config["shift_factor"]) == (1.5305, 0.0609)
+    assert f"as {tmp_path / 'base'} has it" in capsys.readouterr().out
+    assert "Measured in fp64 over 12 images" in (tmp_path / "out" / "README.md").read_text()
+    assert run_cli(*call, tmp_path / "base", "--normalisation", "scale") == 2
+    assert "--normalisation_from names the kind already" in capsys.readouterr().err
+    AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=8).build().save_pretrained(
+        tmp_path / "other"
+    )
+    assert run_cli(*call, tmp_path / "other") == 2
+    assert "it has 8 latent channels, this VAE 4" in capsys.readouterr().err
+    assert run_cli(*call, tmp_path / "nothing") == 2
+
+
 def test_a_kind_that_was_not_measured_is_refused(
     tiny_vae_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,6 +118,21 @@ def test_decoder_only_leaves_every_bit_of_the_encoder(
     assert changed == {"decoder", "post_quant_conv"}
 
 
+def test_a_tuned_decoder_keeps_the_normalisation_of_its_base(
+    tiny_vae: AutoencoderKL, tiny_vae_folder: Path, tmp_path: Path
+) -> None:
+    tiny_vae.register_to_config(scaling_factor=1.5305, shift_factor=0.0609)
+    tiny_vae.save_pretrained(tiny_vae_folder)
+    only_decoder = {"trainable": ["decoder.*", "post_quant_conv.*"], "normalisation_from": str(tiny_vae_folder)}
+    done = tune(tmp_path, tiny_vae_folder, **only_decoder)
+    assert done.returncode == 0, done.stderr
+    config = load_autoencoder(tmp_path / "run").config
+    assert (config.scaling_factor, config.shift_factor) == (1.5305, 0.0609)
+    (tmp_path / "wrong").mkdir()
+    refused = tune(tmp_path / "wrong", tiny_vae_folder, normalisation_from="no/such/base/here")
+    assert refused.returncode == 2 and not (tmp_path / "wrong" / "run").exists(), refused.stderr
+
+
 def test_latent_channels_change_only_when_asked(tiny_vae_folder: Path, tmp_path: Path) -> None:
     refused = tune(tmp_path, tiny_vae_folder, model=SHAPE | {"latent_channels": 6})
     assert refused.returncode == 2

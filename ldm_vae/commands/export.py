@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--normalisation", choices=("scale", "shift", "channel"), help="which one is written (default: SRC's kind)"
     )
+    parser.add_argument(
+        "--normalisation_from",
+        metavar="BASE",
+        help="keep this VAE's: right for a fine-tuned decoder, whose diffusion model knows BASE's latents",
+    )
     parser.add_argument("--resolution", type=int, help="side of the images in pixels, for DATA and for config.json")
     parser.add_argument("--batch_size", type=int, default=8, help="images per forward pass over DATA (default 8)")
     parser.add_argument("--stats_images", type=int, metavar="N", help="at most N images of DATA (default all)")
@@ -72,6 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         config=arguments.config,
         stats=arguments.stats,
         normalisation=arguments.normalisation,
+        normalisation_from=arguments.normalisation_from,
         resolution=arguments.resolution,
         batch_size=arguments.batch_size,
         stats_images=arguments.stats_images,

@@ -20,7 +20,7 @@ from ldm_vae.export.diffusers_folder import STATISTICS, configured_copy, read_st
 from ldm_vae.export.drift import measure_drift
 from ldm_vae.export.fp16.audit import audit
 from ldm_vae.export.fp16.probes import make_probes
-from ldm_vae.export.measure import Images, is_store, measure, statistics_of_store
+from ldm_vae.export.measure import Images, is_store, measure, normalisation_of, statistics_of_store
 from ldm_vae.export.picture import PICTURE, reconstruction_sheet
 from ldm_vae.export.preview import FILE as PREVIEW
 from ldm_vae.export.preview import Preview, fit_preview, pairs_of_images, pairs_of_store
@@ -44,6 +44,7 @@ class Request:
     config: str | None = None
     stats: str | None = None
     normalisation: NormalisationKind | None = None
+    normalisation_from: str | None = None
     resolution: int | None = None
     batch_size: int = 8
     stats_images: int | None = None
@@ -90,7 +91,7 @@ def export(request: Request) -> Done:
         load = f'AutoencoderKL.from_pretrained("{request.out}")'
     else:
         load = f'ldm_vae.load_autoencoder("{_write_file(vae, request, normalisation, card, files, done)}")'
-    done.lines += [_describe(normalisation, statistics), f"load it: {load}"]
+    done.lines += [_describe(normalisation, statistics, request.normalisation_from), f"load it: {load}"]
     if request.push_to_hub is not None:
         done.lines.append(f"uploaded to {_push(request)}")
     return done
@@ -107,6 +108,8 @@ def _check(request: Request) -> None:
         raise UsageError("--preview: needs images to fit the colours; give --stats STORE or --stats DATA")
     if request.drift_from is not None and (request.stats is None or is_store(request.stats)):
         raise UsageError("--drift_from: needs images to compare the two over; give --stats DATA")
+    if request.normalisation_from is not None and request.normalisation is not None:
+        raise UsageError(f"--normalisation {request.normalisation}: --normalisation_from names the kind already")
     if request.push_to_hub is not None:
         hub.check_name(request.push_to_hub)
     if request.target != "diffusers" and request.push_to_hub and request.out.suffix == ".safetensors":
@@ -151,7 +154,9 @@ def _statistics(request: Request, vae: AutoencoderKL) -> LatentStatistics | None
 def _normalisation(
     request: Request, vae: AutoencoderKL, statistics: LatentStatistics | None, done: Done
 ) -> Normalisation:
-    """The one that is written: measured in this call, or SRC's own, or another kind from SRC's statistics."""
+    """The one that is written: a base's, or measured in this call, or SRC's own or of another kind."""
+    if request.normalisation_from is not None:
+        return normalisation_of(request.normalisation_from, int(vae.config.latent_channels))
     try:
         own = Normalisation.from_config(vae.config)
     except ValueError as error:
@@ -175,8 +180,8 @@ def _normalisation(
     return own
 
 
-def _describe(normalisation: Normalisation, statistics: LatentStatistics | None) -> str:
-    intervals = statistics.intervals if statistics is not None else None
+def _describe(normalisation: Normalisation, statistics: LatentStatistics | None, base: str | None) -> str:
+    intervals = statistics.intervals if statistics is not None and base is None else None
     parts = []
     for key, value in normalisation.to_config().items():
         if isinstance(value, list):
@@ -187,6 +192,7 @@ def _describe(normalisation: Normalisation, statistics: LatentStatistics | None)
             low, high = (intervals or {}).get(key, (None, None))
             parts.append(f"{key} {value:.5g}" + ("" if low is None else f" (95 % interval {low:.5g} to {high:.5g})"))
     over = f", measured over {statistics.images:,} images" if statistics is not None else ", as SRC has it"
+    over = over if base is None else f", as {base} has it"
     return f"normalisation `{normalisation.kind}`: {', '.join(parts)}{over}"
 
 

@@ -14,13 +14,14 @@ import torch
 from tqdm import tqdm
 
 from ldm_vae import latents
-from ldm_vae.autoencoder import check_resolution, downsampling_factor, encoder_fingerprint
+from ldm_vae.autoencoder import check_resolution, downsampling_factor, encoder_fingerprint, load_autoencoder
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store.manifest import MANIFEST, read_manifest
 from ldm_vae.latent_store.statistics import LatentStatistics
+from ldm_vae.latents import Normalisation
 from ldm_vae.metrics.batches import ImageBatch, image_batches, spread
 
 
@@ -66,6 +67,23 @@ class Images:
 def is_store(stats: str) -> bool:
     """Whether what `--stats` names is a latent store rather than images."""
     return (Path(stats) / MANIFEST).is_file()
+
+
+def normalisation_of(base: str, latent_channels: int) -> Normalisation:
+    """The normalisation that another VAE's config names: a fine-tuned decoder keeps it, since the diffusion model that
+    it serves was trained on latents so normalised.
+
+    Raises:
+        UsageError: there is no such VAE, it names two normalisations, or its latents have another number of channels.
+    """
+    config = load_autoencoder(base).config
+    if int(config.latent_channels) != latent_channels:
+        came = f"{config.latent_channels} latent channels, this VAE {latent_channels}"
+        raise UsageError(f"normalisation_from {base}: expected a VAE with the same latents, it has {came}")
+    try:
+        return Normalisation.from_config(config)
+    except ValueError as error:
+        raise UsageError(f"normalisation_from {base}: names two normalisations ({error})") from error
 
 
 def statistics_of_store(vae: Any, store: str) -> LatentStatistics:

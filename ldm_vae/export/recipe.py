@@ -77,6 +77,8 @@ def _training(config: Mapping[str, Any], log: list[dict[str, Any]]) -> str:
         seen = f"{max(row['images'] for row in log):,} images seen"
         processes = log[0].get("num_processes")
         lines.append(f"- {seen}" + (f" by {processes} process(es)" if processes else ""))
+        if "seconds" in log[-1]:
+            lines.append(f"- cost: {_hours(float(log[-1]['seconds']), processes or 1)}")
     for key in ("resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "mixed_precision"):
         if key in config:
             lines.append(f"- {key}: {config[key]}")
@@ -92,6 +94,11 @@ def _training(config: Mapping[str, Any], log: list[dict[str, Any]]) -> str:
     public = {key: value for key, value in config.items() if key not in private}
     text = yaml.safe_dump(public, sort_keys=False)
     return "\n".join(lines) + f"\n\n<details><summary>the whole config</summary>\n\n```yaml\n{text}```\n\n</details>"
+
+
+def _hours(seconds: float, processes: int) -> str:
+    hours = seconds / 3600
+    return f"{hours:.2g} hours" + (f", {hours * processes:.2g} process-hours" if processes > 1 else "")
 
 
 def _log(path: Path) -> list[dict[str, Any]]:

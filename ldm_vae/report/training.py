@@ -58,7 +58,7 @@ HEALTH = (
         "Regularisers", "R1 and LeCAM, times their weights.", {"adversary/r1": "R1", "adversary/lecam": "LeCAM"}, True
     ),
 )
-HIDDEN = {"images", "num_processes", "loss/total", "loss/pixels", "loss/kl", "adversary/weight_on_sums"}
+HIDDEN = {"images", "seconds", "num_processes", "loss/total", "loss/pixels", "loss/kl", "adversary/weight_on_sums"}
 OF_HEALTH = ("adversary/", "health/", "gradient_norm/")
 
 

@@ -1,0 +1,93 @@
+"""README.md of a latent store: what is in it, how it was made, how to read it. For `ldm-vae store push`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from ldm_vae.export.card import statistics_table
+from ldm_vae.latent_store.manifest import Manifest
+from ldm_vae.latent_store.statistics import LatentStatistics
+
+TAGS = ("latents", "latent-diffusion", "ldm-vae")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
+_STORED = {
+    "moments": "`mean` and `logvar` of the posterior, unscaled: noise is drawn when they are read",
+    "mean": "the posterior's `mean`, unscaled",
+    "sample": "one `sample` of the posterior, unscaled",
+}
+
+
+def store_card(name: str, manifest: Manifest, license: str | None = None) -> str:
+    """The card of a store called `name`: YAML head and Markdown. Paths of somebody's disk are left out."""
+    head: dict[str, object] = {"pretty_name": name, "tags": list(TAGS), "size_categories": [_size(manifest.samples)]}
+    if license is not None:
+        head["license"] = license
+    sources = [place for place in (manifest.recorded.data,) if _is_hub_id(place)]
+    if sources:
+        head["source_datasets"] = sources
+    parts = [
+        f"{manifest.samples:,} images as latents of a VAE, {_megabytes(manifest)}, made with ldm-vae.",
+        "## Read it",
+        f'```python\nfrom ldm_vae import LatentDataset\n\ndataset = LatentDataset("{name}")  # memory-mapped\n'
+        'latents = dataset[0]["latents"]  # [c, h, w], scaled as below\n```',
+        "## What is stored",
+        "\n".join(_contents(manifest)),
+        "## Made with",
+        "\n".join(_making(manifest)),
+    ]
+    if manifest.statistics is not None:
+        measured = LatentStatistics.from_json(manifest.statistics)
+        over = f"Measured in fp64 over {measured.images:,} latents; intervals by bootstrap over images."
+        parts += ["## Statistics", over, "\n".join(statistics_table(measured))]
+    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n# {name}\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _contents(manifest: Manifest) -> list[str]:
+    identity = manifest.identity
+    shapes = sorted({shard.shape for shard in manifest.shards})
+    lines = [
+        f"- {_STORED.get(identity.store, identity.store)}, as {identity.dtype}",
+        f"- latent shapes (channels x height x width): {', '.join('x'.join(map(str, shape)) for shape in shapes)}",
+        f"- views of each image: {', '.join(view or 'centre' for view in identity.views)}",
+        f"- columns: {', '.join(manifest.columns)}",
+        f"- files: {len(manifest.shards):,} shards, tensors as safetensors and one row an image as parquet; "
+        "`manifest.json` has the checksum of each",
+    ]
+    if manifest.quarantined:
+        lines.append(f"- {manifest.quarantined:,} images could not be used: `quarantine.jsonl` says why")
+    return lines
+
+
+def _making(manifest: Manifest) -> list[str]:
+    identity, recorded = manifest.identity, manifest.recorded
+    sides = ", ".join(f"{side} px" for side in identity.resolution)
+    shape = (
+        sides if identity.bucket_step is None else f"aspect buckets of about {sides}, steps of {identity.bucket_step}"
+    )
+    used = manifest.normalisation
+    values = ", ".join(f"{key} {value}" for key, value in used.to_config().items() if value is not None)
+    vae = f" (`{recorded.vae}`)" if _is_hub_id(recorded.vae) else ""
+    return [
+        f"- VAE{vae}: encoder {identity.encoder}, decoder {recorded.decoder}",
+        f"- its normalisation, `{used.kind}`: {values}",
+        f"- crops: {shape}; preprocessing {identity.preprocessing}",
+        f"- encoded in {'fp32' if identity.mixed_precision == 'no' else identity.mixed_precision} by ldm-vae "
+        f"{recorded.tool}",
+    ]
+
+
+def _megabytes(manifest: Manifest) -> str:
+    return f"{sum(file.bytes for shard in manifest.shards for file in shard.files.values()) / 1e6:,.1f} MB"
+
+
+def _size(samples: int) -> str:
+    return next((name for limit, name in _SIZES.items() if samples < limit), "n>10M")
+
+
+def _is_hub_id(place: str) -> bool:
+    return _HUB_ID.fullmatch(place) is not None and not Path(place).exists()
