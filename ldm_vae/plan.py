@@ -30,6 +30,7 @@ from ldm_vae.autoencoder import (
     count_parameters,
     downsampling_factor,
 )
+from ldm_vae.data.stream import length
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.fine_tuning import set_trainable
 from ldm_vae.objective import Objective
@@ -240,9 +241,11 @@ def _found_data(data: Any, global_batch: int = 0, max_images: int = 0) -> str:
     if data.kind == "hub" and not Path(data.path).exists():
         return f"not looked for: {data.path} is a hub id"
     try:
-        count = len(data.build())
+        count = length(data.build())
     except (UsageError, WorkError):
         return f"not found here: {data.path}"
+    if count is None:
+        return f"read in order, its length is unknown: {data.path}"
     if not global_batch:
         return f"{count:,} images in {data.path}"
     return (

@@ -13,6 +13,7 @@ from torch import nn
 from ldm_vae.adversary import AdversaryConfig
 from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
 from ldm_vae.config import Section, choice, choices
+from ldm_vae.data.buckets import BucketConfig
 from ldm_vae.data.transforms import TransformConfig
 from ldm_vae.errors import UsageError
 from ldm_vae.fine_tuning import resize_channels, set_trainable
@@ -86,6 +87,9 @@ class Training(Section):
     """Processes that decode images, per training process; the result does not depend on it."""
     normalisation: Literal["scale", "shift", "channel"] = "scale"
     """The one normalisation measured and written into vae/config.json (scale: Stable Diffusion; shift: SD3, FLUX)."""
+    normalisation_from: str | None = None
+    """Write this VAE's normalisation instead: for a fine-tuned decoder, whose diffusion model knows the base's latents.
+    What is measured still stands beside the weights."""
     normalisation_images: int = Field(1024, gt=0)
     """Training images that it is measured on."""
     report_to: str | None = None
@@ -97,6 +101,8 @@ class Training(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     data: choice("ldm_vae.data.sources")  # type: ignore[valid-type]
     transform: TransformConfig = TransformConfig()
+    buckets: BucketConfig | None = None
+    """Aspect-ratio buckets: crops of several shapes, one shape a batch; `{step: 64}` or `{shapes: [[H, W], ...]}`."""
     validation_data: choice("ldm_vae.data.sources") | None = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
@@ -126,6 +132,7 @@ MAY_CHANGE = (
     "validation_images",
     "validation_metrics",
     "normalisation",
+    "normalisation_from",
     "normalisation_images",
     "dataloader_num_workers",
     "report_to",

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 
-from ldm_vae.data.buckets import Assignment, assign, batches, generate, read_sizes
+from ldm_vae.data.buckets import Assignment, BucketConfig, assign, batches, generate
 from ldm_vae.data.dataset import training_loader
 from ldm_vae.data.sampler import Work
+from ldm_vae.data.sizes import read_sizes, shared_sizes
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import TransformConfig
 from ldm_vae.errors import UsageError, WorkError
@@ -120,8 +123,11 @@ def test_training_in_buckets(tmp_path: Path) -> None:
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     (tmp_path / "6.png").write_bytes(b"junk")
     source = open_source(tmp_path)
-    sizes = read_sizes(source)
+    sizes, bad = read_sizes(source, range(7), num_workers=1)
     assert sizes[0].tolist() == [30, 60] and sizes[6].tolist() == [0, 0]
+    assert [(entry.key, entry.reason) for entry in bad] == [
+        ("6.png", "not an image of a known format, or damaged at its beginning")
+    ]
     assignment = assign(generate(32 * 32, step=8), sizes)
     loader = training_loader(source, TransformConfig(), 32, seed=0, batch_size=2, buckets=assignment, num_workers=1)
     seen = Counter()
@@ -134,3 +140,42 @@ def test_training_in_buckets(tmp_path: Path) -> None:
     assert set(seen) == set(range(6))
     with pytest.raises(WorkError, match="not one has a readable size"):
         next(batches(Assignment(((8, 8),), np.full(3, -1, np.int16)), 0, batch_size=1))
+
+
+def test_every_rank_reads_its_part_and_a_resumed_run_reads_nothing(image_folder: Path, tmp_path: Path) -> None:
+    source = open_source(image_folder)
+    path, count = tmp_path / "sizes.safetensors", len(source)
+    parts: list[torch.Tensor] = []
+
+    def alone(part: torch.Tensor) -> torch.Tensor:
+        parts.append(part)
+        return part * (2 if part.numel() == 1 else 1)  # what the other of two ranks would say: it has the file too
+
+    for rank in (0, 1):
+        shared_sizes(source, tmp_path / f"of_{rank}", rank=rank, world_size=2, add_up=alone)
+    read = [part for part in parts if part.numel() > 1]
+    assert [[bool(row.any()) for row in part].count(True) for part in read] == [6, 6]
+    assert (read[0] + read[1]).tolist() == [[40, 48]] * count
+    one = {"rank": 0, "world_size": 1, "add_up": lambda part: part}
+    sizes, _ = shared_sizes(source, path, **one)
+    for file in image_folder.iterdir():
+        file.write_bytes(b"")
+    again, bad = shared_sizes(source, path, **one)
+    assert again.tolist() == sizes.tolist() == [[40, 48]] * count and bad == []
+    path.write_bytes(b"torn")
+    assert len(shared_sizes(source, path, **one)[1]) == count
+
+
+def test_the_config() -> None:
+    assert BucketConfig(step=64).choose(1024, 8) == generate(1024 * 1024, 64)
+    assert BucketConfig(area=64 * 64, step=32, max_aspect=1).choose(1024, 8) == [(64, 64)]
+    assert BucketConfig(shapes=[(64, 32), (32, 64), (32, 64)]).choose(256, 8) == [(32, 64), (64, 32)]
+    with pytest.raises(UsageError, match="multiples of f = 16, got 24 x"):
+        BucketConfig(step=8).choose(32, 16)
+    for wrong, says in (
+        ({"shapes": []}, "at least one"),
+        ({"shapes": [(0, 8)]}, "above 0"),
+        ({"shapes": [(8, 8)], "step": 32}, "step: has no effect beside shapes"),
+    ):
+        with pytest.raises(ValidationError, match=says):
+            BucketConfig(**wrong)

@@ -148,4 +148,4 @@ def test_evaluation_refuses_jpeg_draft(image_folder: Path) -> None:
     source = open_source(image_folder, jpeg_draft=True)
     with pytest.raises(UsageError, match="jpeg_draft"):
         ordered_loader(source, 16, batch_size=4)
-    assert len(list(ordered_loader(source, 16, batch_size=12, allow_draft=True))) == 1
+    assert len(list(ordered_loader(source, 16, batch_size=12, draft_at_least=16))) == 1

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import write_images
 from PIL import Image
 
 from ldm_vae import LatentDataset
 from ldm_vae.cli import parser
 from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.latent_store import read_manifest
 
 
 def call(*words: object) -> None:
@@ -25,6 +27,28 @@ def store(tiny_vae_folder: Path, image_folder: Path, tmp_path: Path) -> Path:
     out = tmp_path / "latents"
     call("encode", tiny_vae_folder, image_folder, out, "--resolution", 32, "--batch_size", 4, "--num_workers", 0)
     return out
+
+
+def test_jpeg_draft_is_part_of_what_a_store_is(
+    tiny_vae_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for number, path in enumerate(sorted(write_images(tmp_path / "png", 3, (150, 170)).iterdir())):
+        Image.open(path).save(photographs / f"{number}.jpg", quality=80)
+    options = ("--resolution", 32, "--batch_size", 4, "--num_workers", 0)
+    exact, draft = tmp_path / "exact", tmp_path / "draft"
+    call("encode", tiny_vae_folder, photographs, exact, *options)
+    call("encode", tiny_vae_folder, photographs, draft, *options, "--jpeg_draft")
+    assert read_manifest(draft).identity.preprocessing == "1 jpeg_draft=True"
+    one, other = (LatentDataset(store, raw=True)[0]["mean"] for store in (exact, draft))
+    assert 0 < (one - other).abs().max() < 0.5  # other pixels, of the same photograph
+    with pytest.raises(UsageError, match="preprocessing is 1, not 1 jpeg_draft=True"):
+        call("encode", tiny_vae_folder, photographs, exact, *options, "--jpeg_draft")
+    with pytest.raises(UsageError, match="preprocessing is 1 jpeg_draft=True, not 1"):
+        call("encode", tiny_vae_folder, photographs, draft, *options)
+    call("store", "verify", draft, "--reencode", 3)  # decodes as the store says
+    assert "3 samples encoded again, 3 to the same bits" in capsys.readouterr().out
 
 
 def test_encode_then_stats_verify_and_decode(

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
@@ -28,19 +30,23 @@ from ldm_vae.autoencoder import (
     downsampling_factor,
     encoder_fingerprint,
 )
+from ldm_vae.data.buckets import Assignment, Shape, assign
 from ldm_vae.data.dataset import training_loader
-from ldm_vae.data.quarantine import Quarantine
+from ldm_vae.data.quarantine import Bad, Quarantine
+from ldm_vae.data.sizes import shared_sizes
 from ldm_vae.data.source import Source
+from ldm_vae.data.stream import Stream, length
+from ldm_vae.data.stream import warning as stream_warning
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.ema import Ema
 from ldm_vae.errors import Stopped, UsageError, WorkError, run_program
 from ldm_vae.export.diffusers_folder import write_vae
-from ldm_vae.export.measure import measure
+from ldm_vae.export.measure import measure, normalisation_of
 from ldm_vae.health import diagnose
 from ldm_vae.latents import posterior_noise
 from ldm_vae.launch import StopSignal, build_accelerator, check_ranks_agree
 from ldm_vae.logbook import Averages, Logbook, check_finite
-from ldm_vae.metrics.batches import image_batches, share_of, spread
+from ldm_vae.metrics.batches import image_batches, share_of, some_of, spread
 from ldm_vae.metrics.evaluate import evaluate_reconstruction
 from ldm_vae.metrics.live import record_validation
 from ldm_vae.metrics.select import build_metrics
@@ -80,10 +86,15 @@ def train(settings: Training) -> None:
     # --- data: opened first, since a wrong path should cost seconds ---------------------------------------------------
     source = settings.data.build()
     validation_source = None if settings.validation_data is None else settings.validation_data.build()
+    check_sources(source, validation_source, settings)
+    if isinstance(source, Stream):
+        say(stream_warning(settings.data.path))
 
     # --- networks -----------------------------------------------------------------------------------------------------
     vae = build_autoencoder(settings)
     check_resolution(settings.resolution, downsampling_factor(vae))
+    kept = settings.normalisation_from and normalisation_of(settings.normalisation_from, settings.model.latent_channels)
+    shapes = settings.buckets and settings.buckets.choose(settings.resolution, downsampling_factor(vae))
     if settings.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     ema = Ema(vae, settings.ema_halflife_images)
@@ -145,9 +156,15 @@ def train(settings: Training) -> None:
         return run / "checkpoints" / checkpoint.name(images_seen)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
-    quarantine = Quarantine(len(source), max_bad=settings.data.max_bad, path=run / "quarantine.jsonl")
+    quarantine = Quarantine(length(source), max_bad=settings.data.max_bad, path=run / "quarantine.jsonl")
+    assignment = None
+    if shapes:
+        assignment, unreadable = assign_buckets(source, shapes, settings, accelerator)
+        quarantine.add(unreadable)
+        readable = f"{sum(assignment.counts()):,} of {len(source):,} images"
+        say(f"aspect buckets (height x width) of {readable}:", *assignment.lines(), sep="\n")
     loader = training_loader(
-        source, settings.transform, settings.resolution,
+        source, settings.transform, settings.resolution, buckets=assignment,
         seed=settings.seed, batch_size=settings.train_batch_size, rank=accelerator.process_index,
         world_size=accelerator.num_processes, start_position=images_seen,
         num_workers=settings.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
@@ -221,17 +238,15 @@ def train(settings: Training) -> None:
 
     # --- the end: a diffusers folder from the averaged weights, its scaling measured ----------------------------------
     if quarantine.count:
-        say(f"{quarantine.count} of {len(source)} images could not be used: {run / 'quarantine.jsonl'}")
+        total = "the" if length(source) is None else f"{length(source):,}"
+        say(f"{quarantine.count} of {total} images could not be used: {run / 'quarantine.jsonl'}")
     if encoder_before is not None:
         if encoder_fingerprint(ema.module) != encoder_before:
             raise WorkError("trainable: the frozen encoder changed; nothing was exported")
         say(f"the encoder is unchanged ({encoder_before[:12]}): stores made with it stay valid")
     if accelerator.is_main_process:
-        chosen = spread(len(source), settings.normalisation_images)
-        batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size)
-        pixels = (to_pixels(batch.pixels) for batch in batches)
-        statistics = measure(ema.module, pixels, accelerator.device)
-        normalisation = statistics.normalisation(settings.normalisation)
+        statistics = measure(ema.module, normalisation_pixels(settings), accelerator.device)
+        normalisation = kept or statistics.normalisation(settings.normalisation)
         write_vae(ema.module, run / "vae", normalisation, sample_size=settings.resolution, statistics=statistics)
     show(run, accelerator)
     accelerator.end_training()
@@ -239,6 +254,42 @@ def train(settings: Training) -> None:
 
 
 # --- its parts --------------------------------------------------------------------------------------------------------
+
+
+def check_sources(source: Source | Stream, validation_source: Source | None, settings: Training) -> None:
+    """Raises UsageError for what a source cannot do in this run, before anything is computed."""
+    if settings.buckets is not None and isinstance(source, Stream):
+        raise UsageError("buckets: need the size of every image beforehand, and data can only be read in order")
+    if isinstance(validation_source, Stream):
+        raise UsageError("validation_data: can only be read in order; expected a source with a length and an index")
+    if validation_source is not None and validation_source.decoding.jpeg_draft:
+        raise UsageError("validation_data.jpeg_draft: for training only; measured pixels are decoded exactly")
+
+
+def assign_buckets(
+    source: Source, shapes: Sequence[Shape], settings: Training, accelerator: Accelerator
+) -> tuple[Assignment, list[Bad]]:
+    """Which bucket each image trains in, the same on every rank; the images that this rank could not read."""
+    sizes, unreadable = shared_sizes(
+        source, settings.output_dir / "image_sizes.safetensors",
+        rank=accelerator.process_index, world_size=accelerator.num_processes,
+        add_up=lambda part: accelerator.reduce(part.to(accelerator.device), "sum"),
+        num_workers=settings.dataloader_num_workers,
+    )  # fmt: skip
+    return assign(shapes, sizes), unreadable
+
+
+def normalisation_pixels(settings: Training) -> Iterator[torch.Tensor]:
+    """Training images in [-1, 1], decoded as encoding will decode them: exactly, whatever jpeg_draft says."""
+    source = settings.data.model_copy(update={"jpeg_draft": False} if settings.data.jpeg_draft else {}).build()
+    chosen = some_of(source, settings.normalisation_images)
+    batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size)
+    left = settings.normalisation_images
+    for batch in batches:
+        yield to_pixels(batch.pixels)
+        left -= settings.train_batch_size
+        if left <= 0:
+            return
 
 
 def validate(

@@ -1,7 +1,8 @@
 """Aspect-ratio buckets: images of any shape in batches of one shape, as SDXL's trainers know them.
 
     shapes = generate(area=1024 * 1024, step=64)                  # 1024 x 1024, 960 x 1088, 896 x 1152, ...
-    assignment = assign(shapes, read_sizes(source))
+    sizes, unreadable = read_sizes(source, range(len(source)))    # ldm_vae/data/sizes.py
+    assignment = assign(shapes, sizes)
     loader = training_loader(source, transform, 1024, buckets=assignment, ...)
 
 Each bucket has its own endless stream, shuffled epoch by epoch, cut into global batches; the batches of all buckets are
@@ -19,17 +20,58 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from pydantic import Field, model_validator
 
 from ldm_vae import keyed
-from ldm_vae.data.decoding import read_size
-from ldm_vae.data.quarantine import BadImage
+from ldm_vae.config import Section
 from ldm_vae.data.sampler import Order, Task, Work
-from ldm_vae.data.source import Source
 from ldm_vae.errors import UsageError, WorkError
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[int, int]
+
+
+class BucketConfig(Section):
+    """`buckets: {step: 64}` makes them from the area; `buckets: {shapes: [[1024, 1024], [832, 1216]]}` names them."""
+
+    shapes: tuple[tuple[int, int], ...] | None = None
+    """The list itself, (height, width) each; area, step and max_aspect then have nothing to say."""
+    area: int | None = Field(None, gt=0)
+    """Pixels of a bucket, at most; resolution * resolution if it is not given."""
+    step: int = Field(64, gt=0)
+    """Sides are multiples of it, and of f."""
+    max_aspect: float = Field(2.0, ge=1.0)
+    """No bucket is longer than so many times its short side."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BucketConfig:
+        if self.shapes is not None:
+            if not self.shapes or min(min(shape) for shape in self.shapes) < 1:
+                raise ValueError("shapes: expected at least one (height, width), each above 0")
+            made = [name for name in ("area", "step", "max_aspect") if name in self.model_fields_set]
+            changed = [name for name in made if getattr(self, name) != type(self).model_fields[name].default]
+            if changed:
+                raise ValueError(f"{changed[0]}: has no effect beside shapes")
+        return self
+
+    def choose(self, resolution: int, factor: int) -> list[Shape]:
+        """The shapes (height, width) of a run.
+
+        Args:
+            resolution: gives the area where none is given.
+            factor: f of the autoencoder.
+
+        Raises:
+            UsageError: a side is not a multiple of f, or no shape fits.
+        """
+        if self.shapes is None:
+            shapes = generate(self.area or resolution**2, self.step, self.max_aspect)
+        else:
+            shapes = sorted(set(self.shapes), key=lambda shape: shape[0] / shape[1])
+        for shape in shapes:
+            if shape[0] % factor or shape[1] % factor:
+                raise UsageError(f"buckets: sides must be multiples of f = {factor}, got {shape[0]} x {shape[1]}")
+        return shapes
 
 
 def generate(area: int, step: int = 64, max_aspect: float = 2.0) -> list[Shape]:
@@ -64,16 +106,10 @@ class Assignment:
         """Images per bucket [K]."""
         return [int((self.bucket == number).sum()) for number in range(len(self.shapes))]
 
-
-def read_sizes(source: Source) -> Array:
-    """(H, W) of every image from its header, int32 [N, 2]; (0, 0) where it cannot be read."""
-    sizes = np.zeros((len(source), 2), dtype=np.int32)
-    for index in tqdm(range(len(source)), desc="image sizes", unit="images", disable=None, leave=False):
-        try:
-            sizes[index] = read_size(source[index].image, source.decoding)
-        except BadImage:
-            continue
-    return sizes
+    def lines(self) -> list[str]:
+        """What a person reads: the shapes that have images, and how many."""
+        counted = zip(self.shapes, self.counts(), strict=True)
+        return [f"  {f'{height} x {width}':14}{count:>8,}" for (height, width), count in counted if count]
 
 
 def assign(shapes: Sequence[Shape], sizes: Array) -> Assignment:

@@ -90,11 +90,12 @@ def key_of(source: Source | None, item: Item) -> str:
 
 
 class _OrderedDataset(Dataset[tuple[list[Sample], list[Bad]]]):
-    def __init__(self, source: Source | Stream, view: View) -> None:
+    def __init__(self, source: Source | Stream, view: View, at_least: int | None) -> None:
         self.decoding = source.decoding
         # a stream is read in the main process, its records come with the work
         self.source: Any = None if isinstance(source, Stream) else source
         self.view = view
+        self.at_least = at_least
 
     def __getitems__(self, work: Sequence[Item]) -> _Packed:
         good: list[Sample] = []
@@ -102,7 +103,7 @@ class _OrderedDataset(Dataset[tuple[list[Sample], list[Bad]]]):
         for item in work:
             try:
                 record = take(self.source, item)
-                image = read_image(record.image, self.decoding)
+                image = read_image(record.image, self.decoding, self.at_least)
                 views = self.view(image.pixels, image.original_size)
                 good.append(Sample(item[0], record.key, views, record.columns, image_checksum(record.image)))
             except BadImage as error:
@@ -149,7 +150,7 @@ def ordered_loader(
     batch_size: int,
     num_workers: int = 0,
     view: View | None = None,
-    allow_draft: bool = False,
+    draft_at_least: int | None = None,
     prefetch_factor: int = 2,
     multiprocessing_context: str | None = None,
 ) -> Iterator[tuple[list[Sample], list[Bad]]]:
@@ -159,14 +160,17 @@ def ordered_loader(
         indices: which images, in which order; all if None (of a stream, only all).
         view: (image uint8 [C, H, W], original size) => crops; a centre crop at `resolution` if None. Several views of
             an image share one decode. With workers it must be picklable.
-        allow_draft: whether a source with jpeg_draft is taken.
+        draft_at_least: short side, in pixels, that is enough for the views of a source with jpeg_draft; None refuses
+            such a source.
 
     Raises:
         UsageError: the source decodes with jpeg_draft and that is not allowed; chosen indices of a stream.
     """
-    if source.decoding.jpeg_draft and not allow_draft:
-        raise UsageError("data.jpeg_draft: for training only; these pixels would be 50 dB off and compare with nothing")
+    if source.decoding.jpeg_draft and draft_at_least is None:
+        raise UsageError(
+            "data.jpeg_draft: measured pixels are decoded exactly, the draft is 50 dB off and compares with nothing"
+        )
     slices = batches_of(items(source, indices), batch_size)
-    dataset = _OrderedDataset(source, view or functools.partial(centre_view, resolution=resolution))
+    dataset = _OrderedDataset(source, view or functools.partial(centre_view, resolution=resolution), draft_at_least)
     packed = load(dataset, slices, num_workers, False, prefetch_factor, multiprocessing_context)
     return (batch.unpack() for batch in packed)

@@ -63,6 +63,14 @@ class InOrderOnly:
         )
 
 
+def warning(name: str) -> str:
+    """What training from a stream cannot do, for the user to know before it starts."""
+    return (
+        f"data {name}: read in order: its length is unknown, each process reads all of it and keeps its part, and a "
+        "resumed run first reads again what it had read (the batches stay the same)"
+    )
+
+
 def length(source: Any) -> int | None:
     """How many images a source has, None for a stream."""
     return None if isinstance(source, Stream) else len(source)
@@ -80,10 +88,12 @@ def batches(
     tasks: list[Task] = []
     bad: list[Bad] = []
     while True:
-        images = 0
+        images, first_bad = 0, None
         for item in _shuffled(stream, seed, epoch):
             if isinstance(item, Bad):
-                bad.append(item)
+                first_bad = first_bad or item
+                if (position - start_position) // batch_size % world_size == rank:  # told by one rank, not by all
+                    bad.append(item)
                 continue
             index, record = item
             images += 1
@@ -95,8 +105,8 @@ def batches(
                 yield Work(tasks, bad=tuple(bad))
                 tasks, bad = [], []
         if not images:
-            reason = f"; the first is {bad[0].key} ({bad[0].reason})" if bad else ""
-            raise WorkError(f"no usable image in the stream: {len(bad)} are bad{reason}")
+            reason = f"; the first bad one is {first_bad.key} ({first_bad.reason})" if first_bad else ""
+            raise WorkError(f"no usable image in the stream{reason}")
         epoch += 1
 
 

@@ -174,10 +174,7 @@ def _columns(found: Survey) -> list[str]:
 
 
 def _buckets(found: Survey, shapes: Sequence[buckets.Shape]) -> list[str]:
-    counts = buckets.assign(shapes, found.sizes()).counts()
-    out = ["aspect buckets (height x width)"]
-    out += [f"  {f'{h} x {w}':14}{count:>8,}" for (h, w), count in zip(shapes, counts, strict=True) if count]
-    return out
+    return ["aspect buckets (height x width)", *buckets.assign(shapes, found.sizes()).lines()]
 
 
 def _reasons(bad: Sequence[Bad]) -> list[tuple[str, int]]:

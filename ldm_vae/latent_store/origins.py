@@ -44,8 +44,9 @@ def find_source(manifest: Manifest, vae: Any, named: str | None = None, **knobs:
         UsageError: they are not there.
     """
     place = manifest.recorded.data if named is None else named
+    draft = "jpeg_draft=True" in manifest.identity.preprocessing.split()
     try:
-        return open_source(place, channels=int(vae.config.in_channels), **knobs)
+        return open_source(place, channels=int(vae.config.in_channels), jpeg_draft=draft, **knobs)
     except UsageError as problem:
         if named is not None:
             raise

@@ -62,6 +62,7 @@ def samples(
         batch_size=batch_size,
         num_workers=num_workers,
         view=cutting,
+        draft_at_least=cutting.at_least,
     )
     for batch, bad in loader:
         good, reasons = {sample.index: sample for sample in batch}, iter(bad)

@@ -5,6 +5,7 @@ Legend: C channels, H W pixels of the image, R resolution.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,6 +73,13 @@ class Cutting:
             for number in range(len(self.resolutions))
             for crop in self.crops
         )
+
+    @property
+    def at_least(self) -> int:
+        """Short side of an image, in pixels, from which no crop has to be enlarged: what a JPEG's draft must have."""
+        shapes = [shape for per_resolution in self.buckets or () for shape in per_resolution]
+        side = max(self.resolutions) if self.buckets is None else max(max(shape) for shape in shapes)
+        return side if self.crops == ("",) else math.ceil(side / CORNER_SHARE)
 
     def _shape(self, number: int, original_size: Shape) -> Shape:
         if self.buckets is None:

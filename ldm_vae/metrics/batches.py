@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional
 from ldm_vae.data.ordered import ordered_loader
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
+from ldm_vae.data.stream import Stream
 from ldm_vae.data.transforms import Crop
 
 
@@ -42,9 +43,14 @@ def spread(total: int, wanted: int) -> list[int]:
     return [place * total // count for place in range(count)]
 
 
+def some_of(source: Source | Stream, wanted: int) -> Sequence[int] | None:
+    """Indices for `image_batches`: `wanted` of a source, evenly spread, or None for a stream, which has no indices."""
+    return None if isinstance(source, Stream) else spread(len(source), wanted)
+
+
 def image_batches(
-    source: Source,
-    indices: Sequence[int],
+    source: Source | Stream,
+    indices: Sequence[int] | None,
     resolution: int,
     *,
     batch_size: int,
@@ -52,7 +58,8 @@ def image_batches(
     quarantine: Quarantine | None = None,
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> Iterator[ImageBatch]:
-    """The usable images among `indices`, in order, centre-cropped to `resolution`; the others go to `quarantine`."""
+    """The usable images among `indices` (all if None), in order, centre-cropped to `resolution`; the others go to
+    `quarantine`."""
     view = None if interpolation == "bicubic" else functools.partial(bilinear_view, resolution=resolution)
     for samples, bad in ordered_loader(
         source, resolution, indices, batch_size=batch_size, num_workers=num_workers, view=view
