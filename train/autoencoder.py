@@ -93,7 +93,8 @@ def train(settings: Training) -> None:
     # --- networks -----------------------------------------------------------------------------------------------------
     vae = build_autoencoder(settings)
     check_resolution(settings.resolution, downsampling_factor(vae))
-    kept = settings.normalisation_from and normalisation_of(settings.normalisation_from, settings.model.latent_channels)
+    base = settings.normalisation_from
+    base_normalisation = base and normalisation_of(base, settings.model.latent_channels)
     shapes = settings.buckets and settings.buckets.choose(settings.resolution, downsampling_factor(vae))
     if settings.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
@@ -246,7 +247,7 @@ def train(settings: Training) -> None:
         say(f"the encoder is unchanged ({encoder_before[:12]}): stores made with it stay valid")
     if accelerator.is_main_process:
         statistics = measure(ema.module, normalisation_pixels(settings), accelerator.device)
-        normalisation = kept or statistics.normalisation(settings.normalisation)
+        normalisation = base_normalisation or statistics.normalisation(settings.normalisation)
         write_vae(ema.module, run / "vae", normalisation, sample_size=settings.resolution, statistics=statistics)
     show(run, accelerator)
     accelerator.end_training()
