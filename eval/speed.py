@@ -16,7 +16,7 @@ from typing import Any
 
 from ldm_vae.errors import UsageError, run_program
 
-from . import speed_data, speed_train
+from . import speed_data, speed_read, speed_train
 from .timing import machine
 
 # name => (one line of help, what it runs); each lives in a file of its own
@@ -24,6 +24,10 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], list[dict[str, A
     "train": (
         "one generator and one discriminator update: seconds, operations and memory, beside published recipes",
         speed_train.run,
+    ),
+    "read": (
+        "random batches of latents from a store, beside memory and other readers; opening ten million samples",
+        speed_read.run,
     ),
     "data": (
         "images decoded, cropped and batched per core, beside a plain datasets + DataLoader pipeline",
@@ -66,7 +70,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         ratio = found.get("ratio")
         shown = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) x {ratio['to']}" if ratio else ""
         rate = f"   {found['images_per_s']:.0f} images/s" if "images_per_s" in found else ""
-        figure = f"{found['median_s']:9.3f} s" if "median_s" in found else f"{found['value']:9.4g} {found['unit']}"
+        rate += f"   {found['memory_mb']} MB" if "memory_mb" in found else ""
+        figure = f"{found['median_s']:9.4g} s" if "median_s" in found else f"{found['value']:9.4g} {found['unit']}"
         lines.append(f"{found['name']:28}{figure:14} {shown}{rate}")
     return "\n".join(lines)
 

@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval import speed, speed_data, timing
+from eval.speed_read import open_store
+from eval.synthetic_store import write_empty, write_synthetic
+from ldm_vae import LatentDataset
 from ldm_vae.errors import UsageError
 
 
@@ -55,3 +59,30 @@ def test_rounds_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(sys, "argv", ["eval.speed", "data", "--output", str(tmp_path), "--rounds", "0"])
     with pytest.raises(UsageError, match="rounds: expected at least 1, got 0"):
         speed.main()
+
+
+# --- read -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_synthetic_store_is_a_store(tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "store", 70, shape=(4, 8, 8), unit=32)
+    data = LatentDataset(tmp_path / "store", raw="mean", columns=("key",))
+    batch = data.__getitems__([69, -1, 0, 33])
+    assert batch[0]["mean"].dtype == torch.float16 and torch.equal(batch[0]["mean"], batch[1]["mean"])
+    assert [item["key"] for item in batch] == ["00000069", "00000069", "00000000", "00000033"]
+    assert torch.equal(LatentDataset(tmp_path / "store", raw=True)[33]["mean"], batch[3]["mean"].float())
+    assert "logvar" not in batch[0]
+    with pytest.raises(IndexError, match="index 70 of a store of 70"):
+        data.__getitems__([0, 70])
+    with pytest.raises(UsageError, match="raw: the store has no 'sample'"):
+        LatentDataset(tmp_path / "store", raw="sample")
+
+
+def test_opening_ten_million_samples_takes_little_memory(tmp_path: Path) -> None:
+    write_empty(tmp_path / "large", 10_000_000)
+    _, grown = open_store(tmp_path / "large")
+    assert grown < 300e6
+    # nothing per sample: the index of the shards is all there is
+    data = LatentDataset(tmp_path / "large")
+    assert sum(value.nbytes for value in (data._stops, data._starts)) == 2 * 8 * len(data.shards)
+    assert data.shape(9_999_999) == (4, 32, 32) and not data._maps

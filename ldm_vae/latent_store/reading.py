@@ -70,7 +70,8 @@ class LatentDataset(Dataset[Item]):
 
     Args:
         path: the store's folder.
-        raw: give the stored tensors instead (`mean` and `logvar`, or what the store has), unscaled, fp32.
+        raw: give the stored tensors instead (`mean` and `logvar`, or what the store has), unscaled, fp32; or the name
+            of one of them, which is then given as it is stored.
         sample: z = mean + sigma * noise; False gives the mean. Noise is keyed by (seed, epoch, index).
         seed: of the noise and of random views.
         columns: which columns to give; None is all (of `loader`: caption and label, where they exist).
@@ -89,7 +90,7 @@ class LatentDataset(Dataset[Item]):
         self,
         path: str | Path,
         *,
-        raw: bool = False,
+        raw: bool | str = False,
         sample: bool = True,
         seed: int = 0,
         columns: Sequence[str] | None = None,
@@ -117,6 +118,9 @@ class LatentDataset(Dataset[Item]):
         self.batch_columns = usual if columns is None else self.columns
         self.normalisation = self._choose(normalisation)
         self._names = TENSOR_NAMES[identity.store]
+        if isinstance(raw, str):
+            _known("raw", raw, self._names)
+            self._names = (raw,)
         self._pixels = pixels
         self._dtype = SAFETENSORS_DTYPES[identity.dtype]
         self.shards: tuple[ShardRecord, ...] = tuple(
@@ -131,6 +135,7 @@ class LatentDataset(Dataset[Item]):
             for number, shard in enumerate(self.shards)
             if shard.removed
         }
+        self._several_shapes = len({shard.shape for shard in self.shards}) > 1
         self._maps: dict[int, dict[str, npt.NDArray[Any]]] = {}
         self._tables: dict[int, dict[str, Any]] = {}
 
@@ -154,7 +159,8 @@ class LatentDataset(Dataset[Item]):
 
     def shape(self, index: int) -> tuple[int, ...]:
         """Latent shape (c, h, w) of one sample; a store of one resolution without buckets has one shape."""
-        return self.shards[int(np.searchsorted(self._stops, self._checked(index), side="right"))].shape
+        checked = self._checked(np.asarray([index], dtype=np.int64))
+        return self.shards[int(np.searchsorted(self._stops, checked, side="right")[0])].shape
 
     def shapes(self) -> dict[tuple[int, ...], Sequence[int] | Integers]:
         """The latent shapes in the store, each with the indices of its samples."""
@@ -179,16 +185,19 @@ class LatentDataset(Dataset[Item]):
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[Item]:
         """A whole batch at once: the way torch's DataLoader asks for it."""
-        checked = [self._checked(index) for index in indices]
-        shard, _ = self._places(np.array(checked, dtype=np.int64))
-        if len({self.shards[number].shape for number in set(shard)}) > 1:
-            return [self[index] for index in checked]  # one buffer cannot hold them: single items
-        return Rows(self.read(checked, [self.epoch] * len(checked), self.columns), len(checked))
+        checked = self._checked(np.asarray(indices, dtype=np.int64))
+        if self._several_shapes:
+            shard, _ = self._places(checked)
+            if len({self.shards[number].shape for number in set(shard)}) > 1:
+                return [self[index] for index in checked.tolist()]  # one buffer cannot hold them: single items
+        return Rows(self.read(checked.tolist(), [self.epoch] * len(checked), self.columns), len(checked))
 
-    def _checked(self, index: int) -> int:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} of a store of {len(self)} samples")
-        return int(index) % len(self)
+    def _checked(self, indices: Integers) -> Integers:
+        """Non-negative indices. Raises IndexError for the first that is outside of the store."""
+        outside = (indices < -len(self)) | (indices >= len(self))
+        if outside.any():
+            raise IndexError(f"index {indices[outside][0]} of a store of {len(self)} samples")
+        return np.where(indices < 0, indices + len(self), indices)
 
     def read(self, indices: Sequence[int], epochs: Sequence[int], columns: Sequence[str]) -> Item:
         """One batch of samples that share a latent shape, each of its own epoch: tensors [B, ...], columns as lists."""
@@ -198,7 +207,8 @@ class LatentDataset(Dataset[Item]):
         stored = {name: self._gather(name, views, shard, row, shape) for name in self._names}
         batch: Item = {}
         if self.raw:
-            batch |= {name: value.float() for name, value in stored.items()}
+            as_stored = isinstance(self.raw, str)
+            batch |= stored if as_stored else {name: value.float() for name, value in stored.items()}
         else:
             z = stored[self._names[0]].float()
             if "logvar" in stored and self.sample:
@@ -236,10 +246,14 @@ class LatentDataset(Dataset[Item]):
         """Stored rows => [B, c, h, w] in storage dtype, copied once."""
         dtype: np.dtype[Any] = shards.STORAGE[self._dtype]
         out = np.empty((len(shard), *shape), dtype=dtype)
-        maps, one = self._maps, tensor_name(name, views) if isinstance(views, str) else ""
-        for position, (s, r) in enumerate(zip(shard, row, strict=True)):
-            mapped = maps.get(s) or self._map(s)
-            out[position] = mapped[one or tensor_name(name, views[position])][r]
+        if isinstance(views, str):
+            one = tensor_name(name, views)
+            arrays = {s: self._map(s)[one] for s in set(shard)}
+            for position, (s, r) in enumerate(zip(shard, row, strict=True)):
+                out[position] = arrays[s][r]
+        else:
+            for position, (s, r, view) in enumerate(zip(shard, row, views, strict=True)):
+                out[position] = self._map(s)[tensor_name(name, view)][r]
         return torch.from_numpy(out) if self._dtype != "BF16" else torch.from_numpy(out).view(torch.bfloat16)
 
     def _gather_pixels(self, views: list[str] | str, shard: list[int], row: list[int]) -> torch.Tensor:
