@@ -1,6 +1,7 @@
 """The autoencoder: build one from a config, load one from anywhere, and the trainable wrapper with its one forward.
 
-The trained module *is* diffusers' AutoencoderKL: no parallel network code, no conversion at export.
+The trained module *is* a model of diffusers (AutoencoderKL, VQModel, AutoencoderTiny): no parallel network code, no
+conversion at export. What lies between encoder and decoder while training is a bottleneck (ldm_vae/models).
 
 Legend: B batch, C image channels, c latent channels, H W pixels, h w latent positions.
 """
@@ -9,26 +10,29 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from pydantic import model_validator
 from torch import nn
 
 from ldm_vae import latents
-from ldm_vae.config import Section
+from ldm_vae.bottleneck import Bottleneck, Codes, GaussianBottleneck
+from ldm_vae.config import Part
 from ldm_vae.errors import UsageError
-from ldm_vae.fine_tuning import encoder_learns
+from ldm_vae.fine_tuning import ENCODER, encoder_learns
 from ldm_vae.latents import Moments
+from ldm_vae.perturbations import Draw
 
 
-class AutoencoderConfig(Section):
+class AutoencoderConfig(Part):
     """Shape of a KL autoencoder, in diffusers' names; f = 2 ** (number of widths - 1)."""
 
+    kind: Literal["kl"] = "kl"
     in_channels: int = 3
     """Channels of an image."""
     latent_channels: int = 4
@@ -56,22 +60,32 @@ class AutoencoderConfig(Section):
             )
         return self
 
+    def shape(self) -> dict[str, Any]:
+        """The knobs that stand in the model's config.json, by diffusers' names."""
+        return self.model_dump(exclude={"kind"})
+
     def build(self) -> AutoencoderKL:
         """A randomly initialised network; its scaling_factor is 1 until it is measured."""
         blocks = len(self.block_out_channels)
         return AutoencoderKL(
-            **self.model_dump() | {"out_channels": self.in_channels},
+            **self.shape() | {"out_channels": self.in_channels},
             down_block_types=("DownEncoderBlock2D",) * blocks,
             up_block_types=("UpDecoderBlock2D",) * blocks,
             scaling_factor=1.0,
         )
 
+    def bottleneck(self, vae: AutoencoderKL) -> Bottleneck:
+        return GaussianBottleneck(vae)
+
 
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def load_autoencoder(source: str | Path, config: str | Path | None = None) -> AutoencoderKL:
-    """Load a VAE for inference: fp32, eval mode, no gradients.
+CLASSES = {model.__name__: model for model in (AutoencoderKL, VQModel, AutoencoderTiny)}
+
+
+def load_autoencoder(source: str | Path, config: str | Path | None = None) -> Any:
+    """Load a VAE (an AutoencoderKL, VQModel or AutoencoderTiny) for inference: fp32, eval mode, no gradients.
 
     Args:
         source: a diffusers folder, a pipeline folder with `vae/`, a run folder (its exported `vae/`), a single
@@ -91,7 +105,7 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> Au
     return vae.float().eval().requires_grad_(False)
 
 
-def _from_pretrained(source: str) -> AutoencoderKL:
+def _from_pretrained(source: str) -> Any:
     path = Path(source)
     if path.is_dir():
         folders = [folder for folder in (path, path / "vae") if (folder / "config.json").is_file()]
@@ -108,13 +122,23 @@ def _from_pretrained(source: str) -> AutoencoderKL:
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' affair, not the user's
             try:
-                return AutoencoderKL.from_pretrained(source, use_safetensors=True)
+                return _of_its_class(source)
             except OSError:
                 if path.is_dir():
                     raise
-                return AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True)  # a pipeline's
+                return _of_its_class(source, subfolder="vae")  # a pipeline's
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, UsageError):
+            raise
         raise UsageError(f"VAE {source}: cannot be loaded as an AutoencoderKL: {_first_line(error)}") from error
+
+
+def _of_its_class(source: str, **where: str) -> Any:
+    """By the class that the config.json names; an AutoencoderKL where it names none."""
+    name = AutoencoderKL.load_config(source, **where).get("_class_name", "AutoencoderKL")
+    if name not in CLASSES:
+        raise UsageError(f"VAE {source}: expected one of {', '.join(CLASSES)}, its config.json says {name}")
+    return CLASSES[name].from_pretrained(source, use_safetensors=True, **where)
 
 
 def _first_line(error: Exception) -> str:
@@ -125,8 +149,8 @@ def _first_line(error: Exception) -> str:
 
 
 def encoder_fingerprint(vae: nn.Module) -> str:
-    """SHA-256 of what turns pixels into moments: encoder and quant_conv."""
-    return _fingerprint(vae.state_dict(), ("encoder.", "quant_conv."))
+    """SHA-256 of what turns pixels into moments (or indices): encoder, quant_conv and, in a VQModel, the codebook."""
+    return _fingerprint(vae.state_dict(), ENCODER)
 
 
 def decoder_fingerprint(vae: nn.Module) -> str:
@@ -143,9 +167,20 @@ def _fingerprint(tensors: Mapping[str, torch.Tensor], prefixes: tuple[str, ...])
     return digest.hexdigest()
 
 
-def downsampling_factor(vae: AutoencoderKL) -> int:
+def downsampling_factor(vae: Any) -> int:
     """f: pixels per latent position along one side."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def sample_size(vae: Any) -> int:
+    """Side in pixels of the images that it was trained on; 512 where its config does not say (AutoencoderTiny)."""
+    return int(vae.config.get("sample_size", 512))
+
+
+def only_kl(vae: Any, what: str) -> None:
+    """Raises UsageError unless the VAE is an AutoencoderKL; `what` is the argument that asked for more."""
+    if not isinstance(vae, AutoencoderKL):
+        raise UsageError(f"{what}: expected an AutoencoderKL, got a {type(vae).__name__}")
 
 
 def check_resolution(resolution: int, factor: int) -> None:
@@ -160,30 +195,37 @@ def check_resolution(resolution: int, factor: int) -> None:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What one forward gives; pixels, target, moments and latents are fp32.
+    """What one forward gives; all fp32 (fp64 in tests of exactness).
 
-    pixels [B, C, H, W] as decoded, not clamped; target [B, C, H, W] what they are compared with; moments of q(z|x);
-    latents z [B, c, h, w] as decoded; last_hidden [B, width, H, W] the detached input of the decoder's last
-    convolution, from which the adaptive weight is computed.
+    images [B, C, H, W] as encoded; pixels as decoded, not clamped, and target what they are compared with, of one shape
+    (that of the images unless a perturbation moved both); moments of q(z|x); latents z [B, c, h, w] before any
+    perturbation; last_hidden the detached input of the decoder's last convolution, from which the adaptive weight is
+    computed; codes where there is a codebook; images_seen when it was made.
     """
 
+    images: torch.Tensor
     pixels: torch.Tensor
     target: torch.Tensor
     moments: Moments
     latents: torch.Tensor
     last_hidden: torch.Tensor
+    codes: Codes | None = None
+    images_seen: int = 0
 
 
 class TrainableAutoencoder(nn.Module):
     """Owns the one forward of training. It goes through `accelerator.prepare`, so that DDP's hooks fire: calling
     `unwrap_model(vae).encode` instead trains one unsynchronised model per process."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Any, bottleneck: Bottleneck | None = None, perturbations: Sequence[nn.Module] = ()) -> None:
+        """bottleneck: what the model's config gives; a Gaussian's by default."""
         super().__init__()
         self.vae = vae
         self.encoder_learns = encoder_learns(vae)
+        self.bottleneck = GaussianBottleneck(vae) if bottleneck is None else bottleneck
+        self.perturbations = nn.ModuleList(sorted(perturbations, key=lambda part: getattr(part, "resizes", False)))
         self._last_hidden: torch.Tensor | None = None
-        vae.decoder.conv_out.register_forward_pre_hook(self._keep_last_hidden)
+        self.last_layer.register_forward_pre_hook(self._keep_last_hidden)
 
     def _keep_last_hidden(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._last_hidden = inputs[0].detach()
@@ -191,23 +233,41 @@ class TrainableAutoencoder(nn.Module):
     @property
     def last_layer(self) -> nn.Conv2d:
         """The decoder's last convolution: the adaptive weight compares gradients there."""
-        layer: nn.Conv2d = self.vae.decoder.conv_out
-        return layer
+        return self.bottleneck.last_layer(self.vae)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(c, h, w) for images of this size."""
         factor = downsampling_factor(self.vae)
-        return (int(self.vae.config.latent_channels), height // factor, width // factor)
+        return (self._latent_channels, height // factor, width // factor)
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
-        """images [B, C, H, W] in [-1, 1], noise [B, c, h, w] standard normal, drawn by key => Reconstruction."""
+    def noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(n, h, w) of the noise that `forward` takes for each image of this size."""
+        _, rows, columns = self.latent_shape(height, width)
+        return (self.bottleneck.noise_channels + sum(self._wanted()), rows, columns)
+
+    def _wanted(self) -> list[int]:
+        """Channels of noise of each perturbation."""
+        return [int(part.noise_channels(self._latent_channels)) for part in self.perturbations]  # type: ignore[operator]
+
+    @property
+    def _latent_channels(self) -> int:
+        # a VQModel's quant_conv may end in another number than its encoder
+        return int(self.vae.config.get("vq_embed_dim") or self.vae.config.latent_channels)
+
+    def forward(self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0) -> Reconstruction:
+        """images [B, C, H, W] in [-1, 1], noise [B, n, h, w] standard normal, drawn by key => Reconstruction."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_learns):
-            moments = latents.encode(self.vae, images)
-        z = moments.sample(noise.to(moments.mean))
-        pixels = latents.at_least_fp32(self.vae.decode(z).sample)
+            encoded = self.bottleneck.encode(self.vae, images, noise[:, : self.bottleneck.noise_channels], images_seen)
+        z, target, used = encoded.latents, images, self.bottleneck.noise_channels
+        for perturbation, wanted in zip(self.perturbations, self._wanted(), strict=True):
+            z, target = perturbation(z, target, Draw(noise[:, used : used + wanted].to(z), images, images_seen))
+            used += wanted
+        pixels = latents.at_least_fp32(self.bottleneck.decode(self.vae, z))
         last_hidden, self._last_hidden = self._last_hidden, None
         assert last_hidden is not None
-        return Reconstruction(pixels, images, moments, z, last_hidden)
+        return Reconstruction(
+            images, pixels, target, encoded.moments, encoded.latents, last_hidden, encoded.codes, images_seen
+        )
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:

@@ -60,10 +60,10 @@ class _NestedError(ValueError):
         self.path = tuple(path)
 
 
-def _part(package: str, value: Any) -> Any:
+def _part(package: str, value: Any, default: str | None = None) -> Any:
     if not isinstance(value, Mapping):
         return value
-    kind = value.get("kind")
+    kind = value.get("kind", default)
     exist = options(package)
     if not isinstance(kind, str):
         raise ValueError(f"`kind` is missing; expected one of {', '.join(exist)}, or a dotted path to your module")
@@ -82,19 +82,22 @@ def _part(package: str, value: Any) -> Any:
         raise _NestedError(*_first_problem(part, error)) from error
 
 
-def choice(package: str) -> Any:
-    """The type of a field that takes one option of `package`."""
-    return Annotated[SerializeAsAny[Part], BeforeValidator(lambda value: _part(package, value))]
+def choice(package: str, default: str | None = None) -> Any:
+    """The type of a field that takes one option of `package`; `default` is the kind where none is named."""
+    return Annotated[SerializeAsAny[Part], BeforeValidator(lambda value: _part(package, value, default))]
 
 
 def choices(package: str) -> Any:
-    """The type of a field that maps names to options of `package`; a name is the default of its `kind`."""
+    """The type of a field that maps names to options of `package`; a name is the default of its `kind`, and null leaves
+    out what an included file has under that name."""
 
     def validate(value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
         named = {}
         for name, part in value.items():
+            if part is None:
+                continue
             try:
                 named[name] = _part(package, {"kind": name, **part} if isinstance(part, Mapping) else part)
             except _NestedError as error:

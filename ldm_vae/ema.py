@@ -6,6 +6,7 @@ diffusers' EMAModel counts steps, so its meaning changes with the batch.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -21,13 +22,20 @@ class Ema:
         self.halflife_images = halflife_images
 
     @torch.no_grad()
-    def update(self, module: nn.Module, images_seen: int, batch_images: int) -> None:
-        """After an update at `images_seen` (this batch included), move by what `batch_images` are worth."""
+    def update(self, module: nn.Module, images_seen: int, batch_images: int, copied: Collection[str] = ()) -> None:
+        """After an update at `images_seen` (this batch included), move by what `batch_images` are worth.
+
+        copied: parameters that are taken over as they are, such as a codebook that is an average already, whose dead
+        rows jump.
+        """
         halflife = min(self.halflife_images, LARGEST_SHARE * images_seen)
         keep = 0.5 ** (batch_images / halflife) if halflife > 0 else 0.0
-        averages: list[torch.Tensor] = list(self.module.parameters())
-        values = [parameter.detach().float() for parameter in module.parameters()]
-        torch._foreach_lerp_(averages, values, 1.0 - keep)
+        values = {name: parameter.detach().float() for name, parameter in module.named_parameters()}
+        averages: dict[str, torch.Tensor] = dict(self.module.named_parameters())
+        moving = [name for name in averages if name not in copied]
+        torch._foreach_lerp_([averages[name] for name in moving], [values[name] for name in moving], 1.0 - keep)
+        for name in copied:
+            averages[name].copy_(values[name])
         for average, value in zip(self.module.buffers(), module.buffers(), strict=True):
             average.copy_(value)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ldm_vae.errors import UsageError
 
-ENCODER = ("encoder.", "quant_conv.")
+ENCODER = ("encoder.", "quant_conv.", "quantize.")
 
 # --- freezing ---------------------------------------------------------------------------------------------------------
 

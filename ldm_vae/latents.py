@@ -30,16 +30,27 @@ def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Moments:
-    """A diagonal Gaussian posterior q(z|x) = N(mean, exp(logvar)); mean and logvar [B, c, h, w]."""
+    """A diagonal Gaussian posterior q(z|x) = N(mean, exp(logvar)); mean and logvar [B, c, h, w].
+
+    is_point: the network gives no variance (VQModel, AutoencoderTiny); logvar is then the smallest that there is, and a
+    KL would mean nothing.
+    """
 
     mean: torch.Tensor
     logvar: torch.Tensor
+    is_point: bool = False
 
     @classmethod
     def from_parameters(cls, parameters: torch.Tensor) -> Moments:
         """From an encoder's output [B, 2c, h, w] (mean, then logvar), in fp32, logvar clamped to LOGVAR_RANGE."""
         mean, logvar = at_least_fp32(parameters).chunk(2, dim=1)
         return cls(mean, logvar.clamp(*LOGVAR_RANGE))
+
+    @classmethod
+    def point(cls, mean: torch.Tensor) -> Moments:
+        """Of an encoder without a variance [B, c, h, w], in fp32: a VQModel's vectors before the codebook, say."""
+        mean = at_least_fp32(mean)
+        return cls(mean, torch.full_like(mean, LOGVAR_RANGE[0]), is_point=True)
 
     def sample(self, noise: torch.Tensor) -> torch.Tensor:
         """z = mean + exp(logvar / 2) * noise (Kingma & Welling 2014, eq. 10)."""
@@ -51,8 +62,14 @@ class Moments:
 
 
 def encode(vae: Any, pixels: torch.Tensor) -> Moments:
-    """pixels [B, C, H, W] => moments [B, c, h, w], with a diffusers AutoencoderKL."""
-    return Moments.from_parameters(vae.encode(pixels).latent_dist.parameters)
+    """pixels [B, C, H, W] => moments [B, c, h, w], with a diffusers autoencoder.
+
+    A VQModel's are its vectors before the codebook: `decode` quantises them, as latent diffusion on its latents does.
+    """
+    encoded = vae.encode(pixels)
+    if hasattr(encoded, "latent_dist"):
+        return Moments.from_parameters(encoded.latent_dist.parameters)
+    return Moments.point(encoded.latents)
 
 
 def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:

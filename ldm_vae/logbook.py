@@ -17,14 +17,15 @@ from ldm_vae.errors import WorkError
 
 
 class Averages:
-    """Sums of named scalars on the device: nothing waits for the device until `means`.
+    """Sums of named scalars on the device: nothing waits for the device until `means`. A vector (the KL of each
+    channel) counts as a scalar for each of its entries, by number: name/0, name/1, ...
 
     With `skip_nan` a value that is NaN or infinite does not count; otherwise it shows in the mean.
     """
 
     def __init__(self, skip_nan: bool = False) -> None:
         self.skip_nan = skip_nan
-        self.sums: dict[str, torch.Tensor] = {}  # [2]: sum and count
+        self.sums: dict[str, torch.Tensor] = {}  # [2, ...]: sum and count
 
     def update(self, logs: Mapping[str, torch.Tensor]) -> None:
         for name, value in logs.items():
@@ -48,9 +49,14 @@ class Averages:
         names = sorted(self.sums)
         if not names:
             return {}
-        sums = accelerator.reduce(torch.stack([self.sums[name] for name in names]), "mean")
-        found = zip(names, sums.tolist(), strict=True)
-        return {name: total / count for name, (total, count) in found if count > 0}
+        sums = accelerator.reduce(torch.cat([self.sums[name].reshape(2, -1) for name in names], dim=1), "mean")
+        labels = [
+            f"{name}/{entry}" if self.sums[name].ndim > 1 else name
+            for name in names
+            for entry in range(self.sums[name][0].numel())
+        ]
+        found = zip(labels, *sums.tolist(), strict=True)
+        return {label: total / count for label, total, count in found if count > 0}
 
     def reset(self) -> None:
         """Start a new interval."""

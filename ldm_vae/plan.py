@@ -24,19 +24,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm_vae import config
 from ldm_vae.adversary import Adversary
-from ldm_vae.autoencoder import (
-    TrainableAutoencoder,
-    check_resolution,
-    count_parameters,
-    downsampling_factor,
-)
+from ldm_vae.autoencoder import check_resolution, count_parameters, downsampling_factor
 from ldm_vae.data.stream import length
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.fine_tuning import set_trainable
 from ldm_vae.objective import Objective
 from ldm_vae.optim import learning
 from ldm_vae.step import TrainingStep
-from ldm_vae.training import Training, build_autoencoder, build_discriminator
+from ldm_vae.training import Training, build_autoencoder, build_discriminator, build_network
 
 GB = 1e9
 
@@ -117,15 +112,17 @@ def plan(settings: Training) -> Plan:
         vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
         if settings.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
-        network = TrainableAutoencoder(vae)
+        network = build_network(settings, vae, outline=True)
         objective = Objective(settings.losses, outline=True)
+        objective.attach(network)
         critic = build_discriminator(settings)
         size = settings.resolution
         images = torch.empty(settings.train_batch_size, settings.model.in_channels, size, size)
-        noise = torch.empty(len(images), *network.latent_shape(size, size))
+        noise = torch.empty(len(images), *network.noise_shape(size, size))
+        latents = torch.empty(len(images), *network.latent_shape(size, size))
         parts: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
             "encoder": (vae.encode, (images,)),
-            "decoder": (vae.decode, (noise,)),
+            "decoder": (vae.decode, (latents,)),
         }
         parts |= {name: (term, (images, images)) for name, term in objective.terms.items() if term.domain == "pixels"}
         parts |= {} if critic is None else {"discriminator": (critic, (images,))}
@@ -190,7 +187,7 @@ def describe(settings: Training, processes: int = 1) -> str:
     found = plan(settings)
     peak = sum(found.bytes.values())
     global_batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
-    latent = TrainableAutoencoder(vae).latent_shape(settings.resolution, settings.resolution)
+    latent = build_network(settings, vae, outline=True).latent_shape(settings.resolution, settings.resolution)
     millions = {name: f"{count / 1e6:.2f} M" for name, count in found.parameters.items()}
     forward = {name: f"{count:.3g}" for name, count in found.forward_gflop.items() if count}
     memory = {name: f"{count / GB:.2f}" for name, count in found.bytes.items()}

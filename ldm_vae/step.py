@@ -40,13 +40,13 @@ class TrainingStep:
     skip_nan: bool = False
 
     def __call__(self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0) -> Logs:
-        """images [B, C, H, W] in [-1, 1] and keyed noise [B, c, h, w] of this process => detached scalars by name.
+        """images [B, C, H, W] in [-1, 1] and keyed noise [B, n, h, w] of this process => detached scalars by name.
 
         With gradient accumulation each call is one micro-batch; weights change at the last of them.
         """
         networks = [self.model] if self.discriminator is None else [self.model, self.discriminator]
         with self.accelerator.accumulate(*networks):
-            reconstruction = self.model(images, noise)
+            reconstruction = self.model(images, noise, images_seen)
             logs = self._autoencoder(reconstruction, images_seen)
             if self.adversary.discriminator_plays(images_seen):
                 # the last use of the reconstruction: from here on only its values
@@ -69,6 +69,7 @@ class TrainingStep:
 
         latent_total, latent_logs = self.objective.latent_terms(reconstruction, images_seen)
         logs |= latent_logs
+        logs |= self.objective.bound(logs, reconstruction.images)
         logs["loss/total"] = logs["loss/pixels"] + latent_total.detach()
         # a surrogate with the gradients found above: DDP, accumulation and the fp16 scaler see an ordinary loss
         surrogate = (reconstruction.pixels * cotangent).sum() + latent_total
@@ -77,7 +78,9 @@ class TrainingStep:
         if self.accelerator.sync_gradients:  # the objective is no DDP module: its terms run on a cut graph
             for parameter in own:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        return logs | self._update(self.optimizer, "autoencoder", learning([self.model, self.objective]))
+        logs |= self._update(self.optimizer, "autoencoder", learning([self.model, self.objective]))
+        self._network.bottleneck.after_update(self._network.vae)
+        return logs
 
     def _adversary_cotangent(
         self, pixels: torch.Tensor, pixel_cotangent: torch.Tensor, last_hidden: torch.Tensor

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
 from pydantic import Field, model_validator
 from torch import nn
 
 from ldm_vae.adversary import AdversaryConfig
-from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
+from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder, load_autoencoder
 from ldm_vae.config import Section, choice, choices
 from ldm_vae.data.buckets import BucketConfig
 from ldm_vae.data.transforms import TransformConfig
@@ -94,7 +93,8 @@ class Training(Section):
     """Training images that it is measured on."""
     report_to: str | None = None
     """A tracker of Accelerate: tensorboard, wandb, ...; metrics.jsonl is always written."""
-    model: AutoencoderConfig = AutoencoderConfig()
+    model: choice("ldm_vae.models", default="kl") = AutoencoderConfig()  # type: ignore[valid-type]
+    perturbations: choices("ldm_vae.perturbations") = Field(default_factory=dict)  # type: ignore[valid-type]
     losses: choices("ldm_vae.losses")  # type: ignore[valid-type]
     adversary: AdversaryConfig = AdversaryConfig(weight=0.0)
     discriminator: choice("ldm_vae.discriminators") | None = None  # type: ignore[valid-type]
@@ -109,6 +109,13 @@ class Training(Section):
     def _check(self) -> Training:
         if self.best_metric not in self.validation_metrics:
             raise ValueError(f"best_metric: expected one of validation_metrics, got {self.best_metric}")
+        quantizer = getattr(self.model, "quantizer", None)
+        if getattr(quantizer, "codebook", None) == "learned" and not any(
+            part.kind == "codebook" for part in self.losses.values()
+        ):
+            raise ValueError("model.quantizer.codebook: learned needs the term losses.codebook")
+        if self.gradient_checkpointing and self.model.kind == "vq":
+            raise ValueError("gradient_checkpointing: diffusers' VQModel has none; expected false")
         for name, part in (("data", self.data), ("validation_data", self.validation_data)):
             channels = getattr(part, "channels", self.model.in_channels)
             if channels != self.model.in_channels:
@@ -143,7 +150,7 @@ MAY_CHANGE = (
 )
 
 
-def build_autoencoder(settings: Training) -> AutoencoderKL:
+def build_autoencoder(settings: Training) -> Any:
     """From `init_from` when it is named, else random weights drawn by the seed; `trainable` is applied.
 
     Raises:
@@ -155,7 +162,13 @@ def build_autoencoder(settings: Training) -> AutoencoderKL:
     if settings.init_from is not None:
         base = load_autoencoder(settings.init_from)
         may_differ = ("latent_channels", "in_channels") if settings.ignore_mismatched_sizes else ()
-        for name, value in settings.model.model_dump(mode="json").items():
+        if type(base) is not type(vae):
+            raise UsageError(
+                f"init_from {settings.init_from}: expected the class of model.kind {settings.model.kind}, "
+                f"{type(vae).__name__}, got {type(base).__name__}"
+            )
+        for name, value in settings.model.shape().items():
+            value = list(value) if isinstance(value, tuple) else value
             came = list(base.config[name]) if isinstance(base.config[name], tuple | list) else base.config[name]
             if came != value and name not in may_differ:
                 hint = "; ignore_mismatched_sizes keeps what fits" if name in ("latent_channels", "in_channels") else ""
@@ -172,6 +185,19 @@ def arrange(network: nn.Module, settings: Training) -> None:
     if settings.torch_compile:
         # torch.compile(network) would put `_orig_mod.` into every name, and encode and decode would go past it
         network.compile(backend=settings.torch_compile_backend)
+
+
+def build_network(settings: Training, vae: Any, outline: bool = False) -> TrainableAutoencoder:
+    """The one forward of training: the model's bottleneck, and the perturbations in the order of the config.
+
+    outline: without the weights that a perturbation would load, to count its cost.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        bottleneck = settings.model.bottleneck(vae)
+    parts = settings.perturbations.values()
+    perturbations = [part.outline(settings.seed) if outline else part.build(settings.seed) for part in parts]
+    return TrainableAutoencoder(vae, bottleneck, perturbations)
 
 
 def build_discriminator(settings: Training) -> nn.Module | None:

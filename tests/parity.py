@@ -22,21 +22,30 @@ from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.latents import posterior_noise
 from ldm_vae.launch import build_accelerator
+from ldm_vae.losses.commitment import Config as Commitment
 from ldm_vae.losses.kl import Config as KL
+from ldm_vae.losses.kl_free_bits import Config as FreeBits
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.l2 import Config as L2
+from ldm_vae.models.vq import Config as VQConfig
 from ldm_vae.objective import Objective
 from ldm_vae.step import TrainingStep
 
 GLOBAL_BATCH, STEPS = 8, 20
 
 
-def train(accelerator: Any, accumulation: int, broken: str = "", **adversary: float) -> dict[str, torch.Tensor]:
+def train(
+    accelerator: Any, accumulation: int, broken: str = "", codebook: Any = None, **adversary: float
+) -> dict[str, torch.Tensor]:
+    codebook = codebook or {}
     accelerator.gradient_accumulation_steps = accumulation
     accelerator.step = 0
     torch.manual_seed(0)
-    vae = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build().double()
-    network = TrainableAutoencoder(vae)
+    kind = VQConfig if codebook else AutoencoderConfig
+    config = kind(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, **codebook)
+    vae = config.build().double()
+    network = TrainableAutoencoder(vae, config.bottleneck(vae))
+    terms = {"commitment": Commitment()} if codebook else {"l2": L2(), "kl": KL(weight=1e-3), "free": FreeBits(bits=9)}
     critic = PatchGAN(width=8, layers=1).build().double()
     optimizers = [
         torch.optim.Adam(module.parameters(), lr=1e-3, betas=(0.5, 0.9), eps=1e-12) for module in (network, critic)
@@ -45,7 +54,7 @@ def train(accelerator: Any, accumulation: int, broken: str = "", **adversary: fl
     step = TrainingStep(
         accelerator,
         network if broken == "bypass" else model,
-        Objective({"l1": L1(), "l2": L2(), "kl": KL(weight=1e-3)}),
+        Objective({"l1": L1(), **terms}),
         accelerator.prepare(optimizers[0]),
         # with hinge and no logit beyond 1 the critic's last bias has a gradient of rounding alone, which Adam magnifies
         Adversary(AdversaryConfig(weight=0.5, loss="non_saturating", **adversary)).double(),
@@ -63,11 +72,12 @@ def train(accelerator: Any, accumulation: int, broken: str = "", **adversary: fl
         images = keyed.normal(1, "images", positions, (3, 16, 16)).double().tanh()
         # images of unequal brightness: with equal ones an unreduced adaptive weight would hardly show
         images *= torch.tensor([0.2 + (position % GLOBAL_BATCH) / 8 for position in positions]).view(-1, 1, 1, 1)
-        logs = step(images, posterior_noise(2, positions, (4, 8, 8)).double(), number * GLOBAL_BATCH)
+        logs = step(images, posterior_noise(2, positions, network.noise_shape(16, 16)).double(), number * GLOBAL_BATCH)
         if not first:
             first = {f"first.{name}": reduce(value, "mean") for name, value in logs.items() if "health" not in name}
     accelerator.reduce = reduce
-    weights = network.state_dict() | {f"critic.{name}": value for name, value in critic.state_dict().items()}
+    weights = {name: value for name, value in network.state_dict().items() if isinstance(value, torch.Tensor)}
+    weights |= {f"critic.{name}": value for name, value in critic.state_dict().items()}
     return first | {name: value.detach().clone().contiguous() for name, value in weights.items()}
 
 
@@ -75,8 +85,11 @@ def main() -> None:
     accelerator = build_accelerator()
     out = Path(sys.argv[1])
     regularisers = {"r1_weight": 10.0, "r1_every": 2, "lecam_weight": 0.1, "lecam_halflife_images": 50}
+    # 4 x 16 x 16 vectors in a batch, 64 codes: some die, and are restarted every second step
+    followed = {"num_vq_embeddings": 64, "quantizer": {"kind": "vq", "restart_images": 16, "decay": 0.9}}
     for name, accumulation, broken, adversary in (
         ("plain", 1, "", {}),
+        ("codebook", 1, "", {"codebook": followed}),
         ("regularised", 1, "", regularisers),
         ("accumulated", 2, "", {}),
         ("no_reduce", 1, "no_reduce", {}),

@@ -90,7 +90,7 @@ def test_kind_on_the_command_line_replaces_the_option(tmp_path: Path, monkeypatc
             "`rat`: unknown key, did you mean `rate`; this section has discriminator, inner, losses, rate",
         ),
         (GOOD.replace("path: x", "pth: x"), "`inner.path`: is missing (and 1 more)"),
-        (GOOD.replace("kl", "kll"), "`losses.kll`: unknown kind `kll`; ldm_vae.losses has kl, l1, l2"),
+        (GOOD.replace("kl", "kll"), "`losses.kll`: unknown kind `kll`; ldm_vae.losses has activation_range, "),
         (GOOD.replace("weight", "wait"), "`losses.l1.wait`: unknown key, did you mean `weight`"),
         (GOOD.replace("1e-6", "heavy"), "`losses.l1.weight`: input should be a valid number"),
         (GOOD.replace("kind: patchgan", "kind: no.such"), "`discriminator`: kind `no.such` cannot be imported"),

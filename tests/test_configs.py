@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from test_losses import TinyLPIPS
 
 from ldm_vae import config
+from ldm_vae.adversary import Adversary
 from ldm_vae.autoencoder import check_resolution, count_parameters, downsampling_factor
-from ldm_vae.training import Training, build_discriminator
+from ldm_vae.losses import lpips
+from ldm_vae.objective import Objective
+from ldm_vae.optim import learning
+from ldm_vae.step import TrainingStep
+from ldm_vae.training import Training, build_autoencoder, build_discriminator, build_network
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -66,6 +73,9 @@ def test_every_config_loads_and_builds(path: Path) -> None:
         critic = build_discriminator(settings)
     check_resolution(settings.resolution, downsampling_factor(vae))
     assert (critic is not None) == settings.adversary.enabled
+    if path.stem.startswith(("vq_", "dvae_")):
+        factor, codes = re.match(r"d?vq?a?e?_f(\d+)_(\d+)", path.stem).groups()
+        assert downsampling_factor(vae) == int(factor) and vae.config.num_vq_embeddings == int(codes)
     factor, channels = (
         re.match(r"kl_f(\d+)_d(\d+)", path.stem).groups() if path.stem.startswith("kl_") else (None, None)
     )
@@ -76,7 +86,47 @@ def test_every_config_loads_and_builds(path: Path) -> None:
         assert count_parameters(vae.parameters()) == 83_653_863  # Stable Diffusion's
 
 
+def narrow(settings: Training) -> Training:
+    """The same config with an eighth of the widths and of the resolution's cost: everything in it, small."""
+    model = settings.model
+    widths = {name: tuple(max(4, width // 8) for width in value)
+              for name, value in model.shape().items() if name.endswith("block_out_channels")}  # fmt: skip
+    small = {"norm_num_groups": 4, "num_vq_embeddings": 64}
+    model = model.model_copy(update=widths | {name: value for name, value in small.items() if hasattr(model, name)})
+    size = min(settings.resolution, 64)
+    adversary = settings.adversary.model_copy(update={"start_images": 0})
+    changed = {"model": model, "resolution": size, "init_from": None, "mixed_precision": "no", "adversary": adversary}
+    return settings.model_copy(update=changed)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_takes_a_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lpips, "random_lpips", lambda net: TinyLPIPS())
+    settings = narrow(config.load(Training, path))
+    accelerator = Accelerator(cpu=True)
+    vae = build_autoencoder(settings)
+    network = build_network(settings, vae, outline=True)
+    objective, critic = Objective(settings.losses, outline=True), build_discriminator(settings)
+    objective.attach(network)
+    optimizer = settings.optimizer.build(learning([network, objective]), 1e-3)
+    critic_optimizer = None if critic is None else settings.optimizer.build(learning([critic]), 1e-3)
+    step = TrainingStep(
+        accelerator, network, objective, optimizer, Adversary(settings.adversary), critic, critic_optimizer
+    )
+    before = [parameter.detach().clone() for parameter in learning([network, objective])]
+    size = settings.resolution
+    draw = torch.Generator().manual_seed(0)
+    images = torch.rand(2, settings.model.in_channels, size, size, generator=draw) * 2 - 1
+    logs = step(images, torch.randn(2, *network.noise_shape(size, size), generator=draw), 0)
+    assert all(value.isfinite().all() for value in logs.values()), logs
+    assert {f"loss/{name}" for name in settings.losses} <= set(logs)
+    moved = [not torch.equal(old, new) for old, new in zip(before, learning([network, objective]), strict=True)]
+    assert sum(moved) / len(moved) > 0.9
+
+
 def test_the_named_configs_exist() -> None:
+    named = {"vq_f8_16384", "vq_f4_8192", "dvae_f8_8192", "tiny", "textbook_vae", "textbook_beta_vae"}
+    assert named <= {path.stem for path in CONFIGS}
     named = {"kl_f4_d3", "kl_f8_d4", "kl_f8_d16", "kl_f16_d16", "kl_f32_d64", "smoke", "demo"}
     named |= {"finetune_decoder_sd", "finetune_decoder_sd_8gb", "finetune_sdxl", "finetune_flux"}
     assert named <= {path.stem for path in CONFIGS}

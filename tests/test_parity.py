@@ -35,7 +35,7 @@ def distance(ours: Tensors, theirs: Tensors, prefix: str = "") -> float:
     return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-12)) for name in names)
 
 
-@pytest.mark.parametrize("scenario", ["plain", "regularised", "accumulated"])
+@pytest.mark.parametrize("scenario", ["plain", "codebook", "regularised", "accumulated"])
 def test_one_process_and_two_are_the_same(results: Path, scenario: str) -> None:
     one, two, other = load(results, scenario)
     assert all(torch.equal(two[name], other[name]) for name in two), "the ranks are not bit-equal"

@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderTiny
 from tqdm.auto import tqdm
 
 from ldm_vae import checkpoint, config, publish
 from ldm_vae.adversary import Adversary
 from ldm_vae.autoencoder import (
-    TrainableAutoencoder,
     check_resolution,
     downsampling_factor,
     encoder_fingerprint,
@@ -43,7 +42,7 @@ from ldm_vae.errors import Stopped, UsageError, WorkError, run_program
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.measure import measure, normalisation_of
 from ldm_vae.health import diagnose
-from ldm_vae.latents import posterior_noise
+from ldm_vae.latents import Normalisation, posterior_noise
 from ldm_vae.launch import StopSignal, build_accelerator, check_ranks_agree
 from ldm_vae.logbook import Averages, Logbook, check_finite
 from ldm_vae.metrics.batches import image_batches, share_of, some_of, spread
@@ -56,7 +55,14 @@ from ldm_vae.plan import describe
 from ldm_vae.report import build_report
 from ldm_vae.step import TrainingStep
 from ldm_vae.trackers import check_tracker, log_picture, start_tracker
-from ldm_vae.training import MAY_CHANGE, Training, arrange, build_autoencoder, build_discriminator
+from ldm_vae.training import (
+    MAY_CHANGE,
+    Training,
+    arrange,
+    build_autoencoder,
+    build_discriminator,
+    build_network,
+)
 
 
 def main() -> None:
@@ -100,9 +106,10 @@ def train(settings: Training) -> None:
         vae.enable_gradient_checkpointing()
     ema = Ema(vae, settings.ema_halflife_images)
     ema.module.to(accelerator.device)
-    network = TrainableAutoencoder(vae)
+    network = build_network(settings, vae)
     encoder_before = None if network.encoder_learns else encoder_fingerprint(vae)
     objective = Objective(settings.losses).to(accelerator.device)
+    objective.attach(network)
     adversary = Adversary(settings.adversary).to(accelerator.device)
     critic = build_discriminator(settings)
     for module in [network] if critic is None else [network, critic]:
@@ -130,6 +137,8 @@ def train(settings: Training) -> None:
     stateful: dict[str, Any] = {
         "autoencoder": vae, "objective": objective, "optimizer": optimizer, "ema": ema, "averages": averages,
     }  # fmt: skip
+    if network.bottleneck.state_dict():
+        stateful["bottleneck"] = network.bottleneck
     if critic is not None:
         stateful |= {"adversary": adversary, "discriminator": critic, "discriminator_optimizer": critic_optimizer}
     if accelerator.scaler is not None:
@@ -186,13 +195,13 @@ def train(settings: Training) -> None:
             set_learning_rate(critic_optimizer, factor * discriminator_rate)
 
         images = to_pixels(batch.pixels.to(accelerator.device, non_blocking=True))
-        noise = posterior_noise(settings.seed, batch.positions.tolist(), network.latent_shape(*images.shape[2:]))
+        noise = posterior_noise(settings.seed, batch.positions.tolist(), network.noise_shape(*images.shape[2:]))
         averages.update(step(images, noise.to(accelerator.device), images_seen))
         quarantine.add(batch.bad, good=len(batch.keys))
         if not accelerator.sync_gradients:
             continue
         images_seen += global_batch
-        ema.update(vae, images_seen, global_batch)
+        ema.update(vae, images_seen, global_batch, network.bottleneck.copied)
         bar.update(global_batch)
 
         # --- events: each when a multiple of its interval has been crossed, and all at the end
@@ -247,7 +256,9 @@ def train(settings: Training) -> None:
         say(f"the encoder is unchanged ({encoder_before[:12]}): stores made with it stay valid")
     if accelerator.is_main_process:
         statistics = measure(ema.module, normalisation_pixels(settings), accelerator.device)
-        normalisation = base_normalisation or statistics.normalisation(settings.normalisation)
+        # the latents of a distilled network are its teacher's, normalised already
+        distilled = Normalisation(1.0) if isinstance(ema.module, AutoencoderTiny) else None
+        normalisation = distilled or base_normalisation or statistics.normalisation(settings.normalisation)
         write_vae(ema.module, run / "vae", normalisation, sample_size=settings.resolution, statistics=statistics)
     show(run, accelerator)
     accelerator.end_training()
@@ -294,7 +305,7 @@ def normalisation_pixels(settings: Training) -> Iterator[torch.Tensor]:
 
 
 def validate(
-    vae: AutoencoderKL, source: Source, settings: Training, accelerator: Accelerator, images_seen: int
+    vae: Any, source: Source, settings: Training, accelerator: Accelerator, images_seen: int
 ) -> dict[str, float]:
     """Reconstruction metrics of the averaged weights on held-out images, shared out over the ranks."""
     chosen = spread(len(source), settings.validation_images)

@@ -1,16 +1,17 @@
-"""`ldm-vae assets lpips | demo`: real weights and photographs, fetched once."""
+"""`ldm-vae assets lpips | demo | digits`: real weights and images, fetched once."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-HELP = "fetch the LPIPS trunk, or the demo's photographs"
+HELP = "fetch the LPIPS trunk, the demo's photographs, or digits for a textbook VAE"
 DESCRIPTION = """\
 Fetch what a run needs and does not bring along, before it needs it:
 
   ldm-vae assets lpips --net vgg       # the trunk of the perceptual loss, into the cache
   ldm-vae assets demo data/demo        # photographs to try everything on
+  ldm-vae assets digits data/digits    # 1,797 digits of 8 px, for configs/textbook_vae.yaml
 """
 
 
@@ -20,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lpips.add_argument("--net", nargs="+", choices=("alex", "vgg"), default=("alex", "vgg"), help="default: both")
     demo = kinds.add_parser("demo", help="photographs that scikit-image and scikit-learn ship, cut into crops")
     demo.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    digits = kinds.add_parser("digits", help="the handwritten digits of scikit-learn, as PNGs of 8 px")
+    digits.add_argument("out", type=Path, metavar="OUT", help="folder to write")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -27,6 +30,11 @@ def run(arguments: argparse.Namespace) -> None:
         from ldm_vae.photographs import prepare_demo
 
         print(prepare_demo(arguments.out))
+        return
+    if arguments.asset == "digits":
+        from ldm_vae.digits import prepare_digits
+
+        print(prepare_digits(arguments.out))
         return
     from ldm_vae.assets import cache_dir, lpips_trunk
 

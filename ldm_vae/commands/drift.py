@@ -29,14 +29,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
+    from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder, sample_size
     from ldm_vae.data.source import open_source
     from ldm_vae.export.drift import measure_drift
     from ldm_vae.metrics.batches import image_batches, spread
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, tuned = (load_autoencoder(vae).to(device) for vae in (arguments.base, arguments.tuned))
-    resolution = arguments.resolution or int(base.config.sample_size)
+    resolution = arguments.resolution or sample_size(base)
     check_resolution(resolution, downsampling_factor(base))
     source = open_source(arguments.data, channels=int(base.config.in_channels))
     chosen = spread(len(source), arguments.images)

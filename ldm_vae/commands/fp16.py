@@ -42,10 +42,11 @@ def run(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
     import torch
 
-    from ldm_vae.autoencoder import load_autoencoder
+    from ldm_vae.autoencoder import load_autoencoder, only_kl
     from ldm_vae.export.fp16.probes import make_probes
 
     vae = load_autoencoder(arguments.vae, arguments.config).to("cuda" if torch.cuda.is_available() else "cpu")
+    only_kl(vae, "fp16")
     return vae, make_probes(vae, arguments.data, resolution=arguments.resolution, count=arguments.images)
 
 

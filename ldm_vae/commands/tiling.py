@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from ldm_vae.autoencoder import downsampling_factor, load_autoencoder
+    from ldm_vae.autoencoder import downsampling_factor, load_autoencoder, only_kl
     from ldm_vae.data.decoding import Decoding, read_image
     from ldm_vae.data.quarantine import BadImage
     from ldm_vae.data.transforms import to_pixels
@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm_vae.export.tiling import measure_tiling
 
     vae = load_autoencoder(arguments.vae, arguments.config).to("cuda" if torch.cuda.is_available() else "cpu")
+    only_kl(vae, "tiling")
     path, factor = Path(arguments.image), downsampling_factor(vae)
     if not path.is_file():
         raise UsageError(f"IMAGE {path}: no such file")

@@ -115,7 +115,9 @@ def configured_copy(vae: Any, normalisation: Normalisation | None = None, **chan
                 f"normalisation `{normalisation.kind}`: the config of a {type(vae).__name__} has no {name}"
             )
     with torch.device("meta"):
-        copy = type(vae).from_config(config | {name: value for name, value in changes.items() if value is not None})
+        # an AutoencoderTiny has no sample_size
+        known = {name: value for name, value in changes.items() if value is not None and name in defaults}
+        copy = type(vae).from_config(config | known)
     weights = {name: value.detach().cpu() for name, value in vae.state_dict().items()}
     copy.load_state_dict(weights, strict=True, assign=True)
     return copy.eval().requires_grad_(False)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 from ldm_vae import publish
-from ldm_vae.autoencoder import downsampling_factor, load_autoencoder
+from ldm_vae.autoencoder import downsampling_factor, load_autoencoder, only_kl, sample_size
 from ldm_vae.errors import UsageError
 from ldm_vae.export import hub
 from ldm_vae.export.card import Card, card_name
@@ -86,9 +86,11 @@ def export(request: Request) -> Done:
         card.sections = {"Pictures": f"Originals above, reconstructions below.\n\n![]({PICTURE})"} | card.sections
     if request.drift_from is not None:
         card.sections["Drift"] = _drift(request, vae, done)
+    if request.target != "diffusers":
+        only_kl(vae, f"--target {request.target}")
     if request.target == "diffusers":
         _write_folder(vae, request, normalisation, card, files, done)
-        load = f'AutoencoderKL.from_pretrained("{request.out}")'
+        load = f'{type(vae).__name__}.from_pretrained("{request.out}")'
     else:
         load = f'ldm_vae.load_autoencoder("{_write_file(vae, request, normalisation, card, files, done)}")'
     done.lines += [_describe(normalisation, statistics, request.normalisation_from), f"load it: {load}"]
@@ -134,7 +136,7 @@ def _load(request: Request, done: Done) -> AutoencoderKL:
 
 def _images(request: Request, vae: AutoencoderKL) -> Images:
     assert request.stats is not None
-    side = request.resolution or int(vae.config.sample_size)
+    side = request.resolution or sample_size(vae)
     return Images(request.stats, side, request.batch_size, request.stats_images)
 
 
@@ -175,7 +177,7 @@ def _normalisation(
             f"SRC {request.source}: its scaling_factor {SD_SCALING} is diffusers' default and Stable Diffusion's, and "
             "this is another VAE; give --stats STORE or --stats DATA to measure it"
         )
-    if own == Normalisation(1.0):
+    if own == Normalisation(1.0) and not isinstance(vae, AutoencoderTiny):  # a distilled one's is 1
         done.warnings.append("scaling_factor is 1, not measured: give --stats STORE or --stats DATA")
     return own
 
@@ -236,16 +238,11 @@ def _write_folder(
     files: dict[str, bytes],
     done: Done,
 ) -> None:
-    """The diffusers folder; force_upcast is what an audit of the activations says."""
-    data = None if request.stats is None or is_store(request.stats) else request.stats
-    side = request.resolution or int(vae.config.sample_size)
-    if vae.device.type == "cpu":  # GroupNorm's statistics hardly change with the size; the time does
-        side = min(side, AUDIT_SIDE) // downsampling_factor(vae) * downsampling_factor(vae)
-    probes = make_probes(vae, data, resolution=max(side, downsampling_factor(vae)))
-    found = audit(vae, probes)
-    verdict = f"force_upcast {str(not found.safe).lower()}: {found.describe()}"
-    card.sections["Half precision"] = f"{verdict}; fp32 activations over {probes.describe()}."
-    ready = configured_copy(vae, normalisation, sample_size=request.resolution, force_upcast=not found.safe)
+    """The diffusers folder; force_upcast is what an audit of the activations says (of an AutoencoderKL)."""
+    upcast, verdict = None, f"force_upcast is left as it is: a {type(vae).__name__} is not audited"
+    if isinstance(vae, AutoencoderKL):
+        upcast, verdict = _audit(vae, request, card)
+    ready = configured_copy(vae, normalisation, sample_size=request.resolution, force_upcast=upcast)
     write_vae(
         ready,
         request.out,
@@ -258,6 +255,19 @@ def _write_folder(
     )
     done.lines.append(f"wrote {request.out} (diffusers), read back: weights equal to the bit, decode equal")
     done.lines.append(verdict)
+
+
+def _audit(vae: AutoencoderKL, request: Request, card: Card) -> tuple[bool | None, str]:
+    """force_upcast, and the sentence that says why; the card gets it too."""
+    data = None if request.stats is None or is_store(request.stats) else request.stats
+    side = request.resolution or sample_size(vae)
+    if vae.device.type == "cpu":  # GroupNorm's statistics hardly change with the size; the time does
+        side = min(side, AUDIT_SIDE) // downsampling_factor(vae) * downsampling_factor(vae)
+    probes = make_probes(vae, data, resolution=max(side, downsampling_factor(vae)))
+    found = audit(vae, probes)
+    verdict = f"force_upcast {str(not found.safe).lower()}: {found.describe()}"
+    card.sections["Half precision"] = f"{verdict}; fp32 activations over {probes.describe()}."
+    return not found.safe, verdict
 
 
 def _write_file(

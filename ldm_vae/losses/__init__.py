@@ -5,14 +5,46 @@ A file holds `Config(TermConfig)` whose `build` gives a module with an attribute
 - "pixels":  forward(pixels [B, C, H, W], target [B, C, H, W]) -> scalar, a mean over batch, channels and pixels;
 - "latents": forward(reconstruction: ldm_vae.autoencoder.Reconstruction) -> scalar.
 
+It may further have
+
+- `needs`: "posterior" (a Gaussian q(z|x)) or "codes" (a codebook): a model without it is refused before the run starts;
+- `figures()`: scalars of its own for the log, after a forward;
+- `attach(network)`: called once with the TrainableAutoencoder, for a term that watches the network's inside.
+
 Every term is a mean per pixel value, so that a weight means the same at every resolution. Terms are computed in fp32.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
-from ldm_vae.config import Part
+from pydantic import Field
+
+from ldm_vae.config import Part, Section
+
+
+class Schedule(Section):
+    """A factor on a weight, from 0 to 1, counted in images seen."""
+
+    kind: Literal["linear", "cosine", "cyclic"] = "linear"
+    """linear or cosine: one rise; cyclic: rises and falls back to 0 every `images` (Fu et al. 2019)."""
+    start_images: int = Field(0, ge=0)
+    """The factor is 0 until then."""
+    images: int = Field(gt=0)
+    """Length of the rise; of one cycle, if cyclic."""
+    rise: float = Field(0.5, gt=0, le=1)
+    """Share of a cycle in which the factor rises; for the rest of it, it is 1."""
+
+    def factor(self, images_seen: int) -> float:
+        """The factor after so many images."""
+        since = images_seen - self.start_images
+        if since < 0:
+            return 0.0
+        if self.kind == "cyclic":
+            return min(1.0, since % self.images / (self.rise * self.images))
+        progress = min(1.0, since / self.images)
+        return 0.5 - 0.5 * math.cos(math.pi * progress) if self.kind == "cosine" else progress
 
 
 class TermConfig(Part):
@@ -20,11 +52,13 @@ class TermConfig(Part):
 
     weight: float = 1.0
     """Factor of this term in the sum."""
+    schedule: Schedule | None = None
+    """A further factor that rises with the images seen: annealing of the KL, or a term that comes in late."""
 
     def outline(self) -> Any:
         """The same module without weights that would have to be loaded: for counting its cost."""
         return self.build()
 
     def weight_at(self, images_seen: int) -> float:
-        """The weight after so many images; a schedule overrides this."""
-        return self.weight
+        """The weight after so many images."""
+        return self.weight * (1.0 if self.schedule is None else self.schedule.factor(images_seen))

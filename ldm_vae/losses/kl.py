@@ -16,17 +16,18 @@ class KL(nn.Module):
     latent-diffusion's weights (1e-6 on sums) carry over beside per-pixel means."""
 
     domain = "latents"
+    needs = "posterior"
 
     def forward(self, reconstruction: Reconstruction) -> torch.Tensor:
-        return reconstruction.moments.kl().sum() / reconstruction.pixels.numel()
+        return reconstruction.moments.kl().sum() / reconstruction.images.numel()
 
 
 class Config(TermConfig):
-    """Rate in nats per pixel value; weight is beta."""
+    """Rate in nats per pixel value; weight is beta, `schedule` anneals it."""
 
     kind: Literal["kl"] = "kl"
     weight: float = 1e-6
-    """beta: 1e-6 for latent diffusion, 1 for the evidence lower bound."""
+    """beta: 1e-6 for latent diffusion, 1 for the evidence lower bound, above 1 beta-VAE."""
 
     def build(self) -> KL:
         return KL()

@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import lpips
 import torch
+import torch.nn.functional as F
 from pydantic import Field
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm_vae.assets import load_lpips, random_lpips
 from ldm_vae.errors import UsageError
+from ldm_vae.frozen import Frozen
 from ldm_vae.losses import TermConfig
 
 SMALLEST = {"vgg": 16, "alex": 31}  # pixels a side below which the trunk's pooling has nothing left
 
 
-class LPIPS(nn.Module):
-    """Mean LPIPS distance between pixels and target [B, C, H, W] in [-1, 1], C 1 or 3; fp32 also under autocast.
-
-    The network is frozen, and no part of this module's state: checkpoints do not carry it.
-    """
+class LPIPS(Frozen):
+    """Mean LPIPS distance between pixels and target [B, C, H, W] in [-1, 1], C 1 or 3; fp32 also under autocast."""
 
     domain = "pixels"
-    network: Any
 
     def __init__(self, network: Any, smallest: int, chunk: int | None = None) -> None:
-        super().__init__()
-        self.__dict__["network"] = network  # past nn.Module's registry
+        super().__init__(network)
         self.smallest = smallest
         self.chunk = chunk
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LPIPS:
-        # the network follows to the device all the same, and stays in fp32 whatever the others become
-        here = next(self.network.parameters()).device
-        self.network.to(fn(torch.empty(0, device=here)).device)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def forward(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         channels, *sides = pixels.shape[1:]
@@ -55,7 +43,16 @@ class LPIPS(nn.Module):
     def _images(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():  # the target's features need no graph: half of the activations
             wanted = self._features(target)
-        return self._distance(self._features(pixels), wanted)
+        layers = self._layers(self._features(pixels), wanted)
+        return torch.stack([layer.mean(dim=(1, 2, 3)) for layer in layers]).sum(dim=0)
+
+    @torch.no_grad()
+    def spatial_map(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Where the distance lies: [B, 1, H, W], each layer's map resized to the image; its mean is about LPIPS."""
+        layers = self._layers(self._features(pixels), self._features(target))
+        size = pixels.shape[2:]
+        maps = [F.interpolate(layer, size, mode="bilinear", align_corners=False) for layer in layers]
+        return torch.stack(maps).sum(dim=0)
 
     def _features(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Unit-length features of the five layers (Zhang et al. 2018, eq. 1)."""
@@ -63,12 +60,12 @@ class LPIPS(nn.Module):
         # where a ReLU left nothing the norm's gradient is NaN; the ReLU's backward pass puts 0 in its place
         return [lpips.normalize_tensor(layer) for layer in self.network.net(scaled)]
 
-    def _distance(self, found: list[torch.Tensor], wanted: list[torch.Tensor]) -> torch.Tensor:
-        distances = [
-            linear((ours - theirs).square()).mean(dim=(1, 2, 3))
+    def _layers(self, found: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Weighted squared differences per layer, [B, 1, h, w] each."""
+        return [
+            linear((ours - theirs).square())
             for linear, ours, theirs in zip(self.network.lins, found, wanted, strict=True)
         ]
-        return torch.stack(distances).sum(dim=0)
 
 
 class Config(TermConfig):
@@ -79,7 +76,6 @@ class Config(TermConfig):
     """vgg for real training; alex is some 20 times cheaper, right for a demo on a CPU."""
     weights: str | None = None
     """A file of the trunk (torchvision's .pth, or safetensors); found by itself if null."""
-
     chunk: int | None = Field(None, gt=0)
     """Images whose activations are held at once; their forward is run again in the backward. For small GPUs: less
     memory for a third more LPIPS work, the same result."""

@@ -81,12 +81,16 @@ class EfficientNetLite0(nn.Module):
         self.fc = nn.Linear(FEATURES, 1000)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.feature_map(images).mean(dim=(2, 3))
+
+    def feature_map(self, images: torch.Tensor) -> torch.Tensor:
+        """The features before they are averaged, [B, 1280, 7, 7]."""
         x = F.interpolate(images.float(), (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
         x = (x.clamp(0, 255) - 127) / 128
         x = F.relu6(self.bn0(self.conv_stem(x)))
         for block in self.blocks:
             x = block(x)
-        features: torch.Tensor = F.relu6(self.bn1(self.conv_head(x))).mean(dim=(2, 3))
+        features: torch.Tensor = F.relu6(self.bn1(self.conv_head(x)))
         return features
 
 

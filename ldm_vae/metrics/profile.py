@@ -55,8 +55,9 @@ class Profile:
         """Moments [B, c, h, w] and the pair decoded from them."""
         self.images += moments.mean.shape[0]
         mean, variance = moments.mean.double(), moments.logvar.double().exp()
+        kl = moments.kl().double().sum(dim=(0, 2, 3))
         values = {
-            "kl": moments.kl().double().sum(dim=(0, 2, 3)),
+            "kl": torch.full_like(kl, torch.nan) if moments.is_point else kl,
             "mean": mean.mean(dim=(2, 3)).sum(dim=0),
             "square": mean.square().mean(dim=(2, 3)).sum(dim=0),
             "noise": variance.mean(dim=(2, 3)).sum(dim=0),
@@ -68,12 +69,13 @@ class Profile:
             self.sums[name] += value.cpu()
 
     def compute(self) -> dict[str, Any]:
-        """Over all ranks: nats per image and channel, each channel's mean and deviation, the three spectra."""
+        """Over all ranks: nats per image and channel (None where the encoder gives no variance), each channel's mean
+        and deviation, the three spectra."""
         images = int(gather(torch.tensor(self.images)).sum())
         total = {name: gather(value).sum(dim=0) / images for name, value in self.sums.items()}
         variance = total["square"] - total["mean"].square() + total["noise"]
         return {
-            "kl_nats_per_image": total["kl"].tolist(),
+            "kl_nats_per_image": None if total["kl"].isnan().any() else total["kl"].tolist(),
             "mean": total["mean"].tolist(),
             "std": variance.sqrt().tolist(),
             "noise_std": total["noise"].sqrt().tolist(),

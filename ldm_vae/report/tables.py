@@ -127,14 +127,22 @@ def latents(result: Json) -> Json | None:
     own = [Series("latents", _frequencies(spectrum["latents"]))]
     average = sum(value for _, value in own[0].points) / max(1, len(own[0].points))
     own.append(Series("white noise", [(x, average) for x, _ in own[0].points], faint=True))
-    rows = zip(kl, found["mean"], found["std"], found["noise_std"], strict=True)
-    return {
+    # a codebook or a distilled encoder has no variance, hence no KL
+    nats_per_channel = [f"{nats:,.1f}" for nats in kl] if kl else [""] * len(found["mean"])
+    rows = zip(nats_per_channel, found["mean"], found["std"], found["noise_std"], strict=True)
+    rate = (
+        {
+            "kl_total": f"{sum(kl):,.0f}",
+            "bits_per_pixel": f"{sum(kl) / math.log(2) / result['data']['resolution'] ** 2:.3g}",
+            "kl": bar_chart(kl, label="KL per latent channel in nats per image"),
+        }
+        if kl
+        else {"kl_total": None}
+    )
+    return rate | {
         "name": result["vae"]["name"],
-        "kl_total": f"{sum(kl):,.0f}",
-        "bits_per_pixel": f"{sum(kl) / math.log(2) / result['data']['resolution'] ** 2:.3g}",
-        "kl": bar_chart(kl, label="KL per latent channel in nats per image"),
         "channels": [
-            {"kl": f"{nats:,.1f}", "mean": f"{mean:+.3f}", "std": f"{std:.3f}", "noise": f"{noise:.3g}"}
+            {"kl": nats, "mean": f"{mean:+.3f}", "std": f"{std:.3f}", "noise": f"{noise:.3g}"}
             for nats, mean, std, noise in rows
         ],
         "image_spectrum": line_chart(before_after, label="power spectra of originals and reconstructions", log=True),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm_vae import latents
-from ldm_vae.autoencoder import downsampling_factor
+from ldm_vae.autoencoder import downsampling_factor, sample_size
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import image_batches, spread
@@ -37,7 +37,7 @@ class Probes:
 def make_probes(vae: Any, data: str | None = None, *, resolution: int | None = None, count: int = 8) -> Probes:
     """`count` images spread over DATA (none without it), synthetic extremes, and latents of all of them and beyond."""
     factor = downsampling_factor(vae)
-    side = resolution or max(factor, min(LARGEST_SIDE, int(vae.config.sample_size)) // factor * factor)
+    side = resolution or max(factor, min(LARGEST_SIDE, sample_size(vae)) // factor * factor)
     channels = int(vae.config.in_channels)
     real = torch.empty(0, channels, side, side)
     if data is not None:

@@ -1,0 +1,29 @@
+"""A network that a term looks through and nobody trains: it follows to the device, stays in fp32, and is in no state.
+
+A checkpoint of a run should not carry VGG, and `model.half()` should not round a teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Frozen(nn.Module):
+    """Holds `network` past nn.Module's registry: no parameters, no state, but `.to(device)` moves it."""
+
+    network: Any
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["network"] = network.eval().requires_grad_(False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Frozen:
+        # where the others go it goes too, whatever type they become
+        here = next(self.network.parameters()).device
+        self.network.to(fn(torch.empty(0, device=here)).device)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self

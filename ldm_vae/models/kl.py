@@ -1,0 +1,7 @@
+"""diffusers.AutoencoderKL: a Gaussian posterior over continuous latents."""
+
+from __future__ import annotations
+
+from ldm_vae.autoencoder import AutoencoderConfig as Config
+
+__all__ = ["Config"]

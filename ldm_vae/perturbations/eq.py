@@ -1,0 +1,72 @@
+"""Equivariance by training (EQ-VAE, Kouzelis et al., ICML 2025, eq. 4): the latent is scaled and rotated, and decodes
+to the image scaled and rotated likewise. Diffusion models learn such latents faster.
+
+Legend: B batch, c latent channels, h w latent positions.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import nn
+
+from ldm_vae import keyed
+from ldm_vae.perturbations import Draw, PerturbationConfig
+
+
+class Equivariance(nn.Module):
+    """One transformation for the whole batch of all ranks, drawn by the images seen: a batch has one shape."""
+
+    resizes = True
+
+    def __init__(self, config: Config, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        self.seed = seed
+
+    def noise_channels(self, latent_channels: int) -> int:
+        return 0
+
+    def forward(self, latents: torch.Tensor, target: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+        scale, turns = self.transformation(draw.images_seen)
+        factor = target.shape[2] // latents.shape[2]
+        height, width = (max(1, round(scale * side)) for side in latents.shape[2:])
+        return _moved(latents, height, width, turns), _moved(target, factor * height, factor * width, turns)
+
+    def transformation(self, images_seen: int) -> tuple[float, int]:
+        """(scale, quarter turns) of the batch that begins after so many images."""
+        generator = keyed.generator(self.seed, "eq", images_seen)
+        if generator.random() >= self.config.probability:
+            return 1.0, 0
+        return float(generator.choice(self.config.scales)), int(generator.integers(4)) if self.config.rotate else 0
+
+
+def _moved(x: torch.Tensor, height: int, width: int, turns: int) -> torch.Tensor:
+    if x.shape[2:] != (height, width):
+        x = F.interpolate(x, (height, width), mode="bicubic", align_corners=False, antialias=True)
+    return torch.rot90(x, turns, dims=(2, 3))
+
+
+class Config(PerturbationConfig):
+    """Scale and rotation of the latent, decoded against the image scaled and rotated."""
+
+    kind: Literal["eq"] = "eq"
+    probability: float = Field(0.5, ge=0, le=1)
+    """How often a batch is transformed at all."""
+    scales: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    """One of these, equally likely; LPIPS needs what is left of the image to be 16 (vgg) or 31 (alex) px."""
+    rotate: bool = True
+    """By 0, 90, 180 or 270 degrees, equally likely."""
+
+    @field_validator("scales")
+    @classmethod
+    def _positive(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        if not scales or min(scales) <= 0 or max(scales) > 1:
+            raise ValueError("expected one or more numbers in (0, 1]")
+        return scales
+
+    def build(self, seed: int) -> Equivariance:
+        return Equivariance(self, seed)

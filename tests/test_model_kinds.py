@@ -1,0 +1,279 @@
+"""Every kind of model through the same programs: trained, resumed, exported as its diffusers class and loaded again to
+the bit, reconstructed, measured; what does not fit it is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_images
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+from forked import Finished, fork
+from safetensors.torch import load_file
+from test_programs import metrics, newest, one_sentence, run, write_config
+
+from eval import reconstruction
+from ldm_vae import cli, latents
+from ldm_vae.autoencoder import AutoencoderConfig, decoder_fingerprint, encoder_fingerprint, load_autoencoder
+from ldm_vae.errors import UsageError
+
+SHAPE = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+SHORT = {"max_train_images": 32, "log_every_images": 8, "checkpoint_every_images": 16}
+VQ = {"kind": "vq", **SHAPE, "num_vq_embeddings": 16, "latent_channels": 3}
+TINY_SHAPE = {
+    "kind": "tiny",
+    "encoder_block_out_channels": [8, 8],
+    "decoder_block_out_channels": [8, 8],
+    "num_encoder_blocks": [1, 1],
+    "num_decoder_blocks": [1, 1],
+}
+
+
+def kinds(teacher: Path) -> dict[str, tuple[type, dict[str, Any]]]:
+    restart = {"kind": "vq", "restart_images": 8}
+    learned = {"kind": "vq", "codebook": "learned", "distance": "cosine", "restart_images": 8}
+    gumbel = {"kind": "gumbel", "anneal_images": 32}
+    schedule = {"images": 32}
+    return {
+        "vq": (VQModel, {"model": VQ | {"quantizer": restart}, "losses": {"l1": {}, "commitment": {}}}),
+        "vq_learned_cosine": (
+            VQModel,
+            {"model": VQ | {"quantizer": learned}, "losses": {"l2": {}, "commitment": {}, "codebook": {}}},
+        ),
+        "dvae": (
+            VQModel,
+            {
+                "model": VQ | {"quantizer": gumbel},
+                "losses": {"gaussian_nll": {}, "code_kl": {"weight": 1.0, "schedule": schedule}},
+            },
+        ),
+        "tiny": (
+            AutoencoderTiny,
+            {
+                "model": TINY_SHAPE,
+                "losses": {"l1": {}, "drift": {"teacher": str(teacher), "latents": "normalised"}},
+                "perturbations": {"teacher_latents": {"teacher": str(teacher)}},
+            },
+        ),
+        "kl_of_many_terms": (
+            AutoencoderKL,
+            {
+                "losses": {
+                    "charbonnier": {},
+                    "gaussian_nll": {"levels": 256},
+                    "kl": {"weight": 1e-4, "schedule": {"kind": "cyclic", "images": 16}},
+                    "kl_free_bits": {"weight": 1e-4},
+                    "kl_capacity": {"weight": 1e-4, "images": 32},
+                    "kl_target": {"nats_per_pixel": 0.5},
+                    "latent_range": {"limit": 1.0},
+                    "activation_range": {"limit": 1.0},
+                    "drift": {"teacher": str(teacher)},
+                },
+                "perturbations": {
+                    "latent_noise": {},
+                    "channel_dropout": {},
+                    "eq": {"scales": [0.5, 1.0], "probability": 0.9},
+                },
+            },
+        ),
+    }
+
+
+KINDS = ("vq", "vq_learned_cosine", "dvae", "tiny", "kl_of_many_terms")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data") / "images", 11)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    vae = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build()
+    vae.register_to_config(scaling_factor=2.0)
+    folder = tmp_path_factory.mktemp("teacher") / "vae"
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(
+    images: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """A finished run of a kind, made once: (run folder, what its config changed)."""
+    made: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def make(kind: str) -> tuple[Path, dict[str, Any]]:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            changes = SHORT | kinds(teacher)[kind][1]
+            done = run(write_config(folder, images, **changes))
+            assert done.returncode == 0, done.stderr
+            made[kind] = (folder / "run", changes)
+        return made[kind]
+
+    return make
+
+
+def pictures(count: int = 2) -> torch.Tensor:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_exports_its_diffusers_class_to_the_bit(kind: str, trained: Any, teacher: Path) -> None:
+    folder, _ = trained(kind)
+    model = kinds(teacher)[kind][0]
+    vae = model.from_pretrained(folder / "vae")
+    tensors = load_file(newest(folder) / "tensors.safetensors")
+    for name, value in vae.state_dict().items():
+        assert torch.equal(value, tensors[f"ema.{name}"]), name
+    loaded = load_autoencoder(folder)
+    assert type(loaded) is model
+    with torch.no_grad():
+        z = latents.encode(loaded, pictures()).mean
+        assert torch.equal(latents.decode(loaded, z), vae.eval().decode(z).sample)
+    lines = metrics(folder)
+    assert all(value == value for line in lines for value in line.values())
+    logged = set(lines[-1])
+    if model is VQModel:
+        assert {"codes/perplexity", "codes/usage"} <= logged and "kl_nats_per_image" not in logged
+        rows, frozen = vae.quantize.embedding.weight, tensors["autoencoder.quantize.embedding.weight"]
+        if kind == "vq":  # an average already: not averaged again
+            assert torch.equal(rows, frozen)
+        if kind == "vq_learned_cosine":
+            torch.testing.assert_close(rows.norm(dim=1), torch.ones(16))
+            assert torch.equal(rows, frozen)
+        if kind == "dvae":
+            assert lines[-1]["codes/temperature"] < lines[0]["codes/temperature"]
+            assert lines[0]["weight/code_kl"] < lines[-1]["weight/code_kl"]
+    if model is AutoencoderTiny:
+        assert vae.config.scaling_factor == 1.0  # its latents are the teacher's, normalised
+    if kind == "kl_of_many_terms":
+        assert {"gaussian_nll/sigma", "kl_target/beta", "activation_range/largest", "elbo/bits_per_dimension"} <= logged
+        assert {f"kl_nats_per_channel/{channel}" for channel in range(4)} <= logged
+        assert "objective.terms.gaussian_nll.logvar" in tensors
+        assert tensors["objective.terms.gaussian_nll.logvar"] != 0.0  # the optimiser has moved it
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_and_resumed_is_bit_equal(kind: str, trained: Any, images: Path, tmp_path: Path) -> None:
+    """The codebook's statistics, the restarts, the controller and the learned variance go on where they were."""
+    folder, changes = trained(kind)
+    config = write_config(tmp_path, images, **changes | {"max_train_images": 16})
+    assert run(config).returncode == 0
+    done = run(config, "--max_train_images", "32")
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
+    ours, theirs = (load_file(newest(one) / "tensors.safetensors") for one in (tmp_path / "run", folder))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+    assert metrics(tmp_path / "run")[2:] == metrics(folder)[2:]
+
+
+def command(*arguments: str) -> Finished:
+    return fork(cli.main, arguments).wait()
+
+
+@pytest.mark.parametrize("kind", ["vq", "tiny"])
+def test_the_other_programs_take_it(kind: str, trained: Any, images: Path, tmp_path: Path) -> None:
+    folder, _ = trained(kind)
+    done = command("export", str(folder), str(tmp_path / "vae"), "--stats", str(images), "--resolution", "32")
+    assert done.returncode == 0, done.stderr
+    name = type(load_autoencoder(tmp_path / "vae")).__name__
+    assert f"{name}.from_pretrained" in done.stdout and "is not audited" in done.stdout
+    for ours, theirs in zip(
+        load_autoencoder(folder).state_dict().values(),
+        load_autoencoder(tmp_path / "vae").state_dict().values(),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+    picture = str(next(images.glob("*.png")))
+    done = command("reconstruct", str(folder), picture, str(tmp_path / "pictures"))
+    assert done.returncode == 0, done.stderr
+    call = [str(folder), str(images), "--output", str(tmp_path / "measured"), "--resolution", "32"]
+    done = fork(reconstruction.main, [*call, "--metrics", "psnr", "--num_workers", "0"]).wait()
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "measured" / "metrics.json").read_text())
+    assert found["metrics"]["psnr"]["n"] == 11
+    assert found["latents"]["kl_nats_per_image"] is None  # no variance, no KL
+    done = command("report", str(tmp_path / "measured"))
+    assert done.returncode == 0, done.stderr
+    assert "its latents have no KL" in (tmp_path / "measured" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("export", "RUN", "OUT", "--target", "comfyui"),
+        ("fp16", "audit", "RUN"),
+        ("tiling", "RUN", "PICTURE"),
+    ],
+)
+def test_what_is_for_kl_alone_says_so(call: tuple[str, ...], trained: Any, images: Path, tmp_path: Path) -> None:
+    folder, _ = trained("vq")
+    places = {"RUN": str(folder), "OUT": str(tmp_path / "out"), "PICTURE": str(next(images.glob("*.png")))}
+    done = command(*[places.get(word, word) for word in call])
+    assert "expected an AutoencoderKL, got a VQModel" in one_sentence(done, 2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": VQ, "losses": {"l1": {}, "kl": {}}}, "losses.kl: expected model.kind kl, got vq"),
+        ({"losses": {"l1": {}, "commitment": {}}}, "losses.commitment: expected model.kind vq, got kl"),
+        (
+            {"model": VQ | {"quantizer": {"kind": "vq", "codebook": "learned"}}, "losses": {"l1": {}}},
+            "model.quantizer.codebook: learned needs the term losses.codebook",
+        ),
+        ({"model": VQ, "losses": {"l1": {}}, "gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"model": {"kind": "vqq"}}, "`model`: unknown kind `vqq`; ldm_vae.models has kl, tiny, vq"),
+        ({"model": {**TINY_SHAPE, "num_encoder_blocks": [1]}}, "one f on both sides"),
+        ({"losses": {"l1": {}, "drift": {"teacher": "no/such/folder"}}}, "VAE no/such/folder"),
+        (
+            {"losses": {"l1": {}, "activation_range": {}}, "gradient_checkpointing": True},
+            "losses.activation_range: expected gradient_checkpointing false",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(images: Path, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    done = run(write_config(tmp_path, images, **changes))
+    assert says in one_sentence(done, 2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_of_another_kind_is_refused(trained: Any, images: Path, tmp_path: Path) -> None:
+    folder, _ = trained("vq")
+    done = run(write_config(tmp_path, images, init_from=str(folder)))
+    assert "expected the class of model.kind kl, AutoencoderKL, got VQModel" in one_sentence(done, 2)
+
+
+def test_a_codebook_is_fine_tuned_from_its_export(trained: Any, images: Path, tmp_path: Path) -> None:
+    folder, changes = trained("vq")
+    done = run(write_config(tmp_path, images, **changes | {"init_from": str(folder), "learning_rate": 1e-9}))
+    assert done.returncode == 0, done.stderr
+    first, tuned = load_autoencoder(folder), load_autoencoder(tmp_path / "run")
+    torch.testing.assert_close(tuned.decoder.conv_out.weight, first.decoder.conv_out.weight, rtol=0, atol=1e-6)
+    done = run(
+        write_config(
+            tmp_path,
+            images,
+            **changes | {"init_from": str(folder), "output_dir": str(tmp_path / "decoder")},
+            trainable=["decoder.*", "post_quant_conv.*"],
+        )
+    )
+    assert done.returncode == 0, done.stderr
+    decoder = load_autoencoder(tmp_path / "decoder")
+    assert encoder_fingerprint(decoder) == encoder_fingerprint(first)  # codebook and all: stores of indices stay valid
+    assert decoder_fingerprint(decoder) != decoder_fingerprint(first)
+
+
+def test_a_folder_of_another_class_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderDC"}))
+    with pytest.raises(UsageError, match="expected one of AutoencoderKL, VQModel, AutoencoderTiny, its config"):
+        load_autoencoder(tmp_path)
