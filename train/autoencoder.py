@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderTiny
 from tqdm.auto import tqdm
@@ -29,10 +27,8 @@ from ldm_vae.autoencoder import (
     downsampling_factor,
     encoder_fingerprint,
 )
-from ldm_vae.data.buckets import Assignment, Shape, assign
 from ldm_vae.data.dataset import training_loader
-from ldm_vae.data.quarantine import Bad, Quarantine
-from ldm_vae.data.sizes import shared_sizes
+from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
 from ldm_vae.data.stream import Stream, length
 from ldm_vae.data.stream import warning as stream_warning
@@ -45,7 +41,7 @@ from ldm_vae.health import diagnose
 from ldm_vae.latents import Normalisation, posterior_noise
 from ldm_vae.launch import StopSignal, build_accelerator, check_ranks_agree
 from ldm_vae.logbook import Averages, Logbook, check_finite
-from ldm_vae.metrics.batches import image_batches, share_of, some_of, spread
+from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import evaluate_reconstruction
 from ldm_vae.metrics.live import record_validation
 from ldm_vae.metrics.select import build_metrics
@@ -63,6 +59,7 @@ from ldm_vae.training import (
     build_discriminator,
     build_network,
 )
+from ldm_vae.training_data import assign_buckets, check_sources, normalisation_pixels
 
 
 def main() -> None:
@@ -266,42 +263,6 @@ def train(settings: Training) -> None:
 
 
 # --- its parts --------------------------------------------------------------------------------------------------------
-
-
-def check_sources(source: Source | Stream, validation_source: Source | None, settings: Training) -> None:
-    """Raises UsageError for what a source cannot do in this run, before anything is computed."""
-    if settings.buckets is not None and isinstance(source, Stream):
-        raise UsageError("buckets: need the size of every image beforehand, and data can only be read in order")
-    if isinstance(validation_source, Stream):
-        raise UsageError("validation_data: can only be read in order; expected a source with a length and an index")
-    if validation_source is not None and validation_source.decoding.jpeg_draft:
-        raise UsageError("validation_data.jpeg_draft: for training only; measured pixels are decoded exactly")
-
-
-def assign_buckets(
-    source: Source, shapes: Sequence[Shape], settings: Training, accelerator: Accelerator
-) -> tuple[Assignment, list[Bad]]:
-    """Which bucket each image trains in, the same on every rank; the images that this rank could not read."""
-    sizes, unreadable = shared_sizes(
-        source, settings.output_dir / "image_sizes.safetensors",
-        rank=accelerator.process_index, world_size=accelerator.num_processes,
-        add_up=lambda part: accelerator.reduce(part.to(accelerator.device), "sum"),
-        num_workers=settings.dataloader_num_workers,
-    )  # fmt: skip
-    return assign(shapes, sizes), unreadable
-
-
-def normalisation_pixels(settings: Training) -> Iterator[torch.Tensor]:
-    """Training images in [-1, 1], decoded as encoding will decode them: exactly, whatever jpeg_draft says."""
-    source = settings.data.model_copy(update={"jpeg_draft": False} if settings.data.jpeg_draft else {}).build()
-    chosen = some_of(source, settings.normalisation_images)
-    batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size)
-    left = settings.normalisation_images
-    for batch in batches:
-        yield to_pixels(batch.pixels)
-        left -= settings.train_batch_size
-        if left <= 0:
-            return
 
 
 def validate(
