@@ -142,13 +142,26 @@ def test_latent_channels_change_only_when_asked(tiny_vae_folder: Path, tmp_path:
     assert load_autoencoder(tmp_path / "run").config.latent_channels == 6
 
 
+def test_clipping_bounds_what_a_step_moves(tiny_vae_folder: Path, tmp_path: Path) -> None:
+    """Adam divides by the gradient's size, but not where its eps is larger: gradients clipped to 1e-12 move nothing."""
+    done = tune(tmp_path, tiny_vae_folder, learning_rate=1e-3, max_grad_norm=1e-12, optimizer={"eps": 1e-6})
+    assert done.returncode == 0, done.stderr
+    before = load_autoencoder(tiny_vae_folder).state_dict()
+    after = load_autoencoder(tmp_path / "run").state_dict()
+    assert max(float((after[name] - before[name]).abs().max()) for name in before) < 1e-7
+
+
 # --- layout and compiler ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "knobs",
-    [{"channels_last": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager", "channels_last": True}],
-    ids=["channels_last", "torch_compile"],
+    [
+        {"channels_last": True},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager", "channels_last": True},
+        {"gradient_checkpointing": True, "max_grad_norm": 1e6},
+    ],
+    ids=["channels_last", "torch_compile", "gradient_checkpointing"],
 )
 def test_layout_and_compiler_change_neither_the_result_nor_a_name(tmp_path: Path, knobs: dict[str, object]) -> None:
     critic = {"adversary": {"weight": 0.5}, "discriminator": {"kind": "patchgan", "width": 8, "layers": 1}}
