@@ -170,6 +170,7 @@ def measure(
         except WorkError:
             quarantine.finish()  # raises with the reason, where there was an image and none could be used
             raise
+    accelerator.wait_for_everyone()  # the last reduction comes before a rank's part is flushed; the main rank reads it
     bar.close()
     return evaluation
 
