@@ -78,6 +78,21 @@ def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:
     return at_least_fp32(pixels)
 
 
+@torch.no_grad()
+def nearest_codes(vae: Any, vectors: torch.Tensor) -> torch.Tensor:
+    """A VQModel's vectors before the codebook [B, c, h, w] => indices int64 [B, h, w]: its own quantizer, in fp32."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        _, _, (_, _, indices) = vae.quantize(at_least_fp32(vectors))
+    return indices.view(vectors.shape[0], *vectors.shape[2:])  # type: ignore[no-any-return]
+
+
+def decode_indices(vae: Any, indices: torch.Tensor) -> torch.Tensor:
+    """indices [B, h, w] of a VQModel's codes => pixels [B, C, H, W], fp32 and not clamped."""
+    vectors = vae.quantize.embedding(indices).permute(0, 3, 1, 2)
+    pixels: torch.Tensor = vae.decode(vectors.to(vae.dtype), force_not_quantize=True).sample
+    return at_least_fp32(pixels)
+
+
 def posterior_noise(seed: int, positions: Iterable[int], shape: Iterable[int]) -> torch.Tensor:
     """Noise of the posterior, fp32 [B, c, h, w], keyed by each image's position in the global stream of images."""
     return keyed.normal(seed, "posterior", positions, tuple(shape))

@@ -31,11 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard_size", type=int, default=2048, help="images per shard and work unit (default 2048)")
     parser.add_argument(
         "--store",
-        choices=("moments", "mean", "sample"),
-        default="moments",
-        help="mean and logvar (default), the mean alone, or one sample",
+        choices=("moments", "mean", "sample", "indices"),
+        help="mean and logvar (default), the mean alone, one sample, or the indices of a VQModel's codes (its default)",
     )
-    parser.add_argument("--dtype", choices=("fp16", "fp32", "bf16"), default="fp16", help="how values are stored")
+    parser.add_argument(
+        "--dtype", choices=("fp16", "fp32", "bf16"), help="how values are stored (fp16; indices: integers)"
+    )
     parser.add_argument(
         "--mixed_precision", choices=("no", "bf16", "fp16"), default="no", help="how the encoder computes (no: fp32)"
     )

@@ -56,7 +56,7 @@ def _reencode(arguments: argparse.Namespace) -> None:
     from ldm_vae.errors import UsageError, WorkError
     from ldm_vae.latent_store import read_manifest
     from ldm_vae.latent_store.origins import find_source, find_vae
-    from ldm_vae.latent_store.reencoding import reencode
+    from ldm_vae.latent_store.reencoding import reencode, unit_of
 
     if arguments.reencode < 1:
         raise UsageError(f"--reencode: expected at least 1, got {arguments.reencode}")
@@ -69,7 +69,7 @@ def _reencode(arguments: argparse.Namespace) -> None:
         print(f"{problem.file}: {problem.what}")
     print(
         f"{store}: {found.samples:,} samples encoded again, {found.identical:,} to the same bits, "
-        f"the largest difference is {found.worst:.2g} standard deviations"
+        f"the largest difference is {found.worst:.2g} {unit_of(manifest)}"
     )
     if found.problems:
         raise WorkError(f"store {store}: {len(found.problems)} sample(s) are not what their images give")

@@ -93,4 +93,6 @@ def statistics_of_store(vae: Any, store: str) -> LatentStatistics:
         raise UsageError(f"stats {store}: the store is not finished and has no statistics yet")
     if manifest.identity.encoder != encoder_fingerprint(vae):
         raise UsageError(f"stats {store}: the store was made with another encoder ({manifest.recorded.vae})")
+    if manifest.identity.codes is not None:
+        raise UsageError(f"stats {store}: the store holds indices of codes, which have no mean and variance")
     return LatentStatistics.from_json(manifest.statistics)

@@ -18,6 +18,7 @@ _STORED = {
     "moments": "`mean` and `logvar` of the posterior, unscaled: noise is drawn when they are read",
     "mean": "the posterior's `mean`, unscaled",
     "sample": "one `sample` of the posterior, unscaled",
+    "indices": "`indices` of the codebook's rows",
 }
 
 
@@ -33,18 +34,36 @@ def store_card(name: str, manifest: Manifest, license: str | None = None) -> str
         f"{manifest.samples:,} images as latents of a VAE, {_megabytes(manifest)}, made with ldm-vae.",
         "## Read it",
         f'```python\nfrom ldm_vae import LatentDataset\n\ndataset = LatentDataset("{name}")  # memory-mapped\n'
-        'latents = dataset[0]["latents"]  # [c, h, w], scaled as below\n```',
+        f"{_reading(manifest)}\n```",
         "## What is stored",
         "\n".join(_contents(manifest)),
         "## Made with",
         "\n".join(_making(manifest)),
     ]
-    if manifest.statistics is not None:
+    if manifest.identity.codes is not None:
+        parts += ["## Use of the codes", "\n".join(f"- {name}: {value}" for name, value in _usage(manifest))]
+    elif manifest.statistics is not None:
         measured = LatentStatistics.from_json(manifest.statistics)
         over = f"Measured in fp64 over {measured.images:,} latents; intervals by bootstrap over images."
         parts += ["## Statistics", over, "\n".join(statistics_table(measured))]
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n# {name}\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _reading(manifest: Manifest) -> str:
+    if manifest.identity.codes is not None:
+        return 'indices = dataset[0]["indices"]  # int64 [h, w]; `dataset.decode(indices, vae)` gives pixels'
+    return 'latents = dataset[0]["latents"]  # [c, h, w], scaled as below'
+
+
+def _usage(manifest: Manifest) -> list[tuple[str, str]]:
+    measured = manifest.statistics or {}
+    return [
+        ("used", f"{measured['used']:,} of {measured['codes']:,}"),
+        ("positions", f"{measured['count']:,}"),
+        ("perplexity", f"{measured['perplexity']:,.1f}"),
+        ("entropy", f"{measured['entropy_bits']:.2f} bits a position"),
+    ]
 
 
 def _contents(manifest: Manifest) -> list[str]:

@@ -44,16 +44,18 @@ def measure_costs(store: Path, manifest: Manifest, vae: Any, source: Source) -> 
     identity, shard = manifest.identity, manifest.shards[-1]
     count = min(shard.rows, max(1, MOST_PIXELS // (shard.size[0] * shard.size[1])))
     indices = shards.read_rows(store / SHARDS / shard.name, ["source_index"]).column(0)[:count].to_pylist()
-    exact = identity.model_copy(update={"dtype": "fp32", "resolution": (shard.resolution,)})
+    exact = identity.model_copy(update={"resolution": (shard.resolution,)})
+    if identity.codes is None:
+        exact = exact.model_copy(update={"dtype": "fp32"})
     encoder = Encoder(vae, exact, batch_size=manifest.settings[-1].batch_size, device=vae.device)
     stream = preparing.samples(source, "", cutting_of(exact, vae), [Unit(0, indices)], encoder.batch_size, 0)
     ready = [item for dealt in stream for item in dealt.ready]
     name = TENSOR_NAMES[identity.store][0]
     mapped = shards.map_tensors(store / SHARDS / f"{shard.name}.{TENSORS}")[name][: len(ready)]
-    stored = shards.to_float(mapped, SAFETENSORS_DTYPES[identity.dtype]).astype(np.float32)
+    stored = shards.to_float(mapped, SAFETENSORS_DTYPES[identity.dtype])
     psnr, worst = [], 0
     for sample, z, rounded in zip(ready, encoder(ready)[0][name], stored, strict=True):
-        pictures = [_picture(vae, torch.from_numpy(value)) for value in (z, rounded)]
+        pictures = [_picture(vae, value) for value in (z, rounded)]
         psnr.append([_psnr(picture, sample.crops[""]) for picture in pictures])
         worst = max(worst, int((pictures[0].int() - pictures[1].int()).abs().max()))
     seams = None
@@ -79,8 +81,13 @@ def describe_costs(costs: Costs) -> str:
     return "\n".join(lines)
 
 
-def _picture(vae: Any, z: torch.Tensor) -> torch.Tensor:
-    return to_uint8(latents.decode(vae, z[None].to(vae.device)))[0].cpu()
+def _picture(vae: Any, z: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Stored values [c, h, w], or indices [h, w] => uint8 [C, H, W]."""
+    if z.ndim == 2:
+        pixels = latents.decode_indices(vae, torch.from_numpy(z.astype(np.int64))[None].to(vae.device))
+    else:
+        pixels = latents.decode(vae, torch.from_numpy(z.astype(np.float32))[None].to(vae.device))
+    return to_uint8(pixels)[0].cpu()
 
 
 def _psnr(picture: torch.Tensor, image: torch.Tensor) -> float:

@@ -40,7 +40,13 @@ from ldm_vae.latents import Moments
 
 logger = logging.getLogger(__name__)
 
-TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TORCH_DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "uint16": torch.uint16,
+    "int32": torch.int32,
+}
 
 Rows = dict[str, npt.NDArray[Any]]
 Reason = str | None
@@ -84,7 +90,9 @@ class Encoder:
 
     def specs(self, height: int, width: int, channels: int) -> list[TensorSpec]:
         """The stored tensors of crops [C, H, W]."""
-        shape = (int(self.vae.config.latent_channels), height // self._factor, width // self._factor)
+        shape: tuple[int, ...] = (height // self._factor, width // self._factor)
+        if self.identity.store != "indices":
+            shape = (int(self.vae.config.latent_channels), *shape)
         dtype = SAFETENSORS_DTYPES[self.identity.dtype]
         views = self.identity.views
         specs = [TensorSpec(tensor_name(name, view), dtype, shape) for view in views for name in self._names]
@@ -150,12 +158,12 @@ class Encoder:
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         pixels = torch.zeros((size, *images[0].shape), dtype=torch.uint8)
         torch.stack(list(images), out=pixels[: len(images)])
-        stored = self._stored(self._moments(pixels, self.identity.mixed_precision), keys)
-        bad = _not_finite(stored)
+        moments = self._moments(pixels, self.identity.mixed_precision)
+        stored, bad = self._stored(moments, keys)
         if self.identity.mixed_precision != "no" and bad.any():
-            again = self._stored(self._moments(pixels, "no"), keys)
-            stored = {name: torch.where(bad.view(-1, 1, 1, 1), again[name], value) for name, value in stored.items()}
-            bad = _not_finite(stored)
+            again, own = self._moments(pixels, "no"), torch.cat([bad, bad.new_zeros(size - len(bad))]).view(-1, 1, 1, 1)
+            mean, logvar = torch.where(own, again.mean, moments.mean), torch.where(own, again.logvar, moments.logvar)
+            stored, bad = self._stored(Moments(mean, logvar), keys)
         return stored, bad
 
     @torch.no_grad()
@@ -173,14 +181,21 @@ class Encoder:
                 )
         return Moments(moments.mean.cpu(), moments.logvar.cpu())
 
-    def _stored(self, moments: Moments, keys: Sequence[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
+    def _stored(
+        self, moments: Moments, keys: Sequence[tuple[int, int, int]]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Stored tensors [n, ...], and of which samples they are not finite [n]."""
         mean, logvar = moments.mean[: len(keys)], moments.logvar[: len(keys)]
+        if self.identity.store == "indices":
+            indices = latents.nearest_codes(self.vae, mean.to(self.device)).cpu()
+            return {"indices": indices.to(self._dtype)}, _not_finite({"mean": mean})  # the nearest to NaN is a number
         if self.identity.store == "sample":
             noise = keyed.normal(0, "stored sample", keys, mean.shape[1:])
             tensors = {"sample": Moments(mean, logvar).sample(noise)}
         else:
             tensors = {"mean": mean, "logvar": logvar}
-        return {name: tensors[name].to(self._dtype) for name in self._names}
+        stored = {name: tensors[name].to(self._dtype) for name in self._names}
+        return stored, _not_finite(stored)
 
 
 def _not_finite(stored: dict[str, torch.Tensor]) -> torch.Tensor:

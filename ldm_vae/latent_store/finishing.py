@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ldm_vae import publish
 from ldm_vae.errors import WorkError
 from ldm_vae.latent_store import rows, shards, units
+from ldm_vae.latent_store.codes import CodeStatistics
 from ldm_vae.latent_store.layout import PLAN, QUARANTINE, SHARDS, STATISTICS, TENSORS, UNITS
 from ldm_vae.latent_store.manifest import Manifest, ShardRecord, write_manifest
 from ldm_vae.latent_store.statistics import LatentStatistics
@@ -87,17 +88,19 @@ def _check_usable(store: Path, plan: Plan, live: int, bad: Sequence[BadSample], 
         )
 
 
-def merged_statistics(store: Path, manifest: Manifest, entries: Sequence[ShardRecord]) -> LatentStatistics:
+def merged_statistics(
+    store: Path, manifest: Manifest, entries: Sequence[ShardRecord]
+) -> LatentStatistics | CodeStatistics:
     """The sums of all shards, in their order; of a shard that has lost rows, taken anew from the others."""
-    total = LatentStatistics()
+    total = rows.accumulator(manifest.identity)
     for shard in entries:
         if shard.live == 0:
             continue
         mapped = shards.map_tensors(store / SHARDS / f"{shard.name}.{TENSORS}")
         if shard.removed:
-            total.merge(LatentStatistics(rows.live_statistics(store, manifest.identity, shard, mapped)))
+            total.add(rows.live_statistics(store, manifest.identity, shard, mapped))
         else:
-            total.merge(LatentStatistics(np.array(mapped[STATISTICS])))
+            total.add(np.array(mapped[STATISTICS]))
     return total
 
 

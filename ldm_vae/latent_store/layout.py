@@ -16,15 +16,22 @@ SHARDS, UNITS = "shards", "units"  # folders
 TENSORS, ROWS, MAPPED_ROWS = "safetensors", "parquet", "arrow"  # the files of a shard, by extension
 EXTENSIONS = (TENSORS, ROWS, MAPPED_ROWS)
 
-StoreKind = Literal["moments", "mean", "sample"]
-StorageDtype = Literal["fp16", "fp32", "bf16"]
+StoreKind = Literal["moments", "mean", "sample", "indices"]
+StorageDtype = Literal["fp16", "fp32", "bf16", "uint16", "int32"]
 ComputeDtype = Literal["no", "bf16", "fp16"]
 
-SAFETENSORS_DTYPES: dict[StorageDtype, str] = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+SAFETENSORS_DTYPES: dict[StorageDtype, str] = {
+    "fp16": "F16",
+    "bf16": "BF16",
+    "fp32": "F32",
+    "uint16": "U16",
+    "int32": "I32",
+}
 TENSOR_NAMES: dict[StoreKind, tuple[str, ...]] = {
     "moments": ("mean", "logvar"),
     "mean": ("mean",),
     "sample": ("sample",),
+    "indices": ("indices",),  # of a codebook's rows, [N, h, w]
 }
 PIXELS = "pixels"
 STATISTICS = "statistics"

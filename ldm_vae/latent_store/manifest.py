@@ -32,7 +32,7 @@ class Identity(Section):
     resolution: tuple[int, ...]
     """Side of the square crops in pixels; several give several shapes."""
     store: StoreKind
-    """Which tensors: mean and logvar, mean alone, or one sample."""
+    """Which tensors: mean and logvar, mean alone, one sample, or indices of codes."""
     dtype: StorageDtype
     """How a value is stored."""
     mixed_precision: ComputeDtype
@@ -47,6 +47,8 @@ class Identity(Section):
     """Tile and overlap in pixels, where larger images are encoded in tiles."""
     pixels: bool = False
     """Whether the crops are stored too, as uint8."""
+    codes: int | None = None
+    """Codes in the codebook, where indices are stored."""
 
     @property
     def digest(self) -> str:

@@ -65,8 +65,9 @@ class Rows(Sequence[Item]):
 class LatentDataset(Dataset[Item]):
     """Map-style dataset of a latent store.
 
-    Items hold `latents` [c, h, w] fp32, sampled anew each epoch and normalised as the VAE's config.json says, `index`,
-    and the columns. Works with any torch DataLoader and sampler; `loader` is the fast way.
+    Items hold `latents` [c, h, w] fp32, sampled anew each epoch and normalised as the VAE's config.json says (of a
+    VQModel's store: `indices` [h, w] int64), `index`, and the columns. Works with any torch DataLoader and sampler;
+    `loader` is the fast way.
 
     Args:
         path: the store's folder.
@@ -83,7 +84,7 @@ class LatentDataset(Dataset[Item]):
 
     Raises:
         UsageError: no store there, one of another format version, an incomplete one; an unknown column, view or
-            resolution.
+            resolution; a normalisation of indices.
     """
 
     def __init__(
@@ -140,15 +141,20 @@ class LatentDataset(Dataset[Item]):
         self._tables: dict[int, dict[str, Any]] = {}
 
     def _choose(self, normalisation: Normalisation | NormalisationKind | None) -> Normalisation:
+        if normalisation is not None and self.manifest.identity.codes is not None:
+            raise UsageError("normalisation: the store holds indices of codes, which are not scaled")
         if isinstance(normalisation, str):
             return self.statistics.normalisation(normalisation)
         return self.manifest.normalisation if normalisation is None else normalisation
 
     @property
     def statistics(self) -> LatentStatistics:
-        """Measured when the store was made."""
-        assert self.manifest.statistics is not None
-        return LatentStatistics.from_json(self.manifest.statistics)
+        """Measured when the store was made. Raises UsageError for indices: `manifest.statistics` has their usage."""
+        if self.manifest.identity.codes is not None:
+            raise UsageError(
+                "statistics: the store holds indices of codes, which have no mean; see manifest.statistics"
+            )
+        return LatentStatistics.from_json(self.manifest.statistics or {})
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that noise and random views are keyed by (`loader` does it by itself)."""
@@ -208,7 +214,9 @@ class LatentDataset(Dataset[Item]):
         batch: Item = {}
         if self.raw:
             as_stored = isinstance(self.raw, str)
-            batch |= stored if as_stored else {name: value.float() for name, value in stored.items()}
+            batch |= stored if as_stored else {name: _widened(value) for name, value in stored.items()}
+        elif "indices" in stored:
+            batch["indices"] = _widened(stored["indices"])
         else:
             z = stored[self._names[0]].float()
             if "logvar" in stored and self.sample:
@@ -310,11 +318,21 @@ class LatentDataset(Dataset[Item]):
 
     @torch.no_grad()
     def decode(self, scaled: torch.Tensor, vae: Any) -> torch.Tensor:
-        """latents [c, h, w] or [B, c, h, w] as this dataset gives them => pixels, fp32 and not clamped."""
+        """latents [c, h, w] or [B, c, h, w], or indices [h, w] or [B, h, w], as this dataset gives them => pixels, fp32
+        and not clamped."""
+        if self.manifest.identity.codes is not None:
+            single = scaled.ndim == 2
+            pixels = latents.decode_indices(vae, (scaled[None] if single else scaled).to(vae.device))
+            return pixels[0] if single else pixels
         single = scaled.ndim == 3
         z = self.normalisation.undo(scaled[None] if single else scaled)
         pixels = latents.decode(vae, z.to(vae.device))
         return pixels[0] if single else pixels
+
+
+def _widened(stored: torch.Tensor) -> torch.Tensor:
+    """fp32 of any float, int64 of any integer."""
+    return stored.float() if stored.is_floating_point() else stored.long()
 
 
 def _known(what: str, name: Any, exist: Sequence[Any]) -> None:

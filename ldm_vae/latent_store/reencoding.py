@@ -20,14 +20,15 @@ from ldm_vae.latent_store.units import Unit
 from ldm_vae.latent_store.verifying import Problem
 from ldm_vae.latent_store.views import cutting_of
 
-# largest difference that rounding explains, in standard deviations of the channel: other devices, batch sizes, threads
+# largest difference that rounding explains, in standard deviations of the channel (of indices: share of positions that
+# tip over to another code): other devices, batch sizes, threads
 TOLERANCE = {"no": 0.01, "bf16": 0.15, "fp16": 0.05}
 
 
 @dataclass(frozen=True)
 class Comparison:
     """How many samples were encoded again, how many gave the same bits, the largest difference in standard deviations
-    of its channel, and what is wrong."""
+    of its channel (of indices: the largest share of positions with another code), and what is wrong."""
 
     samples: int
     identical: int
@@ -66,7 +67,7 @@ def reencode(
     cutting = cutting_of(manifest.identity, vae)
     encoder = Encoder(vae, manifest.identity, batch_size=manifest.settings[-1].batch_size, device=device)
     unit = Unit(0, sorted(set(places.values())))
-    std = np.sqrt((manifest.statistics or {})["variance"])
+    std = None if manifest.identity.codes is not None else np.sqrt((manifest.statistics or {})["variance"])
     compared = identical = 0
     worst = 0.0
     threads = torch.get_num_threads()
@@ -86,7 +87,7 @@ def reencode(
                 compared, identical, worst = compared + 1, identical + same, max(worst, difference)
                 if difference > TOLERANCE[manifest.identity.mixed_precision]:
                     what = (
-                        f"row {stored.row} ({ready.row['key']}): {difference:.3f} standard deviations from its image's"
+                        f"row {stored.row} ({ready.row['key']}): {difference:.3f} {unit_of(manifest)} from its image's"
                     )
                     problems.append(_problem(manifest, stored, what))
     finally:
@@ -112,18 +113,25 @@ def _choose(store: Path, manifest: Manifest, count: int, seed: int) -> dict[tupl
 
 
 def _compare(
-    store: Path, manifest: Manifest, stored: _Stored, rows: dict[str, Any], std: np.ndarray[Any, Any]
+    store: Path, manifest: Manifest, stored: _Stored, rows: dict[str, Any], std: np.ndarray[Any, Any] | None
 ) -> tuple[bool, float]:
-    """Whether all tensors have the same bits, and how far the first one (mean or sample) is off."""
+    """Whether all tensors have the same bits, and how far the first one (mean, sample or indices) is off."""
     mapped = shards.map_tensors(store / SHARDS / f"{manifest.shards[stored.shard].name}.{TENSORS}")
     same = all(value[0].tobytes() == mapped[name][stored.row].tobytes() for name, value in rows.items())
     name = TENSOR_NAMES[manifest.identity.store][0]
+    if std is None:
+        return same, float((rows[name][0] != mapped[name][stored.row]).mean())
     dtype = "BF16" if manifest.identity.dtype == "bf16" else "F32"
     new, old = (
         shards.to_float(v.view(np.uint16) if dtype == "BF16" else v, dtype)
         for v in (rows[name][0], mapped[name][stored.row])
     )
     return same, float((np.abs(new.astype(np.float64) - old) / std[:, None, None]).max())
+
+
+def unit_of(manifest: Manifest) -> str:
+    """What differences are counted in."""
+    return "standard deviations" if manifest.identity.codes is None else "of the positions"
 
 
 def _problem(manifest: Manifest, stored: _Stored, what: str) -> Problem:

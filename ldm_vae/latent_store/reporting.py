@@ -46,6 +46,8 @@ def _sides(resolution: tuple[int, ...]) -> str:
 
 
 def _statistics(manifest: Manifest) -> list[str]:
+    if manifest.identity.codes is not None:
+        return _usage(manifest)
     measured, intervals = manifest.statistics or {}, (manifest.statistics or {}).get("ci95")
 
     def interval(name: str, position: int | None = None) -> str:
@@ -67,3 +69,11 @@ def _statistics(manifest: Manifest) -> list[str]:
         )
     lines.append(f"  read with the VAE's own normalisation: {used.kind}, scaling_factor {used.scaling_factor:.5f}")
     return lines
+
+
+def _usage(manifest: Manifest) -> list[str]:
+    measured = manifest.statistics or {}
+    return [
+        f"  codes        {measured['used']:,} of {measured['codes']:,} used in {measured['count']:,} positions, "
+        f"perplexity {measured['perplexity']:,.1f}, {measured['entropy_bits']:.2f} bits a position"
+    ]

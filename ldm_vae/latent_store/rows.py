@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_vae.latent_store import shards
+from ldm_vae.latent_store.codes import CodeStatistics
 from ldm_vae.latent_store.layout import SAFETENSORS_DTYPES, SHARDS, TENSOR_NAMES, tensor_name
 from ldm_vae.latent_store.manifest import Identity, ShardRecord
 from ldm_vae.latent_store.shards import CHUNK_ROWS
@@ -21,11 +22,18 @@ ReadRows = Callable[[str, int, int], npt.NDArray[Any]]
 
 def statistics(identity: Identity, read: ReadRows, keys: Sequence[str]) -> npt.NDArray[np.float64]:
     """The table of sums over rows as they are stored, all views; an image is identified by its key in each of them.
+    Of indices, how often each code is used.
 
     Args:
         read: (tensor, first, stop) => rows [first, stop) of it.
         keys: of all rows.
     """
+    if identity.codes is not None:
+        usage = CodeStatistics(identity.codes)
+        for view in identity.views:
+            for first in range(0, len(keys), CHUNK_ROWS):
+                usage.update(read(tensor_name("indices", view), first, min(first + CHUNK_ROWS, len(keys))))
+        return usage.sums
     images = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
     dtype = SAFETENSORS_DTYPES[identity.dtype]
     total = LatentStatistics()
@@ -40,6 +48,11 @@ def statistics(identity: Identity, read: ReadRows, keys: Sequence[str]) -> npt.N
             total.update_values(values, variance, images[first:stop])
     assert total.sums is not None
     return total.sums
+
+
+def accumulator(identity: Identity) -> LatentStatistics | CodeStatistics:
+    """What adds the tables of sums of a store's shards."""
+    return LatentStatistics() if identity.codes is None else CodeStatistics(identity.codes)
 
 
 def live_statistics(

@@ -40,6 +40,8 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "BF16": np.dtype("<u2"),
     "F64": np.dtype("<f8"),
+    "U16": np.dtype("<u2"),
+    "I32": np.dtype("<i4"),
 }
 
 
@@ -215,7 +217,7 @@ def checksum(path: Path) -> FileRecord:
 
 
 def to_float(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """Stored values as numbers: bfloat16 bits become float32, the others are floats already."""
+    """Stored values as numbers: bfloat16 bits become float32, the others are numbers already."""
     return (values.astype("<u4") << 16).view("<f4") if dtype == "BF16" else values
 
 

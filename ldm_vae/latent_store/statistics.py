@@ -54,14 +54,15 @@ class LatentStatistics:
         keys = range(start, start + len(mean)) if keys is None else keys
         rows = _image_sums(mean, variance)
         weights = np.hstack([np.ones((len(rows), 1)), _weights(keys)])
-        self._add(np.einsum("br,bf->rf", weights, rows))  # not BLAS, whose sums depend on its number of threads
+        self.add(np.einsum("br,bf->rf", weights, rows))  # not BLAS, whose sums depend on its number of threads
 
     def merge(self, other: LatentStatistics) -> None:
         """Add what another accumulator has seen; the two must not share images."""
         if other.sums is not None:
-            self._add(other.sums)
+            self.add(other.sums)
 
-    def _add(self, sums: Array) -> None:
+    def add(self, sums: Array) -> None:
+        """Add another accumulator's table of sums."""
         if self.sums is not None and self.sums.shape[1] != sums.shape[1]:
             raise ValueError(f"latents of {_channels(sums)} channels do not add to those of {_channels(self.sums)}")
         common = slice(None) if self.sums is None else slice(min(len(self.sums), len(sums)))

@@ -19,6 +19,7 @@ from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import preprocessing_identity
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import preparing, units, updating
+from ldm_vae.latent_store.codes import choose
 from ldm_vae.latent_store.encoding import Encoder
 from ldm_vae.latent_store.finishing import finish
 from ldm_vae.latent_store.layout import SHARDS, UNITS, ComputeDtype, StorageDtype, StoreKind
@@ -55,8 +56,8 @@ def write_store(
     resolution: int | Sequence[int],
     batch_size: int = 16,
     shard_size: int = 2048,
-    store: StoreKind = "moments",
-    dtype: StorageDtype = "fp16",
+    store: StoreKind | None = None,
+    dtype: StorageDtype | None = None,
     mixed_precision: ComputeDtype = "no",
     views: ViewSet = "centre",
     bucket_step: int | None = None,
@@ -75,11 +76,12 @@ def write_store(
     """Encode every image of `source` into the store OUT, or go on where an earlier call was stopped.
 
     Args:
-        vae: a diffusers AutoencoderKL (eval mode).
+        vae: a diffusers AutoencoderKL, VQModel or AutoencoderTiny (eval mode).
         resolution: side of the crop, a multiple of f; several give one shape each, from one decode.
         batch_size: images per forward pass, and part of what byte identity depends on.
         shard_size: source samples per work unit.
-        store: which tensors are stored.  dtype: as what.  mixed_precision: how the encoder computes.
+        store: which tensors are stored.  dtype: as what.  (None: see `codes.choose`.)
+        mixed_precision: how the encoder computes.
         views: `centre`, `flip` (and its mirror image), `five_crop`, `ten_crop`.
         bucket_step: aspect buckets of about resolution x resolution pixels, with sides in steps of this.
         tile: (tile, overlap) in pixels; larger crops are encoded in tiles.
@@ -102,18 +104,20 @@ def write_store(
     _at_least_one(batch_size=batch_size, shard_size=shard_size, encode_threads=encode_threads)
     if tile is not None:
         check_tile(*tile, factor)
+    kind, storage, codes = choose(vae, store, dtype)
     identity = Identity(
         encoder=encoder_fingerprint(vae),
         preprocessing=preprocessing_identity(source.decoding),
         resolution=resolutions,
-        store=store,
-        dtype=dtype,
+        store=kind,
+        dtype=storage,
         mixed_precision=mixed_precision,
         shard_size=shard_size,
         views=VIEW_SETS[views],
         bucket_step=bucket_step,
         tile=tile,
         pixels=pixels,
+        codes=codes,
     )
     cutting = cutting_of(identity, vae)
     normalisation = Normalisation.from_config(vae.config).to_config()
