@@ -16,7 +16,7 @@ from typing import Any
 
 from ldm_vae.errors import UsageError, run_program
 
-from . import speed_data, speed_read, speed_train
+from . import speed_data, speed_encode, speed_read, speed_train
 from .timing import machine
 
 # name => (one line of help, what it runs); each lives in a file of its own
@@ -24,6 +24,10 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], list[dict[str, A
     "train": (
         "one generator and one discriminator update: seconds, operations and memory, beside published recipes",
         speed_train.run,
+    ),
+    "encode": (
+        "a folder of photographs into a store, beside the encoder alone and beside the usual script",
+        speed_encode.run,
     ),
     "read": (
         "random batches of latents from a store, beside memory and other readers; opening ten million samples",

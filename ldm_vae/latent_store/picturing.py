@@ -30,12 +30,13 @@ def decode_to_png(
     with tqdm(total=len(indices), desc="decode", unit="img", disable=None) as bar:
         for chunk in _of_one_shape(dataset, indices, batch_size):
             items = [dataset[index] for index in chunk]
-            pictures = to_uint8(dataset.decode(torch.stack([item["latents"] for item in items]), vae)).cpu()
+            name = "latents" if dataset.manifest.identity.codes is None else "indices"
+            pictures = to_uint8(dataset.decode(torch.stack([item[name] for item in items]), vae)).cpu()
             for item, picture in zip(items, pictures, strict=True):
-                name = re.sub(r"[^\w.-]+", "_", Path(item["key"]).stem).strip("._")[-80:]
+                stem = re.sub(r"[^\w.-]+", "_", Path(item["key"]).stem).strip("._")[-80:]
                 buffer = io.BytesIO()
                 _to_image(picture).save(buffer, "PNG")
-                publish.replace(folder / f"{int(item['index']):08d}-{name}.png", publish.data(buffer.getvalue()))
+                publish.replace(folder / f"{int(item['index']):08d}-{stem}.png", publish.data(buffer.getvalue()))
             bar.update(len(chunk))
     return len(indices)
 

@@ -1,0 +1,170 @@
+"""`eval.speed encode`: a folder of photographs into a store, beside the encoder alone and beside the usual script.
+
+- `encode`: `write_store` at 256 px with a narrow f8 network, all that it does: decoding, encoding, statistics, files;
+- `bare_encoder`: `vae.encode` in a loop over tensors in memory, at the same batch, with torch's own threads;
+- `encode_waiting`: the same `write_store`, driven with a stand-in encoder. A CPU cannot overlap with itself: this one
+  waits, off the interpreter lock and one batch at a time as an accelerator does, for 0.7 of the time that the usual
+  script needs to decode and save an image; `waiting_encoder` is that wait alone;
+- `usual_script`: batch 1, decode, encode, np.savez per image, one after the other, with the same stand-in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torchvision.transforms.v2 import functional
+
+from ldm_vae.data.source import Record, Source, open_source
+from ldm_vae.data.transforms import to_pixels
+from ldm_vae.latent_store import write_store
+from ldm_vae.latent_store.encoding import default_threads
+
+from .speed_data import write_photographs
+from .timing import interleave, row
+
+RESOLUTION, BATCH = 256, 8
+WIDTHS = (32, 64, 64, 64)
+PHOTOGRAPHS = 48
+SIZE = (1024, 768)
+WAITING_IMAGES = 1536  # enough that the start of the decoding processes does not count
+SCRIPT_IMAGES = 48
+SHARE = 0.7
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of speed.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_photographs(Path(folder) / "photographs", PHOTOGRAPHS, SIZE)
+        source = open_source(Path(folder) / "photographs")
+        return [
+            *_computing(Path(folder), source, options.rounds),
+            *_waiting(Path(folder), source, files, options.rounds),
+        ]
+
+
+# --- an encoder that computes -----------------------------------------------------------------------------------------
+
+
+def _computing(folder: Path, source: Source, rounds: int) -> list[dict[str, Any]]:
+    vae = _network()
+    pixels = to_pixels(torch.randint(0, 256, (BATCH, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8))
+
+    @torch.no_grad()
+    def bare() -> None:
+        for _ in range(PHOTOGRAPHS // BATCH):
+            vae.encode(pixels)
+
+    threads = default_threads(1, torch.device("cpu"))
+    times = interleave({"bare_encoder": bare, "encode": lambda: _write(vae, source, folder, threads)}, rounds, "encode")
+    rate = {name: {"images_per_s": PHOTOGRAPHS / float(np.median(values))} for name, values in times.items()}
+    return [
+        row("bare_encoder", times, "bare_encoder", None, **rate["bare_encoder"]),
+        row("encode", times, "encode", "bare_encoder", **rate["encode"]),
+    ]
+
+
+def _network() -> AutoencoderKL:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=WIDTHS,
+        down_block_types=("DownEncoderBlock2D",) * len(WIDTHS),
+        up_block_types=("UpDecoderBlock2D",) * len(WIDTHS),
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    return vae.eval().requires_grad_(False)
+
+
+def _write(vae: Any, source: Source, folder: Path, threads: int, num_workers: int = 1) -> None:
+    store = folder / "store"
+    shutil.rmtree(store, ignore_errors=True)
+    write_store(
+        vae, source, store, resolution=RESOLUTION, batch_size=BATCH, encode_threads=threads, num_workers=num_workers
+    )
+
+
+# --- an encoder that waits --------------------------------------------------------------------------------------------
+
+
+class WaitingEncoder(AutoencoderKL):
+    """Moments after a wait; one batch at a time, as on an accelerator, and without the interpreter lock."""
+
+    seconds = 0.0  # per image
+
+    def encode(self, pixels: torch.Tensor, return_dict: bool = True) -> Any:
+        with _DEVICE:
+            time.sleep(self.seconds * len(pixels))
+        moments = pixels.new_zeros(len(pixels), 8, RESOLUTION // 8, RESOLUTION // 8)
+        return SimpleNamespace(latent_dist=SimpleNamespace(parameters=moments))
+
+
+_DEVICE = threading.Lock()
+
+
+class Repeated:
+    """A source that gives its images over and over, under other keys."""
+
+    def __init__(self, source: Source, length: int) -> None:
+        self._source, self._length, self.decoding = source, length, source.decoding
+
+    def __len__(self) -> int:
+        return self._length
+
+    def key(self, index: int) -> str:
+        return f"{index // len(self._source)}/{self._source.key(index % len(self._source))}"
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[index % len(self._source)]
+
+
+def _waiting(folder: Path, source: Source, files: list[Path], rounds: int) -> list[dict[str, Any]]:
+    vae = WaitingEncoder.from_config(_network().config)
+    vae.seconds = 0.0
+    _script(vae, files, folder)  # once for the caches
+    started = time.perf_counter()
+    _script(vae, files, folder)
+    vae.seconds = SHARE * (time.perf_counter() - started) / SCRIPT_IMAGES
+    many = Repeated(source, WAITING_IMAGES)
+
+    def wait() -> None:
+        for _ in range(SCRIPT_IMAGES // BATCH):
+            vae.encode(torch.zeros(BATCH, 3, RESOLUTION, RESOLUTION))
+
+    contenders = {
+        "waiting_encoder": wait,
+        "encode_waiting": lambda: _write(vae, many, folder, threads=2, num_workers=2),  # 2 threads: as on a GPU
+        "usual_script": lambda: _script(vae, files, folder),
+    }
+    times = interleave(contenders, rounds, "encode waiting")
+    images = {"waiting_encoder": SCRIPT_IMAGES, "encode_waiting": WAITING_IMAGES, "usual_script": SCRIPT_IMAGES}
+    each = {name: [value / images[name] for value in values] for name, values in times.items()}
+    rate = {name: {"images_per_s": 1 / float(np.median(values))} for name, values in each.items()}
+    rows = [row(name, each, name, None, **rate[name]) for name in ("waiting_encoder", "usual_script")]
+    return rows + [
+        row("encode_waiting", each, "encode_waiting", to, **rate["encode_waiting"])
+        for to in ("waiting_encoder", "usual_script")
+    ]
+
+
+@torch.no_grad()
+def _script(vae: Any, files: list[Path], folder: Path) -> None:
+    """What scripts that cache latents do, with Pillow and torchvision."""
+    for file in itertools.islice(files, SCRIPT_IMAGES):
+        with Image.open(file) as image:
+            opened = image.convert("RGB")
+        small = functional.center_crop(functional.resize(opened, [RESOLUTION]), [RESOLUTION, RESOLUTION])
+        pixels = functional.to_dtype(functional.to_image(small), torch.float32, scale=True) * 2 - 1
+        moments = vae.encode(pixels[None]).latent_dist.parameters
+        np.savez(folder / f"{file.stem}.npz", moments=moments[0].half().numpy())
