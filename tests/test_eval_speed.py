@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import speed, speed_data, timing
+from eval import speed, speed_data, speed_encode, timing
 from eval.speed_read import open_store
 from eval.synthetic_store import write_empty, write_synthetic
 from ldm_vae import LatentDataset
@@ -59,6 +59,30 @@ def test_rounds_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(sys, "argv", ["eval.speed", "data", "--output", str(tmp_path), "--rounds", "0"])
     with pytest.raises(UsageError, match="rounds: expected at least 1, got 0"):
         speed.main()
+
+
+# --- encode -----------------------------------------------------------------------------------------------------------
+
+
+def test_speed_encode_writes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_encode, "RESOLUTION", 32)
+    monkeypatch.setattr(speed_encode, "WAITING_IMAGES", 64)
+    for name, value in {"BATCH": 4, "PHOTOGRAPHS": 8, "SCRIPT_IMAGES": 8, "SIZE": (96, 64)}.items():
+        monkeypatch.setattr(speed_encode, name, value)
+    monkeypatch.setattr(sys, "argv", ["eval.speed", "encode", "--output", str(tmp_path / "out"), "--rounds", "1"])
+    speed.main()
+    rows = json.loads((tmp_path / "out" / "speed.json").read_text())["results"]
+    named = [(row["name"], row.get("ratio", {}).get("to")) for row in rows]
+    assert named == [
+        ("bare_encoder", None),
+        ("encode", "bare_encoder"),
+        ("waiting_encoder", None),
+        ("usual_script", None),
+        ("encode_waiting", "waiting_encoder"),
+        ("encode_waiting", "usual_script"),
+    ]
+    waiting, script = rows[2]["images_per_s"], rows[3]["images_per_s"]
+    assert script < waiting  # the script waits as long for the encoder, and works besides
 
 
 # --- read -------------------------------------------------------------------------------------------------------------

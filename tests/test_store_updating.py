@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from forked import forkserver
 from test_store_writing import SETTINGS, Pictures, tree
 
 from ldm_vae.data.quarantine import BadImage
@@ -18,6 +20,7 @@ from ldm_vae.data.source import Record
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, LatentStatistics, read_manifest, verify, write_store
 from ldm_vae.latent_store.layout import PLAN
+from ldm_vae.latent_store.writing import Processes
 
 
 @dataclass
@@ -74,6 +77,9 @@ AFTER: dict[str, Any] = {
 }
 
 
+MUCH = {**AFTER, "numbers": (*AFTER["numbers"], *range(200, 240))}  # enough units for several processes
+
+
 def test_an_update_is_what_a_fresh_store_would_hold(store: Path, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     before = tree(store / "shards")
     encode(tiny_vae, Album(**AFTER), store, update=True)
@@ -99,6 +105,33 @@ def test_an_update_is_what_a_fresh_store_would_hold(store: Path, tiny_vae: Autoe
     assert verify(store) == []
     encode(tiny_vae, Album(**AFTER), store)  # and it is finished
     assert tree(store / "shards") == after
+
+
+def one_of_several(store: str, vae: str, barrier: Any, rank: int) -> None:
+    """A process of an update, in a process of its own."""
+    torch.set_num_threads(1)
+    processes = Processes(rank, 3, barrier.wait)
+    encode(AutoencoderKL.from_pretrained(vae).eval(), Album(**MUCH), Path(store), update=True, processes=processes)
+
+
+@pytest.mark.timeout(120)
+def test_an_update_by_three_processes_is_that_of_one(store: Path, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    shutil.copytree(store, tmp_path / "alone")
+    encode(tiny_vae, Album(**MUCH), tmp_path / "alone", update=True)
+    context = forkserver()
+    barrier = context.Barrier(3)
+    ranks = [
+        context.Process(target=one_of_several, args=(str(store), str(tmp_path / "vae"), barrier, rank))
+        for rank in range(3)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    assert tree(store) == tree(tmp_path / "alone")
+    assert len(list((store / "units").glob("*.json"))) >= 3 + 5
 
 
 def test_an_update_of_nothing_changes_nothing(store: Path, tiny_vae: AutoencoderKL) -> None:
