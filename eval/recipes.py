@@ -9,6 +9,7 @@ terms and batch. They are short forms of published recipes, with what costs time
 - shared_forward: what one writes first. One forward for both sides, the textbook adaptive weight.
 - autoencoder_only: forward and backward of the autoencoder with L1, the floor.
 - train_step, small_gpu: ldm_vae.step.TrainingStep; the second with the savings of configs/profiles/small_gpu.yaml.
+- decoder_from_store: ldm_vae.step.TrainingStep without an encoder, on stored moments (`latent_store` of a config).
 
 Legend: B batch, C image channels, H W pixels.
 """
@@ -25,12 +26,14 @@ from accelerate import Accelerator
 from ldm_vae.adversary import Adversary, AdversaryConfig
 from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
+from ldm_vae.latents import Moments
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.lpips import LPIPS, SMALLEST
 from ldm_vae.losses.lpips import Config as LPIPSConfig
 from ldm_vae.objective import Objective
 from ldm_vae.step import TrainingStep
+from ldm_vae.stored_pairs import drop_encoder
 
 KL_WEIGHT, ADVERSARY_WEIGHT, LEARNING_RATE = 1e-6, 0.5, 1e-5
 
@@ -176,8 +179,10 @@ def autoencoder_only(work: Work) -> Step:
     return step
 
 
-def ours(work: Work, accumulation: int = 1) -> Step:
+def ours(work: Work, accumulation: int = 1, from_store: bool = False) -> Step:
     networks = Networks(work)
+    if from_store:
+        drop_encoder(networks.network.vae)
     if accumulation > 1:
         networks.network.vae.enable_gradient_checkpointing()
         networks.lpips = LPIPS(networks.lpips.network, SMALLEST[work.net], chunk=1)
@@ -190,9 +195,15 @@ def ours(work: Work, accumulation: int = 1) -> Step:
     )  # fmt: skip
 
     def run(images: torch.Tensor) -> object:
-        return step(images, torch.randn(len(images), *networks.network.latent_shape(*images.shape[2:])))
+        shape = (len(images), *networks.network.latent_shape(*images.shape[2:]))
+        stored = Moments(torch.zeros(shape), torch.zeros(shape)) if from_store else None
+        return step(images, torch.randn(shape), stored=stored)
 
     return run
+
+
+def decoder_from_store(work: Work) -> Step:
+    return ours(work, from_store=True)
 
 
 def small_gpu(work: Work) -> Step:
@@ -214,4 +225,5 @@ RECIPES: dict[str, Callable[[Work], Step]] = {
     "shared_forward": shared_forward,
     "autoencoder_only": autoencoder_only,
     "small_gpu": small_gpu,
+    "decoder_from_store": decoder_from_store,
 }

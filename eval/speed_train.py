@@ -29,6 +29,7 @@ from .timing import interleave, row
 TIMED = Work()
 MEMORY = Work(batch=4)
 REFERENCES = ("latent_diffusion", "diffusers_published", "diffusers_repaired", "shared_forward", "autoencoder_only")
+VARIANTS = ("small_gpu", "decoder_from_store")  # of ours
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -42,12 +43,12 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _times(work: Work, rounds: int) -> list[dict[str, Any]]:
     images = work.images()
-    steps = {name: _bound(RECIPES[name](work), images) for name in ("train_step", *REFERENCES, "small_gpu")}
+    steps = {name: _bound(RECIPES[name](work), images) for name in ("train_step", *REFERENCES, *VARIANTS)}
     times = interleave(steps, rounds, "train")
     shape = {"batch": work.batch, "resolution": work.resolution, "compiled": work.compiled}
     rows = [row("train_step", times, "train_step", to, **shape) for to in REFERENCES]
     rows += [row(name, times, name, None, **shape) for name in REFERENCES]
-    return [*rows, row("train_step_small_gpu", times, "small_gpu", "train_step", **shape)]
+    return rows + [row(f"train_step_{name}", times, name, "train_step", **shape) for name in VARIANTS]
 
 
 def _bound(step: Step, images: torch.Tensor) -> Any:
@@ -86,7 +87,7 @@ def ideal_operations(work: Work) -> int:
 
 
 def _operations(work: Work) -> list[dict[str, Any]]:
-    names = ("train_step", *REFERENCES, "small_gpu")
+    names = ("train_step", *REFERENCES, *VARIANTS)
     counts = {name: count_operations(work, name) for name in tqdm(names, desc="operations", disable=None, leave=False)}
     counts["ideal"] = ideal_operations(work)
     return _counted("train_step_flops", counts, "GFLOP", 1e9)
@@ -110,7 +111,7 @@ def _counted(figure: str, counts: dict[str, int], unit: str, scale: float) -> li
 
 def _memory(work: Work) -> list[dict[str, Any]]:
     resident, counted = {}, {}
-    for name in tqdm(("train_step", *REFERENCES, "small_gpu"), desc="memory", disable=None, leave=False):
+    for name in tqdm(("train_step", *REFERENCES, *VARIANTS), desc="memory", disable=None, leave=False):
         # a process of its own, so that no recipe finds memory that another left
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             resident[name], counted[name] = pool.apply(_grown, (work, name))

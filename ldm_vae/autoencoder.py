@@ -254,10 +254,19 @@ class TrainableAutoencoder(nn.Module):
         # a VQModel's quant_conv may end in another number than its encoder
         return int(self.vae.config.get("vq_embed_dim") or self.vae.config.latent_channels)
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0) -> Reconstruction:
-        """images [B, C, H, W] in [-1, 1], noise [B, n, h, w] standard normal, drawn by key => Reconstruction."""
+    def forward(
+        self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0, stored: Moments | None = None
+    ) -> Reconstruction:
+        """images [B, C, H, W] in [-1, 1], noise [B, n, h, w] standard normal, drawn by key => Reconstruction.
+
+        stored: moments of these images; the encoder is then not run.
+        """
+        own = noise[:, : self.bottleneck.noise_channels]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_learns):
-            encoded = self.bottleneck.encode(self.vae, images, noise[:, : self.bottleneck.noise_channels], images_seen)
+            if stored is None:
+                encoded = self.bottleneck.encode(self.vae, images, own, images_seen)
+            else:
+                encoded = self.bottleneck.draw(stored, own)
         z, target, used = encoded.latents, images, self.bottleneck.noise_channels
         for perturbation, wanted in zip(self.perturbations, self._wanted(), strict=True):
             z, target = perturbation(z, target, Draw(noise[:, used : used + wanted].to(z), images, images_seen))

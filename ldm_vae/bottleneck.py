@@ -51,6 +51,10 @@ class Bottleneck(nn.Module):
     def encode(self, vae: Any, images: torch.Tensor, noise: torch.Tensor, images_seen: int) -> Encoded:
         raise NotImplementedError(f"{type(self).__name__} has no encode")
 
+    def draw(self, moments: Moments, noise: torch.Tensor) -> Encoded:
+        """Of moments that were stored, in place of `encode`; only a posterior's can be."""
+        raise NotImplementedError(f"{type(self).__name__} has no posterior to draw from")
+
     def decode(self, vae: Any, z: torch.Tensor) -> torch.Tensor:
         pixels: torch.Tensor = vae.decode(z).sample
         return pixels
@@ -74,7 +78,9 @@ class GaussianBottleneck(Bottleneck):
         self.noise_channels = int(vae.config.latent_channels)
 
     def encode(self, vae: Any, images: torch.Tensor, noise: torch.Tensor, images_seen: int) -> Encoded:
-        moments = latents.encode(vae, images)
+        return self.draw(latents.encode(vae, images), noise)
+
+    def draw(self, moments: Moments, noise: torch.Tensor) -> Encoded:
         return Encoded(moments, moments.sample(noise.to(moments.mean)))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -51,6 +51,10 @@ class Moments:
         """Of an encoder without a variance [B, c, h, w], in fp32: a VQModel's vectors before the codebook, say."""
         mean = at_least_fp32(mean)
         return cls(mean, torch.full_like(mean, LOGVAR_RANGE[0]), is_point=True)
+
+    def to(self, device: torch.device) -> Moments:
+        """The same on a device."""
+        return replace(self, mean=self.mean.to(device), logvar=self.logvar.to(device))
 
     def sample(self, noise: torch.Tensor) -> torch.Tensor:
         """z = mean + exp(logvar / 2) * noise (Kingma & Welling 2014, eq. 10)."""

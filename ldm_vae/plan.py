@@ -28,9 +28,11 @@ from ldm_vae.autoencoder import check_resolution, count_parameters, downsampling
 from ldm_vae.data.stream import length
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.fine_tuning import set_trainable
+from ldm_vae.latents import Moments
 from ldm_vae.objective import Objective
 from ldm_vae.optim import learning
 from ldm_vae.step import TrainingStep
+from ldm_vae.stored_pairs import drop_encoder
 from ldm_vae.training import Training, build_autoencoder, build_discriminator, build_network
 
 GB = 1e9
@@ -124,6 +126,11 @@ def plan(settings: Training) -> Plan:
             "encoder": (vae.encode, (images,)),
             "decoder": (vae.decode, (latents,)),
         }
+        stored = None
+        if settings.latent_store is not None:
+            drop_encoder(vae)
+            del parts["encoder"]
+            stored = Moments(latents, latents)
         parts |= {name: (term, (images, images)) for name, term in objective.terms.items() if term.domain == "pixels"}
         parts |= {} if critic is None else {"discriminator": (critic, (images,))}
         forward = {
@@ -136,9 +143,9 @@ def plan(settings: Training) -> Plan:
             settings.max_grad_norm,
         )  # fmt: skip
         with Cost() as first:
-            step(images, noise, settings.adversary.start_images)
+            step(images, noise, settings.adversary.start_images, stored)
         with Cost() as second:  # the first made Adam's moments
-            step(images, noise, settings.adversary.start_images)
+            step(images, noise, settings.adversary.start_images, stored)
     moments = sum(
         value.untyped_storage().nbytes()
         for one in (optimizer, critic_optimizer)

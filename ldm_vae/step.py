@@ -21,6 +21,7 @@ from ldm_vae.adaptive import adaptive_ratio
 from ldm_vae.adversary import Adversary
 from ldm_vae.autoencoder import Reconstruction, TrainableAutoencoder
 from ldm_vae.health import logit_statistics
+from ldm_vae.latents import Moments
 from ldm_vae.objective import Logs, Objective
 from ldm_vae.optim import learning
 
@@ -39,14 +40,18 @@ class TrainingStep:
     max_grad_norm: float | None = None
     skip_nan: bool = False
 
-    def __call__(self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0) -> Logs:
+    def __call__(
+        self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0, stored: Moments | None = None
+    ) -> Logs:
         """images [B, C, H, W] in [-1, 1] and keyed noise [B, n, h, w] of this process => detached scalars by name.
+
+        stored: the images' moments, where the decoder alone is trained.
 
         With gradient accumulation each call is one micro-batch; weights change at the last of them.
         """
         networks = [self.model] if self.discriminator is None else [self.model, self.discriminator]
         with self.accelerator.accumulate(*networks):
-            reconstruction = self.model(images, noise, images_seen)
+            reconstruction = self.model(images, noise, images_seen, stored)
             logs = self._autoencoder(reconstruction, images_seen)
             if self.adversary.discriminator_plays(images_seen):
                 # the last use of the reconstruction: from here on only its values

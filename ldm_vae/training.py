@@ -62,6 +62,10 @@ class Training(Section):
     """Start from these weights: a diffusers folder, a hub id, a single file or a run."""
     ignore_mismatched_sizes: bool = False
     """With init_from: model.latent_channels and model.in_channels may be others than there; what fits is kept."""
+    latent_store: str | None = None
+    """Train the decoder alone, from the moments of this store: the encoder, that of init_from, is neither run nor held.
+    Its crops are taken as they are (`transform` has no part); pixels come from the store (`ldm-vae encode --pixels`),
+    or from `data` by key, the checksum of each image compared."""
     trainable: tuple[str, ...] = ("*",)
     """Patterns of the parameters that learn, in diffusers' names; later ones win, a leading ! freezes. The decoder
     alone: ["decoder.*", "post_quant_conv.*"]; the encoder then runs without a graph and stays as it is."""
@@ -109,6 +113,10 @@ class Training(Section):
     def _check(self) -> Training:
         if self.best_metric not in self.validation_metrics:
             raise ValueError(f"best_metric: expected one of validation_metrics, got {self.best_metric}")
+        if self.latent_store is not None and self.init_from is None:
+            raise ValueError("latent_store: needs init_from, the autoencoder whose encoder made it")
+        if self.latent_store is not None and self.buckets is not None:
+            raise ValueError("latent_store: its crops are what was encoded; expected no buckets")
         quantizer = getattr(self.model, "quantizer", None)
         if getattr(quantizer, "codebook", None) == "learned" and not any(
             part.kind == "codebook" for part in self.losses.values()

@@ -31,6 +31,7 @@ def test_ours_is_the_ideal_and_below_every_recipe(counts: dict[str, float]) -> N
     assert ours <= 0.55 * counts["diffusers_repaired"]
     assert ours <= 0.58 * counts["diffusers_published"]
     assert ours < counts["shared_forward"] and counts["autoencoder_only"] < ours
+    assert ours / counts["decoder_from_store"] == pytest.approx(1.32, abs=0.01)  # 1.40 at twice the width
 
 
 def test_every_recipe_trains_both_networks(monkeypatch: pytest.MonkeyPatch) -> None:

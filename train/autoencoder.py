@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from ldm_vae.optim import learning, schedule, set_learning_rate
 from ldm_vae.plan import describe
 from ldm_vae.report import build_report
 from ldm_vae.step import TrainingStep
+from ldm_vae.stored_pairs import drop_encoder, open_pairs, stored_loader, whole
 from ldm_vae.trackers import check_tracker, log_picture, start_tracker
 from ldm_vae.training import (
     MAY_CHANGE,
@@ -96,6 +98,10 @@ def train(settings: Training) -> None:
     # --- networks -----------------------------------------------------------------------------------------------------
     vae = build_autoencoder(settings)
     check_resolution(settings.resolution, downsampling_factor(vae))
+    pairs = None
+    if settings.latent_store is not None:
+        pairs = open_pairs(settings, vae, source)
+        drop_encoder(vae)
     base = settings.normalisation_from
     base_normalisation = base and normalisation_of(base, settings.model.latent_channels)
     shapes = settings.buckets and settings.buckets.choose(settings.resolution, downsampling_factor(vae))
@@ -104,7 +110,7 @@ def train(settings: Training) -> None:
     ema = Ema(vae, settings.ema_halflife_images)
     ema.module.to(accelerator.device)
     network = build_network(settings, vae)
-    encoder_before = None if network.encoder_learns else encoder_fingerprint(vae)
+    encoder_before = None if network.encoder_learns or pairs else encoder_fingerprint(vae)
     objective = Objective(settings.losses).to(accelerator.device)
     objective.attach(network)
     adversary = Adversary(settings.adversary).to(accelerator.device)
@@ -170,12 +176,16 @@ def train(settings: Training) -> None:
         quarantine.add(unreadable)
         readable = f"{sum(assignment.counts()):,} of {len(source):,} images"
         say(f"aspect buckets (height x width) of {readable}:", *assignment.lines(), sep="\n")
-    loader = training_loader(
-        source, settings.transform, settings.resolution, buckets=assignment,
-        seed=settings.seed, batch_size=settings.train_batch_size, rank=accelerator.process_index,
-        world_size=accelerator.num_processes, start_position=images_seen,
-        num_workers=settings.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
-    )  # fmt: skip
+    layout: dict[str, Any] = {
+        "seed": settings.seed, "batch_size": settings.train_batch_size, "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes, "start_position": images_seen,
+        "num_workers": settings.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda",
+    }  # fmt: skip
+    loader: Iterator[Any] = (
+        training_loader(source, settings.transform, settings.resolution, buckets=assignment, **layout)
+        if pairs is None
+        else stored_loader(pairs, **layout)
+    )
     higher_is_better = settings.best_metric in ("psnr", "ssim")
     signals = StopSignal()
     logged_at, warned = images_seen, set[str]()
@@ -193,7 +203,8 @@ def train(settings: Training) -> None:
 
         images = to_pixels(batch.pixels.to(accelerator.device, non_blocking=True))
         noise = posterior_noise(settings.seed, batch.positions.tolist(), network.noise_shape(*images.shape[2:]))
-        averages.update(step(images, noise.to(accelerator.device), images_seen))
+        stored = None if pairs is None else batch.moments.to(accelerator.device)
+        averages.update(step(images, noise.to(accelerator.device), images_seen, stored))
         quarantine.add(batch.bad, good=len(batch.keys))
         if not accelerator.sync_gradients:
             continue
@@ -229,7 +240,7 @@ def train(settings: Training) -> None:
             bar.set_postfix(losses)
         improved = False
         if due["validate"]:
-            scores = validate(ema.module, validation_source, settings, accelerator, images_seen)
+            scores = validate(whole(ema.module, settings), validation_source, settings, accelerator, images_seen)
             logbook.write(images_seen, scores)
             score = scores[f"validation/{settings.best_metric}"]
             improved = best is None or (score > best["score"]) == higher_is_better
@@ -252,11 +263,16 @@ def train(settings: Training) -> None:
             raise WorkError("trainable: the frozen encoder changed; nothing was exported")
         say(f"the encoder is unchanged ({encoder_before[:12]}): stores made with it stay valid")
     if accelerator.is_main_process:
-        statistics = measure(ema.module, normalisation_pixels(settings), accelerator.device)
+        trained = whole(ema.module, settings)
+        statistics = (
+            measure(trained, normalisation_pixels(settings), accelerator.device)
+            if pairs is None
+            else pairs.latents.statistics
+        )
         # the latents of a distilled network are its teacher's, normalised already
-        distilled = Normalisation(1.0) if isinstance(ema.module, AutoencoderTiny) else None
+        distilled = Normalisation(1.0) if isinstance(trained, AutoencoderTiny) else None
         normalisation = distilled or base_normalisation or statistics.normalisation(settings.normalisation)
-        write_vae(ema.module, run / "vae", normalisation, sample_size=settings.resolution, statistics=statistics)
+        write_vae(trained, run / "vae", normalisation, sample_size=settings.resolution, statistics=statistics)
     show(run, accelerator)
     accelerator.end_training()
     say(f"trained on {images_seen:,} images; the autoencoder is in {run / 'vae'}")

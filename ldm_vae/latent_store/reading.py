@@ -209,7 +209,7 @@ class LatentDataset(Dataset[Item]):
         """One batch of samples that share a latent shape, each of its own epoch: tensors [B, ...], columns as lists."""
         shard, row = self._places(np.asarray(indices, dtype=np.int64))
         shape = self.shards[shard[0]].shape
-        views = self._views(indices, epochs)
+        views = self._view if self._view != "random" else self.views(indices, epochs)
         stored = {name: self._gather(name, views, shard, row, shape) for name in self._names}
         batch: Item = {}
         if self.raw:
@@ -241,9 +241,15 @@ class LatentDataset(Dataset[Item]):
                     row[own] += np.searchsorted(before, row[own], side="right")
         return shard.tolist(), row.tolist()
 
-    def _views(self, indices: Sequence[int], epochs: Sequence[int]) -> list[str] | str:
+    def row(self, index: int, columns: Sequence[str]) -> Item:
+        """Columns of one sample, without its tensors."""
+        shard, row = self._places(self._checked(np.asarray([index], dtype=np.int64)))
+        return {name: self._value(shard[0], row[0], name) for name in columns}
+
+    def views(self, indices: Sequence[int], epochs: Sequence[int]) -> list[str]:
+        """Which view of each sample is given in its epoch."""
         if self._view != "random":
-            return self._view
+            return [self._view] * len(indices)
         views = self.manifest.identity.views
         keys = zip(epochs, indices, strict=True)
         return [views[int(keyed.generator(self.seed, "view", *key).integers(len(views)))] for key in keys]
