@@ -36,6 +36,7 @@ from ldm_vae.metrics.evaluate import Evaluation, evaluate_reconstruction
 from ldm_vae.metrics.metric import Metric
 from ldm_vae.metrics.pictures import keep_pictures
 from ldm_vae.metrics.protocol import PINNED, VARIANTS, by_name
+from ldm_vae.metrics.samples import keep_samples
 from ldm_vae.metrics.select import NAMES, Weights, build_metrics, check
 
 
@@ -123,6 +124,8 @@ def main() -> None:
             options.output, vaes, source, kinds, build(options, accelerator), accelerator.device,
             resolution=options.resolution, batch_size=options.batch_size, protocol=options.protocol,
         )  # fmt: skip
+        first = vaes[0].to(accelerator.device)
+        keep_samples(options.output, first, evaluations[0].latents, options.resolution, accelerator.device)
         result.write(options.output / "metrics.md", result.markdown(results))
         result.write(options.output / "metrics.json", results[0] if len(results) == 1 else results)
         print(result.plain(results))

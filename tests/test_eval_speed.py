@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import speed, speed_data, speed_encode, timing
-from eval.speed_read import open_store
+from eval import speed, speed_data, speed_encode, speed_read, timing
 from eval.synthetic_store import write_empty, write_synthetic
 from ldm_vae import LatentDataset
 from ldm_vae.errors import UsageError
@@ -104,9 +103,22 @@ def test_a_synthetic_store_is_a_store(tmp_path: Path) -> None:
 
 def test_opening_ten_million_samples_takes_little_memory(tmp_path: Path) -> None:
     write_empty(tmp_path / "large", 10_000_000)
-    _, grown = open_store(tmp_path / "large")
+    _, grown = speed_read.open_store(tmp_path / "large")
     assert grown < 300e6
     # nothing per sample: the index of the shards is all there is
     data = LatentDataset(tmp_path / "large")
     assert sum(value.nbytes for value in (data._stops, data._starts)) == 2 * 8 * len(data.shards)
     assert data.shape(9_999_999) == (4, 32, 32) and not data._maps
+
+
+def test_a_store_that_grows_is_read_beside_a_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_read, "GROWTH", (10, 100))
+    monkeypatch.setattr(speed_read, "STEPS", 2)
+    rows = speed_read._growing(tmp_path, 1)
+    assert [(row["name"], row.get("ratio", {}).get("to")) for row in rows] == [
+        ("index_select_1e1", None),
+        ("read_raw_1e1", "index_select_1e1"),
+        ("index_select_1e2", None),
+        ("read_raw_1e2", "index_select_1e2"),
+    ]
+    assert rows[1]["images_per_s"] > 0

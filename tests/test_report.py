@@ -118,8 +118,6 @@ def run(ingredients: tuple[Path, list[Path]], tmp_path_factory: pytest.TempPathF
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"images": 1000, "lo')
     statistics = {"images": 12, "scaling_factor": 0.9, "shift_factor": 0.1, "ci95": {"scaling_factor": [0.8, 1.0]}}
     (folder / "latents" / "manifest.json").write_text(json.dumps({"statistics": statistics}))
-    (folder / "report" / "samples").mkdir()
-    Image.new("RGB", (8, 8)).save(folder / "report" / "samples" / "0.png")
     return folder
 
 
@@ -218,7 +216,7 @@ def test_several_vaes_side_by_side(ingredients: tuple[Path, list[Path]], tmp_pat
     path = build_report(tmp_path / "compared")
     assert path == tmp_path / "compared" / "index.html"
     page = Page(path.read_text(encoding="utf-8"))
-    assert page.sections == ["compare", "pictures", "metrics", "latents", "worst", "protocol"]
+    assert page.sections == ["compare", "pictures", "metrics", "latents", "samples", "worst", "protocol"]
     assert page.text.count("absolute error of vae1") == page.text.count("absolute error of vae0") > 0
     results = json.loads((tmp_path / "compared" / "metrics.json").read_text())
     for result in results:

@@ -19,6 +19,7 @@ from ldm_vae.metrics.evaluate import Evaluation
 from ldm_vae.metrics.metric import Metric
 from ldm_vae.metrics.pictures import FOLDER, INDEX, keep_pictures, save
 from ldm_vae.metrics.protocol import PINNED
+from ldm_vae.metrics.samples import keep_samples
 
 PICTURES = 6
 KINDS = ("original", "reconstruction")
@@ -49,6 +50,7 @@ def record_validation(
     report = run / "report"
     kinds = dict.fromkeys(spread(len(source), PICTURES), "shown")
     keep_pictures(report, [vae], source, kinds, metrics, device, resolution=resolution, batch_size=batch_size)
+    keep_samples(report, vae, evaluation.latents, resolution, device)
     about = result.describe_vae(vae, f"{run.name}, averaged weights", str(run))
     data = {"source": source_name, "resolution": resolution, "quarantined": 0}
     computed = result.settings(device, batch_size)

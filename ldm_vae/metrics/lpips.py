@@ -22,6 +22,7 @@ def build(
 ) -> ImageMetric:
     """Raises WorkError when the trunk cannot be had (ldm_vae.assets says what to do)."""
     from ldm_vae.assets import load_lpips  # only who measures LPIPS loads its package
+    from ldm_vae.losses.lpips import LPIPS, SMALLEST
 
     network = load_lpips(net, weights).to(device)
 
@@ -30,4 +31,7 @@ def build(
             return lpips(network, pair.raw_original, pair.raw_reconstruction)
         return lpips(network, pair.original / 127.5 - 1, pair.reconstruction / 127.5 - 1)
 
-    return ImageMetric(f"lpips_{net}", "lower", measure)
+    def where(pair: Pair) -> torch.Tensor:
+        return LPIPS(network, SMALLEST[net]).spatial_map(pair.reconstruction / 127.5 - 1, pair.original / 127.5 - 1)
+
+    return ImageMetric(f"lpips_{net}", "lower", measure, where)

@@ -27,8 +27,15 @@ class Metric(Protocol):
 class ImageMetric:
     """One number per image, averaged over images; `measure` maps a Pair to values [B]."""
 
-    def __init__(self, name: str, better: Better, measure: Callable[[Pair], torch.Tensor]) -> None:
-        self.name, self.better, self.measure = name, better, measure
+    def __init__(
+        self,
+        name: str,
+        better: Better,
+        measure: Callable[[Pair], torch.Tensor],
+        where: Callable[[Pair], torch.Tensor] | None = None,
+    ) -> None:
+        """where: maps a Pair to [B, 1, H, W], in which places the value comes about; for pictures."""
+        self.name, self.better, self.measure, self.where = name, better, measure, where
         self.running = Running()
 
     def update(self, pair: Pair) -> torch.Tensor:

@@ -3,6 +3,7 @@
     pictures/pictures.json            one object a picture: name, kind, key, index, and per VAE its files and metrics
     pictures/000.original.png
     pictures/000.reconstruction.png   of the second VAE: 000.reconstruction.2.png
+    pictures/000.lpips.png            where LPIPS sees a difference, 255 for 1 and above, if it is measured
     pictures/000.latent.png           the latent's three largest principal components as red, green and blue
 
 Legend: B batch, C channels, c latent channels, h w latent positions, R side of an image.
@@ -66,11 +67,15 @@ class Pictures:
         for batch in batches:
             moments, pair = reconstruct(vae, batch, device, protocol, batch_size)
             values = {m.name: m.measure(pair).tolist() for m in metrics if isinstance(m, ImageMetric)}
+            maps = next((m.where(pair) for m in metrics if isinstance(m, ImageMetric) and m.where is not None), None)
             for row, (index, key) in enumerate(zip(batch.indices, batch.keys, strict=True)):
                 picture = self._picture(index, key, kinds[index], pair.original[row])
                 nth = f".{len(picture.vaes) + 1}" if picture.vaes else ""
                 files = {kind: f"{picture.name}.{kind}{nth}.png" for kind in ("reconstruction", "latent")}
                 save(pair.reconstruction[row], self.folder / files["reconstruction"])
+                if maps is not None:
+                    files["lpips"] = f"{picture.name}.lpips{nth}.png"
+                    save(255 * maps[row].clamp(0, 1), self.folder / files["lpips"])
                 picture.vaes.append({**files, "metrics": {name: found[row] for name, found in values.items()}})
                 added.append(self.folder / files["latent"])
             means.append(moments.mean.cpu())

@@ -24,19 +24,20 @@ def radial_spectrum(x: torch.Tensor) -> torch.Tensor:
     height, width = x.shape[2:]
     x = x - x.mean(dim=(2, 3), keepdim=True)
     power = torch.fft.fft2(x.double()).abs().square().mean(dim=1).sum(dim=0) / (height * width)
-    rings = _rings(height, width).to(x.device)
+    place = rings(height, width).to(x.device)
     bins = min(height, width) // 2 + 1
-    inside = rings < bins
-    sums = torch.zeros(bins, dtype=torch.float64, device=x.device).index_add_(0, rings[inside], power[inside])
-    means: torch.Tensor = sums / torch.bincount(rings[inside], minlength=bins)
+    inside = place < bins
+    sums = torch.zeros(bins, dtype=torch.float64, device=x.device).index_add_(0, place[inside], power[inside])
+    means: torch.Tensor = sums / torch.bincount(place[inside], minlength=bins)
     return means
 
 
 @cache
-def _rings(height: int, width: int) -> torch.Tensor:
+def rings(height: int, width: int) -> torch.Tensor:
+    """The ring of each frequency of a 2-D FFT [H, W]: its distance from 0, rounded, in 1 / min(H, W) cycles."""
     rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None, :]
-    rings: torch.Tensor = ((rows**2 + columns**2).sqrt() * min(height, width)).round().long()
-    return rings
+    found: torch.Tensor = ((rows**2 + columns**2).sqrt() * min(height, width)).round().long()
+    return found
 
 
 class Profile:

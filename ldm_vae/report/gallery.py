@@ -32,18 +32,25 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
     errors = [[images.error(original, other) for other in others] for original, others in pixels]
     # one scale for all, so that maps compare; a few outliers may saturate
     largest = float(np.quantile(np.concatenate([error.ravel() for row in errors for error in row]), 0.998))
+    perceived = [
+        [images.read_pixels(folder / vae["lpips"])[:, :, 0] if "lpips" in vae else None for vae in picture["vaes"]]
+        for picture in pictures
+    ]
+    everywhere = [values.ravel() for row in perceived for values in row if values is not None]
+    most = float(np.quantile(np.concatenate(everywhere), 0.998)) if everywhere else 0.0
     cards = []
-    for picture, (original, others), row in zip(pictures, pixels, errors, strict=True):
+    for picture, (original, others), row, seen in zip(pictures, pixels, errors, perceived, strict=True):
         vaes = [
             {
                 "name": name,
                 "reconstruction": images.embed(folder / vae["reconstruction"]),
                 "difference": images.difference(original, other),
                 "heat": images.heat_map(error, largest),
+                "lpips": None if where is None else images.heat_map(where, most),
                 "latent": images.embed(folder / vae["latent"]),
                 "metrics": _metrics(vae["metrics"]),
             }
-            for name, vae, other, error in zip(names, picture["vaes"], others, row, strict=True)
+            for name, vae, other, error, where in zip(names, picture["vaes"], others, row, seen, strict=True)
         ]
         cards.append(
             {
@@ -66,6 +73,31 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
         "stops": ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in images.STOPS),
         "pixelated": pixels[0][0].shape[1] < SHOWN_WIDTH,
     }
+
+
+KINDS = {  # of samples: title and explanation
+    "normal": (
+        "Drawn from N(0, I)",
+        "The prior of the evidence bound. Where the KL weight is as small as 1e-6 the latents are nowhere near it, and "
+        "these are noise: the autoencoder alone is no generator.",
+    ),
+    "field": (
+        "Drawn from a Gaussian field",
+        "With the latents' measured mean, deviation and spectrum. What these lack a diffusion model has to learn.",
+    ),
+}
+
+
+def samples(files: Sequence[Path]) -> list[Json]:
+    """The pictures of ldm_vae/metrics/samples.py, kind by kind; those of another name as they are."""
+    kinds = list(dict.fromkeys(path.stem.rpartition("-")[0] for path in files))
+    groups = []
+    for kind in sorted(kinds, key=lambda kind: (kind not in KINDS, list(KINDS).index(kind) if kind in KINDS else 0)):
+        title, text = KINDS.get(kind, (kind.capitalize(), ""))
+        own = [path for path in files if path.stem.rpartition("-")[0] == kind]
+        groups.append({"title": title, "text": text, "pictures": [images.embed(path) for path in own],
+                       "pixelated": images.read_pixels(own[0]).shape[1] < SHOWN_WIDTH})  # fmt: skip
+    return groups
 
 
 def _metrics(values: Json) -> list[Json]:

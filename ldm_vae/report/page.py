@@ -14,8 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ldm_vae import __version__, publish
 from ldm_vae.report import tables
 from ldm_vae.report.contents import Contents, read_contents
-from ldm_vae.report.gallery import SHOWN_WIDTH, gallery
-from ldm_vae.report.images import embed
+from ldm_vae.report.gallery import SHOWN_WIDTH, gallery, samples
 from ldm_vae.report.training import adversary_change, curves, health
 
 TEMPLATES = Path(__file__).parent / "page"
@@ -48,6 +47,7 @@ def render(contents: Contents) -> str:
     )
     results = contents.results
     names = [result["vae"]["name"] for result in results]
+    measured = contents.statistics or {}
     view: dict[str, Any] = {
         "title": contents.name,
         "subtitle": tables.subtitle(contents),
@@ -62,8 +62,8 @@ def render(contents: Contents) -> str:
         "health": health(contents.log, contents.config),
         "adversary": adversary_change(contents.log, contents.config),
         "latents": [found for result in results if (found := tables.latents(result))],
-        "store": tables.store(contents.statistics) if contents.statistics else None,
-        "samples": [embed(path) for path in contents.samples],
+        "store": tables.store(measured) if "scaling_factor" in measured else None,  # a store of indices has none
+        "samples": samples(contents.samples),
         "protocol": tables.protocol(results) if results else [],
         "checksum": results[0]["data"]["checksum"] if results else "",
         "fingerprints": tables.fingerprints(results),
