@@ -1,15 +1,20 @@
-"""`ldm-vae store verify|repair|stats STORE`: look after a latent store."""
+"""`ldm-vae store verify|repair|stats|merge|split`: look after latent stores."""
 
 from __future__ import annotations
 
 import argparse
 
-HELP = "verify or repair a latent store, or print its statistics"
+HELP = "verify, repair, merge or split latent stores, or print their statistics"
 DESCRIPTION = """\
   ldm-vae store verify my-latents    # reads everything again: checksums, rows, finite values
   ldm-vae store verify my-latents --reencode 100    # and encodes 100 random images again
   ldm-vae store repair my-latents    # makes again what is damaged, and only that
   ldm-vae store stats my-latents     # what is in it, and the measured scaling with its confidence intervals
+  ldm-vae store merge one two out    # one store of several; an image that both hold is taken once
+  ldm-vae store merge one out        # one store without the rows that updates have taken out
+  ldm-vae store split my-latents out --parts 4    # out/0 to out/3, of consecutive whole units
+  ldm-vae store split my-latents out --rows 0:1000
+  ldm-vae store split my-latents out --where label=3 --where source=photos
 """
 
 
@@ -27,10 +32,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for action in (verify, repair, stats):
         action.add_argument("store", metavar="STORE", help="folder of a latent store")
     stats.add_argument("--json", action="store_true", help="as JSON, for programs")
+    merge = actions.add_parser("merge", help="one store of several, or of one without its removed rows")
+    merge.add_argument(
+        "stores", metavar="STORE", nargs="+", help="stores of one identity; the first one's VAE is named"
+    )
+    split = actions.add_parser("split", help="some of a store's samples as stores of their own")
+    split.add_argument("store", metavar="STORE", help="folder of a latent store; it is not changed")
+    ways = split.add_mutually_exclusive_group(required=True)
+    ways.add_argument("--parts", type=int, metavar="N", help="N stores OUT/0, OUT/1, ... of consecutive whole units")
+    ways.add_argument("--rows", metavar="FIRST:STOP", help="these samples, STOP excluded")
+    ways.add_argument(
+        "--where",
+        metavar="COLUMN=VALUE",
+        action="append",
+        help="samples with this value (of a list: with this element); several must all hold",
+    )
+    for action in (merge, split):
+        action.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    {"verify": _verify, "repair": _repair, "stats": _stats}[arguments.action](arguments)
+    {"verify": _verify, "repair": _repair, "stats": _stats, "merge": _merge, "split": _split}[arguments.action](
+        arguments
+    )
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -125,3 +149,52 @@ def _stats(arguments: argparse.Namespace) -> None:
         print(json.dumps(manifest.model_dump(mode="json", exclude={"shards"}), indent=2))
     else:
         print(describe(arguments.store, manifest))
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from ldm_vae.latent_store.copying import merge
+
+    done = merge([Path(store) for store in arguments.stores], Path(arguments.out))
+    print(f"{arguments.out}: {done.samples:,} samples in {len(done.shards):,} shards, {done.quarantined:,} quarantined")
+
+
+def _split(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from ldm_vae.latent_store import read_manifest
+    from ldm_vae.latent_store.copying import split, take_samples, take_where
+
+    store, out = Path(arguments.store), Path(arguments.out)
+    made = [out]
+    if arguments.parts is not None:
+        made = split(store, out, arguments.parts)
+    elif arguments.rows is not None:
+        take_samples(store, out, *_range(arguments.rows))
+    else:
+        take_where(store, out, [_condition(text) for text in arguments.where])
+    for path in made:
+        manifest = read_manifest(path)
+        print(f"{path}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
+    if left := read_manifest(store).quarantined:
+        print(f"the {left:,} quarantined images stay with {store}")
+
+
+def _range(text: str) -> tuple[int, int]:
+    from ldm_vae.errors import UsageError
+
+    first, _, stop = text.partition(":")
+    try:
+        return int(first), int(stop)
+    except ValueError as error:
+        raise UsageError(f"--rows: expected FIRST:STOP, such as 0:1000, got {text!r}") from error
+
+
+def _condition(text: str) -> tuple[str, str]:
+    from ldm_vae.errors import UsageError
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--where: expected COLUMN=VALUE, got {text!r}")
+    return name, value

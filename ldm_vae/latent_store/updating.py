@@ -45,8 +45,8 @@ class StoredImages:
         for number, shard in enumerate(manifest.shards):
             table = shards.read_rows(store / SHARDS / shard.name, ["key", "image_sha256"])
             live = np.setdiff1d(np.arange(shard.rows), shard.removed)
-            keys.append(_digests(table.column("key").take(live).to_pylist()))
-            images.append(_shortened(table.column("image_sha256").take(live).to_pylist()))
+            keys.append(digests(table.column("key").take(live).to_pylist()))
+            images.append(shortened(table.column("image_sha256").take(live).to_pylist()))
             places.append(np.stack([np.full_like(live, number), live], axis=1))
         order = np.argsort(joined := np.concatenate(keys), kind="stable")
         self._keys, self.images = joined[order], np.concatenate(images)[order]
@@ -88,11 +88,11 @@ def make_plan(
     for first, checksums in _checksums(source, num_workers):
         keys = [storable(source.key(index)) for index in range(first, first + len(checksums))]
         for index, key, rows, checksum in zip(
-            range(first, first + len(keys)), keys, stored.find(_digests(keys)), checksums, strict=True
+            range(first, first + len(keys)), keys, stored.find(digests(keys)), checksums, strict=True
         ):
             entry = quarantined.get(key)
             if rows.start < rows.stop:
-                same = checksum is None or stored.images[rows.start] == _shortened([checksum])[0]
+                same = checksum is None or stored.images[rows.start] == shortened([checksum])[0]
                 unreadable += checksum is None
                 keep[rows] = same
                 if not same or (entry is not None and retry):
@@ -159,12 +159,14 @@ def _checksums(source: Source, num_workers: int) -> Iterator[tuple[int, list[str
     yield from zip(firsts, load(_Checksums(source), tasks, num_workers, False, 2, None), strict=True)
 
 
-def _digests(texts: Sequence[str]) -> Digests:
-    digests = [hashlib.blake2b(text.encode(), digest_size=DIGEST).digest() for text in texts]
-    return np.array(digests, dtype=f"S{DIGEST}")
+def digests(texts: Sequence[str]) -> Digests:
+    """A short hash of each text, in an array that can be sorted and searched."""
+    hashes = [hashlib.blake2b(text.encode(), digest_size=DIGEST).digest() for text in texts]
+    return np.array(hashes, dtype=f"S{DIGEST}")
 
 
-def _shortened(checksums: Sequence[str]) -> Digests:
+def shortened(checksums: Sequence[str]) -> Digests:
+    """The first half of each SHA-256."""
     return np.array([bytes.fromhex(checksum[: 2 * DIGEST]) for checksum in checksums], dtype=f"S{DIGEST}")
 
 
