@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("store", metavar="STORE", help="folder of a latent store")
     stats.add_argument("--json", action="store_true", help="as JSON, for programs")
     merge = actions.add_parser("merge", help="one store of several, or of one without its removed rows")
-    merge.add_argument(
-        "stores", metavar="STORE", nargs="+", help="stores of one identity; the first one's VAE is named"
-    )
+    merge.add_argument("stores", metavar="STORE", nargs="+", help="of one identity; VAE and data are the first one's")
     split = actions.add_parser("split", help="some of a store's samples as stores of their own")
     split.add_argument("store", metavar="STORE", help="folder of a latent store; it is not changed")
     ways = split.add_mutually_exclusive_group(required=True)

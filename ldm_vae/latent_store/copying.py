@@ -179,7 +179,7 @@ def _fill(
             record, types = _write_shard(folder, first.identity, number, group, taken)
             entries.append(record)
             columns |= {name: kind for name, kind in types.items() if columns.get(name, "null") == "null"}
-    unseen = set(entry.key for entry in quarantine) - set(keys)
+    unseen = {entry.key for entry in quarantine} - set(keys)
     bad = [entry for entry in quarantine if entry.key in unseen]
     bad = [entry.model_copy(update={"index": images + position}) for position, entry in enumerate(bad)]
     lines = [json.dumps(entry.model_dump(mode="json"), ensure_ascii=False) + "\n" for entry in bad]
