@@ -34,7 +34,7 @@ class Equivariance(nn.Module):
         scale, turns = self.transformation(draw.images_seen)
         factor = target.shape[2] // latents.shape[2]
         height, width = (max(1, round(scale * side)) for side in latents.shape[2:])
-        return _moved(latents, height, width, turns), _moved(target, factor * height, factor * width, turns)
+        return moved(latents, height, width, turns), moved(target, factor * height, factor * width, turns)
 
     def transformation(self, images_seen: int) -> tuple[float, int]:
         """(scale, quarter turns) of the batch that begins after so many images."""
@@ -44,7 +44,8 @@ class Equivariance(nn.Module):
         return float(generator.choice(self.config.scales)), int(generator.integers(4)) if self.config.rotate else 0
 
 
-def _moved(x: torch.Tensor, height: int, width: int, turns: int) -> torch.Tensor:
+def moved(x: torch.Tensor, height: int, width: int, turns: int) -> torch.Tensor:
+    """x [B, channels, rows, columns], images or latents => resized to height x width, then by so many quarter turns."""
     if x.shape[2:] != (height, width):
         x = F.interpolate(x, (height, width), mode="bicubic", align_corners=False, antialias=True)
     return torch.rot90(x, turns, dims=(2, 3))

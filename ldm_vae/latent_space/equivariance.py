@@ -1,0 +1,93 @@
+"""Whether to encode and to transform commute: E(T x) against T E(x), and D(T E(x)) against T x.
+
+A convolutional encoder commutes with neither scaling nor rotation by itself; latents of autoencoders that do are learnt
+faster by diffusion models (Kouzelis et al., "EQ-VAE", ICML 2025), which `perturbations.eq` trains for.
+
+Legend: B batch, C image channels, c latent channels, H W pixels, h w latent positions, T a transformation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ldm_vae import latents
+from ldm_vae.autoencoder import downsampling_factor
+from ldm_vae.metrics.protocol import PINNED
+from ldm_vae.metrics.psnr import psnr
+from ldm_vae.perturbations.eq import moved
+
+
+@dataclass(frozen=True)
+class Transformation:
+    """Resize by `scale` (bicubic, antialiased), then turn by so many quarter turns; of images and of latents."""
+
+    scale: float = 1.0
+    turns: int = 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, channels, rows, columns] => moved likewise."""
+        height, width = (round(self.scale * side) for side in x.shape[2:])
+        return moved(x, height, width, self.turns)
+
+
+TRANSFORMATIONS = {
+    "scale_0.5": Transformation(scale=0.5),
+    "rotate_90": Transformation(turns=1),
+    "rotate_180": Transformation(turns=2),
+    "rotate_270": Transformation(turns=3),
+}
+
+
+@dataclass(frozen=True)
+class Equivariance:
+    """Per image, fp64 [B]: latent, the relative squared error |E(T x) - T E(x)|^2 / |E(T x) - m|^2 (0 where they
+    commute, 1 where each channel's mean would do as well as T E(x)); psnr, of D(T E(x)) against T x in dB on 8 bits."""
+
+    latent: torch.Tensor
+    psnr: torch.Tensor
+
+
+def applicable(height: int, width: int) -> dict[str, Transformation]:
+    """Those of TRANSFORMATIONS that a latent of h x w positions can undergo: one position has neither scale nor
+    direction, and half of an odd number of positions is none."""
+    if height * width == 1:
+        return {}
+    return {
+        name: transformation
+        for name, transformation in TRANSFORMATIONS.items()
+        if all((transformation.scale * side).is_integer() for side in (height, width))
+    }
+
+
+@torch.no_grad()
+def equivariance_error(
+    vae: Any,
+    images: torch.Tensor,
+    center: torch.Tensor | None = None,
+    transformations: Mapping[str, Transformation] | None = None,
+) -> dict[str, Equivariance]:
+    """Encode images [B, C, H, W] in [-1, 1] before and behind each transformation (default: all that apply).
+
+    center: mean of each channel over the data [c], the m of the relative error, so that a shift of the latent space
+    makes no error small; the batch's own if it is not given. The mode of the posterior is compared.
+    """
+    factor = downsampling_factor(vae)
+    if transformations is None:
+        transformations = applicable(images.shape[2] // factor, images.shape[3] // factor)
+    mean = latents.encode(vae, images).mean
+    m = mean.double().mean(dim=(0, 2, 3)) if center is None else center.double().to(mean.device)
+    found = {}
+    for name, transformation in transformations.items():
+        target, moved = transformation(images), transformation(mean)
+        encoded = latents.encode(vae, target).mean.double()
+        error = (encoded - moved.double()).square().flatten(1).sum(dim=1)
+        size = (encoded - m.view(-1, 1, 1)).square().flatten(1).sum(dim=1)
+        decoded = latents.decode(vae, moved)
+        found[name] = Equivariance(
+            error / size.clamp(min=1e-300), psnr(PINNED.quantise(target.float()), PINNED.quantise(decoded.float()))
+        )
+    return found

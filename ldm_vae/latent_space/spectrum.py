@@ -1,0 +1,49 @@
+"""How the power of latents spreads over spatial frequencies.
+
+A diffusion model denoises coarse structure first, and an image's power falls with frequency. Latents that hold much
+power at high frequencies are closer to noise, and learning them is harder (Skorokhodov et al., "Improving the
+diffusability of autoencoders", ICML 2025).
+
+Legend: B batch, c latent channels, h w latent positions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ldm_vae.metrics.profile import radial_spectrum
+
+HIGH = 0.25  # cycles per position: half of the highest frequency that a row of positions can hold
+
+
+def radial_power_spectrum(latents: torch.Tensor) -> torch.Tensor:
+    """latents [B, c, h, w] => mean power over images and channels, fp64 [min(h, w) // 2 + 1].
+
+    Entry k is the ring of k / min(h, w) cycles per position; white noise of variance 1 gives 1 in each. Entry 0 is 0:
+    the mean of each plane is taken out.
+    """
+    return radial_spectrum(latents) / len(latents)
+
+
+def high_frequency_share(latents: torch.Tensor) -> torch.Tensor:
+    """latents [B, c, h, w] => the share of each one's power above HIGH, fp64 [B], between 0 and 1.
+
+    Over all channels, the mean of each plane left out; 0 where nothing is left. White noise has `white_share(h, w)`.
+    """
+    height, width = latents.shape[2:]
+    power = torch.fft.fft2(latents.double()).abs().square().sum(dim=1)
+    power[:, 0, 0] = 0.0
+    high = _is_high(height, width).to(power.device)
+    share: torch.Tensor = power[:, high].sum(dim=1) / power.sum(dim=(1, 2)).clamp(min=1e-300)
+    return share
+
+
+def white_share(height: int, width: int) -> float:
+    """`high_frequency_share` of white noise: the share of all frequencies but 0 that lie above HIGH, near 0.8."""
+    return float(_is_high(height, width).sum()) / max(1, height * width - 1)
+
+
+def _is_high(height: int, width: int) -> torch.Tensor:
+    rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None, :]
+    found: torch.Tensor = (rows**2 + columns**2).sqrt() > HIGH
+    return found
