@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import os
 import pickle  # noqa: TID251 - the one exception: a hash-checked file and three harmless globals, see _ArrayUnpickler
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from safetensors.torch import load_file, save
 
 from ldm_vae import publish
 from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.places import cache_dir, offline
 
 Net = Literal["alex", "vgg"]
 Tensors = dict[str, torch.Tensor]
@@ -58,17 +58,6 @@ CONVOLUTIONS = {  # places of the convolutions in torchvision's `features`
     "vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
     "alex": (0, 3, 6, 8, 10),
 }
-
-
-def cache_dir() -> Path:
-    """Where converted weights are kept: $XDG_CACHE_HOME/ldm-vae, by default ~/.cache/ldm-vae."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ldm-vae"
-
-
-def offline() -> bool:
-    """Whether downloads are forbidden: LDM_VAE_OFFLINE=1 or HF_HUB_OFFLINE=1."""
-    return any(os.environ.get(name, "0") not in ("", "0") for name in ("LDM_VAE_OFFLINE", "HF_HUB_OFFLINE"))
 
 
 # --- LPIPS ------------------------------------------------------------------------------------------------------------

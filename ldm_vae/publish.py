@@ -32,14 +32,12 @@ def is_temporary(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _written(path: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
+def _made(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """The temporary file, on disk; it is gone when the block ends, unless it was renamed."""
     temporary = temporary_name(path)
     try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        make(temporary)
+        sync(temporary)
         yield temporary
     except OSError as error:
         raise explained(error, path) from error
@@ -50,14 +48,19 @@ def _written(path: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
 
 def replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Write `path` so that a reader sees the old file or the new one, and nothing between."""
-    with _written(path, write) as temporary:
+    replace_by(path, _writing(write))
+
+
+def replace_by(path: Path, make: Callable[[Path], None]) -> None:
+    """As `replace`, for a library that opens a path by itself: `make` is given the temporary one."""
+    with _made(path, make) as temporary:
         os.replace(temporary, path)
         sync(path.parent)
 
 
 def create(path: Path, write: Callable[[BinaryIO], None]) -> bool:
     """Write `path` if it is absent; False, and nothing changed, if another process was first."""
-    with _written(path, write) as temporary:
+    with _made(path, _writing(write)) as temporary:
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -70,6 +73,14 @@ def create(path: Path, write: Callable[[BinaryIO], None]) -> bool:
             os.replace(temporary, path)
         sync(path.parent)
     return True
+
+
+def _writing(write: Callable[[BinaryIO], None]) -> Callable[[Path], None]:
+    def make(temporary: Path) -> None:
+        with open(temporary, "xb") as file:
+            write(file)
+
+    return make
 
 
 def data(content: bytes) -> Callable[[BinaryIO], None]:

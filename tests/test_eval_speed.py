@@ -108,7 +108,7 @@ def test_opening_ten_million_samples_takes_little_memory(tmp_path: Path) -> None
     # nothing per sample: the index of the shards is all there is
     data = LatentDataset(tmp_path / "large")
     assert sum(value.nbytes for value in (data._stops, data._starts)) == 2 * 8 * len(data.shards)
-    assert data.shape(9_999_999) == (4, 32, 32) and not data._maps
+    assert data.shape(9_999_999) == (4, 32, 32) and not len(data._maps)
 
 
 def test_a_store_that_grows_is_read_beside_a_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
 
         print(prepare_digits(arguments.out))
         return
-    from ldm_vae.assets import cache_dir, lpips_trunk
+    from ldm_vae.assets import lpips_trunk
+    from ldm_vae.places import cache_dir
 
     for net in arguments.net:
         tensors = lpips_trunk(net)

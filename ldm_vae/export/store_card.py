@@ -101,7 +101,7 @@ def _making(manifest: Manifest) -> list[str]:
 
 
 def _megabytes(manifest: Manifest) -> str:
-    return f"{sum(file.bytes for shard in manifest.shards for file in shard.files.values()) / 1e6:,.1f} MB"
+    return f"{sum(shard.stored_bytes for shard in manifest.shards) / 1e6:,.1f} MB"
 
 
 def _size(samples: int) -> str:

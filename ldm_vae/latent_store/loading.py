@@ -27,7 +27,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ldm_vae.data import buckets, sampler
 from ldm_vae.data.workers import load
 from ldm_vae.errors import UsageError
-from ldm_vae.latent_store.reading import Item, LatentDataset
+from ldm_vae.latent_store.ahead import ahead, warn_if_small
+from ldm_vae.latent_store.batch import Item
+from ldm_vae.latent_store.reading import LatentDataset
 
 
 class Schedule:
@@ -118,6 +120,8 @@ class LatentLoader:
         self.schedule = Schedule(dataset, batch_size, seed, shuffle, rank, world_size)
         self.num_workers, self.pin_memory, self.prefetch_factor = num_workers, pin_memory, prefetch_factor
         self._step = 0
+        if shuffle:
+            warn_if_small(dataset)
 
     @property
     def epoch(self) -> int:
@@ -139,7 +143,9 @@ class LatentLoader:
         stop = self.schedule.before(self.epoch + 1)
         tasks = itertools.islice(self.schedule.batches(self._step), stop - self._step)
         reader = _Reader(self.dataset)
-        for batch in load(reader, tasks, self.num_workers, self.pin_memory, self.prefetch_factor, None):
+        for batch in load(
+            reader, ahead(self.dataset, tasks), self.num_workers, self.pin_memory, self.prefetch_factor, None
+        ):
             self._step += 1  # before it is given: a state that is saved after its step does not repeat it
             yield batch
 
@@ -180,9 +186,8 @@ class LatentStream(IterableDataset[Item]):
         worker = get_worker_info()
         first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
         reader = _Reader(self._loader.dataset)
-        for tasks in itertools.islice(
-            self._loader.schedule.batches(self._loader.state_dict()["step"]), first, None, every
-        ):
+        batches = self._loader.schedule.batches(self._loader.state_dict()["step"])
+        for tasks in ahead(self._loader.dataset, itertools.islice(batches, first, None, every)):
             yield reader.__getitems__(tasks)
 
 

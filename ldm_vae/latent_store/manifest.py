@@ -11,6 +11,7 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, ValidationError
 
@@ -93,7 +94,7 @@ class FileRecord(Section):
     """Size and SHA-256 of one file of a shard."""
 
     bytes: int
-    sha256: str
+    sha256: str = Field(pattern=r"^([0-9a-f]{64})?$")  # names the file in a cache: never a path; empty if unreadable
 
 
 class ShardRecord(Section):
@@ -117,6 +118,11 @@ class ShardRecord(Section):
     def live(self) -> int:
         """Rows that are still part of the store."""
         return self.rows - len(self.removed)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all its files."""
+        return sum(file.bytes for file in self.files.values())
 
 
 class Manifest(Section):
@@ -158,20 +164,17 @@ def manifest_path(store: Path) -> Path:
 
 
 def read_manifest(store: str | Path) -> Manifest:
-    """Read and check STORE/manifest.json.
+    """Read and check STORE/manifest.json, of a folder or of a URL.
 
     Raises:
         UsageError: there is no store, or a newer version of this tool wrote it.
-        WorkError: the manifest is damaged.
+        WorkError: the manifest is damaged, or its URL cannot be read.
     """
-    path = manifest_path(Path(store))
+    place = place_of(store)
+    content = _local(place) if isinstance(place, Path) else _remote(place)
     try:
-        tree = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(
-            f"store {store}: no manifest.json there; `ldm-vae encode VAE DATA {store}` makes one"
-        ) from error
-    except (OSError, ValueError) as error:
+        tree = json.loads(content)
+    except ValueError as error:
         raise WorkError(f"store {store}: manifest.json cannot be read: {error}") from error
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise UsageError(f"store {store}: manifest.json is not that of a latent store")
@@ -186,6 +189,35 @@ def read_manifest(store: str | Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise WorkError(f"store {store}: manifest.json is damaged: `{where}`: {first['msg']}") from error
+
+
+def place_of(store: str | Path) -> str | Path:
+    """A folder as a Path (`file://` as well), a store elsewhere as its URL."""
+    if not isinstance(store, str) or "://" not in store:
+        return Path(store)
+    if store.startswith("file://"):
+        return Path(unquote(urlsplit(store).path))
+    return store.rstrip("/")
+
+
+def _local(store: Path) -> bytes:
+    try:
+        return manifest_path(store).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(
+            f"store {store}: no manifest.json there; `ldm-vae encode VAE DATA {store}` makes one"
+        ) from error
+    except OSError as error:
+        raise WorkError(f"store {store}: manifest.json cannot be read: {error}") from error
+
+
+def _remote(store: str) -> bytes:
+    from ldm_vae.latent_store import transfer  # fsspec, which readers of folders have no need of
+
+    try:
+        return transfer.read(f"{store}/{MANIFEST}")
+    except transfer.AbsentError as error:
+        raise UsageError(f"store {store}: no manifest.json there; `ldm-vae store push` puts one on a hub") from error
 
 
 def write_manifest(store: Path, manifest: Manifest) -> None:

@@ -13,8 +13,8 @@ from ldm_vae.latent_store.manifest import Manifest
 from ldm_vae.latent_store.units import storable
 
 
-def find_vae(store: Path, manifest: Manifest, named: str | None = None) -> Any:
-    """The VAE of a store: the one that is named, else the one that its manifest names, else a `vae/` beside the store.
+def find_vae(store: str | Path, manifest: Manifest, named: str | None = None) -> Any:
+    """The VAE of a store: the one that is named, else the one that its manifest names, else a `vae/` beside a folder.
 
     Raises:
         UsageError: none is found, or its encoder is not the store's: those latents mean nothing to its decoder.
@@ -22,7 +22,8 @@ def find_vae(store: Path, manifest: Manifest, named: str | None = None) -> Any:
     if named is not None:
         return _checked(store, manifest, named)
     problems = []
-    for place in (manifest.recorded.vae, str(store.resolve().parent / "vae")):
+    beside = [str(store.resolve().parent / "vae")] if isinstance(store, Path) else []
+    for place in (manifest.recorded.vae, *beside):
         try:
             return _checked(store, manifest, place)
         except UsageError as problem:
@@ -30,7 +31,7 @@ def find_vae(store: Path, manifest: Manifest, named: str | None = None) -> Any:
     raise UsageError(f"--vae: say where the VAE of this store is now ({problems[0]})")
 
 
-def _checked(store: Path, manifest: Manifest, place: str) -> Any:
+def _checked(store: str | Path, manifest: Manifest, place: str) -> Any:
     vae = load_autoencoder(place)
     if encoder_fingerprint(vae) != manifest.identity.encoder:
         raise UsageError(f"VAE {place}: its encoder is not the one that made the store {store}")

@@ -7,14 +7,14 @@
     for batch in data.loader(64): ...     # shuffled batches of an epoch; new noise each epoch
 
 No file is opened per sample: each shard is mapped once per process, when it is first touched, and its pages are shared
-between workers. Rows go straight from the map into the batch's buffer.
+between workers (`mapping.py`). Rows go straight from the map into the batch's buffer.
 
 Legend: B batch, c latent channels, h w latent positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,42 +24,19 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm_vae import keyed, latents
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.errors import UsageError
 from ldm_vae.latent_store import shards
-from ldm_vae.latent_store.layout import PIXELS, SAFETENSORS_DTYPES, SHARDS, TENSOR_NAMES, TENSORS, tensor_name
-
-from ldm_vae.latent_store.layout import crop_of, is_flipped  # isort: skip
-from ldm_vae.latent_store.manifest import Manifest, ShardRecord, read_manifest
+from ldm_vae.latent_store.batch import Item, Rows
+from ldm_vae.latent_store.layout import PIXELS, SAFETENSORS_DTYPES, TENSOR_NAMES, crop_of, is_flipped, tensor_name
+from ldm_vae.latent_store.manifest import Manifest, ShardRecord, place_of, read_manifest
+from ldm_vae.latent_store.mapping import Maps, open_files
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Moments, Normalisation, NormalisationKind
 
 if TYPE_CHECKING:
     from ldm_vae.latent_store.loading import LatentLoader
 
-Item = dict[str, Any]
 Integers = npt.NDArray[np.int64]
-
-MOST_MAPS = 30_000  # the kernel allows a process 65,530 mappings; stores of more shards give up the oldest ones
-
-
-class Rows(Sequence[Item]):
-    """The samples of one batch: `batch` is the ready dict of whole tensors, indexing makes single items from it."""
-
-    def __init__(self, batch: Item, count: int) -> None:
-        self.batch, self._count = batch, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, position: Any) -> Any:
-        if isinstance(position, slice):
-            return [self[k] for k in range(*position.indices(self._count))]
-        if not -self._count <= position < self._count:
-            raise IndexError(position)
-        return {name: values[position] for name, values in self.batch.items()}
-
-    def __iter__(self) -> Iterator[Item]:
-        return (self[position] for position in range(self._count))
 
 
 class LatentDataset(Dataset[Item]):
@@ -70,7 +47,7 @@ class LatentDataset(Dataset[Item]):
     `loader` is the fast way.
 
     Args:
-        path: the store's folder.
+        path: the store's folder, or a URL of any file system that fsspec knows (`remote.py`).
         raw: give the stored tensors instead (`mean` and `logvar`, or what the store has), unscaled, fp32; or the name
             of one of them, which is then given as it is stored.
         sample: z = mean + sigma * noise; False gives the mean. Noise is keyed by (seed, epoch, index).
@@ -81,6 +58,8 @@ class LatentDataset(Dataset[Item]):
         view: which view (`""`, `flip`, `top_left`, ...), or `random`: another one each epoch, keyed as the noise is.
         resolution: only samples of this resolution; None is all.
         pixels: also give `pixels`, uint8 [C, H, W], of a store that was made with them.
+        cache_bytes: of a URL, the most that its cache may hold (default: $LDM_VAE_STORE_CACHE, else 50 GB or half of
+            what is free); smaller than the store it makes shuffled reading download shards again and again.
 
     Raises:
         UsageError: no store there, one of another format version, an incomplete one; an unknown column, view or
@@ -99,8 +78,9 @@ class LatentDataset(Dataset[Item]):
         view: str = "",
         resolution: int | None = None,
         pixels: bool = False,
+        cache_bytes: float | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = place_of(path)
         self.manifest: Manifest = read_manifest(self.path)
         if not self.manifest.complete:
             raise UsageError(f"store {path}: not finished; run the `ldm-vae encode` command that began it again")
@@ -137,8 +117,9 @@ class LatentDataset(Dataset[Item]):
             if shard.removed
         }
         self._several_shapes = len({shard.shape for shard in self.shards}) > 1
-        self._maps: dict[int, dict[str, npt.NDArray[Any]]] = {}
-        self._tables: dict[int, dict[str, Any]] = {}
+        names = [tensor_name(name, view) for view in identity.views for name in self._names]
+        self.files = open_files(self.path, self.manifest, cache_bytes)
+        self._maps = Maps(self.files, self.shards, names)
 
     def _choose(self, normalisation: Normalisation | NormalisationKind | None) -> Normalisation:
         if normalisation is not None and self.manifest.identity.codes is not None:
@@ -246,6 +227,11 @@ class LatentDataset(Dataset[Item]):
         shard, row = self._places(self._checked(np.asarray([index], dtype=np.int64)))
         return {name: self._value(shard[0], row[0], name) for name in columns}
 
+    def shards_of(self, indices: Sequence[int]) -> list[ShardRecord]:
+        """The shards that hold some samples, each once."""
+        shard, _ = self._places(np.asarray(indices, dtype=np.int64))
+        return [self.shards[number] for number in dict.fromkeys(shard)]
+
     def views(self, indices: Sequence[int], epochs: Sequence[int]) -> list[str]:
         """Which view of each sample is given in its epoch."""
         if self._view != "random":
@@ -262,12 +248,12 @@ class LatentDataset(Dataset[Item]):
         out = np.empty((len(shard), *shape), dtype=dtype)
         if isinstance(views, str):
             one = tensor_name(name, views)
-            arrays = {s: self._map(s)[one] for s in set(shard)}
+            arrays = {s: self._maps.tensors(s)[one] for s in set(shard)}
             for position, (s, r) in enumerate(zip(shard, row, strict=True)):
                 out[position] = arrays[s][r]
         else:
             for position, (s, r, view) in enumerate(zip(shard, row, views, strict=True)):
-                out[position] = self._map(s)[tensor_name(name, view)][r]
+                out[position] = self._maps.tensors(s)[tensor_name(name, view)][r]
         return torch.from_numpy(out) if self._dtype != "BF16" else torch.from_numpy(out).view(torch.bfloat16)
 
     def _gather_pixels(self, views: list[str] | str, shard: list[int], row: list[int]) -> torch.Tensor:
@@ -275,50 +261,13 @@ class LatentDataset(Dataset[Item]):
         each = [views] * len(shard) if isinstance(views, str) else views
         crops = []
         for s, r, view in zip(shard, row, each, strict=True):
-            crop = self._map(s)[tensor_name(PIXELS, crop_of(view))][r]
+            crop = self._maps.tensors(s)[tensor_name(PIXELS, crop_of(view))][r]
             crops.append(crop[:, :, ::-1] if is_flipped(view) else crop)
         return torch.from_numpy(np.stack(crops))
 
     def _value(self, shard: int, row: int, name: str) -> Any:
-        column = self._table(shard).get(name)
+        column = self._maps.columns(shard).get(name)
         return None if column is None else column[row].as_py()
-
-    # --- files --------------------------------------------------------------------------------------------------------
-
-    def _map(self, shard: int) -> dict[str, npt.NDArray[Any]]:
-        mapped = self._maps.get(shard)
-        if mapped is None:
-            record = self.shards[shard]
-            path = self._inside(f"{record.name}.{TENSORS}")
-            mapped = shards.map_tensors(path)
-            for view in self.manifest.identity.views:
-                for name in self._names:
-                    found = mapped.get(tensor_name(name, view))
-                    if found is None or found.shape != (record.rows, *record.shape):
-                        raise WorkError(f"shard {path}: is not as the manifest says; run `ldm-vae store verify`")
-            _make_room(self._maps)
-            self._maps[shard] = mapped
-        return mapped
-
-    def _table(self, shard: int) -> dict[str, Any]:
-        columns = self._tables.get(shard)
-        if columns is None:
-            table = shards.map_rows(self._inside(self.shards[shard].name)).combine_chunks()
-            columns = {name: table.column(name).chunk(0) for name in table.column_names}
-            _make_room(self._tables)
-            self._tables[shard] = columns
-        return columns
-
-    def _inside(self, name: str) -> Path:
-        """The path of a shard's file. Raises WorkError for a link that leads out of the store."""
-        path = self.path / SHARDS / name
-        if path.is_symlink() and not path.resolve().is_relative_to(self.path.resolve()):
-            raise WorkError(f"shard {path}: is a link that leads out of the store")
-        return path
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Workers map the files themselves: maps are not sent, their pages are shared anyway."""
-        return {**self.__dict__, "_maps": {}, "_tables": {}}
 
     # --- back to pixels -----------------------------------------------------------------------------------------------
 
@@ -344,9 +293,3 @@ def _widened(stored: torch.Tensor) -> torch.Tensor:
 def _known(what: str, name: Any, exist: Sequence[Any]) -> None:
     if name not in exist:
         raise UsageError(f"{what}: the store has no {name!r}; it has {', '.join(map(repr, exist))}")
-
-
-def _make_room(maps: dict[int, Any]) -> None:
-    """Give up the oldest mapping when there are too many."""
-    if len(maps) >= MOST_MAPS:
-        del maps[next(iter(maps))]

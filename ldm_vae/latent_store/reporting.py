@@ -20,7 +20,7 @@ def describe(store: str | Path, manifest: Manifest) -> str:
     """The lines that `ldm-vae encode` ends with and `ldm-vae store stats` prints."""
     identity = manifest.identity
     shapes = sorted({shard.shape for shard in manifest.shards})
-    size = sum(file.bytes for shard in manifest.shards for file in shard.files.values())
+    size = sum(shard.stored_bytes for shard in manifest.shards)
     precision = "fp32" if identity.mixed_precision == "no" else identity.mixed_precision
     lines = [
         f"{store}: {manifest.samples:,} samples in {_shards(len(manifest.shards))}, {size / 1e6:,.1f} MB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from ldm_vae.latent_store.layout import (
     TENSORS,
     tensor_name,
 )
-from ldm_vae.latent_store.manifest import Manifest, ShardRecord, read_manifest
+from ldm_vae.latent_store.manifest import Manifest, ShardRecord, place_of, read_manifest
 from ldm_vae.latent_store.shards import CHUNK_ROWS
 
 
@@ -35,18 +36,23 @@ class Problem:
 
 
 def verify(store: str | Path) -> list[Problem]:
-    """Read every shard again: checksums, rows, columns, finite values. An empty list means that all is well.
+    """Read every shard again: checksums, rows, columns, finite values. An empty list means that all is well. Of a URL
+    every file is downloaded, past the cache.
 
     Raises:
         UsageError: there is no store.
         WorkError: the manifest itself is damaged, or the store is not finished.
     """
-    path = Path(store)
-    manifest = read_manifest(path)
+    place = place_of(store)
+    manifest = read_manifest(place)
     if not manifest.complete:
         raise WorkError(f"store {store}: not finished; run the `ldm-vae encode` command that began it again")
     bar = tqdm(manifest.shards, desc="verify", unit="shards", disable=None, leave=False)
-    problems = [problem for shard in bar for problem in check_shard(path, manifest, shard)]
+    problems: list[Problem] = []
+    for shard in bar:
+        problems += (
+            check_shard(place, manifest, shard) if isinstance(place, Path) else _check_at(place, manifest, shard)
+        )
     rows = sum(shard.live for shard in manifest.shards)
     if rows != manifest.samples:
         problems.append(Problem("manifest.json", f"says {manifest.samples} samples, its shards have {rows}"))
@@ -74,6 +80,22 @@ def check_shard(store: Path, manifest: Manifest, shard: ShardRecord) -> Iterator
         yield from _check_rows(manifest, shard, stem)
     except (WorkError, pa.ArrowException, OSError) as error:
         yield Problem(f"{SHARDS}/{shard.name}", str(error))
+
+
+def _check_at(url: str, manifest: Manifest, shard: ShardRecord) -> Iterator[Problem]:
+    from ldm_vae.latent_store.remote import file_url
+    from ldm_vae.latent_store.transfer import download  # fsspec, which a folder has no need of
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / SHARDS).mkdir()
+        problems = []
+        for extension in EXTENSIONS:
+            file = f"{SHARDS}/{shard.name}.{extension}"
+            try:
+                download(file_url(url, shard, extension), Path(folder) / file, shard.files[extension])
+            except WorkError as error:
+                problems.append(Problem(file, str(error)))
+        yield from problems or check_shard(Path(folder), manifest, shard)
 
 
 def _check_rows(manifest: Manifest, shard: ShardRecord, stem: Path) -> Iterator[Problem]:

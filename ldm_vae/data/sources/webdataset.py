@@ -189,7 +189,7 @@ def _open(shard: str) -> Any:
     if shard.startswith(("http://", "https://")):
         return urllib.request.urlopen(shard, timeout=60)
     if "://" in shard:
-        import fsspec  # type: ignore[import-untyped]
+        import fsspec
 
         return fsspec.open(shard, "rb")
     return open(shard, "rb")

@@ -1,0 +1,77 @@
+"""A web server on the loopback interface that serves a folder, counts what it is asked for, and fails as it is told."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Literal
+
+Fault = Literal["500", "404", "cut", "corrupt", "stall"]
+
+
+class Upstream:
+    """`faults[name]` are what goes wrong with the next requests for a file of that name, in order; then all is well."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.asked: Counter[str] = Counter()
+        self.faults: dict[str, list[Fault]] = {}
+        self.stalled, self.go_on = threading.Event(), threading.Event()
+        self.lock = threading.Lock()
+        self.url = ""
+
+    def next_fault(self, name: str) -> Fault | None:
+        """What goes wrong with this request for it."""
+        with self.lock:
+            self.asked[name] += 1
+            waiting = self.faults.get(name) or self.faults.get("*") or []
+            return waiting.pop(0) if waiting else None
+
+
+@contextmanager
+def serving(root: Path) -> Iterator[Upstream]:
+    """The server, as long as the block runs; `url` is where the folder is."""
+    upstream = Upstream(root)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = upstream.root / self.path.lstrip("/")
+            fault = upstream.next_fault(path.name)
+            if fault in ("500", "404") or not path.is_file():
+                self.send_error(500 if fault == "500" else 404)
+                return
+            content = path.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            half = len(content) // 2
+            if fault == "corrupt":
+                content = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+            if fault in ("cut", "stall"):
+                self.wfile.write(content[:half])
+                self.wfile.flush()
+                if fault == "stall":
+                    upstream.stalled.set()
+                    upstream.go_on.wait()
+                self.close_connection = True
+                return
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Silent."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    upstream.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield upstream
+    finally:
+        upstream.go_on.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
