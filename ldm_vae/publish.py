@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ldm_vae.errors import WorkError
+from ldm_vae.errors import UsageError, WorkError
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -100,6 +100,28 @@ def beside(out: Path) -> Path:
     folder = temporary_name(out)
     folder.mkdir(parents=True)
     return folder
+
+
+@contextlib.contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """An empty folder to be filled; it gets the name `out` when the block ends well, and is gone when it does not.
+
+    Raises:
+        UsageError: `out` exists.
+        WorkError: it cannot be written.
+    """
+    if out.exists():
+        raise UsageError(f"OUT {out}: exists already; choose a new folder")
+    folder: Path | None = None
+    try:
+        folder = beside(out)
+        yield folder
+        put(folder, out)
+    except OSError as error:
+        raise explained(error, out) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def put(folder: Path, out: Path) -> None:
