@@ -1,10 +1,10 @@
-"""`ldm-vae store verify|repair|stats|merge|split`: look after latent stores."""
+"""`ldm-vae store verify|repair|stats|merge|split|convert`: look after latent stores."""
 
 from __future__ import annotations
 
 import argparse
 
-HELP = "verify, repair, merge or split latent stores, or print their statistics"
+HELP = "verify, repair, merge, split or convert latent stores, or print their statistics"
 DESCRIPTION = """\
   ldm-vae store verify my-latents    # reads everything again: checksums, rows, finite values
   ldm-vae store verify my-latents --reencode 100    # and encodes 100 random images again
@@ -15,7 +15,12 @@ DESCRIPTION = """\
   ldm-vae store split my-latents out --parts 4    # out/0 to out/3, of consecutive whole units
   ldm-vae store split my-latents out --rows 0:1000
   ldm-vae store split my-latents out --where label=3 --where source=photos
+  ldm-vae store convert my-latents out --to parquet    # or webdataset, lightningdit, kohya: says what is lost
+  ldm-vae store convert out my-latents --from parquet
 """
+
+FORMATS = ("parquet", "webdataset", "lightningdit", "kohya")  # the files of latent_store/formats, without importing it
+MODELS = ("sd", "sdxl", "sd3", "flux")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,14 +50,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="samples with this value (of a list: with this element); several must all hold",
     )
-    for action in (merge, split):
+    convert = actions.add_parser("convert", help="a store in another program's format, or a store of such latents")
+    convert.add_argument("source", metavar="SRC", help="a latent store (--to), or latents in another format (--from)")
+    directions = convert.add_mutually_exclusive_group(required=True)
+    for flag, what in (("--to", "write SRC in this format"), ("--from", "SRC is in this format, OUT becomes a store")):
+        directions.add_argument(flag, choices=FORMATS, dest=flag.strip("-") + "_format", help=what)
+    convert.add_argument("--model", choices=MODELS, help="--to kohya: the diffusion model that the cache is for")
+    convert.add_argument("--vae", metavar="VAE", help="--from: the VAE of the latents, where they do not carry it")
+    convert.add_argument("--shard_size", type=int, default=2048, metavar="N", help="--from: samples per unit (2048)")
+    for action in (merge, split, convert):
         action.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    {"verify": _verify, "repair": _repair, "stats": _stats, "merge": _merge, "split": _split}[arguments.action](
-        arguments
-    )
+    verbs = {"verify": _verify, "repair": _repair, "stats": _stats}
+    verbs |= {"merge": _merge, "split": _split, "convert": _convert}
+    verbs[arguments.action](arguments)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -177,6 +190,34 @@ def _split(arguments: argparse.Namespace) -> None:
         print(f"{path}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
     if left := read_manifest(store).quarantined:
         print(f"the {left:,} quarantined images stay with {store}")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from ldm_vae.autoencoder import load_autoencoder
+    from ldm_vae.errors import UsageError
+    from ldm_vae.latent_store.converting import convert_from, convert_to
+    from ldm_vae.latent_store.formats import Options
+
+    source, out = Path(arguments.source), Path(arguments.out)
+    if arguments.to_format is not None:
+        if arguments.vae is not None:
+            raise UsageError("--vae: belongs to --from; a store knows its VAE")
+        lost = convert_to(source, out, arguments.to_format, Options(model=arguments.model))
+        print(f"{out}: the latents of {source} as {arguments.to_format}; what it does not carry:")
+        for phrase in lost:
+            print(f"  {phrase}")
+        return
+    vae = None if arguments.vae is None else load_autoencoder(arguments.vae)
+    manifest, notes = convert_from(
+        source, out, arguments.from_format, vae=vae, vae_name=arguments.vae or "", shard_size=arguments.shard_size
+    )
+    for note in notes:
+        print(note)
+    print(f"{out}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
+    if manifest.recorded.claimed:
+        print(f"that they are of {manifest.recorded.vae} is your word: the latents carry no identity")
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -121,6 +121,11 @@ def _unseen(piece: StoredPiece, earlier: Sequence[StoredImages]) -> StoredPiece:
         for position, found in enumerate(stored.find(digests(piece.keys))):
             if found.start < found.stop:
                 keep[position] = False
+                if not images[position]:
+                    raise UsageError(
+                        f"store {piece.store}: {piece.keys[position]} is in a store before it too, and without "
+                        "a checksum nobody can say whether it is the same image; `store split` can leave it out"
+                    )
                 if stored.images[found.start] != images[position]:
                     raise UsageError(
                         f"store {piece.store}: {piece.keys[position]} is another image there than in a store before "

@@ -88,6 +88,8 @@ class Recorded(Section):
     """The four keys of the VAE's config.json that say how z becomes latents."""
     tool: str
     """Version of ldm-vae that began the store."""
+    claimed: bool = False
+    """The latents came from another program without an identity; that they are of this VAE is what the user said."""
 
 
 class FileRecord(Section):

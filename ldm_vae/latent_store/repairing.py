@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 
 from ldm_vae.data.source import Source
+from ldm_vae.data.transforms import preprocessing_identity
 from ldm_vae.errors import WorkError
 from ldm_vae.latent_store import preparing, shards, units
 from ldm_vae.latent_store.encoding import Encoder
@@ -106,6 +107,11 @@ def _encode_again(
 ) -> list[str]:
     """Encode units again and put their new shards into the manifest; the keys that were lost."""
     identity = manifest.identity
+    if (now := preprocessing_identity(source.decoding)) != identity.preprocessing:
+        raise WorkError(
+            f"store {store}: its images were preprocessed by {identity.preprocessing!r}, this program does it by "
+            f"{now!r}: {len(numbers)} unit(s) cannot be made again; encode into a new folder"
+        )
     old = {number: _old_rows(store, manifest, number) for number in numbers}
     whole = units.fresh_plan(units.source_identity(source))
     places = indices_of(source, {row["key"] for rows in old.values() for row in rows or ()})

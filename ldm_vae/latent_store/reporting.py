@@ -28,7 +28,8 @@ def describe(store: str | Path, manifest: Manifest) -> str:
         f"  tensors      {identity.store} in {identity.dtype}, encoded in {precision} "
         f"at {_sides(identity.resolution)}, "
         f"latent shape {', '.join('x'.join(map(str, shape)) for shape in shapes) or 'none yet'}",
-        f"  encoder      {identity.encoder[:16]}  (from {manifest.recorded.vae or 'memory'})",
+        f"  encoder      {identity.encoder[:16]}  ({'claimed to be' if manifest.recorded.claimed else 'from'} "
+        f"{manifest.recorded.vae or 'memory'})",
         f"  columns      {', '.join(manifest.columns)}",
         f"  quarantined  {manifest.quarantined:,}" + (" (quarantine.jsonl says why)" if manifest.quarantined else ""),
     ]

@@ -42,6 +42,7 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "U16": np.dtype("<u2"),
     "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
 }
 
 
@@ -113,16 +114,17 @@ class _Hashed:
 
 
 def write_tensors(
-    path: Path, spool: Spool, statistics: npt.NDArray[np.float64], metadata: Mapping[str, str]
+    path: Path, spool: Spool, statistics: npt.NDArray[np.float64] | None, metadata: Mapping[str, str]
 ) -> FileRecord:
-    """Publish PATH with the spooled rows and the table of sums; safetensors format."""
-    header = _header(spool, statistics.shape, metadata)
+    """Publish PATH with the spooled rows and the table of sums, if there is one; safetensors format."""
+    header = _header(spool, None if statistics is None else statistics.shape, metadata)
     record: list[FileRecord] = []
 
     def write(file: BinaryIO) -> None:
         out = _Hashed(file)
         out.write(len(header).to_bytes(8, "little") + header)
-        out.write(np.ascontiguousarray(statistics, dtype="<f8"))
+        if statistics is not None:
+            out.write(np.ascontiguousarray(statistics, dtype="<f8"))
         for spec in spool.specs:
             for first in range(0, spool.rows, CHUNK_ROWS):
                 out.write(spool.read(spec.name, first, min(first + CHUNK_ROWS, spool.rows)))
@@ -132,11 +134,13 @@ def write_tensors(
     return record[0]
 
 
-def _header(spool: Spool, statistics: tuple[int, ...], metadata: Mapping[str, str]) -> bytes:
+def _header(spool: Spool, statistics: tuple[int, ...] | None, metadata: Mapping[str, str]) -> bytes:
     """The JSON header. The sums come first: 8-byte values need an 8-byte offset, rows may be of odd length."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    offset = 8 * int(np.prod(statistics))
-    entries[STATISTICS] = {"dtype": "F64", "shape": list(statistics), "data_offsets": [0, offset]}
+    offset = 0
+    if statistics is not None:
+        offset = 8 * int(np.prod(statistics))
+        entries[STATISTICS] = {"dtype": "F64", "shape": list(statistics), "data_offsets": [0, offset]}
     for spec in spool.specs:
         end = offset + spool.rows * spec.row_bytes
         entries[spec.name] = {"dtype": spec.dtype, "shape": [spool.rows, *spec.shape], "data_offsets": [offset, end]}

@@ -165,9 +165,9 @@ def digests(texts: Sequence[str]) -> Digests:
     return np.array(hashes, dtype=f"S{DIGEST}")
 
 
-def shortened(checksums: Sequence[str]) -> Digests:
-    """The first half of each SHA-256."""
-    return np.array([bytes.fromhex(checksum[: 2 * DIGEST]) for checksum in checksums], dtype=f"S{DIGEST}")
+def shortened(checksums: Sequence[str | None]) -> Digests:
+    """The first half of each SHA-256; of an image whose checksum nobody knows, nothing."""
+    return np.array([bytes.fromhex((checksum or "")[: 2 * DIGEST]) for checksum in checksums], dtype=f"S{DIGEST}")
 
 
 def _ranges(indices: Sequence[int]) -> tuple[tuple[int, int], ...]:

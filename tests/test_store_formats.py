@@ -1,0 +1,229 @@
+"""Latent stores in other programs' formats and back: what comes back is what went out, or it is said what is lost."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from export_call import run_cli
+from safetensors.torch import load_file, save_file
+from test_store_indices import vq_model
+from test_store_writing import SETTINGS, Pictures, tree
+
+from ldm_vae import load_autoencoder
+from ldm_vae.commands.store import FORMATS, MODELS
+from ldm_vae.errors import UsageError
+from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
+from ldm_vae.latent_store.converting import convert_from, convert_to
+from ldm_vae.latent_store.formats import Options, kohya, names
+
+KOHYA = Options(model="sdxl")
+
+
+def shard_files(store: Path) -> dict[str, str]:
+    return tree(store / "shards")
+
+
+@pytest.mark.parametrize("name", ["parquet", "webdataset"])
+def test_everything_comes_back(name: str, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    cases: dict[str, Any] = {
+        "views": (tiny_vae, {"views": "flip", "pixels": True}),
+        "bf16": (tiny_vae, {"dtype": "bf16", "resolution": (8, 16)}),
+        "mean": (tiny_vae, {"store": "mean", "dtype": "fp32", "bucket_step": 4}),
+        "codes": (vq_model(), {}),
+    }
+    for case, (vae, more) in cases.items():
+        store = tmp_path / case
+        write_store(vae, Pictures(11, bad=(10,)), store, **SETTINGS | more, vae_name="a-vae")
+        convert_to(store, tmp_path / f"{case}-out", name)
+        convert_to(store, tmp_path / f"{case}-again", name)
+        assert tree(tmp_path / f"{case}-out") == tree(tmp_path / f"{case}-again")
+        back, _ = convert_from(tmp_path / f"{case}-out", tmp_path / f"{case}-back", name)
+        assert shard_files(tmp_path / f"{case}-back") == shard_files(store), case
+        assert back == read_manifest(store) and back.quarantined == 1
+        assert verify(tmp_path / f"{case}-back") == []
+
+
+def test_datasets_loads_the_parquet(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    write_store(tiny_vae, Pictures(11), tmp_path / "s", **SETTINGS)
+    convert_to(tmp_path / "s", tmp_path / "out", "parquet")
+    data = LatentDataset(tmp_path / "s", raw=True)
+    for where in ({"data_files": str(tmp_path / "out" / "*.parquet")}, {"data_dir": str(tmp_path / "out")}):
+        loaded = datasets.load_dataset("parquet", split="train", cache_dir=str(tmp_path / "cache"), **where)
+        assert isinstance(loaded.features["mean"], datasets.Array3D) and loaded["key"][:] == [
+            item["key"] for item in data
+        ]
+        rows = loaded.with_format("torch")
+        for index in (0, 10):
+            assert torch.equal(rows[index]["mean"], data[index]["mean"])
+            assert torch.equal(rows[index]["logvar"], data[index]["logvar"])
+        assert rows[10]["caption"] == "picture 10" and loaded[10]["tags"] == ["t10", "x"]
+
+
+def test_tar_members_are_as_webdataset_groups_them(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    write_store(tiny_vae, Pictures(3), tmp_path / "s", **SETTINGS)
+    convert_to(tmp_path / "s", tmp_path / "out", "webdataset")
+    with tarfile.open(tmp_path / "out" / "00000000.tar") as archive:
+        infos = archive.getmembers()
+        mean = np.load(io.BytesIO(archive.extractfile(infos[0]).read()))
+    assert [info.name for info in infos[:3]] == [
+        f"folder%2Fimg_000%2Epng.{x}" for x in ("mean.npy", "logvar.npy", "json")
+    ]
+    assert {(info.mtime, info.uid, info.uname, info.mode) for info in infos} == {(0, 0, "", 0o644)}
+    np.testing.assert_array_equal(mean, LatentDataset(tmp_path / "s", raw="mean")[0]["mean"].numpy())
+
+
+# --- formats that hold one sample -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lightningdit", "kohya"])
+def test_samples_come_back_bit_by_bit(name: str, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    options = KOHYA if name == "kohya" else None
+    cases: list[dict[str, Any]] = [{"store": "sample", "views": "flip"}, {"store": "mean", "dtype": "bf16"}]
+    if name == "kohya":
+        cases.append({"store": "mean", "dtype": "fp32", "resolution": (8, 16)})
+    for number, more in enumerate(cases):
+        store, out, back = (tmp_path / f"{number}-{what}" for what in ("s", "out", "back"))
+        write_store(tiny_vae, Pictures(11), store, **SETTINGS | more)
+        convert_to(store, out, name, options)
+        manifest, _ = convert_from(out, back, name)
+        assert shard_files(back) == shard_files(store)
+        assert manifest == read_manifest(store)
+
+
+def test_lightningdits_reader_finds_what_it_reads(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    write_store(tiny_vae, Pictures(19), tmp_path / "s", **SETTINGS, views="flip")
+    lost = convert_to(tmp_path / "s", tmp_path / "out", "lightningdit")
+    assert lost[0].startswith("logvar") and not any("mirrored" in phrase for phrase in lost)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))  # as its reader lists them
+    assert [shard.name for shard in shards] == [f"latents_rank00_shard00{n}.safetensors" for n in range(3)]
+    read = [load_file(shard) for shard in shards]
+    assert torch.cat([shard["labels"] for shard in read]).tolist() == [index % 3 for index in range(19)]
+    data = LatentDataset(tmp_path / "s", raw=True)
+    z, mirrored = (torch.cat([shard[name] for shard in read]) for name in ("latents", "latents_flip"))
+    assert z.dtype == torch.float32 and not torch.equal(z, mirrored)
+    noise = (z - torch.stack([item["mean"] for item in data])) / torch.stack([item["logvar"] for item in data]).div(
+        2
+    ).exp()
+    assert abs(float(noise.mean())) < 0.05 and abs(float(noise.std()) - 1) < 0.05
+    stats = torch.load(tmp_path / "out" / "latents_stats.pt", weights_only=True)
+    assert stats["mean"].shape == stats["std"].shape == (1, 4, 1, 1)
+    whitened = (torch.cat([z, mirrored]) - stats["mean"]) / stats["std"]
+    assert float(whitened.std(dim=(0, 2, 3)).sub(1).abs().max()) < 0.05
+    back, _ = convert_from(tmp_path / "out", tmp_path / "b", "lightningdit")
+    assert (back.identity.store, back.identity.dtype, back.identity.views) == ("sample", "fp32", ("", "flip"))
+    again = LatentDataset(tmp_path / "b", raw=True, view="flip")
+    assert torch.equal(torch.stack([item["sample"] for item in again]), mirrored)
+    assert [item["caption"] for item in again] == [item["caption"] for item in data]
+
+
+def test_sd_scripts_finds_what_it_reads(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    write_store(tiny_vae, Pictures(3), tmp_path / "s", **SETTINGS, store="sample", views="flip")
+    convert_to(tmp_path / "s", tmp_path / "out", "kohya", KOHYA)
+    plain = np.load(tmp_path / "out" / "folder" / "img_001_0020x0024_sdxl.npz")
+    data = LatentDataset(tmp_path / "s", raw=True)
+    np.testing.assert_array_equal(plain["latents_8x8"], data[1]["sample"].numpy())
+    assert plain["latents_8x8"].dtype == np.float32 and "latents_flipped_8x8" in plain
+    assert plain["original_size_8x8"].tolist() == [20, 24]
+    left, top, right, bottom = plain["crop_ltrb_8x8"].tolist()  # 20 x 24 fitted into 16 x 16
+    assert (left, top, bottom) == (1, 0, 16) and right == pytest.approx(1 + 16 * 20 / 24)
+
+    tiny_vae.register_to_config(scaling_factor=0.36, shift_factor=0.12)
+    write_store(tiny_vae, Pictures(3), tmp_path / "f", **SETTINGS, store="sample", dtype="fp32")
+    convert_to(tmp_path / "f", tmp_path / "flux", "kohya", Options(model="flux"))
+    scaled = np.load(tmp_path / "flux" / "folder" / "img_001_0020x0024_flux.npz")["latents_8x8"]
+    np.testing.assert_array_equal(scaled, LatentDataset(tmp_path / "f")[1]["latents"].numpy())
+    convert_from(tmp_path / "flux", tmp_path / "b", "kohya")
+    raw, back = LatentDataset(tmp_path / "f", raw=True), LatentDataset(tmp_path / "b", raw=True)
+    torch.testing.assert_close(back[1]["sample"], raw[1]["sample"], rtol=1e-6, atol=1e-6)
+    with pytest.raises(UsageError, match="--model: a cache is made for one kind of model"):
+        convert_to(tmp_path / "s", tmp_path / "x", "kohya")
+
+
+def test_it_is_said_what_has_no_place(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    write_store(vq_model(), Pictures(3), tmp_path / "codes", **SETTINGS)
+    write_store(
+        tiny_vae, Pictures(3), tmp_path / "two", **SETTINGS | {"resolution": (8, 16)}, views="ten_crop", pixels=True
+    )
+    for name in ("lightningdit", "kohya"):
+        with pytest.raises(UsageError, match="indices of codes, which this format has no place for"):
+            convert_to(tmp_path / "codes", tmp_path / "x", name, KOHYA)
+    with pytest.raises(UsageError, match="takes latents of one shape"):
+        convert_to(tmp_path / "two", tmp_path / "x", "lightningdit")
+    lost = " ".join(convert_to(tmp_path / "two", tmp_path / "k", "kohya", KOHYA))
+    for phrase in ("logvar", "top_left, top_left.flip", "pixels", "captions"):
+        assert phrase in lost
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(UsageError, match="exists already"):
+        convert_to(tmp_path / "codes", tmp_path / "k", "parquet")
+
+
+# --- latents of others ------------------------------------------------------------------------------------------------
+
+
+def strangers(folder: Path, name: str, latents: torch.Tensor) -> Path:
+    """Latents as another program leaves them: without any of ours beside."""
+    folder.mkdir()
+    if name == "parquet":
+        lists = pa.array(latents.tolist(), pa.list_(pa.list_(pa.list_(pa.float32()))))
+        pq.write_table(pa.table({"caption": ["a"] * len(latents), "latents": lists}), folder / "x.parquet")
+    elif name == "webdataset":
+        with tarfile.open(folder / "x.tar", "w") as archive:
+            for number, z in enumerate(latents):
+                file = io.BytesIO()
+                np.save(file, z.numpy())
+                info = tarfile.TarInfo(f"dir/{number}.latents.npy")
+                info.size = file.tell()
+                archive.addfile(info, io.BytesIO(file.getvalue()))
+    elif name == "lightningdit":
+        save_file({"latents": latents, "labels": torch.arange(len(latents))}, folder / "x.safetensors")
+        (folder / "latents_stats.pt").write_bytes(b"never opened")
+    else:
+        for number, z in enumerate(latents):
+            np.savez(folder / f"{number}.npz", latents=z.numpy(), original_size=[30, 20], crop_ltrb=[0, 0, 1, 1])
+        np.savez(folder / "0_te.npz", hidden=np.zeros(3))
+    return folder
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_strangers_latents_need_a_vae_and_stay_a_claim(name: str, tiny_vae_folder: Path, tmp_path: Path) -> None:
+    latents = torch.randn(5, 4, 8, 6)
+    source = strangers(tmp_path / "theirs", name, latents)
+    with pytest.raises(UsageError, match=r"--vae: the latents in .* do not say which VAE made them"):
+        convert_from(source, tmp_path / "b", name)
+    assert run_cli("store", "convert", source, tmp_path / "b", "--from", name, "--vae", tiny_vae_folder) == 0
+    manifest = read_manifest(tmp_path / "b")
+    assert manifest.recorded.claimed and manifest.identity.preprocessing == "unknown" and verify(tmp_path / "b") == []
+    data = LatentDataset(tmp_path / "b", raw=True)
+    assert torch.equal(torch.stack([item["sample"] for item in data]), latents)
+    assert data[0]["bucket"] == "16x12" and data[0]["image_sha256"] is None
+    pixels = LatentDataset(tmp_path / "b")
+    assert pixels.decode(pixels[0]["latents"], load_autoencoder(tiny_vae_folder)).shape == (3, 16, 12)
+
+
+def test_another_vae_than_the_one_that_is_named_is_refused(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    write_store(tiny_vae, Pictures(3), tmp_path / "s", **SETTINGS)
+    convert_to(tmp_path / "s", tmp_path / "out", "webdataset")
+    assert convert_from(tmp_path / "out", tmp_path / "b", "webdataset", vae=tiny_vae)[0].samples == 3
+    tiny_vae.encoder.conv_in.weight.data += 1
+    with pytest.raises(UsageError, match="has another encoder"):
+        convert_from(tmp_path / "out", tmp_path / "c", "webdataset", vae=tiny_vae)
+
+
+def test_as_a_user_calls_it(tiny_vae: AutoencoderKL, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_store(tiny_vae, Pictures(8), tmp_path / "s", **SETTINGS)
+    assert run_cli("store", "convert", tmp_path / "s", tmp_path / "k", "--to", "kohya", "--model", "sd") == 0
+    assert "what it does not carry:\n  logvar" in capsys.readouterr().out
+    assert run_cli("store", "convert", tmp_path / "k", tmp_path / "b", "--from", "kohya") == 0
+    assert "8 samples in 1 shards" in capsys.readouterr().out
+    assert run_cli("store", "convert", tmp_path / "s", tmp_path / "x") == 2
+    assert sorted(FORMATS) == names() and MODELS == kohya.MODELS
