@@ -80,7 +80,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     accelerator = build_accelerator()
-    names = labels(options.vae)
+    names = result.labels(options.vae)
 
     # --- everything that can be wrong is opened before the first image is measured ------------------------------------
     vaes = [load_autoencoder(vae, options.config) for vae in options.vae]
@@ -213,18 +213,6 @@ def merge_images(output: Path) -> None:
                 shutil.copyfileobj(rows, file)
     merged.replace(output / "images.jsonl")
     shutil.rmtree(output / PARTS)
-
-
-def labels(vaes: Sequence[str]) -> list[str]:
-    """A short name for each VAE, numbered where two would be called the same."""
-    names = []
-    for vae in vaes:
-        path = Path(vae)
-        name = (
-            path.parent.name if path.name == "vae" and path.parent.name else path.stem if path.is_file() else path.name
-        )
-        names.append(name if name not in names else f"{name} ({len(names) + 1})")
-    return names
 
 
 if __name__ == "__main__":

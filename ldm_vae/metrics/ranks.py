@@ -21,6 +21,13 @@ def gather(value: torch.Tensor) -> torch.Tensor:
     return torch.stack(everybody).cpu()
 
 
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """rows [n, ...], n another on every rank, perhaps 0 => all of them [sum of n, ...] in rank order, on the CPU."""
+    counts = gather(torch.tensor(len(rows))).tolist()
+    padded = torch.cat([rows, rows.new_zeros((max(counts) - len(rows), *rows.shape[1:]))])
+    return torch.cat([part[:count] for part, count in zip(gather(padded), counts, strict=True)])
+
+
 def total(value: torch.Tensor) -> torch.Tensor:
     """The sum over ranks of value [...], on the CPU; for tensors too large to be held once per rank."""
     if world_size() == 1:

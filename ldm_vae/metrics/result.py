@@ -22,6 +22,18 @@ from ldm_vae.metrics.titles import TITLES, heading, number
 Json = dict[str, Any]
 
 
+def labels(vaes: Sequence[str]) -> list[str]:
+    """A short name for each VAE, numbered where two would be called the same."""
+    names: list[str] = []
+    for vae in vaes:
+        path = Path(vae)
+        name = (
+            path.parent.name if path.name == "vae" and path.parent.name else path.stem if path.is_file() else path.name
+        )
+        names.append(name if name not in names else f"{name} ({len(names) + 1})")
+    return names
+
+
 def describe_vae(vae: Any, name: str, source: str) -> Json:
     """Who was measured."""
     return {

@@ -44,6 +44,8 @@ def field(noise: torch.Tensor, found: dict[str, Any]) -> torch.Tensor:
     """White noise [B, c, h, w] => a Gaussian field with the measured mean [c], std [c] and radial spectrum."""
     spectrum = torch.tensor(found["spectrum"]["latents"], dtype=torch.float64)
     power = spectrum[rings(*noise.shape[2:]).clamp(max=len(spectrum) - 1)]
+    if not power.any():  # one position has no spectrum
+        power = torch.ones_like(power)
     coloured = torch.fft.ifft2(torch.fft.fft2(noise.double()) * power.sqrt()).real / power.mean().sqrt()
     mean, std = (torch.tensor(found[name], dtype=torch.float64).view(-1, 1, 1) for name in ("mean", "std"))
     made: torch.Tensor = coloured * std + mean

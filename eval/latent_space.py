@@ -1,0 +1,323 @@
+"""Measure what a VAE's latent space is worth: channels, information, likelihood and geometry, with pictures.
+
+    python -m eval.latent_space runs/demo/vae HELD_OUT --output runs/demo/report --resolution 64
+    python -m eval.latent_space runs/textbook_vae/vae data/digits/heldout --output measured --resolution 8
+    accelerate launch -m eval.latent_space my-vae PHOTOS --output measured --resolution 256
+
+The protocol: images are resized by their short side (antialiased bicubic) and centre-cropped to --resolution. One pass
+over all of them gives channels, rate, distortion and spectrum, every image once on any number of processes, sums in
+fp64. --bank of them, evenly spread, give mutual information, equivariance and the mixture. The likelihood is a Gaussian
+per pixel value with one variance, fitted on every other image; its bounds are those of --likelihood_images of the
+others. Every draw is keyed by its image. What each figure means: docs/latent_space.md.
+
+DIR then holds latent_space.json, latent_space.md, latent_space/ (pictures) and
+latent_space.quarantine.jsonl. `ldm-vae report DIR`
+makes a page of it; with RUN/report as DIR it is a part of the run's page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ldm_vae import latents
+from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
+from ldm_vae.data.quarantine import Quarantine, read_quarantine
+from ldm_vae.data.source import Source, open_source
+from ldm_vae.data.transforms import PREPROCESSING_VERSION, to_pixels
+from ldm_vae.errors import UsageError, WorkError, run_program
+from ldm_vae.latent_space import summary
+from ldm_vae.latent_space.channels import ChannelStatistics
+from ldm_vae.latent_space.equivariance import applicable, equivariance_error
+from ldm_vae.latent_space.information import information
+from ldm_vae.latent_space.likelihood import SAMPLES, LikelihoodBounds, fitted_variance
+from ldm_vae.latent_space.mixture import check_installed
+from ldm_vae.latent_space.pictures import keep_pictures
+from ldm_vae.latent_space.spectrum import high_frequency_share, radial_power_spectrum, white_share
+from ldm_vae.latents import Moments
+from ldm_vae.launch import build_accelerator
+from ldm_vae.metrics import result
+from ldm_vae.metrics.batches import ImageBatch, image_batches, share_of, spread
+from ldm_vae.metrics.evaluate import Checksum
+from ldm_vae.metrics.protocol import PINNED
+from ldm_vae.metrics.psnr import psnr
+from ldm_vae.metrics.ranks import gather, gather_rows
+from ldm_vae.metrics.running import Running, Summary
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="eval.latent_space", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("vae", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
+    add("data", metavar="DATA", help="a folder of images, a dataset's hub id, parquet or tar files")
+    add("--output", required=True, type=Path, metavar="DIR", help="where the results go")
+    add("--resolution", type=int, default=256, help="side of the crops in pixels (256)")
+    add("--batch_size", type=int, default=8, help="images per process and step (8)")
+    add("--num_workers", type=int, default=2, help="processes that decode images, per process (2)")
+    add("--max_images", type=int, help="measure the first N images of DATA only")
+    add("--bank", type=int, default=1024, metavar="N", help="images whose posteriors are kept in memory (1024)")
+    add("--likelihood_images", type=int, default=64, metavar="N", help="images of the likelihood bounds; 0: none (64)")
+    add("--repeats", type=int, default=3, metavar="N", help="how often the bounds are estimated, with other draws (3)")
+    add("--components", type=int, default=10, metavar="N", help="of the Gaussian mixture; 0: none (10)")
+    add("--pairs", type=int, default=3, metavar="N", help="pairs of images between which is interpolated (3)")
+    add("--seed", type=int, default=0, help="of every draw (0)")
+    add("--config", metavar="FOLDER", help="config.json of a single-file VAE of a shape of its own")
+    add("--image_column", help="column that holds the image")
+    add("--split", default="train", help="split of a dataset (train)")
+    add("--max_bad", type=float, default=1.0, help="share of unreadable images above which the work stops (1: never)")
+    found = parser.parse_args()
+    for name, least in {"batch_size": 1, "resolution": 1, "bank": 2, "repeats": 2, "likelihood_images": 0,
+                        "components": 0, "pairs": 0}.items():  # fmt: skip
+        if getattr(found, name) < least:
+            raise UsageError(f"{name}: expected at least {least}, got {getattr(found, name)}")
+    if found.components:
+        check_installed()
+    return found
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every measurement needs: the network on its device, the images, and this process's place."""
+
+    vae: Any
+    source: Source
+    accelerator: Accelerator
+    options: argparse.Namespace
+
+    def batches(
+        self, what: str, indices: Sequence[int], quarantine: Quarantine | None = None
+    ) -> Iterator[tuple[ImageBatch, torch.Tensor]]:
+        """This process's share of the images, as stored and as pixels [B, C, R, R] in [-1, 1] on the device."""
+        options, accelerator = self.options, self.accelerator
+        mine = share_of(accelerator.process_index, accelerator.num_processes, indices, options.batch_size)
+        bar = tqdm(total=len(mine), desc=what, unit="img", disable=None if accelerator.is_main_process else True)
+        for batch in image_batches(
+            self.source, mine, options.resolution,
+            batch_size=options.batch_size, num_workers=options.num_workers, quarantine=quarantine,
+        ):  # fmt: skip
+            yield batch, to_pixels(batch.pixels.to(accelerator.device))
+            bar.update(len(batch.indices))
+        bar.close()
+
+
+def main() -> None:
+    options = arguments()
+    accelerator = build_accelerator()
+
+    # --- everything that can be wrong is opened before the first image is measured ------------------------------------
+    vae = load_autoencoder(options.vae, options.config)
+    check_resolution(options.resolution, downsampling_factor(vae))
+    source = open_source(
+        options.data, image_column=options.image_column, split=options.split, channels=vae.config.in_channels
+    )
+    indices = range(min(len(source), options.max_images or len(source)))
+    quarantine_path = prepare(options.output, accelerator)
+    quarantine = Quarantine(len(indices), max_bad=options.max_bad, path=quarantine_path)
+    task = Task(vae.to(accelerator.device), source, accelerator, options)
+
+    # --- measure, each process its share of the images ----------------------------------------------------------------
+    survey = look_at_all(task, indices, quarantine)
+    equivariance = look_from_the_side(task, survey)
+    likelihood = bound_likelihood(task, indices, survey)
+
+    # --- what is made of the bank, the same on every process, and the pictures ----------------------------------------
+    if accelerator.is_main_process:
+        noise = latents.posterior_noise(options.seed, survey.bank, survey.moments.mean.shape[1:])
+        informed = None
+        if len(survey.bank) > 1 and not survey.moments.is_point:
+            informed = information(survey.moments.to(accelerator.device), noise.to(accelerator.device)).figures()
+        pictures, mixture = keep_pictures(
+            options.output, task.vae, survey.moments, survey.channels, survey.spectrum,
+            [source.key(index) for index in survey.bank], noise,
+            pairs=options.pairs, components=options.components, seed=options.seed,
+        )  # fmt: skip
+
+        # --- results: numbers, tables, sentences ----------------------------------------------------------------------
+        (name,) = result.labels([options.vae])
+        metrics = survey.metrics | (likelihood.metrics() if likelihood else {}) | equivariance
+        found = {
+            "protocol": protocol(options),
+            "vae": result.describe_vae(vae, name, options.vae) | {"latent_values": survey.moments.mean[0].numel()},
+            "data": {
+                "source": options.data,
+                "resolution": options.resolution,
+                "quarantined": len(read_quarantine(quarantine_path)),
+                "images": survey.images,
+                "checksum": survey.checksum,
+                "preprocessing": PREPROCESSING_VERSION,
+            },
+            "metrics": {metric: number.to_json() for metric, number in metrics.items()},
+            "channels": survey.channels.figures(),
+            "spectrum": {"latents": survey.spectrum, "white_share": white_share(*survey.moments.mean.shape[2:])},
+            "information": informed,
+            "likelihood": likelihood.figures() if likelihood else None,
+            "mixture": mixture,
+            "pictures": pictures,
+            "settings": result.settings(accelerator.device, options.batch_size),
+            "versions": result.versions(),
+        }
+        result.write(options.output / "latent_space.md", summary.markdown(found))
+        result.write(options.output / "latent_space.json", found)
+        print(summary.plain(found))
+        print(f"\nwritten to {options.output}; to look at it: ldm-vae report {options.output}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+# --- one pass over all images -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Over all processes: metrics of all images; variance of the likelihood (None without images to fit it on); bank,
+    indices of the images whose moments [M, c, h, w] were kept."""
+
+    images: int
+    checksum: str
+    metrics: dict[str, Summary]
+    channels: ChannelStatistics
+    spectrum: list[float]
+    variance: float | None
+    bank: list[int]
+    moments: Moments
+
+
+@torch.inference_mode()
+def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> Survey:
+    """Channels, rate, distortion, spectrum; the variance of the likelihood from images with an even index."""
+    vae, options, device = task.vae, task.options, task.accelerator.device
+    shape = latent_shape(vae, options.resolution, device)
+    channels, checksum, spectrum = (
+        ChannelStatistics(shape[0]),
+        Checksum(),
+        torch.zeros(min(shape[1:]) // 2 + 1).double(),
+    )
+    values = {name: Running() for name in ("psnr", "mse", "rate_nats", "bits_per_pixel", "high_frequency_share")}
+    fit = Running()
+    wanted = {indices[place] for place in spread(len(indices), options.bank)}
+    bank, means, logvars, images = [], [torch.empty(0, *shape)], [torch.empty(0, *shape)], 0
+    for batch, pixels in task.batches("survey", indices, quarantine):
+        moments = latents.encode(vae, pixels)
+        noise = latents.posterior_noise(options.seed, batch.indices, shape).to(device)
+        sampled = latents.decode(vae, moments.sample(noise)).clamp(-1, 1)
+        error = (sampled.double() - pixels.double()).square().flatten(1).mean(dim=1)
+        pair = PINNED.pair(pixels, latents.decode(vae, moments.mean))
+        rate = moments.kl().double().flatten(1).sum(dim=1)
+        values["psnr"].update(psnr(pair.original, pair.reconstruction))
+        values["mse"].update(error)
+        values["rate_nats"].update(rate)
+        values["bits_per_pixel"].update(rate / math.log(2) / options.resolution**2)
+        values["high_frequency_share"].update(high_frequency_share(moments.mean))
+        fit.update(error[[index % 2 == 0 for index in batch.indices]])
+        channels.update(moments, batch.indices)
+        spectrum += radial_power_spectrum(moments.mean).cpu() * len(pixels)
+        checksum.update(batch.pixels)
+        images += len(batch.indices)
+        kept = [index in wanted for index in batch.indices]
+        bank += [index for index in batch.indices if index in wanted]
+        means.append(moments.mean[kept].float().cpu())
+        logvars.append(moments.logvar[kept].float().cpu())
+
+    # --- over all processes ---
+    images = int(gather(torch.tensor(images)).sum())
+    if images == 0:
+        quarantine.finish()  # raises with the reason, where there was an image and none could be used
+        raise WorkError("latent_space: there was no image to measure")
+    merged = channels.over_ranks()
+    summaries = {name: running.over_ranks().summary() for name, running in values.items()}
+    if merged.is_point:
+        summaries = {name: found for name, found in summaries.items() if name not in ("rate_nats", "bits_per_pixel")}
+    if min(shape[1:]) == 1:
+        del summaries["high_frequency_share"]  # one position has no frequencies
+    fitted = fit.over_ranks()
+    return Survey(
+        images=images,
+        checksum=checksum.compute(),
+        metrics=summaries,
+        channels=merged,
+        spectrum=(gather(spectrum).sum(dim=0) / images).tolist(),
+        variance=fitted_variance(fitted.mean) if fitted.count else None,
+        bank=gather_rows(torch.tensor(bank, dtype=torch.long)).tolist(),
+        moments=Moments(gather_rows(torch.cat(means)), gather_rows(torch.cat(logvars)), merged.is_point),
+    )
+
+
+def latent_shape(vae: Any, resolution: int, device: torch.device) -> tuple[int, ...]:
+    """(c, h, w), by encoding an empty image: a VQModel's config does not say it in one word."""
+    empty = torch.zeros(1, vae.config.in_channels, resolution, resolution, device=device)
+    return tuple(latents.encode(vae, empty).mean.shape[1:])
+
+
+# --- of some of them --------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def look_from_the_side(task: Task, survey: Survey) -> dict[str, Summary]:
+    """Errors of equivariance of the bank's images, by the name of the transformation."""
+    values: dict[str, Running] = {}
+    for name in applicable(*survey.moments.mean.shape[2:]):  # of a rank without images too
+        values |= {f"equivariance_{name}": Running(), f"equivariance_psnr_{name}": Running()}
+    for _, pixels in task.batches("equivariance", survey.bank if values else []):
+        for name, found in equivariance_error(task.vae, pixels, survey.channels.mean).items():
+            values[f"equivariance_{name}"].update(found.latent)
+            values[f"equivariance_psnr_{name}"].update(found.psnr)
+    return {name: running.over_ranks().summary() for name, running in values.items()}
+
+
+@torch.inference_mode()
+def bound_likelihood(task: Task, indices: Sequence[int], survey: Survey) -> LikelihoodBounds | None:
+    """Bounds of the likelihood of images with an odd index; None where one half of the images is empty."""
+    others = indices[1::2]
+    chosen = [others[place] for place in spread(len(others), task.options.likelihood_images)]
+    if survey.variance is None or not chosen or survey.moments.is_point:
+        return None
+    bounds = LikelihoodBounds(survey.variance, task.options.repeats, task.options.seed)
+    for batch, pixels in task.batches("likelihood", chosen):
+        bounds.update(task.vae, batch.pixels, latents.encode(task.vae, pixels), batch.indices)
+    merged = bounds.over_ranks()
+    return merged if merged.effective.count else None
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def prepare(output: Path, accelerator: Accelerator) -> Path:
+    """An output folder without the quarantine of an earlier call; where that of this one goes, shared by all ranks."""
+    path = output / "latent_space.quarantine.jsonl"
+    if accelerator.is_main_process:
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"output: expected a folder, {output} is a file")
+        output.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    if not output.is_dir():
+        raise WorkError(f"output: {output} is not the same folder for all processes; it must be on shared storage")
+    return path
+
+
+def protocol(options: argparse.Namespace) -> dict[str, Any]:
+    """What a reader needs to compare the numbers."""
+    return {
+        "name": "latent_space",
+        "version": 1,
+        "likelihood": "Gaussian per pixel value around the clamped output, one variance fitted on every other image; "
+        "images uniformly dequantised",
+        "importance_samples": list(SAMPLES),
+        "bank": options.bank,
+        "seed": options.seed,
+        "source": "docs/latent_space.md",
+    }
+
+
+if __name__ == "__main__":
+    run_program(main)

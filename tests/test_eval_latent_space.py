@@ -1,0 +1,173 @@
+"""eval.latent_space as a user runs it: what it writes and refuses, other kinds of networks, one process and two."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, write_images
+from diffusers import AutoencoderKL
+
+from eval import latent_space
+from ldm_vae import latents
+from ldm_vae.data.source import open_source
+from ldm_vae.data.transforms import to_pixels
+from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.latent_space import summary
+from ldm_vae.metrics.batches import image_batches
+from ldm_vae.models import tiny, vq
+from ldm_vae.report.images import read_pixels
+
+CHEAP = ("--resolution", "16", "--batch_size", "5", "--num_workers", "0", "--repeats", "2", "--pairs", "1")
+FEW = ("--likelihood_images", "2", "--components", "2")
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["eval.latent_space", *map(str, arguments)])
+    latent_space.main()
+
+
+def test_one_vae(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_vae: AutoencoderKL,
+    tiny_vae_folder: Path,
+    image_folder: Path,
+    tmp_path: Path,
+) -> None:
+    (image_folder / "broken.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    run_main(monkeypatch, tiny_vae_folder, image_folder, "--output", out, *CHEAP, *FEW)
+    found = json.loads((out / "latent_space.json").read_text())
+    assert found["data"]["images"] == found["metrics"]["psnr"]["n"] == 12
+    assert found["data"]["quarantined"] == 1
+    assert json.loads((out / "latent_space.quarantine.jsonl").read_text())["key"] == "broken.png"
+    assert sorted(summary.TITLES) == sorted(found["metrics"])  # each has its heading
+    assert found["vae"]["latent_values"] == 4 * 8 * 8
+
+    # against the latent contract, all images at once
+    (batch,) = image_batches(open_source(image_folder), range(13), 16, batch_size=13)
+    with torch.no_grad():
+        moments = latents.encode(tiny_vae, to_pixels(batch.pixels))
+    rate = moments.kl().sum(dim=(1, 2, 3)).mean().item()
+    assert found["metrics"]["rate_nats"]["mean"] == pytest.approx(rate, rel=1e-4)
+    assert found["metrics"]["bits_per_pixel"]["mean"] == pytest.approx(rate / math.log(2) / 16**2, rel=1e-4)
+    assert sum(found["channels"]["kl_nats_per_image"]) == pytest.approx(rate, rel=1e-4)
+    assert found["channels"]["mean"] == pytest.approx(moments.mean.mean((0, 2, 3)).tolist(), abs=1e-4)
+    assert found["information"]["images"] == 12 and found["information"]["cap_nats"] == pytest.approx(math.log(12))
+    assert found["information"]["rate_nats"] == pytest.approx(rate, rel=1e-4)
+    assert found["likelihood"]["images"] == 2
+    assert len(found["spectrum"]["latents"]) == 8 // 2 + 1
+
+    files = {entry["file"] for entry in found["pictures"]}
+    assert files == {path.relative_to(out).as_posix() for path in (out / "latent_space").iterdir()}
+    assert len(files) == 2 + 4 + 3  # one pair both ways, four channels, three priors
+    strip = read_pixels(out / "latent_space" / "interpolation-0.linear.png")
+    assert strip.shape == (16, 9 * 17 - 1, 3)
+    with torch.no_grad():
+        first = latents.decode(tiny_vae, moments.mean[:1]).clamp(-1, 1)
+    assert abs(strip[:, :16] - (127.5 * (first[0] + 1)).permute(1, 2, 0).numpy()).max() < 1.01
+    assert not list(out.glob(".*"))
+    value = f"{found['metrics']['elbo_bits']['mean']:.4f}"
+    assert value in capsys.readouterr().out and value in (out / "latent_space.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["vq", "tiny"])
+def test_an_encoder_without_a_variance_gives_what_applies(
+    monkeypatch: pytest.MonkeyPatch, kind: str, image_folder: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    if kind == "vq":
+        config = vq.Config(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3, num_vq_embeddings=16)
+    else:
+        widths, blocks = (8, 8), (1, 1)
+        config = tiny.Config(
+            encoder_block_out_channels=widths, decoder_block_out_channels=widths,
+            num_encoder_blocks=blocks, num_decoder_blocks=blocks,
+        )  # fmt: skip
+    config.build().save_pretrained(tmp_path / kind)
+    out = tmp_path / "out"
+    run_main(monkeypatch, tmp_path / kind, image_folder, "--output", out, *CHEAP, "--components", "0")
+    found = json.loads((out / "latent_space.json").read_text())
+    assert found["information"] is found["likelihood"] is found["mixture"] is None
+    assert "rate_nats" not in found["metrics"] and "high_frequency_share" in found["metrics"]
+    assert "no variance" in summary.about_information(found)
+    assert "samples.normal.png" not in str(found["pictures"]) and "samples.field.png" in str(found["pictures"])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("--resolution", "17"), "multiple of f = 2"),
+        (("--repeats", "1"), "repeats: expected at least 2"),
+        (("--bank", "1"), "bank: expected at least 2"),
+    ],
+)
+def test_wrong_calls_name_the_argument(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_vae_folder: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    change: tuple[str, ...],
+    sentence: str,
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        run_main(monkeypatch, tiny_vae_folder, image_folder, "--output", tmp_path / "out", *CHEAP, *change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_usable_image_is_a_failure_and_leaves_no_result(
+    monkeypatch: pytest.MonkeyPatch, tiny_vae_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"nothing")
+    with pytest.raises(WorkError, match=r"no usable image.*a\.png"):
+        run_main(monkeypatch, tiny_vae_folder, folder, "--output", tmp_path / "out", *CHEAP)
+    assert not (tmp_path / "out" / "latent_space.json").exists()
+
+
+def test_one_image_gives_what_one_image_can(
+    monkeypatch: pytest.MonkeyPatch, tiny_vae_folder: Path, tmp_path: Path
+) -> None:
+    images = write_images(tmp_path / "one", 1)
+    run_main(monkeypatch, tiny_vae_folder, images, "--output", tmp_path / "out", *CHEAP)
+    found = json.loads((tmp_path / "out" / "latent_space.json").read_text())
+    assert found["information"] is found["likelihood"] is found["mixture"] is None
+    assert found["metrics"]["psnr"]["ci95"] is None
+    assert "One image" in (tmp_path / "out" / "latent_space.md").read_text()
+
+
+@pytest.mark.slow
+def test_one_process_and_two_agree(tiny_vae_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"out{processes}"
+        launch = [sys.executable, "-m"]
+        if processes == 2:
+            launch += ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+            launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
+        call = [*launch, "eval.latent_space", str(tiny_vae_folder), str(image_folder), "--output", str(out), *CHEAP]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*call, *FEW], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads((out / "latent_space.json").read_text()))
+    one, two = found
+    assert (one["settings"].pop("processes"), two["settings"].pop("processes")) == (1, 2)
+    assert two["data"] == one["data"] and two["pictures"] == one["pictures"] and two["settings"] == one["settings"]
+    for name, number in one["metrics"].items():
+        assert two["metrics"][name]["n"] == number["n"]
+        assert two["metrics"][name]["mean"] == pytest.approx(number["mean"], rel=1e-9)
+        assert two["metrics"][name]["ci95"] == pytest.approx(number["ci95"], rel=1e-9)
+    for name in ("mean", "std", "excess_kurtosis", "kl_nats_per_image"):
+        assert two["channels"][name] == pytest.approx(one["channels"][name], rel=1e-9)
+    assert two["information"] == one["information"]
+    assert two["likelihood"]["spread_bits"] == pytest.approx(one["likelihood"]["spread_bits"], rel=1e-6)
