@@ -11,7 +11,7 @@ from ldm_vae import __version__, commands
 from ldm_vae.errors import run_program
 
 ORDER = (
-    "assets", "inspect", "config", "train", "export", "encode", "store", "evaluate", "report",
+    "assets", "inspect", "config", "train", "export", "encode", "store", "evaluate", "report", "diffuse", "probe",
     "reconstruct", "decode", "fp16", "drift", "tiling",
 )  # fmt: skip
 

@@ -27,6 +27,19 @@ def run(program: str, arguments: list[str]) -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
+def run_with_config(program: str, arguments: list[str]) -> None:
+    """Run a program whose first argument is a config, by its path or name; its own help where there is none."""
+    first, *rest = arguments or ["--help"]
+    run(program, [first if first.startswith("-") else str(find_config(first)), *rest])
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that ship with the project, by name: `demo`, `diffusion/demo`."""
+    home = root() / "configs"
+    files = [*sorted(home.glob("*.yaml")), *sorted(home.glob("diffusion/*.yaml"))]
+    return {path.relative_to(home).with_suffix("").as_posix(): path for path in files}
+
+
 def find_config(name: str) -> Path:
     """A config by its path, or by the name of one that ships with the project (`demo`, `kl_f8_d4.yaml`)."""
     path = Path(name)
@@ -36,5 +49,5 @@ def find_config(name: str) -> Path:
     for candidate in (shipped / name, shipped / f"{name}.yaml", shipped / name.removeprefix("configs/")):
         if candidate.is_file():
             return candidate
-    exist = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+    exist = ", ".join(shipped_configs())
     raise UsageError(f"config {name}: no such file, and none that ships with the project; these do: {exist}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,53 +10,25 @@ from torch import nn
 
 from ldm_vae.adversary import AdversaryConfig
 from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder, load_autoencoder
-from ldm_vae.config import Section, choice, choices
+from ldm_vae.config import choice, choices
 from ldm_vae.data.buckets import BucketConfig
 from ldm_vae.data.transforms import TransformConfig
 from ldm_vae.errors import UsageError
 from ldm_vae.fine_tuning import resize_channels, set_trainable
 from ldm_vae.optim import OptimizerConfig
+from ldm_vae.run import MAY_CHANGE as ANY_RUN_MAY_CHANGE
+from ldm_vae.run import RunConfig
 
 ValidationMetric = Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg"]
 
 
-class Training(Section):
-    """All knobs of a run."""
+class Training(RunConfig):
+    """All knobs of a run. Losses are per-pixel means, so the norms that max_grad_norm clips are small."""
 
-    output_dir: Path
-    """The run folder; an existing one of the same config is resumed."""
-    seed: int = 0
-    """Of the weights, the order of the images, augmentation and posterior noise; each draw is keyed."""
     resolution: int = 256
     """Side of the training crops in pixels; a multiple of f."""
-    train_batch_size: int = Field(8, gt=0)
-    """Images per process and micro-batch."""
-    gradient_accumulation_steps: int = Field(1, gt=0)
-    """Micro-batches per update; the adaptive weight is computed in each."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast of the forward passes; weights stay fp32. fp16 needs a GPU."""
-    max_train_images: int = Field(1_000_000, gt=0)
-    """The run ends when so many images have been seen."""
-    learning_rate: float = Field(1e-4, gt=0)
-    """Of the autoencoder, absolute (latent-diffusion multiplies 4.5e-6 by the global batch)."""
     discriminator_learning_rate: float | None = None
     """Of the discriminator; default: the same."""
-    lr_warmup_images: int = 0
-    """Linear warm-up of both."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """What follows the warm-up."""
-    max_grad_norm: float | None = None
-    """Clip each network's gradient to this norm; losses are per-pixel means, so norms are small."""
-    ema_halflife_images: int = 500_000
-    """Half-life of the averaged weights, at most 5 % of the images seen; they are validated and exported."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, more time, the same result."""
-    channels_last: bool = False
-    """Lay convolutions out channels last: faster on GPUs with tensor cores, the same result to rounding."""
-    torch_compile: bool = False
-    """Compile the networks in place: names in checkpoints and exports stay clean. The first step takes minutes."""
-    torch_compile_backend: str = "inductor"
-    """Of torch.compile; aot_eager shows whether a failure is the compiler's."""
     init_from: str | None = None
     """Start from these weights: a diffusers folder, a hub id, a single file or a run."""
     ignore_mismatched_sizes: bool = False
@@ -72,12 +43,6 @@ class Training(Section):
     on_nan: Literal["stop", "skip"] = "stop"
     """stop: a NaN or infinite loss or gradient ends the run, the last good checkpoint stays. skip: the update is left
     out and counted (skipped/autoencoder, skipped/discriminator); waits for the device at every step."""
-    log_every_images: int = Field(10_000, gt=0)
-    """One line of averages in metrics.jsonl."""
-    checkpoint_every_images: int = Field(100_000, gt=0)
-    """A checkpoint that resume starts from."""
-    checkpoints_total_limit: int | None = Field(2, gt=0)
-    """How many checkpoints are kept; the best by validation is kept beside them."""
     validate_every_images: int | None = Field(None, gt=0)
     """Metrics of the averaged weights on validation_data."""
     validation_images: int = Field(256, gt=0)
@@ -86,8 +51,6 @@ class Training(Section):
     """What is measured then."""
     best_metric: ValidationMetric = "lpips_alex"
     """The checkpoint with the best of these is kept beside the newest; one of validation_metrics."""
-    dataloader_num_workers: int = Field(2, ge=0)
-    """Processes that decode images, per training process; the result does not depend on it."""
     normalisation: Literal["scale", "shift", "channel"] = "scale"
     """The one normalisation measured and written into vae/config.json (scale: Stable Diffusion; shift: SD3, FLUX)."""
     normalisation_from: str | None = None
@@ -95,8 +58,6 @@ class Training(Section):
     What is measured still stands beside the weights."""
     normalisation_images: int = Field(1024, gt=0)
     """Training images that it is measured on."""
-    report_to: str | None = None
-    """A tracker of Accelerate: tensorboard, wandb, ...; metrics.jsonl is always written."""
     model: choice("ldm_vae.models", default="kl") = AutoencoderConfig()  # type: ignore[valid-type]
     perturbations: choices("ldm_vae.perturbations") = Field(default_factory=dict)  # type: ignore[valid-type]
     losses: choices("ldm_vae.losses")  # type: ignore[valid-type]
@@ -130,31 +91,19 @@ class Training(Section):
                 raise ValueError(
                     f"{name}.channels: expected model.in_channels {self.model.in_channels}, got {channels}"
                 )
-        if self.torch_compile and self.torch_compile_backend not in torch.compiler.list_backends(exclude_tags=()):
-            exist = ", ".join(torch.compiler.list_backends(exclude_tags=()))
-            raise ValueError(f"torch_compile_backend: expected one of {exist}, got {self.torch_compile_backend}")
         return self
 
 
-# a resumed run may change how long it goes on, what it keeps and tells, and on how many processes it runs
+# what a resumed run may change besides
 MAY_CHANGE = (
-    "train_batch_size",  # with another number of processes the same global batch is another batch of each
-    "max_train_images",
-    "log_every_images",
-    "checkpoint_every_images",
-    "checkpoints_total_limit",
+    *ANY_RUN_MAY_CHANGE,
     "validate_every_images",
     "validation_images",
     "validation_metrics",
     "normalisation",
     "normalisation_from",
     "normalisation_images",
-    "dataloader_num_workers",
-    "report_to",
     "on_nan",
-    "torch_compile",
-    "torch_compile_backend",
-    "channels_last",
 )
 
 
@@ -184,15 +133,6 @@ def build_autoencoder(settings: Training) -> Any:
         vae = resize_channels(base, vae)
     set_trainable(vae, settings.trainable)
     return vae.train()
-
-
-def arrange(network: nn.Module, settings: Training) -> None:
-    """Memory layout and compilation of a network that is about to train, in place."""
-    if settings.channels_last:
-        network.to(memory_format=torch.channels_last)
-    if settings.torch_compile:
-        # torch.compile(network) would put `_orig_mod.` into every name, and encode and decode would go past it
-        network.compile(backend=settings.torch_compile_backend)
 
 
 def build_network(settings: Training, vae: Any, outline: bool = False) -> TrainableAutoencoder:

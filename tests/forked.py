@@ -23,7 +23,8 @@ from conftest import ROOT
 
 from ldm_vae.errors import run_program
 
-PRELOAD = ["torch", "forked", "ldm_vae.latent_store.writing", "ldm_vae.latent_store.updating", "train.autoencoder"]
+PRELOAD = ["torch", "forked", "ldm_vae.latent_store.writing", "ldm_vae.latent_store.updating", "train.autoencoder",
+           "train.diffusion"]  # fmt: skip
 
 
 @dataclass(frozen=True)

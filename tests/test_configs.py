@@ -13,6 +13,7 @@ from test_losses import TinyLPIPS
 from ldm_vae import config
 from ldm_vae.adversary import Adversary
 from ldm_vae.autoencoder import check_resolution, count_parameters, downsampling_factor
+from ldm_vae.diffusion_training import DiffusionTraining
 from ldm_vae.losses import lpips
 from ldm_vae.objective import Objective
 from ldm_vae.optim import learning
@@ -21,6 +22,7 @@ from ldm_vae.training import Training, build_autoencoder, build_discriminator, b
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+DIFFUSION_CONFIGS = sorted((ROOT / "configs" / "diffusion").glob("*.yaml"))
 
 # measured: a command and a date; published: a figure and its source; or openly not yet run
 EXPECTATION = re.compile(r"measured.*\d{4}-\d{2}-\d{2}|published: .*\d.*\(.+\)|not yet run", re.DOTALL)
@@ -51,7 +53,7 @@ def complaints(text: str) -> list[str]:
     return missing
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *DIFFUSION_CONFIGS], ids=lambda path: path.stem)
 def test_the_header_tells_command_cost_and_result(path: Path) -> None:
     text = path.read_text()
     assert text.startswith("# "), "a config opens with what it is for"
@@ -84,6 +86,20 @@ def test_every_config_loads_and_builds(path: Path) -> None:
         assert vae.config.latent_channels == int(channels)
     if path.stem == "kl_f8_d4":
         assert count_parameters(vae.parameters()) == 83_653_863  # Stable Diffusion's
+
+
+@pytest.mark.parametrize("path", DIFFUSION_CONFIGS, ids=lambda path: path.stem)
+def test_every_diffusion_config_loads_and_builds(path: Path) -> None:
+    settings = config.load(DiffusionTraining, path)
+    side = settings.crop or 32
+    with torch.device("meta"):
+        network = settings.denoiser.build(4, (side, side), 10)
+    if path.stem == "imagenet_256":  # DiT-B/2's blocks
+        blocks = [p for name, p in network.named_parameters() if name.startswith("transformer_blocks")]
+        inside = sum(p.numel() for p in blocks) - sum(
+            p.numel() for block in network.transformer_blocks for p in block.norm1.emb.parameters()
+        )
+        assert inside == 12 * (4 * 768 * 769 + 768 * 4 * 769 + 4 * 768 * 768 + 768 + 6 * 768 * 769)
 
 
 def narrow(settings: Training) -> Training:

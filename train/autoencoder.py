@@ -11,7 +11,6 @@ scaling) and RUN/report/index.html a page to look at. Time is counted in images 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderTiny
 from tqdm.auto import tqdm
 
-from ldm_vae import checkpoint, config, publish
+from ldm_vae import checkpoint
 from ldm_vae.adversary import Adversary
 from ldm_vae.autoencoder import (
     check_resolution,
@@ -35,12 +34,12 @@ from ldm_vae.data.stream import Stream, length
 from ldm_vae.data.stream import warning as stream_warning
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.ema import Ema
-from ldm_vae.errors import Stopped, UsageError, WorkError, run_program
+from ldm_vae.errors import Stopped, WorkError, run_program
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.measure import measure, normalisation_of
 from ldm_vae.health import diagnose
 from ldm_vae.latents import Normalisation, posterior_noise
-from ldm_vae.launch import StopSignal, build_accelerator, check_ranks_agree
+from ldm_vae.launch import StopSignal, build_accelerator
 from ldm_vae.logbook import Averages, Logbook, check_finite
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import evaluate_reconstruction
@@ -50,13 +49,21 @@ from ldm_vae.objective import Objective
 from ldm_vae.optim import learning, schedule, set_learning_rate
 from ldm_vae.plan import describe
 from ldm_vae.report import build_report
+from ldm_vae.run import (
+    arrange,
+    global_batch,
+    prepare_run_folder,
+    resume,
+    save,
+    start_from_command_line,
+    what_is_due,
+)
 from ldm_vae.step import TrainingStep
 from ldm_vae.stored_pairs import drop_encoder, open_pairs, stored_loader, whole
-from ldm_vae.trackers import check_tracker, log_picture, start_tracker
+from ldm_vae.trackers import check_tracker, log_picture
 from ldm_vae.training import (
     MAY_CHANGE,
     Training,
-    arrange,
     build_autoencoder,
     build_discriminator,
     build_network,
@@ -65,17 +72,7 @@ from ldm_vae.training_data import assign_buckets, check_sources, normalisation_p
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    flags = [flag for flag in arguments[1:] if flag not in ("--dry_run", "--dry-run")]
-    settings = config.load(Training, arguments[0], flags, program=f"train.autoencoder {arguments[0]}")
-    if len(flags) < len(arguments) - 1:
-        if os.environ.get("RANK", "0") == "0":
-            print(describe(settings, processes=int(os.environ.get("WORLD_SIZE", "1"))), end="")
-    else:
-        train(settings)
+    start_from_command_line(Training, "train.autoencoder", __doc__, describe, train)
 
 
 def train(settings: Training) -> None:
@@ -119,7 +116,7 @@ def train(settings: Training) -> None:
         arrange(module, settings)
     if validation_source is not None:  # what it needs is fetched now and not after the first hours
         build_metrics(settings.validation_metrics, accelerator.device, settings.resolution)
-    prepare_run_folder(settings, accelerator)
+    prepare_run_folder(settings, accelerator, MAY_CHANGE)
 
     # --- optimisers; Accelerate wraps networks (DDP, autocast) and optimisers, not the data: our stream is sharded ---
     discriminator_rate = settings.discriminator_learning_rate or settings.learning_rate
@@ -146,27 +143,13 @@ def train(settings: Training) -> None:
         stateful |= {"adversary": adversary, "discriminator": critic, "discriminator_optimizer": critic_optimizer}
     if accelerator.scaler is not None:
         stateful["scaler"] = accelerator.scaler
-    global_batch = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
-    images_seen, best = 0, None
-    newest = checkpoint.newest(run / "checkpoints", say)
-    if newest is not None:
-        info = checkpoint.load(newest, stateful)
+    batch_images = global_batch(settings, accelerator)
+    images_seen, best, newest = 0, None, None
+    if (found := resume(settings, accelerator, stateful)) is not None:
+        newest, info = found
         images_seen, best = info["images_seen"], info["best"]
-        say(f"resumed from {newest} at {images_seen:,} images")
-        if info["global_batch"] != global_batch:
-            say(f"the global batch was {info['global_batch']}, now it is {global_batch}: the order of images is kept")
     logbook = Logbook(run / "metrics.jsonl", accelerator)
     logbook.cut_back(images_seen if newest else -1)
-
-    def save() -> Path:
-        check_ranks_agree(accelerator, {"autoencoder": vae} | ({} if critic is None else {"discriminator": critic}))
-        averages.synchronise(accelerator)
-        if accelerator.is_main_process:
-            info = {"images_seen": images_seen, "best": best, "global_batch": global_batch}
-            checkpoint.save(run / "checkpoints", images_seen, stateful, config.dump(settings), info)
-            checkpoint.prune(run / "checkpoints", settings.checkpoints_total_limit, best and best["checkpoint"])
-        accelerator.wait_for_everyone()
-        return run / "checkpoints" / checkpoint.name(images_seen)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     quarantine = Quarantine(length(source), max_bad=settings.data.max_bad, path=run / "quarantine.jsonl")
@@ -208,20 +191,16 @@ def train(settings: Training) -> None:
         quarantine.add(batch.bad, good=len(batch.keys))
         if not accelerator.sync_gradients:
             continue
-        images_seen += global_batch
-        ema.update(vae, images_seen, global_batch, network.bottleneck.copied)
-        bar.update(global_batch)
+        images_seen += batch_images
+        ema.update(vae, images_seen, batch_images, network.bottleneck.copied)
+        bar.update(batch_images)
 
         # --- events: each when a multiple of its interval has been crossed, and all at the end
-        ends = images_seen >= settings.max_train_images
-        due = {
-            name: every is not None and (ends or images_seen // every > (images_seen - global_batch) // every)
-            for name, every in (
-                ("log", settings.log_every_images),
-                ("validate", settings.validate_every_images if validation_source is not None else None),
-                ("checkpoint", settings.checkpoint_every_images),
-            )
-        }
+        due = what_is_due(
+            settings, images_seen, batch_images,
+            log=settings.log_every_images, checkpoint=settings.checkpoint_every_images,
+            validate=settings.validate_every_images if validation_source is not None else None,
+        )  # fmt: skip
         stop = signals.agreed(accelerator)
         if any(due.values()) or stop:
             means = averages.means(accelerator)
@@ -248,7 +227,8 @@ def train(settings: Training) -> None:
                 best = {"score": score, "checkpoint": checkpoint.name(images_seen)}
             show(run, accelerator)
         if due["checkpoint"] or improved or stop:
-            newest = save()
+            networks = {"autoencoder": vae} | ({} if critic is None else {"discriminator": critic})
+            newest = save(settings, accelerator, images_seen, stateful, networks, averages, best)
         if stop:
             say(f"stopped by signal {stop}, saved {newest}; the same command resumes")
             raise Stopped(stop)
@@ -313,23 +293,6 @@ def show(run: Path, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         build_report(run)
     accelerator.wait_for_everyone()
-
-
-def prepare_run_folder(settings: Training, accelerator: Accelerator) -> None:
-    """Write RUN/config.yaml; refuse a folder that holds a run of another config."""
-    path = settings.output_dir / "config.yaml"
-    if path.exists():
-        before = config.load(Training, path)
-        changed = {key: values for key, values in config.differences(before, settings).items() if key not in MAY_CHANGE}
-        if changed:
-            listed = ", ".join(f"{key} (was {old}, now {new})" for key, (old, new) in changed.items())
-            raise UsageError(f"output_dir: {settings.output_dir} holds a run of another config: {listed}")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        settings.output_dir.mkdir(parents=True, exist_ok=True)
-        publish.replace(path, publish.data(config.dump(settings).encode()))
-    if settings.report_to is not None:
-        start_tracker(accelerator, config.flatten(settings))
 
 
 if __name__ == "__main__":

@@ -24,5 +24,5 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.name is not None:
         print(programs_at.find_config(arguments.name).read_text(encoding="utf-8"), end="")
         return
-    for path in sorted((programs_at.root() / "configs").glob("*.yaml")):
-        print(f"{path.stem:16} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+    for name, path in programs_at.shipped_configs().items():
+        print(f"{name:22} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")

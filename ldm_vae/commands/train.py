@@ -19,6 +19,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from ldm_vae import programs_at
 
-    first, *rest = arguments.arguments or ["--help"]
-    config = first if first.startswith("-") else str(programs_at.find_config(first))
-    programs_at.run("train/autoencoder.py", [config, *rest])
+    programs_at.run_with_config("train/autoencoder.py", arguments.arguments)

@@ -232,6 +232,17 @@ class LatentDataset(Dataset[Item]):
         shard, _ = self._places(np.asarray(indices, dtype=np.int64))
         return [self.shards[number] for number in dict.fromkeys(shard)]
 
+    def column(self, name: str) -> list[Any]:
+        """A column of all samples, in their order. Raises UsageError for one that the store does not have."""
+        _known("column", name, tuple(self.manifest.columns))
+        values: list[Any] = []
+        for number, shard in enumerate(self.shards):
+            found = self._maps.columns(number).get(name)
+            rows = [None] * shard.rows if found is None else found.to_pylist()
+            removed = set(shard.removed)
+            values += [value for row, value in enumerate(rows) if row not in removed]
+        return values
+
     def views(self, indices: Sequence[int], epochs: Sequence[int]) -> list[str]:
         """Which view of each sample is given in its epoch."""
         if self._view != "random":

@@ -19,11 +19,13 @@ class Contents:
     """Each field is empty where the folder has no such thing.
 
     home: the folder of index.html; log: the lines of metrics.jsonl; results: metrics.json as a list; pictures:
-    pictures.json; statistics: of the latent store; config: of the run, and as it was written; samples: PNG files.
+    pictures.json; statistics: of the latent store; config: of the run, and as it was written; samples: PNG files;
+    diffusion: what train.diffusion recorded; diffusability: of the probe; folder: what was asked for.
     """
 
     name: str
     home: Path
+    folder: Path
     log: list[Json] = field(default_factory=list)
     results: list[Json] = field(default_factory=list)
     pictures: list[Json] = field(default_factory=list)
@@ -31,6 +33,8 @@ class Contents:
     config: Json = field(default_factory=dict)
     config_text: str = ""
     samples: list[Path] = field(default_factory=list)
+    diffusion: Json | None = None
+    diffusability: Json | None = None
 
 
 def read_contents(folder: Path) -> Contents:
@@ -46,7 +50,7 @@ def read_contents(folder: Path) -> Contents:
         folder = folder.parent
     is_run = _is_run(folder)
     home = folder / "report" if is_run else folder
-    if not is_run and not (home / "metrics.json").is_file():
+    if not is_run and not any((home / name).is_file() for name in ("metrics.json", "diffusability.json")):
         raise UsageError(
             f"report {folder}: expected a run (config.yaml, metrics.jsonl) or an evaluation (metrics.json); found none"
         )
@@ -57,6 +61,7 @@ def read_contents(folder: Path) -> Contents:
     return Contents(
         name=folder.resolve().name,
         home=home,
+        folder=folder,
         log=_lines(folder / "metrics.jsonl") if is_run else [],
         results=found if isinstance(found, list) else [found],
         pictures=_json(pictures) if pictures.is_file() else [],
@@ -64,6 +69,8 @@ def read_contents(folder: Path) -> Contents:
         config=yaml.safe_load(config_text) or {},
         config_text=config_text,
         samples=sorted((home / "samples").glob("*.png")),
+        diffusion=_json_or_none(home / "diffusion.json"),
+        diffusability=_json_or_none(home / "diffusability.json"),
     )
 
 
@@ -80,6 +87,10 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WorkError(f"{path}: not readable as JSON: {error}") from error
+
+
+def _json_or_none(path: Path) -> Any:
+    return _json(path) if path.is_file() else None
 
 
 def _lines(path: Path) -> list[Json]:

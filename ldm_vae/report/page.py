@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ldm_vae import __version__, publish
-from ldm_vae.report import tables
+from ldm_vae.report import diffusion, tables
 from ldm_vae.report.contents import Contents, read_contents
 from ldm_vae.report.gallery import SHOWN_WIDTH, gallery, samples
 from ldm_vae.report.training import adversary_change, curves, health
@@ -50,6 +50,7 @@ def render(contents: Contents) -> str:
     measured = contents.statistics or {}
     view: dict[str, Any] = {
         "title": contents.name,
+        "kind": "Diffusion report" if contents.diffusion and not results else "Autoencoder report",
         "subtitle": tables.subtitle(contents),
         "version": __version__,
         "names": names,
@@ -64,6 +65,8 @@ def render(contents: Contents) -> str:
         "latents": [found for result in results if (found := tables.latents(result))],
         "store": tables.store(measured) if "scaling_factor" in measured else None,  # a store of indices has none
         "samples": samples(contents.samples),
+        "diffusion": diffusion.run(contents.folder, contents.diffusion),
+        "diffusability": diffusion.probe(contents.home, contents.diffusability),
         "protocol": tables.protocol(results) if results else [],
         "checksum": results[0]["data"]["checksum"] if results else "",
         "fingerprints": tables.fingerprints(results),

@@ -207,7 +207,8 @@ def commands(contents: Contents) -> list[str]:
     """The commands that give this page again."""
     lines = []
     if contents.config_text:
-        lines.append(f"accelerate launch -m train.autoencoder {contents.config['output_dir']}/config.yaml")
+        program = "train.diffusion" if contents.diffusion else "train.autoencoder"
+        lines.append(f"accelerate launch -m {program} {contents.config['output_dir']}/config.yaml")
     if contents.results:
         vaes = " ".join(result["vae"]["source"] for result in contents.results)
         data = contents.results[0]["data"]

@@ -1,0 +1,18 @@
+"""`ldm-vae probe VAE... DATA --output DIR`: which VAE's latents a diffusion model learns best."""
+
+from __future__ import annotations
+
+import argparse
+
+from ldm_vae.commands.train import ADD_HELP, PREFIX_CHARS, add_arguments
+
+__all__ = ["ADD_HELP", "DESCRIPTION", "HELP", "PREFIX_CHARS", "add_arguments", "run"]
+
+HELP = "train the same small diffusion model on the latents of several VAEs"
+DESCRIPTION = ""  # the program's own help is shown
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from ldm_vae import programs_at
+
+    programs_at.run("eval/diffusability.py", arguments.arguments or ["--help"])

@@ -1,0 +1,100 @@
+"""Two sections of the page: a diffusion run (what train.diffusion leaves) and the probe of eval.diffusability."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ldm_vae.report import images
+from ldm_vae.report.charts import compact
+
+Json = dict[str, Any]
+
+SETS = {  # of images that were compared: heading and meaning
+    "samples": ("samples", "of the diffusion model, decoded"),
+    "field": ("Gaussian fields", "decoded; with the mean, deviation and spectrum of the latents"),
+    "noise": ("noise", "decoded; N(0, I) at the latents' scale, what the sampler starts from"),
+}
+
+
+def run(folder: Path, found: Json | None) -> Json | None:
+    """RUN/samples and RUN/report/diffusion.json (`found`); None where there is no such run."""
+    if found is None:
+        return None
+    grids = [folder / "samples" / name for name in found["grids"]]
+    shown = [
+        {"uri": images.embed(path), "caption": f"at {compact(_images_of(path))} images", "width": _width(path)}
+        for path in grids
+        if path.is_file()
+    ]
+    if not shown:
+        return None
+    return {
+        "last": shown[-1],
+        "earlier": shown[:-1],
+        "columns": found["classes"],
+        "sampling": sampling(found["sampling"]),
+        "distances": distances(found.get("distances")),
+    }
+
+
+def sampling(used: Json) -> str:
+    """How samples were drawn, in words."""
+    guidance = "no guidance" if used["guidance"] == 1 else f"guidance {used['guidance']:g}"
+    return f"{used['method'].capitalize()}, {used['steps']} steps, {guidance}"
+
+
+def distances(found: Json | None) -> Json | None:
+    """Rows of the table of distances, the nearest first."""
+    if found is None:
+        return None
+    rows = [{"name": SETS[name][0], "meaning": SETS[name][1], "value": found[name]} for name in SETS]
+    rows.sort(key=lambda row: float(row["value"]))
+    return {"n": f"{found['n']:,}", "rows": [row | {"value": f"{row['value']:.1f}"} for row in rows]}
+
+
+def probe(home: Path, found: Json | None) -> Json | None:
+    """DIR/diffusability.json (`found`) and its pictures; None where no probe was run."""
+    if found is None:
+        return None
+    vaes = []
+    for entry in found["vaes"]:
+        measured = entry["metrics"]
+        vaes.append(
+            {
+                "name": entry["vae"]["name"],
+                "gap": _interval(measured["fd_gap"], ".1f"),
+                "cells": [
+                    _interval(measured["fd_samples"], ".1f"),
+                    {"value": f"{entry['fd_reconstructions']:.1f}"},
+                    _interval(measured.get("high_frequency_share"), ".3f"),
+                    _interval(measured.get("equivariance"), ".3f"),
+                    {"value": " × ".join(map(str, entry["latent_shape"]))},
+                    {"value": f"{entry['network']['gflop_per_image']:.3g}"},
+                ],
+                "pictures": [
+                    {"uri": images.embed(home / entry["pictures"][kind]), "caption": kind}
+                    for kind in ("reconstructions", "samples")
+                    if (home / entry["pictures"][kind]).is_file()
+                ],
+            }
+        )
+    return {"verdicts": found["verdicts"], "vaes": vaes, "protocol": found["protocol"]}
+
+
+def _interval(summary: Json | None, form: str) -> Json:
+    if summary is None or summary["mean"] is None:
+        return {"value": "-"}
+    ends = summary["ci95"]
+    interval = f"{ends[0]:{form}} to {ends[1]:{form}}" if ends else ""
+    return {"value": f"{summary['mean']:{form}}", "interval": interval}
+
+
+def _images_of(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
+
+
+def _width(path: Path) -> int:
+    """Pixels of the picture, enlarged so far that a phone still has them all."""
+    side = images.read_pixels(path).shape[1]
+    return int(side * max(1, round(720 / side)))
