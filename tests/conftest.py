@@ -8,12 +8,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["LDM_VAE_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import threading
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from loopback_hub import Hub
 from PIL import Image
 
 from ldm_vae.autoencoder import AutoencoderConfig
@@ -51,3 +55,22 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 48)) -> 
 def image_folder(tmp_path: Path) -> Path:
     """Twelve pictures of 40 x 48 px."""
     return write_images(tmp_path / "images", 12)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an empty model hub (`loopback_hub.py`)."""
+    Hub.reset()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    yield address
+    server.shutdown()
+    thread.join()
+    server.server_close()

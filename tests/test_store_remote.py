@@ -21,6 +21,7 @@ from export_call import run_cli
 from test_store_writing import SETTINGS, Pictures
 from upstream import Upstream, serving
 
+from ldm_vae.autoencoder import AutoencoderConfig
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, mapping, read_manifest, transfer, verify, write_store
 from ldm_vae.latent_store.layout import MAPPED_ROWS, TENSORS
@@ -28,17 +29,19 @@ from ldm_vae.latent_store.layout import MAPPED_ROWS, TENSORS
 COLUMNS = ("key", "caption", "label", "tags")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """21 pictures in three shards, encoded once; tests that change it take a copy."""
-    from ldm_vae.autoencoder import AutoencoderConfig
-
+def encoded(out: Path) -> Path:
+    """OUT/latents of 21 pictures in three shards, and its VAE in OUT/vae."""
     torch.manual_seed(0)
     vae = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build().eval()
-    out = tmp_path_factory.mktemp("upstream")
     vae.save_pretrained(out / "vae")
     write_store(vae, Pictures(), out / "latents", **SETTINGS, views="flip", vae_name=str(out / "vae"))
     return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Encoded once; tests that change it take a copy."""
+    return encoded(tmp_path_factory.mktemp("upstream"))
 
 
 @pytest.fixture(autouse=True)

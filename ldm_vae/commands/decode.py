@@ -15,7 +15,7 @@ The VAE is the one that the store was made with, where it lies now; --vae names 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", metavar="STORE", help="folder of a latent store")
+    parser.add_argument("store", metavar="STORE", help="folder or URL of a latent store")
     parser.add_argument("out", metavar="OUT", help="folder for the PNG files")
     parser.add_argument("--vae", metavar="VAE", help="the VAE (default: the one that the store names)")
     parser.add_argument("--count", type=int, help="how many samples (default: all)")

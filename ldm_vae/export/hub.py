@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
@@ -13,38 +14,52 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from ldm_vae.errors import UsageError, WorkError
 
 
-def check_name(repo: str) -> None:
+def check_name(repo: str, argument: str = "--push_to_hub") -> None:
     """Raises UsageError unless `repo` can be a repository's name."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UsageError(f"--push_to_hub {repo}: expected owner/name: {_first_line(error)}") from error
+        raise UsageError(f"{argument} {repo}: expected owner/name: {_first_line(error)}") from error
 
 
-def push(
-    folder: Path, repo: str, *, private: bool = False, kind: Literal["model", "dataset"] = "model", path: str = ""
-) -> str:
-    """Upload everything in `folder` to `repo` (made if it does not exist), below `path` there; returns its address.
+def client() -> HfApi:
+    """The hub that HF_ENDPOINT names, or the public one."""
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="ldm-vae")
+
+
+@contextlib.contextmanager
+def in_a_sentence(what: str, kept: str) -> Iterator[None]:
+    """Say what went wrong with the hub, and what there still is. Raises WorkError."""
+    try:
+        yield
+    except (UsageError, WorkError):
+        raise
+    except OfflineModeIsEnabled as error:
+        raise WorkError(f"{what}: HF_HUB_OFFLINE is set; {kept}") from error
+    except Exception as error:  # the network's errors are requests', httpx' or its own, by version
+        cause = f": {_first_line(error.__cause__)}" if error.__cause__ else ""  # hubs wrap what a thread ran into
+        raise WorkError(f"{what}: {_first_line(error)}{cause}; {kept}") from error
+
+
+def push(folder: Path, repo: str, *, private: bool = False, path: str = "") -> str:
+    """Upload everything in `folder` to the model `repo` (made if it does not exist), below `path` there; returns its
+    address.
 
     Raises:
         WorkError: the hub cannot be reached or refuses.
     """
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="ldm-vae")
-    try:
-        address = api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
+    api = client()
+    with in_a_sentence(f"--push_to_hub {repo}", f"{folder} is written"):
+        address = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
         api.upload_folder(
             repo_id=address.repo_id,
-            repo_type=kind,
+            repo_type="model",
             folder_path=folder,
             path_in_repo=path or None,
             commit_message="Upload with ldm-vae",
         )
-    except OfflineModeIsEnabled as error:
-        raise WorkError(f"--push_to_hub {repo}: HF_HUB_OFFLINE is set; {folder} is written") from error
-    except Exception as error:  # the network's errors are requests', httpx' or its own, by version
-        raise WorkError(f"--push_to_hub {repo}: {_first_line(error)}; {folder} is written") from error
     return str(address)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

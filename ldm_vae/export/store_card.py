@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from ldm_vae.export.card import statistics_table
+from ldm_vae.latent_store.layout import ROWS, SHARDS
 from ldm_vae.latent_store.manifest import Manifest
 from ldm_vae.latent_store.statistics import LatentStatistics
 
@@ -22,19 +23,32 @@ _STORED = {
 }
 
 
-def store_card(name: str, manifest: Manifest, license: str | None = None) -> str:
-    """The card of a store called `name`: YAML head and Markdown. Paths of somebody's disk are left out."""
+def store_card(
+    name: str, manifest: Manifest, license: str | None = None, *, on_hub: bool = False, picture: str | None = None
+) -> str:
+    """The card of a store called `name`: YAML head and Markdown. Paths of somebody's disk are left out.
+
+    Args:
+        on_hub: `name` is that of a dataset repository: the card says how to read it there.
+        picture: the file of decoded samples in that repository.
+    """
     head: dict[str, object] = {"pretty_name": name, "tags": list(TAGS), "size_categories": [_size(manifest.samples)]}
     if license is not None:
         head["license"] = license
     sources = [place for place in (manifest.recorded.data,) if _is_hub_id(place)]
     if sources:
         head["source_datasets"] = sources
+    if on_hub:  # the rows, without the tensors, are what the hub shows and `load_dataset` gives
+        rows = {"split": "train", "path": f"{SHARDS}/*.{ROWS}"}
+        head["configs"] = [{"config_name": "default", "data_files": [rows]}]
+    place = f"hf://datasets/{name}" if on_hub else name
     parts = [
         f"{manifest.samples:,} images as latents of a VAE, {_megabytes(manifest)}, made with ldm-vae.",
+        *(_samples(picture) if on_hub else ()),
         "## Read it",
-        f'```python\nfrom ldm_vae import LatentDataset\n\ndataset = LatentDataset("{name}")  # memory-mapped\n'
+        f'```python\nfrom ldm_vae import LatentDataset\n\ndataset = LatentDataset("{place}")  # memory-mapped\n'
         f"{_reading(manifest)}\n```",
+        *(_elsewhere(name, manifest) if on_hub else ()),
         "## What is stored",
         "\n".join(_contents(manifest)),
         "## Made with",
@@ -48,6 +62,21 @@ def store_card(name: str, manifest: Manifest, license: str | None = None) -> str
         parts += ["## Statistics", over, "\n".join(statistics_table(measured))]
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n# {name}\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _samples(picture: str | None) -> list[str]:
+    if picture is None:
+        return ["There is no picture of it: its VAE was not at hand when it was sent."]
+    return [f"![Decoded samples]({picture})", "Samples, decoded by its VAE."]
+
+
+def _elsewhere(name: str, manifest: Manifest) -> list[str]:
+    removed = sum(len(shard.removed) for shard in manifest.shards)
+    without = f" ({removed:,} of them are rows that updates took out: `manifest.json` names them)" if removed else ""
+    return [
+        f"A local copy: `ldm-vae store pull {name} my-latents`. The columns without the tensors: "
+        f'`datasets.load_dataset("{name}")`{without}.'
+    ]
 
 
 def _reading(manifest: Manifest) -> str:

@@ -1,4 +1,4 @@
-"""Latents => PNG files: the first look at a store."""
+"""Latents => PNG files, or one sheet of them: the first look at a store."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ldm_vae import publish
 from ldm_vae.data.transforms import to_uint8
 from ldm_vae.errors import WorkError
+from ldm_vae.latent_store.batch import Item
 from ldm_vae.latent_store.reading import LatentDataset
 
 
@@ -29,16 +30,35 @@ def decode_to_png(
         raise WorkError(f"OUT {folder}: cannot be made: {error.strerror}") from error
     with tqdm(total=len(indices), desc="decode", unit="img", disable=None) as bar:
         for chunk in _of_one_shape(dataset, indices, batch_size):
-            items = [dataset[index] for index in chunk]
-            name = "latents" if dataset.manifest.identity.codes is None else "indices"
-            pictures = to_uint8(dataset.decode(torch.stack([item[name] for item in items]), vae)).cpu()
-            for item, picture in zip(items, pictures, strict=True):
+            for item, picture in _decoded(dataset, vae, chunk):
                 stem = re.sub(r"[^\w.-]+", "_", Path(item["key"]).stem).strip("._")[-80:]
                 buffer = io.BytesIO()
                 _to_image(picture).save(buffer, "PNG")
                 publish.replace(folder / f"{int(item['index']):08d}-{stem}.png", publish.data(buffer.getvalue()))
             bar.update(len(chunk))
     return len(indices)
+
+
+def contact_sheet(dataset: LatentDataset, vae: Any, count: int = 16, columns: int = 4, side: int = 128) -> bytes:
+    """Samples from all over a dataset, decoded, each within side x side pixels: one PNG."""
+    chosen = [place * len(dataset) // count for place in range(count)] if len(dataset) > count else range(len(dataset))
+    sheet = Image.new("RGB", (side * min(columns, len(chosen)), side * -(-len(chosen) // columns)))
+    for place, index in enumerate(chosen):
+        ((_, picture),) = _decoded(dataset, vae, [index])
+        image = _to_image(picture).convert("RGB")
+        image.thumbnail((side, side))
+        sheet.paste(image, (place % columns * side, place // columns * side))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _decoded(dataset: LatentDataset, vae: Any, indices: Sequence[int]) -> list[tuple[Item, torch.Tensor]]:
+    """Items of one shape, each with its picture, uint8 [C, H, W]."""
+    items = [dataset[index] for index in indices]
+    name = "latents" if dataset.manifest.identity.codes is None else "indices"
+    pictures = to_uint8(dataset.decode(torch.stack([item[name] for item in items]), vae)).cpu()
+    return list(zip(items, pictures, strict=True))
 
 
 def _of_one_shape(dataset: LatentDataset, indices: Sequence[int], size: int) -> list[list[int]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import random
 import time
 from collections.abc import Callable
@@ -79,7 +80,16 @@ def download(url: str, path: Path, record: FileRecord, *, attempts: int = ATTEMP
 
     def attempt(temporary: Path) -> None:
         files, remote = _open(url)
-        files.get_file(remote, str(temporary))
+        try:
+            files.get_file(remote, str(temporary))
+        except Exception as error:
+            listed = bool(
+                files.dircache
+            )  # by an earlier look, perhaps before a change: the next one is at what is there
+            files.invalidate_cache()
+            if not (listed and isinstance(error, FileNotFoundError)):
+                raise
+            files.get_file(remote, str(temporary))
         found = shards.checksum(temporary)
         if found == record:
             return
@@ -105,6 +115,8 @@ def _open(url: str) -> tuple[Any, str]:
 
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
             options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}  # proxies as the environment has them
+        elif scheme == "hf" and os.environ.get("HF_ENDPOINT"):  # else a file system of another endpoint is given again
+            options = {"endpoint": os.environ["HF_ENDPOINT"]}
         files, path = url_to_fs(url, **options)
     except ImportError as error:
         package = known_implementations.get(scheme, {}).get("class", "").partition(".")[0]

@@ -1,11 +1,13 @@
-"""`ldm-vae store verify|repair|stats|merge|split|convert`: look after latent stores."""
+"""`ldm-vae store verify|repair|stats|merge|split|convert|push|pull`: look after latent stores."""
 
 from __future__ import annotations
 
 import argparse
 
-HELP = "verify, repair, merge, split or convert latent stores, or print their statistics"
-DESCRIPTION = """\
+from ldm_vae.commands.store import sharing
+
+HELP = "verify, repair, merge, split, convert or share latent stores, or print their statistics"
+DESCRIPTION = f"""\
   ldm-vae store verify my-latents    # reads everything again: checksums, rows, finite values
   ldm-vae store verify my-latents --reencode 100    # and encodes 100 random images again
   ldm-vae store repair my-latents    # makes again what is damaged, and only that
@@ -17,7 +19,7 @@ DESCRIPTION = """\
   ldm-vae store split my-latents out --where label=3 --where source=photos
   ldm-vae store convert my-latents out --to parquet    # or webdataset, lightningdit, kohya: says what is lost
   ldm-vae store convert out my-latents --from parquet
-"""
+{sharing.DESCRIPTION}"""
 
 FORMATS = ("parquet", "webdataset", "lightningdit", "kohya")  # the files of latent_store/formats, without importing it
 MODELS = ("sd", "sdxl", "sd3", "flux")
@@ -34,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--image_column", help="column of the image, when DATA has several")
         action.add_argument("--split", default="train", help="split of a dataset (default train)")
     verify.add_argument("--reencode", type=int, metavar="N", help="encode N random images again and compare")
-    for action in (verify, repair, stats):
-        action.add_argument("store", metavar="STORE", help="folder of a latent store")
+    for action, where in ((verify, "folder or URL"), (repair, "folder"), (stats, "folder or URL")):
+        action.add_argument("store", metavar="STORE", help=f"{where} of a latent store")
     stats.add_argument("--json", action="store_true", help="as JSON, for programs")
     merge = actions.add_parser("merge", help="one store of several, or of one without its removed rows")
     merge.add_argument("stores", metavar="STORE", nargs="+", help="of one identity; VAE and data are the first one's")
@@ -60,11 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--shard_size", type=int, default=2048, metavar="N", help="--from: samples per unit (2048)")
     for action in (merge, split, convert):
         action.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
+    sharing.add_arguments(actions)
 
 
 def run(arguments: argparse.Namespace) -> None:
     verbs = {"verify": _verify, "repair": _repair, "stats": _stats}
     verbs |= {"merge": _merge, "split": _split, "convert": _convert}
+    verbs |= {"push": sharing.push, "pull": sharing.pull}
     verbs[arguments.action](arguments)
 
 
