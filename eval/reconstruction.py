@@ -29,7 +29,7 @@ from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_auto
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
 from ldm_vae.data.source import Source, open_source
 from ldm_vae.errors import UsageError, WorkError, run_program
-from ldm_vae.launch import build_accelerator
+from ldm_vae.launch import ON_THEIR_OWN, build_accelerator
 from ldm_vae.metrics import result
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import Evaluation, evaluate_reconstruction
@@ -79,7 +79,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    accelerator = build_accelerator()
+    accelerator = build_accelerator(ddp_timeout=ON_THEIR_OWN)
     names = result.labels(options.vae)
 
     # --- everything that can be wrong is opened before the first image is measured ------------------------------------

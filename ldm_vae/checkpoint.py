@@ -76,6 +76,11 @@ def name(images_seen: int) -> str:
     return f"{PREFIX}{images_seen:09d}"
 
 
+def images_of(checkpoint: Path) -> int:
+    """The images seen that a folder's name tells."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
 def save(folder: Path, images_seen: int, objects: Mapping[str, Stateful], config: str, info: Mapping[str, Any]) -> Path:
     """Write `folder`/images-N with the state of the named objects, the config's text and a few plain values.
 

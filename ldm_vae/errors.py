@@ -35,9 +35,39 @@ def run_program(main: Callable[[], None]) -> NoReturn:
         _leave(1, error)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if (what := misfortune(error)) is None:
+            raise  # a mistake of ours: the traceback tells where
+        _leave(1, what)
     sys.exit(0)
 
 
 def _leave(status: int, error: Exception) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(status)
+
+
+# --- what the world does to a program ---------------------------------------------------------------------------------
+
+
+def misfortune(error: Exception) -> WorkError | None:
+    """The sentence for an error that no line of ours is to blame for; None for any other.
+
+    A file that cannot be read or written, memory that is used up, a data worker that was killed (torch raises that out
+    of a signal handler, in the middle of whatever is being done), a process of the same launch that is gone or silent.
+    Recognised by its words where torch has no class for it; nothing is imported, since `--help` has no torch.
+    """
+    kind, said = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return WorkError(said)
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+        return WorkError(f"out of memory{f': {said}' if said else ''}")
+    if not isinstance(error, RuntimeError):
+        return None
+    if "DataLoader worker" in said:
+        return WorkError(f"a data worker died, out of memory perhaps (dataloader_num_workers): {said}")
+    if kind in ("DistBackendError", "DistNetworkError", "DistStoreError") or "/gloo/" in said:
+        silent = "imed out" in said or "imeout" in said
+        what = "does not answer (ddp_timeout)" if silent else "died"
+        return WorkError(f"another process of this launch {what}; what was saved is kept, the same command goes on")
+    return None

@@ -7,10 +7,12 @@ program builds its Accelerator here.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DynamoBackend
 from torch import nn
 
@@ -29,15 +31,22 @@ SEVERAL_ON_A_CPU = (
     "-m PROGRAM"
 )
 
+DDP_TIMEOUT = 600  # seconds; torch's own are 600 (nccl) and 1800 (gloo)
+ON_THEIR_OWN = 7 * 24 * 3600  # where processes meet once, at the end: the first to be done waits for the slowest
+
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # ACCELERATE_USE_...
 
 
-def build_accelerator(mixed_precision: str = "no", **settings: Any) -> Accelerator:
+def build_accelerator(mixed_precision: str = "no", *, ddp_timeout: int = DDP_TIMEOUT, **settings: Any) -> Accelerator:
     """An Accelerator on the GPUs that are there, else on the CPU (gloo when several processes were launched).
+
+    Args:
+        ddp_timeout: seconds that a process waits for another one at a collective before it gives up.
 
     Raises:
         UsageError: the launch is not what it seems, the precision cannot be had, or a wrapper other than DDP is asked.
     """
+    _launcher()
     cpu = not torch.cuda.is_available()
     if cpu and mixed_precision == "fp16":
         raise UsageError(
@@ -51,7 +60,8 @@ def build_accelerator(mixed_precision: str = "no", **settings: Any) -> Accelerat
             f"launch: {asked[0]} is not supported; plain DDP is enough, since the weights, gradients and Adam moments "
             "of an 84 M parameter autoencoder take 1.3 GB"
         )
-    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, **settings)
+    waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))
+    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[waiting], **settings)
     check_processes(accelerator.num_processes, os.environ, _launcher_command())
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise UsageError(
@@ -105,6 +115,15 @@ def _processes_asked(launcher: Sequence[str]) -> int:
     return 1
 
 
+def check_same(accelerator: Accelerator, what: str, number: int) -> None:
+    """Raises WorkError, on every rank, unless a number that each rank has read from a file is the same on all."""
+    numbers = accelerator.gather(torch.tensor([number], device=accelerator.device)).tolist()
+    if len({*numbers}) > 1:
+        raise WorkError(
+            f"{what}: the processes have {numbers}; the run folder must be on storage that all of them share"
+        )
+
+
 def check_ranks_agree(accelerator: Accelerator, modules: Mapping[str, nn.Module]) -> None:
     """Raises WorkError, on every rank, that names the first tensor which is not bit-equal on all of them."""
     if accelerator.num_processes == 1:
@@ -124,6 +143,19 @@ def check_ranks_agree(accelerator: Accelerator, modules: Mapping[str, nn.Module]
         raise WorkError(f"ranks diverged: {names[first]} on rank(s) {ranks} is not what rank 0 has")
 
 
+@functools.cache
+def _launcher() -> int | None:
+    """The process that launched this one, if one did: our parent at the first call, which `build_accelerator` makes."""
+    return os.getppid() if "LOCAL_RANK" in os.environ else None
+
+
+def check_launcher() -> None:
+    """Raises WorkError when the launcher is gone. A process that outlives it must not go on: the next launch does its
+    work, in the same folder."""
+    if _launcher() not in (None, os.getppid()):
+        raise WorkError("the launcher is gone; this process stops, what it finished is kept")
+
+
 class StopSignal:
     """SIGTERM and SIGINT become a question that all ranks answer alike at the end of a step."""
 
@@ -138,7 +170,8 @@ class StopSignal:
         self.number = number
 
     def agreed(self, accelerator: Accelerator) -> int:
-        """The signal that any rank has got, or 0."""
+        """The signal that any rank has got, or 0. Raises WorkError when the launcher was killed: nothing is saved."""
+        check_launcher()
         if accelerator.num_processes == 1:
             return self.number
         numbers = accelerator.gather(torch.tensor([self.number], device=accelerator.device))

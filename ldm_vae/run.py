@@ -19,7 +19,7 @@ from torch import nn
 from ldm_vae import checkpoint, config, publish
 from ldm_vae.config import Section
 from ldm_vae.errors import UsageError
-from ldm_vae.launch import check_ranks_agree
+from ldm_vae.launch import DDP_TIMEOUT, check_ranks_agree, check_same
 from ldm_vae.logbook import Averages
 from ldm_vae.trackers import start_tracker
 
@@ -67,6 +67,9 @@ class RunConfig(Section):
     """How many checkpoints are kept; a best one, where there is such a thing, is kept beside them."""
     dataloader_num_workers: int = Field(2, ge=0)
     """Processes that read the data, per training process; the result does not depend on it."""
+    ddp_timeout: int = Field(DDP_TIMEOUT, gt=0)
+    """Seconds that a process waits for another one which hangs before the run ends (one that died is noticed at once).
+    Longer than what the main process does alone: pictures, the final measurement of the scaling."""
     report_to: str | None = None
     """A tracker of Accelerate: tensorboard, wandb, ...; metrics.jsonl is always written."""
 
@@ -86,6 +89,7 @@ MAY_CHANGE = (
     "checkpoint_every_images",
     "checkpoints_total_limit",
     "dataloader_num_workers",
+    "ddp_timeout",
     "report_to",
     "torch_compile",
     "torch_compile_backend",
@@ -147,6 +151,7 @@ def resume(
 ) -> tuple[Path, dict[str, Any]] | None:
     """Load the newest whole checkpoint into `stateful`; its path and the plain values saved with it."""
     newest = checkpoint.newest(settings.output_dir / "checkpoints", accelerator.print)
+    check_same(accelerator, "checkpoints", -1 if newest is None else checkpoint.images_of(newest))
     if newest is None:
         return None
     info = checkpoint.load(newest, stateful)

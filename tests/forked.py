@@ -13,7 +13,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -23,8 +23,10 @@ from conftest import ROOT
 
 from ldm_vae.errors import run_program
 
-PRELOAD = ["torch", "forked", "ldm_vae.latent_store.writing", "ldm_vae.latent_store.updating", "train.autoencoder",
-           "train.diffusion"]  # fmt: skip
+PRELOAD = [
+    "torch", "forked", "ldm_vae.cli", "ldm_vae.export.exporting", "ldm_vae.latent_store.writing",
+    "ldm_vae.latent_store.updating", "train.autoencoder", "train.diffusion",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,12 @@ def forkserver() -> ForkServerContext:
     return context
 
 
-def fork(main: Callable[[], Any], arguments: Sequence[str]) -> Child:
-    """Start `main`, a function of a module, with `sys.argv[1:]` = arguments and this process's environment."""
+def fork(main: Callable[[], Any], arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
+    """Start `main`, a function of a module, with `sys.argv[1:]` = arguments, in this process's environment and with
+    what `environment` adds to it."""
     folder = Path(tempfile.mkdtemp(prefix="forked-"))
-    process = forkserver().Process(target=_child, args=(main, list(arguments), dict(os.environ), folder))
+    added = {**os.environ, **(environment or {})}
+    process = forkserver().Process(target=_child, args=(main, list(arguments), added, folder))
     process.start()
     return Child(process, folder)
 
@@ -82,6 +86,7 @@ def _child(main: Callable[[], Any], arguments: list[str], environment: dict[str,
             os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
+        multiprocessing.set_start_method(None, force=True)  # that of a program, and not the server's, for data workers
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(ROOT)

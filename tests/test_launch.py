@@ -111,7 +111,7 @@ TWO = ("--multi_gpu", "--num_processes", "2")
 
 DIVERGE = """
 import torch
-from ldm_vae.launch import build_accelerator, check_ranks_agree
+from ldm_vae.launch import build_accelerator, check_ranks_agree, check_same
 from ldm_vae.errors import WorkError
 a = build_accelerator()
 assert a.num_processes == 2
@@ -125,6 +125,11 @@ try:
     check_ranks_agree(a, {"net": net})
 except WorkError as error:
     print(f"RANK{a.process_index} {error}", flush=True)
+check_same(a, "images seen", 16)
+try:
+    check_same(a, "images seen", 16 * a.process_index)
+except WorkError as error:
+    print(f"RANK{a.process_index} {error}", flush=True)
 a.end_training()
 """
 
@@ -136,6 +141,7 @@ def test_one_bit_on_one_rank_is_found_and_named(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         assert f"RANK{rank} ranks diverged: net.1.weight on rank(s) [1] is not what rank 0 has" in done.stdout
+        assert f"RANK{rank} images seen: the processes have [0, 16]" in done.stdout
 
 
 def test_a_single_process_agrees_with_itself() -> None:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, write_images
+from killing import Reaper
 from safetensors.torch import load_file
 from test_launch import free_port
 from test_programs import metrics, newest, one_sentence, run, start, write_config
@@ -49,19 +50,12 @@ def wait_for(path: Path, victim: object) -> None:
 
 
 def test_killed_at_random_moments_it_ends_bit_equal(undisturbed: Path, images: Path, tmp_path: Path) -> None:
-    draw = random.Random(0)
+    reaper = Reaper(random.Random(0), longest=3.0)
     config = write_config(tmp_path, images)
-    kills = 0
     for _ in range(8):
-        victim = start(config, "--dataloader_num_workers", str(draw.choice([0, 0, 2])))
-        deadline = time.monotonic() + draw.uniform(0.05, 3.0)
-        while victim.running() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        if victim.running():
-            victim.kill(signal.SIGKILL)
-            kills += 1
-        assert victim.wait().returncode in (0, -signal.SIGKILL)
-    assert kills >= 3
+        victim = start(config, "--dataloader_num_workers", str(reaper.draw.choice([0, 0, 2])))
+        assert reaper.strike([victim])[0].returncode in (0, -signal.SIGKILL)
+    assert reaper.kills >= 3
     assert run(config).returncode == 0
     assert_same_run(tmp_path / "run", undisturbed)
 

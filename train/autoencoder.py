@@ -79,6 +79,7 @@ def train(settings: Training) -> None:
     check_tracker(settings.report_to)
     accelerator = build_accelerator(
         settings.mixed_precision,
+        ddp_timeout=settings.ddp_timeout,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         log_with=settings.report_to,
         project_dir=str(settings.output_dir),

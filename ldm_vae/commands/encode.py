@@ -78,10 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from datetime import timedelta
     from pathlib import Path
-
-    from accelerate import InitProcessGroupKwargs
 
     from ldm_vae.autoencoder import downsampling_factor, load_autoencoder
     from ldm_vae.data.source import open_source
@@ -92,13 +89,11 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm_vae.latent_store.reporting import describe, units_in
     from ldm_vae.latent_store.tiling import tile_of
     from ldm_vae.latent_store.writing import Processes
-    from ldm_vae.launch import build_accelerator
+    from ldm_vae.launch import ON_THEIR_OWN, build_accelerator
 
     if not 0 <= arguments.max_bad <= 1:
         raise UsageError(f"--max_bad: expected a share between 0 and 1, got {arguments.max_bad}")
-    # the first rank to be done waits for the slowest unit of the others: no time limit is right but a long one
-    waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    accelerator = build_accelerator(arguments.mixed_precision, kwargs_handlers=[waiting])
+    accelerator = build_accelerator(arguments.mixed_precision, ddp_timeout=ON_THEIR_OWN)
     vae = load_autoencoder(arguments.vae, arguments.config)
     source = open_source(
         arguments.data,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ldm_vae.errors import WorkError
+from ldm_vae.errors import WorkError, misfortune
 
 
 class _Failure:
@@ -79,9 +79,9 @@ def load(
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if (what := misfortune(error)) is None:
                 raise
-            raise WorkError(f"a data worker died, out of memory perhaps (dataloader_num_workers): {error}") from error
+            raise what from error
         if isinstance(batch, _Failure):
             raise WorkError(batch.error)
         yield batch

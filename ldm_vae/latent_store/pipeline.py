@@ -6,7 +6,6 @@ full batches across the samples that are missing; a unit's last batch is padded,
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -20,7 +19,6 @@ import torch
 from tqdm import tqdm
 
 from ldm_vae import publish
-from ldm_vae.errors import WorkError
 from ldm_vae.latent_store import rows as stored_rows
 from ldm_vae.latent_store import shards, units
 from ldm_vae.latent_store.encoding import Encoder, Reason, Rows
@@ -28,6 +26,7 @@ from ldm_vae.latent_store.layout import SHARDS, TENSORS
 from ldm_vae.latent_store.manifest import ShardRecord
 from ldm_vae.latent_store.preparing import Dealt, Ready
 from ldm_vae.latent_store.units import BadSample, Unit, UnitRecord
+from ldm_vae.launch import check_launcher
 
 BATCHES_AHEAD = 2  # per encoding thread: enough that none waits, few enough that memory stays flat
 
@@ -82,7 +81,6 @@ class Pipeline:
         self._open: _OpenUnit | None = None
         self._gathered: dict[Group, list[Ready]] = {}
         self._bad = 0
-        self._parent = os.getppid() if "LOCAL_RANK" in os.environ else None
 
     def run(self, stream: Iterable[Dealt], total: int) -> None:
         """Deal with all samples of `stream`; every unit in it has its record when this returns.
@@ -162,7 +160,7 @@ class Pipeline:
 
     def _unit(self, unit: Unit) -> _OpenUnit:
         if self._open is None:
-            self._stop_without_parent()
+            check_launcher()
             self._open = _OpenUnit(unit)
         return self._open
 
@@ -185,7 +183,7 @@ class Pipeline:
                 self._bad += 1
 
     def _publish(self, unit: _OpenUnit) -> None:
-        self._stop_without_parent()
+        check_launcher()
         written: list[ShardRecord] = []
         columns: dict[str, str] = {}
         for group, spool in sorted(unit.spools.items()):
@@ -228,8 +226,3 @@ class Pipeline:
             files=files,
         )
         return record, {field.name: str(field.type) for field in table.schema}
-
-    def _stop_without_parent(self) -> None:
-        """A rank whose launcher was killed stops: the next launch does its units."""
-        if self._parent is not None and os.getppid() != self._parent:
-            raise WorkError("the launcher is gone; this process stops, what it finished is kept")

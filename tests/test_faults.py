@@ -1,0 +1,168 @@
+"""What the world does to a running program: a process of the launch that dies or hangs, a data worker that the kernel
+kills, data that vanish, a target that cannot be written. One sentence, status 1, and the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import write_images
+from forked import Child, fork
+from killing import launch_program, ranks
+from test_programs import metrics, newest, one_sentence, run, start, write_config
+from test_programs_resume import wait_for
+
+from ldm_vae import cli
+from ldm_vae.errors import WorkError, misfortune
+from ldm_vae.launch import check_launcher
+from train import autoencoder as training_program
+
+LONG = {"max_train_images": 100_000, "log_every_images": 8, "checkpoint_every_images": 16}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data") / "images", 11)
+
+
+def two_ranks(folder: Path, images: Path, *flags: str) -> tuple[Path, list[Child]]:
+    """Two processes that have trained so far that there is a checkpoint."""
+    config = write_config(folder, images, train_batch_size=1, **LONG)
+    both = ranks(training_program.main, [str(config), *flags], 2)
+    wait_for(folder / "run" / "checkpoints" / "images-000000016", both[0])
+    return config, both
+
+
+# --- another process --------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_dies_ends_the_others_with_a_sentence(images: Path, tmp_path: Path) -> None:
+    config, (first, second) = two_ranks(tmp_path, images)
+    second.kill(signal.SIGKILL)
+    said = one_sentence(first.wait(120), 1)
+    assert "another process of this launch died" in said and "the same command goes on" in said
+    assert second.wait().returncode == -signal.SIGKILL
+    last = int(newest(tmp_path / "run").name.removeprefix("images-"))
+    again = ranks(training_program.main, [str(config), "--max_train_images", str(last + 4)], 2)
+    done = [rank.wait() for rank in again]
+    assert [rank.returncode for rank in done] == [0, 0], done
+    assert f"at {last:,} images" in done[0].stdout and metrics(tmp_path / "run")[-1]["images"] == last + 4
+
+
+def test_a_rank_that_hangs_ends_the_others_in_the_time_that_was_set(images: Path, tmp_path: Path) -> None:
+    _, (first, second) = two_ranks(tmp_path, images, "--ddp_timeout", "3")
+    second.kill(signal.SIGSTOP)
+    said = one_sentence(first.wait(120), 1)
+    assert "another process of this launch does not answer (ddp_timeout)" in said
+    second.kill(signal.SIGKILL)
+    assert second.wait().returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_under_a_launcher_a_dead_rank_and_a_dead_launcher_end_the_rest(images: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, images, train_batch_size=1, **LONG)
+    first = launch_program(["-m", "train.autoencoder", str(config)], processes=2)
+    wait_for(tmp_path / "run" / "checkpoints" / "images-000000016", first)
+    rank = max(first.members(), key=lambda member: member.pid)
+    rank.kill()
+    done = first.wait(120)
+    assert done.returncode != 0
+    assert "ddp_timeout" not in done.stderr and done.stderr.count("error: another process of this launch died") <= 1
+    second = launch_program(["-m", "train.autoencoder", str(config)], processes=2)
+    before = newest(tmp_path / "run")
+    while newest(tmp_path / "run") == before:
+        assert second.running()
+        time.sleep(0.01)
+    orphans = second.kill_alone()
+    assert len(orphans) >= 2
+    _, alive = psutil.wait_procs(orphans, timeout=60)
+    assert alive == [], "orphans of a killed launcher stop: two launches never write into one run"
+    assert "the launcher is gone" in second.wait().stderr
+
+
+def test_an_orphan_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_launcher()  # nobody launched this one
+    monkeypatch.setattr("ldm_vae.launch._launcher", lambda: os.getppid())
+    check_launcher()
+    monkeypatch.setattr("ldm_vae.launch._launcher", lambda: os.getpid())
+    with pytest.raises(WorkError, match="the launcher is gone"):
+        check_launcher()
+
+
+# --- data workers -----------------------------------------------------------------------------------------------------
+
+
+def kill_a_worker(victim: Child) -> None:
+    """As the kernel does when memory runs out."""
+    workers: list[psutil.Process] = []
+    while len(workers) < 2:
+        assert victim.running()
+        time.sleep(0.01)
+        workers = psutil.Process(victim.process.pid).children()
+    workers[-1].kill()
+
+
+def test_a_data_worker_killed_for_memory(images: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, images, **LONG)
+    victim = start(config, "--dataloader_num_workers", "2")
+    wait_for(tmp_path / "run" / "checkpoints" / "images-000000016", victim)
+    kill_a_worker(victim)
+    said = one_sentence(victim.wait(120), 1)
+    assert "a data worker died, out of memory perhaps (dataloader_num_workers)" in said
+    last = int(newest(tmp_path / "run").name.removeprefix("images-"))
+    assert run(config, "--max_train_images", str(last + 2)).returncode == 0
+
+
+@pytest.fixture
+def encoding(tiny_vae_folder: Path, tmp_path: Path) -> Callable[..., Child]:
+    """Starts `ldm-vae encode` of many images with two workers."""
+    write_images(tmp_path / "photographs", 400)
+
+    def begin() -> Child:
+        data = [str(tmp_path / "photographs"), str(tmp_path / "store")]
+        size = ["--resolution", "32", "--batch_size", "4", "--shard_size", "8", "--num_workers", "2"]
+        return fork(cli.main, ["encode", str(tiny_vae_folder), *data, *size])
+
+    return begin
+
+
+def test_a_worker_of_encoding_killed_for_memory(encoding: Callable[..., Child], tmp_path: Path) -> None:
+    victim = encoding()
+    wait_for(tmp_path / "store" / "units" / "00000002.json", victim)
+    kill_a_worker(victim)
+    assert "a data worker died" in one_sentence(victim.wait(120), 1)
+    assert encoding().wait().returncode == 0
+
+
+# --- the data and the target ------------------------------------------------------------------------------------------
+
+
+def test_data_that_vanish_while_they_are_used(images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "there")
+    config = write_config(tmp_path, tmp_path / "there", **LONG)
+    victim = start(config)
+    wait_for(tmp_path / "run" / "checkpoints" / "images-000000016", victim)
+    shutil.rmtree(tmp_path / "there")
+    said = one_sentence(victim.wait(120), 1)
+    assert "no such file" in said and "11 of 11" in said
+    shutil.copytree(images, tmp_path / "there")
+    last = int(newest(tmp_path / "run").name.removeprefix("images-"))
+    assert run(config, "--max_train_images", str(last + 2)).returncode == 0
+
+
+def test_a_target_that_cannot_be_written(images: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, images, output_dir="/sys/run", max_train_images=8)
+    assert "/sys/run" in one_sentence(run(config), 1)
+
+
+def test_only_what_nobody_can_help_becomes_a_sentence() -> None:
+    assert str(misfortune(OSError(28, "No space left on device", "/x"))) == "[Errno 28] No space left on device: '/x'"
+    assert "out of memory" in str(misfortune(MemoryError()))
+    assert misfortune(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert misfortune(KeyError("x")) is None
