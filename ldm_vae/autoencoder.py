@@ -27,6 +27,7 @@ from ldm_vae.errors import UsageError
 from ldm_vae.fine_tuning import ENCODER, encoder_learns
 from ldm_vae.latents import Moments
 from ldm_vae.perturbations import Draw
+from ldm_vae.untrusted import check_model_config, first_line
 
 
 class AutoencoderConfig(Part):
@@ -127,22 +128,20 @@ def _from_pretrained(source: str) -> Any:
                 if path.is_dir():
                     raise
                 return _of_its_class(source, subfolder="vae")  # a pipeline's
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"VAE {source}: cannot be loaded as an AutoencoderKL: {_first_line(error)}") from error
+    except UsageError:
+        raise
+    except Exception as error:  # what a damaged or hostile folder makes of diffusers: any kind
+        raise UsageError(f"VAE {source}: cannot be loaded as an AutoencoderKL: {first_line(error)}") from error
 
 
 def _of_its_class(source: str, **where: str) -> Any:
     """By the class that the config.json names; an AutoencoderKL where it names none."""
-    name = AutoencoderKL.load_config(source, **where).get("_class_name", "AutoencoderKL")
+    config = AutoencoderKL.load_config(source, **where)
+    check_model_config(config)
+    name = config.get("_class_name", "AutoencoderKL")
     if name not in CLASSES:
         raise UsageError(f"VAE {source}: expected one of {', '.join(CLASSES)}, its config.json says {name}")
     return CLASSES[name].from_pretrained(source, use_safetensors=True, **where)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------

@@ -24,8 +24,10 @@ from safetensors.torch import load_file, save_file
 
 from ldm_vae import publish
 from ldm_vae.errors import WorkError
+from ldm_vae.untrusted import first_line, parse_json
 
 PREFIX = "images-"
+FILES = ("config.yaml", "state.json", "tensors.safetensors")
 CHECKSUMS = "checksums.json"
 
 
@@ -110,12 +112,24 @@ def save(folder: Path, images_seen: int, objects: Mapping[str, Stateful], config
 
 
 def load(checkpoint: Path, objects: Mapping[str, Stateful]) -> dict[str, Any]:
-    """Restore the named objects from `checkpoint`; returns the plain values saved with them."""
-    tensors = load_file(checkpoint / "tensors.safetensors")
-    state = json.loads((checkpoint / "state.json").read_text())
-    for key, thing in objects.items():
-        thing.load_state_dict(unpack(state["objects"][key], tensors))
-    info: dict[str, Any] = state["info"]
+    """Restore the named objects from `checkpoint`; returns the plain values saved with them.
+
+    Raises:
+        WorkError: it is whole, and still not the state of these objects.
+    """
+    try:
+        tensors = load_file(checkpoint / "tensors.safetensors")
+        state = parse_json((checkpoint / "state.json").read_bytes())
+        for key, thing in objects.items():
+            thing.load_state_dict(unpack(state["objects"][key], tensors))
+        info: dict[str, Any] = dict(state["info"])
+        if not isinstance(info["images_seen"], int):
+            raise TypeError(f"images_seen is {info['images_seen']!r}")
+    except Exception as error:  # of another version, or made by hand: whatever the objects make of it
+        raise WorkError(
+            f"checkpoint {checkpoint}: cannot be restored ({type(error).__name__}: {first_line(error)}); delete it to "
+            "go on from the one before it"
+        ) from error
     return info
 
 
@@ -140,8 +154,8 @@ def prune(folder: Path, keep: int | None, best: str | None = None) -> None:
 
 def _damage(checkpoint: Path) -> str | None:
     try:
-        sums = json.loads((checkpoint / CHECKSUMS).read_text())
-        wrong = [file for file, checksum in sums.items() if _sha256(checkpoint / file) != checksum]
+        sums = parse_json((checkpoint / CHECKSUMS).read_bytes())
+        wrong = [file for file in FILES if _sha256(checkpoint / file) != sums.get(file)]
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{wrong[0]} does not match its checksum" if wrong else None

@@ -112,21 +112,40 @@ def choices(package: str) -> Any:
 # --- file => sections -------------------------------------------------------------------------------------------------
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as a dict; `include: other.yaml` (one or a list, relative to the file) is merged in first."""
+def read_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file as a dict; `include: other.yaml` (one or a list, relative to the file) is merged in first.
+
+    Only plain data is read: a tag that names a Python object is refused, as are aliases, which a few lines of can stand
+    for 10^9 values. `within`: the files that include this one.
+    """
     if not path.is_file():
         raise UsageError(f"config {path}: no such file")
+    if path.resolve() in within:
+        raise UsageError(f"config {path}: includes itself")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
+        raw = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise UsageError(f"config {path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         raise UsageError(f"config {path}: expected a mapping of sections, got {type(raw).__name__}")
     included = raw.pop("include", [])
+    names = [included] if isinstance(included, str) else included
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"config {path}: include: expected a file or a list of files, got {str(included)[:40]}")
     merged: dict[str, Any] = {}
-    for other in [included] if isinstance(included, str) else included:
-        merged = _merge(merged, read_yaml(path.parent / other))
+    for other in names:
+        merged = _merge(merged, read_yaml(path.parent / other, (*within, path.resolve())))
     return _merge(merged, raw)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", mark)
+        return super().compose_node(parent, index)
 
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

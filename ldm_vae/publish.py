@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -18,12 +19,13 @@ from typing import BinaryIO
 
 from ldm_vae.errors import UsageError, WorkError
 
+TOKEN = 8  # bytes
 TEMPORARY_SUFFIX = ".tmp"
 
 
 def temporary_name(path: Path) -> Path:
     """A hidden name beside `path` that no other process and no other machine will choose."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    return path.with_name(f".{path.name}.{secrets.token_hex(TOKEN)}{TEMPORARY_SUFFIX}")
 
 
 def is_temporary(path: Path) -> bool:
@@ -125,7 +127,8 @@ def whole(out: Path) -> Iterator[Path]:
 
 
 def put(folder: Path, out: Path) -> None:
-    """Give a filled folder its name; an older one of that name steps aside first and is deleted last."""
+    """Give a filled folder its name; an older one of that name steps aside first and is deleted last, with whatever
+    killed writers of that name have left."""
     for path in folder.rglob("*"):
         if path.is_file():
             settle(path)
@@ -135,7 +138,8 @@ def put(folder: Path, out: Path) -> None:
         out.rename(old)
     folder.rename(out)
     sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    for left in out.parent.glob(f".{glob.escape(out.name)}.{'?' * 2 * TOKEN}{TEMPORARY_SUFFIX}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def settle(path: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ldm_vae.errors import WorkError
+from ldm_vae.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def read_quarantine(path: str | os.PathLike[str]) -> list[Bad]:
     if Path(path).exists():
         for line in Path(path).read_text(encoding="utf-8").splitlines():
             try:
-                raw = json.loads(line)
+                raw = parse_json(line)
                 entries.setdefault(raw["key"], Bad(raw["key"], raw["reason"]))
             except (ValueError, KeyError, TypeError):
                 continue

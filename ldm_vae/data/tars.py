@@ -7,7 +7,6 @@ by the standard library; no member is ever unpacked, and one whose name climbs o
 from __future__ import annotations
 
 import glob
-import json
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from ldm_vae.data.decoding import EXTENSIONS
 from ldm_vae.data.files import check_member_name
 from ldm_vae.data.quarantine import BadImage
+from ldm_vae.untrusted import parse_json
 
 
 @dataclass
@@ -115,7 +115,7 @@ def column_value(extension: str, data: bytes) -> Any:
 def json_field(text: Any, path: Sequence[str]) -> Any:
     """The value at a path in a JSON text, None where there is none (`caption_column: json.caption`)."""
     try:
-        value = json.loads(text)
+        value = parse_json(text)
         for step in path:
             value = value[step]
     except (ValueError, KeyError, IndexError, TypeError):

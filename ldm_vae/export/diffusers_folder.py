@@ -21,6 +21,7 @@ from ldm_vae.export.card import Card, card_name
 from ldm_vae.export.replaceable import check_replaceable
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation
+from ldm_vae.untrusted import parse_json
 
 STATISTICS = "latent_statistics.json"
 
@@ -91,8 +92,8 @@ def _save(vae: Any, folder: Path, max_shard_size: str, **variant: str) -> None:
 def read_statistics(path: Path) -> LatentStatistics:
     """What `write_vae` was given as `statistics`, from the latent_statistics.json that it wrote."""
     try:
-        return LatentStatistics.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
+        return LatentStatistics.from_json(parse_json(path.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: cannot be read as latent statistics: {error}") from error
 
 

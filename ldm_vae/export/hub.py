@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.untrusted import first_line
 
 
 def check_name(repo: str, argument: str = "--push_to_hub") -> None:
@@ -19,7 +20,7 @@ def check_name(repo: str, argument: str = "--push_to_hub") -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UsageError(f"{argument} {repo}: expected owner/name: {_first_line(error)}") from error
+        raise UsageError(f"{argument} {repo}: expected owner/name: {first_line(error)}") from error
 
 
 def client() -> HfApi:
@@ -37,8 +38,8 @@ def in_a_sentence(what: str, kept: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise WorkError(f"{what}: HF_HUB_OFFLINE is set; {kept}") from error
     except Exception as error:  # the network's errors are requests', httpx' or its own, by version
-        cause = f": {_first_line(error.__cause__)}" if error.__cause__ else ""  # hubs wrap what a thread ran into
-        raise WorkError(f"{what}: {_first_line(error)}{cause}; {kept}") from error
+        cause = f": {first_line(error.__cause__)}" if error.__cause__ else ""  # hubs wrap what a thread ran into
+        raise WorkError(f"{what}: {first_line(error)}{cause}; {kept}") from error
 
 
 def push(folder: Path, repo: str, *, private: bool = False, path: str = "") -> str:
@@ -59,7 +60,3 @@ def push(folder: Path, repo: str, *, private: bool = False, path: str = "") -> s
             commit_message="Upload with ldm-vae",
         )
     return str(address)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from ldm_vae import publish
 from ldm_vae.errors import UsageError
 from ldm_vae.export import ldm_keys
+from ldm_vae.untrusted import check_model_config, first_line, parse_json
 
 CONFIG_KEY = "ldm_vae.config"  # in the header of our own files: the diffusers config, so that nothing is inferred
 
@@ -49,6 +50,15 @@ def load_single_file(path: Path, config: Path | None = None, *, allow_pickle: bo
     Raises:
         UsageError: the file cannot be read, holds no KL autoencoder, or one of another shape than `config` says.
     """
+    try:
+        return _load(path, config, allow_pickle)
+    except UsageError:
+        raise
+    except Exception as error:  # names and shapes that no autoencoder has: any kind
+        raise UsageError(f"VAE {path}: cannot be read as a KL autoencoder: {first_line(error)}") from error
+
+
+def _load(path: Path, config: Path | None, allow_pickle: bool) -> AutoencoderKL:
     beside = path.with_name("config.json")
     if config is None and path.name.startswith("diffusion_pytorch_model") and beside.is_file():
         config = beside  # the weights of a diffusers folder, named without the folder
@@ -62,6 +72,7 @@ def load_single_file(path: Path, config: Path | None = None, *, allow_pickle: bo
     if given is None:
         given = infer_config({name: tuple(value.shape) for name, value in tensors.items()}, path)
         given |= _scaling(given, shapes, path)
+    check_model_config(given)
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(given)
     vae.load_state_dict(_fit(vae, tensors, path), strict=True, assign=True)
@@ -117,8 +128,7 @@ def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes of itself
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"VAE {path}: cannot be read as tensors alone: {reason}") from error
+        raise UsageError(f"VAE {path}: cannot be read as tensors alone: {first_line(error)}") from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
@@ -154,7 +164,7 @@ def read_config(config: Path) -> dict[str, Any]:
 
 def _parse_config(text: str, source: Path) -> dict[str, Any]:
     try:
-        parsed = json.loads(text)
+        parsed = parse_json(text)
     except ValueError as error:
         raise UsageError(f"config {source}: not readable as JSON: {error}") from error
     if not isinstance(parsed, dict) or "block_out_channels" not in parsed:

@@ -73,8 +73,8 @@ def pieces(store: Path, manifest: Manifest) -> Iterator[StoredPiece]:
     for shard in manifest.shards:
         live = np.setdiff1d(np.arange(shard.rows), shard.removed)
         if len(live):
-            keys = shards.read_rows(store / SHARDS / shard.name, ["key"]).column("key").take(live).to_pylist()
-            yield StoredPiece(store, manifest, shard, live, keys)
+            table = shards.read_rows(store / SHARDS / shard.name, ["key"], shard.rows)
+            yield StoredPiece(store, manifest, shard, live, table.column("key").take(live).to_pylist())
 
 
 def chosen(piece: StoredPiece, keep: npt.NDArray[np.bool_]) -> StoredPiece:

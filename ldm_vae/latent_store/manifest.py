@@ -8,19 +8,23 @@ every store valid. docs/latent_store.md describes each field for readers in othe
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from ldm_vae import publish
 from ldm_vae.config import Section
 from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.latent_store.layout import FORMAT, VERSION, ComputeDtype, StorageDtype, StoreKind
+from ldm_vae.latent_store.layout import EXTENSIONS, FORMAT, VERSION, ComputeDtype, StorageDtype, StoreKind
 from ldm_vae.latent_store.layout import MANIFEST as MANIFEST  # part of this module's interface
 from ldm_vae.latents import Normalisation
+from ldm_vae.untrusted import check_model_config, parse_json
+
+LARGEST = 2**31  # rows of a shard, sides, channels: what is beyond it was not made by an encoder
 
 
 class Identity(Section):
@@ -38,7 +42,7 @@ class Identity(Section):
     """How a value is stored."""
     mixed_precision: ComputeDtype
     """How the encoder computed; `no` is fp32."""
-    shard_size: int
+    shard_size: int = Field(gt=0)
     """Source samples per work unit."""
     views: tuple[str, ...] = ("",)
     """View suffixes; the empty one is the centre crop as it is."""
@@ -61,7 +65,7 @@ class Identity(Section):
 class SourceIdentity(Section):
     """What was encoded: the number of samples and SHA-256 over their keys, in order, each followed by a newline."""
 
-    samples: int
+    samples: int = Field(ge=0)
     keys: str
 
 
@@ -91,6 +95,13 @@ class Recorded(Section):
     claimed: bool = False
     """The latents came from another program without an identity; that they are of this VAE is what the user said."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Recorded:
+        mean = self.normalisation.get("latents_mean")
+        check_model_config(self.normalisation | {"latent_channels": len(mean) if isinstance(mean, list) else 0})
+        Normalisation.from_config(self.normalisation)
+        return self
+
 
 class FileRecord(Section):
     """Size and SHA-256 of one file of a shard."""
@@ -111,10 +122,21 @@ class ShardRecord(Section):
     """The resolution it was made for."""
     size: tuple[int, int]
     """Height and width of its crops in pixels."""
-    files: dict[str, FileRecord]
-    """By extension: safetensors, parquet, arrow."""
+    files: dict[Literal["safetensors", "parquet", "arrow"], FileRecord]
+    """By extension."""
     removed: tuple[int, ...] = ()
     """Rows that an update has taken out, ascending."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ShardRecord:
+        if set(self.files) != {*EXTENSIONS}:
+            raise ValueError(f"shard {self.name}: expected the files {', '.join(EXTENSIONS)}")
+        numbers = (self.rows, *self.shape, *self.size, self.resolution)
+        if not all(0 < number < LARGEST for number in numbers) or not 2 <= len(self.shape) <= 3 or self.unit < 0:
+            raise ValueError(f"shard {self.name}: no shard has {self.rows} rows of shape {self.shape}")
+        if any(a >= b for a, b in itertools.pairwise((-1, *self.removed, self.rows))):
+            raise ValueError(f"shard {self.name}: removed rows are ascending and below {self.rows}")
+        return self
 
     @property
     def live(self) -> int:
@@ -175,7 +197,7 @@ def read_manifest(store: str | Path) -> Manifest:
     place = place_of(store)
     content = _local(place) if isinstance(place, Path) else _remote(place)
     try:
-        tree = json.loads(content)
+        tree = parse_json(content)
     except ValueError as error:
         raise WorkError(f"store {store}: manifest.json cannot be read: {error}") from error
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:

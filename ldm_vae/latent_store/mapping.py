@@ -46,7 +46,7 @@ class LocalFiles:
     def rows(self, shard: ShardRecord) -> pa.Table:
         """Its table: mapped from .arrow, or read from .parquet where that is missing."""
         self._inside(shard, ROWS)
-        return shards.map_rows(self._inside(shard, MAPPED_ROWS).with_suffix(""))
+        return shards.map_rows(self._inside(shard, MAPPED_ROWS).with_suffix(""), shard.rows)
 
     def has_left(self, shard: ShardRecord) -> bool:
         """Never: the folder is the user's."""

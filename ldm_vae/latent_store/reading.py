@@ -135,7 +135,10 @@ class LatentDataset(Dataset[Item]):
             raise UsageError(
                 "statistics: the store holds indices of codes, which have no mean; see manifest.statistics"
             )
-        return LatentStatistics.from_json(self.manifest.statistics or {})
+        try:
+            return LatentStatistics.from_json(self.manifest.statistics or {})
+        except (ValueError, KeyError, TypeError) as error:
+            raise WorkError(f"store {self.path}: manifest.json is damaged: statistics: {error}") from error
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that noise and random views are keyed by (`loader` does it by itself)."""

@@ -47,9 +47,9 @@ class RemoteFiles:
     def rows(self, shard: ShardRecord) -> pa.Table:
         """Its table: mapped from .arrow, or read from .parquet where that is missing."""
         try:
-            return self._opened(shard, MAPPED_ROWS, lambda path: shards.map_rows(path.with_suffix("")))
+            return self._opened(shard, MAPPED_ROWS, lambda path: shards.map_rows(path.with_suffix(""), shard.rows))
         except AbsentError:
-            return self._opened(shard, ROWS, lambda path: shards.map_rows(path.with_suffix("")))
+            return self._opened(shard, ROWS, lambda path: shards.map_rows(path.with_suffix(""), shard.rows))
 
     def has_left(self, shard: ShardRecord) -> bool:
         """Whether its tensors have left the cache since they were mapped."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 from ldm_vae.data.source import Source
@@ -164,7 +163,7 @@ def _old_rows(store: Path, manifest: Manifest, number: int) -> list[Row] | None:
         if shard.unit == number:
             try:
                 table = shards.read_rows(store / SHARDS / shard.name)
-            except (OSError, pa.ArrowException):
+            except WorkError:
                 try:
                     table = shards.map_rows(store / SHARDS / shard.name)
                 except WorkError:

@@ -60,5 +60,5 @@ def live_statistics(
 ) -> npt.NDArray[np.float64]:
     """The table of sums over the rows that are still there."""
     live = np.setdiff1d(np.arange(shard.rows), shard.removed)
-    keys = shards.read_rows(store / SHARDS / shard.name, ["key"]).column("key").take(live).to_pylist()
+    keys = shards.read_rows(store / SHARDS / shard.name, ["key"], shard.rows).column("key").take(live).to_pylist()
     return statistics(identity, lambda name, first, stop: mapped[name][live[first:stop]], keys)

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -268,17 +268,38 @@ def _view(data: npt.NDArray[np.uint8], entry: Mapping[str, Any]) -> npt.NDArray[
     return values.reshape(shape)
 
 
-def map_rows(stem: Path) -> pa.Table:
-    """The table of a shard: mapped from .arrow, or read from .parquet where that is missing."""
+def map_rows(stem: Path, rows: int | None = None) -> pa.Table:
+    """The table of a shard: mapped from .arrow, or read from .parquet where that is missing.
+
+    Raises:
+        WorkError: the file is damaged, or has not the number of `rows`.
+    """
     mapped = stem.with_name(f"{stem.name}.{MAPPED_ROWS}")
+    if not mapped.exists():
+        return read_rows(stem, rows=rows)
+    with _readable(mapped):
+        table = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(map_file(mapped)))).read_all()
+        table.validate(full=True)  # offsets are believed later on: those of a tampered file lead out of its memory
+        return _of_rows(table, rows)
+
+
+def read_rows(stem: Path, columns: Sequence[str] | None = None, rows: int | None = None) -> pa.Table:
+    """The table of a shard from its .parquet. Raises WorkError as `map_rows` does."""
+    path = stem.with_name(f"{stem.name}.{ROWS}")
+    with _readable(path):
+        _of_rows(pq.read_metadata(path), rows)  # before it is unpacked: a few bytes can stand for 10^9 equal rows
+        return pq.read_table(path, columns=None if columns is None else list(columns))
+
+
+def _of_rows(table: Any, rows: int | None) -> Any:
+    if rows is not None and table.num_rows != rows:
+        raise ValueError(f"has {table.num_rows:,} rows, the manifest says {rows:,}")
+    return table
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        if mapped.exists():
-            return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(map_file(mapped)))).read_all()
-        return read_rows(stem)
+        yield
     except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
-        raise WorkError(f"shard {mapped}: cannot be read: {error}; `ldm-vae store verify` tells more") from error
-
-
-def read_rows(stem: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The table of a shard from its .parquet."""
-    return pq.read_table(stem.with_name(f"{stem.name}.{ROWS}"), columns=None if columns is None else list(columns))
+        raise WorkError(f"shard {path}: cannot be read: {error}; `ldm-vae store verify` tells more") from error

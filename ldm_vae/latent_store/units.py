@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from tqdm import tqdm
 
 from ldm_vae import publish
@@ -74,6 +74,13 @@ class Plan(Section):
     """By shard name, rows that the store loses."""
     bad: tuple[BadSample, ...] = ()
     """Entries of the quarantine that stay."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Plan:
+        places = [place for pair in self.ranges for place in pair]
+        if sorted(places) != places or not all(0 <= place <= self.source.samples for place in places):
+            raise ValueError("ranges: expected ascending indices of the source")
+        return self
 
     def work(self, identity: Identity) -> str:
         """What its records say that they belong to."""

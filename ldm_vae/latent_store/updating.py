@@ -43,7 +43,7 @@ class StoredImages:
     def __init__(self, store: Path, manifest: Manifest) -> None:
         keys, images, places = [], [], []
         for number, shard in enumerate(manifest.shards):
-            table = shards.read_rows(store / SHARDS / shard.name, ["key", "image_sha256"])
+            table = shards.read_rows(store / SHARDS / shard.name, ["key", "image_sha256"], shard.rows)
             live = np.setdiff1d(np.arange(shard.rows), shard.removed)
             keys.append(digests(table.column("key").take(live).to_pylist()))
             images.append(shortened(table.column("image_sha256").take(live).to_pylist()))

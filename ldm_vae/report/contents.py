@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.untrusted import parse_json
 
 Json = dict[str, Any]
 
@@ -66,7 +66,7 @@ def read_contents(folder: Path) -> Contents:
         results=found if isinstance(found, list) else [found],
         pictures=_json(pictures) if pictures.is_file() else [],
         statistics=_json(manifest).get("statistics") if manifest.is_file() else None,
-        config=yaml.safe_load(config_text) or {},
+        config=_yaml(folder / "config.yaml", config_text),
         config_text=config_text,
         samples=sorted((home / "samples").glob("*.png")),
         diffusion=_json_or_none(home / "diffusion.json"),
@@ -82,9 +82,17 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
+def _yaml(path: Path, text: str) -> Json:
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise WorkError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from error
+    return found if isinstance(found, dict) else {}
+
+
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise WorkError(f"{path}: not readable as JSON: {error}") from error
 
@@ -98,7 +106,7 @@ def _lines(path: Path) -> list[Json]:
     lines = []
     for line in _text(path).splitlines():
         try:
-            lines.append(json.loads(line))
+            lines.append(parse_json(line))
         except ValueError:
             continue
     return lines
