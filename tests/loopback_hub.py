@@ -1,16 +1,23 @@
 """A model hub on the loopback interface: repositories of files in memory, and as much of the protocol as is needed to
 create, list, upload (small files in the commit, large ones by LFS), download and delete. No xet: clients are told so.
 
-Its state is that of the class, made new by the fixture `hub` of conftest."""
+Its state is that of the class, made new by `serve`, which the fixture `hub` of conftest and the torture call. A commit
+is one request, taken whole or not at all: a client that is killed in the middle of it has changed nothing."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
+import sys
+import threading
+import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 LARGE = (".safetensors", ".parquet", ".arrow", ".png")  # as .gitattributes of a new repository says
@@ -29,18 +36,21 @@ class Hub(BaseHTTPRequestHandler):
     refuses: bool
     refuse_after: int | None
     """Commits that are let through before it refuses."""
+    delay: float
+    """Seconds before a POST is answered."""
 
     @classmethod
     def reset(cls) -> None:
         """An empty hub."""
         cls.received, cls.objects, cls.paths, cls.commits, cls.uploads = {}, {}, [], [], Counter()
-        cls.exists, cls.refuses, cls.refuse_after = False, False, None
+        cls.exists, cls.refuses, cls.refuse_after, cls.delay = False, False, None, 0.0
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def do_POST(self) -> None:
         body = self.body()
         type(self).paths.append(self.path)
+        time.sleep(type(self).delay)
         if type(self).refuses:
             self.answer({"error": "You shall not pass"}, 403)
         elif self.path == "/api/repos/create":
@@ -148,7 +158,10 @@ class Hub(BaseHTTPRequestHandler):
     def body(self) -> bytes:
         """Of the request, by its length or in chunks."""
         if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            size = int(self.headers.get("Content-Length") or 0)
+            if len(whole := self.rfile.read(size)) < size:
+                raise ConnectionError("the client is gone")
+            return whole
         body = b""
         while size := int(self.rfile.readline(), 16):
             body += self.rfile.read(size)
@@ -158,6 +171,28 @@ class Hub(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Silent."""
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed is no error of the server."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+@contextlib.contextmanager
+def serve() -> Iterator[str]:
+    """Run an empty hub; its address."""
+    Hub.reset()
+    server = _Server(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def mode(path: str) -> str:

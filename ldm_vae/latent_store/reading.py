@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm_vae import keyed, latents
-from ldm_vae.errors import UsageError
+from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import shards
 from ldm_vae.latent_store.batch import Item, Rows
 from ldm_vae.latent_store.layout import PIXELS, SAFETENSORS_DTYPES, TENSOR_NAMES, crop_of, is_flipped, tensor_name

@@ -1,0 +1,83 @@
+"""The suite about itself: every test can fail, nothing is skipped that should run, every mutation has its place."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from mutations import ROOT, rows
+
+TESTS = sorted((ROOT / "tests").glob("test_*.py"))
+
+
+def functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def can_fail(function: ast.FunctionDef, known: dict[str, ast.FunctionDef], depth: int = 3) -> bool:
+    """Whether a function asserts, or expects an error, or calls one of ours that does."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            if not isinstance(node.test, ast.Constant):
+                return True
+        elif isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("raises", "warns") or name.startswith("assert"):
+                return True
+            if depth and name in known and known[name] is not function and can_fail(known[name], known, depth - 1):
+                return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def trees() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "tests").glob("*.py"))}
+
+
+def test_every_test_has_an_assertion_that_can_fail(trees: dict[Path, ast.Module]) -> None:
+    everywhere = {name: node for tree in trees.values() for name, node in functions(tree).items()}
+    idle = [
+        f"{path.name}::{name}"
+        for path in TESTS
+        for name, node in functions(trees[path]).items()
+        if name.startswith("test_") and not can_fail(node, everywhere | functions(trees[path]))
+    ]
+    assert idle == []
+
+
+def test_the_check_sees_an_idle_test() -> None:
+    found = functions(ast.parse("def idle():\n    f()\n    assert True\ndef sound():\n    h()\ndef h():\n    assert x"))
+    assert not can_fail(found["idle"], found) and can_fail(found["sound"], found)
+
+
+# what a machine may lack, by file; nothing else is a reason to leave a test out, and to expect a failure is none either
+LACKING = {
+    "test_assets.py": "the LPIPS weights, where there is no network to fetch them",
+    "test_losses_lpips.py": "the same",
+    "test_data_decoding.py": "a Pillow that writes AVIF",
+    "test_report_browser.py": "a browser",
+    "test_gpu.py": "a GPU",
+}
+
+
+def test_nothing_is_skipped_that_hides_a_gap(trees: dict[Path, ast.Module]) -> None:
+    found = {
+        path.name: node.attr
+        for path in TESTS
+        for node in ast.walk(trees[path])
+        if isinstance(node, ast.Attribute) and node.attr in ("skip", "skipif", "xfail", "importorskip")
+    }
+    assert "xfail" not in found.values() and found.keys() <= LACKING.keys(), found
+
+
+def test_every_mutation_has_its_place_and_its_test(trees: dict[Path, ast.Module]) -> None:
+    """That each goes red is `python tests/mutations.py`, in hours; that none has gone stale is seen here."""
+    listed = rows()
+    assert len(listed) > 50
+    for file, old, new, test in listed:
+        assert old in (ROOT / file).read_text(encoding="utf-8"), f"{file} does not hold `{old}`"
+        assert old != new
+        where, _, name = test.partition("::")
+        assert not name or name in functions(trees[ROOT / "tests" / where]), test
+    assert len({(file, old, new) for file, old, new, _ in listed}) == len(listed)
