@@ -58,7 +58,7 @@ def misfortune(error: Exception) -> WorkError | None:
     Recognised by its words where torch has no class for it; nothing is imported, since `--help` has no torch.
     """
     kind, said = type(error).__name__, " ".join(str(error).split())
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or kind == "SafetensorError":  # as which safetensors reports a full disk
         return WorkError(said)
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
         return WorkError(f"out of memory{f': {said}' if said else ''}")

@@ -4,6 +4,7 @@ kills, data that vanish, a target that cannot be written. One sentence, status 1
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import time
@@ -17,6 +18,7 @@ from forked import Child, fork
 from killing import launch_program, ranks
 from test_programs import metrics, newest, one_sentence, run, start, write_config
 from test_programs_resume import wait_for
+from test_store_writing import tree
 
 from ldm_vae import cli
 from ldm_vae.errors import WorkError, misfortune
@@ -159,6 +161,21 @@ def test_data_that_vanish_while_they_are_used(images: Path, tmp_path: Path) -> N
 def test_a_target_that_cannot_be_written(images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images, output_dir="/sys/run", max_train_images=8)
     assert "/sys/run" in one_sentence(run(config), 1)
+
+
+def on_a_full_disk() -> None:
+    """`ldm-vae` where no file may grow beyond 20 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    cli.main()
+
+
+def test_an_export_to_a_full_disk_leaves_the_older_one(tiny_vae_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "mine"
+    assert fork(cli.main, ["export", str(tiny_vae_folder), str(out)]).wait().returncode == 0
+    before = tree(out.parent)
+    said = one_sentence(fork(on_a_full_disk, ["export", str(tiny_vae_folder), str(out)]).wait(), 1)
+    assert "large" in said  # the kernel's words for a file that may not grow
+    assert tree(out.parent) == before
 
 
 def test_only_what_nobody_can_help_becomes_a_sentence() -> None:

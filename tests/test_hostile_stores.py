@@ -28,10 +28,13 @@ from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_sto
 from ldm_vae.latent_store.shards import map_tensors
 from ldm_vae.latent_store.units import read_plan
 
-QUICK = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
-)  # fmt: skip
+
+def examples(count: int) -> settings:
+    """So many, the same each time, however long the machine takes for them."""
+    unlike = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=unlike)
+
+
 REFUSED = (UsageError, WorkError)
 
 
@@ -97,7 +100,7 @@ def weight_files(draw: st.DrawFn) -> bytes:
     return length.to_bytes(8, "little") + header + bytes(draw(st.integers(0, 300)))
 
 
-@QUICK
+@examples(60)
 @given(content=weight_files())
 def test_any_safetensors_file_is_read_or_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
@@ -113,7 +116,7 @@ def test_any_safetensors_file_is_read_or_refused(content: bytes, tmp_path: Path)
     one_line(refused.value)
 
 
-@QUICK
+@examples(60)
 @given(seed=st.integers(0, 10**6))
 def test_wounded_weights_are_read_or_refused(seed: int, tmp_path: Path) -> None:
     path, folder = tmp_path / "file.safetensors", tmp_path / "vae"
@@ -152,8 +155,7 @@ def put(tree: Any, path: tuple[Any, ...], leaf: Any) -> None:
     tree[path[-1]] = leaf
 
 
-@QUICK
-@settings(max_examples=150)
+@examples(150)
 @given(data=st.data())
 def test_any_manifest_is_read_or_refused(data: st.DataObject, sound: Path, tmp_path: Path) -> None:
     """One to three values of a manifest are something else."""
@@ -246,7 +248,7 @@ def test_a_parquet_of_a_few_bytes_for_very_many_rows_is_not_unpacked(store: Path
         LatentDataset(store)[0]
 
 
-@QUICK
+@examples(60)
 @given(seed=st.integers(0, 10**6), extension=st.sampled_from(["arrow", "parquet", "safetensors"]))
 def test_wounded_shards_are_read_or_refused(seed: int, extension: str, sound: Path, tmp_path: Path) -> None:
     path = tmp_path / "store"
@@ -271,8 +273,7 @@ def test_wounded_shards_are_read_or_refused(seed: int, extension: str, sound: Pa
 # --- units ------------------------------------------------------------------------------------------------------------
 
 
-@QUICK
-@settings(max_examples=12)
+@examples(12)
 @given(data=st.data())
 def test_any_record_of_a_unit_is_done_again_or_refused(data: st.DataObject, sound: Path, tmp_path: Path) -> None:
     """A store that was not finished, and whose records say something else: the end is the same, or a sentence."""
