@@ -20,6 +20,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CELL = re.compile(r"`((?:[^`])+)`")
+# packages that are imported already cannot have their assertions rewritten: pytest warns, and warnings are errors
+OPTIONS = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
 FAILED = 1  # pytest's status when tests ran and failed: a mutation that cannot be imported is no evidence
 
 
@@ -58,7 +60,7 @@ def status_of(test: str, tree: Path) -> int:
         sys.path[0] = str(tree)  # in the place of tests/, where the real ones are
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/{test}"])))
+        os._exit(int(pytest.main([*OPTIONS, f"tests/{test}"])))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

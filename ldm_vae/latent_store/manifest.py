@@ -122,8 +122,8 @@ class ShardRecord(Section):
     """The resolution it was made for."""
     size: tuple[int, int]
     """Height and width of its crops in pixels."""
-    files: dict[Literal["safetensors", "parquet", "arrow"], FileRecord]
-    """By extension."""
+    files: dict[str, FileRecord]
+    """By extension: safetensors, parquet, arrow."""
     removed: tuple[int, ...] = ()
     """Rows that an update has taken out, ascending."""
 
