@@ -59,6 +59,6 @@ def _check_size(name: str, size: float, largest: int) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its name; of a file's own words never more than a line's worth."""
-    said = str(error).strip()
-    return said.splitlines()[0][:300] if said else type(error).__name__
+    """The first line of what an error says, or its name; a file's own bytes in it are no control characters."""
+    said = str(error).strip() or type(error).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in said.splitlines()[0][:300])

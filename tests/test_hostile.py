@@ -162,7 +162,7 @@ def test_a_hundred_thousand_brackets(
         ("output_dir: !!python/name:os.system", "could not determine a constructor"),
         ("output_dir: !!python/module:this", "could not determine a constructor"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nlosses: [*b, *b]", "aliases are not read"),
-        ("a: " + "[" * DEEP, "recursion"),
+        ("a: " + "[" * 2000, "recursion"),
         ("include: config.yaml", "includes itself"),
         ("include: {a: 1}", "include: expected a file"),
         ("include: [/dev/zero]", "no such file"),
@@ -316,7 +316,7 @@ def test_keys_that_climb_out_stay_in_the_folder(tiny_vae: AutoencoderKL, tiny_va
 
 def test_a_run_folder_that_is_no_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_config(tmp_path, images)
-    (tmp_path / "config.yaml").write_text("a: [" * DEEP)
+    (tmp_path / "config.yaml").write_text("a: " + "[" * 2000)
     assert "not readable as YAML" in refusal(capsys, "report", tmp_path)
     with pytest.raises(UsageError, match="has not finished"):
         load_autoencoder(tmp_path)

@@ -29,6 +29,7 @@ from ldm_vae import publish
 from ldm_vae.errors import WorkError
 from ldm_vae.latent_store.layout import MAPPED_ROWS, ROWS, STATISTICS
 from ldm_vae.latent_store.manifest import FileRecord
+from ldm_vae.untrusted import first_line
 
 HEADER_ALIGNMENT = 4096  # tensors begin on a page
 CHUNK_ROWS = 256
@@ -255,7 +256,7 @@ def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
         return {name: _view(raw[8 + length :], entry) for name, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise WorkError(
-            f"shard {path}: cannot be read: {error}; `ldm-vae store verify` tells what is damaged"
+            f"shard {path}: cannot be read: {first_line(error)}; `ldm-vae store verify` tells what is damaged"
         ) from error
 
 
@@ -302,4 +303,6 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
-        raise WorkError(f"shard {path}: cannot be read: {error}; `ldm-vae store verify` tells more") from error
+        raise WorkError(
+            f"shard {path}: cannot be read: {first_line(error)}; `ldm-vae store verify` tells more"
+        ) from error
