@@ -56,7 +56,8 @@ class Child:
         if self.running():
             self.process.kill()
             raise TimeoutError(f"still running after {timeout} s")
-        out, err = ((self.folder / name).read_text() for name in ("out", "err"))
+        files = [self.folder / name for name in ("out", "err")]  # a child killed at once has not made them
+        out, err = (file.read_text() if file.exists() else "" for file in files)
         shutil.rmtree(self.folder)
         return Finished(self.process.exitcode, out, err)
 
