@@ -135,7 +135,7 @@ def load(checkpoint: Path, objects: Mapping[str, Stateful]) -> dict[str, Any]:
 
 def newest(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
     """The newest whole checkpoint; older ones are not read unless it is damaged."""
-    for checkpoint in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+    for checkpoint in _newest_first(folder):
         if not (damage := _damage(checkpoint)):
             return checkpoint
         say(f"checkpoint {checkpoint.name} is damaged ({damage}): the one before it is used")
@@ -144,12 +144,18 @@ def newest(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path | 
 
 def prune(folder: Path, keep: int | None, best: str | None = None) -> None:
     """Delete all but the newest `keep` checkpoints and the best, and what killed processes left half-written."""
-    checkpoints = sorted(folder.glob(f"{PREFIX}*"), reverse=True)
+    checkpoints = _newest_first(folder)
     for checkpoint in checkpoints[keep:] if keep is not None else []:
         if checkpoint.name != best:
             shutil.rmtree(checkpoint)
     for leftover in filter(publish.is_temporary, folder.iterdir()):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """What is named as checkpoints are; a copy that somebody has put aside is none."""
+    named = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(named, key=images_of, reverse=True)
 
 
 def _damage(checkpoint: Path) -> str | None:

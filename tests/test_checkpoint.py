@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,15 @@ def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "images-000000010", "images-000000030", "images-000000040",
     ]  # fmt: skip
+
+
+def test_a_copy_put_aside_is_no_checkpoint(tmp_path: Path) -> None:
+    good = save(tmp_path, 10)
+    for name in ("images-000000010-before", "images-x"):
+        shutil.copytree(good, tmp_path / name)
+    assert checkpoint.newest(tmp_path) == good
+    checkpoint.prune(tmp_path, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images-000000010-before", "images-x"]
 
 
 def test_a_failed_save_keeps_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
