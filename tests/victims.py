@@ -199,12 +199,16 @@ class Pushing(Exporting):
 
     def look(self) -> None:
         super().look()
-        there = {path.name: path.read_bytes() for path in self.whole.iterdir()}
-        self.figures.unreadable += Hub.received not in ({}, there)
+        self.figures.unreadable += Hub.received not in ({}, contents(self.whole))
 
     def compare(self) -> None:
         super().compare()
-        self.figures.different += Hub.received != {path.name: path.read_bytes() for path in self.out.iterdir()}
+        self.figures.different += Hub.received != contents(self.out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """As a hub has it: every file by its path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def online() -> None:
