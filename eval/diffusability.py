@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torchvision.utils import make_grid
 
 from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
@@ -37,6 +38,7 @@ from ldm_vae.generator import Generator
 from ldm_vae.latent_space.equivariance import equivariance_error
 from ldm_vae.latent_space.spectrum import high_frequency_share
 from ldm_vae.latent_store import LatentDataset, write_store
+from ldm_vae.launch import build_accelerator
 from ldm_vae.metrics import result
 from ldm_vae.metrics.batches import image_batches, spread
 from ldm_vae.metrics.diffusability import markdown, summarised, verdicts
@@ -80,6 +82,8 @@ def arguments() -> argparse.Namespace:
     for name in ("resolution", "seeds", "train_images", "batch_size", "layers", "heads", "steps", "samples"):
         if getattr(found, name) < 1:
             raise UsageError(f"{name}: expected at least 1, got {getattr(found, name)}")
+    if found.train_images < found.batch_size:
+        raise UsageError(f"train_images: expected at least a batch of {found.batch_size}, got {found.train_images}")
     return found
 
 
@@ -96,7 +100,10 @@ class Candidate:
 
 def main() -> None:
     options = arguments()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = build_accelerator()
+    device = accelerator.device
+    if accelerator.num_processes > 1:
+        raise UsageError(f"launch: expected one process, got {accelerator.num_processes}; the networks are small")
 
     # --- everything that can be wrong is opened before the first image is encoded -------------------------------------
     judge = looks(device)
@@ -169,6 +176,7 @@ def encode(
         device=device,
         source_name=options.data,
         vae_name=path,
+        store=None if isinstance(vae, AutoencoderKL) else "mean",  # of a codebook: the vectors before it
     )
     vae.cpu()
     normalisation = None if options.normalisation == "own" else options.normalisation

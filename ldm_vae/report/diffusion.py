@@ -66,11 +66,11 @@ def probe(home: Path, found: Json | None) -> Json | None:
                 "gap": _interval(measured["fd_gap"], ".1f"),
                 "cells": [
                     _interval(measured["fd_samples"], ".1f"),
-                    {"value": f"{entry['fd_reconstructions']:.1f}"},
+                    _cell(f"{entry['fd_reconstructions']:.1f}"),
                     _interval(measured.get("high_frequency_share"), ".3f"),
                     _interval(measured.get("equivariance"), ".3f"),
-                    {"value": " × ".join(map(str, entry["latent_shape"]))},
-                    {"value": f"{entry['network']['gflop_per_image']:.3g}"},
+                    _cell(" × ".join(map(str, entry["latent_shape"]))),
+                    _cell(f"{entry['network']['gflop_per_image']:.3g}"),
                 ],
                 "pictures": [
                     {"uri": images.embed(home / entry["pictures"][kind]), "caption": kind}
@@ -84,10 +84,14 @@ def probe(home: Path, found: Json | None) -> Json | None:
 
 def _interval(summary: Json | None, form: str) -> Json:
     if summary is None or summary["mean"] is None:
-        return {"value": "-"}
+        return _cell("-")
     ends = summary["ci95"]
     interval = f"{ends[0]:{form}} to {ends[1]:{form}}" if ends else ""
-    return {"value": f"{summary['mean']:{form}}", "interval": interval}
+    return _cell(f"{summary['mean']:{form}}", interval)
+
+
+def _cell(value: str, interval: str = "") -> Json:
+    return {"value": value, "interval": interval}
 
 
 def _images_of(path: Path) -> int:
