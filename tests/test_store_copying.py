@@ -16,6 +16,7 @@ from test_store_writing import SETTINGS, Pictures, tree
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latent_store.copying import merge, split, take_samples, take_where
+from ldm_vae.latent_store.repairing import repair
 
 
 def shard_files(store: Path) -> dict[str, str]:
@@ -105,6 +106,24 @@ def test_what_cannot_be_one_store_is_refused_and_damage_is_not_copied(tiny_vae: 
     with pytest.raises(WorkError, match=r"shards/00000001\.safetensors its checksum is not the manifest's"):
         merge([tmp_path / "a"], tmp_path / "m")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]  # and nothing half-written
+
+
+def test_a_merged_store_is_repaired_by_key_and_keeps_its_order(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    encode(tiny_vae, Album(numbers=tuple(range(8, 20))), tmp_path / "a")
+    encode(tiny_vae, Album(numbers=tuple(range(12))), tmp_path / "b")
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")  # 8 to 19, then 0 to 7
+    before = contents(tmp_path / "m")
+    for path in (tmp_path / "m" / "shards").glob("0000000[12].safetensors"):
+        path.unlink()
+    everything = Album()
+    done = repair(tmp_path / "m", vae=lambda: tiny_vae, source=lambda: everything)
+    assert (done.encoded_units, done.lost) == ((1, 2), ()) and verify(tmp_path / "m") == []
+    after = contents(tmp_path / "m")
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+    (tmp_path / "m" / "shards" / "00000001.safetensors").unlink()
+    done = repair(tmp_path / "m", vae=lambda: tiny_vae, source=lambda: Album(numbers=tuple(range(18))))
+    assert done.lost == ("img_018", "img_019")  # of the damaged unit, what those images do not hold
+    assert contents(tmp_path / "m").keys() == before.keys() - set(done.lost)
 
 
 def test_as_a_user_calls_it(tiny_vae: AutoencoderKL, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,10 +21,12 @@ from test_store_writing import SETTINGS, Pictures, tree
 
 from ldm_vae import load_autoencoder
 from ldm_vae.commands.store import FORMATS, MODELS
-from ldm_vae.errors import UsageError
+from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latent_store.converting import convert_from, convert_to
+from ldm_vae.latent_store.copying import merge
 from ldm_vae.latent_store.formats import Options, kohya, names
+from ldm_vae.latent_store.repairing import repair
 
 KOHYA = Options(model="sdxl")
 
@@ -208,6 +210,19 @@ def test_a_strangers_latents_need_a_vae_and_stay_a_claim(name: str, tiny_vae_fol
     assert data[0]["bucket"] == "16x12" and data[0]["image_sha256"] is None
     pixels = LatentDataset(tmp_path / "b")
     assert pixels.decode(pixels[0]["latents"], load_autoencoder(tiny_vae_folder)).shape == (3, 16, 12)
+
+
+def test_a_claim_is_not_encoded_again_and_not_merged_blindly(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    source = strangers(tmp_path / "theirs", "kohya", torch.randn(5, 4, 8, 8))
+    for out in "ab":
+        convert_from(source, tmp_path / out, "kohya", vae=tiny_vae, shard_size=2)
+    with pytest.raises(UsageError, match="without a checksum nobody can say whether it is the same image"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    (tmp_path / "a" / "shards" / "00000001.safetensors").unlink()
+    with pytest.raises(WorkError, match=r"preprocessed by 'unknown', .* 1 unit\(s\) cannot be made again"):
+        repair(tmp_path / "a", vae=lambda: tiny_vae, source=lambda: Pictures(5))
+    with pytest.raises(UsageError, match="preprocessing is unknown"):
+        write_store(tiny_vae, Pictures(5), tmp_path / "b", **SETTINGS, store="sample", dtype="fp32", update=True)
 
 
 def test_another_vae_than_the_one_that_is_named_is_refused(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def _encode_again(
             jobs[as_it_was].append(slices[number])
             batch_size = record.settings.batch_size
         elif rows is not None:
-            known = sorted({places[row["key"]] for row in rows if row["key"] in places})
+            known = list(dict.fromkeys(places[row["key"]] for row in rows if row["key"] in places))  # in their order
             jobs[by_key] += [Unit(number, known)] if known else []
         else:
             logger.warning("unit %d: nothing says any more which images it held; `encode --update` adds them", number)

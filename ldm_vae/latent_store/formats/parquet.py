@@ -68,10 +68,7 @@ def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], optio
                 numbers = as_numbers(identity, tensors)
                 schema = _schema(columns.schema, numbers)
                 schema = schema.with_metadata({**schema.metadata, **metadata, **(first if number == 0 else {})})
-                arrays = [
-                    pa.ExtensionArray.from_storage(schema.field(name).type, _nested(values))
-                    for name, values in numbers.items()
-                ]
+                arrays = [_nested(values) for values in numbers.values()]
                 table = pa.Table.from_arrays([*columns.columns, *arrays], schema=schema)
                 if writer is None:
                     path = place / f"{piece.shard.name}.parquet"

@@ -1,6 +1,6 @@
 """WebDataset: one tar per shard, of each sample KEY.TENSOR.npy for every tensor and KEY.json with the columns.
 
-    wds.WebDataset("OUT/{00000000..00000007}.tar").decode()    # sample["mean.npy"] [c, h, w], sample["json"]["caption"]
+    wds.WebDataset("OUT/00000000.tar", shardshuffle=False).decode()    # sample["mean.npy"] [c, h, w], sample["json"]
 
 A sample's members are told apart by what follows the first dot of their name, and a folder would become part of it; so
 KEY is the store's key with everything but letters, digits, `_`, `-` and `~` written as %XX. Headers hold no time, owner
