@@ -11,8 +11,8 @@ from ldm_vae import __version__, commands
 from ldm_vae.errors import run_program
 
 ORDER = (
-    "assets", "inspect", "config", "train", "export", "encode", "store", "evaluate", "report", "diffuse", "probe",
-    "reconstruct", "decode", "fp16", "drift", "tiling",
+    "assets", "inspect", "config", "train", "export", "encode", "store", "evaluate", "latent_space", "report",
+    "diffuse", "probe", "reconstruct", "decode", "fp16", "drift", "tiling",
 )  # fmt: skip
 
 EPILOG = """\

@@ -38,6 +38,7 @@ def test_every_verb_explains_itself(verb: str) -> None:
 def test_the_programs_help_is_shown_by_their_verbs() -> None:
     assert "accelerate launch -m train.autoencoder" in ldm_vae("train", "--help").stdout
     assert "eval.reconstruction" in ldm_vae("evaluate", "--help").stdout
+    assert "eval.latent_space" in ldm_vae("latent_space", "--help").stdout
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +22,10 @@ from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_space import summary
+from ldm_vae.latent_space.likelihood import BIN
 from ldm_vae.metrics.batches import image_batches
 from ldm_vae.models import tiny, vq
+from ldm_vae.report import build_report
 from ldm_vae.report.images import read_pixels
 
 CHEAP = ("--resolution", "16", "--batch_size", "5", "--num_workers", "0", "--repeats", "2", "--pairs", "1")
@@ -62,6 +66,14 @@ def test_one_vae(
     assert found["channels"]["mean"] == pytest.approx(moments.mean.mean((0, 2, 3)).tolist(), abs=1e-4)
     assert found["information"]["images"] == 12 and found["information"]["cap_nats"] == pytest.approx(math.log(12))
     assert found["information"]["rate_nats"] == pytest.approx(rate, rel=1e-4)
+
+    # the variance is fitted on images that have no bound: those with an even index
+    with torch.no_grad():
+        noise = latents.posterior_noise(0, batch.indices, moments.mean.shape[1:])
+        decoded = latents.decode(tiny_vae, moments.sample(noise)).clamp(-1, 1)
+    error = (decoded - to_pixels(batch.pixels)).square().flatten(1).mean(dim=1)
+    even = error[[index % 2 == 0 for index in batch.indices]].mean().item()
+    assert found["likelihood"]["variance"] == pytest.approx(even + BIN**2 / 12, rel=1e-5)
     assert found["likelihood"]["images"] == 2
     assert len(found["spectrum"]["latents"]) == 8 // 2 + 1
 
@@ -74,8 +86,14 @@ def test_one_vae(
         first = latents.decode(tiny_vae, moments.mean[:1]).clamp(-1, 1)
     assert abs(strip[:, :16] - (127.5 * (first[0] + 1)).permute(1, 2, 0).numpy()).max() < 1.01
     assert not list(out.glob(".*"))
+
+    # the page has every picture and number
+    page = build_report(out).read_text(encoding="utf-8")
+    assert '<section id="latent-space">' in page
+    assert len(re.findall(r'src="data:image/webp;base64,', page)) == len(files)
+    assert all(sentence in html.unescape(page) for sentence in (summary.about_normal(found), "img_0000.png to img_"))
     value = f"{found['metrics']['elbo_bits']['mean']:.4f}"
-    assert value in capsys.readouterr().out and value in (out / "latent_space.md").read_text()
+    assert all(value in text for text in (capsys.readouterr().out, (out / "latent_space.md").read_text(), page))
 
 
 @pytest.mark.parametrize("kind", ["vq", "tiny"])
@@ -98,6 +116,7 @@ def test_an_encoder_without_a_variance_gives_what_applies(
     assert found["information"] is found["likelihood"] is found["mixture"] is None
     assert "rate_nats" not in found["metrics"] and "high_frequency_share" in found["metrics"]
     assert "no variance" in summary.about_information(found)
+    assert '<section id="latent-space">' in build_report(out).read_text(encoding="utf-8")
     assert "samples.normal.png" not in str(found["pictures"]) and "samples.field.png" in str(found["pictures"])
 
 

@@ -20,7 +20,8 @@ class Contents:
 
     home: the folder of index.html; log: the lines of metrics.jsonl; results: metrics.json as a list; pictures:
     pictures.json; statistics: of the latent store; config: of the run, and as it was written; samples: PNG files;
-    diffusion: what train.diffusion recorded; diffusability: of the probe; folder: what was asked for.
+    diffusion: what train.diffusion recorded; diffusability: of the probe; latent_space: of eval.latent_space; folder:
+    what was asked for.
     """
 
     name: str
@@ -35,10 +36,11 @@ class Contents:
     samples: list[Path] = field(default_factory=list)
     diffusion: Json | None = None
     diffusability: Json | None = None
+    latent_space: Json | None = None
 
 
 def read_contents(folder: Path) -> Contents:
-    """A run folder (its page goes to RUN/report) or the output of eval.reconstruction (its page goes there).
+    """A run folder (its page goes to RUN/report) or the output of an evaluation (its page goes there).
 
     Raises:
         UsageError: it is neither.
@@ -50,7 +52,8 @@ def read_contents(folder: Path) -> Contents:
         folder = folder.parent
     is_run = _is_run(folder)
     home = folder / "report" if is_run else folder
-    if not is_run and not any((home / name).is_file() for name in ("metrics.json", "diffusability.json")):
+    evaluations = ("metrics.json", "diffusability.json", "latent_space.json")
+    if not is_run and not any((home / name).is_file() for name in evaluations):
         raise UsageError(
             f"report {folder}: expected a run (config.yaml, metrics.jsonl) or an evaluation (metrics.json); found none"
         )
@@ -71,6 +74,7 @@ def read_contents(folder: Path) -> Contents:
         samples=sorted((home / "samples").glob("*.png")),
         diffusion=_json_or_none(home / "diffusion.json"),
         diffusability=_json_or_none(home / "diffusability.json"),
+        latent_space=_json_or_none(home / "latent_space.json"),
     )
 
 

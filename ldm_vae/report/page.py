@@ -1,7 +1,7 @@
 """RUN/report/index.html: one file, no network, for a screen or a phone, light or dark; what has no data is left out.
 
 build_report(Path("runs/demo"))          a run: what it logged, measured and stored
-build_report(Path("compared"))           what eval.reconstruction wrote
+build_report(Path("compared"))           what eval.reconstruction or eval.latent_space wrote
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ldm_vae import __version__, publish
-from ldm_vae.report import diffusion, tables
+from ldm_vae.report import diffusion, latent_space, tables
 from ldm_vae.report.contents import Contents, read_contents
 from ldm_vae.report.gallery import SHOWN_WIDTH, gallery, samples
 from ldm_vae.report.training import adversary_change, curves, health
@@ -67,6 +67,7 @@ def render(contents: Contents) -> str:
         "samples": samples(contents.samples),
         "diffusion": diffusion.run(contents.folder, contents.diffusion),
         "diffusability": diffusion.probe(contents.home, contents.diffusability),
+        "latent_space": latent_space.section(contents.home, contents.latent_space),
         "protocol": tables.protocol(results) if results else [],
         "checksum": results[0]["data"]["checksum"] if results else "",
         "fingerprints": tables.fingerprints(results),
