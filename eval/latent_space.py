@@ -135,7 +135,8 @@ def main() -> None:
         noise = latents.posterior_noise(options.seed, survey.bank, survey.moments.mean.shape[1:])
         informed = None
         if len(survey.bank) > 1 and not survey.moments.is_point:
-            informed = information(survey.moments.to(accelerator.device), noise.to(accelerator.device)).figures()
+            bounds = information(survey.moments.to(accelerator.device), noise.to(accelerator.device))
+            informed = bounds.figures(survey.channels.prior_gap)
         pictures, mixture = keep_pictures(
             options.output, task.vae, survey.moments, survey.channels, survey.spectrum,
             [source.key(index) for index in survey.bank], noise,

@@ -121,6 +121,25 @@ def test_a_collapsed_posterior_knows_nothing() -> None:
         assert values.tolist() == pytest.approx([0.0] * 50, abs=1e-12)
 
 
+def test_the_gap_from_moments_is_below_the_gap_and_exact_for_a_gaussian() -> None:
+    """At 2 x 2 positions that do not depend on each other; where they do, the true gap is larger."""
+    values = 4000
+    mixing = torch.tensor([[2.0, 0.0], [1.5, 0.5]], dtype=torch.float64)
+    mean = torch.einsum("dc,bchw->bdhw", mixing, drawn(values, 2, 2, 2)) + 0.5
+    logvar = torch.full_like(mean, -2.0)
+    found = ChannelStatistics(2)
+    found.update(Moments(mean, logvar), range(values))
+    covariance = mixing @ mixing.T + math.exp(-2) * torch.eye(2, dtype=torch.float64)
+    prior = torch.distributions.MultivariateNormal(torch.zeros(2).double(), torch.eye(2).double())
+    total = torch.distributions.MultivariateNormal(torch.full((2,), 0.5).double(), covariance)
+    exact = 4 * float(torch.distributions.kl_divergence(total, prior))
+    assert found.prior_gap == pytest.approx(exact, rel=0.03)
+    informed = information(Moments(mean[:500], logvar[:500]), drawn(500, 2, 2, 2, seed=9))
+    figures = informed.figures(found.prior_gap)
+    assert figures["prior_gap_nats"][0] >= found.prior_gap
+    assert figures["mutual_information_nats"][1] <= figures["rate_nats"] - found.prior_gap + 1e-9
+
+
 # --- likelihood: probabilistic PCA (Tipping & Bishop 1999), of which everything is known ------------------------------
 
 

@@ -107,6 +107,19 @@ class ChannelStatistics:
         covariance = products - torch.outer(self.mean, self.mean) + self.basic.posterior_variance.diag()
         return covariance / torch.outer(self.std, self.std)
 
+    @property
+    def prior_gap(self) -> float:
+        """A lower bound of KL(q(z) || N(0, I)) in nats per image, from first and second moments of the channels:
+
+            h w KL(N(m, C) || N(0, I_c)),        C the covariance of channels, pooled over positions
+
+        Of all distributions with these moments a Gaussian is nearest to the prior; dependence between positions and
+        differences between them, which are left out, only add to the gap (the prior is a product, KL is convex).
+        """
+        covariance = self.correlation * torch.outer(self.std, self.std)
+        gap = 0.5 * (covariance.trace() + self.mean.square().sum() - self.channels - torch.logdet(covariance))
+        return float(gap) * self.basic.count / self.basic.images
+
     def figures(self) -> dict[str, Any]:
         """All of it as plain JSON; `ci95` holds the bootstrap intervals of mean and std."""
         intervals = self.basic.intervals or {}

@@ -10,8 +10,8 @@ With z_i drawn from the posterior of image i, and M images, q(z_i) is estimated 
     its own left out     I <= E_i [log q(z_i|x_i) - log 1/(M-1) sum_{j != i} q(z_i|x_j)]
 
 (van den Oord et al. 2018; Poole et al., ICML 2019; densities under a batch's posteriors: Chen et al., NeurIPS 2018.)
-The rate itself is another upper bound. Where no posterior reaches another's, the first is log M whatever M is: all that
-can then be said is that the images are told apart.
+The rate less any lower bound of KL(q(z) || p(z)) is an upper bound too. Where no posterior reaches another's, the first
+is log M whatever M is: all that can then be said is that the images are told apart.
 
 Legend: M images, c latent channels, h w latent positions.
 """
@@ -48,10 +48,13 @@ class Information:
         """Whether the lower bound is near its cap, and more images would raise it."""
         return float(self.lower.mean()) > SATURATED * self.cap
 
-    def figures(self) -> dict[str, Any]:
-        """Plain JSON: I(x; z) and KL(q(z) || p(z)) each between two bounds, nats per image."""
+    def figures(self, prior_gap: float = 0.0) -> dict[str, Any]:
+        """Plain JSON: I(x; z) and KL(q(z) || p(z)) each between two bounds, nats per image.
+
+        prior_gap: a lower bound of KL(q(z) || p(z)) known otherwise, such as `ChannelStatistics.prior_gap`.
+        """
         rate, lower = float(self.rate.mean()), float(self.lower.mean())
-        upper = min(rate, float(self.upper.mean()))
+        upper = max(lower, min(rate - prior_gap, float(self.upper.mean())))
         return {
             "images": len(self.rate),
             "rate_nats": rate,

@@ -130,7 +130,7 @@ def about_normal(result: Json) -> str:
     noise = sum(channels["posterior_std"]) / len(channels["posterior_std"])
     near = found["prior_gap_nats"][0]
     values = result["vae"]["latent_values"]
-    if near < 0.1 * values:
+    if near < 0.5 * values:  # nats in each number
         return (
             "The prior of the evidence bound. The KL had weight in training: latents of images and draws from N(0, I) "
             "lie in the same place, so the decoder makes images of both."
