@@ -57,6 +57,7 @@ def test_moments_are_diffusers_posterior() -> None:
     ours = Moments.from_parameters(parameters)
     assert torch.equal(ours.mean, theirs.mean) and torch.equal(ours.logvar, theirs.logvar)
     torch.testing.assert_close(ours.kl().sum(dim=(1, 2, 3)), theirs.kl())
+    torch.testing.assert_close(ours.sample(torch.ones_like(ours.mean)), theirs.mean + theirs.std)
 
 
 @pytest.mark.parametrize("kind", ["scale", "shift", "channel"])
