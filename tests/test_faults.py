@@ -124,7 +124,7 @@ def test_a_data_worker_killed_for_memory(images: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def encoding(tiny_vae_folder: Path, tmp_path: Path) -> Callable[..., Child]:
     """Starts `ldm-vae encode` of many images with two workers."""
-    write_images(tmp_path / "photographs", 400)
+    write_images(tmp_path / "photographs", 160)
 
     def begin() -> Child:
         data = [str(tmp_path / "photographs"), str(tmp_path / "store")]

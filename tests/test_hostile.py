@@ -34,6 +34,7 @@ from ldm_vae.autoencoder import load_autoencoder
 from ldm_vae.data.ordered import ordered_loader
 from ldm_vae.data.source import Record, open_source
 from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.export.recipe import read_recipe
 from ldm_vae.latent_store import read_manifest, write_store
 from ldm_vae.latent_store.finishing import read_quarantine
 from ldm_vae.training import Training
@@ -320,6 +321,15 @@ def test_a_run_folder_that_is_no_run(images: Path, tmp_path: Path, capsys: pytes
     assert "not readable as YAML" in refusal(capsys, "report", tmp_path)
     with pytest.raises(UsageError, match="has not finished"):
         load_autoencoder(tmp_path)
+    with pytest.raises(UsageError, match="not readable as YAML"):
+        read_recipe(tmp_path)
+    (tmp_path / "config.yaml").write_text("seed: 0\nlosses: {l1: {weight: 1.0}}")
+    (tmp_path / "metrics.jsonl").write_text('{"images": 8, "seconds": 1.0}\n{"images": 16, "sec')  # as a kill leaves it
+    assert "Training" in read_recipe(tmp_path).sections
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "metrics.json").write_text("[" * DEEP)
+    with pytest.raises(UsageError, match="nested too deeply"):
+        read_recipe(tmp_path)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ldm_vae.config import read_yaml
+from ldm_vae.errors import UsageError
+from ldm_vae.untrusted import first_line, parse_json
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -28,7 +32,7 @@ def read_recipe(run: Path) -> Recipe:
     path = run / "config.yaml"
     if not path.is_file():
         return Recipe()
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    config = read_yaml(path)
     results = _json(run / "report" / "metrics.json")
     return Recipe(
         metadata=_metadata(config),
@@ -104,9 +108,15 @@ def _hours(seconds: float, processes: int) -> str:
 def _log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    return [row for row in rows if "images" in row]
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # a line that a kill cut short
+            rows.append(parse_json(line))
+    return [row for row in rows if isinstance(row, dict) and "images" in row]
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return parse_json(path.read_bytes()) if path.is_file() else None
+    except ValueError as error:
+        raise UsageError(f"{path}: not readable as JSON: {first_line(error)}") from error

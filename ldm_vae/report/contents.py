@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ldm_vae.config import read_yaml
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.untrusted import parse_json
 
@@ -69,7 +68,7 @@ def read_contents(folder: Path) -> Contents:
         results=found if isinstance(found, list) else [found],
         pictures=_json(pictures) if pictures.is_file() else [],
         statistics=_json(manifest).get("statistics") if manifest.is_file() else None,
-        config=_yaml(folder / "config.yaml", config_text),
+        config=read_yaml(folder / "config.yaml") if config_text else {},
         config_text=config_text,
         samples=sorted((home / "samples").glob("*.png")),
         diffusion=_json_or_none(home / "diffusion.json"),
@@ -84,14 +83,6 @@ def _is_run(folder: Path) -> bool:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _yaml(path: Path, text: str) -> Json:
-    try:
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise WorkError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from error
-    return found if isinstance(found, dict) else {}
 
 
 def _json(path: Path) -> Any:
