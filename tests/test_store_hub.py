@@ -48,6 +48,8 @@ def test_pushed_read_there_and_pulled(
     folder: Path, hub: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = folder / "latents"
+    with pytest.raises(UsageError, match=r"no manifest.json there"):  # which nobody may remember
+        LatentDataset(URL)
     assert run_cli("store", "push", store, "me/latents", "--license", "cc0-1.0", "--dry_run") == 0
     assert "9 files to send" in capsys.readouterr().out and not Hub.exists and not Hub.commits
     assert run_cli("store", "push", store, "me/latents", "--license", "cc0-1.0") == 0
