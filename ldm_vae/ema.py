@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
+
+from ldm_vae.frozen import Frozen
 
 LARGEST_SHARE = 0.05  # half-life at most 5 % of the images seen: early averages must forget the random start (EDM2)
 
 
 class Ema:
-    """`module` is a frozen copy of the network whose weights are the average; it is validated and exported."""
+    """`module` is a frozen copy of the network (or objective) whose weights are the average; it is validated and
+    exported. What it merely looks through, a Frozen, it shares."""
 
     def __init__(self, module: nn.Module, halflife_images: int) -> None:
-        self.module = copy.deepcopy(module).float().eval().requires_grad_(False)
+        shared: dict[int, Any] = {id(part): part for part in module.modules() if isinstance(part, Frozen)}
+        self.module = copy.deepcopy(module, shared).float().eval().requires_grad_(False)
         self.halflife_images = halflife_images
 
     @torch.no_grad()
@@ -33,7 +38,8 @@ class Ema:
         values = {name: parameter.detach().float() for name, parameter in module.named_parameters()}
         averages: dict[str, torch.Tensor] = dict(self.module.named_parameters())
         moving = [name for name in averages if name not in copied]
-        torch._foreach_lerp_([averages[name] for name in moving], [values[name] for name in moving], 1.0 - keep)
+        if moving:  # most objectives own nothing
+            torch._foreach_lerp_([averages[name] for name in moving], [values[name] for name in moving], 1.0 - keep)
         for name in copied:
             averages[name].copy_(values[name])
         for average, value in zip(self.module.buffers(), module.buffers(), strict=True):

@@ -131,6 +131,8 @@ def check_ranks_agree(accelerator: Accelerator, modules: Mapping[str, nn.Module]
     names, prints = [], []
     for prefix, module in modules.items():
         for name, tensor in module.state_dict().items():
+            if not isinstance(tensor, torch.Tensor):  # a term's extra state
+                continue
             bits = tensor.detach().double().flatten().view(torch.int64)
             places = torch.arange(1, len(bits) + 1, device=bits.device)
             names.append(f"{prefix}.{name}")

@@ -27,7 +27,7 @@ class Objective(nn.Module):
     """Terms on pixels (their gradient stops at the reconstruction) and terms on latents (it reaches the encoder).
 
     One module, so that the few parameters a term may own (a learned log-variance, a projection) and its state (a
-    controller's) are in the optimiser and in the checkpoint.
+    controller's) are in the optimiser, averaged, and in the checkpoint.
     """
 
     def __init__(self, terms: Mapping[str, TermConfig], outline: bool = False) -> None:
@@ -71,13 +71,19 @@ class Objective(nn.Module):
     def bound(self, logs: Logs, images: torch.Tensor) -> Logs:
         """The evidence lower bound, where a likelihood is among the terms and the latent has a rate, from what they
         logged: nats per image, and its negative in bits per dimension (pixel value)."""
-        likelihoods = [name for name, term in self.terms.items() if getattr(term, "likelihood", False)]
-        if len(likelihoods) != 1 or "kl_nats_per_image" not in logs:
+        name = self.likelihood
+        if name is None or "kl_nats_per_image" not in logs:
             return {}
         values = images[0].numel()
-        nats = self._term(likelihoods[0]).nats_per_value(logs[f"loss/{likelihoods[0]}"])
+        nats = self._term(name).nats_per_value(logs[f"loss/{name}"])
         cost = nats * values + logs["kl_nats_per_image"]
         return {"elbo/nats_per_image": -cost, "elbo/bits_per_dimension": cost / values / math.log(2)}
+
+    @property
+    def likelihood(self) -> str | None:
+        """The name of the one term that is a likelihood; None where there is none, or more than one."""
+        found = [name for name, term in self.terms.items() if getattr(term, "likelihood", False)]
+        return found[0] if len(found) == 1 else None
 
     def _term(self, name: str) -> Any:
         return self.terms[name]

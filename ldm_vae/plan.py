@@ -29,11 +29,10 @@ from ldm_vae.data.stream import length
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.fine_tuning import set_trainable
 from ldm_vae.latents import Moments
-from ldm_vae.objective import Objective
 from ldm_vae.optim import learning
 from ldm_vae.step import TrainingStep
 from ldm_vae.stored_pairs import drop_encoder
-from ldm_vae.training import Training, build_autoencoder, build_discriminator, build_network
+from ldm_vae.training import Training, build_autoencoder, build_discriminator, build_network, build_objective
 
 GB = 1e9
 
@@ -115,7 +114,7 @@ def plan(settings: Training) -> Plan:
         if settings.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         network = build_network(settings, vae, outline=True)
-        objective = Objective(settings.losses, outline=True)
+        objective = build_objective(settings, outline=True)
         objective.attach(network)
         critic = build_discriminator(settings)
         size = settings.resolution

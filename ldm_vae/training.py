@@ -15,6 +15,7 @@ from ldm_vae.data.buckets import BucketConfig
 from ldm_vae.data.transforms import TransformConfig
 from ldm_vae.errors import UsageError
 from ldm_vae.fine_tuning import resize_channels, set_trainable
+from ldm_vae.objective import Objective
 from ldm_vae.optim import OptimizerConfig
 from ldm_vae.run import MAY_CHANGE as ANY_RUN_MAY_CHANGE
 from ldm_vae.run import RunConfig
@@ -146,6 +147,16 @@ def build_network(settings: Training, vae: Any, outline: bool = False) -> Traina
     parts = settings.perturbations.values()
     perturbations = [part.outline(settings.seed) if outline else part.build(settings.seed) for part in parts]
     return TrainableAutoencoder(vae, bottleneck, perturbations)
+
+
+def build_objective(settings: Training, outline: bool = False) -> Objective:
+    """The terms; what they own (a projection) is drawn by the seed, alike on every rank.
+
+    outline: without the weights that a term would load, to count its cost.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed + 2)
+        return Objective(settings.losses, outline)
 
 
 def build_discriminator(settings: Training) -> nn.Module | None:

@@ -23,19 +23,22 @@ from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.latents import posterior_noise
 from ldm_vae.launch import build_accelerator
 from ldm_vae.losses.commitment import Config as Commitment
+from ldm_vae.losses.gaussian_nll import Config as GaussianNLL
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.kl_free_bits import Config as FreeBits
+from ldm_vae.losses.kl_target import Config as KLTarget
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.l2 import Config as L2
 from ldm_vae.models.vq import Config as VQConfig
 from ldm_vae.objective import Objective
+from ldm_vae.optim import learning
 from ldm_vae.step import TrainingStep
 
 GLOBAL_BATCH, STEPS = 8, 20
 
 
 def train(
-    accelerator: Any, accumulation: int, broken: str = "", codebook: Any = None, **adversary: float
+    accelerator: Any, accumulation: int, broken: str = "", codebook: Any = None, terms: Any = None, **adversary: float
 ) -> dict[str, torch.Tensor]:
     codebook = codebook or {}
     accelerator.gradient_accumulation_steps = accumulation
@@ -45,16 +48,20 @@ def train(
     config = kind(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, **codebook)
     vae = config.build().double()
     network = TrainableAutoencoder(vae, config.bottleneck(vae))
-    terms = {"commitment": Commitment()} if codebook else {"l2": L2(), "kl": KL(weight=1e-3), "free": FreeBits(bits=9)}
+    continuous = {"l2": L2(), "kl": KL(weight=1e-3), "free": FreeBits(bits=9)}
+    objective = Objective(
+        {"l1": L1(), **(terms or ({"commitment": Commitment()} if codebook else continuous))}
+    ).double()
     critic = PatchGAN(width=8, layers=1).build().double()
     optimizers = [
-        torch.optim.Adam(module.parameters(), lr=1e-3, betas=(0.5, 0.9), eps=1e-12) for module in (network, critic)
+        torch.optim.Adam(learning(modules), lr=1e-3, betas=(0.5, 0.9), eps=1e-12)
+        for modules in ((network, objective), (critic,))
     ]
     model, discriminator = accelerator.prepare(network), accelerator.prepare(critic)
     step = TrainingStep(
         accelerator,
         network if broken == "bypass" else model,
-        Objective({"l1": L1(), **terms}),
+        objective,
         accelerator.prepare(optimizers[0]),
         # with hinge and no logit beyond 1 the critic's last bias has a gradient of rounding alone, which Adam magnifies
         Adversary(AdversaryConfig(weight=0.5, loss="non_saturating", **adversary)).double(),
@@ -78,6 +85,7 @@ def train(
     accelerator.reduce = reduce
     weights = {name: value for name, value in network.state_dict().items() if isinstance(value, torch.Tensor)}
     weights |= {f"critic.{name}": value for name, value in critic.state_dict().items()}
+    weights |= {f"objective.{name}": value.double() for name, value in objective.state_dict().items()}
     return first | {name: value.detach().clone().contiguous() for name, value in weights.items()}
 
 
@@ -87,9 +95,12 @@ def main() -> None:
     regularisers = {"r1_weight": 10.0, "r1_every": 2, "lecam_weight": 0.1, "lecam_halflife_images": 50}
     # 4 x 16 x 16 vectors in a batch, 64 codes: some die, and are restarted every second step
     followed = {"num_vq_embeddings": 64, "quantizer": {"kind": "vq", "restart_images": 16, "decay": 0.9}}
+    # a variance that learns, and a controller that sees the rate of the whole batch
+    controlled = {"likelihood": GaussianNLL(), "target": KLTarget(nats_per_pixel=0.1, integral_images=100)}
     for name, accumulation, broken, adversary in (
         ("plain", 1, "", {}),
         ("codebook", 1, "", {"codebook": followed}),
+        ("controlled", 1, "", {"terms": controlled}),
         ("regularised", 1, "", regularisers),
         ("accumulated", 2, "", {}),
         ("no_reduce", 1, "no_reduce", {}),

@@ -15,10 +15,9 @@ from ldm_vae.adversary import Adversary
 from ldm_vae.autoencoder import check_resolution, count_parameters, downsampling_factor
 from ldm_vae.diffusion_training import DiffusionTraining
 from ldm_vae.losses import lpips
-from ldm_vae.objective import Objective
 from ldm_vae.optim import learning
 from ldm_vae.step import TrainingStep
-from ldm_vae.training import Training, build_autoencoder, build_discriminator, build_network
+from ldm_vae.training import Training, build_autoencoder, build_discriminator, build_network, build_objective
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -122,7 +121,7 @@ def test_every_config_takes_a_step(path: Path, monkeypatch: pytest.MonkeyPatch) 
     accelerator = Accelerator(cpu=True)
     vae = build_autoencoder(settings)
     network = build_network(settings, vae, outline=True)
-    objective, critic = Objective(settings.losses, outline=True), build_discriminator(settings)
+    objective, critic = build_objective(settings, outline=True), build_discriminator(settings)
     objective.attach(network)
     optimizer = settings.optimizer.build(learning([network, objective]), 1e-3)
     critic_optimizer = None if critic is None else settings.optimizer.build(learning([critic]), 1e-3)

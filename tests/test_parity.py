@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def distance(ours: Tensors, theirs: Tensors, prefix: str = "") -> float:
     return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-12)) for name in names)
 
 
-@pytest.mark.parametrize("scenario", ["plain", "codebook", "regularised", "accumulated"])
+@pytest.mark.parametrize("scenario", ["plain", "codebook", "controlled", "regularised", "accumulated"])
 def test_one_process_and_two_are_the_same(results: Path, scenario: str) -> None:
     one, two, other = load(results, scenario)
     assert all(torch.equal(two[name], other[name]) for name in two), "the ranks are not bit-equal"
@@ -44,6 +45,12 @@ def test_one_process_and_two_are_the_same(results: Path, scenario: str) -> None:
     meant = [{name: value for name, value in side.items() if "to_k.bias" not in name} for side in (one, two)]
     assert distance(*meant) < 1e-10  # weights of both networks after 20 steps
     assert distance(one, two) < 1e-6
+
+
+def test_the_controller_and_the_variance_have_moved(results: Path) -> None:
+    one, _, _ = load(results, "controlled")
+    assert one["objective.terms.likelihood.logvar"].item() != 0.0
+    assert one["objective.terms.target.log_beta"].item() != pytest.approx(math.log(1e-4))
 
 
 def test_an_unreduced_adaptive_weight_is_seen(results: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ from ldm_vae.latents import Normalisation, posterior_noise
 from ldm_vae.launch import StopSignal, build_accelerator
 from ldm_vae.logbook import Averages, Logbook, check_finite
 from ldm_vae.metrics.batches import image_batches, share_of, spread
+from ldm_vae.metrics.bound import evidence_bound
 from ldm_vae.metrics.evaluate import evaluate_reconstruction
 from ldm_vae.metrics.live import record_validation
 from ldm_vae.metrics.select import build_metrics
-from ldm_vae.objective import Objective
 from ldm_vae.optim import learning, schedule, set_learning_rate
 from ldm_vae.plan import describe
 from ldm_vae.report import build_report
@@ -67,6 +68,7 @@ from ldm_vae.training import (
     build_autoencoder,
     build_discriminator,
     build_network,
+    build_objective,
 )
 from ldm_vae.training_data import assign_buckets, check_sources, normalisation_pixels
 
@@ -109,7 +111,8 @@ def train(settings: Training) -> None:
     ema.module.to(accelerator.device)
     network = build_network(settings, vae)
     encoder_before = None if network.encoder_learns or pairs else encoder_fingerprint(vae)
-    objective = Objective(settings.losses).to(accelerator.device)
+    objective = build_objective(settings).to(accelerator.device)
+    ema_objective = Ema(objective, settings.ema_halflife_images)  # of its own parameters: a likelihood's variance
     objective.attach(network)
     adversary = Adversary(settings.adversary).to(accelerator.device)
     critic = build_discriminator(settings)
@@ -136,7 +139,8 @@ def train(settings: Training) -> None:
     # --- resume: the same command again -------------------------------------------------------------------------------
     averages = Averages(skip_nan)
     stateful: dict[str, Any] = {
-        "autoencoder": vae, "objective": objective, "optimizer": optimizer, "ema": ema, "averages": averages,
+        "autoencoder": vae, "objective": objective, "optimizer": optimizer, "ema": ema,
+        "ema_objective": ema_objective, "averages": averages,
     }  # fmt: skip
     if network.bottleneck.state_dict():
         stateful["bottleneck"] = network.bottleneck
@@ -194,6 +198,7 @@ def train(settings: Training) -> None:
             continue
         images_seen += batch_images
         ema.update(vae, images_seen, batch_images, network.bottleneck.copied)
+        ema_objective.update(objective, images_seen, batch_images)
         bar.update(batch_images)
 
         # --- events: each when a multiple of its interval has been crossed, and all at the end
@@ -220,7 +225,8 @@ def train(settings: Training) -> None:
             bar.set_postfix(losses)
         improved = False
         if due["validate"]:
-            scores = validate(whole(ema.module, settings), validation_source, settings, accelerator, images_seen)
+            averaged = whole(ema.module, settings)
+            scores = validate(averaged, ema_objective.module, validation_source, settings, accelerator, images_seen)
             logbook.write(images_seen, scores)
             score = scores[f"validation/{settings.best_metric}"]
             improved = best is None or (score > best["score"]) == higher_is_better
@@ -228,7 +234,8 @@ def train(settings: Training) -> None:
                 best = {"score": score, "checkpoint": checkpoint.name(images_seen)}
             show(run, accelerator)
         if due["checkpoint"] or improved or stop:
-            networks = {"autoencoder": vae} | ({} if critic is None else {"discriminator": critic})
+            networks = {"autoencoder": vae, "objective": objective}
+            networks |= {} if critic is None else {"discriminator": critic}
             newest = save(settings, accelerator, images_seen, stateful, networks, averages, best)
         if stop:
             say(f"stopped by signal {stop}, saved {newest}; the same command resumes")
@@ -263,15 +270,18 @@ def train(settings: Training) -> None:
 
 
 def validate(
-    vae: Any, source: Source, settings: Training, accelerator: Accelerator, images_seen: int
+    vae: Any, objective: Any, source: Source, settings: Training, accelerator: Accelerator, images_seen: int
 ) -> dict[str, float]:
-    """Reconstruction metrics of the averaged weights on held-out images, shared out over the ranks."""
+    """Reconstruction metrics of the averaged weights on held-out images, shared out over the ranks, and where the
+    objective has a likelihood the evidence lower bound."""
     chosen = spread(len(source), settings.validation_images)
     mine = share_of(accelerator.process_index, accelerator.num_processes, chosen, settings.train_batch_size)
     metrics = build_metrics(settings.validation_metrics, accelerator.device, settings.resolution)
     shape = {"resolution": settings.resolution, "batch_size": settings.train_batch_size}
-    batches = image_batches(source, mine, settings.resolution, batch_size=settings.train_batch_size)
-    result = evaluate_reconstruction(vae, batches, metrics, accelerator.device, **shape)
+    batches = partial(image_batches, source, mine, settings.resolution, batch_size=settings.train_batch_size)
+    result = evaluate_reconstruction(vae, batches(), metrics, accelerator.device, **shape)
+    scores = {name: summary.mean for name, summary in result.metrics.items() if summary.mean is not None}
+    scores |= evidence_bound(vae, objective, batches(), accelerator.device)
     if accelerator.is_main_process:
         name = settings.validation_data.path
         sheet = record_validation(
@@ -286,7 +296,7 @@ def validate(
             images_seen=images_seen,
         )
         log_picture(accelerator, "validation", sheet, images_seen)
-    return {f"validation/{name}": summary.mean for name, summary in result.metrics.items() if summary.mean is not None}
+    return {f"validation/{name}": score for name, score in scores.items()}
 
 
 def show(run: Path, accelerator: Accelerator) -> None:

@@ -69,7 +69,7 @@ def curves(log: Sequence[Json], config: Json) -> list[Chart]:
     charts = []
     for name in [name for name in series if name.startswith("validation/")]:
         metric = name.removeprefix("validation/")
-        title = heading(metric) if metric in TITLES else metric
+        title = heading(metric) if metric in TITLES else metric.replace("_", " ")
         better = f"{TITLES[metric].better} is better" if metric in TITLES else ""
         points = Series(title, series.pop(name), dots=True)
         drawing = line_chart([points], label=f"{title} on held-out images over images seen", **around)
