@@ -76,6 +76,11 @@ def _part(package: str, value: Any, default: str | None = None) -> Any:
     part = getattr(module, "Config", None)
     if not (isinstance(part, type) and issubclass(part, Part)):
         raise ValueError(f"kind `{kind}`: the module has no class `Config(ldm_vae.config.Part)`")
+    names = typing.get_args(part.model_fields["kind"].annotation)
+    if names and kind not in names:
+        raise ValueError(
+            f"kind `{kind}`: its Config fixes `kind` as {names[0]!r}; a module of yours leaves that line out"
+        )
     try:
         return part.model_validate(dict(value))
     except ValidationError as error:
