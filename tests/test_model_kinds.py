@@ -18,8 +18,14 @@ from test_programs import metrics, newest, one_sentence, run, write_config
 
 from eval import reconstruction
 from ldm_vae import cli, latents
+from ldm_vae.assets import lpips_trunk
 from ldm_vae.autoencoder import AutoencoderConfig, decoder_fingerprint, encoder_fingerprint, load_autoencoder
-from ldm_vae.errors import UsageError
+from ldm_vae.data.source import open_source
+from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.losses.gaussian_nll import Config as GaussianNLL
+from ldm_vae.metrics.batches import image_batches
+from ldm_vae.metrics.bound import evidence_bound
+from ldm_vae.objective import Objective
 
 SHAPE = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
 SHORT = {"max_train_images": 32, "log_every_images": 8, "checkpoint_every_images": 16}
@@ -33,7 +39,7 @@ TINY_SHAPE = {
 }
 
 
-def kinds(teacher: Path) -> dict[str, tuple[type, dict[str, Any]]]:
+def kinds(teacher: Path, images: Path | str = "") -> dict[str, tuple[type, dict[str, Any]]]:
     restart = {"kind": "vq", "restart_images": 8}
     learned = {"kind": "vq", "codebook": "learned", "distance": "cosine", "restart_images": 8}
     gumbel = {"kind": "gumbel", "anneal_images": 32}
@@ -43,6 +49,13 @@ def kinds(teacher: Path) -> dict[str, tuple[type, dict[str, Any]]]:
         "vq_learned_cosine": (
             VQModel,
             {"model": VQ | {"quantizer": learned}, "losses": {"l2": {}, "commitment": {}, "codebook": {}}},
+        ),
+        "fsq": (
+            VQModel,
+            {
+                "model": VQ | {"num_vq_embeddings": 18, "quantizer": {"kind": "fsq", "levels": [3, 3, 2]}},
+                "losses": {"l1": {}, "commitment": {}},
+            },
         ),
         "dvae": (
             VQModel,
@@ -59,14 +72,26 @@ def kinds(teacher: Path) -> dict[str, tuple[type, dict[str, Any]]]:
                 "perturbations": {"teacher_latents": {"teacher": str(teacher)}},
             },
         ),
+        "kl_with_networks": (
+            AutoencoderKL,
+            {"losses": {"l1": {}, "lpips": {"net": "alex"}, "kl": {}, "alignment": {}}},
+        ),
         "kl_of_many_terms": (
             AutoencoderKL,
             {
+                "validation_data": {"kind": "folder", "path": str(images)},
+                "validate_every_images": 16,
+                "validation_metrics": ["psnr"],
+                "best_metric": "psnr",
                 "losses": {
                     "charbonnier": {},
+                    "ssim": {},
+                    "focal_frequency": {},
+                    "haar": {"levels": 2},
                     "gaussian_nll": {"levels": 256},
                     "kl": {"weight": 1e-4, "schedule": {"kind": "cyclic", "images": 16}},
                     "kl_free_bits": {"weight": 1e-4},
+                    "kl_delta": {"weight": 1e-4},
                     "kl_capacity": {"weight": 1e-4, "images": 32},
                     "kl_target": {"nats_per_pixel": 0.5},
                     "latent_range": {"limit": 1.0},
@@ -83,7 +108,7 @@ def kinds(teacher: Path) -> dict[str, tuple[type, dict[str, Any]]]:
     }
 
 
-KINDS = ("vq", "vq_learned_cosine", "dvae", "tiny", "kl_of_many_terms")
+KINDS = ("vq", "vq_learned_cosine", "fsq", "dvae", "tiny", "kl_with_networks", "kl_of_many_terms")
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +135,13 @@ def trained(
 
     def make(kind: str) -> tuple[Path, dict[str, Any]]:
         if kind not in made:
+            if kind == "kl_with_networks":
+                try:
+                    lpips_trunk("alex")
+                except WorkError as error:
+                    pytest.skip(str(error))
             folder = tmp_path_factory.mktemp(kind)
-            changes = SHORT | kinds(teacher)[kind][1]
+            changes = SHORT | kinds(teacher, images)[kind][1]
             done = run(write_config(folder, images, **changes))
             assert done.returncode == 0, done.stderr
             made[kind] = (folder / "run", changes)
@@ -125,7 +155,7 @@ def pictures(count: int = 2) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_exports_its_diffusers_class_to_the_bit(kind: str, trained: Any, teacher: Path) -> None:
+def test_a_run_exports_its_diffusers_class_to_the_bit(kind: str, trained: Any, teacher: Path, images: Path) -> None:
     folder, _ = trained(kind)
     model = kinds(teacher)[kind][0]
     vae = model.from_pretrained(folder / "vae")
@@ -148,16 +178,31 @@ def test_a_run_exports_its_diffusers_class_to_the_bit(kind: str, trained: Any, t
         if kind == "vq_learned_cosine":
             torch.testing.assert_close(rows.norm(dim=1), torch.ones(16))
             assert torch.equal(rows, frozen)
+        if kind == "fsq":  # a grid, which nothing has moved
+            assert torch.equal(rows, frozen) and len(rows.unique()) == 3
         if kind == "dvae":
             assert lines[-1]["codes/temperature"] < lines[0]["codes/temperature"]
             assert lines[0]["weight/code_kl"] < lines[-1]["weight/code_kl"]
     if model is AutoencoderTiny:
         assert vae.config.scaling_factor == 1.0  # its latents are the teacher's, normalised
+    if kind == "kl_with_networks":
+        assert {"loss/lpips", "loss/alignment"} <= logged
+        own = {name for name in tensors if name.startswith("objective.")}
+        assert own == {"objective.terms.alignment.project.weight"}  # and neither AlexNet nor EfficientNet
+        (name,) = own
+        assert not torch.equal(tensors[name], tensors[f"ema_{name}"])  # it learns
     if kind == "kl_of_many_terms":
+        logged = set(lines[-2])  # the last line is the validation's
         assert {"gaussian_nll/sigma", "kl_target/beta", "activation_range/largest", "elbo/bits_per_dimension"} <= logged
         assert {f"kl_nats_per_channel/{channel}" for channel in range(4)} <= logged
         assert "objective.terms.gaussian_nll.logvar" in tensors
-        assert tensors["objective.terms.gaussian_nll.logvar"] != 0.0  # the optimiser has moved it
+        # the optimiser has moved it, its average follows, and with that one held-out images are measured
+        sigma, averaged = (tensors[f"{name}.terms.gaussian_nll.logvar"] for name in ("objective", "ema_objective"))
+        assert min(0.0, sigma) < averaged < max(0.0, sigma)
+        likelihood = GaussianNLL(levels=256, logvar=averaged.item())
+        batches = image_batches(open_source(images), None, 32, batch_size=2)
+        bound = evidence_bound(vae.eval(), Objective({"gaussian_nll": likelihood}), batches, torch.device("cpu"))
+        assert lines[-1]["validation/elbo_nats_per_image"] == pytest.approx(bound["elbo_nats_per_image"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

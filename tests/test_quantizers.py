@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import VQModel
@@ -14,6 +15,7 @@ from scipy import stats
 from ldm_vae import latents
 from ldm_vae.autoencoder import TrainableAutoencoder
 from ldm_vae.bottleneck import Codes
+from ldm_vae.errors import UsageError
 from ldm_vae.losses.codebook import Config as CodebookLoss
 from ldm_vae.losses.commitment import Config as Commitment
 from ldm_vae.models.vq import Config
@@ -156,6 +158,35 @@ def test_usage_and_perplexity() -> None:
     assert one["codes/perplexity"].item() == pytest.approx(1.0) and one["codes/usage"] == 0.25
     shares = torch.rand(100)
     assert usage(shares)["codes/perplexity"].item() == pytest.approx(math.exp(stats.entropy(shares.numpy())), rel=1e-4)
+
+
+# --- finite scalars ---------------------------------------------------------------------------------------------------
+
+
+def test_rounded_channels_are_the_nearest_rows_of_a_grid() -> None:
+    model = network(codes=24, kind="fsq", levels=[4, 2, 3])
+    book = model.vae.quantize.embedding.weight
+    axes = np.meshgrid([-1, -1 / 3, 1 / 3, 1], [-1, 1], [-1, 0, 1], indexing="ij")
+    np.testing.assert_allclose(book.detach().numpy(), np.stack(axes, axis=-1).reshape(24, 3), atol=1e-6)
+    with torch.no_grad():  # vectors within the grid and beyond it
+        model.vae.quant_conv.weight.mul_(3)
+    r = forward(model)
+    assert r.codes.before.abs().max() > 1 and len(r.codes.indices.unique()) > 6
+    h = model.vae.encode(images()).latents
+    assert torch.equal(r.codes.indices, diffusers_indices(model.vae, h))
+    assert torch.equal(r.codes.after, model.vae.quantize.embedding(r.codes.indices).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        torch.testing.assert_close(latents.decode(model.vae, h), r.pixels, rtol=1e-4, atol=1e-5)
+    (of_z,) = torch.autograd.grad((r.latents * 2.0).sum(), r.codes.before)
+    assert torch.equal(of_z, torch.full_like(of_z, 2.0)) and not book.requires_grad
+
+
+@pytest.mark.parametrize("levels", [[4, 2, 2], [4, 6]])
+def test_a_grid_of_another_size_is_refused(levels: list[int]) -> None:
+    with pytest.raises(
+        UsageError, match=r"quantizer\.levels: .* expected model\.num_vq_embeddings 24 and .*channels 3"
+    ):
+        network(codes=24, kind="fsq", levels=levels)
 
 
 # --- Gumbel -----------------------------------------------------------------------------------------------------------
