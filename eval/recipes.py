@@ -16,6 +16,7 @@ Legend: B batch, C image channels, H W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from ldm_vae.adaptive import EPSILON, LARGEST
 from ldm_vae.adversary import Adversary, AdversaryConfig
 from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
@@ -32,24 +34,35 @@ from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.lpips import LPIPS, SMALLEST
 from ldm_vae.losses.lpips import Config as LPIPSConfig
 from ldm_vae.objective import Objective
+from ldm_vae.optim import OptimizerConfig
 from ldm_vae.step import TrainingStep
 from ldm_vae.stored_pairs import drop_encoder
 
-KL_WEIGHT, ADVERSARY_WEIGHT, LEARNING_RATE = 1e-6, 0.5, 1e-5
+KL_WEIGHT = 1e-6
 
 
 @dataclass(frozen=True)
 class Work:
     """What every recipe gets: an f8 network of these widths and a batch. The default is half of Stable Diffusion's
-    width, so that a CPU takes seconds for a step. LPIPS has random weights: they cost what the genuine ones do."""
+    width, so that a CPU takes seconds for a step.
+
+    genuine: LPIPS with its own weights; random ones cost the same and need no download.
+    compiled: a backend of torch.compile for every network; None is eager.
+    """
 
     widths: tuple[int, ...] = (64, 128, 256, 256)
     resolution: int = 128
     batch: int = 2
     net: str = "vgg"
+    genuine: bool = False
     critic_width: int = 64
+    critic_layers: int = 3
+    critic_norm: str = "group"
     groups: int = 32
-    compiled: bool = False
+    compiled: str | None = None
+    adversary_weight: float = 0.5
+    learning_rate: float = 1e-5
+    seed: int = 0
 
     def images(self) -> torch.Tensor:
         return torch.rand(self.batch, 3, self.resolution, self.resolution) * 2 - 1
@@ -59,18 +72,20 @@ class Networks:
     """Autoencoder, LPIPS, discriminator and their optimisers, as a recipe of one's own would hold them."""
 
     def __init__(self, work: Work) -> None:
-        torch.manual_seed(0)
+        torch.manual_seed(work.seed)
         self.work = work
         self.network = TrainableAutoencoder(
             AutoencoderConfig(block_out_channels=work.widths, norm_num_groups=work.groups).build().train()
         )
-        self.lpips = LPIPSConfig.model_validate({"net": work.net}).outline()
-        self.critic = PatchGAN(width=work.critic_width).build().train()
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=LEARNING_RATE, betas=(0.5, 0.9))
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=LEARNING_RATE, betas=(0.5, 0.9))
-        if work.compiled:
+        perceptual = LPIPSConfig.model_validate({"net": work.net})
+        self.lpips = perceptual.build() if work.genuine else perceptual.outline()
+        shape = {"width": work.critic_width, "layers": work.critic_layers, "norm": work.critic_norm}
+        self.critic = PatchGAN.model_validate(shape).build().train()
+        self.optimizer = OptimizerConfig().build(self.network.parameters(), work.learning_rate)
+        self.critic_optimizer = OptimizerConfig().build(self.critic.parameters(), work.learning_rate)
+        if work.compiled is not None:
             for module in (self.network, self.critic, self.lpips):
-                module.compile()
+                module.compile(backend=work.compiled)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(pixels, KL per pixel value), with fresh noise as these recipes draw it."""
@@ -78,14 +93,17 @@ class Networks:
         reconstruction = self.network(images, noise)
         return reconstruction.pixels, reconstruction.moments.kl().sum() / images.numel()
 
-    def adaptive(self, reconstruction_loss: torch.Tensor, generator_loss: torch.Tensor) -> torch.Tensor:
+    def adaptive(
+        self, images: torch.Tensor, reconstruction_loss: torch.Tensor, generator_loss: torch.Tensor
+    ) -> torch.Tensor:
         """The textbook weight: two backward passes to the last layer that keep every graph."""
         last = self.network.last_layer.weight
         norms = [
             torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
             for loss in (reconstruction_loss, generator_loss)
         ]
-        return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach() * ADVERSARY_WEIGHT
+        largest = LARGEST / math.prod(images.shape[1:])  # on means, as in ldm_vae.adaptive
+        return (norms[0] / (norms[1] + EPSILON)).clamp(0, largest).detach() * self.work.adversary_weight
 
     def update_autoencoder(self, loss: torch.Tensor) -> None:
         self.optimizer.zero_grad()
@@ -102,16 +120,14 @@ class Networks:
 Step = Callable[[torch.Tensor], object]
 
 
-def latent_diffusion(work: Work) -> Step:
-    networks = Networks(work)
-
+def latent_diffusion(networks: Networks) -> Step:
     def step(images: torch.Tensor) -> None:
         # optimizer_idx 0; Lightning freezes the networks whose turn it is not
         networks.critic.requires_grad_(False)
         pixels, kl = networks.forward(images)
         reconstruction = F.l1_loss(pixels, images) + networks.lpips(pixels, images)
         generator = -networks.critic(pixels).mean()
-        weight = networks.adaptive(reconstruction, generator)
+        weight = networks.adaptive(images, reconstruction, generator)
         networks.update_autoencoder(reconstruction + KL_WEIGHT * kl + weight * generator)
         networks.critic.requires_grad_(True)
         # optimizer_idx 1: the same function from its start
@@ -124,9 +140,7 @@ def latent_diffusion(work: Work) -> Step:
     return step
 
 
-def _diffusers(work: Work, lpips_gradient: bool) -> Step:
-    networks = Networks(work)
-
+def _diffusers(networks: Networks, lpips_gradient: bool) -> Step:
     def step(images: torch.Tensor) -> None:
         # the generator's batch
         networks.critic.requires_grad_(False)
@@ -135,7 +149,7 @@ def _diffusers(work: Work, lpips_gradient: bool) -> Step:
             perceptual = networks.lpips(pixels, images)
         reconstruction = F.l1_loss(pixels, images) + perceptual
         generator = -networks.critic(pixels).mean()
-        weight = networks.adaptive(reconstruction, generator)
+        weight = networks.adaptive(images, reconstruction, generator)
         networks.update_autoencoder(reconstruction + KL_WEIGHT * kl + weight * generator)
         networks.critic.requires_grad_(True)
         # the discriminator's batch, another one there; its loss is carried back through the autoencoder
@@ -145,23 +159,21 @@ def _diffusers(work: Work, lpips_gradient: bool) -> Step:
     return step
 
 
-def diffusers_published(work: Work) -> Step:
-    return _diffusers(work, lpips_gradient=False)
+def diffusers_published(networks: Networks) -> Step:
+    return _diffusers(networks, lpips_gradient=False)
 
 
-def diffusers_repaired(work: Work) -> Step:
-    return _diffusers(work, lpips_gradient=True)
+def diffusers_repaired(networks: Networks) -> Step:
+    return _diffusers(networks, lpips_gradient=True)
 
 
-def shared_forward(work: Work) -> Step:
-    networks = Networks(work)
-
+def shared_forward(networks: Networks) -> Step:
     def step(images: torch.Tensor) -> None:
         networks.critic.requires_grad_(False)
         pixels, kl = networks.forward(images)
         reconstruction = F.l1_loss(pixels, images) + networks.lpips(pixels, images)
         generator = -networks.critic(pixels).mean()
-        weight = networks.adaptive(reconstruction, generator)
+        weight = networks.adaptive(images, reconstruction, generator)
         networks.update_autoencoder(reconstruction + KL_WEIGHT * kl + weight * generator)
         networks.critic.requires_grad_(True)
         networks.update_critic(images, pixels.detach())
@@ -169,9 +181,7 @@ def shared_forward(work: Work) -> Step:
     return step
 
 
-def autoencoder_only(work: Work) -> Step:
-    networks = Networks(work)
-
+def autoencoder_only(networks: Networks) -> Step:
     def step(images: torch.Tensor) -> None:
         pixels, kl = networks.forward(images)
         networks.update_autoencoder(F.l1_loss(pixels, images) + KL_WEIGHT * kl)
@@ -179,20 +189,20 @@ def autoencoder_only(work: Work) -> Step:
     return step
 
 
-def ours(work: Work, accumulation: int = 1, from_store: bool = False) -> Step:
-    networks = Networks(work)
+def ours(networks: Networks, accumulation: int = 1, from_store: bool = False) -> Step:
     if from_store:
         drop_encoder(networks.network.vae)
     if accumulation > 1:
         networks.network.vae.enable_gradient_checkpointing()
-        networks.lpips = LPIPS(networks.lpips.network, SMALLEST[work.net], chunk=1)
+        networks.lpips = LPIPS(networks.lpips.network, SMALLEST[networks.work.net], chunk=1)
     objective = Objective({"l1": L1(), "kl": KL(weight=KL_WEIGHT)})
     objective.terms["lpips"], objective.configs["lpips"] = networks.lpips, LPIPSConfig()
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
-    step = TrainingStep(
-        accelerator, networks.network, objective, networks.optimizer,
-        Adversary(AdversaryConfig(weight=ADVERSARY_WEIGHT)), networks.critic, networks.critic_optimizer,
-    )  # fmt: skip
+    # on the device already, and tensors without content cannot be moved
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, device_placement=False)
+    model, critic = accelerator.prepare(networks.network), accelerator.prepare(networks.critic)
+    optimizers = accelerator.prepare(networks.optimizer, networks.critic_optimizer)
+    adversary = Adversary(AdversaryConfig(weight=networks.work.adversary_weight))
+    step = TrainingStep(accelerator, model, objective, optimizers[0], adversary, critic, optimizers[1])
 
     def run(images: torch.Tensor) -> object:
         shape = (len(images), *networks.network.latent_shape(*images.shape[2:]))
@@ -202,13 +212,13 @@ def ours(work: Work, accumulation: int = 1, from_store: bool = False) -> Step:
     return run
 
 
-def decoder_from_store(work: Work) -> Step:
-    return ours(work, from_store=True)
+def decoder_from_store(networks: Networks) -> Step:
+    return ours(networks, from_store=True)
 
 
-def small_gpu(work: Work) -> Step:
+def small_gpu(networks: Networks) -> Step:
     """What the profile does to the same batch: half of it at a time, activations computed again."""
-    half = ours(work, accumulation=2)
+    half = ours(networks, accumulation=2)
 
     def run(images: torch.Tensor) -> None:
         for part in images.chunk(2):
@@ -217,7 +227,9 @@ def small_gpu(work: Work) -> Step:
     return run
 
 
-RECIPES: dict[str, Callable[[Work], Step]] = {
+Recipe = Callable[[Networks], Step]
+
+RECIPES: dict[str, Recipe] = {
     "train_step": ours,
     "latent_diffusion": latent_diffusion,
     "diffusers_published": diffusers_published,

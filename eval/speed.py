@@ -1,9 +1,12 @@
 """Measure the speed of a part beside what it competes with, in one run on one machine.
 
     python -m eval.speed data --output runs/speed
+    python -m eval.speed quality --output runs/quality --minutes 2     # LPIPS and PSNR of each recipe, at equal minutes
+    python -m eval.speed all --output runs/speed --rounds 3            # everything; an hour or two on two cores
 
 Contenders take turns (A B C, A B C, ...), the ratio is taken within each round. DIR/speed.json then holds the machine
-and one row for each figure; `ratio.median` above 1 means that the row's name is faster than `ratio.to`.
+and one row for each figure, DIR/speed.png shows them; `ratio.median` above 1 means that the row's name is faster than
+`ratio.to`.
 """
 
 from __future__ import annotations
@@ -16,7 +19,19 @@ from typing import Any
 
 from ldm_vae.errors import UsageError, run_program
 
-from . import speed_data, speed_encode, speed_read, speed_train
+from . import (
+    speed_compiled,
+    speed_data,
+    speed_encode,
+    speed_grow,
+    speed_plot,
+    speed_quality,
+    speed_read,
+    speed_start,
+    speed_store,
+    speed_train,
+    speed_variants,
+)
 from .timing import machine
 
 # name => (one line of help, what it runs); each lives in a file of its own
@@ -25,31 +40,57 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], list[dict[str, A
         "one generator and one discriminator update: seconds, operations and memory, beside published recipes",
         speed_train.run,
     ),
+    "variants": (
+        "our step with one thing changed: precision and size of LPIPS, optimisers, memory formats, averages",
+        speed_variants.run,
+    ),
+    "compiled": (
+        "operations and seconds of our step and of published ones under torch.compile",
+        speed_compiled.run,
+    ),
+    "quality": (
+        "the same minutes for our step and for published recipes: LPIPS and PSNR on held-out photographs",
+        speed_quality.run,
+    ),
     "encode": (
         "a folder of photographs into a store, beside the encoder alone and beside the usual script",
         speed_encode.run,
     ),
     "read": (
-        "random batches of latents from a store, beside memory and other readers; opening ten million samples",
+        "random batches of latents from a store, beside memory and other readers",
         speed_read.run,
     ),
     "data": (
         "images decoded, cropped and batched per core, beside a plain datasets + DataLoader pipeline",
         speed_data.run,
     ),
+    "grow": (
+        "a training step as resolution, batch and processes grow: seconds and memory",
+        speed_grow.run,
+    ),
+    "store": (
+        "a latent store as it grows: reading, opening, writing, and its books",
+        speed_store.run,
+    ),
+    "start": (
+        "from launch to `ldm-vae --help` and to the first update of the smoke config",
+        speed_start.run,
+    ),
 }
 
 
 def main() -> None:
     options = arguments()
+    speed_plot.pyplot()  # what is missing is said now and not after an hour
+    options.output.mkdir(parents=True, exist_ok=True)
+    place = options.output / "speed.json"
     results = []
     for name in BENCHMARKS if options.what == "all" else [options.what]:
         results += BENCHMARKS[name][1](options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    place = options.output / "speed.json"
-    place.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n", encoding="utf-8")
+        place.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n", encoding="utf-8")
+    speed_plot.draw(results, place.with_suffix(".png"))
     print(table(results))
-    print(f"\n{place}")
+    print(f"\n{place}, {place.with_suffix('.png')}")
 
 
 def arguments() -> argparse.Namespace:
@@ -59,11 +100,15 @@ def arguments() -> argparse.Namespace:
     known = "; ".join(f"{name}: {text}" for name, (text, _) in BENCHMARKS.items())
     parser.add_argument("what", choices=[*BENCHMARKS, "all"], help=known)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where speed.json goes")
-    parser.add_argument("--compile", action="store_true", help="train: every recipe's networks under torch.compile")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every contender (7)")
+    parser.add_argument("--minutes", type=float, default=2.0, help="quality: of one core, for each recipe (2)")
+    parser.add_argument("--seeds", type=int, default=1, help="quality: repetitions, from other weights (1)")
     found = parser.parse_args()
-    if found.rounds < 1:
-        raise UsageError(f"rounds: expected at least 1, got {found.rounds}")
+    for name, least in (("rounds", 1), ("seeds", 1)):
+        if getattr(found, name) < least:
+            raise UsageError(f"{name}: expected at least {least}, got {getattr(found, name)}")
+    if not found.minutes > 0:
+        raise UsageError(f"minutes: expected more than 0, got {found.minutes:g}")
     return found
 
 
@@ -73,10 +118,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     for found in results:
         ratio = found.get("ratio")
         shown = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) x {ratio['to']}" if ratio else ""
-        rate = f"   {found['images_per_s']:.0f} images/s" if "images_per_s" in found else ""
+        rate = f"   {found['images_per_s']:.4g} images/s" if "images_per_s" in found else ""
         rate += f"   {found['memory_mb']} MB" if "memory_mb" in found else ""
+        rate += f"   {found['psnr']:.2f} dB" if "psnr" in found else ""
+        name = f"{found['name']} {found['at']:,}" if "at" in found else found["name"]
         figure = f"{found['median_s']:9.4g} s" if "median_s" in found else f"{found['value']:9.4g} {found['unit']}"
-        lines.append(f"{found['name']:28}{figure:14} {shown}{rate}")
+        lines.append(f"{name:28}{figure:14} {shown}{rate}")
     return "\n".join(lines)
 
 

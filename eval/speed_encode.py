@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _computing(folder: Path, source: Source, rounds: int) -> list[dict[str, Any]]:
-    vae = _network()
+    vae = network()
     pixels = to_pixels(torch.randint(0, 256, (BATCH, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8))
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ def _computing(folder: Path, source: Source, rounds: int) -> list[dict[str, Any]
     ]
 
 
-def _network() -> AutoencoderKL:
+def network() -> AutoencoderKL:
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=WIDTHS,
@@ -106,7 +106,7 @@ class WaitingEncoder(AutoencoderKL):
     def encode(self, pixels: torch.Tensor, return_dict: bool = True) -> Any:
         with _DEVICE:
             time.sleep(self.seconds * len(pixels))
-        moments = pixels.new_zeros(len(pixels), 8, RESOLUTION // 8, RESOLUTION // 8)
+        moments = pixels.new_zeros(len(pixels), 8, *(side // 8 for side in pixels.shape[2:]))
         return SimpleNamespace(latent_dist=SimpleNamespace(parameters=moments))
 
 
@@ -130,7 +130,7 @@ class Repeated:
 
 
 def _waiting(folder: Path, source: Source, files: list[Path], rounds: int) -> list[dict[str, Any]]:
-    vae = WaitingEncoder.from_config(_network().config)
+    vae = WaitingEncoder.from_config(network().config)
     vae.seconds = 0.0
     _script(vae, files, folder)  # once for the caches
     started = time.perf_counter()

@@ -4,9 +4,7 @@
 - `read_sampled`: what `LatentDataset.loader()` yields by default: both moments, keyed noise, scaling;
 - `index_select`: the same rows from one tensor in memory, and `resident_sampled` the same arithmetic on it;
 - `reopen_safetensors`: a reader that opens a file per sample; `npz_per_image`: one file an image;
-- `parquet`: datasets in torch format;
-- `read_raw_1e4`, `_1e5`, `_1e6`: one stored tensor of small latents from stores of so many samples;
-- `open_1e7`: opening a store of ten million samples (its manifest), and the memory that it takes.
+- `parquet`: datasets in torch format.
 
 Everything was written just before, so the files are in the page cache: this is the reader's cost and not the disk's.
 """
@@ -14,17 +12,13 @@ Everything was written just before, so the files are in the page cache: this is 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
-import multiprocessing
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from safetensors import safe_open
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
@@ -32,15 +26,13 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from ldm_vae import LatentDataset, keyed
 from ldm_vae.latents import Moments
 
-from .synthetic_store import write_empty, write_synthetic
+from .synthetic_store import write_synthetic
 from .timing import interleave, row
 
 SAMPLES, BATCH, STEPS = 4096, 64, 100
 SHAPE = (8, 32, 32)
 FILES = 512  # of the readers that have a file per sample
 SLOW_STEPS = 4
-GROWTH, GROWTH_SHAPE = (10_000, 100_000, 1_000_000), (4, 8, 8)
-MILLIONS = 10_000_000
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -52,8 +44,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            rows = [*_readers(Path(folder), options.rounds), *_growing(Path(folder), options.rounds)]
-            return [*rows, _opening(Path(folder))]
+            return _readers(Path(folder), options.rounds)
     finally:
         torch.set_num_threads(threads)
 
@@ -153,56 +144,3 @@ def _reopen(file: Path, index: int) -> torch.Tensor:
 def _npz(folder: Path, index: int) -> Any:
     with np.load(folder / f"{index}.npz") as opened:
         return opened["latents"]
-
-
-# --- as a store grows -------------------------------------------------------------------------------------------------
-
-
-def _growing(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Beside `index_select` on as many rows in memory: what the processor's caches do to both is not the store's."""
-    draw = np.random.default_rng(0)
-    contenders: dict[str, Callable[[], Any]] = {}
-    for samples in GROWTH:
-        size = f"1e{len(str(samples)) - 1}"
-        write_synthetic(folder / size, samples, GROWTH_SHAPE)
-        data = LatentDataset(folder / size, raw="mean", columns=())
-        batches = [draw.integers(0, samples, BATCH).tolist() for _ in range(STEPS)]
-        resident = torch.zeros(samples, *GROWTH_SHAPE, dtype=torch.float16).fill_(1)
-        contenders[f"index_select_{size}"] = functools.partial(_each, _select, batches, rows=resident)
-        contenders[f"read_raw_{size}"] = functools.partial(_each, data.__getitems__, batches)
-    times = interleave(contenders, rounds, "read, growing")
-    per_batch = {name: [value / STEPS for value in values] for name, values in times.items()}
-    rows = []
-    for name, seconds in per_batch.items():
-        to = name.replace("read_raw", "index_select") if "read_raw" in name else None
-        rows.append(row(name, per_batch, name, to, **_rate(seconds)))
-    return rows
-
-
-def _select(indices: list[int], rows: torch.Tensor) -> torch.Tensor:
-    return rows.index_select(0, torch.tensor(indices))
-
-
-def _each(read: Callable[..., Any], batches: list[list[int]], **more: Any) -> None:
-    for batch in batches:
-        read(batch, **more)
-
-
-# --- opening ----------------------------------------------------------------------------------------------------------
-
-
-def _opening(folder: Path) -> dict[str, Any]:
-    write_empty(folder / "large", MILLIONS)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process whose memory nothing else has grown
-        seconds, grown = pool.apply(open_store, (folder / "large",))
-    return {"name": "open_1e7", "median_s": seconds, "memory_mb": round(grown / 1e6), "samples": MILLIONS}
-
-
-def open_store(path: Path) -> tuple[float, int]:
-    """(seconds, growth of the resident memory) of opening a store."""
-    process = psutil.Process()
-    before, start = process.memory_info().rss, time.perf_counter()
-    data = LatentDataset(path)
-    seconds = time.perf_counter() - start
-    assert len(data) == MILLIONS
-    return seconds, process.memory_info().rss - before

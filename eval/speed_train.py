@@ -3,7 +3,7 @@
 - `train_step`: seconds, in turns (eval/recipes.py says what each recipe does);
 - `train_step_flops`: operations, counted on tensors without content. `ideal` is what no recipe can leave out: forward
   and backward of the autoencoder once, LPIPS forward on both images and its input gradient once, discriminator forward
-  three times, its input gradient once and its backward once;
+  three times, its input gradient once and its backward once (`eval.speed compiled`: of compiled graphs);
 - `train_step_memory`: the growth of the process's resident memory over four updates, each recipe in a process of its
   own, and `counted_bytes`: the most bytes that tensors held, free of the allocator.
 """
@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import threading
-import time
 from typing import Any
 
-import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm.auto import tqdm
@@ -24,7 +21,7 @@ from tqdm.auto import tqdm
 from ldm_vae.plan import Cost
 
 from .recipes import RECIPES, Networks, Step, Work
-from .timing import interleave, row
+from .timing import PeakMemory, interleave, row
 
 TIMED = Work()
 MEMORY = Work(batch=4)
@@ -34,8 +31,7 @@ VARIANTS = ("small_gpu", "decoder_from_store")  # of ours
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json."""
-    work = Work(compiled=options.compile)
-    return [*_times(work, options.rounds), *_operations(Work()), *_memory(MEMORY)]
+    return [*_times(TIMED, options.rounds), *_operations(TIMED), *_memory(MEMORY)]
 
 
 # --- seconds ----------------------------------------------------------------------------------------------------------
@@ -43,15 +39,15 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _times(work: Work, rounds: int) -> list[dict[str, Any]]:
     images = work.images()
-    steps = {name: _bound(RECIPES[name](work), images) for name in ("train_step", *REFERENCES, *VARIANTS)}
+    steps = {name: bound(RECIPES[name](Networks(work)), images) for name in ("train_step", *REFERENCES, *VARIANTS)}
     times = interleave(steps, rounds, "train")
-    shape = {"batch": work.batch, "resolution": work.resolution, "compiled": work.compiled}
+    shape = {"batch": work.batch, "resolution": work.resolution}
     rows = [row("train_step", times, "train_step", to, **shape) for to in REFERENCES]
     rows += [row(name, times, name, None, **shape) for name in REFERENCES]
     return rows + [row(f"train_step_{name}", times, name, "train_step", **shape) for name in VARIANTS]
 
 
-def _bound(step: Step, images: torch.Tensor) -> Any:
+def bound(step: Step, images: torch.Tensor) -> Any:
     return lambda: step(images)
 
 
@@ -61,10 +57,17 @@ def _bound(step: Step, images: torch.Tensor) -> Any:
 def count_operations(work: Work, name: str) -> int:
     """FLOPs of one step of a recipe."""
     with FakeTensorMode():
-        step, images = RECIPES[name](work), work.images()
+        networks, images = Networks(work), work.images()
+        for optimizer in (networks.optimizer, networks.critic_optimizer):
+            optimizer.step = _nothing  # counts for nothing, and would take most of the time
+        step = RECIPES[name](networks)
         with Cost() as cost:
             step(images)
     return int(cost.flops)
+
+
+def _nothing(closure: object = None) -> None:
+    """An update of weights that have no content."""
 
 
 def ideal_operations(work: Work) -> int:
@@ -90,10 +93,10 @@ def _operations(work: Work) -> list[dict[str, Any]]:
     names = ("train_step", *REFERENCES, *VARIANTS)
     counts = {name: count_operations(work, name) for name in tqdm(names, desc="operations", disable=None, leave=False)}
     counts["ideal"] = ideal_operations(work)
-    return _counted("train_step_flops", counts, "GFLOP", 1e9)
+    return counted("train_step_flops", counts, "GFLOP", 1e9)
 
 
-def _counted(figure: str, counts: dict[str, int], unit: str, scale: float) -> list[dict[str, Any]]:
+def counted(figure: str, counts: dict[str, int], unit: str, scale: float) -> list[dict[str, Any]]:
     """Ours beside each other count; a ratio above 1 means that ours is smaller."""
     own = counts["train_step"]
     rows = []
@@ -115,31 +118,18 @@ def _memory(work: Work) -> list[dict[str, Any]]:
         # a process of its own, so that no recipe finds memory that another left
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             resident[name], counted[name] = pool.apply(_grown, (work, name))
-    rows = _counted("train_step_memory", resident, "GB", 1e9)
-    return [*rows, *_counted("train_step_memory_counted", counted, "GB", 1e9)]
+    rows = counted("train_step_memory", resident, "GB", 1e9)
+    return [*rows, *counted("train_step_memory_counted", counted, "GB", 1e9)]
 
 
 def _grown(work: Work, name: str) -> tuple[int, int]:
     """(growth of the resident memory, most bytes of tensors) of four updates of a recipe, its networks included."""
-    process = psutil.Process()
-    before = process.memory_info().rss
     images = work.images()
-    with Cost() as cost:
-        step = RECIPES[name](work)
-        step(images)
-    counted = cost.peak_bytes
-    peak, done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(0.005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for _ in range(3):
-        step(images)
-    done.set()
-    watcher.join()
-    return peak - before, counted
+    with PeakMemory() as resident:
+        with Cost() as cost:
+            step = RECIPES[name](Networks(work))
+            step(images)
+        counted = cost.peak_bytes
+        for _ in range(3):
+            step(images)
+    return resident.bytes, counted

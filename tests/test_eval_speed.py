@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import write_images
+from PIL import Image
 
-from eval import speed, speed_data, speed_encode, speed_read, timing
-from eval.synthetic_store import write_empty, write_synthetic
+from eval import (
+    speed,
+    speed_data,
+    speed_encode,
+    speed_grow,
+    speed_plot,
+    speed_quality,
+    speed_start,
+    speed_store,
+    speed_variants,
+    timing,
+)
+from eval.recipes import Work
+from eval.synthetic_store import write_empty, write_sparse, write_synthetic
 from ldm_vae import LatentDataset
-from ldm_vae.errors import UsageError
+from ldm_vae.errors import UsageError, WorkError
+
+SMALL_WORK = Work(widths=(8, 16), resolution=32, net="alex", critic_width=8, groups=4)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
 
 
 def test_contenders_take_turns_and_the_first_round_is_not_counted() -> None:
@@ -52,6 +76,7 @@ def test_speed_data_writes_its_rows(
     assert rows["data"]["ratio"]["min"] <= rows["data"]["ratio"]["median"] <= rows["data"]["ratio"]["max"]
     assert rows["data"]["images_per_s"] > 0
     assert "x plain_pipeline" in capsys.readouterr().out
+    assert picture_size(tmp_path / "out" / "speed.png")[0] == 900
 
 
 def test_rounds_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -92,7 +117,7 @@ def test_a_synthetic_store_is_a_store(tmp_path: Path) -> None:
     data = LatentDataset(tmp_path / "store", raw="mean", columns=("key",))
     batch = data.__getitems__([69, -1, 0, 33])
     assert batch[0]["mean"].dtype == torch.float16 and torch.equal(batch[0]["mean"], batch[1]["mean"])
-    assert [item["key"] for item in batch] == ["00000069", "00000069", "00000000", "00000033"]
+    assert [item["key"] for item in batch] == ["0000000069", "0000000069", "0000000000", "0000000033"]
     assert torch.equal(LatentDataset(tmp_path / "store", raw=True)[33]["mean"], batch[3]["mean"].float())
     assert "logvar" not in batch[0]
     with pytest.raises(IndexError, match="index 70 of a store of 70"):
@@ -101,24 +126,126 @@ def test_a_synthetic_store_is_a_store(tmp_path: Path) -> None:
         LatentDataset(tmp_path / "store", raw="sample")
 
 
-def test_opening_ten_million_samples_takes_little_memory(tmp_path: Path) -> None:
+def test_a_sparse_store_is_a_store_of_zeros(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "store", 70, shape=(4, 8, 8), unit=32)
+    batch = LatentDataset(tmp_path / "store", raw="mean", columns=()).__getitems__(range(70))
+    assert len(batch) == 70 and not any(item["mean"].any() for item in batch)
+    files = sorted((tmp_path / "store" / "shards").glob("*.safetensors"))
+    assert [file.stat().st_size - files[2].stat().st_size for file in files] == [2 * 26 * 512, 2 * 26 * 512, 0]
+    assert files[1].stat().st_blocks * 512 < files[1].stat().st_size  # the second is a copy of the first's head
+
+
+# --- quality ----------------------------------------------------------------------------------------------------------
+
+
+def test_equal_minutes_from_equal_weights_on_equal_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = []
+    latents = speed_quality.latents
+
+    def photographs(demo: Path) -> None:
+        write_images(demo / "train" / "one", 6, (40, 40))
+        write_images(demo / "photographs" / "heldout", 2, (56, 48))
+
+    monkeypatch.setattr(speed_quality, "prepare_demo", photographs)
+
+    class Spy(speed_quality.Contender):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            step, weights = self.step, [p.detach().clone() for p in self.vae.parameters()]
+
+            def watched(images: torch.Tensor) -> object:
+                if not self.images:
+                    first.append((images, weights))
+                return step(images)
+
+            self.step = watched
+
+    monkeypatch.setattr(speed_quality, "Contender", Spy)
+    # a photograph is measured as it is, its crops are what is trained on
+    sizes = []
+    monkeypatch.setattr(latents, "encode", lambda vae, x, f=latents.encode: sizes.append(x.shape[2:]) or f(vae, x))
+    tiny = Work(widths=(4, 4), resolution=32, batch=2, net="alex", critic_width=4, critic_layers=1, groups=4)
+    for name, value in {"WORK": tiny, "TURNS": 2, "LAST": 1}.items():
+        monkeypatch.setattr(speed_quality, name, value)
+    rows = speed_quality.run(argparse.Namespace(minutes=1e-3, seeds=1))
+    assert len(first) == len(speed_quality.CONTENDERS)
+    for images, weights in first[1:]:
+        assert torch.equal(images, first[0][0]) and all(map(torch.equal, weights, first[0][1]))
+    assert set(sizes) == {(32, 32), (56, 48)}
+    named = {row["name"]: row for row in rows if "curve" in row}
+    assert named.keys() == {f"quality_{name}" for name in speed_quality.CONTENDERS}
+    for row in named.values():
+        halfway, end = row["curve"]
+        assert halfway["minutes"] >= 0.5e-3 and end["minutes"] >= 1e-3 and end["images"] >= halfway["images"] > 0
+        assert row["value"] == end["lpips_alex"] > 0 and row["psnr"] == end["psnr"] > 0
+    ratios = {row["ratio"]["to"]: row["ratio"]["median"] for row in rows if row["name"] == "quality_images"}
+    images = {name: row["images"] for name, row in named.items()}
+    assert ratios["latent_diffusion"] == images["quality_train_step"] / images["quality_latent_diffusion"]
+    speed_plot.draw(rows, tmp_path / "speed.png")
+    assert picture_size(tmp_path / "speed.png")[0] == 900
+
+
+# --- what grows, and what one waits for -------------------------------------------------------------------------------
+
+
+def test_a_step_of_two_processes() -> None:
+    tiny = Work(widths=(8, 8), resolution=32, batch=1, net="alex", critic_width=8, groups=4)
+    (row,) = speed_grow._steps("processes", {2: (tiny, 2)}, 1)
+    assert (row["name"], row["against"], row["at"]) == ("grow_processes", "processes", 2)
+    assert row["images_per_s"] == pytest.approx(2 / row["median_s"]) and row["memory_mb"] > 10
+
+
+def test_a_store_grows_and_its_books_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"STEPS": 2, "LARGEST_RESIDENT": 50, "MANIFESTS": (), "IMAGES": (4,), "STORES": (50, 90)}
+    for name, value in {**values, "UNIT": 20}.items():
+        monkeypatch.setattr(speed_store, name, value)
+    rows = speed_store.run(argparse.Namespace(rounds=1))
+    assert [(row["name"], row["at"], row.get("ratio", {}).get("to")) for row in rows] == [
+        ("index_select", 50, None),
+        ("read", 50, "index_select 50"),
+        ("read", 90, None),
+        ("write", 4, None),
+        *((name, at, None) for at in (50, 90) for name in ("keys", "again", "finish")),
+    ]
+    assert all(row["median_s"] > 0 for row in rows)
+    speed_plot.draw(rows, tmp_path / "speed.png")
+    assert picture_size(tmp_path / "speed.png") == (900, 2 * 340)  # against samples, against images
+
+
+def test_nothing_is_held_per_sample(tmp_path: Path) -> None:
     write_empty(tmp_path / "large", 10_000_000)
-    _, grown = speed_read.open_store(tmp_path / "large")
-    assert grown < 300e6
-    # nothing per sample: the index of the shards is all there is
+    found = speed_store.open_store(tmp_path / "large")
+    assert found["open"][1] < 300e6 and found["manifest_write"][0] > 0
     data = LatentDataset(tmp_path / "large")
     assert sum(value.nbytes for value in (data._stops, data._starts)) == 2 * 8 * len(data.shards)
     assert data.shape(9_999_999) == (4, 32, 32) and not len(data._maps)
 
 
-def test_a_store_that_grows_is_read_beside_a_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed_read, "GROWTH", (10, 100))
-    monkeypatch.setattr(speed_read, "STEPS", 2)
-    rows = speed_read._growing(tmp_path, 1)
-    assert [(row["name"], row.get("ratio", {}).get("to")) for row in rows] == [
-        ("index_select_1e1", None),
-        ("read_raw_1e1", "index_select_1e1"),
-        ("index_select_1e2", None),
-        ("read_raw_1e2", "index_select_1e2"),
-    ]
-    assert rows[1]["images_per_s"] > 0
+def test_a_process_that_dies_is_said_to_have_died() -> None:
+    with (
+        speed_grow.Group(Work(net="none"), 1) as group,
+        pytest.raises(WorkError, match="a training process died"),
+    ):
+        group.step()
+
+
+def test_the_first_step_is_waited_for_and_a_run_that_takes_none_is_reported(tmp_path: Path) -> None:
+    write_images(tmp_path / "demo" / "train", 4)
+    with pytest.raises(WorkError, match=r"the smoke run took no step: .*heldout"):
+        speed_start.first_step(tmp_path / "demo", tmp_path)
+    write_images(tmp_path / "demo" / "heldout", 4)
+    speed_start.first_step(tmp_path / "demo", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]  # the run is gone with its folder
+
+
+# --- variants ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_variant_trains_and_costs_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_variants, "WORK", replace(SMALL_WORK, resolution=64))
+    rows = {row["name"]: row for row in speed_variants.run(argparse.Namespace(rounds=1))}
+    assert rows["adam_fused"]["ratio"]["to"] == "step" and "ratio" not in rows["step"]
+    gflop = {name: row["gflop"] for name, row in rows.items()}
+    changed = {"lpips_half", "lpips_crop"}
+    assert all((gflop[name] < gflop["step"]) == (name in changed) for name in gflop)
+    assert all(gflop[name] == gflop["step"] for name in gflop.keys() - changed)
