@@ -69,7 +69,6 @@ class LatentPictures:
             walks.FRAMES,
             kind="traversal",
             channel=channel,
-            std=std,
             keys=(key,),
         )
 
