@@ -12,12 +12,15 @@ from test_launch import TWO, launch
 
 Tensors = dict[str, torch.Tensor]
 
+# seven scenarios of 20 steps in one launch: a minute on a quiet machine, five where other work shares the cores
+pytestmark = pytest.mark.timeout(1200)
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("parity")
     for options in (("--num_processes", "1"), TWO):
-        done = launch(["tests/parity.py", str(out)], *options)
+        done = launch(["tests/parity.py", str(out)], *options, timeout=900)
         assert done.returncode == 0, done.stderr
     return out
 
