@@ -16,6 +16,7 @@ import difflib
 import importlib
 import importlib.util
 import io
+import itertools
 import pkgutil
 import typing
 from collections.abc import Mapping, Sequence
@@ -120,8 +121,8 @@ def choices(package: str) -> Any:
 def read_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file as a dict; `include: other.yaml` (one or a list, relative to the file) is merged in first.
 
-    Only plain data is read: a tag that names a Python object is refused, as are aliases, which a few lines of can stand
-    for 10^9 values. `within`: the files that include this one.
+    Only plain data is read: a tag that names a Python object is refused, as are aliases that stand for more than
+    LARGEST_CONFIG values (a few lines can for 10^9). `within`: the files that include this one.
     """
     if not path.is_file():
         raise UsageError(f"config {path}: no such file")
@@ -143,14 +144,30 @@ def read_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merge(merged, raw)
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases."""
+LARGEST_CONFIG = 10_000  # values; what an alias stands for counts wherever the alias stands
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "aliases are not read", mark)
-        return super().compose_node(parent, index)
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML whose size is looked at before anything is built from it."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _count_values(node, {}) > LARGEST_CONFIG:
+            raise yaml.YAMLError(f"more than {LARGEST_CONFIG:,} values, aliases written out")
+        return node
+
+
+def _count_values(node: yaml.Node, known: dict[yaml.Node, int | None]) -> int:
+    if node in known:
+        count = known[node]
+        if count is None:
+            raise yaml.YAMLError("an alias stands inside of what it stands for")
+        return count
+    known[node] = None
+    parts = node.value if isinstance(node, yaml.CollectionNode) else []
+    inner = itertools.chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in parts)
+    known[node] = count = 1 + sum(_count_values(part, known) for part in inner)
+    return count
 
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,13 @@ class Victim(Protocol):
     def wait(self, timeout: float = 300) -> Finished: ...
 
 
+def wait_for(path: Path, victim: Victim) -> None:
+    """Until the victim has made this file or folder."""
+    while not path.exists():
+        assert victim.running(), victim.wait().stderr
+        time.sleep(0.005)
+
+
 @dataclass
 class Reaper:
     """Kills after a random time, and learns how long victims take: kills stay spread over the whole of their lives."""

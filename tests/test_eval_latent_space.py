@@ -5,16 +5,15 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, write_images
+from conftest import write_images
 from diffusers import AutoencoderKL
+from test_launch import TWO, launch
 
 from eval import latent_space
 from ldm_vae import latents
@@ -166,17 +165,10 @@ def test_one_image_gives_what_one_image_can(
 @pytest.mark.slow
 def test_one_process_and_two_agree(tiny_vae_folder: Path, image_folder: Path, tmp_path: Path) -> None:
     found = []
-    for processes in (1, 2):
-        out = tmp_path / f"out{processes}"
-        launch = [sys.executable, "-m"]
-        if processes == 2:
-            launch += ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-            launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
-        call = [*launch, "eval.latent_space", str(tiny_vae_folder), str(image_folder), "--output", str(out), *CHEAP]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*call, *FEW], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+    for number, options in enumerate((("--num_processes", "1"), TWO), start=1):
+        out = tmp_path / f"out{number}"
+        call = ["-m", "eval.latent_space", str(tiny_vae_folder), str(image_folder), "--output", str(out), *CHEAP]
+        done = launch([*call, *FEW], *options)
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(json.loads((out / "latent_space.json").read_text()))
     one, two = found

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ import jsonschema
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from test_launch import TWO, launch
 
 from eval import reconstruction
 from ldm_vae import metrics
@@ -23,8 +22,6 @@ from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import Worst, evaluate_reconstruction
 from ldm_vae.metrics.select import build_metrics
 from ldm_vae.report.images import read_pixels
-
-ROOT = Path(reconstruction.__file__).parent.parent
 
 SCHEMA = json.loads((Path(metrics.__file__).parent / "metrics.schema.json").read_text())
 CHEAP = ("--resolution", "32", "--metrics", "psnr,ssim,l1", "--num_workers", "0", "--batch_size", "5")
@@ -217,16 +214,10 @@ def test_no_usable_image_is_a_failure_and_leaves_no_result(
 @pytest.mark.slow
 def test_one_process_and_two_agree(tiny_vae_folder: Path, image_folder: Path, tmp_path: Path) -> None:
     found = []
-    for processes in (1, 2):
-        out = tmp_path / f"out{processes}"
-        launch = [sys.executable, "-m"]
-        if processes == 2:
-            launch += ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-            launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
-        call = [*launch, "eval.reconstruction", str(tiny_vae_folder), str(image_folder), "--output", str(out), *CHEAP]
-        call += ["--metrics", "psnr,ssim,l1,fd_efflite0"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    for number, options in enumerate((("--num_processes", "1"), TWO), start=1):
+        out = tmp_path / f"out{number}"
+        call = ["-m", "eval.reconstruction", str(tiny_vae_folder), str(image_folder), "--output", str(out), *CHEAP]
+        done = launch([*call, "--metrics", "psnr,ssim,l1,fd_efflite0"], *options)
         assert done.returncode == 0, done.stderr[-2000:]
         found.append((json.loads((out / "metrics.json").read_text()), (out / "images.jsonl").read_text()))
     (one, one_rows), (two, two_rows) = found

@@ -15,9 +15,8 @@ import psutil
 import pytest
 from conftest import write_images
 from forked import Child, fork
-from killing import launch_program, ranks
+from killing import launch_program, ranks, wait_for
 from test_programs import metrics, newest, one_sentence, run, start, write_config
-from test_programs_resume import wait_for
 from test_store_writing import tree
 
 from ldm_vae import cli

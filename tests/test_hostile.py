@@ -156,13 +156,18 @@ def test_a_hundred_thousand_brackets(
     assert checkpoint.newest(folder.parent, said.append) is None and "nested too deeply" in said[0]
 
 
+# each line ten times the one before: 10^9 values
+LAUGHS = "\n".join(["a0: &a0 x", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10))])
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("output_dir: !!python/object/apply:os.mkdir [STRUCK]", "could not determine a constructor"),
         ("output_dir: !!python/name:os.system", "could not determine a constructor"),
         ("output_dir: !!python/module:this", "could not determine a constructor"),
-        ("a: &a [x, x]\nb: &b [*a, *a]\nlosses: [*b, *b]", "aliases are not read"),
+        (LAUGHS, "more than 10,000 values, aliases written out"),
+        ("losses: &a {l1: *a}", "an alias stands inside of what it stands for"),
         ("a: " + "[" * 2000, "recursion"),
         ("include: config.yaml", "includes itself"),
         ("include: {a: 1}", "include: expected a file"),
@@ -179,6 +184,13 @@ def test_yaml_that_means_harm(tmp_path: Path, text: str, says: str) -> None:
         config.load(Training, path)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 1000
     assert not (tmp_path / "struck").exists()
+
+
+def test_aliases_of_a_few_values_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("data: &photos {kind: folder, path: p}\nvalidation_data: {<<: *photos, path: q}\nlosses: {}\n")
+    read = config.read_yaml(path)
+    assert read["data"] == {"kind": "folder", "path": "p"} and read["validation_data"] == read["data"] | {"path": "q"}
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

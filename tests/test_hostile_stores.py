@@ -290,6 +290,9 @@ def test_any_record_of_a_unit_is_done_again_or_refused(data: st.DataObject, soun
         write_store(tiny(), Pictures(bad=(9,)), path, **SETTINGS)
     except REFUSED as error:
         one_line(error)
+    else:
+        assert verify(path) == []
+        assert tree(path / "shards") == tree(sound / "shards")
 
 
 def test_the_images_of_a_hostile_store_stay_where_they_are(store: Path, tmp_path: Path) -> None:

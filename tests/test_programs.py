@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import yaml
 from conftest import ROOT, write_images
 from diffusers import AutoencoderKL
 from forked import Child, Finished, fork
+from killing import wait_for
 from safetensors.torch import load_file
 from test_launch import TWO, launch, launch_machines
 
@@ -68,6 +68,13 @@ def newest(run_folder: Path) -> Path:
     return max((run_folder / "checkpoints").glob("images-*"))
 
 
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Both networks, both optimisers, averaged weights, schedules, monitor and log, to the bit."""
+    for file in ("tensors.safetensors", "state.json"):
+        assert (newest(ours) / file).read_bytes() == (newest(theirs) / file).read_bytes(), file
+    assert metrics(ours) == metrics(theirs)
+
+
 def one_sentence(done: Finished, status: int) -> str:
     """The error as a user must see it: the status, one line on stderr, no traceback."""
     assert done.returncode == status, (done.stdout, done.stderr)
@@ -116,26 +123,20 @@ def test_the_same_command_on_a_finished_run_changes_nothing(finished: Path, imag
 def test_killed_and_resumed_is_bit_equal(finished: Path, images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images)
     victim = start(config)
-    while not list((tmp_path / "run" / "checkpoints").glob("images-000000032")):
-        assert victim.running()
-        time.sleep(0.01)
+    wait_for(tmp_path / "run" / "checkpoints" / "images-000000032", victim)
     victim.kill(signal.SIGKILL)
     assert victim.wait().returncode == -signal.SIGKILL
     done = run(config, "--dataloader_num_workers", "2")
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
-    for file in ("tensors.safetensors", "state.json"):
-        assert (newest(tmp_path / "run") / file).read_bytes() == (newest(finished) / file).read_bytes(), file
-    assert metrics(tmp_path / "run") == metrics(finished)
+    assert_same_run(tmp_path / "run", finished)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits(finished: Path, images: Path, tmp_path: Path, number: int, status: int) -> None:
     config = write_config(tmp_path, images)
     victim = start(config)
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert victim.running()
-        time.sleep(0.01)
+    wait_for(tmp_path / "run" / "metrics.jsonl", victim)
     victim.kill(number)
     stopped = victim.wait()
     assert stopped.returncode == status, stopped.stderr

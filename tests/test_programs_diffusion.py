@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ import torch
 import yaml
 from conftest import ROOT, write_images
 from forked import Child, Finished, fork
+from killing import wait_for
 from PIL import Image
 from safetensors.torch import load_file
 from test_launch import TWO, launch
-from test_programs import metrics, newest, one_sentence
+from test_programs import assert_same_run, metrics, newest, one_sentence
 
 from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
 from ldm_vae.data.source import open_source
@@ -119,26 +119,20 @@ def test_the_pages_snippet_samples_from_a_run(finished: Path, home: Path) -> Non
 def test_killed_and_resumed_is_bit_equal(finished: Path, home: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, home / "latents")
     victim = start(config)
-    while not list((tmp_path / "run" / "checkpoints").glob("images-000000016")):
-        assert victim.running()
-        time.sleep(0.005)
+    wait_for(tmp_path / "run" / "checkpoints" / "images-000000016", victim)
     victim.kill(signal.SIGKILL)
     assert victim.wait().returncode == -signal.SIGKILL
     done = run(config, "--dataloader_num_workers", "1")
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
-    for file in ("tensors.safetensors", "state.json"):
-        assert (newest(tmp_path / "run") / file).read_bytes() == (newest(finished) / file).read_bytes(), file
-    assert metrics(tmp_path / "run") == metrics(finished)
+    assert_same_run(tmp_path / "run", finished)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits(finished: Path, home: Path, tmp_path: Path, number: int, status: int) -> None:
     config = write_config(tmp_path, home / "latents")
     victim = start(config)
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert victim.running()
-        time.sleep(0.005)
+    wait_for(tmp_path / "run" / "metrics.jsonl", victim)
     victim.kill(number)
     stopped = victim.wait()
     assert stopped.returncode == status, stopped.stderr

@@ -9,17 +9,16 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, write_images
-from killing import Reaper
+from killing import Reaper, wait_for
 from safetensors.torch import load_file
 from test_launch import free_port
-from test_programs import metrics, newest, one_sentence, run, start, write_config
+from test_programs import assert_same_run, metrics, newest, one_sentence, run, start, write_config
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +33,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     done = run(write_config(folder, images))
     assert done.returncode == 0, done.stderr
     return folder / "run"
-
-
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Both networks, both optimisers, averaged weights, schedules, monitor and log, to the bit."""
-    for file in ("tensors.safetensors", "state.json"):
-        assert (newest(ours) / file).read_bytes() == (newest(theirs) / file).read_bytes(), file
-    assert metrics(ours) == metrics(theirs)
-
-
-def wait_for(path: Path, victim: object) -> None:
-    while not path.exists():
-        assert victim.running(), victim.wait().stderr
-        time.sleep(0.005)
 
 
 def test_killed_at_random_moments_it_ends_bit_equal(undisturbed: Path, images: Path, tmp_path: Path) -> None:

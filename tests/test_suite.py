@@ -55,6 +55,7 @@ def test_the_check_sees_an_idle_test() -> None:
 LACKING = {
     "test_assets.py": "the LPIPS weights, where there is no network to fetch them",
     "test_losses_lpips.py": "the same",
+    "test_model_kinds.py": "the same",
     "test_data_decoding.py": "a Pillow that writes AVIF",
     "test_report_browser.py": "a browser",
     "test_gpu.py": "a GPU",
