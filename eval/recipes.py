@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch import nn
 
 from ldm_vae.adaptive import EPSILON, LARGEST
 from ldm_vae.adversary import Adversary, AdversaryConfig
@@ -48,6 +49,7 @@ class Work:
 
     genuine: LPIPS with its own weights; random ones cost the same and need no download.
     compiled: a backend of torch.compile for every network; None is eager.
+    precision: what Accelerate casts autoencoder and discriminator to; one for all recipes of a process.
     """
 
     widths: tuple[int, ...] = (64, 128, 256, 256)
@@ -60,12 +62,14 @@ class Work:
     critic_norm: str = "group"
     groups: int = 32
     compiled: str | None = None
+    device: str = "cpu"
+    precision: str = "no"
     adversary_weight: float = 0.5
     learning_rate: float = 1e-5
     seed: int = 0
 
     def images(self) -> torch.Tensor:
-        return torch.rand(self.batch, 3, self.resolution, self.resolution) * 2 - 1
+        return torch.rand(self.batch, 3, self.resolution, self.resolution, device=self.device) * 2 - 1
 
 
 class Networks:
@@ -80,17 +84,22 @@ class Networks:
         perceptual = LPIPSConfig.model_validate({"net": work.net})
         self.lpips = perceptual.build() if work.genuine else perceptual.outline()
         shape = {"width": work.critic_width, "layers": work.critic_layers, "norm": work.critic_norm}
-        self.critic = PatchGAN.model_validate(shape).build().train()
+        critic: nn.Module = PatchGAN.model_validate(shape).build().train()
+        if work.device != "cpu":  # tensors without content cannot be moved
+            for module in (self.network, critic, self.lpips):
+                module.to(work.device)
+        if work.compiled is not None:
+            for module in (self.network, critic, self.lpips):
+                module.compile(backend=work.compiled)
+        self.accelerator = Accelerator(cpu=work.device == "cpu", mixed_precision=work.precision, device_placement=False)
+        self.model, self.critic = self.accelerator.prepare(self.network, critic)
         self.optimizer = OptimizerConfig().build(self.network.parameters(), work.learning_rate)
         self.critic_optimizer = OptimizerConfig().build(self.critic.parameters(), work.learning_rate)
-        if work.compiled is not None:
-            for module in (self.network, self.critic, self.lpips):
-                module.compile(backend=work.compiled)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(pixels, KL per pixel value), with fresh noise as these recipes draw it."""
-        noise = torch.randn(len(images), *self.network.latent_shape(*images.shape[2:]))
-        reconstruction = self.network(images, noise)
+        noise = torch.randn(len(images), *self.network.latent_shape(*images.shape[2:]), device=images.device)
+        reconstruction = self.model(images, noise)
         return reconstruction.pixels, reconstruction.moments.kl().sum() / images.numel()
 
     def adaptive(
@@ -197,17 +206,18 @@ def ours(networks: Networks, accumulation: int = 1, from_store: bool = False) ->
         networks.lpips = LPIPS(networks.lpips.network, SMALLEST[networks.work.net], chunk=1)
     objective = Objective({"l1": L1(), "kl": KL(weight=KL_WEIGHT)})
     objective.terms["lpips"], objective.configs["lpips"] = networks.lpips, LPIPSConfig()
-    # on the device already, and tensors without content cannot be moved
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, device_placement=False)
-    model, critic = accelerator.prepare(networks.network), accelerator.prepare(networks.critic)
+    accelerator = networks.accelerator
+    accelerator.gradient_accumulation_steps = accumulation
     optimizers = accelerator.prepare(networks.optimizer, networks.critic_optimizer)
-    adversary = Adversary(AdversaryConfig(weight=networks.work.adversary_weight))
-    step = TrainingStep(accelerator, model, objective, optimizers[0], adversary, critic, optimizers[1])
+    adversary = Adversary(AdversaryConfig(weight=networks.work.adversary_weight)).to(networks.work.device)
+    step = TrainingStep(
+        accelerator, networks.model, objective, optimizers[0], adversary, networks.critic, optimizers[1]
+    )
 
     def run(images: torch.Tensor) -> object:
-        shape = (len(images), *networks.network.latent_shape(*images.shape[2:]))
-        stored = Moments(torch.zeros(shape), torch.zeros(shape)) if from_store else None
-        return step(images, torch.randn(shape), stored=stored)
+        noise = torch.randn(len(images), *networks.network.latent_shape(*images.shape[2:]), device=images.device)
+        stored = Moments(torch.zeros_like(noise), torch.zeros_like(noise)) if from_store else None
+        return step(images, noise, stored=stored)
 
     return run
 

@@ -17,12 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldm_vae.errors import UsageError, run_program
 
 from . import (
     speed_compiled,
     speed_data,
     speed_encode,
+    speed_gpu,
     speed_grow,
     speed_plot,
     speed_quality,
@@ -39,6 +42,10 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], list[dict[str, A
     "train": (
         "one generator and one discriminator update: seconds, operations and memory, beside published recipes",
         speed_train.run,
+    ),
+    "gpu": (
+        "the same and encoding on one CUDA device, at Stable Diffusion's width and 256 px, in bfloat16",
+        speed_gpu.run,
     ),
     "variants": (
         "our step with one thing changed: precision and size of LPIPS, optimisers, memory formats, averages",
@@ -85,7 +92,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     place = options.output / "speed.json"
     results = []
-    for name in BENCHMARKS if options.what == "all" else [options.what]:
+    here = [name for name in BENCHMARKS if name != "gpu" or torch.cuda.is_available()]
+    for name in here if options.what == "all" else [options.what]:
         results += BENCHMARKS[name][1](options)
         place.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n", encoding="utf-8")
     speed_plot.draw(results, place.with_suffix(".png"))

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _computing(folder: Path, source: Source, rounds: int) -> list[dict[str, Any]]:
-    vae = network()
+    vae = network(WIDTHS)
     pixels = to_pixels(torch.randint(0, 256, (BATCH, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8))
 
     @torch.no_grad()
@@ -67,7 +67,11 @@ def _computing(folder: Path, source: Source, rounds: int) -> list[dict[str, Any]
             vae.encode(pixels)
 
     threads = default_threads(1, torch.device("cpu"))
-    times = interleave({"bare_encoder": bare, "encode": lambda: _write(vae, source, folder, threads)}, rounds, "encode")
+    times = interleave(
+        {"bare_encoder": bare, "encode": lambda: write(vae, source, folder, encode_threads=threads, num_workers=1)},
+        rounds,
+        "encode",
+    )
     rate = {name: {"images_per_s": PHOTOGRAPHS / float(np.median(values))} for name, values in times.items()}
     return [
         row("bare_encoder", times, "bare_encoder", None, **rate["bare_encoder"]),
@@ -75,24 +79,23 @@ def _computing(folder: Path, source: Source, rounds: int) -> list[dict[str, Any]
     ]
 
 
-def network() -> AutoencoderKL:
+def network(widths: tuple[int, ...]) -> AutoencoderKL:
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=WIDTHS,
-        down_block_types=("DownEncoderBlock2D",) * len(WIDTHS),
-        up_block_types=("UpDecoderBlock2D",) * len(WIDTHS),
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
         layers_per_block=2,
         latent_channels=4,
     )
     return vae.eval().requires_grad_(False)
 
 
-def _write(vae: Any, source: Source, folder: Path, threads: int, num_workers: int = 1) -> None:
+def write(vae: Any, source: Source, folder: Path, **how: Any) -> None:
+    """`write_store` of the benchmark's images, from its beginning."""
     store = folder / "store"
     shutil.rmtree(store, ignore_errors=True)
-    write_store(
-        vae, source, store, resolution=RESOLUTION, batch_size=BATCH, encode_threads=threads, num_workers=num_workers
-    )
+    write_store(vae, source, store, **{"resolution": RESOLUTION, "batch_size": BATCH} | how)
 
 
 # --- an encoder that waits --------------------------------------------------------------------------------------------
@@ -130,7 +133,7 @@ class Repeated:
 
 
 def _waiting(folder: Path, source: Source, files: list[Path], rounds: int) -> list[dict[str, Any]]:
-    vae = WaitingEncoder.from_config(network().config)
+    vae = WaitingEncoder.from_config(network(WIDTHS).config)
     vae.seconds = 0.0
     _script(vae, files, folder)  # once for the caches
     started = time.perf_counter()
@@ -144,7 +147,7 @@ def _waiting(folder: Path, source: Source, files: list[Path], rounds: int) -> li
 
     contenders = {
         "waiting_encoder": wait,
-        "encode_waiting": lambda: _write(vae, many, folder, threads=2, num_workers=2),  # 2 threads: as on a GPU
+        "encode_waiting": lambda: write(vae, many, folder, encode_threads=2, num_workers=2),  # 2 threads: as on a GPU
         "usual_script": lambda: _script(vae, files, folder),
     }
     times = interleave(contenders, rounds, "encode waiting")

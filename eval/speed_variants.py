@@ -37,7 +37,7 @@ WORK = Work(resolution=64, batch=1)
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json."""
     images = WORK.images()
-    steps = {name: _bound(recipe(Networks(work)), images) for name, (work, recipe) in _variants(WORK).items()}
+    steps = {name: _bound(recipe(Networks(work)), images) for name, (work, recipe) in variants(WORK).items()}
     times = interleave(steps, options.rounds, "variants")
     rows = [row(name, times, name, None if name == "step" else "step") for name in steps]
     for found, step in zip(rows, steps.values(), strict=True):
@@ -51,7 +51,7 @@ def _bound(step: Step, images: torch.Tensor) -> Callable[[], object]:
     return lambda: step(images)
 
 
-def _variants(work: Work) -> dict[str, tuple[Work, Recipe]]:
+def variants(work: Work) -> dict[str, tuple[Work, Recipe]]:
     batch_norm = replace(work, critic_norm="batch")
     return {
         "step": (work, ours),
