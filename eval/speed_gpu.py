@@ -4,17 +4,16 @@ and bfloat16: seconds, images per second and memory.
 - `gpu_train_step`, beside each published recipe (eval/recipes.py); `gpu_autoencoder_only` is the floor;
 - `gpu_<variant>`: ours with one thing changed (eval/speed_variants.py), compiled, from a latent store, and with the
   small-GPU profile;
-- `gpu_encode`: a folder of photographs into a store with that encoder, beside `gpu_bare_encoder`, which finds its batches
-  on the device.
+- `gpu_encode`: a folder of photographs into a store with that encoder, beside `gpu_bare_encoder`, which finds its
+  batches on the device.
 
-`memory_mb` is the most that torch's allocator held in two steps of a recipe that is alone on the device, its networks
-and optimisers included.
+`memory_mb` is the most that torch's allocator held for the first two steps of a recipe, its networks and optimisers
+included.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import tempfile
@@ -63,17 +62,14 @@ def synchronised(run: Callable[[], object]) -> Callable[[], None]:
 
 
 def _training(work: Work, rounds: int) -> list[dict[str, Any]]:
-    contenders = _contenders(work)
-    memory = {
-        name: _megabytes(changed, recipe)
-        for name, (changed, recipe) in tqdm(contenders.items(), desc="memory", disable=None, leave=False)
-    }
-    steps = {name: _step(changed, recipe) for name, (changed, recipe) in contenders.items()}
-    for step in steps.values():  # compilation and cuDNN's choice are no part of a round
-        step()
+    # compiled graphs count against one limit for each class, however many of its networks there are
+    torch._dynamo.config.recompile_limit = 64
+    steps, memory = {}, {}
+    for name, (changed, recipe) in tqdm(_contenders(work).items(), desc="first steps", disable=None, leave=False):
+        steps[name], memory[name] = _begun(changed, recipe)
     times = interleave(steps, rounds, "gpu")
     rows = []
-    for name in contenders:
+    for name in steps:
         more = {"images_per_s": work.batch / statistics.median(times[name]), "memory_mb": memory[name]}
         others = [to for to in REFERENCES if name == "train_step"] or ["train_step"]
         rows += [row(f"gpu_{name}", times, name, to, **more) for to in others]
@@ -89,20 +85,16 @@ def _contenders(work: Work) -> dict[str, tuple[Work, Recipe]]:
     return found | {"compiled_channels_last": (compiled, changed["channels_last"][1])}
 
 
-def _step(work: Work, recipe: Recipe) -> Callable[[], None]:
-    step, images = recipe(Networks(work)), work.images()
-    return synchronised(lambda: step(images))
-
-
-def _megabytes(work: Work, recipe: Recipe) -> int:
-    gc.collect()
-    torch.cuda.empty_cache()
+def _begun(work: Work, recipe: Recipe) -> tuple[Callable[[], None], int]:
+    """(a step that has compiled and allocated what it keeps, the most megabytes it held)."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    step = _step(work, recipe)
-    step()
-    step()
-    return round((torch.cuda.max_memory_allocated() - before) / 1e6)
+    networks, images = Networks(work), work.images()
+    step = recipe(networks)
+    run = synchronised(lambda: step(images))
+    run()
+    run()
+    return run, round((torch.cuda.max_memory_allocated() - before) / 1e6)
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------
@@ -122,8 +114,8 @@ def _encoding(work: Work, rounds: int) -> list[dict[str, Any]]:
         write_photographs(Path(folder) / "photographs", speed_encode.PHOTOGRAPHS, speed_encode.SIZE)
         source = speed_encode.Repeated(open_source(Path(folder) / "photographs"), ENCODED)
         how = {
-            "resolution": work.resolution, "batch_size": ENCODED_BATCH, "mixed_precision": "bf16", "device": work.device,
-            "num_workers": max(1, (os.cpu_count() or 1) - 2),
+            "resolution": work.resolution, "batch_size": ENCODED_BATCH, "device": work.device,
+            "mixed_precision": work.precision, "num_workers": max(1, (os.cpu_count() or 1) - 2),
             "encode_threads": default_threads(1, torch.device(work.device)),
         }  # fmt: skip
         contenders = {
