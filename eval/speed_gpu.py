@@ -1,11 +1,10 @@
-"""`eval.speed gpu`: the training step where it is meant to run, on one CUDA device, at Stable Diffusion's width, 256 px
-and bfloat16: seconds, images per second and memory.
+"""`eval.speed gpu | gpu_compiled | gpu_encode`: one CUDA device, Stable Diffusion's width, 256 px, bfloat16.
 
-- `gpu_train_step`, beside each published recipe (eval/recipes.py); `gpu_autoencoder_only` is the floor;
-- `gpu_<variant>`: ours with one thing changed (eval/speed_variants.py), compiled, from a latent store, and with the
-  small-GPU profile;
-- `gpu_encode`: a folder of photographs into a store with that encoder, beside `gpu_bare_encoder`, which finds its
-  batches on the device.
+- gpu: `gpu_train_step` beside each published recipe (eval/recipes.py); `gpu_autoencoder_only` is the floor; ours with
+  one thing changed (eval/speed_variants.py), from a latent store, and with the small-GPU profile;
+- gpu_compiled: ours as torch.compile's default backend makes it, channels-last too;
+- gpu_encode: a folder of photographs into a store with that encoder, beside `gpu_bare_encoder`, which finds its batches
+  on the device.
 
 `memory_mb` is the most that torch's allocator held for the first two steps of a recipe, its networks and optimisers
 included.
@@ -17,7 +16,7 @@ import argparse
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,14 +37,25 @@ from .timing import interleave, row
 
 WORK = Work(widths=(128, 256, 512, 512), resolution=256, batch=8, device="cuda", precision="bf16")
 CHANGED = ("channels_last", "lpips_bf16", "adam_fused")
-ENCODED, ENCODED_BATCH = 8192, 32  # enough images that the start of the decoding processes does not count
+ENCODED, ENCODED_BATCH = 4096, 32  # enough images that the start of the decoding processes does not count
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of speed.json. Raises UsageError without a CUDA device."""
-    if WORK.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("gpu: expected a CUDA device, this machine has none; `eval.speed train` measures on the CPU")
-    return [*_training(WORK, options.rounds), *_encoding(WORK, options.rounds)]
+def training(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of speed.json. Raises UsageError without a CUDA device, as do the others."""
+    changed = variants(WORK)
+    contenders = {name: (WORK, RECIPES[name]) for name in ("train_step", *REFERENCES, *VARIANTS)}
+    return _measured(contenders | {name: changed[name] for name in CHANGED}, REFERENCES, options.rounds)
+
+
+def compiled(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of speed.json."""
+    # compiled graphs count against one limit for each class, however many of its networks there are
+    torch._dynamo.config.recompile_limit = 64
+    work = replace(WORK, compiled="inductor")
+    ours, channels_last = RECIPES["train_step"], variants(WORK)["channels_last"][1]
+    contenders = {"compiled": (work, ours), "eager": (WORK, ours)}
+    contenders["compiled_channels_last"] = work, channels_last
+    return _measured(contenders, ["eager"], options.rounds)
 
 
 def synchronised(run: Callable[[], object]) -> Callable[[], None]:
@@ -61,28 +71,25 @@ def synchronised(run: Callable[[], object]) -> Callable[[], None]:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _training(work: Work, rounds: int) -> list[dict[str, Any]]:
-    # compiled graphs count against one limit for each class, however many of its networks there are
-    torch._dynamo.config.recompile_limit = 64
+def _measured(
+    contenders: dict[str, tuple[Work, Recipe]], references: Sequence[str], rounds: int
+) -> list[dict[str, Any]]:
+    """The first contender beside each of the references, and every other one beside the first."""
+    _need_a_gpu()
     steps, memory = {}, {}
-    for name, (changed, recipe) in tqdm(_contenders(work).items(), desc="first steps", disable=None, leave=False):
-        steps[name], memory[name] = _begun(changed, recipe)
+    for name, (work, recipe) in tqdm(contenders.items(), desc="first steps", disable=None, leave=False):
+        steps[name], memory[name] = _begun(work, recipe)
     times = interleave(steps, rounds, "gpu")
-    rows = []
+    rows, first = [], next(iter(steps))
     for name in steps:
-        more = {"images_per_s": work.batch / statistics.median(times[name]), "memory_mb": memory[name]}
-        others = [to for to in REFERENCES if name == "train_step"] or ["train_step"]
-        rows += [row(f"gpu_{name}", times, name, to, **more) for to in others]
+        more = {"images_per_s": WORK.batch / statistics.median(times[name]), "memory_mb": memory[name]}
+        rows += [row(f"gpu_{name}", times, name, to, **more) for to in (references if name == first else [first])]
     return rows
 
 
-def _contenders(work: Work) -> dict[str, tuple[Work, Recipe]]:
-    found = {name: (work, RECIPES[name]) for name in ("train_step", *REFERENCES, *VARIANTS)}
-    changed = variants(work)
-    found |= {name: changed[name] for name in CHANGED}
-    compiled = replace(work, compiled="inductor")
-    found["compiled"] = compiled, RECIPES["train_step"]
-    return found | {"compiled_channels_last": (compiled, changed["channels_last"][1])}
+def _need_a_gpu() -> None:
+    if WORK.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("gpu: expected a CUDA device, this machine has none; `eval.speed train` measures on the CPU")
 
 
 def _begun(work: Work, recipe: Recipe) -> tuple[Callable[[], None], int]:
@@ -100,7 +107,10 @@ def _begun(work: Work, recipe: Recipe) -> tuple[Callable[[], None], int]:
 # --- encoding ---------------------------------------------------------------------------------------------------------
 
 
-def _encoding(work: Work, rounds: int) -> list[dict[str, Any]]:
+def encoding(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of speed.json."""
+    _need_a_gpu()
+    work = WORK
     vae = speed_encode.network(work.widths).to(work.device)
     pixels = torch.rand(ENCODED_BATCH, 3, work.resolution, work.resolution, device=work.device) * 2 - 1
 
@@ -122,7 +132,7 @@ def _encoding(work: Work, rounds: int) -> list[dict[str, Any]]:
             "gpu_bare_encoder": synchronised(bare),
             "gpu_encode": lambda: speed_encode.write(vae, source, Path(folder), **how),
         }
-        times = interleave(contenders, min(rounds, 3), "gpu encode")
+        times = interleave(contenders, min(options.rounds, 3), "gpu encode")
     rate = {name: {"images_per_s": ENCODED / statistics.median(values)} for name, values in times.items()}
     return [
         row("gpu_bare_encoder", times, "gpu_bare_encoder", None, **rate["gpu_bare_encoder"]),

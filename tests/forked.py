@@ -64,7 +64,8 @@ class Child:
 
 def forkserver() -> ForkServerContext:
     """The server's context; the first process started in it starts the server (some ten seconds)."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    own, inherited = [str(ROOT / "tests"), str(ROOT)], os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join([*own, *(path for path in inherited if path not in ("", *own))])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context

@@ -1,4 +1,4 @@
-"""What only a GPU shows (marked gpu): fp16 with its loss scaler, the compiler, layouts and synchronised batch norm."""
+"""Half precision, layouts and synchronised batch norm; marked gpu, what only a GPU shows: fp16 with its loss scaler."""
 
 from __future__ import annotations
 
@@ -20,40 +20,46 @@ from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.objective import Objective
 from ldm_vae.step import TrainingStep
 
-pytestmark = pytest.mark.gpu
+Logs = dict[str, float]
+gpu = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]  # without a GPU the tests still have to be sound
 
 
-def trained(precision: str, steps: int = 5, norm: str = "group", **arrange: Any) -> tuple[float, dict[str, float]]:
-    """(share of weights that moved at 4.5e-6, logs of the last step) on the GPU."""
+def trained(device: str, precision: str, steps: int = 5, norm: str = "group", **arrange: Any) -> tuple[float, Logs]:
+    """(share of weights that moved at 4.5e-6, logs of the last step)."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     PartialState._reset_state()
     torch.manual_seed(0)
-    accelerator = Accelerator(mixed_precision=precision)
-    assert accelerator.device.type == "cuda"
+    accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu")
+    assert accelerator.device.type == device
     network = TrainableAutoencoder(AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4).build())
     network.to(**arrange)
     critic = PatchGAN.model_validate({"width": 8, "layers": 1, "norm": norm}).build()
     optimizers = [torch.optim.AdamW(module.parameters(), lr=4.5e-6, weight_decay=0.0) for module in (network, critic)]
     step = TrainingStep(
         accelerator, accelerator.prepare(network), Objective({"l1": L1(), "kl": KL()}),
-        accelerator.prepare(optimizers[0]), Adversary(AdversaryConfig(weight=0.5, r1_weight=1.0)).cuda(),
+        accelerator.prepare(optimizers[0]), Adversary(AdversaryConfig(weight=0.5, r1_weight=1.0)).to(device),
         accelerator.prepare(critic), accelerator.prepare(optimizers[1]),
     )  # fmt: skip
     before = [parameter.detach().clone() for parameter in network.parameters()]
-    images = (torch.rand(2, 3, 32, 32) * 2 - 1).cuda()
+    images = (torch.rand(2, 3, 32, 32) * 2 - 1).to(device)
     for _ in range(steps):
-        logs = step(images, torch.randn(2, 4, 16, 16).cuda())
+        logs = step(images, torch.randn(2, 4, 16, 16).to(device))
     assert all(value.dtype == torch.float32 for value in logs.values())
     moved = sum(int((old != new).sum()) for old, new in zip(before, network.parameters(), strict=True))
-    return moved / sum(p.numel() for p in before), {name: float(value) for name, value in logs.items()}
+    scalars = {name: float(value) for name, value in logs.items() if value.ndim == 0}
+    return moved / sum(p.numel() for p in before), scalars
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_moves_the_share_of_weights_that_fp32_does(precision: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [("cpu", "bf16"), pytest.param("cuda", "bf16", marks=gpu), pytest.param("cuda", "fp16", marks=gpu)],
+)
+def test_half_precision_moves_the_share_of_weights_that_fp32_does(device: str, precision: str) -> None:
     # the scaler starts at 65,536 and may leave out the first updates
-    fp32, reference = trained("no", steps=12)
-    share, logs = trained(precision, steps=12)
+    fp32, reference = trained(device, "no", steps=12)
+    share, logs = trained(device, precision, steps=12)
     assert share == pytest.approx(fp32, abs=0.02)
     assert logs["loss/l1"] == pytest.approx(reference["loss/l1"], rel=0.02)
     # the gradient is unscaled before it is clipped and logged
@@ -61,14 +67,16 @@ def test_half_precision_moves_the_share_of_weights_that_fp32_does(precision: str
     assert logs["adversary/weight"] == pytest.approx(reference["adversary/weight"], rel=0.1)
 
 
-def test_channels_last_and_synchronised_batch_norm_train() -> None:
-    _, plain = trained("no")
-    _, laid_out = trained("no", memory_format=torch.channels_last)
+@pytest.mark.parametrize("device", DEVICES)
+def test_channels_last_and_synchronised_batch_norm_train(device: str) -> None:
+    _, plain = trained(device, "no")
+    _, laid_out = trained(device, "no", memory_format=torch.channels_last)
     assert laid_out["loss/l1"] == pytest.approx(plain["loss/l1"], rel=1e-3)
-    share, _ = trained("no", norm="sync_batch")
+    share, _ = trained(device, "no", norm="sync_batch")
     assert share > 0.9
 
 
+@gpu
 @pytest.mark.parametrize("knobs", [{}, {"torch_compile": True, "channels_last": True}], ids=["plain", "compiled"])
 def test_fp16_resumes_with_its_scaler(tmp_path: Path, knobs: dict[str, object]) -> None:
     images = write_images(tmp_path / "images", 11)
