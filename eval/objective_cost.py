@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ldm_vae import config, latents
 from ldm_vae.autoencoder import AutoencoderConfig, Reconstruction, TrainableAutoencoder
 from ldm_vae.bottleneck import Codes
+from ldm_vae.cost import Cost
 from ldm_vae.errors import UsageError, run_program
 from ldm_vae.models.vq import Config as VQModelConfig
-from ldm_vae.plan import Cost
 
 NEEDS_TEACHER = ("drift",)
 

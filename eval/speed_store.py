@@ -32,7 +32,7 @@ from ldm_vae.latent_store.finishing import finish
 from ldm_vae.latent_store.manifest import read_manifest, write_manifest
 from ldm_vae.latent_store.units import is_done, source_identity
 
-from .speed_encode import WaitingEncoder, network
+from .speed_encode import WIDTHS, WaitingEncoder, network
 from .synthetic_store import key, unfinish, write_empty, write_sparse
 from .timing import PeakMemory, interleave, row
 
@@ -147,7 +147,7 @@ class Images:
 
 
 def _writing(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    encoder = WaitingEncoder.from_config(network().config)  # whose wait is 0 s
+    encoder = WaitingEncoder.from_config(network(WIDTHS).config)  # whose wait is 0 s
 
     def write(count: int) -> None:
         shutil.rmtree(folder / "written", ignore_errors=True)

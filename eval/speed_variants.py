@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ldm_vae.cost import Cost
 from ldm_vae.ema import Ema
 from ldm_vae.losses.lpips import LPIPS
-from ldm_vae.plan import Cost
 
 from .recipes import Networks, Recipe, Step, Work, ours
 from .timing import interleave, row

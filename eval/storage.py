@@ -100,8 +100,7 @@ def decoded_psnr(vae: Any, mean: torch.Tensor, pixels: torch.Tensor) -> float:
 def flow_loss(given: Moments, exact: Moments, scale: float, images: int, seed: int) -> float:
     """Train on sampled latents of `given` [N, c, h, w]; the loss on those of `exact`, of other images."""
     size = (int(exact.mean.shape[2]), int(exact.mean.shape[3]))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with keyed.seeded(seed):
         network = DiT(num_layers=2, num_attention_heads=4, attention_head_dim=16).build(exact.mean.shape[1], size, 0)
     model, flow = Denoiser(network.train(), 0), FlowConfig()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

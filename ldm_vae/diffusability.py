@@ -21,6 +21,7 @@ from ldm_vae.diffusion import Denoiser, FlowConfig, draw_flow
 from ldm_vae.diffusion_training import StoredLatents, count_step
 from ldm_vae.ema import Ema
 from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.keyed import seeded
 from ldm_vae.latent_store.reading import LatentDataset
 from ldm_vae.optim import schedule, set_learning_rate
 
@@ -113,8 +114,7 @@ def _moved(one: Matched, shape: Shape, wanted: float, tolerance: float) -> Match
 
 def build(config: DiT, shape: Shape, seed: int) -> Denoiser:
     """Unconditional, random weights by the seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         return Denoiser(config.build(shape[0], shape[1:], 0), 0)
 
 

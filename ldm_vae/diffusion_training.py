@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ldm_vae import config, keyed
 from ldm_vae.autoencoder import count_parameters, encoder_fingerprint, load_autoencoder
 from ldm_vae.config import choice
+from ldm_vae.cost import Cost, gpu_autocast
 from ldm_vae.denoisers.dit import Config as DiTConfig
 from ldm_vae.diffusion import Denoiser, FlowConfig, SamplingConfig
 from ldm_vae.errors import UsageError
@@ -24,7 +25,6 @@ from ldm_vae.latent_store.manifest import place_of, read_manifest
 from ldm_vae.latent_store.reading import LatentDataset
 from ldm_vae.latents import NormalisationKind
 from ldm_vae.optim import OptimizerConfig
-from ldm_vae.plan import Cost
 from ldm_vae.run import MAY_CHANGE as ANY_RUN_MAY_CHANGE
 from ldm_vae.run import RunConfig
 
@@ -181,18 +181,19 @@ def load_decoder(settings: DiffusionTraining, latents: StoredLatents) -> Any:
 def build_denoiser(settings: DiffusionTraining, latents: StoredLatents) -> Denoiser:
     """Random weights, drawn by the seed."""
     channels, *size = latents.shape
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+    with keyed.seeded(settings.seed):
         network = settings.denoiser.build(channels, tuple(size), len(latents.classes))
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     return Denoiser(network.train(), len(latents.classes))
 
 
-def count_step(build: Callable[[], Denoiser], shape: Sequence[int], batch: int) -> tuple[int, float, dict[str, int]]:
+def count_step(
+    build: Callable[[], Denoiser], shape: Sequence[int], batch: int, mixed_precision: str = "no"
+) -> tuple[int, float, dict[str, int]]:
     """(parameters, GFLOP of a training step per image, bytes by what holds them) of a network on latents of this shape
     [c, h, w], counted on tensors without content."""
-    with FakeTensorMode():
+    with FakeTensorMode(), gpu_autocast(mixed_precision):
         denoiser = build()
         latents = torch.empty(batch, *shape)
         labels = torch.zeros(batch, dtype=torch.long)
@@ -212,7 +213,10 @@ def describe(settings: DiffusionTraining, processes: int = 1) -> str:
     """
     latents = open_latents(settings)
     parameters, gflop, held = count_step(
-        lambda: build_denoiser(settings, latents), latents.shape, settings.train_batch_size
+        lambda: build_denoiser(settings, latents),
+        latents.shape,
+        settings.train_batch_size,
+        settings.mixed_precision,
     )
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
     count = len(latents.dataset)

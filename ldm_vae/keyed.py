@@ -8,8 +8,9 @@ state (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -39,3 +40,14 @@ def normal(seed: int, stream: str, keys: Iterable[int | Sequence[int]], shape: S
         coordinates = (key,) if isinstance(key, int | np.integer) else tuple(key)
         rows.append(generator(seed, stream, *map(int, coordinates)).standard_normal(tuple(shape), dtype=np.float32))
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty((0, *shape))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random weights that are drawn inside come from this seed; the global generator is left as it was. No GPU's
+    generator is asked for: that would give every GPU of the machine a CUDA context of every process."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -6,8 +6,6 @@ Legend: B batch, C image channels, H W pixels, c latent channels, h w latent pos
 
 from __future__ import annotations
 
-import contextlib
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +16,11 @@ from accelerate import Accelerator
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm_vae import config
 from ldm_vae.adversary import Adversary
 from ldm_vae.autoencoder import check_resolution, count_parameters, downsampling_factor
+from ldm_vae.cost import Cost, gpu_autocast
 from ldm_vae.data.stream import length
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.fine_tuning import set_trainable
@@ -35,57 +31,6 @@ from ldm_vae.stored_pairs import drop_encoder
 from ldm_vae.training import Training, build_autoencoder, build_discriminator, build_network, build_objective
 
 GB = 1e9
-
-
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
-
-
-def _attention_backward(
-    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
-) -> int:
-    shapes = (gradient.shape, query.shape, key.shape, value.shape)
-    return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
-
-
-# torch counts convolutions, matrix products and the attention of GPUs; the CPU's is another operation
-COUNTS = flop_registry | {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-
-
-class Cost(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the floating-point operations of what runs inside (a multiplication and an addition are two), and the
-    largest number of bytes that tensors made inside held at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops: int = 0
-        self.bytes: int = 0
-        self.peak_bytes: int = 0
-        self._seen = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if (count := COUNTS.get(func.overloadpacket)) is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self._hold(tensor.untyped_storage())
-        return out
-
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:
-            return
-        size = storage.nbytes()
-        self._seen[storage] = size
-        self.bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.bytes)
-        weakref.finalize(storage, self._release, size)
-
-    def _release(self, size: int) -> None:
-        self.bytes -= size
 
 
 @dataclass(frozen=True)
@@ -106,9 +51,7 @@ def plan(settings: Training) -> Plan:
         UsageError: the config cannot be built.
     """
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1)
-    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.mixed_precision)
-    cast = contextlib.nullcontext() if precision is None else torch.autocast("cpu", precision)
-    with FakeTensorMode(), cast:
+    with FakeTensorMode(), gpu_autocast(settings.mixed_precision):
         # the base's own weights are not wanted here, its shape is `model`
         vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
         if settings.gradient_checkpointing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import nn
 
@@ -15,6 +14,7 @@ from ldm_vae.data.buckets import BucketConfig
 from ldm_vae.data.transforms import TransformConfig
 from ldm_vae.errors import UsageError
 from ldm_vae.fine_tuning import resize_channels, set_trainable
+from ldm_vae.keyed import seeded
 from ldm_vae.objective import Objective
 from ldm_vae.optim import OptimizerConfig
 from ldm_vae.run import MAY_CHANGE as ANY_RUN_MAY_CHANGE
@@ -114,8 +114,7 @@ def build_autoencoder(settings: Training) -> Any:
     Raises:
         UsageError: the shape of `init_from` is not `model`, or `trainable` names nothing.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed):
         vae = settings.model.build()
     if settings.init_from is not None:
         base = load_autoencoder(settings.init_from)
@@ -141,8 +140,7 @@ def build_network(settings: Training, vae: Any, outline: bool = False) -> Traina
 
     outline: without the weights that a perturbation would load, to count its cost.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed):
         bottleneck = settings.model.bottleneck(vae)
     parts = settings.perturbations.values()
     perturbations = [part.outline(settings.seed) if outline else part.build(settings.seed) for part in parts]
@@ -154,8 +152,7 @@ def build_objective(settings: Training, outline: bool = False) -> Objective:
 
     outline: without the weights that a term would load, to count its cost.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed + 2)
+    with seeded(settings.seed + 2):
         return Objective(settings.losses, outline)
 
 
@@ -166,7 +163,6 @@ def build_discriminator(settings: Training) -> nn.Module | None:
         raise UsageError(
             "discriminator: is missing although adversary.weight > 0; e.g. `discriminator: {kind: patchgan}`"
         )
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed + 1)
+    with seeded(settings.seed + 1):
         network: nn.Module = settings.discriminator.build(settings.model.in_channels)
         return network.train()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import write_images
-from test_programs import metrics, newest, run, write_config
+from conftest import ROOT, write_images
+from test_programs import metrics, newest, write_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm_vae.adversary import Adversary, AdversaryConfig
 from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.cost import Cost, gpu_autocast
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.l1 import Config as L1
@@ -76,13 +80,40 @@ def test_channels_last_and_synchronised_batch_norm_train(device: str) -> None:
     assert share > 0.9
 
 
+def program(config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """In an interpreter of its own: a forked one cannot use CUDA if its parent has as much as asked for it."""
+    command = [sys.executable, "-W", "ignore", "-m", "train.autoencoder", str(config), *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+
+
 @gpu
 @pytest.mark.parametrize("knobs", [{}, {"torch_compile": True, "channels_last": True}], ids=["plain", "compiled"])
 def test_fp16_resumes_with_its_scaler(tmp_path: Path, knobs: dict[str, object]) -> None:
     images = write_images(tmp_path / "images", 11)
     config = write_config(tmp_path, images, mixed_precision="fp16", **knobs)
-    assert run(config, "--max_train_images", "40").returncode == 0
-    done = run(config)
+    first = program(config, "--max_train_images", "40")
+    assert first.returncode == 0, first.stderr
+    done = program(config)
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
     assert '"scaler"' in (newest(tmp_path / "run") / "state.json").read_text()
     assert metrics(tmp_path / "run")[-1]["images"] == 80
+
+
+@gpu
+def test_the_plan_holds_what_a_gpu_holds() -> None:
+    images = torch.rand(4, 3, 128, 128, device="cuda") * 2 - 1
+    network = TrainableAutoencoder(AutoencoderConfig().build().cuda().train())
+    for counted in (False, True):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = network(images, torch.randn(4, 4, 16, 16, device="cuda")).pixels.square().mean()
+        loss.backward()  # the second time without what cuDNN finds out once
+        network.zero_grad()
+        if counted:
+            held = torch.cuda.max_memory_allocated() - before
+    with FakeTensorMode(), gpu_autocast("bf16"):
+        outline = TrainableAutoencoder(AutoencoderConfig().build().train())
+        with Cost() as cost:
+            outline(torch.empty(4, 3, 128, 128), torch.empty(4, 4, 16, 16)).pixels.square().mean().backward()
+    assert cost.peak_bytes == pytest.approx(held, rel=0.15)

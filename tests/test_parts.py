@@ -26,6 +26,17 @@ from ldm_vae.optim import schedule
 # --- keyed ------------------------------------------------------------------------------------------------------------
 
 
+def test_weights_drawn_by_a_seed_leave_the_generator_and_the_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail(f"asked GPU {device}"))
+    before, drawn = torch.get_rng_state(), []
+    for _ in range(2):
+        with keyed.seeded(3):
+            drawn.append(torch.randn(4))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*drawn)
+
+
 def test_a_draw_depends_on_its_key_alone() -> None:
     together = keyed.normal(3, "posterior", [5, 6, 7], (2, 4))
     assert torch.equal(together[1], keyed.normal(3, "posterior", [6], (2, 4))[0])

@@ -16,13 +16,14 @@ from torch import nn
 from ldm_vae import config
 from ldm_vae.adversary import Adversary, AdversaryConfig
 from ldm_vae.autoencoder import TrainableAutoencoder
+from ldm_vae.cost import Cost, gpu_autocast
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.lpips import LPIPS, SMALLEST
 from ldm_vae.losses.lpips import Config as LPIPSConfig
 from ldm_vae.objective import Objective
-from ldm_vae.plan import Cost, plan
+from ldm_vae.plan import plan
 from ldm_vae.step import TrainingStep
 from ldm_vae.training import Training
 from train import autoencoder as training_program
@@ -111,6 +112,16 @@ def test_lpips_in_chunks_is_the_same_loss_in_less_memory() -> None:
     torch.testing.assert_close(other_loss, loss)
     torch.testing.assert_close(other_gradient, gradient)
     assert other_peak < 0.5 * peak
+
+
+def test_norms_under_a_gpus_autocast_are_counted_in_fp32() -> None:
+    norm, convolution = nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1)
+    for precision, after, within in (("no", torch.float32, torch.float32), ("bf16", torch.float32, torch.bfloat16)):
+        with gpu_autocast(precision):
+            halved = convolution(torch.zeros(1, 4, 2, 2))
+            assert halved.dtype == within and norm(halved).dtype == after
+    whole, half = (plan(settings(mixed_precision=name)).bytes["activations and gradients"] for name in ("no", "bf16"))
+    assert 0.6 * whole < half < 0.95 * whole  # the norms' outputs are a good part of what is held
 
 
 # --- through the real program -----------------------------------------------------------------------------------------

@@ -1,0 +1,85 @@
+"""Operations and memory of what runs, counted; on tensors without content (FakeTensorMode) nothing is computed."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> int:
+    shapes = (gradient.shape, query.shape, key.shape, value.shape)
+    return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
+
+
+# torch counts convolutions, matrix products and the attention of GPUs; the CPU's is another operation
+COUNTS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Cost(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the floating-point operations of what runs inside (a multiplication and an addition are two), and the
+    largest number of bytes that tensors made inside held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: int = 0
+        self.bytes: int = 0
+        self.peak_bytes: int = 0
+        self._seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (count := COUNTS.get(func.overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self._hold(tensor.untyped_storage())
+        return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen[storage] = size
+        self.bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.bytes -= size
+
+
+@contextlib.contextmanager
+def gpu_autocast(mixed_precision: str) -> Iterator[None]:
+    """Inside, networks on the CPU hold what they would on a GPU under autocast (`no`, `bf16`, `fp16`): a GPU's keeps
+    norms and what comes out of them in fp32, the CPU's does not. With Stable Diffusion's shape at batch 8 and 256 px
+    the count then is 18.4 GB, an H100 held 18.7; with the CPU's rules it was 12.2."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    if dtype is None:
+        yield
+        return
+    norms = {name: getattr(F, name) for name in ("group_norm", "layer_norm")}
+    try:
+        for name, norm in norms.items():  # not a TorchFunctionMode: a backward that computes activations again has none
+            setattr(F, name, lambda x, *rest, norm=norm, **more: norm(x.float(), *rest, **more))
+        with torch.autocast("cpu", dtype):
+            yield
+    finally:
+        for name, norm in norms.items():
+            setattr(F, name, norm)
