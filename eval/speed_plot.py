@@ -52,7 +52,8 @@ def draw(results: Rows, path: Path) -> None:
 def _curve(axis: Any, rows: Rows, score: str) -> None:
     for row in rows:
         points = row["curve"]
-        axis.plot([point["minutes"] for point in points], [point[score] for point in points], label=row["name"])
+        name = row["name"].removeprefix("quality_").replace("train_step", "ldm-vae")
+        axis.plot([point["minutes"] for point in points], [point[score] for point in points], label=name)
     axis.set(xlabel="minutes of one core", title=SCORES[score])
     axis.legend(fontsize="small")
 
@@ -70,8 +71,16 @@ def _bars(axis: Any, rows: Rows, what: str) -> None:
     middle = [ratio["median"] for ratio in ratios]
     below = [ratio["median"] - ratio["min"] for ratio in ratios]
     above = [ratio["max"] - ratio["median"] for ratio in ratios]
-    axis.barh(range(len(rows)), middle, xerr=[below, above], height=0.7, error_kw={"linewidth": 0.8})
+    lengths = [value - 1 for value in middle]  # a bar begins where nothing is gained
+    axis.barh(range(len(rows)), lengths, left=1.0, xerr=[below, above], height=0.7, error_kw={"linewidth": 0.8})
     axis.set_yticks(range(len(rows)), [f"{row['name']} / {row['ratio']['to']}" for row in rows], fontsize="small")
     axis.axvline(1.0, color="black", linewidth=0.8)
     axis.invert_yaxis()
-    axis.set(xscale="log", title=f"{what}: above 1 the first is faster or smaller (bar: median; line: min to max)")
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_xscale("log")
+    # 0.5, 1, 1.5 and not 10^0: ratios lie within a decade, where the default labels every tenth and they overlap
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set(title=f"{what}: above 1 the first is faster or smaller (bar: median; line: min to max)")
