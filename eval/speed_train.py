@@ -113,13 +113,13 @@ def counted(figure: str, counts: dict[str, int], unit: str, scale: float) -> lis
 
 
 def _memory(work: Work) -> list[dict[str, Any]]:
-    resident, counted = {}, {}
+    resident, held = {}, {}
     for name in tqdm(("train_step", *REFERENCES, *VARIANTS), desc="memory", disable=None, leave=False):
         # a process of its own, so that no recipe finds memory that another left
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            resident[name], counted[name] = pool.apply(_grown, (work, name))
+            resident[name], held[name] = pool.apply(_grown, (work, name))
     rows = counted("train_step_memory", resident, "GB", 1e9)
-    return [*rows, *counted("train_step_memory_counted", counted, "GB", 1e9)]
+    return [*rows, *counted("train_step_memory_counted", held, "GB", 1e9)]
 
 
 def _grown(work: Work, name: str) -> tuple[int, int]:

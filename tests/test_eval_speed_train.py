@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 
+from eval import speed_train
 from eval.recipes import RECIPES, Networks, Work
 from eval.speed_compiled import count_compiled
 from eval.speed_train import count_operations, ideal_operations
@@ -62,3 +65,14 @@ def test_memory_of_ours_is_below_the_recipe_that_keeps_its_graphs() -> None:
         peaks[name] = cost.peak_bytes
     assert peaks["train_step"] < peaks["latent_diffusion"]
     assert peaks["small_gpu"] < 0.7 * peaks["train_step"]
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TIMED": SMALL, "MEMORY": SMALL, "REFERENCES": ("latent_diffusion",), "VARIANTS": ()}.items():
+        monkeypatch.setattr(speed_train, name, value)
+    rows = speed_train.run(argparse.Namespace(rounds=1))
+    assert [row["name"] for row in rows] == [
+        "train_step", "latent_diffusion", *["train_step_flops"] * 2, "train_step_memory", "train_step_memory_counted"
+    ]  # fmt: skip
+    assert all(row.get("ratio", {"median": 1})["median"] > 0 for row in rows)
