@@ -92,7 +92,8 @@ class Group:
 
 def _serve(end: Connection, work: Work, rank: int, count: int, port: int) -> None:
     """A training process: steps whenever it is told to, until nobody is there to tell it."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # one core each, said so that Accelerate does not give every process all of them
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     if count > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     torch.set_num_threads(1)
