@@ -1,10 +1,12 @@
 """The two ways a program ends badly, and the exit status of each: one sentence on stderr, never a traceback.
 
-0 done; 1 the work failed; 2 the call was wrong; 130 / 143 stopped by SIGINT / SIGTERM after saving.
+0 done; 1 the work failed; 2 the call was wrong; 130 / 143 stopped by SIGINT / SIGTERM after saving; 141 nobody reads
+what it prints.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -29,6 +31,7 @@ def run_program(main: Callable[[], None]) -> NoReturn:
     """Run a program's `main` and exit with the status that its outcome stands for."""
     try:
         main()
+        sys.stdout.flush()
     except UsageError as error:
         _leave(2, error)
     except WorkError as error:
@@ -36,6 +39,8 @@ def run_program(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(141)
         if (what := misfortune(error)) is None:
             raise  # a mistake of ours: the traceback tells where
         _leave(1, what)
@@ -45,6 +50,16 @@ def run_program(main: Callable[[], None]) -> NoReturn:
 def _leave(status: int, error: Exception) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(status)
+
+
+def _nobody_reads() -> bool:
+    """Whether it is our own output that has lost its reader, as behind `| head`: no error to speak of."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on its way out
+        return True
+    return False
 
 
 # --- what the world does to a program ---------------------------------------------------------------------------------

@@ -64,3 +64,12 @@ def test_config_lists_and_prints_what_ships() -> None:
     listed = ldm_vae("config").stdout
     assert "kl_f8_d4" in listed and "Stable Diffusion" in listed
     assert ldm_vae("config", "kl_f8_d4").stdout == (ROOT / "configs" / "kl_f8_d4.yaml").read_text()
+
+
+def test_nobody_reading_its_output_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "ldm_vae", "config"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=120, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
