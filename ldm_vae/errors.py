@@ -7,6 +7,7 @@ what it prints.
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -54,12 +55,11 @@ def _leave(status: int, error: Exception) -> NoReturn:
 
 def _nobody_reads() -> bool:
     """Whether it is our own output that has lost its reader, as behind `| head`: no error to speak of."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    if gone := any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on its way out
-        return True
-    return False
+    return gone
 
 
 # --- what the world does to a program ---------------------------------------------------------------------------------
