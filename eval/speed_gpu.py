@@ -42,6 +42,7 @@ ENCODED, ENCODED_BATCH = 4096, 32  # enough images that the start of the decodin
 
 def training(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json. Raises UsageError without a CUDA device, as do the others."""
+    _need_a_gpu()
     changed = variants(WORK)
     contenders = {name: (WORK, RECIPES[name]) for name in ("train_step", *REFERENCES, *VARIANTS)}
     return _measured(contenders | {name: changed[name] for name in CHANGED}, REFERENCES, options.rounds)
@@ -49,6 +50,7 @@ def training(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def compiled(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json."""
+    _need_a_gpu()
     # compiled graphs count against one limit for each class, however many of its networks there are
     torch._dynamo.config.recompile_limit = 64
     work = replace(WORK, compiled="inductor")
@@ -75,7 +77,6 @@ def _measured(
     contenders: dict[str, tuple[Work, Recipe]], references: Sequence[str], rounds: int
 ) -> list[dict[str, Any]]:
     """The first contender beside each of the references, and every other one beside the first."""
-    _need_a_gpu()
     steps, memory = {}, {}
     for name, (work, recipe) in tqdm(contenders.items(), desc="first steps", disable=None, leave=False):
         steps[name], memory[name] = _begun(work, recipe)
@@ -88,7 +89,7 @@ def _measured(
 
 
 def _need_a_gpu() -> None:
-    if WORK.device == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise UsageError("gpu: expected a CUDA device, this machine has none; `eval.speed train` measures on the CPU")
 
 
@@ -110,13 +111,12 @@ def _begun(work: Work, recipe: Recipe) -> tuple[Callable[[], None], int]:
 def encoding(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json."""
     _need_a_gpu()
-    work = WORK
-    vae = speed_encode.network(work.widths).to(work.device)
-    pixels = torch.rand(ENCODED_BATCH, 3, work.resolution, work.resolution, device=work.device) * 2 - 1
+    vae = speed_encode.network(WORK.widths).to(WORK.device)
+    pixels = torch.rand(ENCODED_BATCH, 3, WORK.resolution, WORK.resolution, device=WORK.device) * 2 - 1
 
     @torch.no_grad()
     def bare() -> None:
-        with torch.autocast(work.device, torch.bfloat16):
+        with torch.autocast(WORK.device, torch.bfloat16):
             for _ in range(ENCODED // ENCODED_BATCH):
                 vae.encode(pixels)
 
@@ -124,9 +124,9 @@ def encoding(options: argparse.Namespace) -> list[dict[str, Any]]:
         write_photographs(Path(folder) / "photographs", speed_encode.PHOTOGRAPHS, speed_encode.SIZE)
         source = speed_encode.Repeated(open_source(Path(folder) / "photographs"), ENCODED)
         how = {
-            "resolution": work.resolution, "batch_size": ENCODED_BATCH, "device": work.device,
-            "mixed_precision": work.precision, "num_workers": max(1, (os.cpu_count() or 1) - 2),
-            "encode_threads": default_threads(1, torch.device(work.device)),
+            "resolution": WORK.resolution, "batch_size": ENCODED_BATCH, "device": WORK.device,
+            "mixed_precision": WORK.precision, "num_workers": max(1, (os.cpu_count() or 1) - 2),
+            "encode_threads": default_threads(1, torch.device(WORK.device)),
         }  # fmt: skip
         contenders = {
             "gpu_bare_encoder": synchronised(bare),

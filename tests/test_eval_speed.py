@@ -18,6 +18,7 @@ from eval import (
     speed,
     speed_data,
     speed_encode,
+    speed_gpu,
     speed_grow,
     speed_plot,
     speed_quality,
@@ -249,3 +250,10 @@ def test_each_variant_trains_and_costs_what_it_should(monkeypatch: pytest.Monkey
     changed = {"lpips_half", "lpips_crop"}
     assert all((gflop[name] < gflop["step"]) == (name in changed) for name in gflop)
     assert all(gflop[name] == gflop["step"] for name in gflop.keys() - changed)
+
+
+def test_without_a_gpu_its_benchmarks_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for run in (speed_gpu.training, speed_gpu.compiled, speed_gpu.encoding):
+        with pytest.raises(UsageError, match="expected a CUDA device"):
+            run(argparse.Namespace(rounds=1))
