@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ldm_vae import parent as parent
+
 if TYPE_CHECKING:
     from ldm_vae.autoencoder import load_autoencoder
     from ldm_vae.latent_store import LatentDataset

@@ -11,6 +11,9 @@ import functools
 import itertools
 import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +27,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DynamoBackend
 from torch import nn
 
+from ldm_vae import parent
 from ldm_vae.errors import UsageError, WorkError
 
 SEVERAL_ON_A_CPU = (
@@ -46,7 +50,7 @@ def build_accelerator(mixed_precision: str = "no", *, ddp_timeout: int = DDP_TIM
     Raises:
         UsageError: the launch is not what it seems, the precision cannot be had, or a wrapper other than DDP is asked.
     """
-    _launcher()
+    _watch_the_launcher()
     cpu = not torch.cuda.is_available()
     if cpu and mixed_precision == "fp16":
         raise UsageError(
@@ -145,17 +149,20 @@ def check_ranks_agree(accelerator: Accelerator, modules: Mapping[str, nn.Module]
         raise WorkError(f"ranks diverged: {names[first]} on rank(s) {ranks} is not what rank 0 has")
 
 
-@functools.cache
-def _launcher() -> int | None:
-    """The process that launched this one, if one did: our parent at the first call, which `build_accelerator` makes."""
-    return os.getppid() if "LOCAL_RANK" in os.environ else None
+@functools.cache  # one thread for a process
+def _watch_the_launcher() -> None:
+    """A process that outlives its launcher must not go on: the next launch does its work, in the same folder. It ends
+    wherever it is, which may be a collective that waits for days, and as if it had been killed; nothing is lost by it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torch's launcher; a script that starts ranks by hand may end before them
+        threading.Thread(target=_end_with_the_launcher, name="launcher", daemon=True).start()
 
 
-def check_launcher() -> None:
-    """Raises WorkError when the launcher is gone. A process that outlives it must not go on: the next launch does its
-    work, in the same folder."""
-    if _launcher() not in (None, os.getppid()):
-        raise WorkError("the launcher is gone; this process stops, what it finished is kept")
+def _end_with_the_launcher() -> None:
+    while not parent.is_gone():
+        time.sleep(0.5)
+    print("error: the launcher is gone; this process stops, what it finished is kept", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 class StopSignal:
@@ -172,8 +179,7 @@ class StopSignal:
         self.number = number
 
     def agreed(self, accelerator: Accelerator) -> int:
-        """The signal that any rank has got, or 0. Raises WorkError when the launcher was killed: nothing is saved."""
-        check_launcher()
+        """The signal that any rank has got, or 0."""
         if accelerator.num_processes == 1:
             return self.number
         numbers = accelerator.gather(torch.tensor([self.number], device=accelerator.device))

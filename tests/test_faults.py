@@ -3,25 +3,29 @@ kills, data that vanish, a target that cannot be written. One sentence, status 1
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Client
+from multiprocessing.resource_sharer import _resource_sharer
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import write_images
+import torch
+from conftest import ROOT, write_images
 from forked import Child, fork
 from killing import launch_program, ranks, wait_for
 from test_programs import metrics, newest, one_sentence, run, start, write_config
 from test_store_writing import tree
 
-from ldm_vae import cli
-from ldm_vae.errors import WorkError, misfortune
-from ldm_vae.launch import check_launcher
+from ldm_vae import cli, parent
+from ldm_vae.data.workers import load
+from ldm_vae.errors import misfortune
 from train import autoencoder as training_program
 
 LONG = {"max_train_images": 100_000, "log_every_images": 8, "checkpoint_every_images": 16}
@@ -87,13 +91,47 @@ def test_under_a_launcher_a_dead_rank_and_a_dead_launcher_end_the_rest(images: P
     assert "the launcher is gone" in second.wait().stderr
 
 
-def test_an_orphan_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_launcher()  # nobody launched this one
-    monkeypatch.setattr("ldm_vae.launch._launcher", lambda: os.getppid())
-    check_launcher()
-    monkeypatch.setattr("ldm_vae.launch._launcher", lambda: os.getpid())
-    with pytest.raises(WorkError, match="the launcher is gone"):
-        check_launcher()
+LATE = """
+import sys, time
+from pathlib import Path
+import ldm_vae
+here = Path(sys.argv[1])
+(here / f"{time.time_ns()}.begun").touch()
+while not (here / "go").exists():  # as if it took so long to import torch
+    time.sleep(0.01)
+from ldm_vae.launch import ON_THEIR_OWN, build_accelerator
+build_accelerator(ddp_timeout=ON_THEIR_OWN)
+time.sleep(600)
+"""
+
+
+def test_a_launcher_that_dies_while_its_processes_import_is_missed(tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    program = launch_program([str(script), str(tmp_path)], processes=2)
+    while len(list(tmp_path.glob("*.begun"))) < 2:
+        assert program.running(), program.wait().stderr
+        time.sleep(0.01)
+    orphans = program.kill_alone()
+    assert len(orphans) >= 2
+    (tmp_path / "go").touch()
+    _, alive = psutil.wait_procs(orphans, timeout=120)
+    assert alive == [], "orphans stop, and do not wait for days where nobody meets them"
+    assert "error: the launcher is gone" in program.wait().stderr
+
+
+def test_programs_ask_who_started_them_before_they_import_torch() -> None:
+    for package in ("ldm_vae", "train", "eval"):
+        asked = f"import sys, {package}; sys.exit('torch' in sys.modules or 'ldm_vae.parent' not in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", asked], cwd=ROOT, check=False).returncode == 0, package
+
+
+def ask() -> None:
+    sys.exit(parent.is_gone())
+
+
+def test_a_forked_process_has_another_parent() -> None:
+    assert fork(ask, []).wait().returncode == 0
 
 
 # --- data workers -----------------------------------------------------------------------------------------------------
@@ -139,6 +177,22 @@ def test_a_worker_of_encoding_killed_for_memory(encoding: Callable[..., Child], 
     kill_a_worker(victim)
     assert "a data worker died" in one_sentence(victim.wait(120), 1)
     assert encoding().wait().returncode == 0
+
+
+class Deserted:
+    """A dataset whose worker is asked for a tensor by somebody who leaves while asking, as a main process that ends."""
+
+    def __getitems__(self, tasks: list[int]) -> torch.Tensor:
+        _resource_sharer._start()
+        for _ in tasks:
+            Client(_resource_sharer._address, authkey=None).close()
+        time.sleep(0.5)  # until its thread has noticed
+        return torch.zeros(1)
+
+
+def test_a_worker_does_not_say_that_the_main_process_has_left(capfd: pytest.CaptureFixture[str]) -> None:
+    assert len(list(load(Deserted(), [[0, 1]], num_workers=1))) == 1
+    assert capfd.readouterr().err == ""
 
 
 # --- the data and the target ------------------------------------------------------------------------------------------

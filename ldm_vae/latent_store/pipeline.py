@@ -26,7 +26,6 @@ from ldm_vae.latent_store.layout import SHARDS, TENSORS
 from ldm_vae.latent_store.manifest import ShardRecord
 from ldm_vae.latent_store.preparing import Dealt, Ready
 from ldm_vae.latent_store.units import BadSample, Unit, UnitRecord
-from ldm_vae.launch import check_launcher
 
 BATCHES_AHEAD = 2  # per encoding thread: enough that none waits, few enough that memory stays flat
 
@@ -86,7 +85,7 @@ class Pipeline:
         """Deal with all samples of `stream`; every unit in it has its record when this returns.
 
         Raises:
-            WorkError: the disk is full, the launcher is gone, ...; units that have their record stay.
+            WorkError: the disk is full, ...; units that have their record stay.
         """
         waiting: deque[Future[int]] = deque()
         started = time.perf_counter()
@@ -160,7 +159,6 @@ class Pipeline:
 
     def _unit(self, unit: Unit) -> _OpenUnit:
         if self._open is None:
-            check_launcher()
             self._open = _OpenUnit(unit)
         return self._open
 
@@ -183,7 +181,6 @@ class Pipeline:
                 self._bad += 1
 
     def _publish(self, unit: _OpenUnit) -> None:
-        check_launcher()
         written: list[ShardRecord] = []
         columns: dict[str, str] = {}
         for group, spool in sorted(unit.spools.items()):

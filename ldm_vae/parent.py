@@ -1,0 +1,24 @@
+"""The process that started this one, asked for when the package is first imported, which is before torch is.
+
+torch takes seconds to import, and a parent that is killed in them is another one (init, or whoever adopts orphans) by
+the time that anybody asks. That it is 1 proves nothing: a launcher in a container may be 1.
+"""
+
+from __future__ import annotations
+
+import os
+
+_parent = os.getppid()
+
+
+def _remember() -> None:
+    global _parent
+    _parent = os.getppid()
+
+
+os.register_at_fork(after_in_child=_remember)
+
+
+def is_gone() -> bool:
+    """Whether the process that started this one has ended."""
+    return os.getppid() != _parent
