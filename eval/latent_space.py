@@ -164,7 +164,7 @@ def main() -> None:
             "likelihood": likelihood.figures() if likelihood else None,
             "mixture": mixture,
             "pictures": pictures,
-            "settings": result.settings(accelerator.device, options.batch_size),
+            "settings": result.settings(accelerator.device, options.batch_size) | result.command("eval.latent_space"),
             "versions": result.versions(),
         }
         result.write(options.output / "latent_space.md", summary.markdown(found))

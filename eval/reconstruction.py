@@ -107,7 +107,7 @@ def main() -> None:
     if accelerator.is_main_process:
         quarantined = len(read_quarantine(quarantine_path))
         data = {"source": options.data, "resolution": options.resolution, "quarantined": quarantined}
-        computed = result.settings(accelerator.device, options.batch_size)
+        computed = result.settings(accelerator.device, options.batch_size) | result.command("eval.reconstruction")
         results = [
             result.result(
                 options.protocol, result.describe_vae(vae, name, path), data, computed, evaluation, source.key

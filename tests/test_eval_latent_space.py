@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -91,6 +92,8 @@ def test_one_vae(
     assert '<section id="latent-space">' in page
     assert len(re.findall(r'src="data:image/webp;base64,', page)) == len(files)
     assert all(sentence in html.unescape(page) for sentence in (summary.about_normal(found), "img_0000.png to img_"))
+    again = ["python", "-m", *sys.argv]  # with every flag of the call
+    assert shlex.join(again) in html.unescape(page) and "--likelihood_images" in again
     value = f"{found['metrics']['elbo_bits']['mean']:.4f}"
     assert all(value in text for text in (capsys.readouterr().out, (out / "latent_space.md").read_text(), page))
 
@@ -173,7 +176,9 @@ def test_one_process_and_two_agree(tiny_vae_folder: Path, image_folder: Path, tm
         found.append(json.loads((out / "latent_space.json").read_text()))
     one, two = found
     assert (one["settings"].pop("processes"), two["settings"].pop("processes")) == (1, 2)
-    assert two["data"] == one["data"] and two["pictures"] == one["pictures"] and two["settings"] == one["settings"]
+    assert two["data"] == one["data"] and two["pictures"] == one["pictures"]
+    assert one["settings"].pop("command").replace("out1", "out2") == two["settings"].pop("command")
+    assert two["settings"] == one["settings"]
     for name, number in one["metrics"].items():
         assert two["metrics"][name]["n"] == number["n"]
         assert two["metrics"][name]["mean"] == pytest.approx(number["mean"], rel=1e-9)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,11 @@ def result(
         "settings": computed,
         "versions": versions(),
     }
+
+
+def command(program: str) -> Json:
+    """The call that this process is, for `settings`; `program`: the module that was run."""
+    return {"command": shlex.join(["python", "-m", program, *sys.argv[1:]])}
 
 
 def settings(device: torch.device, batch_size: int) -> Json:

@@ -53,8 +53,7 @@ def section(home: Path, found: Json | None) -> Json | None:
             for entry in pictures
             if entry["kind"] == "samples"
         ],
-        "command": f"python -m eval.latent_space {found['vae']['source']} {found['data']['source']} "
-        f"--output {home} --resolution {found['data']['resolution']}",
+        "command": found.get("settings", {}).get("command"),
     }
 
 

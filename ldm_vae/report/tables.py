@@ -210,11 +210,6 @@ def commands(contents: Contents) -> list[str]:
         program = "train.diffusion" if contents.diffusion else "train.autoencoder"
         lines.append(f"accelerate launch -m {program} {contents.config['output_dir']}/config.yaml")
     if contents.results:
-        vaes = " ".join(result["vae"]["source"] for result in contents.results)
-        data = contents.results[0]["data"]
-        output = f"{contents.config['output_dir']}/report" if contents.config_text else contents.name
-        lines.append(
-            f"python -m eval.reconstruction {vaes} {data['source']} --output {output} --resolution {data['resolution']}"
-        )
+        lines += filter(None, [contents.results[0].get("settings", {}).get("command")])  # none if training measured
     lines.append(f"ldm-vae report {contents.config.get('output_dir', contents.name)}")
     return lines
