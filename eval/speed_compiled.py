@@ -24,6 +24,7 @@ from .timing import interleave, row
 COUNTED = Work(batch=1, resolution=64)  # compiled graphs are run to be counted, so it is kept small
 TIMED = Work(batch=4, widths=(32, 64), resolution=64, net="alex", critic_width=32)
 PARTITIONED = "aot_eager_decomp_partition"
+DEFAULT = "inductor"
 
 
 class CompiledCost(Cost):
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     steps = {
         f"{name}{suffix}": bound(RECIPES[name](Networks(replace(TIMED, compiled=backend))), images)
         for name in names[:2]
-        for suffix, backend in (("", None), ("_compiled", "inductor"))
+        for suffix, backend in (("", None), ("_compiled", DEFAULT))
     }
     steps["latent_diffusion_compiled"] = _keeping_graphs(steps["latent_diffusion_compiled"])
     times = interleave(steps, options.rounds, "compiled")

@@ -16,7 +16,8 @@ def _remember() -> None:
     _parent = os.getppid()
 
 
-os.register_at_fork(after_in_child=_remember)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_remember)
 
 
 def is_gone() -> bool:

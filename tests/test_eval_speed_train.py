@@ -7,7 +7,7 @@ import argparse
 import pytest
 import torch
 
-from eval import speed_train
+from eval import speed_compiled, speed_train
 from eval.recipes import RECIPES, Networks, Work
 from eval.speed_compiled import count_compiled
 from eval.speed_train import count_operations, ideal_operations
@@ -42,6 +42,18 @@ def test_compiled_graphs_are_the_ideal_too() -> None:
     compiled = count_compiled(work, "train_step")
     assert torch._dynamo.utils.counters["frames"]["ok"] >= 3  # autoencoder, LPIPS and discriminator
     assert count_operations(work, "train_step") <= compiled <= 1.02 * ideal_operations(work)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look at it
+def test_the_whole_benchmark_of_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"COUNTED": SMALL, "TIMED": SMALL, "DEFAULT": "aot_eager"}.items():
+        monkeypatch.setattr(speed_compiled, name, value)
+    rows = speed_compiled.run(argparse.Namespace(rounds=1))
+    counted = {row["ratio"]["to"]: row["ratio"]["median"] for row in rows if "of" in row}
+    assert counted["ideal"] <= 1 < counted["latent_diffusion"] < counted["diffusers_repaired"]
+    timed = {row["ratio"]["to"]: row["ratio"]["median"] for row in rows if "of" not in row}
+    assert sorted(timed) == ["latent_diffusion", "latent_diffusion_compiled", "train_step"] and min(timed.values()) > 0
 
 
 def test_every_recipe_trains_both_networks() -> None:
