@@ -38,6 +38,7 @@ SEVERAL_ON_A_CPU = (
 DDP_TIMEOUT = 600  # seconds; torch's own are 600 (nccl) and 1800 (gloo)
 ON_THEIR_OWN = 7 * 24 * 3600  # where processes meet once, at the end: the first to be done waits for the slowest
 
+ACCELERATE = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # ACCELERATE_USE_...
 
 
@@ -100,11 +101,13 @@ def _launcher_command() -> list[str]:
         return []
 
 
+def _is_accelerate(command: Sequence[str]) -> bool:
+    return any(Path(word).name in ACCELERATE for word in command)
+
+
 def _processes_asked(launcher: Sequence[str]) -> int:
     """`--num_processes N` of the launcher, or what its `--config_file` says; 1 when it says nothing."""
-    if not any(
-        "accelerate" in word for word in launcher[:3]
-    ):  # accelerate launch, python -m accelerate.commands.launch
+    if not _is_accelerate(launcher):
         return 1
     options = {}
     for word, following in itertools.pairwise([*launcher, ""]):
@@ -154,7 +157,10 @@ def _watch_the_launcher() -> None:
     """A process that outlives its launcher must not go on: the next launch does its work, in the same folder. It ends
     wherever it is, which may be a collective that waits for days, and as if it had been killed; nothing is lost by it.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torch's launcher; a script that starts ranks by hand may end before them
+    # Accelerate is torch's launcher for several processes and its own for one; a script that starts ranks by hand, or
+    # a shell, may well end before them
+    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and (parent.is_gone() or _is_accelerate(_launcher_command()))
+    if alone or "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_end_with_the_launcher, name="launcher", daemon=True).start()
 
 

@@ -91,29 +91,35 @@ def test_under_a_launcher_a_dead_rank_and_a_dead_launcher_end_the_rest(images: P
     assert "the launcher is gone" in second.wait().stderr
 
 
-LATE = """
-import sys, time
+LAUNCHED = """
+import os, sys, time
 from pathlib import Path
 import ldm_vae
 here = Path(sys.argv[1])
-(here / f"{time.time_ns()}.begun").touch()
+(here / f"{os.getpid()}.importing").touch()
 while not (here / "go").exists():  # as if it took so long to import torch
     time.sleep(0.01)
 from ldm_vae.launch import ON_THEIR_OWN, build_accelerator
 build_accelerator(ddp_timeout=ON_THEIR_OWN)
+(here / f"{os.getpid()}.working").touch()
 time.sleep(600)
 """
+ALONE = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
-def test_a_launcher_that_dies_while_its_processes_import_is_missed(tmp_path: Path) -> None:
-    script = tmp_path / "late.py"
-    script.write_text(LATE)
-    program = launch_program([str(script), str(tmp_path)], processes=2)
-    while len(list(tmp_path.glob("*.begun"))) < 2:
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("while_they_are", ["importing", "working"])
+def test_a_launcher_that_dies_is_missed(while_they_are: str, processes: int, tmp_path: Path) -> None:
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    program = launch_program([*(ALONE.split() if processes == 1 else []), str(script), str(tmp_path)], processes)
+    if while_they_are == "working":
+        (tmp_path / "go").touch()
+    while len(list(tmp_path.glob(f"*.{while_they_are}"))) < processes:
         assert program.running(), program.wait().stderr
         time.sleep(0.01)
     orphans = program.kill_alone()
-    assert len(orphans) >= 2
+    assert len(orphans) >= processes
     (tmp_path / "go").touch()
     _, alive = psutil.wait_procs(orphans, timeout=120)
     assert alive == [], "orphans stop, and do not wait for days where nobody meets them"

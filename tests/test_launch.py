@@ -40,8 +40,9 @@ def test_processes_that_do_not_know_of_each_other_are_refused() -> None:
 
 
 def test_several_that_silently_became_one_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="launch: 2 processes were asked for and one was started"):
-        check_processes(1, {}, ["/usr/bin/accelerate", "launch", "--cpu", "--num_processes", "2", "x.py"])
+    for launcher in (["/usr/bin/accelerate", "launch"], ["python", "-W", "ignore", "-m", "accelerate.commands.launch"]):
+        with pytest.raises(UsageError, match="launch: 2 processes were asked for and one was started"):
+            check_processes(1, {}, [*launcher, "--cpu", "--num_processes", "2", "x.py"])
     (tmp_path / "two.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
     with pytest.raises(UsageError, match="--multi_gpu"):
         check_processes(1, {}, ["python", "accelerate", "launch", f"--config_file={tmp_path / 'two.yaml'}", "x.py"])
