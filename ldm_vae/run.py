@@ -5,14 +5,16 @@ The loops are train/autoencoder.py and train/diffusion.py; what only one of them
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from pydantic import Field, model_validator
 from torch import nn
 
@@ -24,6 +26,10 @@ from ldm_vae.logbook import Averages
 from ldm_vae.trackers import start_tracker
 
 RunType = TypeVar("RunType", bound="RunConfig")
+
+
+LOCK = ".lock"  # in the run folder
+PATIENCE = 30  # seconds: data workers of a process that was killed end within 6
 
 
 class RunConfig(Section):
@@ -118,10 +124,50 @@ def start_from_command_line(
         if os.environ.get("RANK", "0") == "0":
             print(describe(settings, int(os.environ.get("WORLD_SIZE", "1"))), end="")
     else:
-        train(settings)
+        with only_run_in(settings.output_dir):
+            train(settings)
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """The main process holds RUN/.lock meanwhile; the system takes it from a process that ends, whichever way.
+
+    Raises:
+        UsageError: another training is at work in the folder.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        _take(lock, folder)
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):  # another one has come
+            if [path.name for path in folder.iterdir()] == [LOCK]:  # of a call that was wrong nothing is left
+                (folder / LOCK).unlink()
+                folder.rmdir()
+
+
+def _take(lock: FileLock, folder: Path) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another training is at work in {folder}; waiting {PATIENCE} s for its end", file=sys.stderr)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise UsageError(
+                f"output_dir: expected a folder in which no training is at work, and {folder} has one; give this one "
+                "another folder, or wait"
+            ) from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def prepare_run_folder(settings: RunConfig, accelerator: Accelerator, may_change: Collection[str] = MAY_CHANGE) -> None:

@@ -24,6 +24,7 @@ from test_programs import metrics, newest, one_sentence, run, start, write_confi
 from test_store_writing import tree
 
 from ldm_vae import cli, parent
+from ldm_vae import run as training
 from ldm_vae.data.workers import load
 from ldm_vae.errors import misfortune
 from train import autoencoder as training_program
@@ -138,6 +139,24 @@ def ask() -> None:
 
 def test_a_forked_process_has_another_parent() -> None:
     assert fork(ask, []).wait().returncode == 0
+
+
+def train_impatiently() -> None:
+    training.PATIENCE = 1
+    training_program.main()
+
+
+def test_two_trainings_never_write_into_one_folder(images: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, images, **LONG)
+    first = fork(training_program.main, [str(config)])
+    wait_for(tmp_path / "run" / "checkpoints" / "images-000000016", first)
+    second = fork(train_impatiently, [str(config)]).wait()
+    assert "expected a folder in which no training is at work" in one_sentence(second, 2)
+    assert first.running()
+    first.kill(signal.SIGKILL)
+    assert first.wait().returncode == -signal.SIGKILL
+    last = int(newest(tmp_path / "run").name.removeprefix("images-"))
+    assert fork(train_impatiently, [str(config), "--max_train_images", str(last + 2)]).wait().returncode == 0
 
 
 # --- data workers -----------------------------------------------------------------------------------------------------
