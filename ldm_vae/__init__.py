@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ldm_vae import parent as parent
+from ldm_vae import parent as parent  # first: it asks who started this process before torch is imported
 
 if TYPE_CHECKING:
     from ldm_vae.autoencoder import load_autoencoder

@@ -27,9 +27,8 @@ from ldm_vae.trackers import start_tracker
 
 RunType = TypeVar("RunType", bound="RunConfig")
 
-
 LOCK = ".lock"  # in the run folder
-PATIENCE = 30  # seconds: data workers of a process that was killed end within 6
+PATIENCE = 30  # seconds: data workers of a killed process may hold the lock too, and look for it every 5 s (torch)
 
 
 class RunConfig(Section):
@@ -120,11 +119,12 @@ def start_from_command_line(
         return
     flags = [flag for flag in arguments[1:] if flag not in ("--dry_run", "--dry-run")]
     settings = config.load(section, arguments[0], flags, program=f"{program} {arguments[0]}")
+    main = os.environ.get("RANK", "0") == "0"
     if len(flags) < len(arguments) - 1:
-        if os.environ.get("RANK", "0") == "0":
+        if main:
             print(describe(settings, int(os.environ.get("WORLD_SIZE", "1"))), end="")
     else:
-        with only_run_in(settings.output_dir):
+        with only_run_in(settings.output_dir) if main else contextlib.nullcontext():
             train(settings)
 
 
@@ -138,36 +138,40 @@ def only_run_in(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: another training is at work in the folder.
     """
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
+    _take(lock, folder)
     try:
-        _take(lock, folder)
         yield
     finally:
-        lock.release()
-        with contextlib.suppress(OSError):  # another one has come
+        with contextlib.suppress(OSError):  # a folder that others use by now
             if [path.name for path in folder.iterdir()] == [LOCK]:  # of a call that was wrong nothing is left
                 (folder / LOCK).unlink()
-                folder.rmdir()
+                for path in made:
+                    path.rmdir()
+        lock.release()
 
 
 def _take(lock: FileLock, folder: Path) -> None:
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"another training is at work in {folder}; waiting {PATIENCE} s for its end", file=sys.stderr)
-        try:
-            lock.acquire(timeout=PATIENCE)
-        except Timeout:
-            raise UsageError(
-                f"output_dir: expected a folder in which no training is at work, and {folder} has one; give this one "
-                "another folder, or wait"
-            ) from None
+        if not _taken(lock, 0):
+            print(f"another training is at work in {folder}; waiting {PATIENCE} s for its end", file=sys.stderr)
+            if not _taken(lock, PATIENCE):
+                raise UsageError(
+                    f"output_dir: expected a folder in which no training is at work, and {folder} has one; give this "
+                    "one another folder, or wait"
+                )
     except OSError:  # a file system without locks
         pass
+
+
+def _taken(lock: FileLock, patience: float) -> bool:
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        return False
+    return True
 
 
 def prepare_run_folder(settings: RunConfig, accelerator: Accelerator, may_change: Collection[str] = MAY_CHANGE) -> None:

@@ -21,7 +21,7 @@ from typing import Protocol
 import psutil
 from conftest import ROOT
 from forked import Child, Finished, fork
-from test_launch import free_port
+from test_launch import ACCELERATE, free_port
 
 
 class Victim(Protocol):
@@ -134,10 +134,8 @@ class Launched:
 
 def launch_program(words: Sequence[str], processes: int = 1, environment: dict[str, str] | None = None) -> Launched:
     """`python WORDS`, under `accelerate launch` when there are several processes."""
-    launcher = [
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--main_process_port", str(free_port()), "--num_processes", str(processes),
-    ]  # fmt: skip
+    port, number = str(free_port()), str(processes)
+    launcher = [*ACCELERATE, "--multi_gpu", "--main_process_port", port, "--num_processes", number]
     command = [sys.executable, "-W", "ignore", *(launcher if processes > 1 else []), *words]
     fresh = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
     fresh |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **(environment or {})}

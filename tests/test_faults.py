@@ -20,13 +20,14 @@ import torch
 from conftest import ROOT, write_images
 from forked import Child, fork
 from killing import launch_program, ranks, wait_for
+from test_launch import ACCELERATE
 from test_programs import metrics, newest, one_sentence, run, start, write_config
 from test_store_writing import tree
 
 from ldm_vae import cli, parent
 from ldm_vae import run as training
 from ldm_vae.data.workers import load
-from ldm_vae.errors import misfortune
+from ldm_vae.errors import UsageError, misfortune
 from train import autoencoder as training_program
 
 LONG = {"max_train_images": 100_000, "log_every_images": 8, "checkpoint_every_images": 16}
@@ -105,7 +106,6 @@ build_accelerator(ddp_timeout=ON_THEIR_OWN)
 (here / f"{os.getpid()}.working").touch()
 time.sleep(600)
 """
-ALONE = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -113,7 +113,8 @@ ALONE = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixe
 def test_a_launcher_that_dies_is_missed(while_they_are: str, processes: int, tmp_path: Path) -> None:
     script = tmp_path / "launched.py"
     script.write_text(LAUNCHED)
-    program = launch_program([*(ALONE.split() if processes == 1 else []), str(script), str(tmp_path)], processes)
+    alone = [*ACCELERATE, "--num_processes", "1"] if processes == 1 else []
+    program = launch_program([*alone, str(script), str(tmp_path)], processes)
     if while_they_are == "working":
         (tmp_path / "go").touch()
     while len(list(tmp_path.glob(f"*.{while_they_are}"))) < processes:
@@ -157,6 +158,29 @@ def test_two_trainings_never_write_into_one_folder(images: Path, tmp_path: Path)
     assert first.wait().returncode == -signal.SIGKILL
     last = int(newest(tmp_path / "run").name.removeprefix("images-"))
     assert fork(train_impatiently, [str(config), "--max_train_images", str(last + 2)]).wait().returncode == 0
+
+
+def test_a_training_that_cannot_begin_leaves_the_folder_to_others(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        with training.only_run_in(folder):
+            raise UsageError("data.path: nothing is there")
+
+    with pytest.raises(UsageError, match="nothing is there"):
+        fail(tmp_path / "runs" / "new")
+    assert not (tmp_path / "runs").exists(), "what it made is gone"
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UsageError, match="nothing is there"):
+        fail(tmp_path / "mine")
+    assert (tmp_path / "mine").is_dir(), "what was there is there"
+
+
+def test_who_waits_in_vain_leaves_the_lock_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "PATIENCE", 0.1)
+    with training.only_run_in(tmp_path / "run"):  # it has written nothing yet
+        for _ in range(2):
+            with pytest.raises(UsageError, match="no training is at work"), training.only_run_in(tmp_path / "run"):
+                pass
+        assert (tmp_path / "run" / training.LOCK).exists()
 
 
 # --- data workers -----------------------------------------------------------------------------------------------------

@@ -77,12 +77,14 @@ def test_a_signal_is_remembered_until_the_step_ends() -> None:
             signal.signal(number, handler)
 
 
+ACCELERATE = [  # Accelerate's launcher, without what it asks a user for
+    "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+]  # fmt: skip
+
+
 def launch(program: list[str], *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """`accelerate launch OPTIONS PROGRAM`, as a user without a GPU would."""
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--main_process_port", str(free_port()), *options, *program,
-    ]  # fmt: skip
+    command = [sys.executable, *ACCELERATE, "--main_process_port", str(free_port()), *options, *program]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT, check=False

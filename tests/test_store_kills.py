@@ -135,7 +135,7 @@ def test_the_real_program_killed_under_its_launcher_and_finished_with_other_numb
     whole = start(1, tmp_path, tmp_path / "whole")
     assert whole.wait().returncode == 0
     out, left = tmp_path / "killed", []
-    left += kill_at(start(2, tmp_path, out), out, 4, whole_tree=False)  # its orphans go on beside the next launch
+    left += kill_at(start(2, tmp_path, out), out, 4, whole_tree=False)
     left += kill_at(start(2, tmp_path, out), out, 16, whole_tree=True)
     left += kill_at(start(3, tmp_path, out), out, 30, whole_tree=False)
     left += kill_at(start(1, tmp_path, out), out, 45, whole_tree=True)

@@ -48,10 +48,10 @@ def _start_worker(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # a spawned worker that ends while its queue's thread is inside torch aborts the process and frightens the parent
     atexit.register(os._exit, 0)
-    sys.excepthook = _say
+    sys.excepthook = _excepthook
 
 
-def _say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Of a worker's other threads (the loop's own errors travel): that the main process left while it took a batch,
     which multiprocessing reports with a traceback, is no news; it has said why."""
     if not issubclass(kind, EOFError | ConnectionError):
