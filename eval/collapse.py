@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -38,8 +37,10 @@ from ldm_vae.losses import Schedule, TermConfig
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.kl_free_bits import Config as FreeBits
 from ldm_vae.losses.kl_target import Config as KLTarget
+from ldm_vae.metrics import result
 from ldm_vae.objective import Objective, rate
 from ldm_vae.optim import schedule, set_learning_rate
+from ldm_vae.ownership import own
 
 CHANNELS = 8  # of the latent, at one position
 PIXELS = 64
@@ -270,14 +271,18 @@ def main() -> None:
         raise UsageError(f"images: expected at least a batch of {options.batch_size}, got {options.images}")
     if options.seeds < 1:
         raise UsageError(f"seeds: expected 1 or more, got {options.seeds}")
+    with own(options.output, "output"):
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
     found = []
     for seed in range(options.seeds):
         strong = pretrain(options.decoder_images, options.batch_size, seed)
         for name, term in remedies(options.images).items():
             found.append(run(name, term, copy.deepcopy(strong), options.images, options.batch_size, seed))
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "collapse.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (options.output / "collapse.md").write_text(table(found) + "\n", encoding="utf-8")
+    result.write(options.output / "collapse.json", found)
+    result.write(options.output / "collapse.md", table(found) + "\n")
     plot(found, options.output / "collapse.png")
     print(table(found))
     print(f"\nwritten to {options.output}")

@@ -46,6 +46,7 @@ from ldm_vae.metrics.generation import NOT_INSTALLED, Looks, looks
 from ldm_vae.metrics.pictures import save
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.running import Running
+from ldm_vae.ownership import own
 from ldm_vae.report import build_report
 
 Json = dict[str, Any]
@@ -101,9 +102,13 @@ class Candidate:
 def main() -> None:
     options = arguments()
     accelerator = build_accelerator()
-    device = accelerator.device
     if accelerator.num_processes > 1:
         raise UsageError(f"launch: expected one process, got {accelerator.num_processes}; the networks are small")
+    with own(options.output, "output"):
+        compare(options, accelerator.device)
+
+
+def compare(options: argparse.Namespace, device: torch.device) -> None:
 
     # --- everything that can be wrong is opened before the first image is encoded -------------------------------------
     judge = looks(device)

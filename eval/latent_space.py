@@ -51,6 +51,7 @@ from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.psnr import psnr
 from ldm_vae.metrics.ranks import gather, gather_rows
 from ldm_vae.metrics.running import Running, Summary
+from ldm_vae.ownership import own_together
 
 
 def arguments() -> argparse.Namespace:
@@ -113,6 +114,11 @@ class Task:
 def main() -> None:
     options = arguments()
     accelerator = build_accelerator()
+    with own_together(options.output, "output", accelerator.process_index, accelerator.wait_for_everyone):
+        examine(options, accelerator)
+
+
+def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
 
     # --- everything that can be wrong is opened before the first image is measured ------------------------------------
     vae = load_autoencoder(options.vae, options.config)
@@ -296,9 +302,6 @@ def prepare(output: Path, accelerator: Accelerator) -> Path:
     """An output folder without the quarantine of an earlier call; where that of this one goes, shared by all ranks."""
     path = output / "latent_space.quarantine.jsonl"
     if accelerator.is_main_process:
-        if output.exists() and not output.is_dir():
-            raise UsageError(f"output: expected a folder, {output} is a file")
-        output.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     if not output.is_dir():

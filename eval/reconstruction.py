@@ -38,6 +38,7 @@ from ldm_vae.metrics.pictures import keep_pictures
 from ldm_vae.metrics.protocol import PINNED, VARIANTS, by_name
 from ldm_vae.metrics.samples import keep_samples
 from ldm_vae.metrics.select import NAMES, Weights, build_metrics, check
+from ldm_vae.ownership import own_together
 
 
 def arguments() -> argparse.Namespace:
@@ -80,6 +81,11 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     accelerator = build_accelerator(ddp_timeout=ON_THEIR_OWN)
+    with own_together(options.output, "output", accelerator.process_index, accelerator.wait_for_everyone):
+        evaluate(options, accelerator)
+
+
+def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     names = result.labels(options.vae)
 
     # --- everything that can be wrong is opened before the first image is measured ------------------------------------
@@ -194,8 +200,6 @@ PARTS = ".images.parts"
 def prepare(output: Path, accelerator: Accelerator) -> None:
     """An output folder without the rests of an earlier call."""
     if accelerator.is_main_process:
-        if output.exists() and not output.is_dir():
-            raise UsageError(f"output: expected a folder, {output} is a file")
         shutil.rmtree(output / PARTS, ignore_errors=True)
         (output / PARTS).mkdir(parents=True)
         (output / "quarantine.jsonl").unlink(missing_ok=True)

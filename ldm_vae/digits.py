@@ -7,7 +7,6 @@ textbook VAE on a CPU. (E. Alpaydin and C. Kaynak, UCI repository, CC BY 4.0.)
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -49,19 +48,18 @@ def prepare_digits(out: Path) -> str:
         UsageError: `out` holds something else.
         WorkError: scikit-learn is not installed.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file()):
-        raise UsageError(f"OUT {out}: expected a new folder or one of these digits, it is something else")
+    _free(out)
     images, labels = digits()
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    folder = publish.beside(out.absolute())
-    try:
+    with publish.whole(out.absolute(), _free) as folder:
         for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             part = folder / ("heldout" if index % EVERY == 0 else "train") / str(label)
             part.mkdir(parents=True, exist_ok=True)
             grey = ((image[0] + 1) * 127.5).round().to(torch.uint8).numpy()
             Image.fromarray(grey).save(part / f"{index:04d}.png")
         (folder / MARK).write_text(CREDIT, encoding="utf-8")
-        publish.put(folder, out.absolute())
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return f"{out}: {len(images) - len(images[::EVERY])} digits to train on, {len(images[::EVERY])} held out"
+
+
+def _free(out: Path) -> None:
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file()):
+        raise UsageError(f"OUT {out}: expected a new folder or one of these digits, it is something else")

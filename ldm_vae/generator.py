@@ -86,7 +86,11 @@ class Generator:
     def write(self, run: Path) -> Path:
         """RUN/denoiser: what diffusers' `from_pretrained` reads (network and scheduler), and flow.json."""
         out = run / FOLDER
-        folder = publish.beside(out)
+        with publish.whole(out, lambda _: None) as folder:
+            self._fill(folder)
+        return out
+
+    def _fill(self, folder: Path) -> None:
         self.denoiser.network.save_pretrained(folder)
         flow_scheduler(self.shift).save_pretrained(folder)
         call = {
@@ -98,8 +102,6 @@ class Generator:
             "sampling": self.sampling.model_dump(),
         }
         (folder / CALL).write_text(json.dumps(call, indent=1) + "\n", encoding="utf-8")
-        publish.put(folder, out)
-        return out
 
     @classmethod
     def load(cls, run: str | Path, vae: Any) -> Generator:

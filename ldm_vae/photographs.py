@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
+from ldm_vae import publish
 from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.ownership import own_name
 
 SHORT_SIDE = 256  # of a whole photograph; tiles are cut at this scale and, where the original allows, at twice it
 TRAIN_TILE, HELDOUT_TILE = 96, 64
@@ -125,10 +126,9 @@ def prepare_demo(out: Path) -> str:
     """
     folder = out.absolute()  # `.` has no name to write beside
     try:
-        if not (folder / MARK).is_file():
-            if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-                raise UsageError(f"OUT {out}: expected a new folder or one of these photographs, it is something else")
-            _write(folder)
+        with own_name(folder):  # who waited for another launch finds its photographs
+            if not (folder / MARK).is_file():
+                _write(folder)
         counts = {side: sum(1 for _ in (folder / side).rglob("*.png")) for side in ("photographs", "train", "heldout")}
     except OSError as error:
         raise WorkError(f"the photographs cannot be written: {error}") from error
@@ -137,20 +137,16 @@ def prepare_demo(out: Path) -> str:
 
 def _write(out: Path) -> None:
     """The whole folder beside `out`, then under its name: what is there is whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UsageError(f"OUT {out}: expected a new folder or one of these photographs, it is something else")
+    folder = publish.beside(out)
     try:
-        beside.chmod(0o755)  # mkdtemp gives 700
         for photograph in tqdm(PHOTOGRAPHS, desc="photographs", unit="photo", disable=None):
-            _cut(photograph, beside)
-        (beside / MARK).write_text(_attribution(), encoding="utf-8")
-        try:
-            beside.replace(out)
-        except OSError:
-            if not (out / MARK).is_file():  # else another process was first, with the same photographs
-                raise
+            _cut(photograph, folder)
+        (folder / MARK).write_text(_attribution(), encoding="utf-8")
+        publish.put(folder, out)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _cut(photograph: Photograph, out: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.ownership import own_name
 
 TOKEN = 8  # bytes
 TEMPORARY_SUFFIX = ".tmp"
@@ -104,31 +105,42 @@ def beside(out: Path) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """An empty folder to be filled; it gets the name `out` when the block ends well, and is gone when it does not.
-
-    Raises:
-        UsageError: `out` exists.
-        WorkError: it cannot be written.
-    """
+def absent(out: Path) -> None:
+    """Raises UsageError when `out` exists: what `whole` asks by default."""
     if out.exists():
         raise UsageError(f"OUT {out}: exists already; choose a new folder")
-    folder: Path | None = None
-    try:
-        folder = beside(out)
-        yield folder
-        put(folder, out)
-    except OSError as error:
-        raise explained(error, out) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole(out: Path, free: Callable[[Path], None] = absent) -> Iterator[Path]:
+    """An empty folder to be filled; it gets the name `out` when the block ends well, and is gone when it does not. The
+    name is this job's meanwhile (`ownership`): of two that want it the second waits, and meets what the first has made.
+
+    Args:
+        free: raises unless the name may be taken; asked at the beginning and again before an `out` gives way.
+
+    Raises:
+        UsageError: the name is not free, or another job is still at work on it.
+        WorkError: it cannot be written.
+    """
+    with own_name(out):
+        free(out)
+        folder: Path | None = None
+        try:
+            folder = beside(out)
+            yield folder
+            free(out)  # made meanwhile by somebody who knows nothing of ownership
+            put(folder, out)
+        except OSError as error:
+            raise explained(error, out) from error
+        finally:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def put(folder: Path, out: Path) -> None:
-    """Give a filled folder its name; an older one of that name steps aside first and is deleted last, with whatever
-    killed writers of that name have left."""
+    """Give a filled folder its name, which is this job's; an older one of that name steps aside first and is deleted
+    last, with whatever killed writers of that name have left."""
     for path in folder.rglob("*"):
         if path.is_file():
             settle(path)

@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 from pydantic import Field, model_validator
 from torch import nn
 
@@ -23,12 +22,10 @@ from ldm_vae.config import Section
 from ldm_vae.errors import UsageError
 from ldm_vae.launch import DDP_TIMEOUT, check_ranks_agree, check_same
 from ldm_vae.logbook import Averages
+from ldm_vae.ownership import own
 from ldm_vae.trackers import start_tracker
 
 RunType = TypeVar("RunType", bound="RunConfig")
-
-LOCK = ".lock"  # in the run folder
-PATIENCE = 30  # seconds: data workers of a killed process may hold the lock too, and look for it every 5 s (torch)
 
 
 class RunConfig(Section):
@@ -124,54 +121,11 @@ def start_from_command_line(
         if main:
             print(describe(settings, int(os.environ.get("WORLD_SIZE", "1"))), end="")
     else:
-        with only_run_in(settings.output_dir) if main else contextlib.nullcontext():
+        with own(settings.output_dir, "output_dir") if main else contextlib.nullcontext():
             train(settings)
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """The main process holds RUN/.lock meanwhile; the system takes it from a process that ends, whichever way.
-
-    Raises:
-        UsageError: another training is at work in the folder.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    _take(lock, folder)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # a folder that others use by now
-            if [path.name for path in folder.iterdir()] == [LOCK]:  # of a call that was wrong nothing is left
-                (folder / LOCK).unlink()
-                for path in made:
-                    path.rmdir()
-        lock.release()
-
-
-def _take(lock: FileLock, folder: Path) -> None:
-    try:
-        if not _taken(lock, 0):
-            print(f"another training is at work in {folder}; waiting {PATIENCE} s for its end", file=sys.stderr)
-            if not _taken(lock, PATIENCE):
-                raise UsageError(
-                    f"output_dir: expected a folder in which no training is at work, and {folder} has one; give this "
-                    "one another folder, or wait"
-                )
-    except OSError:  # a file system without locks
-        pass
-
-
-def _taken(lock: FileLock, patience: float) -> bool:
-    try:
-        lock.acquire(timeout=patience)
-    except Timeout:
-        return False
-    return True
 
 
 def prepare_run_folder(settings: RunConfig, accelerator: Accelerator, may_change: Collection[str] = MAY_CHANGE) -> None:

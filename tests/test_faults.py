@@ -24,10 +24,9 @@ from test_launch import ACCELERATE
 from test_programs import metrics, newest, one_sentence, run, start, write_config
 from test_store_writing import tree
 
-from ldm_vae import cli, parent
-from ldm_vae import run as training
+from ldm_vae import cli, ownership, parent
 from ldm_vae.data.workers import load
-from ldm_vae.errors import UsageError, misfortune
+from ldm_vae.errors import misfortune
 from train import autoencoder as training_program
 
 LONG = {"max_train_images": 100_000, "log_every_images": 8, "checkpoint_every_images": 16}
@@ -143,7 +142,7 @@ def test_a_forked_process_has_another_parent() -> None:
 
 
 def train_impatiently() -> None:
-    training.PATIENCE = 1
+    ownership.PATIENCE = 1
     training_program.main()
 
 
@@ -152,35 +151,12 @@ def test_two_trainings_never_write_into_one_folder(images: Path, tmp_path: Path)
     first = fork(training_program.main, [str(config)])
     wait_for(tmp_path / "run" / "checkpoints" / "images-000000016", first)
     second = fork(train_impatiently, [str(config)]).wait()
-    assert "expected a folder in which no training is at work" in one_sentence(second, 2)
+    assert "output_dir" in one_sentence(second, 2)
     assert first.running()
     first.kill(signal.SIGKILL)
     assert first.wait().returncode == -signal.SIGKILL
     last = int(newest(tmp_path / "run").name.removeprefix("images-"))
     assert fork(train_impatiently, [str(config), "--max_train_images", str(last + 2)]).wait().returncode == 0
-
-
-def test_a_training_that_cannot_begin_leaves_the_folder_to_others(tmp_path: Path) -> None:
-    def fail(folder: Path) -> None:
-        with training.only_run_in(folder):
-            raise UsageError("data.path: nothing is there")
-
-    with pytest.raises(UsageError, match="nothing is there"):
-        fail(tmp_path / "runs" / "new")
-    assert not (tmp_path / "runs").exists(), "what it made is gone"
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(UsageError, match="nothing is there"):
-        fail(tmp_path / "mine")
-    assert (tmp_path / "mine").is_dir(), "what was there is there"
-
-
-def test_who_waits_in_vain_leaves_the_lock_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "PATIENCE", 0.1)
-    with training.only_run_in(tmp_path / "run"):  # it has written nothing yet
-        for _ in range(2):
-            with pytest.raises(UsageError, match="no training is at work"), training.only_run_in(tmp_path / "run"):
-                pass
-        assert (tmp_path / "run" / training.LOCK).exists()
 
 
 # --- data workers -----------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -28,15 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import torch
-
     from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
-    from ldm_vae.data.transforms import centre_crop
     from ldm_vae.errors import UsageError
-    from ldm_vae.metrics.batches import ImageBatch
-    from ldm_vae.metrics.evaluate import reconstruct
-    from ldm_vae.metrics.pictures import save
-    from ldm_vae.metrics.psnr import psnr
+    from ldm_vae.ownership import own
 
     vae = load_autoencoder(arguments.vae, arguments.config)
     factor = downsampling_factor(vae)
@@ -47,10 +42,22 @@ def run(arguments: argparse.Namespace) -> None:
     for path, image in images:
         if arguments.resolution is None and min(image.shape[1:]) < factor:
             raise UsageError(f"image {path}: its sides must be at least f = {factor} pixels, it is {_size(image)}")
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise UsageError(f"OUT: expected a folder, {arguments.out} is a file")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    with own(arguments.out, "OUT"):
+        _reconstruct(vae, images, arguments)
 
+
+def _reconstruct(vae: Any, images: Sequence[tuple[Path, torch.Tensor]], arguments: argparse.Namespace) -> None:
+    """Write each image's reconstruction, and the two side by side."""
+    import torch
+
+    from ldm_vae.autoencoder import downsampling_factor
+    from ldm_vae.data.transforms import centre_crop
+    from ldm_vae.metrics.batches import ImageBatch
+    from ldm_vae.metrics.evaluate import reconstruct
+    from ldm_vae.metrics.pictures import save
+    from ldm_vae.metrics.psnr import psnr
+
+    factor = downsampling_factor(vae)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae.to(device)
     taken: set[str] = set()

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm_vae import keyed
+from ldm_vae import keyed, publish
 from ldm_vae.data import buckets
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.ordered import Item, batches_of, items, key_of, take
@@ -192,5 +192,5 @@ def thumbnails(source: Source, found: Survey, path: Path) -> int:
         shown = pixels[:3] if pixels.shape[0] >= 3 else pixels[:1].expand(3, -1, -1)
         tile = Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
         sheet.paste(tile, (place % columns * side, place // columns * side))
-    sheet.save(path, "PNG")
+    publish.replace(path, lambda file: sheet.save(file, "PNG"))
     return len(chosen)

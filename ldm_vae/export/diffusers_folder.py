@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,24 +58,19 @@ def write_vae(
         UsageError: `out` is somebody else's folder, or the model's config names two normalisations at once.
         WorkError: what was read back is not what was written; `out` is as it was before.
     """
-    check_replaceable(out)
     copy = configured_copy(vae, normalisation, sample_size=sample_size, force_upcast=force_upcast)
     everything = dict(files or {})
     if statistics is not None:
         everything[STATISTICS] = (json.dumps(statistics.to_json(), indent=1) + "\n").encode()
     text = Card(card_name(out), statistics).text(copy) if card is None else card
     everything["README.md"] = text.encode()
-    folder = publish.beside(out)
-    try:
+    with publish.whole(out, check_replaceable) as folder:
         _save(copy, folder, max_shard_size)
         if half:
             _save(configured_copy(copy).half(), folder, max_shard_size, variant="fp16")
         for name, content in everything.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
-        publish.put(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return out
 
 

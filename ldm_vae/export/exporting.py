@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from ldm_vae.export.single_file import SD_SCALING, is_sd_shape, load_single_file
 from ldm_vae.export.targets import TARGETS, Target, warnings_for, write_target
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation, NormalisationKind
+from ldm_vae.ownership import own_name
 
 AUDIT_SIDE = 64  # pixels on a CPU, where the audit of an SD-sized VAE would take minutes at its own size
 
@@ -284,18 +284,16 @@ def _write_file(
     done.warnings += warnings_for(target, ready.config)
     card.sections[f"For {target.title}"] = _for_target(done.warnings)
     alone = request.out.suffix == ".safetensors"
-    folder = request.out.parent if alone else publish.beside(request.out)
-    try:
-        difference = write_target(ready, folder / f"{card.name}.safetensors", half=request.half)
-        beside = {f"{card.name}.md": card.text(ready).encode()} if alone else {"README.md": card.text(ready).encode()}
-        for name, content in (beside | ({} if alone else files)).items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(content)
-        if not alone:
-            publish.put(folder, request.out)
-    finally:
-        if not alone:
-            shutil.rmtree(folder, ignore_errors=True)
+    if alone:
+        with own_name(request.out):
+            difference = write_target(ready, request.out, half=request.half)
+            publish.replace(request.out.with_suffix(".md"), publish.data(card.text(ready).encode()))
+    else:
+        with publish.whole(request.out, check_replaceable) as folder:
+            difference = write_target(ready, folder / f"{card.name}.safetensors", half=request.half)
+            for name, content in ({"README.md": card.text(ready).encode()} | files).items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(content)
     path = request.out if alone else request.out / f"{card.name}.safetensors"
     done.lines.append(_written(path, target, difference))
     return path

@@ -9,7 +9,6 @@ Legend: c latent channels, n resolutions (f = 2 ** (n - 1)).
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,13 +87,12 @@ def save_single_file(vae: AutoencoderKL, path: Path, prefix: str = "") -> Path:
     }
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, beside, metadata={"format": "pt", CONFIG_KEY: json.dumps(config)})
-        publish.settle(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary, metadata={"format": "pt", CONFIG_KEY: json.dumps(config)})
+        publish.settle(temporary)
+
+    publish.replace_by(path, write)
     return path
 
 

@@ -21,14 +21,20 @@ from ldm_vae.latent_store.units import BadSample, Plan, UnitRecord
 
 
 def finish(store: Path, manifest: Manifest, plan: Plan, *, max_bad: float = 1.0, partly: bool = False) -> Manifest:
-    """Merge the records of a plan's units into the manifest, and remove what killed processes left.
+    """Merge the records of a plan's units into the manifest, and remove what killed processes left. A plan that is
+    merged already changes nothing. The store is the caller's (`ownership`).
 
     Args:
         partly: units without a record are left out: what they would have held is not in the store.
 
     Raises:
-        WorkError: a unit has no record yet, nothing is usable, or more than `max_bad` of the images is bad.
+        WorkError: a unit has no record yet, nothing is usable, or more than `max_bad` of the images is bad; another
+            plan was merged in this one's place.
     """
+    if manifest.units > plan.first_unit:  # units are counted on: these numbers are in the manifest
+        if manifest.source != plan.source:
+            raise WorkError(f"store {store}: was changed by another launch meanwhile; run the same command again")
+        return manifest
     planned, work = plan.units(manifest.identity.shard_size), plan.work(manifest.identity)
     records = [
         record
@@ -119,7 +125,7 @@ def read_quarantine(store: Path) -> list[BadSample]:
 
 
 def remove_leftovers(store: Path) -> None:
-    """Temporary files of killed processes: every unit is done, so nobody needs them."""
+    """Temporary files of killed processes: the store is the caller's and every unit is done, so nobody needs them."""
     for folder in (store, store / SHARDS, store / UNITS):
         for path in folder.iterdir():
             if publish.is_temporary(path):

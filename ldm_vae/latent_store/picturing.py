@@ -14,21 +14,22 @@ from tqdm import tqdm
 
 from ldm_vae import publish
 from ldm_vae.data.transforms import to_uint8
-from ldm_vae.errors import WorkError
 from ldm_vae.latent_store.batch import Item
 from ldm_vae.latent_store.reading import LatentDataset
+from ldm_vae.ownership import own
 
 
 def decode_to_png(
     dataset: LatentDataset, vae: Any, out: str | Path, indices: Sequence[int], batch_size: int = 8
 ) -> int:
-    """Decode samples into OUT/INDEX-KEY.png; returns how many. Raises WorkError when OUT cannot be written."""
+    """Decode samples into OUT/INDEX-KEY.png; returns how many.
+
+    Raises:
+        UsageError: another launch is at work on OUT.
+        WorkError: OUT cannot be written.
+    """
     folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WorkError(f"OUT {folder}: cannot be made: {error.strerror}") from error
-    with tqdm(total=len(indices), desc="decode", unit="img", disable=None) as bar:
+    with own(folder, "OUT"), tqdm(total=len(indices), desc="decode", unit="img", disable=None) as bar:
         for chunk in _of_one_shape(dataset, indices, batch_size):
             for item, picture in _decoded(dataset, vae, chunk):
                 stem = re.sub(r"[^\w.-]+", "_", Path(item["key"]).stem).strip("._")[-80:]

@@ -26,6 +26,7 @@ from ldm_vae.latent_store.layout import SHARDS, TENSORS
 from ldm_vae.latent_store.manifest import ShardRecord
 from ldm_vae.latent_store.preparing import Dealt, Ready
 from ldm_vae.latent_store.units import BadSample, Unit, UnitRecord
+from ldm_vae.ownership import Ownership
 
 BATCHES_AHEAD = 2  # per encoding thread: enough that none waits, few enough that memory stays flat
 
@@ -70,12 +71,14 @@ class Pipeline:
 
     Args:
         work: what the records say that they belong to.
+        owner: asked before a unit is published whether OUT is still this job's.
         threads: batches encoded at the same time.
         show: whether this process has the progress bar.
     """
 
-    def __init__(self, out: Path, encoder: Encoder, work: str, *, threads: int, show: bool) -> None:
-        self._out, self._encoder, self._work, self._threads, self._show = out, encoder, work, threads, show
+    def __init__(self, out: Path, encoder: Encoder, work: str, owner: Ownership, *, threads: int, show: bool) -> None:
+        self._out, self._encoder, self._work, self._owner = out, encoder, work, owner
+        self._threads, self._show = threads, show
         self._busy = _Busy()
         self._open: _OpenUnit | None = None
         self._gathered: dict[Group, list[Ready]] = {}
@@ -181,6 +184,7 @@ class Pipeline:
                 self._bad += 1
 
     def _publish(self, unit: _OpenUnit) -> None:
+        self._owner.check()
         written: list[ShardRecord] = []
         columns: dict[str, str] = {}
         for group, spool in sorted(unit.spools.items()):

@@ -18,6 +18,7 @@ from ldm_vae.latent_store import shards, transfer
 from ldm_vae.latent_store.layout import EXTENSIONS, MANIFEST, QUARANTINE, SHARDS
 from ldm_vae.latent_store.manifest import Manifest, ShardRecord, read_manifest, write_manifest
 from ldm_vae.latent_store.remote import file_url
+from ldm_vae.ownership import Ownership, is_mark, own
 
 CONNECTIONS = 8
 
@@ -53,24 +54,38 @@ def plan_pull(url: str, out: Path) -> PullPlan:
     manifest = read_manifest(url)
     if not manifest.complete:
         raise WorkError(f"store {url}: not finished")
-    if (out / MANIFEST).exists():
-        before = {shard.name: shard.files for shard in read_manifest(out).shards}
-        if any(before.get(shard.name, shard.files) != shard.files for shard in manifest.shards):
-            raise UsageError(f"OUT {out}: holds another store than {url}; choose another OUT")
-    elif out.exists() and (not out.is_dir() or any(path.name != SHARDS for path in out.iterdir())):
-        raise UsageError(f"OUT {out}: expected a new folder, or one that a pull of {url} has begun or finished")
+    _check_place(url, out, manifest)
     every = [(shard, extension) for shard in manifest.shards for extension in EXTENSIONS]
     bar = tqdm(every, desc="compare", unit="files", disable=None, leave=False)
     missing = tuple(file for file in bar if shards.checksum(_path(out, file)) != file[0].files[file[1]])
     return PullPlan(url, out, manifest, missing)
 
 
+def _check_place(url: str, out: Path, manifest: Manifest) -> None:
+    """Raises UsageError when a pull of this store would overwrite something else."""
+    if (out / MANIFEST).exists():
+        before = {shard.name: shard.files for shard in read_manifest(out).shards}
+        if any(before.get(shard.name, shard.files) != shard.files for shard in manifest.shards):
+            raise UsageError(f"OUT {out}: holds another store than {url}; choose another OUT")
+    elif out.exists() and (
+        not out.is_dir() or any(path.name != SHARDS and not is_mark(path) for path in out.iterdir())
+    ):
+        raise UsageError(f"OUT {out}: expected a new folder, or one that a pull of {url} has begun or finished")
+
+
 def pull(plan: PullPlan) -> Manifest:
     """Fetch what is missing, then publish the manifest.
 
     Raises:
+        UsageError: `out` has become another store since, or another launch is at work on it.
         WorkError: a file cannot be read, is not what the manifest says, or cannot be written; what came is kept.
     """
+    with own(plan.out, "OUT") as owner:
+        _check_place(plan.url, plan.out, plan.manifest)
+        return _pull(plan, owner)
+
+
+def _pull(plan: PullPlan, owner: Ownership) -> Manifest:
     try:
         (plan.out / SHARDS).mkdir(parents=True, exist_ok=True)
         for left in filter(publish.is_temporary, (plan.out / SHARDS).iterdir()):  # by a pull that was killed
@@ -91,6 +106,7 @@ def pull(plan: PullPlan) -> Manifest:
                 bar.update(size)
     finally:
         pool.shutdown(cancel_futures=True)
+    owner.check()
     if plan.manifest.quarantined:
         content = transfer.read(f"{plan.url}/{QUARANTINE}")
         publish.replace(plan.out / QUARANTINE, publish.data(content))

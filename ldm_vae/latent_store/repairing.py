@@ -27,6 +27,7 @@ from ldm_vae.latent_store.origins import indices_of
 from ldm_vae.latent_store.pipeline import Pipeline
 from ldm_vae.latent_store.units import Unit, UnitRecord
 from ldm_vae.latent_store.views import cutting_of
+from ldm_vae.ownership import Ownership, own
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,23 @@ def repair(
     """Make a store sound again. `vae` and `source` are asked for only when something has to be encoded again.
 
     Raises:
-        UsageError: there is no store; VAE or images are needed and not found.
+        UsageError: there is no store, or another launch is at work in it; VAE or images are needed and not found.
         WorkError: it is not finished, or cannot be written.
     """
+    read_manifest(store)  # without a store there is nothing to own
+    with own(store, "STORE") as owner:
+        return _repair(store, owner, vae, source, num_workers, encode_threads, device)
+
+
+def _repair(
+    store: Path,
+    owner: Ownership,
+    vae: Callable[[], Any],
+    source: Callable[[], Source],
+    num_workers: int,
+    threads: int,
+    device: torch.device | str,
+) -> Repaired:
     manifest = read_manifest(store)
     if not manifest.complete:
         raise WorkError(f"store {store}: not finished; run the `ldm-vae encode` command that began it again")
@@ -66,7 +81,7 @@ def repair(
     numbers = sorted({shard.unit for shard in manifest.shards if damaged[shard.name]})
     if not numbers:
         return Repaired(copied=tuple(copied))
-    lost = _encode_again(store, manifest, numbers, vae(), source(), num_workers, encode_threads, device)
+    lost = _encode_again(store, manifest, numbers, owner, vae(), source(), num_workers, threads, device)
     return Repaired(tuple(copied), tuple(numbers), tuple(lost))
 
 
@@ -98,6 +113,7 @@ def _encode_again(
     store: Path,
     manifest: Manifest,
     numbers: Sequence[int],
+    owner: Ownership,
     vae: Any,
     source: Source,
     num_workers: int,
@@ -135,7 +151,8 @@ def _encode_again(
         stream = preparing.samples(
             source, manifest.recorded.data, cutting_of(identity, vae), todo, batch_size, num_workers
         )
-        Pipeline(store, encoder, work, threads=threads, show=True).run(stream, sum(len(unit.indices) for unit in todo))
+        pipeline = Pipeline(store, encoder, work, owner, threads=threads, show=True)
+        pipeline.run(stream, sum(len(unit.indices) for unit in todo))
         for unit in todo:
             record = units.read_record(store, unit.number, work)
             assert record is not None
@@ -143,6 +160,7 @@ def _encode_again(
     entries.sort(key=lambda shard: (shard.unit, shard.name))
     if not entries:
         raise WorkError(f"store {store}: nothing of it can be repaired; encode into a new folder")
+    owner.check()
     write_manifest(
         store,
         manifest.model_copy(

@@ -1,7 +1,8 @@
 """The writer: a source and a VAE become a latent store, by any number of processes, stopped and started at will.
 
-There is no collective in the loop: a process does the units that are its own and not done yet, and when all have their
-records, one process finishes.
+The processes of one launch share the ownership of OUT; another launch waits or is refused. There is no collective in
+the loop: a process does the units that are its own and not done yet, and when all have their records, one process
+finishes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ldm_vae.latent_store.tiling import check_tile
 from ldm_vae.latent_store.units import Plan, fresh_plan, read_plan, write_plan
 from ldm_vae.latent_store.views import VIEW_SETS, Cutting, ViewSet, cutting_of
 from ldm_vae.latents import Normalisation
+from ldm_vae.ownership import Ownership, is_mark, own_together
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def write_store(
         source_name, vae_name: what the column `source` and the manifest call them.
 
     Raises:
-        UsageError: OUT holds something else, or a store of another identity (the difference is named).
+        UsageError: OUT holds something else, or a store of another identity (the difference is named), or another
+            launch is at work on it.
         WorkError: nothing usable, too many bad images, disk full: what was finished is kept.
     """
     out, processes = Path(out), processes or Processes()
@@ -130,22 +133,28 @@ def write_store(
     )
     wanted = Manifest(identity=identity, source=units.source_identity(source), recorded=recorded)
 
+    with own_together(out, "OUT", processes.rank, processes.barrier) as owner:
+        work = _Work(out, wanted, source, cutting, processes, owner, num_workers, encode_threads, max_bad)
+        return _write(work, Encoder(vae, identity, batch_size=batch_size, device=device), update, retry_quarantined)
+
+
+def _write(work: _Work, encoder: Encoder, update: bool, retry_quarantined: bool) -> Manifest:
+    out, wanted = work.out, work.wanted
     manifest = begin(out, wanted)
-    processes.barrier()  # nobody changes the manifest before all have seen it
-    work = _Work(out, wanted, source, cutting, processes, num_workers, encode_threads, max_bad)
+    work.processes.barrier()  # nobody changes the manifest before all have seen it
     if update and not manifest.complete and manifest.source != wanted.source:
         manifest = work.on_one(lambda: updating.settle(out, manifest, wanted))
     if not manifest.complete:
         if manifest.source != wanted.source:
             raise _other_images(out, manifest, wanted)
-        manifest = work.do(fresh_plan(wanted.source), Encoder(vae, identity, batch_size=batch_size, device=device))
+        manifest = work.do(fresh_plan(wanted.source), encoder)
     if update or retry_quarantined:
         if manifest.source != wanted.source and not update:
             raise _other_images(out, manifest, wanted)
-        manifest = work.on_one(lambda: _plan(out, manifest, wanted, source, retry_quarantined, num_workers))
+        manifest = work.on_one(lambda: _plan(work, manifest, retry_quarantined))
     plan = read_plan(out, manifest.units)
     if plan is not None and plan.source == wanted.source:
-        manifest = work.do(plan, Encoder(vae, identity, batch_size=batch_size, device=device))
+        manifest = work.do(plan, encoder)
     elif manifest.source != wanted.source:
         raise _other_images(out, manifest, wanted)
     return work.on_one(lambda: _refresh(out, wanted))
@@ -160,6 +169,7 @@ class _Work:
     source: Source
     cutting: Cutting
     processes: Processes
+    owner: Ownership
     num_workers: int
     threads: int
     max_bad: float
@@ -167,6 +177,7 @@ class _Work:
     def on_one(self, task: Callable[[], object]) -> Manifest:
         """Process 0 does the task, the others wait for it; the manifest after it."""
         if self.processes.rank == 0:
+            self.owner.check()
             task()
         self.processes.barrier()
         return read_manifest(self.out)
@@ -179,18 +190,19 @@ class _Work:
         stream = preparing.samples(
             self.source, self.wanted.recorded.data, self.cutting, pending, encoder.batch_size, self.num_workers
         )
-        pipeline = Pipeline(self.out, encoder, digest, threads=self.threads, show=self.processes.rank == 0)
+        pipeline = Pipeline(self.out, encoder, digest, self.owner, threads=self.threads, show=self.processes.rank == 0)
         pipeline.run(stream, sum(len(unit.indices) for unit in pending))
         self.processes.barrier()
         return self.on_one(lambda: finish(self.out, read_manifest(self.out), plan, max_bad=self.max_bad))
 
 
-def _plan(out: Path, manifest: Manifest, wanted: Manifest, source: Source, retry: bool, num_workers: int) -> None:
+def _plan(work: _Work, manifest: Manifest, retry: bool) -> None:
     """Leave plan.json in the store if there is something to add, change or take out."""
+    out, wanted = work.out, work.wanted
     under_way = read_plan(out, manifest.units)
     if under_way is not None and under_way.source == wanted.source:
         return
-    plan = updating.make_plan(out, manifest, wanted.source, source, retry=retry, num_workers=num_workers)
+    plan = updating.make_plan(out, manifest, wanted.source, work.source, retry=retry, num_workers=work.num_workers)
     if under_way is not None:
         updating.forget(out, under_way, manifest)
     if plan is not None:
@@ -226,8 +238,6 @@ def begin(out: Path, wanted: Manifest) -> Manifest:
         WorkError: OUT cannot be written.
     """
     try:
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"OUT {out}: expected a folder, got a file")
         if not manifest_path(out).exists() and out.exists() and any(not _ours(path) for path in out.iterdir()):
             raise UsageError(f"OUT {out}: holds something that is not a latent store; choose an empty or new folder")
         if not manifest_path(out).exists():
@@ -242,4 +252,4 @@ def begin(out: Path, wanted: Manifest) -> Manifest:
 
 
 def _ours(path: Path) -> bool:
-    return path.name in (SHARDS, UNITS) or publish.is_temporary(path)
+    return path.name in (SHARDS, UNITS) or publish.is_temporary(path) or is_mark(path)

@@ -1,0 +1,240 @@
+"""One job at a time writes a folder: by the system's lock, and by the record where there is none."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import filelock
+import psutil
+import pytest
+from forked import fork
+from killing import wait_for
+from test_programs import one_sentence
+
+from ldm_vae import ownership, publish
+from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.ownership import LEASE, LOCK, is_mark, own, own_name, own_together
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "PATIENCE", 0.2)
+    monkeypatch.setattr(ownership, "LEASE_SECONDS", 3.0)
+
+
+@pytest.fixture(params=["locks", "no locks"])
+def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With locks, and one that answers as many network file systems do."""
+    if request.param == "no locks":
+        without_locks(monkeypatch)
+    return str(request.param)
+
+
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+
+
+def contend(folder: Path) -> list[Exception]:
+    """What another thread meets that wants the folder."""
+    met: list[Exception] = []
+
+    def other() -> None:
+        try:
+            with own(folder, "OUT"):
+                pass
+        except (UsageError, WorkError) as error:
+            met.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    return met
+
+
+def test_the_second_is_refused_and_the_next_is_not(tmp_path: Path, file_system: str) -> None:
+    with own(tmp_path / "store", "OUT") as owner:
+        (refused,) = contend(tmp_path / "store")
+        assert isinstance(refused, UsageError) and "OUT" in str(refused)
+        owner.check()
+        with pytest.raises(UsageError, match="OUT"), own(tmp_path / "store", "OUT"):  # not even a thread itself
+            pass
+        owner.check()
+    assert contend(tmp_path / "store") == []
+
+
+def test_the_second_waits_for_the_end_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "PATIENCE", 60.0)
+    met: list[list[Exception]] = []
+    with own(tmp_path / "store", "OUT"):
+        second = threading.Thread(target=lambda: met.append(contend(tmp_path / "store")))
+        second.start()
+        time.sleep(0.1)
+        assert met == []
+    second.join()
+    assert met == [[]]
+
+
+def test_nothing_is_left_in_a_folder_or_of_it(tmp_path: Path, file_system: str) -> None:
+    def fail(folder: Path) -> None:
+        with own(folder, "output_dir"):
+            raise UsageError("data.path: nothing is there")
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for folder in (tmp_path / "mine", tmp_path / "runs" / "new", tmp_path / "full"):
+        with pytest.raises(UsageError, match="nothing is there"):
+            fail(folder)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "mine"]
+    with own(tmp_path / "new", "OUT"):
+        (tmp_path / "new" / "result").touch()
+    with own_name(tmp_path / "named"):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "mine", "new", "result"]
+
+
+def test_who_waits_in_vain_leaves_the_marks_where_they_are(tmp_path: Path) -> None:
+    with own(tmp_path / "run", "output_dir") as owner:
+        for _ in range(2):
+            assert len(contend(tmp_path / "run")) == 1
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {LOCK, LEASE}
+        owner.check()
+
+
+def hold() -> None:
+    """A process that owns a folder until it is killed, and asks whether it is still its own when there is a file `ask`;
+    with a third word, without the system's locks."""
+    folder = Path(sys.argv[1])
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ownership, "LEASE_SECONDS", 3.0)
+    if len(sys.argv) > 2:
+        without_locks(patch)
+    with own(folder, "OUT") as owner:
+        (folder / "held").touch()
+        while not (folder / "ask").exists():
+            time.sleep(0.05)
+        owner.check()
+
+
+@pytest.mark.parametrize("words", [(), ("no locks",)])
+def test_a_killed_process_owns_nothing(tmp_path: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    if words:
+        without_locks(monkeypatch)
+    first = fork(hold, [str(tmp_path / "store"), *words])
+    wait_for(tmp_path / "store" / "held", first)
+    assert [type(error) for error in contend(tmp_path / "store")] == [UsageError]
+    first.kill(signal.SIGKILL)
+    assert first.wait().returncode == -signal.SIGKILL
+    assert contend(tmp_path / "store") == []
+
+
+def test_who_was_suspended_for_too_long_learns_that_it_owns_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are no locks, or on another machine: the record alone tells, and nobody has touched it."""
+    without_locks(monkeypatch)
+    monkeypatch.setattr(ownership, "PATIENCE", 60.0)
+    first = fork(hold, [str(tmp_path / "store"), "no locks"])
+    wait_for(tmp_path / "store" / "held", first)
+    first.kill(signal.SIGSTOP)
+    with own(tmp_path / "store", "OUT") as owner:
+        (tmp_path / "store" / "ask").touch()
+        first.kill(signal.SIGCONT)
+        assert "OUT" in one_sentence(first.wait(), 1)
+        owner.check()
+
+
+def test_processes_of_one_launch_share_it_and_the_next_launch_waits_for_all(tmp_path: Path) -> None:
+    """An orphan that still holds its part keeps a new launch out, though process 0 has ended."""
+    folder = tmp_path / "store"
+    meeting = threading.Barrier(2, timeout=60)
+    go, held = threading.Event(), threading.Event()
+
+    def member() -> None:
+        with own_together(folder, "OUT", 1, meeting.wait) as owner:
+            owner.check()
+            held.set()
+            go.wait(60)
+
+    orphan = threading.Thread(target=member)
+    orphan.start()
+    with own_together(folder, "OUT", 0, meeting.wait) as owner:
+        owner.check()
+        assert held.wait(60)
+    assert [type(error) for error in contend(folder)] == [UsageError]
+    go.set()
+    orphan.join()
+    assert contend(folder) == []
+    assert not folder.exists() or list(folder.iterdir()) == []
+
+
+def test_marks_are_told_from_files() -> None:
+    marks = (".lock", ".owner", ".lock.3", ".my-store.lock", ".my-store.owner", ".owner.break.12.ab")
+    assert all(is_mark(Path(name)) for name in marks)
+    files = ("lock", "manifest.json", "a.lock", ".hidden", "owner")
+    assert not any(is_mark(Path(name)) for name in files)
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="output"), own(tmp_path / "file", "output"):
+        pass
+
+
+@pytest.mark.parametrize("owned", [own, own_name])
+def test_a_folder_that_cannot_be_made(tmp_path: Path, owned: Any) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WorkError, match="output"), owned(tmp_path / "file" / "new", "output"):
+        pass
+
+
+# --- a name for a whole folder ----------------------------------------------------------------------------------------
+
+
+def test_of_two_that_write_one_name_the_second_says_the_truth(tmp_path: Path, file_system: str) -> None:
+    """Nothing of the first's is removed while it is at work, and the second does not put its own over it."""
+    met: list[Exception] = []
+
+    def second() -> None:
+        try:
+            with publish.whole(tmp_path / "out") as folder:
+                (folder / "of").write_text("second")
+        except UsageError as error:
+            met.append(error)
+
+    with publish.whole(tmp_path / "out") as folder:
+        (folder / "of").write_text("first")
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        assert [type(error) for error in met] == [UsageError]
+        assert folder.is_dir()
+    assert (tmp_path / "out" / "of").read_text() == "first"
+    with pytest.raises(UsageError, match="OUT"), publish.whole(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_name_that_somebody_else_has_taken_meanwhile(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="OUT"), publish.whole(tmp_path / "out") as folder:  # noqa: PT012
+        (folder / "of").write_text("ours")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "of").write_text("theirs")
+    assert (tmp_path / "out" / "of").read_text() == "theirs"
+
+
+def test_processes_that_own_leave_no_threads_behind(tmp_path: Path) -> None:
+    before = psutil.Process().num_threads()
+    for _ in range(5):
+        with own(tmp_path, "OUT"):
+            pass
+    assert psutil.Process().num_threads() <= before + 1
