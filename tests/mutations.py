@@ -2,11 +2,15 @@
 
 python tests/mutations.py [WORD]      # WORD: only the rows that hold it
 
+`old` is a piece of code of the file, the whole body of a function, `def Class.method`, or a piece of a function,
+`def Class.method: piece`; rows of the last two forms stay true when the file's lines move.
+
 Each test runs in a child of this process, which has imported the large packages and nothing of ours: seconds a row.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
@@ -14,11 +18,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FUNCTION = re.compile(r"def ([\w.]+)(?:: (.+))?")
 CELL = re.compile(r"`((?:[^`])+)`")
 # packages that are imported already cannot have their assertions rewritten: pytest warns, and warnings are errors
 OPTIONS = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
@@ -31,6 +37,35 @@ def rows() -> list[tuple[str, str, str, str]]:
     found = [tuple(CELL.findall(line)) for line in lines if line.startswith("| `")]
     assert all(len(row) == 4 for row in found), "each row holds four pieces of code"
     return found  # type: ignore[return-value]
+
+
+def mutated(source: str, old: str, new: str) -> str | None:
+    """The file's text with the mutation; None when it has no such place."""
+    named = FUNCTION.fullmatch(old)
+    if named is None:
+        return source.replace(old, new, 1) if old in source else None
+    name, piece = named.groups()
+    body = body_of(ast.parse(source), name.split("."))
+    if body is None:
+        return None
+    lines = source.splitlines(keepends=True)
+    first, last = body[0].lineno - 1, body[-1].end_lineno
+    text = "".join(lines[first:last])
+    if piece is None:
+        changed = f"{' ' * body[0].col_offset}{new}\n"
+    elif piece in text:
+        changed = text.replace(piece, new, 1)
+    else:
+        return None
+    return "".join([*lines[:first], changed, *lines[last:]])
+
+
+def body_of(tree: ast.AST, names: Sequence[str]) -> list[ast.stmt] | None:
+    """The statements of the function `Class.method`, or of a function within one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == names[0]:
+            return body_of(node, names[1:]) if len(names) > 1 else node.body
+    return None
 
 
 def copy_tree(to: Path) -> None:
@@ -75,10 +110,10 @@ def main() -> None:
         for file, old, new, test in chosen:
             path = tree / file
             before = path.read_text(encoding="utf-8")
-            if old not in before:
+            if (broken := mutated(before, old, new)) is None:
                 green.append(f"{file}: does not hold `{old}`")
                 continue
-            path.write_text(before.replace(old, new, 1), encoding="utf-8")
+            path.write_text(broken, encoding="utf-8")
             red = status_of(test, tree) == FAILED
             path.write_text(before, encoding="utf-8")
             print(f"{'red  ' if red else 'GREEN'} {file}: {old} => {new} ({test})", flush=True)
