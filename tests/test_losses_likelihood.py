@@ -1,5 +1,5 @@
-"""The likelihood of a stored value against arithmetic of 60 digits, values and gradients: from the mean to 30 deviations
-and beyond, bins much wider and much narrower than a deviation, the outermost values with their tails."""
+"""The likelihood of a stored value against arithmetic of 60 digits, values and gradients: from the mean to 30
+deviations and beyond, bins much wider and much narrower than a deviation, the outermost values with their tails."""
 
 from __future__ import annotations
 
