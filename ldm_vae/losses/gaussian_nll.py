@@ -68,7 +68,8 @@ class GaussianNLL(nn.Module):
 def _log_ndtr(x: torch.Tensor) -> torch.Tensor:
     """log Phi(x), whose gradient torch has wrong from -1e8 on (infinite at -1e12): there log Phi is -x^2 / 2."""
     near = x.clamp(min=FAR)
-    return torch.special.log_ndtr(near) + 0.5 * (near - x) * (near + x)
+    found: torch.Tensor = torch.special.log_ndtr(near) + 0.5 * (near - x) * (near + x)
+    return found
 
 
 class Config(TermConfig):
