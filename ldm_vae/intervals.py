@@ -1,9 +1,9 @@
 """95 % intervals by Student's t, of means and of variances, that hold at a handful of images too. It needs no torch.
 
 A percentile bootstrap of a variance covers 55 to 85 % at 9 images, and 15 to 45 % at 2: it can see nothing further out
-than the images at hand. Here the standard error of log v is that of each image's linear influence, the centre is free of
-the bias of log v to first order, and the quantile is Student's with half the degrees of freedom: squares are skewed, so
-their own deviation is worth no more (`tests/test_store_intervals.py` simulates it: 90 % or more from 5 images on).
+than the images at hand. Here the standard error of log v is that of each image's linear influence, the centre is free
+of the bias of log v to first order, and the quantile is Student's with half the degrees of freedom: squares are skewed,
+so their own deviation is worth no more (`tests/test_store_intervals.py` simulates it: 90 % from 5 images on).
 
 Legend: R bootstrap replicates, N independent images, ... any shape of numbers.
 """
