@@ -107,8 +107,8 @@ class Objective(nn.Module):
 def rate(moments: Moments, images: torch.Tensor) -> Logs:
     """What the latent of images [B, C, H, W] costs and which of its channels carry anything, from moments [B, c, h, w].
 
-    An active unit is a channel whose posterior mean varies by more than 0.01 over images and positions; in one batch of
-    a few images that is an estimate.
+    An active unit is a channel whose posterior mean has a variance above 0.01 over images and positions; in one batch
+    of a few images that is an estimate.
     """
     channels = moments.kl().sum(dim=(2, 3)).mean(dim=0)  # [c] nats per image
     pixels = images.shape[2] * images.shape[3]

@@ -55,13 +55,13 @@ def test_the_likelihood_of_a_value_is_exact_to_30_deviations(levels: int, sigma:
 
 
 @pytest.mark.parametrize("logvar", [-80.0, -20.0, 0.0, 40.0])
-@pytest.mark.parametrize("pixel", [0.0, 3.0, -1e4, 1e8])
+@pytest.mark.parametrize("pixel", [0.0, 3.0, -1e4, 1e8, 1e15])
 def test_no_output_and_no_variance_make_it_infinite(logvar: float, pixel: float) -> None:
     term = GaussianNLL(logvar=logvar, levels=256).build()
     targets = torch.tensor([[-1.0, 1 / 255, 1.0]])
     pixels = torch.full_like(targets, pixel).requires_grad_()
     nats = term(pixels, targets)
-    if abs(pixel) * math.exp(-logvar / 2) < 1e15:  # its square is a number of fp32
+    if abs(pixel) * math.exp(-logvar / 2) < 1e17:  # its square is a number of fp32
         assert math.isfinite(nats.item())
         gradients = torch.autograd.grad(nats, (pixels, term.logvar))
         assert all(gradient.isfinite().all() for gradient in gradients)

@@ -33,7 +33,6 @@ def high_frequency_share(latents: torch.Tensor) -> torch.Tensor:
     height, width = latents.shape[2:]
     latents = latents.double()
     power = torch.fft.fft2(latents - latents.mean(dim=(2, 3), keepdim=True)).abs().square().sum(dim=1)
-    power[:, 0, 0] = 0.0
     high = _is_high(height, width).to(power.device)
     share: torch.Tensor = power[:, high].sum(dim=1) / power.sum(dim=(1, 2)).clamp(min=1e-300)
     # what rounding leaves of a constant has a share too

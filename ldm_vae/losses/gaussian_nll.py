@@ -38,7 +38,8 @@ class GaussianNLL(nn.Module):
 
     def nats_per_value(self, value: torch.Tensor) -> torch.Tensor:
         """`forward`'s value as a likelihood of stored values: a density is multiplied by the width of a bin of 8 bits,
-        2 / 255 (right while the Gaussian is wider than a bin)."""
+        2 / 255: close while sigma is wider than a bin; below, it exceeds any probability and is no bound of stored
+        values."""
         return value if self.levels is not None else value - math.log(2 / 255)
 
     def figures(self) -> dict[str, torch.Tensor]:
