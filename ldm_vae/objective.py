@@ -107,13 +107,14 @@ class Objective(nn.Module):
 def rate(moments: Moments, images: torch.Tensor) -> Logs:
     """What the latent of images [B, C, H, W] costs and which of its channels carry anything, from moments [B, c, h, w].
 
-    An active unit is a channel whose posterior mean varies by more than 0.01 over images and positions; in one batch of
-    a few images that is an estimate.
+    An active unit is a channel whose posterior mean has a variance above 0.01 over images and positions; in one batch
+    of a few images that is an estimate.
     """
     channels = moments.kl().sum(dim=(2, 3)).mean(dim=0)  # [c] nats per image
     pixels = images.shape[2] * images.shape[3]
     # the variance over the global batch: that of each rank's own would count other units as active
-    rows = moments.mean.transpose(0, 1).flatten(1)
+    # in fp64: fp32 gives a channel that always is 1,000 the variance of a live one
+    rows = moments.mean.double().transpose(0, 1).flatten(1)
     mean, square = collective.mean(torch.stack([rows.mean(dim=1), rows.square().mean(dim=1)]))
     active = square - mean.square() > ACTIVE
     return {

@@ -17,6 +17,7 @@ from conftest import write_images
 from PIL import Image
 
 from eval import reconstruction
+from ldm_vae import intervals
 from ldm_vae.autoencoder import AutoencoderConfig
 from ldm_vae.commands import report as command
 from ldm_vae.errors import UsageError
@@ -117,6 +118,7 @@ def run(ingredients: tuple[Path, list[Path]], tmp_path_factory: pytest.TempPathF
     # a training that is just writing
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"images": 1000, "lo')
     statistics = {"images": 12, "scaling_factor": 0.9, "shift_factor": 0.1, "ci95": {"scaling_factor": [0.8, 1.0]}}
+    statistics["ci95_method"] = intervals.METHOD
     (folder / "latents" / "manifest.json").write_text(json.dumps({"statistics": statistics}))
     return folder
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ldm_vae import intervals
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation
 from ldm_vae.metrics.result import markdown
@@ -81,28 +82,35 @@ def _latents(vae: Any, statistics: LatentStatistics | None) -> str:
     lines = [f"`config.json` names one normalisation, `{normalisation.kind}`: `{_FORMULA[normalisation.kind]}`.", ""]
     lines += [f"- {key}: {_number(value)}" for key, value in values.items()]
     if statistics is not None:
-        lines += ["", f"Measured in fp64 over {statistics.images:,} images; intervals by bootstrap over images.", ""]
+        lines += ["", f"Measured in fp64 over {statistics.images:,} images; {about_intervals(statistics)}.", ""]
         lines += statistics_table(statistics)
     return "\n".join(lines)
+
+
+def about_intervals(statistics: LatentStatistics) -> str:
+    """Part of a sentence: what the 95 % intervals are, or why there are none."""
+    if statistics.intervals is None:
+        return intervals.why_none(statistics.images)
+    return "intervals by Student's t over images"
 
 
 def statistics_table(statistics: LatentStatistics) -> list[str]:
     """Lines of a Markdown table: every measured number with its 95 % interval."""
     tree = statistics.to_json()
-    intervals = tree["ci95"]
+    known = tree["ci95"]
     rows = ["| statistic | value | 95 % interval |", "|---|---|---|"]
     for key in ("scaling_factor", "shift_factor"):
-        rows.append(f"| {key} | {_number(tree[key])} | {_interval(intervals, key)} |")
+        rows.append(f"| {key} | {_number(tree[key])} | {_interval(known, key)} |")
     for key, title in (("latents_mean", "mean"), ("latents_std", "std")):
         for channel, value in enumerate(tree[key]):
-            rows.append(f"| {title} of channel {channel} | {_number(value)} | {_interval(intervals, key, channel)} |")
+            rows.append(f"| {title} of channel {channel} | {_number(value)} | {_interval(known, key, channel)} |")
     return rows
 
 
-def _interval(intervals: Mapping[str, Any] | None, key: str, channel: int | None = None) -> str:
-    if intervals is None:
-        return "one image only"
-    low, high = (end if channel is None else end[channel] for end in intervals[key])
+def _interval(known: Mapping[str, Any] | None, key: str, channel: int | None = None) -> str:
+    if known is None:
+        return "none"
+    low, high = (end if channel is None else end[channel] for end in known[key])
     return f"{_number(low)} to {_number(high)}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from ldm_vae import publish
+from ldm_vae import intervals, publish
 from ldm_vae.autoencoder import downsampling_factor, load_autoencoder, only_kl, sample_size
 from ldm_vae.errors import UsageError
 from ldm_vae.export import hub
@@ -183,7 +183,7 @@ def _normalisation(
 
 
 def _describe(normalisation: Normalisation, statistics: LatentStatistics | None, base: str | None) -> str:
-    intervals = statistics.intervals if statistics is not None and base is None else None
+    known = statistics.intervals if statistics is not None and base is None else None
     parts = []
     for key, value in normalisation.to_config().items():
         if isinstance(value, list):
@@ -191,9 +191,12 @@ def _describe(normalisation: Normalisation, statistics: LatentStatistics | None,
         elif value is not None and normalisation.kind == "channel":
             parts.append(f"{key} {value:g}")
         elif value is not None:
-            low, high = (intervals or {}).get(key, (None, None))
+            low, high = (known or {}).get(key, (None, None))
             parts.append(f"{key} {value:.5g}" + ("" if low is None else f" (95 % interval {low:.5g} to {high:.5g})"))
-    over = f", measured over {statistics.images:,} images" if statistics is not None else ", as SRC has it"
+    over = ", as SRC has it"
+    if statistics is not None:
+        why = "" if known is not None else f" ({intervals.why_none(statistics.images)})"
+        over = f", measured over {statistics.images:,} images{why}"
     over = over if base is None else f", as {base} has it"
     return f"normalisation `{normalisation.kind}`: {', '.join(parts)}{over}"
 

@@ -19,6 +19,7 @@ from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.latent_store.finishing import with_intervals
 from ldm_vae.latent_store.manifest import MANIFEST, read_manifest
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation
@@ -27,7 +28,7 @@ from ldm_vae.metrics.batches import ImageBatch, image_batches, spread
 
 @torch.no_grad()
 def measure(vae: Any, pixel_batches: Iterable[torch.Tensor], device: torch.device | str) -> LatentStatistics:
-    """Statistics of the latents of pixels [B, C, H, W] in [-1, 1], summed in fp64, intervals by bootstrap over images.
+    """Statistics of the latents of pixels [B, C, H, W] in [-1, 1], summed in fp64, with intervals over images.
 
     Raises:
         WorkError: there was no image, or the encoder gives NaN or Inf.
@@ -95,4 +96,4 @@ def statistics_of_store(vae: Any, store: str) -> LatentStatistics:
         raise UsageError(f"stats {store}: the store was made with another encoder ({manifest.recorded.vae})")
     if manifest.identity.codes is not None:
         raise UsageError(f"stats {store}: the store holds indices of codes, which have no mean and variance")
-    return LatentStatistics.from_json(manifest.statistics)
+    return LatentStatistics.from_json(with_intervals(store, manifest).statistics or {})

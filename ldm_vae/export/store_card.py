@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from ldm_vae.export.card import statistics_table
+from ldm_vae.export.card import about_intervals, statistics_table
 from ldm_vae.latent_store.layout import ROWS, SHARDS
 from ldm_vae.latent_store.manifest import Manifest
 from ldm_vae.latent_store.statistics import LatentStatistics
@@ -58,7 +58,7 @@ def store_card(
         parts += ["## Use of the codes", "\n".join(f"- {name}: {value}" for name, value in _usage(manifest))]
     elif manifest.statistics is not None:
         measured = LatentStatistics.from_json(manifest.statistics)
-        over = f"Measured in fp64 over {measured.images:,} latents; intervals by bootstrap over images."
+        over = f"Measured in fp64 over {measured.images:,} latents; {about_intervals(measured)}."
         parts += ["## Statistics", over, "\n".join(statistics_table(measured))]
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n# {name}\n\n" + "\n\n".join(parts) + "\n"

@@ -31,11 +31,13 @@ def high_frequency_share(latents: torch.Tensor) -> torch.Tensor:
     Over all channels, the mean of each plane left out; 0 where nothing is left. White noise has `white_share(h, w)`.
     """
     height, width = latents.shape[2:]
-    power = torch.fft.fft2(latents.double()).abs().square().sum(dim=1)
-    power[:, 0, 0] = 0.0
+    latents = latents.double()
+    power = torch.fft.fft2(latents - latents.mean(dim=(2, 3), keepdim=True)).abs().square().sum(dim=1)
     high = _is_high(height, width).to(power.device)
     share: torch.Tensor = power[:, high].sum(dim=1) / power.sum(dim=(1, 2)).clamp(min=1e-300)
-    return share
+    # what rounding leaves of a constant has a share too
+    left = power.sum(dim=(1, 2)) > 1e-24 * height * width * latents.square().sum(dim=(1, 2, 3))
+    return torch.where(left, share, 0.0)
 
 
 def white_share(height: int, width: int) -> float:

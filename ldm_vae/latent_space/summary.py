@@ -62,7 +62,7 @@ def about_channels(result: Json) -> str:
     channels = result["channels"]
     count, active = len(channels["mean"]), sum(channels["active"])
     heavy = max(channels["excess_kurtosis"], key=abs)
-    parts = [f"{active} of {count} {plural('channel', count)} active (their mean varies by more than 0.01)"]
+    parts = [f"{active} of {count} {plural('channel', count)} active (the variance of their mean is above 0.01)"]
     parts.append(f"largest excess kurtosis {heavy:+.2f} (a Gaussian has 0)")
     if count > 1:
         strongest = max(

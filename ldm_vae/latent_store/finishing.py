@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ldm_vae import publish
+from ldm_vae import intervals, publish
 from ldm_vae.errors import WorkError
 from ldm_vae.latent_store import rows, shards, units
 from ldm_vae.latent_store.codes import CodeStatistics
@@ -108,6 +108,19 @@ def merged_statistics(
         else:
             total.add(np.array(mapped[STATISTICS]))
     return total
+
+
+def with_intervals(store: str | Path, manifest: Manifest) -> Manifest:
+    """The manifest of a local store; of one that an older version made, with the intervals taken anew from the sums in
+    its shards, where those can be read."""
+    measured = manifest.statistics
+    if measured is None or manifest.identity.codes is not None or measured.get("ci95_method") == intervals.METHOD:
+        return manifest
+    try:
+        anew = merged_statistics(Path(store), manifest, manifest.shards).to_json()
+    except WorkError:  # a URL, or damaged: `verify` says what
+        return manifest
+    return manifest.model_copy(update={"statistics": measured | {key: anew[key] for key in ("ci95", "ci95_method")}})
 
 
 def _write_quarantine(store: Path, bad: Sequence[BadSample]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ldm_vae import intervals
 from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.latent_store.finishing import with_intervals
 from ldm_vae.latent_store.manifest import Manifest, read_manifest
 
 
@@ -34,7 +36,7 @@ def describe(store: str | Path, manifest: Manifest) -> str:
         f"  quarantined  {manifest.quarantined:,}" + (" (quarantine.jsonl says why)" if manifest.quarantined else ""),
     ]
     if manifest.statistics is not None:
-        lines += _statistics(manifest)
+        lines += _statistics(with_intervals(store, manifest))
     return "\n".join(lines)
 
 
@@ -49,17 +51,19 @@ def _sides(resolution: tuple[int, ...]) -> str:
 def _statistics(manifest: Manifest) -> list[str]:
     if manifest.identity.codes is not None:
         return _usage(manifest)
-    measured, intervals = manifest.statistics or {}, (manifest.statistics or {}).get("ci95")
+    measured = manifest.statistics or {}
+    known = intervals.recorded(measured)
 
     def interval(name: str, position: int | None = None) -> str:
-        if intervals is None:
+        if known is None:
             return ""
-        low, high = intervals[name] if position is None else (end[position] for end in intervals[name])
+        low, high = known[name] if position is None else (end[position] for end in known[name])
         return f"  [{low:.4f}, {high:.4f}]"
 
     used = manifest.normalisation
     lines = [
-        f"  measured over {measured['images']:,} latents, 95 % intervals by bootstrap over images:",
+        f"  measured over {measured['images']:,} latents, "
+        f"{'95 % intervals over images' if known is not None else intervals.why_none(measured['images'])}:",
         f"    scaling_factor {measured['scaling_factor']:9.5f}{interval('scaling_factor')}",
         f"    shift_factor   {measured['shift_factor']:9.5f}{interval('shift_factor')}",
     ]

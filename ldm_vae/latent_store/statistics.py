@@ -1,4 +1,4 @@
-"""Statistics of latents: per-channel mean and variance in fp64, mergeable, with intervals by bootstrap over images.
+"""Statistics of latents: per-channel mean and variance in fp64, mergeable, with intervals over images.
 
 For sampled latents z = mu + sigma * eps over images, channels' positions:
 
@@ -7,7 +7,8 @@ For sampled latents z = mu + sigma * eps over images, channels' positions:
 The state is one table of sums, so merging is addition; units are merged in unit order, which makes the result bit-equal
 whoever computed them. Row 0 of the table is the plain sum, the others are Poisson bootstrap replicates: each image
 counts Poisson(1) times, drawn by the image's own key (Chamandy et al., "Estimating uncertainty for massive data
-streams", 2012), which is the bootstrap over images for data that is seen once and in any order.
+streams", 2012), which is the bootstrap over images for data that is seen once and in any order. Of them the standard
+errors are taken, not the percentiles (`ldm_vae.intervals` says why).
 
 Legend: B batch, c latent channels, h w latent positions.
 """
@@ -15,16 +16,17 @@ Legend: B batch, c latent channels, h w latent positions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ldm_vae import keyed
+from ldm_vae import intervals, keyed
 from ldm_vae.latents import Moments, Normalisation, NormalisationKind
 
-REPLICATES = 200  # the ends of a 95 % interval are the 5th and the 195th of 200 sorted replicates
+REPLICATES = 200  # they know a standard error to 5 %
 
 Array = npt.NDArray[np.float64]
 
@@ -103,18 +105,37 @@ class LatentStatistics:
 
     @property
     def intervals(self) -> Mapping[str, Any] | None:
-        """95 % intervals [low, high] of mean, std, scaling_factor and shift_factor; None when they cannot be had."""
-        if self._intervals is not None or self.images < 2 or self.sums is None or len(self.sums) < REPLICATES:
+        """95 % intervals [low, high] of mean, std, scaling_factor and shift_factor; None when they cannot be had: of
+        fewer than `intervals.FEWEST` images, or without the replicates."""
+        if self._intervals is not None or self.sums is None or len(self.sums) < 1 + REPLICATES:
             return self._intervals
-        replicates = self.sums[1:][self.sums[1:, 0] > 0]
-        mean, variance = _mean_variance(replicates)
-        scalar = variance.mean(axis=1) + mean.var(axis=1)
+        images = self._independent()
+        if images < intervals.FEWEST:
+            return None
+        # each replicate's linear influence: on the means of mu, mu^2, sigma^2, then on m and v
+        whole, replicates, channels = self.sums[0], self.sums[1:], _channels(self.sums)
+        influence = (replicates[:, 2:] - replicates[:, 1:2] * (whole[2:] / whole[1])) / whole[1]
+        mean, variance = (found[0] for found in _mean_variance(self.sums[:1]))
+        first, second = influence[:, :channels], influence[:, channels : 2 * channels] + influence[:, 2 * channels :]
+
+        error = partial(intervals.error_variance, images=images)
+        mean_error, all_error = error(first), error(first.mean(axis=1))
+        by_channel = intervals.of_variance(variance, mean_error, error(second - 2 * mean * first), images)
+        scalar, scalar_influence = variance.mean() + mean.var(), (second - 2 * mean.mean() * first).mean(axis=1)
+        low, high = intervals.of_variance(scalar, all_error, error(scalar_influence), images)
         return {
-            "latents_mean": _interval(mean),
-            "latents_std": _interval(np.sqrt(variance)),
-            "scaling_factor": _interval(1.0 / np.sqrt(scalar)),
-            "shift_factor": _interval(mean.mean(axis=1)),
+            "latents_mean": _interval(*intervals.of_mean(mean, mean_error, images)),
+            "latents_std": _interval(*map(np.sqrt, by_channel)),
+            "scaling_factor": _interval(1.0 / np.sqrt(high), 1.0 / np.sqrt(low)),
+            "shift_factor": _interval(*intervals.of_mean(mean.mean(), all_error, images)),
         }
+
+    def _independent(self) -> int:
+        """Images behind the latents: several views of one have its key, so they are in a replicate together, and the
+        replicates' numbers of latents vary by so much more."""
+        sums = self._filled()
+        views = round(float(np.square(sums[1:, 0] - sums[0, 0]).mean() / sums[0, 0]))
+        return self.images // max(1, views)
 
     def _filled(self) -> Array:
         if self.sums is None or self.sums[0, 1] == 0:
@@ -137,6 +158,7 @@ class LatentStatistics:
             "latents_mean": list(channel.latents_mean or ()),
             "latents_std": list(channel.latents_std or ()),
             "ci95": None if self.intervals is None else dict(self.intervals),
+            "ci95_method": intervals.METHOD,
         }
 
     @classmethod
@@ -147,7 +169,7 @@ class LatentStatistics:
         squares = variance - posterior + mean**2
         sums = np.concatenate([[float(tree["images"]), count], mean * count, squares * count, posterior * count])
         statistics = cls(sums[None])
-        statistics._intervals = tree["ci95"]
+        statistics._intervals = intervals.recorded(tree)
         return statistics
 
 
@@ -184,6 +206,5 @@ def _mean_variance(sums: Array) -> tuple[Array, Array]:
     return mean, np.maximum(spread, 0.0) + scaled[:, 2 * channels :]
 
 
-def _interval(values: Array) -> list[Any]:
-    low, high = np.quantile(values, (0.025, 0.975), axis=0)
+def _interval(low: Array, high: Array) -> list[Any]:
     return [low.tolist(), high.tolist()]

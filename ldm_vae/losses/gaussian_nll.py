@@ -16,6 +16,8 @@ from torch import nn
 
 from ldm_vae.losses import TermConfig
 
+FAR = -1e6  # deviations below which log Phi is its leading term, to 12 digits
+
 
 class GaussianNLL(nn.Module):
     """Nats per pixel value: -log N(target; pixels, exp(logvar)), a mean over batch, channels and pixels."""
@@ -29,34 +31,46 @@ class GaussianNLL(nn.Module):
         self.levels = levels
 
     def forward(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        logvar = self.logvar.to(pixels.dtype)
         if self.levels is not None:
-            return -self._log_mass(pixels, target, torch.exp(0.5 * logvar), self.levels).mean()
+            return -self._log_mass(pixels, target, self.logvar, self.levels).mean().to(pixels.dtype)
+        logvar = self.logvar.to(pixels.dtype)
         return 0.5 * ((pixels - target).square().mean() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
 
     def nats_per_value(self, value: torch.Tensor) -> torch.Tensor:
         """`forward`'s value as a likelihood of stored values: a density is multiplied by the width of a bin of 8 bits,
-        2 / 255 (right while the Gaussian is wider than a bin)."""
+        2 / 255: close while sigma is wider than a bin; below, it exceeds any probability and is no bound of stored
+        values."""
         return value if self.levels is not None else value - math.log(2 / 255)
 
     def figures(self) -> dict[str, torch.Tensor]:
         return {"sigma": torch.exp(0.5 * self.logvar.detach())}
 
     @staticmethod
-    def _log_mass(pixels: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor, levels: int) -> torch.Tensor:
+    def _log_mass(pixels: torch.Tensor, target: torch.Tensor, logvar: torch.Tensor, levels: int) -> torch.Tensor:
+        """log P(low < N(0, 1) < high) of each value's bin, low and high in deviations, as a difference in log space:
+
+            log(Phi(high) - Phi(low)) = log Phi(high) + log(1 - exp(log Phi(low) - log Phi(high)))
+
+        In fp64: in fp32 the difference of the two logarithms has no digit left at 30 deviations or in a narrow bin.
+        """
+        sigma = torch.exp(0.5 * logvar.double())
         half = 1.0 / (levels - 1)  # half the distance of two of `levels` values in [-1, 1]
-        low, high = ((target - half - pixels) / sigma, (target + half - pixels) / sigma)
+        away, width = (target.double() - pixels.double()) / sigma, half / sigma
+        # on the side of the mean where Phi is small: log Phi keeps its digits there, and so does their difference
+        centre = -away.abs()
+        high, low = _log_ndtr(centre + width), _log_ndtr(centre - width)
+        # log Phi is concave and its slope is above -x, hence the bound; the difference of two huge ones rounds above it
+        inside = high + torch.log(-torch.expm1(torch.minimum(low - high, 2 * centre * width)))
         # the outermost values own the tails, so that the masses sum to 1
-        low = torch.where(target <= -1 + half, -torch.inf, low)
-        high = torch.where(target >= 1 - half, torch.inf, high)
-        # on the side of the mean where both are negative, so that a difference of two ones never cancels
-        flip = low > 0
-        low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
-        mass = torch.special.ndtr(high) - torch.special.ndtr(low)
-        # beyond some 13 deviations fp32 has no mass left; the density there still has a gradient
-        nearest = torch.minimum(low.abs(), high.abs())
-        tail = -0.5 * nearest.square() - torch.log(nearest.clamp_min(1.0)) - 0.5 * math.log(2 * math.pi)
-        return torch.where(mass > 1e-30, mass.clamp_min(1e-30).log(), tail)
+        first, last = _log_ndtr(width + away), _log_ndtr(width - away)
+        return torch.where(target <= -1 + half, first, torch.where(target >= 1 - half, last, inside))
+
+
+def _log_ndtr(x: torch.Tensor) -> torch.Tensor:
+    """log Phi(x), whose gradient torch has wrong from -1e8 on (infinite at -1e12): there log Phi is -x^2 / 2."""
+    near = x.clamp(min=FAR)
+    found: torch.Tensor = torch.special.log_ndtr(near) + 0.5 * (near - x) * (near + x)
+    return found
 
 
 class Config(TermConfig):

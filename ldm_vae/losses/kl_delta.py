@@ -2,7 +2,8 @@
 that the rate cannot fall below a known delta.
 
 The prior correlates each latent with the one before it, in reading order, channel by channel: z_1 ~ N(0, 1), z_t ~
-N(a z_(t-1), 1 - a^2). A posterior of independent latents is at least delta away, wherever it lies.
+N(a z_(t-1), 1 - a^2). A posterior of independent latents is at least delta = ((n - 2) log(1 + a^2) - log(1 - a^2)) / 2
+nats a channel away where n > 1, wherever it lies.
 
 Legend: B batch, c latent channels, h w latent positions, n = h w of them in reading order.
 """
@@ -54,8 +55,8 @@ class Config(TermConfig):
     weight: float = 1.0
     """beta."""
     correlation: float = Field(0.5, gt=-1, lt=1)
-    """Of neighbouring latents in the prior; the floor is about log(1 + correlation^2) / 2 nats for each latent element.
-    0 is the plain KL."""
+    """Of neighbouring latents in the prior; the floor is near log(1 + correlation^2) / 2 nats for each latent element
+    of many positions, 0 at a single one. 0 is the plain KL."""
 
     def build(self) -> KLDelta:
         return KLDelta(self.correlation)

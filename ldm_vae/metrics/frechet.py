@@ -24,32 +24,37 @@ PairFeatures = Callable[[Pair], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Gaussian:
-    """Mean and covariance of features that are seen once, summed in fp64."""
+    """Mean and covariance of features that are seen once, in fp64. The products are of deviations from the mean so far
+    (Chan, Golub & LeVeque 1979), since E[x x^T] - E[x] E[x]^T has no digits left where the mean is large."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.first: torch.Tensor | None = None
-        self.second: torch.Tensor | None = None
+        self.mean: torch.Tensor | None = None
+        self.scatter: torch.Tensor | None = None  # the sum of (x - mean)(x - mean)^T
 
     def update(self, features: torch.Tensor) -> None:
         """features [B, D]."""
+        if not len(features):
+            return
         features = features.double()
-        if self.first is None or self.second is None:
-            dimensions = features.shape[1]
-            self.first = features.new_zeros(dimensions)
-            self.second = features.new_zeros(dimensions, dimensions)
-        self.count += len(features)
-        self.first += features.sum(dim=0)
-        self.second += features.T @ features
+        mean = features.mean(dim=0)
+        centred = features - mean
+        if self.mean is None or self.scatter is None:
+            self.mean, self.scatter = torch.zeros_like(mean), torch.zeros_like(mean).diag()
+        step, count = mean - self.mean, self.count + len(features)
+        self.scatter += centred.T @ centred + torch.outer(step, step) * (self.count * len(features) / count)
+        self.mean += step * (len(features) / count)
+        self.count = count
 
     def compute(self, dimensions: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         """(N, mean [D], unbiased covariance [D, D]) over all ranks; N is at least 2."""
         # a rank without images takes part with zeros
-        first = torch.zeros(dimensions, dtype=torch.float64) if self.first is None else self.first
-        second = torch.zeros(dimensions, dimensions, dtype=torch.float64) if self.second is None else self.second
+        own = torch.zeros(dimensions, dtype=torch.float64) if self.mean is None else self.mean
+        scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64) if self.scatter is None else self.scatter
         count = int(total(torch.tensor(self.count)))
-        mean = total(first) / count
-        covariance = (total(second) - count * torch.outer(mean, mean)) / max(1, count - 1)
+        mean = total(own * self.count) / max(1, count)
+        step = own - mean
+        covariance = total(scatter + self.count * torch.outer(step, step)) / max(1, count - 1)
         return count, mean, covariance
 
 

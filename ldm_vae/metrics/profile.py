@@ -22,8 +22,9 @@ def radial_spectrum(x: torch.Tensor) -> torch.Tensor:
     noise of variance 1 gives 1 everywhere. The mean of each plane is taken out first: it is no texture.
     """
     height, width = x.shape[2:]
+    x = x.double()
     x = x - x.mean(dim=(2, 3), keepdim=True)
-    power = torch.fft.fft2(x.double()).abs().square().mean(dim=1).sum(dim=0) / (height * width)
+    power = torch.fft.fft2(x).abs().square().mean(dim=1).sum(dim=0) / (height * width)
     place = rings(height, width).to(x.device)
     bins = min(height, width) // 2 + 1
     inside = place < bins
@@ -74,7 +75,7 @@ class Profile:
         and deviation, the three spectra."""
         images = int(gather(torch.tensor(self.images)).sum())
         total = {name: gather(value).sum(dim=0) / images for name, value in self.sums.items()}
-        variance = total["square"] - total["mean"].square() + total["noise"]
+        variance = (total["square"] - total["mean"].square()).clamp(min=0) + total["noise"]
         return {
             "kl_nats_per_image": None if total["kl"].isnan().any() else total["kl"].tolist(),
             "mean": total["mean"].tolist(),

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
+from ldm_vae.intervals import t95
 from ldm_vae.metrics.ranks import gather
-
-Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -73,18 +72,3 @@ class Running:
         std = math.sqrt(self.squares / (n - 1))
         half = t95(n - 1) * std / math.sqrt(n)
         return Summary(self.mean, (self.mean - half, self.mean + half), n, std)
-
-
-def t95(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t (Abramowitz & Stegun 26.7.5); within 0.5 % from 4 degrees of freedom on."""
-    exact = {1: 12.7062, 2: 4.30265, 3: 3.18245}
-    if freedom in exact:
-        return exact[freedom]
-    z, v = Z95, float(freedom)
-    return (
-        z
-        + (z**3 + z) / (4 * v)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4)
-    )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_vae import metrics
+from ldm_vae import intervals, metrics
 from ldm_vae.metrics.titles import TITLES, heading, number
 from ldm_vae.report.charts import Series, bar_chart, line_chart
 from ldm_vae.report.contents import Contents
@@ -158,11 +158,11 @@ def _frequencies(power: Sequence[float]) -> list[tuple[float, float]]:
 
 def store(statistics: Json) -> Json:
     """What the latent store measured for config.json, each with its interval."""
-    intervals = statistics.get("ci95") or {}
+    known = intervals.recorded(statistics) or {}
     rows = []
     for name in ("scaling_factor", "shift_factor"):
         if statistics.get(name) is not None:
-            low_high = intervals.get(name)
+            low_high = known.get(name)
             rows.append(
                 {
                     "name": name,
