@@ -24,7 +24,6 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DynamoBackend
 from torch import nn
 
 from ldm_vae import parent
@@ -71,16 +70,16 @@ def build_accelerator(
             f"launch: {asked[0]} is not supported; plain DDP is enough, since the weights, gradients and Adam moments "
             "of an 84 M parameter autoencoder take 1.3 GB"
         )
+    if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
+        raise UsageError(
+            f"launch: --dynamo_backend {backend} would put `_orig_mod.` into the names of weights; expected no, and "
+            "torch_compile: true in the config"
+        )
     waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[waiting], **settings)
     check_processes(accelerator.num_processes, os.environ, _launcher_command())
     if mixed_precision == "fp16" and accelerator.scaler is None:  # ACCELERATE_TORCH_DEVICE puts it on a CPU after all
         raise UsageError(f"mixed_precision: fp16 needs a GPU, got device {accelerator.device}; expected no or bf16")
-    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        raise UsageError(
-            f"launch: --dynamo_backend {accelerator.state.dynamo_plugin.backend.value.lower()} would put `_orig_mod.` "
-            "into the names of weights; expected no, and torch_compile: true in the config"
-        )
     return accelerator
 
 
