@@ -24,6 +24,7 @@ from ldm_vae.cost import Cost, gpu_autocast
 from ldm_vae.data.stream import length
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.fine_tuning import set_trainable
+from ldm_vae.frozen import Frozen
 from ldm_vae.latents import Moments
 from ldm_vae.optim import learning
 from ldm_vae.step import TrainingStep
@@ -50,7 +51,9 @@ def plan(settings: Training) -> Plan:
     Raises:
         UsageError: the config cannot be built.
     """
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1)
+    accelerator = Accelerator(cpu=True)
+    # gradients that wait for the next micro-batch lie beside its activations: two show what any number holds
+    micro_batches = accelerator.gradient_accumulation_steps = min(2, settings.gradient_accumulation_steps)
     with FakeTensorMode(), gpu_autocast(settings.mixed_precision):
         # the base's own weights are not wanted here, its shape is `model`
         vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
@@ -84,10 +87,13 @@ def plan(settings: Training) -> Plan:
             accelerator, network, objective, optimizer, Adversary(settings.adversary), critic, critic_optimizer,
             settings.max_grad_norm,
         )  # fmt: skip
-        with Cost() as first:
-            step(images, noise, settings.adversary.start_images, stored)
-        with Cost() as second:  # the first made Adam's moments
-            step(images, noise, settings.adversary.start_images, stored)
+        costs = []
+        for _ in range(2):  # the first makes Adam's moments
+            with Cost() as cost:
+                for _ in range(micro_batches):
+                    step(images, noise, settings.adversary.start_images, stored)
+            costs.append(cost)
+        first, second = costs
     moments = sum(
         value.untyped_storage().nbytes()
         for one in (optimizer, critic_optimizer)
@@ -97,14 +103,18 @@ def plan(settings: Training) -> Plan:
     )
     held = [vae] if critic is None else [vae, critic]
     weights = sum(_bytes(module) for module in held)
+    looked_through = {id(part.network): part.network for root in (network, objective) for part in root.modules()
+                      if isinstance(part, Frozen)}  # fmt: skip
+    frozen = sum(_bytes(module) for module in looked_through.values())
     return Plan(
         parameters={"autoencoder": count_parameters(vae.parameters())}
         | ({} if critic is None else {"discriminator": count_parameters(critic.parameters())}),
         forward_gflop=forward,
-        step_gflop=second.flops / len(images) / 1e9,
+        step_gflop=second.flops / len(images) / micro_batches / 1e9,
         bytes={
             "weights": weights,
             "averaged weights": _bytes(vae),
+            **({"networks that losses look through": frozen} if frozen else {}),
             "Adam's moments": moments,
             "activations and gradients": max(second.peak_bytes, first.peak_bytes - moments),
         },
