@@ -172,7 +172,7 @@ def describe(settings: Training, processes: int = 1) -> str:
 
 def _on_a_cpu(peak: int) -> str:
     return (
-        f"resident up to about {(RESIDENT * peak + LIBRARIES) / GB:.1f} GB: {RESIDENT} times, since the C library keeps "
+        f"resident up to about {(RESIDENT * peak + LIBRARIES) / GB:.1f} GB: {RESIDENT} times, as the C library keeps "
         f"part of what tensors gave back, and {LIBRARIES / GB} of libraries, which each data worker takes again"
     )
 

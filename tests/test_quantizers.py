@@ -128,6 +128,17 @@ def test_nothing_moves_without_a_graph() -> None:
     assert not torch.equal(before, model.vae.quantize.embedding.weight) and model.bottleneck.uses.any()
 
 
+@pytest.mark.parametrize("quantizer", [{"kind": "vq"}, {"kind": "gumbel"}, {"kind": "fsq", "levels": [4, 4, 2]}])
+def test_a_frozen_encoder_keeps_its_codebook(quantizer: dict[str, Any]) -> None:
+    model = network(codes=32, **quantizer)
+    model.encoder_learns = False
+    before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    forward(model)
+    figures = model.bottleneck.after_update(model.vae)
+    assert ("codes/usage" in figures) == (quantizer["kind"] != "vq")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
 def test_dead_codes_come_back_to_life() -> None:
     model = network(codes=64, kind="vq", restart_images=16)
     book = model.vae.quantize.embedding.weight

@@ -56,7 +56,7 @@ class FiniteScalar(Bottleneck):
         places = ((before.detach() + 1) / 2 * self.most).round().clamp_min(0).minimum(self.most)
         indices = (places.long() * self.strides).sum(dim=1)
         after = F.embedding(indices, book).permute(0, 3, 1, 2)
-        if torch.is_grad_enabled():
+        if self.training:  # with a frozen encoder too
             self.pending.add(torch.bincount(indices.flatten(), minlength=len(book)).to(book.dtype))
         return Encoded(moments, before + (after - before).detach(), Codes(indices, before, after))
 

@@ -51,7 +51,7 @@ class GumbelSoftmax(Bottleneck):
             kl = (log_q.exp() * log_q).sum(dim=2) + math.log(len(book))  # against the uniform prior
         indices = logits.detach().argmax(dim=2)
         ones = torch.ones_like(indices.flatten(), dtype=book.dtype)
-        if torch.is_grad_enabled():
+        if self.training:  # with a frozen encoder too
             self.pending.add(ones.new_zeros(len(book)).index_add_(0, indices.flatten(), ones))
         shape = (len(images), *moments.mean.shape[2:])
         z, after = (part.unflatten(1, shape[1:]).permute(0, 3, 1, 2) for part in (z, F.embedding(indices, book)))

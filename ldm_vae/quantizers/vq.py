@@ -82,6 +82,8 @@ class VectorQuantizer(Bottleneck):
         book, decay = vae.quantize.embedding.weight, self.config.decay
         if self.config.distance == "cosine" and self.config.codebook == "learned":
             book.data.copy_(F.normalize(book.data, dim=1))
+        if self.pending.sum is None:  # the encoder is frozen, and the codebook with it
+            return {}
         found = self.pending.total()
         counts = found[:, -1]
         self.counts.mul_(decay).add_(counts, alpha=1 - decay)
