@@ -186,6 +186,7 @@ def run(name: str, term: TermConfig, network: Network, images: int, batch: int, 
         (total + objective.latent_terms(r, r.images_seen)[0]).backward()
         optimizer.step()
         optimizer.zero_grad()
+        objective.after_update()
         if (seen + batch) // every > seen // every or seen + batch == last:
             curve.append(measure(network, objective, test, seen + batch))
     return {"remedy": name, "seed": seed, "before": curve[0], "after": curve[-1], "curve": curve}

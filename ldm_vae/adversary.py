@@ -10,12 +10,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from pydantic import Field
 from torch import nn
 
+from ldm_vae import collective
 from ldm_vae.config import Section
 from ldm_vae.latents import at_least_fp32
+from ldm_vae.per_update import Pending
 
 
 class AdversaryConfig(Section):
@@ -36,12 +37,13 @@ class AdversaryConfig(Section):
     r1_weight: float = Field(0.0, ge=0)
     """gamma of R1, the discriminator's squared gradient on real images (Mescheder et al. 2018, eq. 9); 0: none."""
     r1_every: int = Field(16, gt=0)
-    """R1 in every so many micro-batches, times as much (lazy regularisation, Karras et al. 2020, section 3.1)."""
+    """R1 in one of so many updates, over its whole batch and times as much (lazy regularisation, Karras et al. 2020,
+    section 3.1)."""
     lecam_weight: float = Field(0.0, ge=0)
-    """lambda of LeCAM, which holds real and fake logits near each other's average: for small data (Tseng et al. 2021,
-    eq. 4); 0: none."""
+    """lambda of LeCAM, which holds real logits near the average of the fake ones and the reverse: for small data (Tseng
+    et al. 2021, eq. 4); 0: none."""
     lecam_halflife_images: int = Field(20_000, gt=0)
-    """Half-life of those averages; the paper's decay of 0.999 at batch 32 is 22,000."""
+    """Half-life of those averages, which move once per update; the paper's decay of 0.999 at batch 32 is 22,000."""
 
     @property
     def enabled(self) -> bool:
@@ -57,6 +59,8 @@ class Adversary(nn.Module):
     def __init__(self, config: AdversaryConfig) -> None:
         super().__init__()
         self.config = config
+        self.logits = Pending()
+        self.images = 0  # of the update under way, over all processes
         self.register_buffer("averages", torch.zeros(2))
         self.register_buffer("updates", torch.zeros(()))
 
@@ -81,7 +85,7 @@ class Adversary(nn.Module):
     # --- regularisers of the discriminator ----------------------------------------------------------------------------
 
     def r1_due(self, images_seen: int, global_batch: int) -> bool:
-        """Whether this micro-batch, of so many images over all processes, pays R1."""
+        """Whether this update, of so many images over all processes and micro-batches, pays R1: all of it or none."""
         return self.config.r1_weight > 0 and images_seen // global_batch % self.config.r1_every == 0
 
     def r1(self, real: torch.Tensor, real_logits: torch.Tensor) -> torch.Tensor:
@@ -93,16 +97,27 @@ class Adversary(nn.Module):
         squared = gradient.square().sum(dim=(1, 2, 3)).mean()
         return 0.5 * self.config.r1_weight * self.config.r1_every * squared
 
-    def lecam(self, accelerator: Accelerator, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-        """lambda * (E relu(D(x) - fake average)^2 + E relu(real average - D(G))^2), after the averages, which are those
-        of all ranks, have moved."""
-        batch = torch.stack([real_logits.detach().mean(), fake_logits.detach().mean()])
-        batch = accelerator.reduce(batch, "mean").to(self.averages)
-        images = len(real_logits) * accelerator.num_processes
-        self.updates += 1
-        keep = 0.5 ** (images / self.config.lecam_halflife_images)
-        # bias-corrected as Adam's moments: the first average is the first batch's, not a thousandth of it
-        self.averages.lerp_(batch, (1.0 - keep) / (1.0 - keep**self.updates))
+    def lecam(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+        """lambda * (E relu(D(x) - fake average)^2 + E relu(real average - D(G))^2) of a micro-batch, with the averages
+        of the updates before it; 0 in the first update, which has none."""
+        self.logits.add(torch.stack([real_logits.detach().mean(), fake_logits.detach().mean()]))
+        self.images += len(real_logits) * collective.world_size()
         real_average, fake_average = self.averages.unbind()
         distance = F.relu(real_logits - fake_average).square() + F.relu(real_average - fake_logits).square()
-        return self.config.lecam_weight * distance.mean()
+        return torch.where(self.updates > 0, self.config.lecam_weight * distance.mean(), 0.0)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Move LeCAM's averages by all micro-batches and ranks of an update that was taken."""
+        if not self.images:
+            return
+        self.updates += 1
+        keep = 0.5 ** (self.images / self.config.lecam_halflife_images)
+        # bias-corrected as Adam's moments: the first average is the first update's, not a thousandth of it
+        self.averages.lerp_(self.logits.mean().to(self.averages), (1.0 - keep) / (1.0 - keep**self.updates))
+        self.images = 0
+
+    def leave_out(self) -> None:
+        """Forget an update that was not taken."""
+        self.logits.clear()
+        self.images = 0

@@ -5,7 +5,7 @@ Legend: B batch, C image channels, c latent channels, H W pixels, h w latent pos
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,13 +19,12 @@ from ldm_vae.latents import Moments
 class Codes:
     """What a quantizer did: indices [B, h, w]; before [B, c, h, w] the encoder's vectors, with their graph; after
     [B, c, h, w] the codebook's rows, with the codebook's graph; kl [B, h, w] in nats against the uniform prior where
-    codes are drawn; figures for the log, the same on every rank."""
+    codes are drawn."""
 
     indices: torch.Tensor
     before: torch.Tensor
     after: torch.Tensor
     kl: torch.Tensor | None = None
-    figures: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,13 @@ class Bottleneck(nn.Module):
         layer: nn.Conv2d = vae.decoder.conv_out
         return layer
 
-    def after_update(self, vae: Any) -> None:
-        """What must hold of the weights again after the optimiser has moved them; nothing by default."""
+    def after_update(self, vae: Any) -> dict[str, torch.Tensor]:
+        """Move its state by all micro-batches of an update that was taken, and restore what must hold of the weights;
+        figures for the log, the same on every rank."""
+        return {}
+
+    def leave_out(self) -> None:
+        """Forget the micro-batches of an update that was not taken."""
 
 
 class GaussianBottleneck(Bottleneck):

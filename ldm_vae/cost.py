@@ -69,7 +69,8 @@ class Cost(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def gpu_autocast(mixed_precision: str) -> Iterator[None]:
     """Inside, networks on the CPU hold what they would on a GPU under autocast (`no`, `bf16`, `fp16`): a GPU's keeps
     norms and what comes out of them in fp32, the CPU's does not. With Stable Diffusion's shape at batch 8 and 256 px
-    the count then is 18.4 GB, an H100 held 18.7; with the CPU's rules it was 12.2."""
+    the count then is 18.4 GB, an H100 held 18.7; with the CPU's rules it was 12.2, so for a
+    CPU under bf16 the count is too high."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     if dtype is None:
         yield

@@ -24,7 +24,6 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DynamoBackend
 from torch import nn
 
 from ldm_vae import parent
@@ -42,37 +41,45 @@ ACCELERATE = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # ACCELERATE_USE_...
 
 
-def build_accelerator(mixed_precision: str = "no", *, ddp_timeout: int = DDP_TIMEOUT, **settings: Any) -> Accelerator:
+def build_accelerator(
+    mixed_precision: str | None = None, *, ddp_timeout: int = DDP_TIMEOUT, **settings: Any
+) -> Accelerator:
     """An Accelerator on the GPUs that are there, else on the CPU (gloo when several processes were launched).
 
     Args:
+        mixed_precision: the config's; None for a program without that knob, which computes in fp32.
         ddp_timeout: seconds that a process waits for another one at a collective before it gives up.
 
     Raises:
-        UsageError: the launch is not what it seems, the precision cannot be had, or a wrapper other than DDP is asked.
+        UsageError: the launch is not what it seems or would change what the config says, the precision cannot be had,
+            or a wrapper other than DDP is asked.
     """
     _watch_the_launcher()
-    cpu = not torch.cuda.is_available()
+    check_agreement(mixed_precision, settings.get("gradient_accumulation_steps"), os.environ, _launcher_command())
+    mixed_precision = mixed_precision or "no"
+    cpu = not torch.cuda.is_available() or _flag(os.environ, "ACCELERATE_USE_CPU")
     if cpu and mixed_precision == "fp16":
         raise UsageError(
             "mixed_precision: fp16 needs a GPU (Accelerate drops the loss scaler on a CPU without a word); "
             "expected no or bf16 here"
         )
     # by what the launcher asked for: on a CPU Accelerate turns FSDP into DDP without a word
-    asked = [name for name in SHARDED if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1")]
+    asked = [name for name in SHARDED if _flag(os.environ, f"ACCELERATE_USE_{name}")]
     if asked:
         raise UsageError(
             f"launch: {asked[0]} is not supported; plain DDP is enough, since the weights, gradients and Adam moments "
             "of an 84 M parameter autoencoder take 1.3 GB"
         )
+    if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
+        raise UsageError(
+            f"launch: --dynamo_backend {backend} would put `_orig_mod.` into the names of weights; expected no, and "
+            "torch_compile: true in the config"
+        )
     waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[waiting], **settings)
     check_processes(accelerator.num_processes, os.environ, _launcher_command())
-    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        raise UsageError(
-            f"launch: --dynamo_backend {accelerator.state.dynamo_plugin.backend.value.lower()} would put `_orig_mod.` "
-            "into the names of weights; expected no, and torch_compile: true in the config"
-        )
+    if mixed_precision == "fp16" and accelerator.scaler is None:  # ACCELERATE_TORCH_DEVICE puts it on a CPU after all
+        raise UsageError(f"mixed_precision: fp16 needs a GPU, got device {accelerator.device}; expected no or bf16")
     return accelerator
 
 
@@ -92,6 +99,48 @@ def check_processes(seen: int, environment: Mapping[str, str], launcher: Sequenc
         )
 
 
+def check_agreement(
+    mixed_precision: str | None, accumulation: int | None, environment: Mapping[str, str], launcher: Sequence[str]
+) -> None:
+    """Raises UsageError where the launcher, or a variable of the environment that Accelerate reads, asks for another
+    precision, number of micro-batches or clipping than the config (None: the program has no such knob); says so on
+    stderr where the config's value holds anyhow.
+
+    Accelerate takes ACCELERATE_GRADIENT_ACCUMULATION_STEPS for the number of micro-batches, whatever it is told, and
+    leaves the launcher's precision aside.
+    """
+    options = _options(launcher) if _is_accelerate(launcher) else {}
+    steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", options.get("gradient_accumulation_steps"))
+    if steps is not None and steps != str(accumulation or steps):
+        raise UsageError(
+            f"gradient_accumulation_steps: the config says {accumulation}, the launch {steps} (--"
+            "gradient_accumulation_steps or ACCELERATE_GRADIENT_ACCUMULATION_STEPS); expected the same, or only the "
+            "config's"
+        )
+    if steps is not None and not steps.isdecimal():
+        raise UsageError(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS: expected a number, got {steps!r}; leave it out")
+    if accumulation is not None and "gradient_clipping" in options:
+        raise UsageError(
+            "launch: --gradient_clipping is for DeepSpeed and would be left aside; expected max_grad_norm in the config"
+        )
+    asked = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked == (mixed_precision or "no"):
+        return
+    if asked != "no" and mixed_precision is not None:
+        raise UsageError(
+            f"mixed_precision: the config says {mixed_precision}, the launch {asked} (--mixed_precision or "
+            "ACCELERATE_MIXED_PRECISION); expected the same, or no for the launch"
+        )
+    # the launcher's own default is no, which is no wish unless it was written
+    if (asked != "no" or "mixed_precision" in options) and environment.get("RANK", "0") == "0":
+        held = "fp32, which is all this program computes in," if mixed_precision is None else mixed_precision
+        print(f"launch: --mixed_precision {asked} is left aside; {held} holds", file=sys.stderr)
+
+
+def _flag(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() in ("true", "1", "yes", "y", "on", "t")  # as Accelerate reads it
+
+
 def _launcher_command() -> list[str]:
     """The command line of `accelerate launch` when it is our parent."""
     try:
@@ -105,15 +154,24 @@ def _is_accelerate(command: Sequence[str]) -> bool:
     return any(Path(word).name in ACCELERATE for word in command)
 
 
+def _options(launcher: Sequence[str]) -> dict[str, str]:
+    """The options of `accelerate launch` itself by name, without those of the program behind them."""
+    start = next(place for place, word in enumerate(launcher) if Path(word).name in ACCELERATE) + 1
+    options = {}
+    for word, following in itertools.pairwise([*launcher[start:], ""]):
+        if word in ("-m", "--module") or word.endswith(".py"):
+            break
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            options[name[2:].replace("-", "_")] = value if equals else following
+    return options
+
+
 def _processes_asked(launcher: Sequence[str]) -> int:
     """`--num_processes N` of the launcher, or what its `--config_file` says; 1 when it says nothing."""
     if not _is_accelerate(launcher):
         return 1
-    options = {}
-    for word, following in itertools.pairwise([*launcher, ""]):
-        name, equals, value = word.partition("=")
-        if name in ("--num_processes", "--num-processes", "--config_file", "--config-file"):
-            options[name[2:].replace("-", "_")] = value if equals else following
+    options = _options(launcher)
     if "num_processes" in options:
         return int(options["num_processes"])
     if "config_file" in options:

@@ -61,11 +61,22 @@ class Objective(nn.Module):
         """Weighted sum of the terms on latents, and each term by name; what the latent carries."""
         losses = {name: term(reconstruction) for name, term in self.terms.items() if term.domain == "latents"}
         total, logs = self._sum(losses, images_seen, reconstruction.pixels)
-        if reconstruction.codes is not None:
-            logs |= reconstruction.codes.figures
         if not reconstruction.moments.is_point:
             logs |= rate(reconstruction.moments, reconstruction.images)
         return total, logs
+
+    def after_update(self) -> None:
+        """Move the state of the terms that have one, by all micro-batches of an update that was taken."""
+        self._tell("after_update")
+
+    def leave_out(self) -> None:
+        """Forget an update that was not taken."""
+        self._tell("leave_out")
+
+    def _tell(self, hook: str) -> None:
+        for term in self.terms.values():
+            if hasattr(term, hook):
+                getattr(term, hook)()
 
     @torch.no_grad()
     def bound(self, logs: Logs, images: torch.Tensor) -> Logs:

@@ -15,14 +15,18 @@ class OptimizerConfig(Section):
     """Adam or AdamW, for the autoencoder and for the discriminator alike."""
 
     kind: Literal["adam", "adamw"] = "adam"
-    """adamw decouples the weight decay; with weight_decay 0 the two are the same."""
+    """What weight_decay does: adamw shrinks the weights beside Adam's step (Loshchilov & Hutter, ICLR 2019), adam adds
+    weight_decay * weight to the gradient, an L2 penalty, which Adam then divides by the gradient's own size. With
+    weight_decay 0 the two are the same."""
     betas: tuple[float, float] = (0.5, 0.9)
     """latent-diffusion's, usual against an adversary; (0.9, 0.999) without one."""
     eps: float = 1e-12
     """Losses are means per pixel value, so gradients are smaller than latent-diffusion's by C * H * W: with the usual
     1e-8 Adam's step would no longer be free of the scale."""
     weight_decay: float = 0.0
-    """Pull towards zero per update, times the learning rate."""
+    """adamw: each update takes learning_rate * weight_decay of every weight, biases and norms included. adam: added to
+    the gradient, so it pulls hardest where gradients are small; losses are means per pixel value, beside which 1e-2 is
+    large."""
 
     def build(self, parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
         make: Any = torch.optim.AdamW if self.kind == "adamw" else torch.optim.Adam

@@ -24,6 +24,7 @@ from ldm_vae.cost import Cost, gpu_autocast
 from ldm_vae.data.stream import length
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.fine_tuning import set_trainable
+from ldm_vae.frozen import Frozen
 from ldm_vae.latents import Moments
 from ldm_vae.optim import learning
 from ldm_vae.step import TrainingStep
@@ -31,12 +32,16 @@ from ldm_vae.stored_pairs import drop_encoder
 from ldm_vae.training import Training, build_autoencoder, build_discriminator, build_network, build_objective
 
 GB = 1e9
+# resident memory of a process on a CPU over what its tensors hold, beside LIBRARIES: 1.42 to 1.43 in trainings of 0.2
+# to 0.4 GB; with MALLOC_MMAP_THRESHOLD_=65536, where the C library's heap keeps nothing, 1.12: convolutions' workspace
+RESIDENT = 1.5
+LIBRARIES = 0.9e9  # torch and what else is imported
 
 
 @dataclass(frozen=True)
 class Plan:
     """parameters by network; GFLOP an image of each forward pass, and of a whole step with the adversary active;
-    bytes of a process by what holds them."""
+    bytes of the tensors of a process by what holds them (a teacher's network, which is not loaded, left out)."""
 
     parameters: dict[str, int]
     forward_gflop: dict[str, float]
@@ -44,13 +49,15 @@ class Plan:
     bytes: dict[str, int]
 
 
-def plan(settings: Training) -> Plan:
+def plan(settings: Training, processes: int = 1) -> Plan:
     """Count a step of this config: shapes alone, on any machine, in seconds.
 
     Raises:
         UsageError: the config cannot be built.
     """
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1)
+    accelerator = Accelerator(cpu=True)
+    # gradients that wait for the next micro-batch lie beside its activations: two show what any number holds
+    micro_batches = accelerator.gradient_accumulation_steps = min(2, settings.gradient_accumulation_steps)
     with FakeTensorMode(), gpu_autocast(settings.mixed_precision):
         # the base's own weights are not wanted here, its shape is `model`
         vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
@@ -84,10 +91,13 @@ def plan(settings: Training) -> Plan:
             accelerator, network, objective, optimizer, Adversary(settings.adversary), critic, critic_optimizer,
             settings.max_grad_norm,
         )  # fmt: skip
-        with Cost() as first:
-            step(images, noise, settings.adversary.start_images, stored)
-        with Cost() as second:  # the first made Adam's moments
-            step(images, noise, settings.adversary.start_images, stored)
+        costs = []
+        for _ in range(2):  # the first makes Adam's moments
+            with Cost() as cost:
+                for _ in range(micro_batches):
+                    step(images, noise, settings.adversary.start_images, stored)
+            costs.append(cost)
+        first, second = costs
     moments = sum(
         value.untyped_storage().nbytes()
         for one in (optimizer, critic_optimizer)
@@ -97,14 +107,20 @@ def plan(settings: Training) -> Plan:
     )
     held = [vae] if critic is None else [vae, critic]
     weights = sum(_bytes(module) for module in held)
+    looked_through = {id(part.network): part.network for root in (network, objective) for part in root.modules()
+                      if isinstance(part, Frozen)}  # fmt: skip
+    frozen = sum(_bytes(module) for module in looked_through.values())
     return Plan(
         parameters={"autoencoder": count_parameters(vae.parameters())}
         | ({} if critic is None else {"discriminator": count_parameters(critic.parameters())}),
         forward_gflop=forward,
-        step_gflop=second.flops / len(images) / 1e9,
+        step_gflop=second.flops / len(images) / micro_batches / 1e9,
         bytes={
             "weights": weights,
             "averaged weights": _bytes(vae),
+            # beside the gradients themselves
+            **({"buckets of DDP": 4 * count_parameters(learning([network, *held[1:]]))} if processes > 1 else {}),
+            **({"networks that losses look through": frozen} if frozen else {}),
             "Adam's moments": moments,
             "activations and gradients": max(second.peak_bytes, first.peak_bytes - moments),
         },
@@ -133,24 +149,32 @@ def describe(settings: Training, processes: int = 1) -> str:
     """
     vae = _outline(settings)
     check_resolution(settings.resolution, downsampling_factor(vae))
-    found = plan(settings)
-    peak = sum(found.bytes.values())
+    found = plan(settings, processes)
     global_batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
     latent = build_network(settings, vae, outline=True).latent_shape(settings.resolution, settings.resolution)
     millions = {name: f"{count / 1e6:.2f} M" for name, count in found.parameters.items()}
     forward = {name: f"{count:.3g}" for name, count in found.forward_gflop.items() if count}
     memory = {name: f"{count / GB:.2f}" for name, count in found.bytes.items()}
+    peak = sum(found.bytes.values())
     batch = f"{settings.train_batch_size} images of {settings.resolution} px"
     lines = {
         "parameters": f"{_listed(millions)}; f {downsampling_factor(vae)}, latents {' x '.join(map(str, latent))}",
         "GFLOP an image": f"forward {_listed(forward)}; a training step with all that plays {found.step_gflop:.4g}",
         "memory, GB": f"{_listed(memory)}; peak about {peak / GB:.1f} in a process with {batch}",
+        "on a CPU": "" if torch.cuda.is_available() else _on_a_cpu(peak),
         "init_from": _found_base(settings),
         "data": _found_data(settings.data, global_batch, settings.max_train_images),
         "validation_data": _found_data(settings.validation_data),
     }
     comments = "".join(f"# {name + ':':16} {text}\n" for name, text in lines.items() if text)
     return f"{config.dump(settings)}{comments}"
+
+
+def _on_a_cpu(peak: int) -> str:
+    return (
+        f"resident up to about {(RESIDENT * peak + LIBRARIES) / GB:.1f} GB: {RESIDENT} times, as the C library keeps "
+        f"part of what tensors gave back, and {LIBRARIES / GB} of libraries, which each data worker takes again"
+    )
 
 
 def _outline(settings: Training) -> Any:

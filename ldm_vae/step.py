@@ -47,7 +47,8 @@ class TrainingStep:
 
         stored: the images' moments, where the decoder alone is trained.
 
-        With gradient accumulation each call is one micro-batch; weights change at the last of them.
+        With gradient accumulation each call is one micro-batch, all of an update with the same `images_seen`; weights,
+        and whatever else moves, move at the last of them.
         """
         networks = [self.model] if self.discriminator is None else [self.model, self.discriminator]
         with self.accelerator.accumulate(*networks):
@@ -83,9 +84,17 @@ class TrainingStep:
         if self.accelerator.sync_gradients:  # the objective is no DDP module: its terms run on a cut graph
             for parameter in own:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        logs |= self._update(self.optimizer, "autoencoder", learning([self.model, self.objective]))
-        self._network.bottleneck.after_update(self._network.vae)
-        return logs
+        if not self.accelerator.sync_gradients:
+            return logs
+        taken, update_logs = self._update(self.optimizer, "autoencoder", learning([self.model, self.objective]))
+        bottleneck = self._network.bottleneck
+        if taken:
+            self.objective.after_update()
+            update_logs |= bottleneck.after_update(self._network.vae)
+        else:
+            self.objective.leave_out()
+            bottleneck.leave_out()
+        return logs | update_logs
 
     def _adversary_cotangent(
         self, pixels: torch.Tensor, pixel_cotangent: torch.Tensor, last_hidden: torch.Tensor
@@ -107,7 +116,8 @@ class TrainingStep:
 
     def _discriminator(self, real: torch.Tensor, fake: torch.Tensor, images_seen: int) -> Logs:
         assert self.discriminator is not None
-        r1_due = self.adversary.r1_due(images_seen, len(real) * self.accelerator.num_processes)
+        micro_batches = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
+        r1_due = self.adversary.r1_due(images_seen, len(real) * micro_batches)
         real = real.detach().requires_grad_(r1_due)
         # one forward over both halves: DDP allows one per backward, and the default group norm does not mix images
         real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
@@ -117,27 +127,53 @@ class TrainingStep:
             penalty = self.adversary.r1(real, real_logits)
             loss, logs = loss + penalty, logs | {"adversary/r1": penalty.detach()}
         if self.adversary.config.lecam_weight > 0:
-            penalty = self.adversary.lecam(self.accelerator, real_logits, fake_logits)
+            penalty = self.adversary.lecam(real_logits, fake_logits)
             loss, logs = loss + penalty, logs | {"adversary/lecam": penalty.detach()}
         self.accelerator.backward(loss)
-        return logs | self._update(self.discriminator_optimizer, "discriminator", learning([self.discriminator]))
+        if not self.accelerator.sync_gradients:
+            return logs
+        parameters = learning([self.discriminator])
+        taken, update_logs = self._update(self.discriminator_optimizer, "discriminator", parameters)
+        if taken:
+            self.adversary.after_update()
+            critic = self.accelerator.unwrap_model(self.discriminator)
+            if hasattr(critic, "after_update"):
+                critic.after_update()
+        else:
+            self.adversary.leave_out()
+        return logs | update_logs
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _update(self, optimizer: Any, name: str, parameters: list[nn.Parameter]) -> Logs:
+    def _update(self, optimizer: Any, name: str, parameters: list[nn.Parameter]) -> tuple[bool, Logs]:
+        """End an update: whether the weights moved, or the update was left out; its logs."""
+        # of this optimiser alone: accelerator.clip_grad_norm_ unscales all of them, and the discriminator's earlier
+        # micro-batches would be divided twice
+        self.accelerator.unscale_gradients(optimizer)
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(parameters, limit).detach()
         logs: Logs = {}
-        if self.accelerator.sync_gradients:
-            limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-            norm = self.accelerator.clip_grad_norm_(parameters, limit).detach()
-            if self.skip_nan:  # gradients are averaged over the ranks, so all of them skip or none does
-                skipped = not bool(torch.isfinite(norm))
-                if skipped:
-                    optimizer.zero_grad()
-                logs[f"skipped/{name}"] = norm.new_tensor(float(skipped))
-            logs[f"gradient_norm/{name}"] = norm
+        taken = True
+        if self.skip_nan:  # gradients are averaged over the ranks, so all of them skip or none does
+            taken = bool(torch.isfinite(norm))
+            if not taken:
+                optimizer.zero_grad()
+            logs[f"skipped/{name}"] = norm.new_tensor(float(not taken))
+        self._optimizer_step(optimizer)
+        if getattr(optimizer, "step_was_skipped", False):  # the fp16 scaler looks for its scale: no norm to speak of
+            return False, logs
+        return taken, logs | {f"gradient_norm/{name}": norm}
+
+    def _optimizer_step(self, optimizer: Any) -> None:
+        scaler = self.accelerator.scaler
+        before = None if scaler is None else scaler.get_scale()
         optimizer.step()
         optimizer.zero_grad()
-        return logs
+        if scaler is not None and (ratio := scaler.get_scale() / before) != 1 and self.discriminator is not None:
+            # its earlier micro-batches hold gradients times the scale that was
+            for parameter in learning([self.discriminator]):
+                if parameter.grad is not None:
+                    parameter.grad *= ratio
 
     @property
     def _network(self) -> TrainableAutoencoder:

@@ -38,7 +38,7 @@ GLOBAL_BATCH, STEPS = 8, 20
 
 
 def train(
-    accelerator: Any, accumulation: int, broken: str = "", codebook: Any = None, terms: Any = None, **adversary: float
+    accelerator: Any, accumulation: int, broken: str = "", codebook: Any = None, terms: Any = None, **adversary: Any
 ) -> dict[str, torch.Tensor]:
     codebook = codebook or {}
     accelerator.gradient_accumulation_steps = accumulation
@@ -71,21 +71,25 @@ def train(
     reduce = accelerator.reduce
     if broken == "no_reduce":
         accelerator.reduce = lambda tensor, *_args, **_kwargs: tensor
-    share = GLOBAL_BATCH // accelerator.num_processes
+    whole = GLOBAL_BATCH // accumulation  # of a micro-batch, over all processes
+    share = whole // accelerator.num_processes
     first: dict[str, torch.Tensor] = {}
     for number in range(STEPS * accumulation):
-        start = number * GLOBAL_BATCH + accelerator.process_index * share
+        start = number * whole + accelerator.process_index * share
         positions = range(start, start + share)
         images = keyed.normal(1, "images", positions, (3, 16, 16)).double().tanh()
         # images of unequal brightness: with equal ones an unreduced adaptive weight would hardly show
         images *= torch.tensor([0.2 + (position % GLOBAL_BATCH) / 8 for position in positions]).view(-1, 1, 1, 1)
-        logs = step(images, posterior_noise(2, positions, network.noise_shape(16, 16)).double(), number * GLOBAL_BATCH)
+        noise = posterior_noise(2, positions, network.noise_shape(16, 16)).double()
+        logs = step(images, noise, number // accumulation * GLOBAL_BATCH)
         if not first:
             first = {f"first.{name}": reduce(value, "mean") for name, value in logs.items() if "health" not in name}
     accelerator.reduce = reduce
     weights = {name: value for name, value in network.state_dict().items() if isinstance(value, torch.Tensor)}
     weights |= {f"critic.{name}": value for name, value in critic.state_dict().items()}
-    weights |= {f"objective.{name}": value.double() for name, value in objective.state_dict().items()}
+    weights |= {f"objective.{name}": value.double() for name, value in objective.state_dict().items()
+                if isinstance(value, torch.Tensor)}  # fmt: skip
+    weights |= {f"adversary.{name}": value for name, value in step.adversary.state_dict().items()}
     return first | {name: value.detach().clone().contiguous() for name, value in weights.items()}
 
 
@@ -103,6 +107,11 @@ def main() -> None:
         ("controlled", 1, "", {"terms": controlled}),
         ("regularised", 1, "", regularisers),
         ("accumulated", 2, "", {}),
+        *(
+            (f"{name}_{parts}", parts, "", {"adaptive": False} | more)
+            for parts in (1, 2)
+            for name, more in (("game", regularisers | {"terms": controlled}), ("codes", {"codebook": followed}))
+        ),
         ("no_reduce", 1, "no_reduce", {}),
         ("bypass", 1, "bypass", {}),
     ):

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from conftest import write_images
 from forked import fork
 from torch import nn
@@ -36,7 +35,7 @@ def test_r1_of_a_linear_discriminator_is_its_weight() -> None:
     torch.testing.assert_close(layer.weight.grad, 10.0 * 4 * layer.weight.detach() / patches)
 
 
-def test_r1_is_lazy_and_counts_micro_batches_of_all_processes() -> None:
+def test_r1_is_lazy_and_counts_updates() -> None:
     game = Adversary(AdversaryConfig(r1_weight=1.0, r1_every=4))
     assert [game.r1_due(images, 8) for images in range(0, 64, 8)] == [True, False, False, False] * 2
     assert not Adversary(AdversaryConfig()).r1_due(0, 8)
@@ -44,17 +43,21 @@ def test_r1_is_lazy_and_counts_micro_batches_of_all_processes() -> None:
 
 def test_lecam_is_the_papers() -> None:
     game = Adversary(AdversaryConfig(lecam_weight=0.5, lecam_halflife_images=4)).double()
-    accelerator = Accelerator(cpu=True)
     draw = torch.Generator().manual_seed(0)
     averages = torch.zeros(2, dtype=torch.float64)
     for step in range(1, 6):
         real, fake = (torch.randn(4, 1, 3, 3, generator=draw, dtype=torch.float64) for _ in range(2))
-        loss = game.lecam(accelerator, real, fake)
-        # four images a step are a half-life: each batch counts twice the one before
+        loss = game.lecam(real, fake)
+        game.after_update()
+        if step == 1:
+            assert loss.item() == 0.0  # there is no average yet
+        else:
+            real_average, fake_average = averages / (1 - 0.5 ** (step - 1))
+            expected = (real - fake_average).clamp_min(0).square() + (real_average - fake).clamp_min(0).square()
+            assert loss.item() == pytest.approx(0.5 * expected.mean().item(), rel=1e-9)
+        # four images an update are a half-life: each counts twice the one before
         averages = averages * 0.5 + 0.5 * torch.stack([real.mean(), fake.mean()])
-        real_average, fake_average = averages / (1 - 0.5**step)
-        expected = (real - fake_average).clamp_min(0).square() + (real_average - fake).clamp_min(0).square()
-        assert loss.item() == pytest.approx(0.5 * expected.mean().item(), rel=1e-9)
+        torch.testing.assert_close(game.averages, averages / (1 - 0.5**step))
     assert set(game.state_dict()) == {"averages", "updates"}
 
 

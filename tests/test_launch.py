@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from ldm_vae.errors import UsageError
-from ldm_vae.launch import StopSignal, build_accelerator, check_processes, check_ranks_agree
+from ldm_vae.launch import StopSignal, build_accelerator, check_agreement, check_processes, check_ranks_agree
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +48,67 @@ def test_several_that_silently_became_one_are_refused(tmp_path: Path) -> None:
         check_processes(1, {}, ["python", "accelerate", "launch", f"--config_file={tmp_path / 'two.yaml'}", "x.py"])
     check_processes(1, {}, ["accelerate", "launch", "--num_processes", "1", "x.py"])
     check_processes(1, {}, ["bash", "-c", "something --num_processes 2"])
+
+
+LAUNCHER = ["accelerate", "launch"]
+STEPS, PRECISION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION"
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "field", "theirs"),
+    [
+        ({STEPS: "3"}, [], "gradient_accumulation_steps", "3"),
+        ({STEPS: "1"}, [], "gradient_accumulation_steps", "1"),
+        ({STEPS: "auto"}, [], "gradient_accumulation_steps", "auto"),
+        ({}, ["--gradient_accumulation_steps", "3"], "gradient_accumulation_steps", "3"),
+        ({}, ["--gradient-accumulation-steps=3"], "gradient_accumulation_steps", "3"),
+        ({PRECISION: "fp16"}, [], "mixed_precision", "fp16"),
+        ({PRECISION: "fp8"}, ["--mixed_precision", "fp8"], "mixed_precision", "fp8"),
+        ({}, ["--gradient_clipping", "1.0"], "gradient_clipping", "max_grad_norm"),
+    ],
+)
+def test_a_launch_that_would_change_the_config_is_refused(
+    environment: dict[str, str], options: list[str], field: str, theirs: str
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        check_agreement("bf16", 2, environment, [*LAUNCHER, *options, "-m", "train.autoencoder", "x.yaml"])
+    assert field in str(refused.value) and theirs in str(refused.value)
+
+
+def test_a_launch_that_agrees_is_taken_and_what_is_left_aside_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    program = ["-m", "train.autoencoder", "x.yaml", "--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"]
+    check_agreement("bf16", 2, {STEPS: "2", PRECISION: "bf16"}, [*LAUNCHER, *program])
+    check_agreement("bf16", 2, {PRECISION: "no"}, [*LAUNCHER, *program])  # the launcher's default, no wish
+    check_agreement("no", 1, {}, [])
+    check_agreement(None, None, {STEPS: "4", PRECISION: "no"}, [])  # nothing accumulates there
+    assert capsys.readouterr().err == ""
+    check_agreement("bf16", 2, {PRECISION: "no"}, [*LAUNCHER, "--mixed_precision", "no", *program])
+    said = capsys.readouterr().err
+    assert "--mixed_precision no" in said and "bf16" in said
+    check_agreement(None, None, {PRECISION: "fp16"}, [])
+    said = capsys.readouterr().err
+    assert "--mixed_precision fp16" in said and "fp32" in said
+    check_agreement(None, None, {PRECISION: "fp16", "RANK": "1"}, [])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {STEPS: "3"},
+        {STEPS: "many"},
+        {PRECISION: "bf16"},
+        {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+        {"ACCELERATE_USE_FSDP": "true"},
+        {"ACCELERATE_USE_DEEPSPEED": "yes"},
+    ],
+    ids=lambda variables: " ".join(f"{name}={value}" for name, value in variables.items()),
+)
+def test_no_variable_changes_a_training_in_silence(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError):
+        build_accelerator("no", gradient_accumulation_steps=2)
 
 
 def test_a_launch_that_is_silently_one_ends_with_status_2(tmp_path: Path) -> None:

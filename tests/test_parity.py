@@ -12,7 +12,7 @@ from test_launch import TWO, launch
 
 Tensors = dict[str, torch.Tensor]
 
-# seven scenarios of 20 steps in one launch: a minute on a quiet machine, five where other work shares the cores
+# eleven scenarios of 20 steps in one launch: a minute on a quiet machine, five where other work shares the cores
 pytestmark = pytest.mark.timeout(1200)
 
 
@@ -39,7 +39,9 @@ def distance(ours: Tensors, theirs: Tensors, prefix: str = "") -> float:
     return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-12)) for name in names)
 
 
-@pytest.mark.parametrize("scenario", ["plain", "codebook", "controlled", "regularised", "accumulated"])
+@pytest.mark.parametrize(
+    "scenario", ["plain", "codebook", "controlled", "regularised", "accumulated", "game_2", "codes_2"]
+)
 def test_one_process_and_two_are_the_same(results: Path, scenario: str) -> None:
     one, two, other = load(results, scenario)
     assert all(torch.equal(two[name], other[name]) for name in two), "the ranks are not bit-equal"
@@ -68,6 +70,20 @@ def test_going_round_ddp_is_seen(results: Path) -> None:
 
 
 def test_accumulation_is_its_own_thing(results: Path) -> None:
-    # the adaptive weight is per micro-batch: two micro-batches are not one batch of twice the size; documented
+    # the adaptive weight is per micro-batch, so two micro-batches are not one batch of twice the size; documented
     plain, accumulated = load(results, "plain")[0], load(results, "accumulated")[0]
     assert distance(plain, accumulated, "vae.") > 1e-6
+
+
+@pytest.mark.parametrize("scenario", ["game", "codes"])
+def test_with_a_fixed_weight_two_micro_batches_are_one_batch(results: Path, scenario: str) -> None:
+    """R1, LeCAM, controller and variance; a codebook with its restarts: on one process and on two."""
+    whole, halves, on_two = (
+        *(load(results, f"{scenario}_{parts}")[0] for parts in (1, 2)),
+        load(results, f"{scenario}_2")[1],
+    )
+    for other in (halves, on_two):
+        ours = {
+            name: value for name, value in other.items() if not name.startswith("first.") and "to_k.bias" not in name
+        }
+        assert distance(ours, whole) < 1e-9

@@ -64,26 +64,46 @@ def test_memory_is_the_most_that_lives_at_one_time() -> None:
     assert cost.peak_bytes == 2 * 4000 and cost.bytes == 4000 and len(view) == 10
 
 
-def test_the_plan_is_what_the_real_step_does() -> None:
-    found = plan(settings())
-    accelerator = Accelerator(cpu=True)
-    chosen = settings()
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_plan_is_what_the_real_step_does(accumulation: int) -> None:
+    chosen = settings(gradient_accumulation_steps=accumulation)
+    found = plan(chosen)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     network = TrainableAutoencoder(chosen.model.build().train())
     critic = PatchGAN(width=8, layers=1).build()
     optimizers = [chosen.optimizer.build(module.parameters(), 1e-4) for module in (network, critic)]
     step = TrainingStep(
-        accelerator, network, Objective({"l1": L1(), "kl": KL()}), optimizers[0],
-        Adversary(AdversaryConfig(weight=0.5)), critic, optimizers[1],
+        accelerator, network, Objective({"l1": L1(), "kl": KL()}), accelerator.prepare(optimizers[0]),
+        Adversary(AdversaryConfig(weight=0.5)), critic, accelerator.prepare(optimizers[1]),
     )  # fmt: skip
     images, noise = torch.zeros(2, 3, 32, 32), torch.zeros(2, 4, 16, 16)
-    step(images, noise)
+
+    def update() -> None:
+        for _ in range(accumulation):
+            step(images, noise)
+
+    update()
     with Cost() as real:
-        step(images, noise)
-    assert found.step_gflop == pytest.approx(real.flops / 2 / 1e9, rel=1e-6)
+        update()
+    assert found.step_gflop == pytest.approx(real.flops / accumulation / 2 / 1e9, rel=1e-6)
     assert found.bytes["activations and gradients"] == pytest.approx(real.peak_bytes, rel=0.02)
     weights = [parameter for module in (network, critic) for parameter in module.parameters()]
     assert found.bytes["weights"] == sum(4 * parameter.numel() for parameter in weights)
     assert found.bytes["Adam's moments"] == pytest.approx(2 * found.bytes["weights"], rel=0.01)
+
+
+def test_what_losses_look_through_is_counted() -> None:
+    found = plan(settings(resolution=64, losses={"l1": {}, "lpips": {"net": "alex"}}))
+    network = LPIPSConfig(net="alex").outline().network
+    expected = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    assert found.bytes["networks that losses look through"] == expected > 9e6
+    assert "networks that losses look through" not in plan(settings()).bytes
+
+
+def test_a_variable_of_accelerate_does_not_change_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = plan(settings())
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert plan(settings()) == expected
 
 
 def test_what_saves_memory_shows_and_what_costs_shows() -> None:

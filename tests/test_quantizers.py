@@ -45,6 +45,13 @@ def forward(model: TrainableAutoencoder, count: int = 4, images_seen: int = 0, s
     return model(images(count, seed), noise, images_seen)
 
 
+def update(model: TrainableAutoencoder, images_seen: int = 0, seed: int = 0) -> Any:
+    """A forward, and what the codebook makes of it."""
+    r = forward(model, images_seen=images_seen, seed=seed)
+    model.bottleneck.after_update(model.vae)
+    return r
+
+
 def diffusers_indices(vae: VQModel, h: torch.Tensor) -> torch.Tensor:
     return vae.quantize(h)[2][2].view(len(h), *h.shape[2:])
 
@@ -100,7 +107,7 @@ def test_the_codebook_follows_the_closed_form_average() -> None:
     book = model.vae.quantize.embedding.weight
     counts, sums = torch.ones(8), book.detach().clone()
     for seed in range(3):
-        r = forward(model, seed=seed)
+        r = update(model, seed=seed)
         vectors, indices = r.codes.before.detach().permute(0, 2, 3, 1).flatten(0, 2), r.codes.indices.flatten()
         found = torch.stack([vectors[indices == code].sum(dim=0) for code in range(8)])
         number = torch.bincount(indices, minlength=8).float()
@@ -114,7 +121,22 @@ def test_nothing_moves_without_a_graph() -> None:
     before = model.vae.quantize.embedding.weight.clone()
     with torch.no_grad():
         forward(model)
+    assert model.bottleneck.pending.sum is None
+    forward(model)  # a micro-batch that is not the last of its update
     assert torch.equal(before, model.vae.quantize.embedding.weight) and not model.bottleneck.uses.any()
+    model.bottleneck.after_update(model.vae)
+    assert not torch.equal(before, model.vae.quantize.embedding.weight) and model.bottleneck.uses.any()
+
+
+@pytest.mark.parametrize("quantizer", [{"kind": "vq"}, {"kind": "gumbel"}, {"kind": "fsq", "levels": [4, 4, 2]}])
+def test_a_frozen_encoder_keeps_its_codebook(quantizer: dict[str, Any]) -> None:
+    model = network(codes=32, **quantizer)
+    model.encoder_learns = False
+    before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    forward(model)
+    figures = model.bottleneck.after_update(model.vae)
+    assert ("codes/usage" in figures) == (quantizer["kind"] != "vq")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
 def test_dead_codes_come_back_to_life() -> None:
@@ -124,30 +146,30 @@ def test_dead_codes_come_back_to_life() -> None:
         book[32:] += 100.0  # nothing will ever be near these
         model.bottleneck.sums.copy_(book)
     for seen in (0, 4, 8, 12):
-        forward(model, images_seen=seen, seed=seen)
+        update(model, images_seen=seen, seed=seen)
         assert (book[32:] > 50).all()
-    r = forward(model, images_seen=16, seed=16)
+    r = update(model, images_seen=16, seed=16)
     vectors = r.codes.before.detach().permute(0, 2, 3, 1).flatten(0, 2)
     assert (torch.cdist(book[32:], vectors).amin(dim=1) < 1e-2).all()
-    assert forward(model, images_seen=20, seed=20).codes.indices.max() >= 32
+    assert update(model, images_seen=20, seed=20).codes.indices.max() >= 32
     other = network(codes=64, kind="vq", restart_images=None)
     with torch.no_grad():
         other.vae.quantize.embedding.weight[32:] += 100.0
         other.bottleneck.sums.copy_(other.vae.quantize.embedding.weight)
     for seen in range(0, 64, 4):
-        forward(other, images_seen=seen)
+        update(other, images_seen=seen)
     assert (other.vae.quantize.embedding.weight[32:] > 50).all()
 
 
 def test_statistics_go_on_after_a_resume() -> None:
     model, resumed = network(kind="vq", restart_images=8), network(kind="vq", restart_images=8)
     for seen in (0, 4, 8):
-        forward(model, images_seen=seen, seed=seen)
+        update(model, images_seen=seen, seed=seen)
     resumed.vae.load_state_dict(model.vae.state_dict())
     resumed.bottleneck.load_state_dict(model.bottleneck.state_dict())
     for one in (model, resumed):
-        forward(one, images_seen=12, seed=3)
-        forward(one, images_seen=16, seed=4)
+        update(one, images_seen=12, seed=3)
+        update(one, images_seen=16, seed=4)
     assert torch.equal(model.vae.quantize.embedding.weight, resumed.vae.quantize.embedding.weight)
 
 

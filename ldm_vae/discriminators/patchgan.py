@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 from ldm_vae.config import Part
 from ldm_vae.latents import at_least_fp32
@@ -24,8 +25,9 @@ class Config(Part):
     layers: int = 3
     """Layers of stride 2: the side of a patch is 16, 34, 70, 142 px for 1, 2, 3, 4."""
     norm: Norm = "group"
-    """group, spectral and none do not depend on the other images, so that any number of processes trains the same
-    network; batch (as published) makes the result depend on the batch of a process; sync_batch needs GPUs."""
+    """group, spectral and none do not depend on the other images, so that any number of processes and micro-batches
+    trains the same network; batch (as published) makes the result depend on the micro-batch of a process; sync_batch,
+    which needs GPUs, on that of all processes."""
 
     def build(self, in_channels: int = 3) -> PatchGAN:
         return PatchGAN(in_channels, self.width, self.layers, self.norm)
@@ -47,6 +49,24 @@ class PatchGAN(nn.Module):
         self.network = nn.Sequential(
             *modules, _convolution(channels, 1, 1, "spectral" if norm == "spectral" else "none")
         )
+        self.train()
+
+    def train(self, mode: bool = True) -> PatchGAN:
+        super().train(mode)
+        for layer in self._spectral():  # torch iterates in every forward, which an update may have several of
+            layer.parametrizations["weight"].eval()
+        return self
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """One power iteration of each spectral norm, for the weights that the update has left."""
+        for layer in self._spectral():
+            layer.parametrizations["weight"].train()
+            _ = layer.weight
+            layer.parametrizations["weight"].eval()
+
+    def _spectral(self) -> list[Any]:
+        return [layer for layer in self.network if is_parametrized(layer)]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.network(images)

@@ -9,7 +9,9 @@ It may further have
 
 - `needs`: "posterior" (a Gaussian q(z|x)) or "codes" (a codebook): a model without it is refused before the run starts;
 - `figures()`: scalars of its own for the log, after a forward;
-- `attach(network)`: called once with the TrainableAutoencoder, for a term that watches the network's inside.
+- `attach(network)`: called once with the TrainableAutoencoder, for a term that watches the network's inside;
+- `after_update()`: called once per update, which may be several forwards (gradient accumulation): state moves here and
+  not in forward; and `leave_out()`, called in its stead when the update was not taken (ldm_vae/per_update.py).
 
 Every term is a mean per pixel value, so that a weight means the same at every resolution. Terms are computed in fp32.
 """

@@ -8,13 +8,14 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ldm_vae import collective
 from ldm_vae.autoencoder import Reconstruction
 from ldm_vae.losses import TermConfig
+from ldm_vae.per_update import LastUpdate
 
 
 class Capacity(nn.Module):
-    """|KL - C(images seen)|, nats per pixel value; the KL is that of the global batch."""
+    """|KL - C(images seen)|, nats per pixel value. On which side of C the KL is, is decided by the last update's global
+    batch (in the first update by each micro-batch's own): |mean| is not the mean of each part's own."""
 
     domain = "latents"
     needs = "posterior"
@@ -23,13 +24,19 @@ class Capacity(nn.Module):
         super().__init__()
         self.nats = nats
         self.images = images
+        self.rate = LastUpdate()
 
     def forward(self, reconstruction: Reconstruction) -> torch.Tensor:
         capacity = self.nats * min(1.0, reconstruction.images_seen / self.images)
-        excess = reconstruction.moments.kl().sum() / len(reconstruction.images) - capacity
-        # the side is asked of all ranks together: |mean| is not the mean of each rank's own
-        side = torch.where(collective.mean(excess) < 0, -1.0, 1.0)
-        return side * excess / reconstruction.images[0].numel()
+        nats = reconstruction.moments.kl().sum() / len(reconstruction.images)
+        side = torch.where(self.rate.see(nats) < capacity, -1.0, 1.0)
+        return side * (nats - capacity) / reconstruction.images[0].numel()
+
+    def after_update(self) -> None:
+        self.rate.after_update()
+
+    def leave_out(self) -> None:
+        self.rate.leave_out()
 
 
 class Config(TermConfig):

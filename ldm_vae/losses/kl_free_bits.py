@@ -13,13 +13,17 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ldm_vae import collective
 from ldm_vae.autoencoder import Reconstruction
 from ldm_vae.losses import TermConfig
+from ldm_vae.per_update import LastUpdate
 
 
 class FreeBits(nn.Module):
-    """sum over groups of max(floor, KL of the group), the KL averaged over the global batch; nats per pixel value."""
+    """sum over groups of max(floor, KL of the group), the KL averaged over the batch; nats per pixel value.
+
+    Which groups are above the floor is decided by the last update's global batch (in the first update by each
+    micro-batch's own, as in the paper): the gradient is then the same however an update is divided.
+    """
 
     domain = "latents"
     needs = "posterior"
@@ -28,14 +32,20 @@ class FreeBits(nn.Module):
         super().__init__()
         self.floor = bits * math.log(2)
         self.per = per
+        self.rates = LastUpdate()
 
     def forward(self, reconstruction: Reconstruction) -> torch.Tensor:
         kl = reconstruction.moments.kl().mean(dim=0)  # [c, h, w] nats
         groups = kl.sum(dim=(1, 2)) if self.per == "channel" else kl
-        # which groups are above the floor is asked of all ranks together: the gradient is then that of the whole batch
-        above = collective.mean(groups) > self.floor
+        above = self.rates.see(groups) > self.floor
         nats = torch.where(above, groups, torch.full_like(groups, self.floor)).sum()
         return nats / reconstruction.images[0].numel()
+
+    def after_update(self) -> None:
+        self.rates.after_update()
+
+    def leave_out(self) -> None:
+        self.rates.leave_out()
 
 
 class Config(TermConfig):

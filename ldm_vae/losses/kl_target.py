@@ -2,7 +2,8 @@
 
 ControlVAE adds its two terms to beta itself; useful betas span eight decades, so this controller acts on log beta, in
 velocity form: the proportional term answers the change of the error, the integral term the error times the images seen.
-The error is the logarithm of rate over target, so the gains have no unit of their own.
+The error is the logarithm of rate over target, so the gains have no unit of their own. It moves once per update, by the
+rate over the whole of it; the update itself pays the beta that was found before.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ldm_vae import collective
 from ldm_vae.autoencoder import Reconstruction
 from ldm_vae.losses import TermConfig
+from ldm_vae.per_update import Pending
 
 
 class KLTarget(nn.Module):
@@ -34,6 +35,8 @@ class KLTarget(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.pending = Pending()
+        self.images_seen = 0
         self.register_buffer("log_beta", torch.tensor(math.log(config.beta)))
         self.register_buffer("last_error", torch.tensor(float("nan")))
         self.register_buffer("last_images", torch.tensor(0, dtype=torch.int64))
@@ -42,8 +45,16 @@ class KLTarget(nn.Module):
         moments, images = reconstruction.moments, reconstruction.images
         pixels = images.shape[2] * images.shape[3]
         nats_per_image = moments.kl().sum() / len(images)
-        self._control(collective.mean(nats_per_image) / pixels, reconstruction.images_seen)
+        if torch.is_grad_enabled():
+            self.pending.add(nats_per_image / pixels)
+            self.images_seen = reconstruction.images_seen
         return self.log_beta.exp() * nats_per_image / images[0].numel()
+
+    def after_update(self) -> None:
+        self._control(self.pending.mean(), self.images_seen)
+
+    def leave_out(self) -> None:
+        self.pending.clear()
 
     @torch.no_grad()
     def _control(self, rate: torch.Tensor, images_seen: int) -> None:

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from ldm_vae import collective
 from ldm_vae.bottleneck import Bottleneck, Codes, Encoded
 from ldm_vae.config import Part
 from ldm_vae.errors import UsageError
 from ldm_vae.latents import Moments
+from ldm_vae.per_update import Pending
 from ldm_vae.quantizers import usage
 
 
@@ -35,6 +35,7 @@ class FiniteScalar(Bottleneck):
 
     def __init__(self, vae: Any, levels: tuple[int, ...]) -> None:
         super().__init__()
+        self.pending = Pending()
         book = vae.quantize.embedding.weight
         if book.shape != (math.prod(levels), len(levels)):
             product = " x ".join(map(str, levels))
@@ -55,13 +56,19 @@ class FiniteScalar(Bottleneck):
         places = ((before.detach() + 1) / 2 * self.most).round().clamp_min(0).minimum(self.most)
         indices = (places.long() * self.strides).sum(dim=1)
         after = F.embedding(indices, book).permute(0, 3, 1, 2)
-        counts = collective.total(torch.bincount(indices.flatten(), minlength=len(book)).to(book.dtype))
-        codes = Codes(indices, before, after, figures=usage(counts))
-        return Encoded(moments, before + (after - before).detach(), codes)
+        if self.training:  # with a frozen encoder too
+            self.pending.add(torch.bincount(indices.flatten(), minlength=len(book)).to(book.dtype))
+        return Encoded(moments, before + (after - before).detach(), Codes(indices, before, after))
 
     def decode(self, vae: Any, z: torch.Tensor) -> torch.Tensor:
         pixels: torch.Tensor = vae.decode(z, force_not_quantize=True).sample
         return pixels
+
+    def after_update(self, vae: Any) -> dict[str, torch.Tensor]:
+        return usage(self.pending.total())
+
+    def leave_out(self) -> None:
+        self.pending.clear()
 
 
 class Config(Part):

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from ldm_vae import collective
 from ldm_vae.bottleneck import Bottleneck, Codes, Encoded
 from ldm_vae.config import Part
 from ldm_vae.latents import Moments
+from ldm_vae.per_update import Pending
 from ldm_vae.quantizers import usage
 
 
@@ -31,6 +31,8 @@ class GumbelSoftmax(Bottleneck):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.pending = Pending()
+        self.temperature = config.temperature
 
     def encode(self, vae: Any, images: torch.Tensor, noise: torch.Tensor, images_seen: int) -> Encoded:
         moments = Moments.point(vae.encode(images).latents)
@@ -39,8 +41,8 @@ class GumbelSoftmax(Bottleneck):
             rows = moments.mean.permute(0, 2, 3, 1).flatten(1, 2)  # [B, h w, c]
             # |r|^2 is the same for all codes of a position and would only cost precision
             logits = 2 * rows @ book.T - book.square().sum(dim=1)  # [B, h w, K]
-            temperature = self.config.temperature_at(images_seen)
-            weights = F.softmax((logits + gumbel(noise, logits)) / temperature, dim=2)
+            self.temperature = self.config.temperature_at(images_seen)
+            weights = F.softmax((logits + gumbel(noise, logits)) / self.temperature, dim=2)
             if self.config.hard:
                 hard = torch.zeros_like(weights).scatter_(2, weights.argmax(dim=2, keepdim=True), 1.0)
                 weights = hard + weights - weights.detach()
@@ -49,16 +51,23 @@ class GumbelSoftmax(Bottleneck):
             kl = (log_q.exp() * log_q).sum(dim=2) + math.log(len(book))  # against the uniform prior
         indices = logits.detach().argmax(dim=2)
         ones = torch.ones_like(indices.flatten(), dtype=book.dtype)
-        counts = collective.total(ones.new_zeros(len(book)).index_add_(0, indices.flatten(), ones))
-        figures = usage(counts) | {"codes/temperature": counts.new_tensor(temperature)}
+        if self.training:  # with a frozen encoder too
+            self.pending.add(ones.new_zeros(len(book)).index_add_(0, indices.flatten(), ones))
         shape = (len(images), *moments.mean.shape[2:])
         z, after = (part.unflatten(1, shape[1:]).permute(0, 3, 1, 2) for part in (z, F.embedding(indices, book)))
-        codes = Codes(indices.view(shape), moments.mean, after, kl.view(shape), figures)
+        codes = Codes(indices.view(shape), moments.mean, after, kl.view(shape))
         return Encoded(moments, z, codes)
 
     def decode(self, vae: Any, z: torch.Tensor) -> torch.Tensor:
         pixels: torch.Tensor = vae.decode(z, force_not_quantize=True).sample
         return pixels
+
+    def after_update(self, vae: Any) -> dict[str, torch.Tensor]:
+        counts = self.pending.total()
+        return usage(counts) | {"codes/temperature": counts.new_tensor(self.temperature)}
+
+    def leave_out(self) -> None:
+        self.pending.clear()
 
 
 def gumbel(noise: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Vector quantisation: the nearest code, its gradient straight through (van den Oord et al., NeurIPS 2017).
 
 The codebook follows the encoder by moving averages (Razavi et al. 2019, appendix A.1) or learns by a loss
-(losses/codebook.py). Codes that nothing used are restarted at vectors of the current batch (Dhariwal et al. 2020). All
-statistics are those of the global batch, so that 1 x 8 and 8 x 1 train the same codebook.
+(losses/codebook.py). Codes that nothing used are restarted at vectors of the current update (Dhariwal et al. 2020). All
+statistics are those of the global batch and move once per update, so that 1 x 8 and 8 x 1, processes or micro-batches,
+train the same codebook.
 
 Legend: B batch, c channels of a code, h w latent positions, N = B h w vectors, K codes.
 """
@@ -19,9 +20,10 @@ from ldm_vae import collective, keyed
 from ldm_vae.bottleneck import Bottleneck, Codes, Encoded
 from ldm_vae.config import Part
 from ldm_vae.latents import Moments
+from ldm_vae.per_update import Pending
 from ldm_vae.quantizers import usage
 
-RECENT = 100  # batches: a code counts as used if one of about so many has used it
+RECENT = 100  # updates: a code counts as used if one of about so many has used it
 
 
 class VectorQuantizer(Bottleneck):
@@ -47,6 +49,10 @@ class VectorQuantizer(Bottleneck):
         self.register_buffer("sums", book.detach().clone())
         self.register_buffer("uses", torch.zeros(len(book), dtype=book.dtype))
         self.period = 0  # of restart_images; a plain number, so that no step waits for the device
+        # of the update under way: sums and counts by code, the vectors where a restart is due
+        self.pending = Pending()
+        self.vectors: list[torch.Tensor] = []
+        self.images_seen = 0
 
     def get_extra_state(self) -> dict[str, int]:
         return {"period": self.period}
@@ -61,28 +67,24 @@ class VectorQuantizer(Bottleneck):
         rows = before.detach().permute(0, 2, 3, 1).flatten(0, 2)  # [N, c]
         indices = nearest(rows, book.detach())
         after = F.embedding(indices, book).view(*before.shape[:1], *before.shape[2:], -1).permute(0, 3, 1, 2)
-        figures = self._follow(book, rows, indices, images_seen) if torch.is_grad_enabled() else {}
-        codes = Codes(indices.view(len(images), *before.shape[2:]), before, after, figures=figures)
+        if torch.is_grad_enabled():
+            self._remember(len(book), rows, indices, images_seen)
+        codes = Codes(indices.view(len(images), *before.shape[2:]), before, after)
         return Encoded(moments, before + (after - before).detach(), codes)
 
     def decode(self, vae: Any, z: torch.Tensor) -> torch.Tensor:
         pixels: torch.Tensor = vae.decode(z, force_not_quantize=True).sample
         return pixels
 
-    def after_update(self, vae: Any) -> None:
-        if self.config.distance == "cosine" and self.config.codebook == "learned":
-            book = vae.quantize.embedding.weight
-            book.data.copy_(F.normalize(book.data, dim=1))
-
     @torch.no_grad()
-    def _follow(
-        self, book: torch.Tensor, rows: torch.Tensor, indices: torch.Tensor, images_seen: int
-    ) -> dict[str, torch.Tensor]:
-        """Statistics of the global batch, the moving average of the codebook, and restarts."""
-        decay = self.config.decay
-        found = torch.zeros(len(book), rows.shape[1] + 1, dtype=rows.dtype, device=rows.device)
-        found.index_add_(0, indices, torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1))
-        found = collective.total(found)
+    def after_update(self, vae: Any) -> dict[str, torch.Tensor]:
+        """Statistics of the update's global batch, the moving average of the codebook, and restarts."""
+        book, decay = vae.quantize.embedding.weight, self.config.decay
+        if self.config.distance == "cosine" and self.config.codebook == "learned":
+            book.data.copy_(F.normalize(book.data, dim=1))
+        if self.pending.sum is None:  # the encoder is frozen, and the codebook with it
+            return {}
+        found = self.pending.total()
         counts = found[:, -1]
         self.counts.mul_(decay).add_(counts, alpha=1 - decay)
         self.sums.mul_(decay).add_(found[:, :-1], alpha=1 - decay)
@@ -93,19 +95,36 @@ class VectorQuantizer(Bottleneck):
             if self.config.distance == "cosine":
                 average = F.normalize(average, dim=1)
             book.copy_(torch.where((counts > 0)[:, None], average, book))
-        self._restart(book, rows, images_seen)
+        if self._restart_is_due(self.images_seen):
+            self._restart(book)
+        self.vectors = []
         return usage(self.counts, (1 - decay) * decay**RECENT)
 
-    def _restart(self, book: torch.Tensor, rows: torch.Tensor, images_seen: int) -> None:
-        """At the end of every `restart_images`, codes that were not used in them go to vectors of the global batch."""
+    def leave_out(self) -> None:
+        self.pending.clear()
+        self.vectors = []
+
+    @torch.no_grad()
+    def _remember(self, codes: int, rows: torch.Tensor, indices: torch.Tensor, images_seen: int) -> None:
+        """One micro-batch: what it found of each code, and its vectors if some will be wanted."""
+        found = torch.zeros(codes, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device)
+        self.pending.add(found.index_add_(0, indices, torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)))
+        self.images_seen = images_seen
+        if self._restart_is_due(images_seen):
+            self.vectors.append(rows)
+
+    def _restart_is_due(self, images_seen: int) -> bool:
         every = self.config.restart_images
-        if every is None or images_seen // every == self.period:
-            return
-        self.period = images_seen // every
+        return every is not None and images_seen // every != self.period
+
+    def _restart(self, book: torch.Tensor) -> None:
+        """At the end of every `restart_images`, codes that were not used in them go to vectors of the global batch."""
+        assert self.config.restart_images is not None
+        self.period = self.images_seen // self.config.restart_images
         dead = (self.uses == 0)[:, None]
-        vectors = collective.everybody(rows)
-        draw = keyed.generator(0, "restart", images_seen).integers(0, len(vectors), len(book))
-        fresh = vectors[torch.from_numpy(draw).to(rows.device)]
+        vectors = torch.cat([collective.everybody(rows) for rows in self.vectors])  # in the order of the images
+        draw = keyed.generator(0, "restart", self.images_seen).integers(0, len(vectors), len(book))
+        fresh = vectors[torch.from_numpy(draw).to(vectors.device)]
         book.data.copy_(torch.where(dead, fresh, book))
         self.sums.copy_(torch.where(dead, fresh, self.sums))
         self.counts.copy_(torch.where(dead[:, 0], 1.0, self.counts))
