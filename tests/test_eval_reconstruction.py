@@ -219,7 +219,7 @@ def test_cmmd_is_measured_with_the_clip_that_is_named(
         run_main(monkeypatch, *call, *flags)
         summary = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]["cmmd"]
         assert (summary["mean"] is not None, summary["n"] > 0) == (measured, measured)
-    with pytest.raises(UsageError, match="^clip: "):
+    with pytest.raises(UsageError, match=r"^clip: "):
         run_main(monkeypatch, *call, "--clip", tmp_path)
 
 
