@@ -20,6 +20,7 @@ from test_store_indices import vq_model
 from test_store_writing import SETTINGS, Pictures, tree
 
 from ldm_vae import load_autoencoder
+from ldm_vae.autoencoder import AutoencoderConfig
 from ldm_vae.commands.store import FORMATS, MODELS
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
@@ -191,7 +192,8 @@ def strangers(folder: Path, name: str, latents: torch.Tensor) -> Path:
         (folder / "latents_stats.pt").write_bytes(b"never opened")
     else:
         for number, z in enumerate(latents):
-            np.savez(folder / f"{number}.npz", latents=z.numpy(), original_size=[30, 20], crop_ltrb=[0, 0, 1, 1])
+            crop = [0, 0, 2 * z.shape[2], 2 * z.shape[1]]  # f = 2, and an image that fills its bucket
+            np.savez(folder / f"{number}.npz", latents=z.numpy(), original_size=[30, 20], crop_ltrb=crop)
         np.savez(folder / "0_te.npz", hidden=np.zeros(3))
     return folder
 
@@ -210,6 +212,41 @@ def test_a_strangers_latents_need_a_vae_and_stay_a_claim(name: str, tiny_vae_fol
     assert data[0]["bucket"] == "16x12" and data[0]["image_sha256"] is None
     pixels = LatentDataset(tmp_path / "b")
     assert pixels.decode(pixels[0]["latents"], load_autoencoder(tiny_vae_folder)).shape == (3, 16, 12)
+
+
+@pytest.mark.parametrize("name", names())
+def test_latents_of_another_channel_count_are_not_of_this_vae(
+    name: str, tiny_vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    source = strangers(tmp_path / "theirs", name, torch.randn(2, 16, 8, 6))
+    with pytest.raises(UsageError, match=r"^--vae: .*16.*4"):
+        convert_from(source, tmp_path / "b", name, vae=tiny_vae)
+    assert not (tmp_path / "b").exists()
+
+
+def without_identity(store: Path, out: Path, name: str) -> Path:
+    """A store of ours in that format, as if another program had written it: what says which VAE made it is gone."""
+    convert_to(store, out, name, KOHYA if name == "kohya" else None)
+    (out / "store.json").unlink(missing_ok=True)
+    for file in out.rglob("*.parquet"):
+        pq.write_table(pq.read_table(file).replace_schema_metadata(None), file)
+    for file in out.rglob("*.npz"):
+        with np.load(file) as arrays:
+            kept = {key: value for key, value in arrays.items() if not key.startswith("ldm_vae")}
+        np.savez(file, **kept)
+    return out
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name != "lightningdit"])  # whose shards tell no size
+def test_latents_of_another_f_are_not_of_this_vae(name: str, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    write_store(tiny_vae, Pictures(3), tmp_path / "s", **SETTINGS | {"bucket_step": 4}, store="sample")
+    source = without_identity(tmp_path / "s", tmp_path / "out", name)
+    manifest, _ = convert_from(source, tmp_path / "b", name, vae=tiny_vae)  # f = 2, whatever the shape of the buckets
+    assert manifest.samples == 3 and manifest.recorded.claimed
+    other = AutoencoderConfig(block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4).build()
+    with pytest.raises(UsageError, match=r"^--vae: .*f = 4"):
+        convert_from(source, tmp_path / "c", name, vae=other)
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_claim_is_not_encoded_again_and_not_merged_blindly(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:

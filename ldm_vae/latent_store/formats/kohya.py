@@ -191,6 +191,10 @@ def _look(root: Path, file: str, told: Carried | Claim) -> list[_Entry]:
             elif f"original_size{size}.npy" in members:
                 width, height = _array(archive, f"original_size{size}").reshape(2).tolist()
                 row = {"original_size": [int(height), int(width)]}
+            if isinstance(told, Claim) and f"crop_ltrb{size}.npy" in members:
+                left, top, right, bottom = _array(archive, f"crop_ltrb{size}").reshape(4).tolist()
+                # the image is centred in its bucket, its left and top edge rounded down
+                told.check_crop(key, told.group(shape), (top + bottom, left + right), slack=2)
             scaled = named is not None and named["model"] in SCALED
             entries.append(_Entry(file, size, scaled, key, order, row, shape, dtypes))
     return entries
@@ -232,6 +236,8 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
+    except UsageError:
+        raise
     except (
         zipfile.BadZipFile,
         zlib.error,
