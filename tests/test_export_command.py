@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -84,6 +85,40 @@ def test_a_kind_that_was_not_measured_is_refused(
 ) -> None:
     assert run_cli("export", tiny_vae_folder, tmp_path / "out", "--normalisation", "shift") == 2
     assert "--stats" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["as SRC has it", "--target", "--normalisation_from", "encode", "convert", "fp16 fix"])
+def test_a_config_by_which_nobody_can_divide_is_refused_by_every_verb(
+    verb: str, tiny_vae: AutoencoderKL, tiny_vae_folder: Path, image_folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    vae, out = tmp_path / "vae", tmp_path / "out"
+    images = ("--resolution", 32)
+    np.savez(tmp_path / "0.npz", latents=np.ones((4, 8, 8), np.float32))
+    call: dict[str, tuple[object, ...]] = {
+        "as SRC has it": ("export", vae, out),
+        "--target": ("export", vae, out, "--target", "comfyui"),
+        "--normalisation_from": ("export", tiny_vae_folder, out, "--normalisation_from", vae),
+        "encode": ("encode", vae, image_folder, out, *images),
+        "convert": ("store", "convert", tmp_path, out, "--from", "kohya", "--vae", vae),
+        "fp16 fix": ("fp16", "fix", vae, out, *images),
+    }
+    for value in (0.0, -0.5):
+        tiny_vae.register_to_config(scaling_factor=value)
+        tiny_vae.save_pretrained(vae)
+        assert run_cli(*call[verb]) == 2
+        said = capsys.readouterr().err
+        assert "scaling_factor: expected" in said and "--stats" in said and "Traceback" not in said
+        assert not out.exists()
+
+
+def test_a_config_by_which_nobody_can_divide_is_measured_anew(
+    tiny_vae: AutoencoderKL, image_folder: Path, tmp_path: Path
+) -> None:
+    tiny_vae.register_to_config(scaling_factor=0.0)
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    assert run_cli("export", tmp_path / "vae", tmp_path / "out", "--stats", image_folder, "--resolution", 32) == 0
+    assert config_of(tmp_path / "out")["scaling_factor"] > 0  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -68,7 +68,7 @@ def test_what_a_stranger_may_send(tiny_vae: AutoencoderKL, tmp_path: Path, monke
     pickled = npy(np.array([Evil()], dtype=object))
     monkeypatch.setattr(kohya, "MOST_BYTES", 1 << 20)
     bomb = to_npy(LATENT) + bytes(1 << 21)
-    ragged = pa.table({"latents": [[[[1.0]]], [[[1.0, 2.0]]]]})
+    ragged = pa.table({"latents": [[[[1.0]]] * 4, [[[1.0, 2.0]]] * 4]})
     cases: list[tuple[str, Callable[[Path], object], str]] = [
         ("webdataset", lambda d: tar(d, {"../a.latents.npy": whole}), "'../a.latents.npy' its name climbs out"),
         ("webdataset", lambda d: tar(d, {"/a.latents.npy": whole}), "climbs out of the archive"),

@@ -160,11 +160,11 @@ def _normalisation(
     if request.normalisation_from is not None:
         return normalisation_of(request.normalisation_from, int(vae.config.latent_channels))
     try:
-        own = Normalisation.from_config(vae.config)
-    except ValueError as error:
+        own = Normalisation.from_config(vae.config, f"SRC {request.source}")
+    except UsageError:
         if request.stats is None:
-            raise UsageError(f"SRC {request.source}: names two normalisations ({error}); give --stats") from error
-        own = Normalisation(1.0)
+            raise
+        own = Normalisation(1.0)  # and is measured
     kind = request.normalisation or own.kind
     if statistics is not None and (request.stats is not None or kind != own.kind):
         return statistics.normalisation(kind)

@@ -77,7 +77,7 @@ def convert_from(
         raise UsageError(f"--shard_size: expected at least 1, got {shard_size}")
     assert encoder is not None
     codes = getattr(vae.config, "num_vq_embeddings", None)
-    normalisation = Normalisation.from_config(vae.config)
+    normalisation = Normalisation.from_config(vae.config, f"VAE {vae_name}")
     channels = int(vae.config.get("vq_embed_dim") or vae.config.latent_channels)
     claim = Claim(encoder, downsampling_factor(vae), channels, codes, str(path), shard_size, normalisation)
     found = chosen.read(path, claim)

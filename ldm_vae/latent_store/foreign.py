@@ -141,8 +141,8 @@ class Claim:
         if not all(0 <= side - said <= slack for side, said in zip(sides, crop, strict=True)):
             height, width = (side // self.factor for side in sides)
             raise UsageError(
-                f"--vae: the latents of {key} are {height}x{width}, of {crop[0]:g}x{crop[1]:g} pixels, and this VAE has "
-                f"f = {self.factor}; name the VAE that made them"
+                f"--vae: the latents of {key} are {height}x{width}, of {crop[0]:g}x{crop[1]:g} pixels, and this VAE "
+                f"has f = {self.factor}; name the VAE that made them"
             )
 
     def row(self, key: str, index: int, group: Group, more: dict[str, Any]) -> dict[str, Any]:
