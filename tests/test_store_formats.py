@@ -21,7 +21,7 @@ from test_store_writing import SETTINGS, Pictures, tree
 
 from ldm_vae import load_autoencoder
 from ldm_vae.autoencoder import AutoencoderConfig
-from ldm_vae.commands.store import FORMATS, MODELS
+from ldm_vae.commands.store import FORMATS, MODELS, NAMES
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latent_store.converting import convert_from, convert_to
@@ -152,6 +152,72 @@ def test_sd_scripts_finds_what_it_reads(tiny_vae: AutoencoderKL, tmp_path: Path)
         convert_to(tmp_path / "s", tmp_path / "x", "kohya")
 
 
+VERSIONS = ((0, 9, 1), (0, 10, 1), (0, 10, 2))
+
+
+def sd_scripts_reads(
+    version: tuple[int, int, int], image: Path, size: tuple[int, int], bucket: tuple[int, int], model: str
+) -> np.ndarray | None:
+    """What that version of sd-scripts loads for an image of `size` (W, H) in a `bucket` (W, H); None: it encodes anew.
+
+    Written after library/train_util.py of 0.9.1, library/strategy_{base,sd,flux}.py of 0.10.1 and PR 2276 of 0.10.2.
+    """
+    modern = image.with_name(f"{image.stem}_{size[0]:04d}x{size[1]:04d}_{model}.npz")
+    oldest = image.with_suffix(".npz")
+    by_size = f"_{bucket[1] // 2}x{bucket[0] // 2}"  # its stride is 8, this network's 2
+    if version < (0, 10, 0):
+        file, ends = oldest, [""]
+    elif model in ("sd3", "flux"):
+        file, ends = modern, [by_size]
+    else:
+        file = oldest if oldest.exists() else modern
+        ends = [by_size, ""] if version >= (0, 10, 2) else [""]
+    if not file.exists() or (model in ("sd3", "flux") and version < (0, 10, 0)):
+        return None
+    with np.load(file) as arrays:
+        for end in ends:
+            if f"latents{end}" in arrays:
+                assert len(arrays[f"original_size{end}"]) == 2 and len(arrays[f"crop_ltrb{end}"]) == 4
+                return arrays[f"latents{end}"]
+    return None
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("names", kohya.NAMES)
+def test_the_versions_that_are_named_find_the_cache_and_no_others(
+    names: str, model: str, tiny_vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    write_store(tiny_vae, Pictures(3), tmp_path / "s", **SETTINGS, store="sample", dtype="fp32")
+    options = Options(model=model, names=names)
+    if model not in kohya.READERS[names]:
+        with pytest.raises(UsageError, match=r"^--names: "):
+            convert_to(tmp_path / "s", tmp_path / "out", "kohya", options)
+        return
+    convert_to(tmp_path / "s", tmp_path / "out", "kohya", options)
+    data = LatentDataset(tmp_path / "s", raw=model != "flux")
+    expected = data[1]["latents" if model == "flux" else "sample"].numpy()
+    since = kohya.READERS[names][model].since
+    image = tmp_path / "out" / "folder" / "img_001.png"
+    for version in VERSIONS:
+        read = sd_scripts_reads(version, image, (20, 24), (16, 16), model)
+        assert (read is not None) == (version >= since), (names, model, version)
+        if read is not None:
+            np.testing.assert_array_equal(read, expected)
+    assert ".".join(map(str, since)) in kohya.readers(options)
+    back, _ = convert_from(tmp_path / "out", tmp_path / "b", "kohya")
+    assert back.samples == 3 and (model == "flux" or shard_files(tmp_path / "b") == shard_files(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("names", ["plain", "old"])
+def test_names_without_a_size_hold_one_resolution_of_an_image(
+    names: str, tiny_vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    write_store(tiny_vae, Pictures(3), tmp_path / "s", **SETTINGS | {"resolution": (8, 16)}, store="sample")
+    with pytest.raises(WorkError, match="--names sized"):
+        convert_to(tmp_path / "s", tmp_path / "out", "kohya", Options(model="sd", names=names))
+    assert not (tmp_path / "out").exists()
+
+
 def test_it_is_said_what_has_no_place(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     write_store(vq_model(), Pictures(3), tmp_path / "codes", **SETTINGS)
     write_store(
@@ -274,8 +340,15 @@ def test_another_vae_than_the_one_that_is_named_is_refused(tiny_vae: Autoencoder
 def test_as_a_user_calls_it(tiny_vae: AutoencoderKL, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_store(tiny_vae, Pictures(8), tmp_path / "s", **SETTINGS)
     assert run_cli("store", "convert", tmp_path / "s", tmp_path / "k", "--to", "kohya", "--model", "sd") == 0
-    assert "what it does not carry:\n  logvar" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "what it does not carry:\n  logvar" in said and "sd-scripts 0.10.2" in said and "--names sized" in said
+    call = ("store", "convert", tmp_path / "s", tmp_path / "p", "--to", "kohya", "--model", "sd", "--names", "old")
+    assert run_cli(*call) == 0
+    assert "sd-scripts 0.7.0" in capsys.readouterr().out and list((tmp_path / "p").rglob("img_001.npz"))
+    for flag in (("--model", "sd"), ("--names", "old")):  # a cache's alone
+        assert run_cli("store", "convert", tmp_path / "s", tmp_path / "x", "--to", "parquet", *flag) == 2
+        assert flag[0] in capsys.readouterr().err
     assert run_cli("store", "convert", tmp_path / "k", tmp_path / "b", "--from", "kohya") == 0
     assert "8 samples in 1 shards" in capsys.readouterr().out
     assert run_cli("store", "convert", tmp_path / "s", tmp_path / "x") == 2
-    assert sorted(FORMATS) == names() and MODELS == kohya.MODELS
+    assert sorted(FORMATS) == names() and MODELS == kohya.MODELS and NAMES == kohya.NAMES

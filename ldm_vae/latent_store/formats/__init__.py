@@ -34,6 +34,8 @@ class Options:
 
     model: str | None = None
     """kohya: the diffusion model that the latents are for."""
+    names: str = "sized"
+    """kohya: how files and arrays are called, which is what a version of sd-scripts finds them by."""
 
 
 @dataclass(frozen=True)
