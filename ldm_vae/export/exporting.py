@@ -27,7 +27,7 @@ from ldm_vae.export.preview import Preview, fit_preview, pairs_of_images, pairs_
 from ldm_vae.export.recipe import read_recipe
 from ldm_vae.export.replaceable import check_replaceable
 from ldm_vae.export.single_file import SD_SCALING, is_sd_shape, load_single_file
-from ldm_vae.export.targets import TARGETS, Target, warnings_for, write_target
+from ldm_vae.export.targets import TARGETS, Target, warnings_for, warnings_for_pipelines, write_target
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation, NormalisationKind
 
@@ -243,6 +243,7 @@ def _write_folder(
     if isinstance(vae, AutoencoderKL):
         upcast, verdict = _audit(vae, request, card)
     ready = configured_copy(vae, normalisation, sample_size=request.resolution, force_upcast=upcast)
+    done.warnings += warnings_for_pipelines(ready.config)
     write_vae(
         ready,
         request.out,

@@ -27,7 +27,7 @@ from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.metrics.efficientnet import FEATURES as EFFLITE0_FEATURES
 from ldm_vae.metrics.efficientnet import EfficientNetLite0, load_state
 from ldm_vae.metrics.protocol import Pair
-from ldm_vae.untrusted import first_line
+from ldm_vae.untrusted import first_line, load_pickle
 
 # torch-fidelity publishes the converted weights under this beginning of their SHA-256
 INCEPTION_SHA256 = "6726825d"
@@ -91,7 +91,10 @@ def inception(weights: Path, device: torch.device, sha256: str = INCEPTION_SHA25
         raise WorkError("inception_weights: needs torch-fidelity: pip install 'ldm-vae[fid]'") from error
     # torch-fidelity would unpickle the file: it gets a copy of what weights_only has let through
     checked = io.BytesIO()
-    torch.save(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), checked)
+    try:
+        torch.save(load_pickle(io.BytesIO(content)), checked)
+    except ValueError as error:
+        raise WorkError(f"inception_weights: {weights} cannot be read as tensors alone: {error}") from error
     checked.seek(0)
     network = _frozen(FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], checked), device)
 
