@@ -31,7 +31,6 @@ from ldm_vae.metrics.pictures import save
 from ldm_vae.metrics.profile import radial_spectrum
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.samples import field
-from ldm_vae.metrics.titles import number
 
 NAME, RECORD = "fd_efflite0", "diffusion.json"
 NOT_INSTALLED = f"{NAME} is not measured: pip install 'ldm-vae[features]'"
@@ -131,6 +130,9 @@ def record_distances(
     the record, `distances` (Frechet) where the features are installed and `cmmd` where a CLIP is supplied."""
     judges: dict[str, Any] = {"distances": looks(generator.device), "cmmd": clip}
     judges = {name: judge for name, judge in judges.items() if judge is not None}
+    _record(run, {"distances": None, "cmmd": None})  # those of an earlier call do not stay
+    if not judges:
+        return {}
     if clip is not None:
         clip.network.trunk.to(generator.device)  # type: ignore[attr-defined]
     latents = torch.stack(list(stored))
@@ -156,7 +158,7 @@ def record_distances(
     for name, judge in judges.items():
         distances = {what: judge.distance(reference[name], of[name]) for what, of in sets.items()}
         measured[name] = {"metric": judge.name, "n": count} | distances
-    _record(run, {"distances": None, "cmmd": None} | measured)  # those of an earlier call do not stay
+    _record(run, measured)
     return measured
 
 
@@ -164,7 +166,8 @@ def in_words(measured: dict[str, dict[str, Any]]) -> str:
     """What the program prints of `record_distances`, a line for each distance."""
     lines = [] if "distances" in measured else [NOT_INSTALLED]
     for found in measured.values():
-        samples, fields, noise = (number(found["metric"], found[name]) for name in ("samples", "field", "noise"))
+        decimals = 1 if found["metric"] == NAME else 3
+        samples, fields, noise = (f"{found[name]:.{decimals}f}" for name in ("samples", "field", "noise"))
         lines.append(
             f"{found['metric']} to decoded latents of the store, {found['n']:,} images each: samples {samples}, "
             f"Gaussian fields {fields}, noise {noise}"
