@@ -60,6 +60,7 @@ def arguments() -> argparse.Namespace:
         "--inception_weights", type=Path, metavar="PATH", help="weights-inception-2015-12-05-6726825d.pth: rFID and KID"
     )
     add("--dinov2", metavar="FOLDER", help="a DINOv2 as transformers has it, or its hub id: a Frechet distance in it")
+    add("--clip", metavar="FOLDER", help="a CLIP as transformers has it, or its hub id: CMMD")
     add(
         "--protocol", default=PINNED.name, metavar="NAME",
         help=f"reproduce the numbers of others: {', '.join(VARIANTS)} (default: {PINNED.name}, which is pinned)",
@@ -186,7 +187,7 @@ def measure(
 
 def build(options: argparse.Namespace, accelerator: Accelerator) -> list[Metric]:
     """The metrics that were asked for, ready to update."""
-    weights = Weights(options.lpips_weights, options.inception_weights, options.dinov2)
+    weights = Weights(options.lpips_weights, options.inception_weights, options.dinov2, options.clip)
     return build_metrics(
         options.metrics, accelerator.device, options.resolution, weights=weights, protocol=options.protocol
     )

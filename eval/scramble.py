@@ -74,7 +74,7 @@ def main() -> None:
     before = latents.decode(vae, latents.encode(vae, pixels).mean)
     scramble(vae, pixels)
     off = (latents.decode(vae, latents.encode(vae, pixels).mean) - before).abs().max()
-    normalisation = latents.Normalisation.from_config(vae.config)
+    normalisation = latents.Normalisation.from_config(vae.config, f"VAE {options.vae}")
     write_vae(vae, options.out, normalisation, sample_size=options.resolution)
     print(f"wrote {options.out}: no pixel of {len(pixels)} reconstructions differs by more than {float(off):.1e} of 2")
 

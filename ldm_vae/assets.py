@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save
 from ldm_vae import publish
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.places import cache_dir, offline
+from ldm_vae.untrusted import load_pickle
 
 Net = Literal["alex", "vgg"]
 Tensors = dict[str, torch.Tensor]
@@ -160,14 +161,11 @@ def _from_torchvision(net: Net, hub: Path, failure: str) -> Tensors:
 
 def _trunk_file(path: Path) -> Tensors:
     try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
         return {key: value.float() for key, value in tensors.items() if key.startswith("features.")}
     except OSError as error:
         raise UsageError(f"lpips weights {path}: {error}") from error
-    except Exception as error:  # torch.load has half a dozen; what some of them advise is unsafe
+    except Exception as error:  # safetensors and a file of other things than tensors have half a dozen
         raise UsageError(f"lpips weights {path}: not a file of tensors that torch or safetensors wrote") from error
 
 

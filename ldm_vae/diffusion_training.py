@@ -60,10 +60,12 @@ class DiffusionTraining(RunConfig):
     """Pictures in a grid; the same noise each time."""
     measure_images: int = Field(256, ge=0)
     """Samples that are compared with as many decoded latents at the end; 0: none."""
+    clip: str | None = None
+    """A CLIP as transformers has it, a folder or its hub id: that comparison is made by CMMD too."""
 
 
 MAY_CHANGE = (*ANY_RUN_MAY_CHANGE, "vae", "sampling.method", "sampling.steps", "sampling.guidance",
-              "sample_every_images", "sample_images", "measure_images")  # fmt: skip
+              "sample_every_images", "sample_images", "measure_images", "clip")  # fmt: skip
 
 
 # --- the store --------------------------------------------------------------------------------------------------------

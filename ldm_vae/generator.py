@@ -120,7 +120,7 @@ class Generator:
             denoiser=Denoiser(network, len(call["classes"])).eval(),
             vae=vae,
             shape=(channels, height, width),
-            normalisation=Normalisation.from_config(call["normalisation"]),
+            normalisation=Normalisation.from_config(call["normalisation"], str(folder / CALL)),
             sampling=SamplingConfig(**call["sampling"]),
             classes=tuple(call["classes"]),
             shift=call["shift"],

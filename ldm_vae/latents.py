@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from ldm_vae import keyed
+from ldm_vae.errors import UsageError, WorkError
 
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to the same; stored logvar is clamped too
 
@@ -122,6 +123,11 @@ class Normalisation:
             raise ValueError("shift_factor and latents_mean are both set: latents would be shifted twice")
         if (self.latents_mean is None) != (self.latents_std is None):
             raise ValueError("latents_mean and latents_std are set together or not at all")
+        for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+            value, divides = getattr(self, name), name in ("scaling_factor", "latents_std")
+            for number in value if isinstance(value, tuple) else [] if value is None else [value]:
+                if not math.isfinite(number) or (divides and number <= 0):
+                    raise ValueError(f"{name}: expected a finite number{' above 0' if divides else ''}, got {number:g}")
 
     @property
     def kind(self) -> NormalisationKind:
@@ -130,24 +136,38 @@ class Normalisation:
         return "scale" if self.shift_factor is None else "shift"
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Normalisation:
-        """From a diffusers config (or a manifest): the keys that are absent or null count as not set."""
+    def from_config(cls, config: Mapping[str, Any], where: str = "config") -> Normalisation:
+        """From a diffusers config (or a manifest): the keys that are absent or null count as not set.
+
+        Raises:
+            UsageError: it names two normalisations, or one by which nobody can divide; `where` is what has this config.
+        """
+        scale, shift = config.get("scaling_factor"), config.get("shift_factor")
         mean, std = config.get("latents_mean"), config.get("latents_std")
-        return cls(
-            scaling_factor=float(config.get("scaling_factor") or 1.0),
-            shift_factor=None if config.get("shift_factor") is None else float(config["shift_factor"]),
-            latents_mean=None if mean is None else tuple(map(float, mean)),
-            latents_std=None if std is None else tuple(map(float, std)),
-        )
+        try:
+            return cls(
+                scaling_factor=1.0 if scale is None else float(scale),
+                shift_factor=None if shift is None else float(shift),
+                latents_mean=None if mean is None else tuple(map(float, mean)),
+                latents_std=None if std is None else tuple(map(float, std)),
+            )
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{where}: {error}; `ldm-vae export SRC OUT --stats DATA` measures it") from error
 
     @classmethod
     def from_statistics(cls, kind: NormalisationKind, mean: torch.Tensor, variance: torch.Tensor) -> Normalisation:
         """From measured per-channel mean [c] and variance [c] (fp64) of the sampled latents.
 
         The scalar variance is that of all elements together: E[variance_c] + Var[mean_c].
+
+        Raises:
+            WorkError: the latents, or of kind `channel` a channel of them, do not vary.
         """
         scalar_mean = float(mean.mean())
         scalar_variance = float(variance.mean() + mean.var(unbiased=False))
+        if not (scalar_variance > 0 and (kind != "channel" or bool((variance > 0).all()))):
+            what = "a channel of the latents does" if scalar_variance > 0 else "the latents do"
+            raise WorkError(f"normalisation {kind}: {what} not vary, and nothing scales that to a variance of 1")
         if kind == "channel":
             return cls(1.0, None, tuple(mean.tolist()), tuple(variance.sqrt().tolist()))
         return cls(1.0 / math.sqrt(scalar_variance), scalar_mean if kind == "shift" else None)

@@ -20,7 +20,7 @@ class Teacher(Frozen):
 
     def __init__(self, source: str) -> None:
         super().__init__(load_autoencoder(source))
-        self.normalisation = Normalisation.from_config(self.network.config)
+        self.normalisation = Normalisation.from_config(self.network.config, f"VAE {source}")
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()

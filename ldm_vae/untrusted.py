@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 LARGEST = 2**24  # of any whole number in a config: widths, codes, sides
 DEEPEST = 128  # of anything that is repeated: blocks, layers
@@ -58,7 +61,32 @@ def _check_size(name: str, size: float, largest: int) -> None:
         raise ValueError(f"{name}: expected at most {largest:,}, got {size:.4g}")
 
 
+def load_pickle(file: str | Path | BinaryIO) -> Any:
+    """What torch.save wrote, tensors alone: no code of the file is run.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds anything else, or is damaged; in one line.
+    """
+    import torch  # not for those who look at JSON only
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # on the pickle's protocol
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file makes of itself
+        raise ValueError(first_line(error)) from error
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its name; a file's own bytes in it are no control characters."""
+    """The first line of what an error says, or its name; a file's own bytes in it are no control characters.
+
+    Of torch's refusal of a pickle the reason alone: its first lines advise to run the file (weights_only=False).
+    """
     said = str(error).strip() or type(error).__name__
+    if "weights_only" in said or "Weights only load failed" in said:
+        reason = re.search(r"WeightsUnpickler error:\s*(.+?)(?=\. Please|\.?$)", said, re.MULTILINE)
+        said = f"it holds more than tensors, or is damaged{f' ({reason[1]})' if reason else ''}"
     return "".join(letter if letter.isprintable() else "?" for letter in said.splitlines()[0][:300])

@@ -211,13 +211,28 @@ def test_no_usable_image_is_a_failure_and_leaves_no_result(
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
+def test_cmmd_is_measured_with_the_clip_that_is_named(
+    monkeypatch: pytest.MonkeyPatch, tiny_vae_folder: Path, image_folder: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    call = (tiny_vae_folder, image_folder, "--output", tmp_path / "out", *CHEAP, "--metrics", "cmmd")
+    for flags, measured in (((), False), (("--clip", clip_folder), True)):
+        run_main(monkeypatch, *call, *flags)
+        summary = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]["cmmd"]
+        assert (summary["mean"] is not None, summary["n"] > 0) == (measured, measured)
+    with pytest.raises(UsageError, match=r"^clip: "):
+        run_main(monkeypatch, *call, "--clip", tmp_path)
+
+
 @pytest.mark.slow
-def test_one_process_and_two_agree(tiny_vae_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_one_process_and_two_agree(
+    tiny_vae_folder: Path, image_folder: Path, clip_folder: Path, tmp_path: Path
+) -> None:
     found = []
     for number, options in enumerate((("--num_processes", "1"), TWO), start=1):
         out = tmp_path / f"out{number}"
         call = ["-m", "eval.reconstruction", str(tiny_vae_folder), str(image_folder), "--output", str(out), *CHEAP]
-        done = launch([*call, "--metrics", "psnr,ssim,l1,fd_efflite0"], *options)
+        call += ["--metrics", "psnr,ssim,l1,fd_efflite0,cmmd", "--clip", str(clip_folder)]
+        done = launch(call, *options)
         assert done.returncode == 0, done.stderr[-2000:]
         found.append((json.loads((out / "metrics.json").read_text()), (out / "images.jsonl").read_text()))
     (one, one_rows), (two, two_rows) = found

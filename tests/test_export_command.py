@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from export_call import run_cli
 from safetensors.torch import load_file
 
+from ldm_vae.assets import load_lpips
 from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
-from ldm_vae.errors import WorkError
+from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.export.ldm_keys import to_ldm, to_ldm_name
-from ldm_vae.export.targets import TARGETS, warnings_for, write_target
+from ldm_vae.export.targets import TARGETS, warnings_for, warnings_for_pipelines, write_target
+from ldm_vae.metrics import features
 
 
 def config_of(folder: Path) -> dict[str, object]:
@@ -86,6 +91,40 @@ def test_a_kind_that_was_not_measured_is_refused(
     assert "--stats" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["as SRC has it", "--target", "--normalisation_from", "encode", "convert", "fp16 fix"])
+def test_a_config_by_which_nobody_can_divide_is_refused_by_every_verb(
+    verb: str, tiny_vae: AutoencoderKL, tiny_vae_folder: Path, image_folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    vae, out = tmp_path / "vae", tmp_path / "out"
+    images = ("--resolution", 32)
+    np.savez(tmp_path / "0.npz", latents=np.ones((4, 8, 8), np.float32))
+    call: dict[str, tuple[object, ...]] = {
+        "as SRC has it": ("export", vae, out),
+        "--target": ("export", vae, out, "--target", "comfyui"),
+        "--normalisation_from": ("export", tiny_vae_folder, out, "--normalisation_from", vae),
+        "encode": ("encode", vae, image_folder, out, *images),
+        "convert": ("store", "convert", tmp_path, out, "--from", "kohya", "--vae", vae),
+        "fp16 fix": ("fp16", "fix", vae, out, *images),
+    }
+    for value in (0.0, -0.5):
+        tiny_vae.register_to_config(scaling_factor=value)
+        tiny_vae.save_pretrained(vae)
+        assert run_cli(*call[verb]) == 2
+        said = capsys.readouterr().err
+        assert "scaling_factor: expected" in said and "--stats" in said and "Traceback" not in said
+        assert not out.exists()
+
+
+def test_a_config_by_which_nobody_can_divide_is_measured_anew(
+    tiny_vae: AutoencoderKL, image_folder: Path, tmp_path: Path
+) -> None:
+    tiny_vae.register_to_config(scaling_factor=0.0)
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    assert run_cli("export", tmp_path / "vae", tmp_path / "out", "--stats", image_folder, "--resolution", 32) == 0
+    assert config_of(tmp_path / "out")["scaling_factor"] > 0  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_single_file_is_written_with_its_warnings(
     target: str,
@@ -147,6 +186,9 @@ SD = AutoencoderConfig().model_dump() | {"out_channels": 3, "scaling_factor": 0.
         ("comfyui", {"latent_channels": 64}, ["another network", "ignores"]),
         ("comfyui", {"block_out_channels": (128, 256, 512), "latent_channels": 3}, ["ignores"]),
         ("comfyui", {"norm_num_groups": 16}, ["32 groups"]),
+        ("comfyui", {"latent_channels": 32}, ["0.3.72", "ignores"]),
+        ("comfyui", {"latent_channels": 32, "norm_num_groups": 16}, ["32 groups", "ignores"]),  # no version
+        ("a1111", {"latent_channels": 32}, ["not that of SD", "ignores"]),
         ("kohya", {"latent_channels": 16}, ["neither", "ignores"]),
         (
             "kohya",
@@ -168,6 +210,32 @@ def test_what_each_target_takes(target: str, changes: dict[str, object], words: 
     assert all(word in sentence for word, sentence in zip(words, found, strict=True))
 
 
+@pytest.mark.parametrize("channels", [3, 4, 8, 16, 32])
+@pytest.mark.parametrize("kind", ["scale", "shift", "channel"])
+def test_a_shift_is_warned_of_where_the_pipelines_ignore_it(kind: str, channels: int) -> None:
+    """SD's and SDXL's, which take 4 channels, know no shift_factor (test_export_consumers holds their own lines); SD3's
+    and FLUX's, of 16, do; other latents have no pipeline that is known."""
+    shift = {"shift_factor": 0.5} if kind == "shift" else {}
+    mean = {"latents_mean": [0.5] * channels, "latents_std": [1.0] * channels} if kind == "channel" else {}
+    found = warnings_for_pipelines(SD | {"latent_channels": channels} | shift | mean)
+    assert len(found) == (kind == "shift" and channels == 4)
+    assert all("shift_factor" in sentence and "SDXL" in sentence for sentence in found)
+    assert warnings_for_pipelines(SD | {"latent_channels": channels, "shift_factor": 0.0}) == []  # AutoencoderTiny's
+
+
+def test_an_ignored_shift_is_said_at_the_export_and_counts_for_strict(
+    tiny_vae: AutoencoderKL, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_vae.register_to_config(scaling_factor=0.7, shift_factor=0.25)
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    call = ("export", tmp_path / "vae", tmp_path / "out", "--normalisation", "shift")
+    assert run_cli(*call) == 0
+    said = capsys.readouterr().err
+    assert "shift_factor" in said and "0.25" in said
+    assert config_of(tmp_path / "out")["shift_factor"] == 0.25
+    assert run_cli(*call, "--strict") == 1
+
+
 def test_an_old_pickle_is_read_with_its_flag_and_said_so(
     tiny_vae: AutoencoderKL, tiny_vae_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,3 +247,47 @@ def test_an_old_pickle_is_read_with_its_flag_and_said_so(
     assert "as a pickle, with weights_only" in capsys.readouterr().out
     loaded = load_autoencoder(tmp_path / "out").state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in tiny_vae.state_dict().items())
+
+
+class Runs:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("was-run"),)  # type: ignore[return-value]
+
+
+def pickles(folder: Path) -> dict[str, Path]:
+    """Files that torch refuses to load as tensors alone, each with its advice to turn that off."""
+    files = {what: folder / f"{what}.pt" for what in ("runs", "bare", "garbage", "numpy", "cut")}
+    torch.save({"state_dict": Runs()}, files["runs"])
+    files["bare"].write_bytes(pickle.dumps({"state_dict": Runs()}))
+    files["garbage"].write_bytes(b"garbage" * 10)
+    torch.save({"state_dict": np.float64(3)}, files["numpy"])
+    files["cut"].write_bytes(files["numpy"].read_bytes()[:-40])
+    return files
+
+
+@pytest.mark.parametrize("what", ["runs", "bare", "garbage", "numpy", "cut"])
+@pytest.mark.parametrize("reader", ["export", "lpips", "inception"])
+def test_no_refusal_repeats_the_advice_to_run_a_pickle(
+    reader: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = pickles(tmp_path)[what]
+    if reader == "export":
+        assert run_cli("export", file, tmp_path / "out", "--weights_only_pickle") == 2
+        said = capsys.readouterr().err
+    else:
+        inception = functools.partial(features.inception, file, torch.device("cpu"), sha256="")
+        read = functools.partial(load_lpips, "alex", str(file)) if reader == "lpips" else inception
+        with pytest.raises((UsageError, WorkError)) as refused:
+            read()
+        said = str(refused.value)
+    assert str(file) in said and "\n" not in said.strip() and "Traceback" not in said
+    for advice in (
+        "weights_only=False",
+        "weights_only` set to",
+        "you have two options",
+        "add_safe_globals",
+        "allowlist",
+    ):
+        assert advice not in said
+    assert not (tmp_path / "was-run").exists()

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from safetensors.torch import load_file, save_file
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kernel_mmd
 
 from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.metrics import cmmd, kept, kid
 from ldm_vae.metrics import features as trunks
-from ldm_vae.metrics import kid
+from ldm_vae.metrics.cmmd import ClipDistance
 from ldm_vae.metrics.frechet import FrechetDistance, Gaussian, frechet_distance
 from ldm_vae.metrics.kid import KernelDistance
 from ldm_vae.metrics.metric import Unmeasured
 from ldm_vae.metrics.protocol import PINNED, Pair
+from ldm_vae.metrics.running import Summary
 from ldm_vae.metrics.select import Weights, build_metrics
 
 CPU = torch.device("cpu")
@@ -99,22 +103,68 @@ def test_a_set_metric_counts_images_and_not_padding() -> None:
     assert summary.note == "biased: compare at N = 13 only"
 
 
-def test_kernel_distance_keeps_the_same_images_in_any_order() -> None:
+def published_cmmd(x: np.ndarray, y: np.ndarray) -> float:
+    """As the published code computes it (google-research/cmmd distance.py), of embeddings of unit norm: all n x n
+    kernel values, the diagonals among them."""
+    x, y = (features / np.linalg.norm(features, axis=1, keepdims=True) for features in (x, y))
+
+    def mean(a: np.ndarray, b: np.ndarray) -> float:
+        squared = ((a[:, None] - b[None]) ** 2).sum(axis=2)
+        return float(np.exp(-squared / (2 * 10**2)).mean())
+
+    return 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+
+
+@pytest.mark.parametrize("block", [7, 64, 2048])  # blocks with a rest, one that divides N, and a single one
+def test_cmmd_is_the_published_formula(block: int) -> None:
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(64, 24)), draw.normal(0.3, 1, size=(50, 24))
+    ours = cmmd.cmmd(torch.from_numpy(x), torch.from_numpy(y), block)
+    assert ours == pytest.approx(published_cmmd(x, y), rel=1e-9)
+    assert ours > 0.5  # so that the agreement is one of digits
+
+
+def test_cmmd_keeps_its_digits_between_sets_that_hardly_differ() -> None:
+    """A good autoencoder's: in fp32 the published form, a difference of numbers near 1, is rounding only."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(40, 24))
+    y = x + 1e-4 * draw.normal(size=x.shape)
+    ours = cmmd.cmmd(torch.from_numpy(x), torch.from_numpy(y))
+    assert 0 < ours < 1e-4
+    assert ours == pytest.approx(published_cmmd(x, y), rel=1e-4)
+    assert cmmd.cmmd(torch.from_numpy(x), torch.from_numpy(x)) == 0
+
+
+METRICS_THAT_KEEP = {"kid": KernelDistance, "cmmd": ClipDistance}
+
+
+@pytest.mark.parametrize("name", METRICS_THAT_KEEP)
+def test_distances_keep_the_same_images_in_any_order(name: str) -> None:
     pairs = [pair_of(6), pair_of(6, 6), pair_of(6, 12)]
     found = []
     for order in (pairs, pairs[::-1]):
-        metric = KernelDistance("kid", colours, 3, kept=10)
+        metric = METRICS_THAT_KEEP[name](name, colours, 3, kept=10)
         for pair in order:
             metric.update(pair)
-        assert len(metric.rows) == 10
         found.append(metric.compute())
     assert found[0] == found[1]
     assert found[0].n == 10
 
 
-def test_two_ranks_keep_what_one_would_have_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def filled(*pairs: Pair) -> KernelDistance:
-        metric = KernelDistance("kid", colours, 3, kept=10)
+def test_the_row_says_that_images_were_left_out() -> None:
+    def summary(most: int) -> Summary:
+        metric = ClipDistance("cmmd", colours, 3, kept=most)
+        for start in (0, 6):
+            metric.update(pair_of(6, start))
+        return metric.compute()
+
+    assert "10 of 12 images" in str(summary(10).note) and " of " not in str(summary(12).note)
+
+
+@pytest.mark.parametrize("name", METRICS_THAT_KEEP)
+def test_two_ranks_keep_what_one_would_have_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def filled(*pairs: Pair) -> KernelDistance | ClipDistance:
+        metric = METRICS_THAT_KEEP[name](name, colours, 3, kept=10)
         for pair in pairs:
             metric.update(pair)
         return metric
@@ -122,15 +172,9 @@ def test_two_ranks_keep_what_one_would_have_kept(monkeypatch: pytest.MonkeyPatch
     pairs = [pair_of(7), pair_of(4, 7), pair_of(6, 11)]
     alone = filled(*pairs).compute()
     ranks = [filled(*pairs[:2]), filled(pairs[2])]
-    longest = max(len(rank.rows) for rank in ranks)
-
-    def gather(value: torch.Tensor) -> torch.Tensor:  # what each rank would have sent
-        if value.ndim == 0:
-            return torch.tensor([len(rank.rows) for rank in ranks])
-        missing = [torch.full((longest - len(rank.rows), 7), torch.inf) for rank in ranks]
-        return torch.stack([torch.cat([rank.rows, rest]) for rank, rest in zip(ranks, missing, strict=True)])
-
-    monkeypatch.setattr(kid, "gather", gather)
+    sent = [{2: rank.kept._settle(), 1: torch.tensor([rank.kept.seen])} for rank in ranks]
+    # what each rank would have sent
+    monkeypatch.setattr(kept, "gather_rows", lambda rows: torch.cat([part[rows.ndim] for part in sent]))
     assert ranks[0].compute() == ranks[1].compute() == alone
 
 
@@ -212,6 +256,63 @@ def test_dinov2_from_a_folder(tmp_path: Path) -> None:
     assert summary.mean is not None
     with pytest.raises(UsageError, match="dinov2"):
         build_metrics(["fd_dinov2"], CPU, 32, weights=Weights(dinov2=str(tmp_path)))
+
+
+def test_cmmd_with_a_clip_from_a_folder(clip_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    (metric,) = build_metrics(["cmmd"], CPU, 32, weights=Weights(clip=str(clip_folder)))
+    assert "UNEXPECTED" not in capfd.readouterr().err  # the half that reads text is nobody's concern
+    pair = pair_of(4, padding=2)
+    metric.update(pair)
+    summary = metric.compute()
+    assert (metric.name, summary.n) == ("cmmd", 4)
+    network = trunks.clip(str(clip_folder), CPU)
+    embedded = [features.double().numpy() for features in network(pair)]
+    assert [features.shape for features in embedded] == [(4, 8)] * 2
+    assert np.linalg.norm(embedded[0], axis=1) == pytest.approx(np.ones(4), rel=1e-6)
+    assert summary.mean == pytest.approx(published_cmmd(*embedded), rel=1e-6) and summary.mean > 0
+
+
+def test_clip_sees_images_as_the_published_cmmd_prepares_them(clip_folder: Path) -> None:
+    """Pillow's bicubic to the network's square, then CLIP's mean and deviation as transformers has them."""
+    from PIL import Image
+    from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    image = np.random.default_rng(0).integers(70, 180, (40, 40, 3), dtype=np.uint8)  # nothing to clip
+    small = np.asarray(Image.fromarray(image).resize((28, 28), Image.Resampling.BICUBIC)) / 255
+    theirs = (small - np.array(OPENAI_CLIP_MEAN)) / np.array(OPENAI_CLIP_STD)
+    network = trunks.clip(str(clip_folder), CPU)
+    ours = network.trunk.prepared(torch.from_numpy(image).permute(2, 0, 1)[None])  # type: ignore[attr-defined]
+    levels = np.abs(ours[0].permute(1, 2, 0).numpy() - theirs) * np.array(OPENAI_CLIP_STD) * 255
+    assert levels.max() < 1.01 and levels.mean() < 0.25  # grey levels: Pillow rounds between its two passes
+
+
+def test_without_a_clip_the_row_says_so() -> None:
+    (metric,) = build_metrics(["cmmd"], CPU, 32)
+    assert metric.compute().to_json() == {"mean": None, "ci95": None, "n": 0, "note": "weights not supplied"}
+
+
+@pytest.mark.parametrize("name", ["dinov2", "clip"])
+@pytest.mark.parametrize("what", ["nothing", "another", "pickle", "damaged"])
+def test_a_network_that_is_not_whole_is_refused_by_its_argument(
+    name: str, what: str, clip_folder: Path, tmp_path: Path
+) -> None:
+    """transformers would leave the tensors that a file of another network lacks at random."""
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    if what == "another":
+        config = (folder / "config.json").read_text().replace("clip_vision_model", "x").replace('"clip"', '"x"')
+        (folder / "config.json").write_text(config)
+        tensors = load_file(folder / "model.safetensors")
+        save_file({f"other.{key}": value for key, value in tensors.items()}, folder / "model.safetensors")
+    elif what == "damaged":
+        (folder / "model.safetensors").write_bytes(b"damaged")
+    else:
+        (folder / "model.safetensors").unlink()
+        if what == "pickle":
+            torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(UsageError, match=f"^{name}: ") as refused:
+        getattr(trunks, name)(str(folder), CPU)
+    assert "weights_only" not in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_features_do_not_depend_on_the_network_being_shared() -> None:

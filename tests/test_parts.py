@@ -18,7 +18,7 @@ from ldm_vae.adaptive import last_layer_gradient
 from ldm_vae.adversary import Adversary, AdversaryConfig
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.ema import Ema
-from ldm_vae.errors import WorkError
+from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latents import Moments, Normalisation, posterior_noise
 from ldm_vae.logbook import Averages, Logbook, check_finite
 from ldm_vae.optim import schedule
@@ -86,8 +86,37 @@ def test_normalised_latents_have_unit_variance_and_come_back(kind: str) -> None:
 
 
 def test_two_normalisations_at_once_are_refused() -> None:
-    with pytest.raises(ValueError, match="shifted twice"):
+    with pytest.raises(ValueError, match="shift_factor and latents_mean"):
         Normalisation(1.0, shift_factor=0.1, latents_mean=(0.0,), latents_std=(1.0,))
+
+
+NO_NORMALISATION = {
+    "scaling_factor": [0, 0.0, -0.5, float("nan"), float("inf")],
+    "shift_factor": [float("nan"), float("-inf")],
+    "latents_mean": [(0.0, float("nan"))],
+    "latents_std": [(1.0, 0.0), (1.0, -1.0), (float("inf"), 1.0)],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(name, value) for name, bad in NO_NORMALISATION.items() for value in bad])
+def test_a_normalisation_that_cannot_be_undone_is_refused_by_its_field(field: str, value: object) -> None:
+    per_channel = {"latents_mean": (0.0, 0.0), "latents_std": (1.0, 1.0)} if field.startswith("latents") else {}
+    config = {"scaling_factor": 1.0} | per_channel | {field: value}
+    with pytest.raises(UsageError, match=f"^VAE mine: {field}: "):
+        Normalisation.from_config(config, "VAE mine")
+    assert Normalisation.from_config({}) == Normalisation.from_config({"scaling_factor": None}) == Normalisation(1.0)
+
+
+@pytest.mark.parametrize("kind", ["scale", "shift", "channel"])
+def test_latents_that_do_not_vary_have_no_normalisation(kind: str) -> None:
+    with pytest.raises(WorkError, match=f"^normalisation {kind}: "):
+        Normalisation.from_statistics(kind, torch.zeros(2).double(), torch.zeros(2).double())
+    dead = (torch.tensor([0.0, 9.0]).double(), torch.tensor([1.0, 0.0]).double())
+    if kind != "channel":
+        assert Normalisation.from_statistics(kind, *dead).scaling_factor > 0
+        return
+    with pytest.raises(WorkError, match=f"^normalisation {kind}: "):
+        Normalisation.from_statistics(kind, *dead)
 
 
 # --- schedule, EMA ----------------------------------------------------------------------------------------------------

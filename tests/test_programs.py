@@ -158,6 +158,12 @@ def test_another_config_is_refused_and_a_longer_run_is_not(images: Path, tmp_pat
     assert newest(tmp_path / "run").name == "images-000000016"
 
 
+def test_a_shift_that_the_pipelines_of_such_latents_ignore_is_said(images: Path, tmp_path: Path) -> None:
+    done = run(write_config(tmp_path, images, max_train_images=8, normalisation="shift"))
+    assert done.returncode == 0, done.stderr
+    assert "warning: " in done.stdout and "ignore shift_factor" in done.stdout
+
+
 def test_nan_stops_the_run_and_names_the_interval(images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images, learning_rate=1e30, checkpoint_every_images=8)
     said = one_sentence(run(config), 1)

@@ -73,12 +73,13 @@ def run(config: Path, *flags: str) -> Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, home: Path, clip_folder: Path) -> Path:
     """An undisturbed run."""
     folder = tmp_path_factory.mktemp("finished")
-    done = run(write_config(folder, home / "latents"), "--sample_every_images", "32", "--measure_images", "3")
+    flags = ("--sample_every_images", "32", "--measure_images", "3", "--clip", str(clip_folder))
+    done = run(write_config(folder, home / "latents"), *flags)
     assert done.returncode == 0, done.stderr
-    assert "3 images each: samples" in done.stdout
+    assert done.stdout.count("3 images each: samples") == 2
     return folder / "run"
 
 
@@ -93,8 +94,9 @@ def test_a_run_leaves_what_other_programs_rely_on(finished: Path, home: Path) ->
     found = json.loads((finished / "report" / "diffusion.json").read_text())
     assert found["grids"] == grids and found["classes"] == ["0", "1"] and found["columns"] == 2
     assert {"samples", "field", "noise"} <= set(found["distances"]) and found["distances"]["n"] == 3
+    assert found["cmmd"]["metric"] == "cmmd" and found["cmmd"]["noise"] > 0
     page = (finished / "report" / "index.html").read_text()
-    assert "train.diffusion" in page and "train.autoencoder" not in page
+    assert "CMMD" in page and "train.diffusion" in page and "train.autoencoder" not in page
     # what is loaded draws the same pictures as the run did, from the averaged weights
     ema = load_file(newest(finished) / "tensors.safetensors")
     generator = Generator.load(finished, load_autoencoder(home / "vae"))

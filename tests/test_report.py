@@ -24,6 +24,7 @@ from ldm_vae.errors import UsageError
 from ldm_vae.report import build_report
 from ldm_vae.report.charts import Series, bar_chart, compact, line_chart, linear_axis, log_axis
 from ldm_vae.report.images import difference, heat_map, read_pixels
+from ldm_vae.report.tables import PUBLISHED, published
 from ldm_vae.report.training import adversary_change
 
 SECTIONS = [
@@ -308,3 +309,33 @@ def test_difference_is_around_grey_and_error_maps_share_a_scale() -> None:
     assert picture[7, 7].tolist() == [128] * 3
     dark, light = decoded(heat_map(np.array([[0.0, 50.0]]), 50.0))[0]
     assert light.sum() > dark.sum()
+
+
+# --- what others have published ---------------------------------------------------------------------------------------
+
+
+def test_every_published_figure_has_its_source_and_a_gfid_its_generator() -> None:
+    rows = json.loads(PUBLISHED.read_text())
+    reconstruction_figures = {"rfid", "psnr", "ssim", "lpips"}
+    assert sum("gfid" in row for row in rows) >= 10
+    for row in rows:
+        assert (reconstruction_figures & set(row) != set()) == bool(row.get("source")), row
+        assert ("gfid" in row) == bool(row.get("generator")) == bool(row.get("gfid_source")), row
+        assert row["model"] and row["factor"] and row["data"]
+
+
+def test_the_page_and_the_docs_show_every_published_figure() -> None:
+    rows = json.loads(PUBLISHED.read_text())
+    names = ("rfid", "psnr", "ssim", "lpips", "gfid")
+    shown = published()
+    table = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text().split("## Published results")[1]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"][
+        2:
+    ]
+    assert len(lines) == len(shown) == len(rows)
+    for row, one, line in zip(rows, shown, lines, strict=True):
+        figures = [f"{row[name]:g}" if name in row else "" for name in names]
+        assert one["numbers"] == figures and line[4:9] == figures
+        assert one["generator"] == line[9] == row.get("generator", "")
+        assert one["source"] == line[10] and all(row[key] in line[10] for key in row if key.endswith("source"))
+        assert line[0] == row["model"]

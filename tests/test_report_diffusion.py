@@ -36,11 +36,12 @@ def diffusion_run(folder: Path, **found: Any) -> Path:
 
 def test_a_run_shows_its_samples_and_distances_the_nearest_first(tmp_path: Path) -> None:
     distances = {"metric": "fd_efflite0", "n": 144, "samples": 50.25, "field": 90.0, "noise": 70.0}
-    page = Page(build_report(diffusion_run(tmp_path / "run", distances=distances)).read_text())
+    cmmd = {"metric": "cmmd", "n": 144, "samples": 1.2345, "field": 2.5, "noise": 3.75}
+    page = Page(build_report(diffusion_run(tmp_path / "run", distances=distances, cmmd=cmmd)).read_text())
     assert page.sections[0] == "diffusion" and "training" in page.sections
     assert "Diffusion report" in page.text and "Heun, 25 steps, guidance 2" in page.text and "cats, dogs" in page.text
     assert "at 16k images" in page.text and "at 400 images" in page.text
-    places = [page.text.index(value) for value in ("50.2", "70.0", "90.0")]
+    places = [page.text.index(value) for value in ("50.2", "70.0", "90.0", "CMMD", "1.234", "2.500", "3.750")]
     assert places == sorted(places)
     assert "accelerate launch -m train.diffusion runs/mine/config.yaml" in page.text
     assert "train.autoencoder" not in page.text

@@ -20,7 +20,8 @@ from test_store_indices import vq_model
 from test_store_writing import SETTINGS, Pictures, tree
 
 from ldm_vae import load_autoencoder
-from ldm_vae.commands.store import FORMATS, MODELS
+from ldm_vae.autoencoder import AutoencoderConfig
+from ldm_vae.commands.store import FORMATS, MODELS, NAMES
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latent_store.converting import convert_from, convert_to
@@ -128,29 +129,6 @@ def test_lightningdits_reader_finds_what_it_reads(tiny_vae: AutoencoderKL, tmp_p
     assert [item["caption"] for item in again] == [item["caption"] for item in data]
 
 
-def test_sd_scripts_finds_what_it_reads(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
-    write_store(tiny_vae, Pictures(3), tmp_path / "s", **SETTINGS, store="sample", views="flip")
-    convert_to(tmp_path / "s", tmp_path / "out", "kohya", KOHYA)
-    plain = np.load(tmp_path / "out" / "folder" / "img_001_0020x0024_sdxl.npz")
-    data = LatentDataset(tmp_path / "s", raw=True)
-    np.testing.assert_array_equal(plain["latents_8x8"], data[1]["sample"].numpy())
-    assert plain["latents_8x8"].dtype == np.float32 and "latents_flipped_8x8" in plain
-    assert plain["original_size_8x8"].tolist() == [20, 24]
-    left, top, right, bottom = plain["crop_ltrb_8x8"].tolist()  # 20 x 24 fitted into 16 x 16
-    assert (left, top, bottom) == (1, 0, 16) and right == pytest.approx(1 + 16 * 20 / 24)
-
-    tiny_vae.register_to_config(scaling_factor=0.36, shift_factor=0.12)
-    write_store(tiny_vae, Pictures(3), tmp_path / "f", **SETTINGS, store="sample", dtype="fp32")
-    convert_to(tmp_path / "f", tmp_path / "flux", "kohya", Options(model="flux"))
-    scaled = np.load(tmp_path / "flux" / "folder" / "img_001_0020x0024_flux.npz")["latents_8x8"]
-    np.testing.assert_array_equal(scaled, LatentDataset(tmp_path / "f")[1]["latents"].numpy())
-    convert_from(tmp_path / "flux", tmp_path / "b", "kohya")
-    raw, back = LatentDataset(tmp_path / "f", raw=True), LatentDataset(tmp_path / "b", raw=True)
-    torch.testing.assert_close(back[1]["sample"], raw[1]["sample"], rtol=1e-6, atol=1e-6)
-    with pytest.raises(UsageError, match="--model: a cache is made for one kind of model"):
-        convert_to(tmp_path / "s", tmp_path / "x", "kohya")
-
-
 def test_it_is_said_what_has_no_place(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     write_store(vq_model(), Pictures(3), tmp_path / "codes", **SETTINGS)
     write_store(
@@ -191,7 +169,8 @@ def strangers(folder: Path, name: str, latents: torch.Tensor) -> Path:
         (folder / "latents_stats.pt").write_bytes(b"never opened")
     else:
         for number, z in enumerate(latents):
-            np.savez(folder / f"{number}.npz", latents=z.numpy(), original_size=[30, 20], crop_ltrb=[0, 0, 1, 1])
+            crop = [0, 0, 2 * z.shape[2], 2 * z.shape[1]]  # f = 2, and an image that fills its bucket
+            np.savez(folder / f"{number}.npz", latents=z.numpy(), original_size=[30, 20], crop_ltrb=crop)
         np.savez(folder / "0_te.npz", hidden=np.zeros(3))
     return folder
 
@@ -210,6 +189,41 @@ def test_a_strangers_latents_need_a_vae_and_stay_a_claim(name: str, tiny_vae_fol
     assert data[0]["bucket"] == "16x12" and data[0]["image_sha256"] is None
     pixels = LatentDataset(tmp_path / "b")
     assert pixels.decode(pixels[0]["latents"], load_autoencoder(tiny_vae_folder)).shape == (3, 16, 12)
+
+
+@pytest.mark.parametrize("name", names())
+def test_latents_of_another_channel_count_are_not_of_this_vae(
+    name: str, tiny_vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    source = strangers(tmp_path / "theirs", name, torch.randn(2, 16, 8, 6))
+    with pytest.raises(UsageError, match=r"^--vae: .*16.*4"):
+        convert_from(source, tmp_path / "b", name, vae=tiny_vae)
+    assert not (tmp_path / "b").exists()
+
+
+def without_identity(store: Path, out: Path, name: str) -> Path:
+    """A store of ours in that format, as if another program had written it: what says which VAE made it is gone."""
+    convert_to(store, out, name, KOHYA if name == "kohya" else None)
+    (out / "store.json").unlink(missing_ok=True)
+    for file in out.rglob("*.parquet"):
+        pq.write_table(pq.read_table(file).replace_schema_metadata(None), file)
+    for file in out.rglob("*.npz"):
+        with np.load(file) as arrays:
+            kept = {key: value for key, value in arrays.items() if not key.startswith("ldm_vae")}
+        np.savez(file, **kept)
+    return out
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name != "lightningdit"])  # whose shards tell no size
+def test_latents_of_another_f_are_not_of_this_vae(name: str, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    write_store(tiny_vae, Pictures(3), tmp_path / "s", **SETTINGS | {"bucket_step": 4}, store="sample")
+    source = without_identity(tmp_path / "s", tmp_path / "out", name)
+    manifest, _ = convert_from(source, tmp_path / "b", name, vae=tiny_vae)  # f = 2, whatever the shape of the buckets
+    assert manifest.samples == 3 and manifest.recorded.claimed
+    other = AutoencoderConfig(block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4).build()
+    with pytest.raises(UsageError, match=r"^--vae: .*f = 4"):
+        convert_from(source, tmp_path / "c", name, vae=other)
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_claim_is_not_encoded_again_and_not_merged_blindly(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
@@ -237,8 +251,15 @@ def test_another_vae_than_the_one_that_is_named_is_refused(tiny_vae: Autoencoder
 def test_as_a_user_calls_it(tiny_vae: AutoencoderKL, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_store(tiny_vae, Pictures(8), tmp_path / "s", **SETTINGS)
     assert run_cli("store", "convert", tmp_path / "s", tmp_path / "k", "--to", "kohya", "--model", "sd") == 0
-    assert "what it does not carry:\n  logvar" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "what it does not carry:\n  logvar" in said and "sd-scripts 0.10.2" in said and "--names sized" in said
+    call = ("store", "convert", tmp_path / "s", tmp_path / "p", "--to", "kohya", "--model", "sd", "--names", "old")
+    assert run_cli(*call) == 0
+    assert "sd-scripts 0.7.0" in capsys.readouterr().out and list((tmp_path / "p").rglob("img_001.npz"))
+    for flag in (("--model", "sd"), ("--names", "old")):  # a cache's alone
+        assert run_cli("store", "convert", tmp_path / "s", tmp_path / "x", "--to", "parquet", *flag) == 2
+        assert flag[0] in capsys.readouterr().err
     assert run_cli("store", "convert", tmp_path / "k", tmp_path / "b", "--from", "kohya") == 0
     assert "8 samples in 1 shards" in capsys.readouterr().out
     assert run_cli("store", "convert", tmp_path / "s", tmp_path / "x") == 2
-    assert sorted(FORMATS) == names() and MODELS == kohya.MODELS
+    assert sorted(FORMATS) == names() and MODELS == kohya.MODELS and NAMES == kohya.NAMES

@@ -64,11 +64,11 @@ def test_what_a_stranger_may_send(tiny_vae: AutoencoderKL, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     whole, nan = to_npy(LATENT), to_npy(np.where(np.arange(8) == 3, np.nan, LATENT).astype("<f4"))
     lying = to_npy(LATENT).replace(b"(4, 8, 8)", b"(4, 8, 9)")
-    huge = to_npy(LATENT).replace(b"(4, 8, 8), ", b"(9999999, 8, 8), ")
+    huge = to_npy(LATENT).replace(b"(4, 8, 8), ", b"(4, 9999999, 8), ")
     pickled = npy(np.array([Evil()], dtype=object))
     monkeypatch.setattr(kohya, "MOST_BYTES", 1 << 20)
     bomb = to_npy(LATENT) + bytes(1 << 21)
-    ragged = pa.table({"latents": [[[[1.0]]], [[[1.0, 2.0]]]]})
+    ragged = pa.table({"latents": [[[[1.0]]] * 4, [[[1.0, 2.0]]] * 4]})
     cases: list[tuple[str, Callable[[Path], object], str]] = [
         ("webdataset", lambda d: tar(d, {"../a.latents.npy": whole}), "'../a.latents.npy' its name climbs out"),
         ("webdataset", lambda d: tar(d, {"/a.latents.npy": whole}), "climbs out of the archive"),

@@ -38,6 +38,7 @@ from ldm_vae.ema import Ema
 from ldm_vae.errors import Stopped, WorkError, run_program
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.measure import measure, normalisation_of
+from ldm_vae.export.targets import warnings_for_pipelines
 from ldm_vae.health import diagnose
 from ldm_vae.latents import Normalisation, posterior_noise
 from ldm_vae.launch import StopSignal, build_accelerator
@@ -261,6 +262,8 @@ def train(settings: Training) -> None:
         distilled = Normalisation(1.0) if isinstance(trained, AutoencoderTiny) else None
         normalisation = distilled or base_normalisation or statistics.normalisation(settings.normalisation)
         write_vae(trained, run / "vae", normalisation, sample_size=settings.resolution, statistics=statistics)
+        for warning in warnings_for_pipelines({**trained.config, **normalisation.to_config()}):
+            say(f"warning: {warning}")
     show(run, accelerator)
     accelerator.end_training()
     say(f"trained on {images_seen:,} images; the autoencoder is in {run / 'vae'}")

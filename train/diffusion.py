@@ -30,7 +30,7 @@ from ldm_vae.errors import Stopped, run_program
 from ldm_vae.generator import Generator
 from ldm_vae.launch import StopSignal, build_accelerator
 from ldm_vae.logbook import Averages, Logbook, check_finite
-from ldm_vae.metrics.generation import in_words, record_distances, record_samples
+from ldm_vae.metrics.generation import clip_looks, in_words, record_distances, record_samples
 from ldm_vae.optim import learning, schedule, set_learning_rate
 from ldm_vae.report import build_report
 from ldm_vae.run import (
@@ -63,6 +63,7 @@ def train(settings: DiffusionTraining) -> None:
     # --- the store, and the VAE that decodes samples: opened first, since a wrong path should cost seconds ------------
     latents = open_latents(settings)
     vae = load_decoder(settings, latents).to(accelerator.device)
+    clip = clip_looks(settings.clip) if settings.measure_images and accelerator.is_main_process else None
 
     # --- the network: fp32 weights, autocast by Accelerate; DDP's hooks fire in `model(...)` --------------------------
     denoiser = build_denoiser(settings, latents)
@@ -161,7 +162,7 @@ def train(settings: DiffusionTraining) -> None:
         generator.write(run)
         if settings.measure_images:
             count = settings.measure_images
-            distances = record_distances(run, generator, latents.some(count), count, settings.train_batch_size)
+            distances = record_distances(run, generator, latents.some(count), count, settings.train_batch_size, clip)
             say(in_words(distances))
     draw(generator, settings, images_seen, accelerator)
     accelerator.end_training()

@@ -98,10 +98,7 @@ def configured_copy(vae: Any, normalisation: Normalisation | None = None, **chan
     defaults = {name: one.default for name, one in inspect.signature(type(vae).__init__).parameters.items()}
     config = {name: value for name, value in vae.config.items() if name in defaults}
     if normalisation is None:
-        try:
-            normalisation = Normalisation.from_config(config)
-        except ValueError as error:
-            raise UsageError(f"VAE: its config names two normalisations ({error}); measure one") from error
+        normalisation = Normalisation.from_config(config, "VAE")
     for name, value in normalisation.to_config().items():
         if name in defaults:
             config[name] = defaults[name] if value is None else value

@@ -147,7 +147,8 @@ def measure_drift(
     cosine = torch.cosine_similarity((before - centre).flatten(1), (after - centre).flatten(1))
     return Drift(
         same_encoder=encoder_fingerprint(base) == encoder_fingerprint(tuned),
-        same_normalisation=Normalisation.from_config(base.config) == Normalisation.from_config(tuned.config),
+        same_normalisation=Normalisation.from_config(base.config, "the base")
+        == Normalisation.from_config(tuned.config, "the VAE"),
         images=len(before),
         cosine=float(cosine.mean()),
         rms=float(apart.square().mean().sqrt()),

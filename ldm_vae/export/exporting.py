@@ -26,7 +26,7 @@ from ldm_vae.export.preview import Preview, fit_preview, pairs_of_images, pairs_
 from ldm_vae.export.recipe import read_recipe
 from ldm_vae.export.replaceable import check_replaceable
 from ldm_vae.export.single_file import SD_SCALING, is_sd_shape, load_single_file
-from ldm_vae.export.targets import TARGETS, Target, warnings_for, write_target
+from ldm_vae.export.targets import TARGETS, Target, warnings_for, warnings_for_pipelines, write_target
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation, NormalisationKind
 from ldm_vae.ownership import own_name
@@ -160,11 +160,11 @@ def _normalisation(
     if request.normalisation_from is not None:
         return normalisation_of(request.normalisation_from, int(vae.config.latent_channels))
     try:
-        own = Normalisation.from_config(vae.config)
-    except ValueError as error:
+        own = Normalisation.from_config(vae.config, f"SRC {request.source}")
+    except UsageError:
         if request.stats is None:
-            raise UsageError(f"SRC {request.source}: names two normalisations ({error}); give --stats") from error
-        own = Normalisation(1.0)
+            raise
+        own = Normalisation(1.0)  # and is measured
     kind = request.normalisation or own.kind
     if statistics is not None and (request.stats is not None or kind != own.kind):
         return statistics.normalisation(kind)
@@ -246,6 +246,7 @@ def _write_folder(
     if isinstance(vae, AutoencoderKL):
         upcast, verdict = _audit(vae, request, card)
     ready = configured_copy(vae, normalisation, sample_size=request.resolution, force_upcast=upcast)
+    done.warnings += warnings_for_pipelines(ready.config)
     write_vae(
         ready,
         request.out,

@@ -75,16 +75,14 @@ def normalisation_of(base: str, latent_channels: int) -> Normalisation:
     it serves was trained on latents so normalised.
 
     Raises:
-        UsageError: there is no such VAE, it names two normalisations, or its latents have another number of channels.
+        UsageError: there is no such VAE, its config names two normalisations or none that can be divided by, or its
+            latents have another number of channels.
     """
     config = load_autoencoder(base).config
     if int(config.latent_channels) != latent_channels:
         came = f"{config.latent_channels} latent channels, this VAE {latent_channels}"
         raise UsageError(f"normalisation_from {base}: expected a VAE with the same latents, it has {came}")
-    try:
-        return Normalisation.from_config(config)
-    except ValueError as error:
-        raise UsageError(f"normalisation_from {base}: names two normalisations ({error})") from error
+    return Normalisation.from_config(config, f"normalisation_from {base}")
 
 
 def statistics_of_store(vae: Any, store: str) -> LatentStatistics:

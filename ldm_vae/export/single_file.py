@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from ldm_vae import publish
 from ldm_vae.errors import UsageError
 from ldm_vae.export import ldm_keys
-from ldm_vae.untrusted import check_model_config, first_line, parse_json
+from ldm_vae.untrusted import check_model_config, first_line, load_pickle, parse_json
 
 CONFIG_KEY = "ldm_vae.config"  # in the header of our own files: the diffusers config, so that nothing is inferred
 
@@ -124,9 +124,9 @@ def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
             "reads its tensors and nothing else and writes a safe file"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file makes of itself
-        raise UsageError(f"VAE {path}: cannot be read as tensors alone: {first_line(error)}") from error
+        content = load_pickle(path)
+    except ValueError as error:
+        raise UsageError(f"VAE {path}: cannot be read as tensors alone: {error}") from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
 

@@ -37,10 +37,12 @@ FAMILIES: Mapping[str, tuple[int, float, float | None]] = {
 
 @dataclass(frozen=True)
 class Target:
-    """A program that reads a VAE from one file: its `title` and why it cannot load a config (None: it can)."""
+    """A program that reads a VAE from one file: its `title`, why it cannot load a config (None: it can), and where only
+    some of its versions can, which (None: all)."""
 
     title: str
     why_not: Callable[[Config], str | None]
+    versions: Callable[[Config], str | None] = lambda config: None
 
 
 def warnings_for(target: Target, config: Config) -> list[str]:
@@ -49,6 +51,8 @@ def warnings_for(target: Target, config: Config) -> list[str]:
     reason = target.why_not(config)
     if reason is not None:
         found.append(f"{target.title} cannot load this file: {reason}")
+    elif (versions := target.versions(config)) is not None:
+        found.append(f"{target.title}: {versions}")
     channels, scale = int(config["latent_channels"]), float(config["scaling_factor"])
     shift, mean = config.get("shift_factor"), config.get("latents_mean")
     known = [
@@ -67,6 +71,21 @@ def warnings_for(target: Target, config: Config) -> list[str]:
     return found
 
 
+def warnings_for_pipelines(config: Config) -> list[str]:
+    """What the pipelines of diffusers that take such latents ignore of this config, a sentence each.
+
+    Their `vae.decode(latents / scaling_factor)` knows shift_factor in SD3's and FLUX's pipelines only.
+    """
+    shift, channels = config.get("shift_factor"), int(config["latent_channels"])
+    takers = {name: offset for name, (width, _, offset) in FAMILIES.items() if width == channels}
+    if not shift or not takers or any(offset is not None for offset in takers.values()):
+        return []
+    return [
+        f"the pipelines of {', '.join(takers)}, whose latents have {channels} channels, ignore shift_factor without a "
+        f"word: what they decode is off by {shift:.2g} in every latent; `--normalisation scale` is what they apply"
+    ]
+
+
 def _comfyui(config: Config) -> str | None:
     """Widths 128 x (1, 2, 4, 4) or, without a fourth resolution, (1, 2, 4); any latent channels but 64; the decoder
     may have another base width; quant convs both or neither."""
@@ -76,6 +95,17 @@ def _comfyui(config: Config) -> str | None:
     if widths not in ((128, 256, 512, 512), (128, 256, 512)):
         return f"it builds widths (128, 256, 512, 512) or (128, 256, 512), this VAE has {widths}"
     return _common(config)
+
+
+def _comfyui_versions(config: Config) -> str | None:
+    """v0.3.72 added FLUX.2, whose VAE has 32 channels too: since then a file of 32 channels is taken for Hunyuan's
+    video VAE only if its convolutions are three-dimensional. FLUX.2's own file is told by bn.running_mean."""
+    if int(config["latent_channels"]) != 32:
+        return None
+    return (
+        "a file of 32 latent channels needs version 0.3.72 (2025-11-25) or later: those of the two months before take "
+        "it for Hunyuan's video VAE and fail; and without bn.running_mean no version takes it for FLUX.2's"
+    )
 
 
 def _kohya(config: Config) -> str | None:
@@ -109,7 +139,7 @@ def _common(config: Config) -> str | None:
 
 
 TARGETS: Mapping[str, Target] = {
-    "comfyui": Target("ComfyUI", _comfyui),
+    "comfyui": Target("ComfyUI", _comfyui, _comfyui_versions),
     "kohya": Target("kohya sd-scripts", _kohya),
     "a1111": Target("A1111", _a1111),
 }

@@ -53,7 +53,8 @@ def convert_from(
         shard_size: samples per unit where no identity says it.
 
     Raises:
-        UsageError: nothing of that format in SRC, no VAE where one is needed, one of another encoder; OUT exists.
+        UsageError: nothing of that format in SRC, no VAE where one is needed, one of another encoder, channel count or
+            f, or one whose normalisation is none; OUT exists.
         WorkError: a file is damaged, or holds what no store may hold.
     """
     from ldm_vae.autoencoder import decoder_fingerprint, downsampling_factor, encoder_fingerprint
@@ -76,8 +77,9 @@ def convert_from(
         raise UsageError(f"--shard_size: expected at least 1, got {shard_size}")
     assert encoder is not None
     codes = getattr(vae.config, "num_vq_embeddings", None)
-    normalisation = Normalisation.from_config(vae.config)
-    claim = Claim(encoder, downsampling_factor(vae), codes, str(path), shard_size, normalisation)
+    normalisation = Normalisation.from_config(vae.config, f"VAE {vae_name}")
+    channels = int(vae.config.get("vq_embed_dim") or vae.config.latent_channels)
+    claim = Claim(encoder, downsampling_factor(vae), channels, codes, str(path), shard_size, normalisation)
     found = chosen.read(path, claim)
     head = Manifest(
         identity=found.identity,

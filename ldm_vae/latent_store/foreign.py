@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ldm_vae.errors import WorkError
+from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import shards
 from ldm_vae.latent_store.carrying import tensors_of
 from ldm_vae.latent_store.dealing import Group, Integers, Samples, Tensors
@@ -27,6 +27,7 @@ from ldm_vae.latent_store.manifest import Identity
 from ldm_vae.latents import Normalisation
 
 CHECKSUM = re.compile("[0-9a-f]{64}")
+BUCKET = re.compile("([0-9]{1,8})x([0-9]{1,8})")
 UNKNOWN = "unknown"  # preprocessing of latents that another program made: equal to none of ours
 
 Load = Callable[[Integers], Iterator[tuple[Tensors, Samples]]]
@@ -110,6 +111,8 @@ class Claim:
     """SHA-256 of its encoder."""
     factor: int
     """Its f: pixels per latent position."""
+    channels: int
+    """Of its latents."""
     codes: int | None
     """Rows of its codebook."""
     source: str
@@ -123,9 +126,35 @@ class Claim:
         height, width = (int(side) * self.factor for side in shape[-2:])
         return round(math.sqrt(height * width)), height, width
 
+    def check_channels(self, where: object, shape: Sequence[int]) -> None:
+        """Raises UsageError unless latents of this shape (c, h, w), or indices (h, w), can be of this VAE."""
+        if len(shape) == 3 and shape[0] != self.channels:
+            raise UsageError(
+                f"--vae: the latents in {where} have {shape[0]} channels and those of this VAE {self.channels}; name "
+                "the VAE that made them"
+            )
+
+    def check_crop(self, key: str, group: Group, crop: tuple[float, float], slack: float = 0) -> None:
+        """Raises UsageError unless a crop of these sides (height, width), which the latents name as theirs, gives
+        latents of such a size; slack: pixels that it may be smaller, by the rounding of another program."""
+        _, *sides = group
+        if not all(0 <= side - said <= slack for side, said in zip(sides, crop, strict=True)):
+            height, width = (side // self.factor for side in sides)
+            raise UsageError(
+                f"--vae: the latents of {key} are {height}x{width}, of {crop[0]:g}x{crop[1]:g} pixels, and this VAE "
+                f"has f = {self.factor}; name the VAE that made them"
+            )
+
     def row(self, key: str, index: int, group: Group, more: dict[str, Any]) -> dict[str, Any]:
-        """A row of an image of which little is known: no checksum is invented for it."""
+        """A row of an image of which little is known: no checksum is invented for it.
+
+        Raises:
+            UsageError: its bucket is that of a VAE of another f.
+        """
         resolution, height, width = group
+        if (bucket := BUCKET.fullmatch(str(more.get("bucket")))) is not None:
+            one, other = (int(side) for side in bucket.groups())  # ours is HxW, some write WxH
+            self.check_crop(key, group, (other, one) if (other, one) == (height, width) else (one, other))
         own = {"key": key, "source": self.source, "source_index": index, "image_sha256": None}
         own |= {"resolution": resolution, "bucket": f"{height}x{width}"}
         return own | {f"source_{name}" if name in own else name: value for name, value in more.items()}

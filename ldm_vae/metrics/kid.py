@@ -1,23 +1,20 @@
 """Kernel distance between two sets of features (Binkowski et al. 2018): unbiased MMD^2, kernel (x.y / D + 1)^3.
 
-The mean over random subsets, as it is published. Subsets are drawn from at most KEPT images, those whose keyed number
-is smallest: the same images whatever the number of processes, and memory does not grow with N.
+The mean over random subsets, as it is published. Subsets are drawn from at most KEPT images (`kept.py`).
 
-Legend: B batch, D features, n images of a subset.
+Legend: D features, n images of a subset.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import torch
 
 from ldm_vae import keyed
 from ldm_vae.metrics.frechet import PairFeatures
+from ldm_vae.metrics.kept import Kept
 from ldm_vae.metrics.metric import Better
 from ldm_vae.metrics.protocol import Pair
-from ldm_vae.metrics.ranks import gather
 from ldm_vae.metrics.running import Summary
 
 KEPT = 10_000
@@ -43,25 +40,17 @@ class KernelDistance:
     better: Better = "lower"
 
     def __init__(self, name: str, features: PairFeatures, dimensions: int, kept: int = KEPT) -> None:
-        self.name, self.features, self.dimensions, self.kept = name, features, dimensions, kept
-        self.rows = torch.empty(0, 1 + 2 * dimensions)  # number, original, reconstruction
+        self.name, self.kept = name, Kept("kid", features, dimensions, kept)
 
     def update(self, pair: Pair) -> None:
-        original, reconstruction = self.features(pair)
-        numbers = [float(keyed.generator(0, "kid", index).random()) for index in pair.indices]
-        rows = torch.cat([torch.tensor(numbers)[:, None], original.float().cpu(), reconstruction.float().cpu()], dim=1)
-        self.rows = _smallest(torch.cat([self.rows, rows]), self.kept)
+        self.kept.update(pair)
 
     def compute(self) -> Summary:
-        longest = int(gather(torch.tensor(len(self.rows))).max())
-        padding = torch.full((longest - len(self.rows), self.rows.shape[1]), math.inf)
-        everybody = gather(torch.cat([self.rows, padding])).flatten(0, 1)
-        rows = _smallest(everybody[everybody[:, 0].isfinite()], self.kept)
-        count = len(rows)
+        originals, reconstructions, _ = self.kept.over_ranks()
+        count = len(originals)
         size = min(SUBSET_SIZE, count)
         if size < 2:
             return Summary(None, None, count, note="needs two images")
-        originals, reconstructions = rows[:, 1 : 1 + self.dimensions], rows[:, 1 + self.dimensions :]
         draw = keyed.generator(0, "kid subsets")
         distances = []
         for _ in range(SUBSETS):
@@ -69,7 +58,3 @@ class KernelDistance:
             distances.append(squared_mmd(originals[chosen], reconstructions[others]))
         note = f"over {SUBSETS} subsets of {size:,}"
         return Summary(float(np.mean(distances)), None, count, float(np.std(distances)), note)
-
-
-def _smallest(rows: torch.Tensor, kept: int) -> torch.Tensor:
-    return rows[rows[:, 0].argsort(stable=True)[:kept]]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ldm_vae.errors import UsageError
-from ldm_vae.metrics import features, kid, l1, lpips, ms_ssim, psnr, ssim
+from ldm_vae.metrics import cmmd, features, kid, l1, lpips, ms_ssim, psnr, ssim
 from ldm_vae.metrics.frechet import FrechetDistance
 from ldm_vae.metrics.metric import Metric, Unmeasured
 from ldm_vae.metrics.protocol import PINNED, Protocol
@@ -25,6 +25,7 @@ class Weights:
     lpips: str | None = None
     inception: Path | None = None
     dinov2: str | None = None
+    clip: str | None = None
 
 
 def check(names: Sequence[str], resolution: int) -> None:
@@ -70,6 +71,8 @@ def build_metrics(
             metrics["kid"] = kid.KernelDistance("kid", inception, inception.dimensions)
     if "fd_dinov2" in names and weights.dinov2 is not None:
         metrics["fd_dinov2"] = _frechet("fd_dinov2", features.dinov2(weights.dinov2, device), "")
+    if "cmmd" in names:
+        metrics["cmmd"] = _cmmd(None if weights.clip is None else features.clip(weights.clip, device))
     if "fd_efflite0" in names:
         metrics["fd_efflite0"] = _frechet(
             "fd_efflite0", features.efflite0(device), "not installed: pip install 'ldm-vae[features]'"
@@ -79,3 +82,9 @@ def build_metrics(
 
 def _frechet(name: str, network: features.Features | None, absent: str) -> Metric:
     return Unmeasured(name, "lower", absent) if network is None else FrechetDistance(name, network, network.dimensions)
+
+
+def _cmmd(network: features.Features | None) -> Metric:
+    if network is None:
+        return Unmeasured("cmmd", "lower", features.NOT_SUPPLIED)
+    return cmmd.ClipDistance("cmmd", network, network.dimensions)

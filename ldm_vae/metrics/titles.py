@@ -27,6 +27,7 @@ TITLES = {
     "rfid": Title("rFID", "", 3, "lower", "Fréchet distance in Inception features (2015-12-05)."),
     "kid": Title("KID", "× 1000", 3, "lower", "Kernel distance in Inception features, mean over random subsets."),
     "fd_dinov2": Title("FD DINOv2", "", 2, "lower", "Fréchet distance in DINOv2 features."),
+    "cmmd": Title("CMMD", "", 3, "lower", "Kernel distance in CLIP's embeddings, times 1000 as published."),
     "fd_efflite0": Title(
         "FD EfficientNet-Lite0",
         "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ldm_vae.metrics.titles import TITLES
 from ldm_vae.report import images
 from ldm_vae.report.charts import compact
 
@@ -34,7 +35,7 @@ def run(folder: Path, found: Json | None) -> Json | None:
         "earlier": shown[:-1],
         "columns": found["classes"],
         "sampling": sampling(found["sampling"]),
-        "distances": distances(found.get("distances")),
+        "distances": [distances(found[name]) for name in ("distances", "cmmd") if found.get(name)],
     }
 
 
@@ -44,13 +45,17 @@ def sampling(used: Json) -> str:
     return f"{used['method'].capitalize()}, {used['steps']} steps, {guidance}"
 
 
-def distances(found: Json | None) -> Json | None:
-    """Rows of the table of distances, the nearest first."""
-    if found is None:
-        return None
+def distances(found: Json) -> Json:
+    """Heading and rows of a table of distances, the nearest first."""
     rows = [{"name": SETS[name][0], "meaning": SETS[name][1], "value": found[name]} for name in SETS]
     rows.sort(key=lambda row: float(row["value"]))
-    return {"n": f"{found['n']:,}", "rows": [row | {"value": f"{row['value']:.1f}"} for row in rows]}
+    title, decimals = (TITLES["cmmd"], 3) if found["metric"] == "cmmd" else (TITLES["fd_efflite0"], 1)
+    return {
+        "heading": title.heading,
+        "meaning": title.meaning,
+        "n": f"{found['n']:,}",
+        "rows": [row | {"value": f"{row['value']:.{decimals}f}"} for row in rows],
+    }
 
 
 def probe(home: Path, found: Json | None) -> Json | None:

@@ -103,13 +103,22 @@ def metric_rows(results: Sequence[Json]) -> list[Json]:
 
 
 def published() -> list[Json]:
-    """What others report, each with its source; their protocols differ from ours and from each other."""
+    """What others report, each with its source; their protocols differ from ours and from each other. gFID is the FID
+    of samples of a generator that was trained on such latents."""
     rows: list[Json] = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     written = []
     for row in rows:
         shape = f"f{row['factor']}" + (f" c{row['channels']}" if "channels" in row else "")
-        numbers = [f"{row[name]:g}" if name in row else "" for name in ("rfid", "psnr", "ssim", "lpips")]
-        written.append({"cells": [row["model"], shape, row["data"]], "numbers": numbers, "source": row["source"]})
+        numbers = [f"{row[name]:g}" if name in row else "" for name in ("rfid", "psnr", "ssim", "lpips", "gfid")]
+        sources = dict.fromkeys(row[name] for name in ("source", "gfid_source") if name in row)
+        written.append(
+            {
+                "cells": [row["model"], shape, row["data"]],
+                "numbers": numbers,
+                "generator": row.get("generator", ""),
+                "source": "; gFID: ".join(sources),
+            }
+        )
     return written
 
 

@@ -23,6 +23,7 @@ DESCRIPTION = f"""\
 
 FORMATS = ("parquet", "webdataset", "lightningdit", "kohya")  # the files of latent_store/formats, without importing it
 MODELS = ("sd", "sdxl", "sd3", "flux")
+NAMES = ("sized", "plain", "old")  # of formats/kohya.py
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, what in (("--to", "write SRC in this format"), ("--from", "SRC is in this format, OUT becomes a store")):
         directions.add_argument(flag, choices=FORMATS, dest=flag.strip("-") + "_format", help=what)
     convert.add_argument("--model", choices=MODELS, help="--to kohya: the diffusion model that the cache is for")
+    convert.add_argument(
+        "--names",
+        choices=NAMES,
+        help="--to kohya: as sd-scripts finds them: sized 0.10.2 and later (default), plain 0.10.0, old 0.7.0",
+    )
     convert.add_argument("--vae", metavar="VAE", help="--from: the VAE of the latents, where they do not carry it")
     convert.add_argument("--shard_size", type=int, default=2048, metavar="N", help="--from: samples per unit (2048)")
     for action in (merge, split, convert):
@@ -202,16 +208,22 @@ def _convert(arguments: argparse.Namespace) -> None:
     from ldm_vae.autoencoder import load_autoencoder
     from ldm_vae.errors import UsageError
     from ldm_vae.latent_store.converting import convert_from, convert_to
-    from ldm_vae.latent_store.formats import Options
+    from ldm_vae.latent_store.formats import Options, kohya
 
     source, out = Path(arguments.source), Path(arguments.out)
+    for flag in ("model", "names"):
+        if arguments.to_format != "kohya" and getattr(arguments, flag) is not None:
+            raise UsageError(f"--{flag}: belongs to --to kohya")
     if arguments.to_format is not None:
         if arguments.vae is not None:
             raise UsageError("--vae: belongs to --from; a store knows its VAE")
-        lost = convert_to(source, out, arguments.to_format, Options(model=arguments.model))
+        options = Options(model=arguments.model, names=arguments.names or NAMES[0])
+        lost = convert_to(source, out, arguments.to_format, options)
         print(f"{out}: the latents of {source} as {arguments.to_format}; what it does not carry:")
         for phrase in lost:
             print(f"  {phrase}")
+        if arguments.to_format == "kohya":
+            print(kohya.readers(options))
         return
     vae = None if arguments.vae is None else load_autoencoder(arguments.vae)
     manifest, notes = convert_from(

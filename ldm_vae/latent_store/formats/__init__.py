@@ -34,6 +34,8 @@ class Options:
 
     model: str | None = None
     """kohya: the diffusion model that the latents are for."""
+    names: str = "sized"
+    """kohya: how files and arrays are called, which is what a version of sd-scripts finds them by."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def found(path: Path, told: Carried | Claim, sketches: Sequence[Sketch], notes: 
     """Pieces of the identity that was carried, or of the one that fits what the user claims.
 
     Raises:
+        UsageError: the latents have another number of channels than those of the VAE that is claimed.
         WorkError: there is nothing, or the files do not hold tensors of one kind and type.
     """
     if not sketches:
@@ -70,6 +73,8 @@ def found(path: Path, told: Carried | Claim, sketches: Sequence[Sketch], notes: 
         identity = told.manifest.identity
     else:
         kinds = {(tuple(sketch.dtypes), tuple(set(sketch.dtypes.values()))) for sketch in sketches}
+        for sketch in sketches:
+            told.check_channels(sketch.where, sketch.shape)
         (names, dtypes), *others = kinds
         if others or len(dtypes) > 1:
             raise WorkError(f"SRC {path}: its files do not all hold the same tensors in one type")

@@ -6,8 +6,12 @@
         original_size_32x32      [W, H];    crop_ltrb_32x32: where the image lies in its bucket, for SDXL
 
 Put OUT's tree over the folder of the images. `_sd`, `_sdxl` and `_sd3` files hold raw latents, `_flux` ones are shifted
-and scaled, as that program's own FLUX encoder leaves them. Names without `_32x32` were sd-scripts' for SD and SDXL
-until February 2026: they are read, not written. `ldm_vae_32x32`, the store's row as JSON, is read by nobody else.
+and scaled, as that program's own FLUX encoder leaves them. `ldm_vae_32x32`, the store's row as JSON, is read by nobody
+else. For SD and SDXL the names changed twice; READERS says which versions find which:
+
+    sized    as above
+    plain    PATH_WWWWxHHHH_sdxl.npz, its arrays without _32x32
+    old      PATH.npz, its arrays without _32x32
 """
 
 from __future__ import annotations
@@ -53,10 +57,41 @@ from ldm_vae.latent_store.shards import CHUNK_ROWS
 
 MODELS = ("sd", "sdxl", "sd3", "flux")
 SCALED = ("flux",)  # their caches hold latents that are normalised already
+NAMES = ("sized", "plain", "old")
 ROW = "ldm_vae"
 MOST_BYTES = 1 << 28  # of one array
 NAME = re.compile(r"(?P<path>.+)_(?P<width>\d{4,})x(?P<height>\d{4,})_(?P<model>" + "|".join(MODELS) + r")\.npz")
 LATENTS = re.compile(r"latents(?P<size>_\d+x\d+)?\.npy")
+
+
+@dataclass(frozen=True)
+class Readers:
+    """The versions of sd-scripts that find such names: those from `since` on, of that `date`, and what they do."""
+
+    since: tuple[int, int, int]
+    date: str
+    but: str = ""
+
+
+# read in its sources: v0.9.1 and before train_util.py; v0.10.0, v0.10.1 strategy_*.py; PRs 2269 and 2276 of v0.10.2
+_BY_SIZE = Readers((0, 10, 2), "2026-03-29", "those before encode the images again")
+_ANY_SIZE = "from 0.10.2 on they are taken whatever the size of the bucket"
+READERS = {
+    "sized": {"sd": _BY_SIZE, "sdxl": _BY_SIZE} | dict.fromkeys(("sd3", "flux"), Readers((0, 10, 0), "2026-01-19")),
+    "plain": dict.fromkeys(("sd", "sdxl"), Readers((0, 10, 0), "2026-01-19", _ANY_SIZE)),
+    "old": dict.fromkeys(("sd", "sdxl"), Readers((0, 7, 0), "2023-10-11", _ANY_SIZE)),
+}
+
+
+def readers(options: Options) -> str:
+    """A sentence: which versions of sd-scripts read what `write` leaves."""
+    found = READERS[options.names][str(options.model)]
+    version = ".".join(map(str, found.since))
+    other = [f"{names} {'.'.join(map(str, READERS[names][str(options.model)].since))}" for names in NAMES
+             if names != options.names and options.model in READERS[names]]  # fmt: skip
+    sentence = f"sd-scripts {version} ({found.date}) and later find these names (--names {options.names})"
+    sentence += f"; {found.but}" if found.but else ""
+    return sentence + (f"; other --names, and the first version for them: {', '.join(other)}" if other else "")
 
 
 def cannot_carry(manifest: Manifest, options: Options) -> list[str]:
@@ -65,6 +100,9 @@ def cannot_carry(manifest: Manifest, options: Options) -> list[str]:
         raise UsageError(
             f"--model: a cache is made for one kind of model; expected {', '.join(MODELS)}, got {options.model}"
         )
+    if options.names not in NAMES or options.model not in READERS[options.names]:
+        known = ", ".join(names for names in NAMES if options.model in READERS[names])
+        raise UsageError(f"--names: for {options.model} sd-scripts knows {known}, got {options.names}")
     lost = loses_of_moments(manifest.identity)
     if options.model in SCALED:
         lost.append("raw latents: they are shifted and scaled, and come back equal to rounding only")
@@ -81,7 +119,7 @@ def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], optio
     write_carried(folder, Carried(manifest=bare, quarantine=tuple(read_quarantine(pieces[0].store))))
     order = itertools.count()
     for piece in tqdm(pieces, desc="convert", unit="shards", disable=None, leave=False):
-        size = "_{}x{}".format(*piece.shape[1:])
+        size = "_{}x{}".format(*piece.shape[1:]) if options.names == "sized" else ""
         for tensors, samples in piece.read(np.arange(len(piece.keys))):
             drawn = draw(identity, tensors, samples)
             if options.model in SCALED:
@@ -94,13 +132,14 @@ def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], optio
                 arrays["original_size"] = np.array([width, height], dtype=np.int64)
                 arrays["crop_ltrb"] = _crop_ltrb(piece.group[1:], (height, width))
                 arrays[ROW] = np.frombuffer(row_to_json({"order": next(order), "row": row}), np.uint8)
-                _add(_place(folder, row["key"], (height, width), options.model), size, arrays, row["key"])
+                _add(_place(folder, row["key"], (height, width), options), size, arrays, row["key"])
 
 
-def _place(folder: Path, key: str, original: Sequence[int], model: str | None) -> Path:
+def _place(folder: Path, key: str, original: Sequence[int], options: Options) -> Path:
     height, width = original
+    end = "" if options.names == "old" else f"_{width:04d}x{height:04d}_{options.model}"
     try:
-        path = beneath(folder, f"{Path(key).with_suffix('')}_{width:04d}x{height:04d}_{model}.npz")
+        path = beneath(folder, f"{Path(key).with_suffix('')}{end}.npz")
     except (BadImage, ValueError) as error:
         raise WorkError(
             f"the key {key!r} is no path of an image, and sd-scripts looks for its cache by that"
@@ -113,7 +152,8 @@ def _add(path: Path, size: str, arrays: dict[str, npt.NDArray[Any]], key: str) -
     with zipfile.ZipFile(path, "a") as archive:
         if f"latents{size}.npy" in archive.namelist():
             raise WorkError(
-                f"{key}: another image has the same path up to the extension, and size: sd-scripts mixes them up"
+                f"{key}: another image has the same path up to the extension, and size, or it has another resolution, "
+                "which only --names sized keeps apart: sd-scripts mixes them up"
             )
         for name, values in arrays.items():
             archive.writestr(zipfile.ZipInfo(f"{name}{size}.npy"), to_npy(values))  # ZipInfo: the date is 1980's
@@ -191,6 +231,10 @@ def _look(root: Path, file: str, told: Carried | Claim) -> list[_Entry]:
             elif f"original_size{size}.npy" in members:
                 width, height = _array(archive, f"original_size{size}").reshape(2).tolist()
                 row = {"original_size": [int(height), int(width)]}
+            if isinstance(told, Claim) and f"crop_ltrb{size}.npy" in members:
+                left, top, right, bottom = _array(archive, f"crop_ltrb{size}").reshape(4).tolist()
+                # the image is centred in its bucket, its left and top edge rounded down
+                told.check_crop(key, told.group(shape), (top + bottom, left + right), slack=2)
             scaled = named is not None and named["model"] in SCALED
             entries.append(_Entry(file, size, scaled, key, order, row, shape, dtypes))
     return entries
@@ -232,6 +276,8 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
+    except UsageError:
+        raise
     except (
         zipfile.BadZipFile,
         zlib.error,
