@@ -124,7 +124,7 @@ class Checksum:
         self.total = 0
 
     def update(self, pixels: torch.Tensor) -> None:
-        """pixels uint8 [B, C, R, R]."""
+        """pixels [B, C, R, R], uint8 or fp32."""
         for image in pixels:
             digest = hashlib.sha256(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes())
             self.total = (self.total + int.from_bytes(digest.digest(), "big")) % 2**256
