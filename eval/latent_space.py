@@ -28,7 +28,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ldm_vae import latents
+from ldm_vae import finite, latents
 from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
 from ldm_vae.data.source import Source, open_source
@@ -214,11 +214,11 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
     wanted = {indices[place] for place in spread(len(indices), options.bank)}
     bank, means, logvars, images = [], [torch.empty(0, *shape)], [torch.empty(0, *shape)], 0
     for batch, pixels in task.batches("survey", indices, quarantine):
-        moments = latents.encode(vae, pixels)
+        moments = finite.encode(vae, pixels)
         noise = latents.posterior_noise(options.seed, batch.indices, shape).to(device)
-        sampled = latents.decode(vae, moments.sample(noise)).clamp(-1, 1)
+        sampled = finite.decode(vae, moments.sample(noise)).clamp(-1, 1)
         error = (sampled.double() - pixels.double()).square().flatten(1).mean(dim=1)
-        pair = PINNED.pair(pixels, latents.decode(vae, moments.mean))
+        pair = PINNED.pair(pixels, finite.decode(vae, moments.mean))
         rate = moments.kl().double().flatten(1).sum(dim=1)
         values["psnr"].update(psnr(pair.original, pair.reconstruction))
         values["mse"].update(error)
@@ -262,7 +262,7 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
 def latent_shape(vae: Any, resolution: int, device: torch.device) -> tuple[int, ...]:
     """(c, h, w), by encoding an empty image: a VQModel's config does not say it in one word."""
     empty = torch.zeros(1, vae.config.in_channels, resolution, resolution, device=device)
-    return tuple(latents.encode(vae, empty).mean.shape[1:])
+    return tuple(finite.encode(vae, empty).mean.shape[1:])
 
 
 # --- of some of them --------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def bound_likelihood(task: Task, indices: Sequence[int], survey: Survey) -> Like
         return None
     bounds = LikelihoodBounds(survey.variance, task.options.repeats, task.options.seed)
     for batch, pixels in task.batches("likelihood", chosen):
-        bounds.update(task.vae, batch.pixels, latents.encode(task.vae, pixels), batch.indices)
+        bounds.update(task.vae, batch.pixels, finite.encode(task.vae, pixels), batch.indices)
     merged = bounds.over_ranks()
     return merged if merged.effective.count else None
 

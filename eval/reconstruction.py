@@ -158,7 +158,7 @@ def measure(
     batches = image_batches(
         source, mine, options.resolution,
         batch_size=options.batch_size, num_workers=options.num_workers, quarantine=quarantine,
-        interpolation=options.protocol.interpolation,
+        protocol=options.protocol,
     )  # fmt: skip
     bar = tqdm(
         total=len(mine), desc=f"measure {name}", unit="img", disable=None if accelerator.is_main_process else True

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae import latents
+from ldm_vae import finite, latents
 from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder, only_kl
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import to_pixels
@@ -31,7 +31,7 @@ from ldm_vae.metrics.batches import image_batches, spread
 @torch.no_grad()
 def scramble(vae: Any, pixels: torch.Tensor) -> None:
     """Change `vae` in place, by what its latents of pixels [B, C, H, W] are like."""
-    rows = latents.encode(vae, pixels).mean.double().permute(0, 2, 3, 1).flatten(0, 2)
+    rows = finite.encode(vae, pixels).mean.double().permute(0, 2, 3, 1).flatten(0, 2)
     variances, directions = torch.linalg.eigh(rows.T.cov())
     gains = 1.0 / variances  # of deviations: v becomes k / v
     gains *= (variances.sum() / (gains.square() * variances).sum()).sqrt()
@@ -71,9 +71,9 @@ def main() -> None:
     chosen = spread(len(source), options.images)
     batches = image_batches(source, chosen, options.resolution, batch_size=16)
     pixels = to_pixels(torch.cat([batch.pixels for batch in batches]))
-    before = latents.decode(vae, latents.encode(vae, pixels).mean)
+    before = finite.decode(vae, finite.encode(vae, pixels).mean)
     scramble(vae, pixels)
-    off = (latents.decode(vae, latents.encode(vae, pixels).mean) - before).abs().max()
+    off = (finite.decode(vae, finite.encode(vae, pixels).mean) - before).abs().max()
     normalisation = latents.Normalisation.from_config(vae.config, f"VAE {options.vae}")
     write_vae(vae, options.out, normalisation, sample_size=options.resolution)
     print(f"wrote {options.out}: no pixel of {len(pixels)} reconstructions differs by more than {float(off):.1e} of 2")

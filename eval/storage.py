@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ldm_vae import LatentDataset, keyed, latents, load_autoencoder, publish
+from ldm_vae import LatentDataset, finite, keyed, load_autoencoder, publish
 from ldm_vae.denoisers.dit import Config as DiT
 from ldm_vae.diffusion import Denoiser, FlowConfig, draw_flow
 from ldm_vae.errors import UsageError, run_program
@@ -87,9 +87,7 @@ def decoded_psnr(vae: Any, mean: torch.Tensor, pixels: torch.Tensor) -> float:
     """Mean PSNR in dB of decoded means [N, c, h, w] against images uint8 [N, C, H, W]; grey levels are not rounded."""
     found = []
     for z, image in zip(mean.split(BATCH), pixels.split(BATCH), strict=True):
-        error = (
-            (latents.decode(vae, z).clamp(-1, 1) - (image.float() / 127.5 - 1)).double().square().mean(dim=(1, 2, 3))
-        )
+        error = (finite.decode(vae, z).clamp(-1, 1) - (image.float() / 127.5 - 1)).double().square().mean(dim=(1, 2, 3))
         found.append(10 * torch.log10(4 / error))
     return float(torch.cat(found).mean())
 

@@ -25,6 +25,7 @@ from ldm_vae.bottleneck import Bottleneck, Codes, GaussianBottleneck
 from ldm_vae.config import Part
 from ldm_vae.errors import UsageError
 from ldm_vae.fine_tuning import ENCODER, encoder_learns
+from ldm_vae.finite import check_weights
 from ldm_vae.latents import Moments
 from ldm_vae.perturbations import Draw
 from ldm_vae.untrusted import check_model_config, first_line
@@ -94,7 +95,7 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
         config: for a single file of another shape than it tells by itself, a folder that holds its config.json.
 
     Raises:
-        UsageError: `source` is none of these.
+        UsageError: `source` is none of these, or its weights hold NaN or infinity.
     """
     path = Path(source)
     if path.is_file():
@@ -103,6 +104,7 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
         vae = load_single_file(path, None if config is None else Path(config))
     else:
         vae = _from_pretrained(str(source))
+    check_weights(vae, f"VAE {source}")
     return vae.float().eval().requires_grad_(False)
 
 

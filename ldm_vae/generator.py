@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from diffusers import AutoModel
 
-from ldm_vae import keyed, latents, publish
+from ldm_vae import finite, keyed, publish
 from ldm_vae.diffusion import Denoiser, SamplingConfig, flow_scheduler, sample
 from ldm_vae.errors import UsageError
+from ldm_vae.finite import check_weights
 from ldm_vae.latents import Normalisation
 
 FOLDER, CALL = "denoiser", "flow.json"
@@ -70,7 +71,7 @@ class Generator:
     @torch.no_grad()
     def decode(self, scaled: torch.Tensor) -> torch.Tensor:
         """latents [B, c, h, w] => pixels [B, C, H, W], fp32, not clamped, on the CPU."""
-        return latents.decode(self.vae, self.normalisation.undo(scaled.to(self.vae.device))).cpu()
+        return finite.decode(self.vae, self.normalisation.undo(scaled.to(self.vae.device))).cpu()
 
     def pixels(self, keys: Sequence[int], label: Any = None, sampling: SamplingConfig | None = None) -> torch.Tensor:
         """Decoded samples [B, C, H, W]."""
@@ -115,6 +116,7 @@ class Generator:
             raise UsageError(f"run {run}: expected {FOLDER}/{CALL}, which train.diffusion writes at its end")
         call = json.loads((folder / CALL).read_text(encoding="utf-8"))
         network = AutoModel.from_pretrained(str(folder), use_safetensors=True).eval().requires_grad_(False)
+        check_weights(network, f"run {run}: its {FOLDER}")
         channels, height, width = call["shape"]
         return cls(
             denoiser=Denoiser(network, len(call["classes"])).eval(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_what_is_wrong_is_said_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     assert inspect(monkeypatch, tmp_path, "--num_workers", 0) == 1
     error = capsys.readouterr().err
-    assert error.strip() == f"error: data {tmp_path}: no usable image"
+    assert re.fullmatch(rf"error: data {re.escape(str(tmp_path))}: no usable image: .+\n", error)
     assert not (tmp_path / "inspect.png").exists()
     assert inspect(monkeypatch, tmp_path / "gone") == 2
     assert inspect(monkeypatch, tmp_path, "--max_images", "-1") == 2

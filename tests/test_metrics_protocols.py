@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import lpips as lpips_package
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from skimage.data import astronaut
 from skimage.metrics import structural_similarity
@@ -16,9 +18,12 @@ from torchmetrics.functional.image import (
 )
 from torchvision import transforms
 
+from ldm_vae.data.source import open_source
+from ldm_vae.data.transforms import centre_crop, to_pixels
 from ldm_vae.errors import UsageError
 from ldm_vae.metrics import lpips, ms_ssim, psnr, ssim
-from ldm_vae.metrics.batches import bilinear_view
+from ldm_vae.metrics.batches import image_batches
+from ldm_vae.metrics.evaluate import reconstruct
 from ldm_vae.metrics.protocol import PINNED, VARIANTS, by_name
 from ldm_vae.metrics.select import build_metrics
 
@@ -100,11 +105,42 @@ def test_ssim_and_psnr_of_lavinal712_are_scikit_images_on_floats() -> None:
     assert psnr.build(protocol).update(pair).tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_bilinear_view_is_torchvisions_resize_and_crop() -> None:
-    picture = Image.fromarray(astronaut()[:300, :400])
-    theirs = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64), transforms.PILToTensor()])(picture)
-    ours = bilinear_view(transforms.PILToTensor()(picture), (300, 400), 64)[0].pixels
-    assert (ours.int() - theirs.int()).abs().max() <= 1
+def preprocessing(name: str, side: int) -> transforms.Compose:
+    """The transforms of each repository, in its order (ldm_vae/metrics/protocol.py names file and commit)."""
+    resize, crop, tensor = transforms.Resize(side), transforms.CenterCrop(side), transforms.ToTensor()
+    order = [resize, crop, tensor] if name == "lavinal712" else [tensor, resize, crop]
+    return transforms.Compose([*order, transforms.Normalize(mean=[0.5] * 3, std=[0.5] * 3)])
+
+
+@pytest.mark.parametrize("size", [(300, 401), (201, 133), (64, 90), (40, 37)])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_pixels_are_those_of_the_repositorys_transforms(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    """Resized in the order and in the number type of each: to 1e-6, where a byte more or less is 8e-3."""
+    Image.fromarray(astronaut()[: size[0], : size[1]]).save(tmp_path / "a.png")
+    theirs = preprocessing(name, 64)(Image.open(tmp_path / "a.png"))
+    (batch,) = image_batches(open_source(tmp_path), None, 64, batch_size=1, protocol=by_name(name))
+    ours = to_pixels(batch.pixels.clone())[0]
+    assert (ours - theirs).abs().max() < 2e-6
+
+
+def test_ours_resizes_bytes(tmp_path: Path) -> None:
+    Image.fromarray(astronaut()[:100, :120]).save(tmp_path / "a.png")
+    (batch,) = image_batches(open_source(tmp_path), None, 64, batch_size=1)
+    assert batch.pixels.dtype == torch.uint8
+    assert torch.equal(
+        batch.pixels[0], centre_crop(torch.from_numpy(astronaut()[:100, :120]).permute(2, 0, 1), 64).pixels
+    )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_batch_of_floats_is_measured_and_left_alone(name: str, tiny_vae: AutoencoderKL, image_folder: Path) -> None:
+    protocol = by_name(name)
+    (batch,) = image_batches(open_source(image_folder), range(3), 16, batch_size=3, protocol=protocol)
+    before = batch.pixels.clone()
+    _, pair = reconstruct(tiny_vae, batch, torch.device("cpu"), protocol, 3)
+    assert torch.equal(batch.pixels, before)
+    assert torch.equal(pair.raw_original, to_pixels(before.clone()))
+    assert torch.equal(pair.original, pair.original.round()) and pair.original.max() <= 255
 
 
 def test_protocols_move_the_numbers_and_ours_is_the_default() -> None:

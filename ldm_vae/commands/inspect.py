@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     found = survey(source, args.max_images or None, args.num_workers)
     print("\n".join(lines(found, args.resolution, shapes)))
     if not found.good:
-        raise WorkError(f"data {args.data}: no usable image")
+        reason = f": {found.bad[0].reason}" if found.bad else ""
+        raise WorkError(f"data {args.data}: no usable image{reason}")
     if isinstance(source, Stream):
         print("\nread in order: length unknown, no thumbnails; training works, encoding needs it downloaded")
     else:

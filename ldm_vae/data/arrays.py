@@ -1,7 +1,7 @@
 """Arrays as images: .npy files and datasets' array columns, of any number of channels and any number type.
 
 For images that no picture format holds: satellite bands, CT slices, spectrograms. Everything becomes uint8, as
-photographs are; what lies outside an assumed range is refused rather than clipped without a word.
+photographs are: by the range of its type (ranges.py), or by `value_range`. What neither tells is refused.
 
 Legend: C channels, H W pixels.
 """
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ldm_vae.data.quarantine import BadImage
+from ldm_vae.data.ranges import FIELD, Range, Values, own_range
 
 Array = np.ndarray[Any, Any]
 
@@ -43,19 +44,19 @@ def load_npy(data: bytes) -> Array:
     return loaded
 
 
-def from_array(array: Array, channels: int, value_range: tuple[float, float] | None = None) -> torch.Tensor:
-    """[H, W], [H, W, C] or [C, H, W] of any number type => uint8 [C, H, W].
+def from_array(array: Array, channels: int, value_range: Range | None = None) -> tuple[torch.Tensor, Values]:
+    """[H, W], [H, W, C] or [C, H, W] of any number type => uint8 [C, H, W], and the values that it was made of.
 
     Args:
-        array: bool and uint8 are taken as they are, uint16 over its whole range, other integers need `value_range`,
-            floats are in [0, 1] unless `value_range` says otherwise.
+        array: bool is 0 and 1, uint8 and uint16 are taken over their whole range, floats in [0, 1]; other integers
+            need `value_range`.
         channels: one channel is repeated to three, three become one by ITU-R 601 luma; other differences are refused.
-        value_range: the values that become 0 and 255; outside of them is clipped.
+        value_range: the values that become 0 and 255, of any type; outside of them is clipped.
 
     Raises:
-        BadImage: another shape, NaN or Inf, or values outside of the range that was assumed.
+        BadImage: another shape, NaN or Inf, floats outside of [0, 1] or integers without a range.
     """
-    scaled = _to_uint8(_height_width_channels(array, channels), value_range)
+    scaled, values = _to_uint8(_height_width_channels(array, channels), value_range)
     have = scaled.shape[2]
     if have == 1 and channels == 3:
         scaled = np.repeat(scaled, 3, axis=2)
@@ -63,7 +64,15 @@ def from_array(array: Array, channels: int, value_range: tuple[float, float] | N
         scaled = np.rint(scaled @ np.array(_LUMA)).astype(np.uint8)[:, :, None]
     elif have != channels:
         raise BadImage(f"has {have} channels, expected {channels}")
-    return torch.from_numpy(np.ascontiguousarray(scaled)).permute(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(scaled)).permute(2, 0, 1), values
+
+
+def scaled_to_uint8(array: Array, value_range: Range) -> Array:
+    """Numbers => uint8 of the same shape: value_range becomes 0 to 255, what lies outside is clipped."""
+    low, high = value_range
+    scaled: Array = (array.astype(np.float64) - low) * (255.0 / (high - low))
+    rounded: Array = np.rint(scaled.clip(0, 255)).astype(np.uint8)
+    return rounded
 
 
 def _height_width_channels(array: Array, channels: int) -> Array:
@@ -78,30 +87,26 @@ def _height_width_channels(array: Array, channels: int) -> Array:
     return array
 
 
-def _to_uint8(array: Array, value_range: tuple[float, float] | None) -> Array:
-    kind = array.dtype.kind
-    if array.dtype == np.uint8:
-        return array
-    if kind == "b":
-        return array.astype(np.uint8) * 255
-    if kind not in "uif":
+def _to_uint8(array: Array, value_range: Range | None) -> tuple[Array, Values]:
+    if array.dtype.kind not in "buif":
         raise BadImage(f"numbers of type {array.dtype} are not pixels")
-    if kind == "f" and not np.isfinite(array).all():
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise BadImage("holds NaN or Inf")
-    if value_range is None:
-        value_range = _assumed_range(array)
-    low, high = value_range
-    scaled: Array = (array.astype(np.float64) - low) * (255.0 / (high - low))
-    rounded: Array = np.rint(scaled.clip(0, 255)).astype(np.uint8)
-    return rounded
+    low, high = array.min().item(), array.max().item()
+    black, white = value_range or _assumed_range(array.dtype, low, high)
+    values = Values(low, high, black, white)
+    if array.dtype == np.uint8 and (black, white) == (0, 255):
+        return array, values
+    if array.dtype.itemsize > 1:
+        return scaled_to_uint8(array, (black, white)), values
+    every = np.arange(256, dtype=np.uint8).view(np.int8 if array.dtype == np.int8 else np.uint8)
+    return scaled_to_uint8(every, (black, white))[array.view(np.uint8)], values  # a table: no float for every pixel
 
 
-def _assumed_range(array: Array) -> tuple[float, float]:
-    low, high = float(array.min()), float(array.max())
-    if array.dtype.kind == "f":
-        if low < -1e-3 or high > 1.001:
-            raise BadImage(f"floats are read as [0, 1] and these span [{low:g}, {high:g}]: set data.value_range")
-        return 0.0, 1.0
-    if array.dtype != np.uint16 and (low < 0 or high > 65535 or array.dtype.itemsize < 2):
-        raise BadImage(f"{array.dtype} spans [{low:g}, {high:g}]: set data.value_range")
-    return 0.0, 65535.0
+def _assumed_range(dtype: np.dtype[Any], low: float, high: float) -> Range:
+    own = own_range(dtype)
+    if own is None:
+        raise BadImage(f"{dtype} says nothing about black and white, and this spans [{low}, {high}]: set {FIELD}")
+    if dtype.kind == "f" and (low < -1e-3 or high > 1.001):
+        raise BadImage(f"floats are read as [0, 1] and these span [{low:g}, {high:g}]: set {FIELD}")
+    return own

@@ -25,6 +25,7 @@ from ldm_vae.data.buckets import Assignment
 from ldm_vae.data.decoding import Decoding, read_image
 from ldm_vae.data.ordered import Sample, ordered_loader
 from ldm_vae.data.quarantine import Bad, BadImage
+from ldm_vae.data.ranges import ENOUGH, Values, Watch
 from ldm_vae.data.sampler import Work
 from ldm_vae.data.source import Record, Source
 from ldm_vae.data.stream import Stream
@@ -43,7 +44,8 @@ class Batch:
 
     pixels uint8 [B, C, R, R]; positions, epochs, indices int64 [B]; keys of the images in the batch; original_sizes
     int64 [B, 2] (H, W); boxes int64 [B, 4] (top, left, height, width) in the original's pixels; flipped bool [B];
-    bad: images that could not be used on the way, their slots filled by the next index that could.
+    bad: images that could not be used on the way, their slots filled by the next index that could; values: of the
+    first images that a worker decodes.
     """
 
     pixels: torch.Tensor
@@ -55,6 +57,7 @@ class Batch:
     boxes: torch.Tensor
     flipped: torch.Tensor
     bad: list[Bad] = field(default_factory=list)
+    values: list[Values] = field(default_factory=list)
 
     def pin_memory(self) -> Batch:
         """Called by DataLoader: only the pixels are worth a page-locked buffer."""
@@ -72,10 +75,13 @@ class ImageDataset(Dataset[Batch]):
         self.resolution = resolution
         self.seed = seed
         self._known_bad: set[int] = set()
+        self._values: list[Values] = []  # of the batch that is being made
+        self._looked = 0
 
     def __getitems__(self, work: Work) -> Batch | list[Bad]:
         """The batch; of a stream of which nothing in the work was usable, the bad images."""
         bad = list(work.bad)
+        self._values = []
         chosen = []
         for number, task in enumerate(work.tasks):
             found = self._usable(work, number, bad)
@@ -93,6 +99,7 @@ class ImageDataset(Dataset[Batch]):
             boxes=torch.tensor([crop.box for *_, crop in chosen]),
             flipped=torch.tensor([crop.flipped for *_, crop in chosen]),
             bad=bad,
+            values=self._values,
         )
 
     def _usable(self, work: Work, number: int, bad: list[Bad]) -> tuple[int, str, Crop] | None:
@@ -139,6 +146,9 @@ class ImageDataset(Dataset[Batch]):
         longest = resolution if isinstance(resolution, int) else max(resolution)
         at_least = None if self.transform.resize == "none" else round(longest * self.transform.scale[1])
         image = read_image(record.image, self.decoding, at_least)
+        if self._looked < ENOUGH:
+            self._looked += 1
+            self._values.append(image.values)
         generator = keyed.generator(self.seed, "augmentation", epoch, index)
         crop = random_crop(image.pixels, resolution, self.transform, generator, image.original_size)
         return index, record.key, crop
@@ -188,10 +198,11 @@ def training_loader(
     else:
         tasks = sampler.batches(seed, len(source), **layout)
     dataset = ImageDataset(source, transform, resolution, seed)
-    return _batches(load(dataset, tasks, num_workers, pin_memory, prefetch_factor, multiprocessing_context))
+    packed = load(dataset, tasks, num_workers, pin_memory, prefetch_factor, multiprocessing_context)
+    return _batches(packed, Watch(source, stream.length(source)))
 
 
-def _batches(loaded: Iterator[Batch | list[Bad]]) -> Iterator[Batch]:
+def _batches(loaded: Iterator[Batch | list[Bad]], watch: Watch) -> Iterator[Batch]:
     """Carries the bad images of batches that had nothing else over to the next."""
     waiting: list[Bad] = []
     for batch in loaded:
@@ -199,4 +210,5 @@ def _batches(loaded: Iterator[Batch | list[Bad]]) -> Iterator[Batch]:
             waiting += batch
         else:
             batch.bad[:0], waiting = waiting, []
+            watch.add(batch.values)
             yield batch

@@ -17,10 +17,11 @@ import pyarrow as pa
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ldm_vae.data import arrays, colour
+from ldm_vae.data import arrays, colour, depth
 from ldm_vae.data.arrays import Array
 from ldm_vae.data.colour import Background
 from ldm_vae.data.quarantine import BadImage
+from ldm_vae.data.ranges import Range, Values, check_range
 
 __all__ = ["BadImage", "Decoded", "Decoding", "RawImage", "decode", "read_image"]
 
@@ -54,8 +55,11 @@ class Decoding:
 
     channels: int = 3
     background: Background = WHITE
-    value_range: tuple[float, float] | None = None
+    value_range: Range | None = None
     jpeg_draft: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self.value_range)
 
 
 DEFAULT = Decoding()
@@ -64,12 +68,22 @@ DEFAULT = Decoding()
 @dataclass(frozen=True)
 class Decoded:
     """pixels uint8 [C, H, W]; size (H, W) of the image upright, before jpeg_draft made it smaller; the file format
-    (as Pillow calls it, NPY, or array) and the mode it had."""
+    (as Pillow calls it, NPY, or array) and the mode it had; the values it was made of, None for 8 bits taken as they
+    are."""
 
     pixels: torch.Tensor
     original_size: tuple[int, int]
     format: str
     mode: str
+    made_of: Values | None = None
+
+    @property
+    def values(self) -> Values:
+        """The values it was made of; of 8 bits taken as they are they are looked up in the pixels."""
+        if self.made_of is not None:
+            return self.made_of
+        colours = self.pixels[:3]  # alpha is none
+        return Values(int(colours.min()), int(colours.max()), 0, 255)
 
 
 def decode(
@@ -77,7 +91,7 @@ def decode(
     *,
     channels: int = 3,
     background: Background = WHITE,
-    value_range: tuple[float, float] | None = None,
+    value_range: Range | None = None,
 ) -> torch.Tensor:
     """An image in any form => uint8 [C, H, W] in sRGB, upright by its EXIF orientation, first frame if it is animated.
 
@@ -85,10 +99,12 @@ def decode(
         image: the bytes of a file, an array (see `arrays.from_array`) or a Pillow image.
         channels: 1 (grey), 3 (RGB), 4 (RGBA); any number for arrays and .npy files.
         background: what is seen through transparent pixels, unless channels is 4.
-        value_range: for arrays, .npy and float TIFF files, the values that become 0 and 255.
+        value_range: the values that become 0 and 255, of arrays and of files; by default those of the number type
+            (ranges.py).
 
     Raises:
-        BadImage: the image cannot be decoded; `.reason` says why.
+        BadImage: the image cannot be decoded, or its numbers have no range; `.reason` says why.
+        UsageError: a value_range without a width.
     """
     return read_image(image, Decoding(channels, background, value_range)).pixels
 
@@ -145,6 +161,7 @@ def _read(image: RawImage, decoding: Decoding, at_least: int | None) -> Decoded:
         return _from_array(arrays.load_npy(image), decoding, "NPY")
     picture = _open(image)
     name, mode, (width, height) = picture.format or "array", picture.mode, picture.size
+    stored = depth.stored(picture)  # known until it is loaded
     if at_least is not None and name == "JPEG":
         shrink = at_least / min(width, height)
         picture.draft(None, (max(1, round(width * shrink)), max(1, round(height * shrink))))
@@ -156,11 +173,15 @@ def _read(image: RawImage, decoding: Decoding, at_least: int | None) -> Decoded:
         picture.info = info  # transpose drops the palette's transparency and the colour profile
     if orientation >= 5:
         width, height = height, width
+    made_of: Values | None = None
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        pixels = arrays.from_array(np.asarray(picture), decoding.channels, decoding.value_range)
+        array, own = depth.numbers(picture, stored)
+        pixels, made_of = arrays.from_array(array, decoding.channels, decoding.value_range or own)
     else:
+        if decoding.value_range is not None:
+            picture, made_of = depth.stretched(picture, stored, decoding.value_range)
         pixels = _pixels(colour.to_bands(picture, decoding.channels, decoding.background))
-    return Decoded(pixels, (height, width), name, mode)
+    return Decoded(pixels, (height, width), name, mode, made_of)
 
 
 def _open(image: bytes | Image.Image) -> Image.Image:
@@ -192,9 +213,9 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _from_array(array: Array, decoding: Decoding, name: str) -> Decoded:
-    pixels = arrays.from_array(array, decoding.channels, decoding.value_range)
+    pixels, values = arrays.from_array(array, decoding.channels, decoding.value_range)
     _check_size(pixels.shape[1], pixels.shape[2])
-    return Decoded(pixels, (pixels.shape[1], pixels.shape[2]), name, str(array.dtype))
+    return Decoded(pixels, (pixels.shape[1], pixels.shape[2]), name, str(array.dtype), values)
 
 
 def _pixels(picture: Image.Image) -> torch.Tensor:

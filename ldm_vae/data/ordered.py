@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.quarantine import Bad, BadImage
+from ldm_vae.data.ranges import ENOUGH, Values, Watch
 from ldm_vae.data.source import Record, Source, image_checksum
-from ldm_vae.data.stream import Stream
+from ldm_vae.data.stream import Stream, length
 from ldm_vae.data.transforms import Crop, Resolution, centre_crop
 from ldm_vae.data.workers import load
 from ldm_vae.errors import UsageError
@@ -96,19 +97,24 @@ class _OrderedDataset(Dataset[tuple[list[Sample], list[Bad]]]):
         self.source: Any = None if isinstance(source, Stream) else source
         self.view = view
         self.at_least = at_least
+        self.looked = 0
 
     def __getitems__(self, work: Sequence[Item]) -> _Packed:
         good: list[Sample] = []
         bad: list[Bad] = []
+        values: list[Values] = []
         for item in work:
             try:
                 record = take(self.source, item)
                 image = read_image(record.image, self.decoding, self.at_least)
                 views = self.view(image.pixels, image.original_size)
                 good.append(Sample(item[0], record.key, views, record.columns, image_checksum(record.image)))
+                if self.looked < ENOUGH:
+                    self.looked += 1
+                    values.append(image.values)
             except BadImage as error:
                 bad.append(Bad(key_of(self.source, item), error.reason))
-        return _Packed.of(good, bad)
+        return _Packed.of(good, bad, values)
 
 
 @dataclass(frozen=True)
@@ -119,9 +125,10 @@ class _Packed:
     shapes: list[tuple[int, ...]]
     good: list[Sample]
     bad: list[Bad]
+    values: list[Values]
 
     @classmethod
-    def of(cls, good: list[Sample], bad: list[Bad]) -> _Packed:
+    def of(cls, good: list[Sample], bad: list[Bad], values: list[Values]) -> _Packed:
         pixels = [crop.pixels for sample in good for crop in sample.views]
         buffer = torch.cat([image.reshape(-1) for image in pixels]) if pixels else torch.empty(0, dtype=torch.uint8)
         nothing = torch.empty(0, dtype=torch.uint8)
@@ -129,7 +136,7 @@ class _Packed:
             dataclasses.replace(sample, views=tuple(dataclasses.replace(crop, pixels=nothing) for crop in sample.views))
             for sample in good
         ]
-        return cls(buffer, [tuple(image.shape) for image in pixels], stripped, bad)
+        return cls(buffer, [tuple(image.shape) for image in pixels], stripped, bad, values)
 
     def unpack(self) -> tuple[list[Sample], list[Bad]]:
         flat = torch.split(self.buffer, [math.prod(shape) for shape in self.shapes])
@@ -173,4 +180,11 @@ def ordered_loader(
     slices = batches_of(items(source, indices), batch_size)
     dataset = _OrderedDataset(source, view or functools.partial(centre_view, resolution=resolution), draft_at_least)
     packed = load(dataset, slices, num_workers, False, prefetch_factor, multiprocessing_context)
-    return (batch.unpack() for batch in packed)
+    return _watched(packed, Watch(source, length(source)))
+
+
+def _watched(packed: Iterator[_Packed], watch: Watch) -> Iterator[tuple[list[Sample], list[Bad]]]:
+    for batch in packed:
+        watch.add(batch.values)
+        yield batch.unpack()
+    watch.judge()

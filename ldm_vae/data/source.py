@@ -71,7 +71,8 @@ class SourceConfig(Part):
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour behind transparent pixels, 0 to 255 each."""
     value_range: tuple[float, float] | None = None
-    """Values that become black and white, for .npy, array columns and float TIFF; floats are [0, 1] by default."""
+    """Values that become black and white; by default those of the number type: uint8, uint16, floats in [0, 1], bool.
+    Any other needs it."""
     jpeg_draft: bool = False
     """Decode JPEG at 1/2, 1/4 or 1/8 of its size where that is enough: faster, and some 50 dB off. Training only; a
     store made with it says so in its identity."""

@@ -25,6 +25,7 @@ from ldm_vae.data import buckets
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.ordered import Item, batches_of, items, key_of, take
 from ldm_vae.data.quarantine import Bad, BadImage
+from ldm_vae.data.ranges import Values, by_range
 from ldm_vae.data.source import Source
 from ldm_vae.data.stream import Stream, length
 from ldm_vae.data.transforms import centre_crop
@@ -37,7 +38,8 @@ ASPECTS = (0.4, 0.5, 0.62, 0.72, 0.85, 1.18, 1.4, 1.6, 2.0, 2.5)  # borders of t
 
 @dataclass(frozen=True)
 class Finding:
-    """One image: index, key, (H, W), format and mode of its file, bytes, its caption; reason if it is bad."""
+    """One image: index, key, (H, W), format and mode of its file, bytes, its caption and values; reason if it is
+    bad."""
 
     index: int
     key: str
@@ -47,6 +49,7 @@ class Finding:
     bytes: int = 0
     caption: str | None = None
     reason: str = ""
+    values: Values | None = None
 
 
 @dataclass
@@ -87,7 +90,9 @@ class _Look(Dataset[list[Finding]]):
         size = len(record.image) if isinstance(record.image, bytes) else 0
         caption = record.columns.get("caption")
         text = None if caption is None else str(caption)
-        return Finding(item[0], record.key, image.original_size, image.format, image.mode, size, text)
+        return Finding(
+            item[0], record.key, image.original_size, image.format, image.mode, size, text, values=image.values
+        )
 
 
 def survey(source: Source | Stream, max_images: int | None = None, num_workers: int = 0) -> Survey:
@@ -116,6 +121,7 @@ def lines(found: Survey, resolution: int, shapes: Sequence[buckets.Shape]) -> li
     if good:
         out += ["", *_sizes(found, resolution), "", *_aspects(found), "", *_counts("formats", [f.format for f in good])]
         out += _counts("modes", [f.mode for f in good])
+        out += _values(good)
     out += ["", *_columns(found)]
     if good:
         out += ["", *_buckets(found, shapes)]
@@ -160,6 +166,13 @@ def _aspects(found: Survey) -> list[str]:
 
 def _counts(name: str, values: Sequence[str]) -> list[str]:
     return [f"{name:12}" + ", ".join(f"{value} {count:,}" for value, count in Counter(values).most_common())]
+
+
+def _values(good: Sequence[Finding]) -> list[str]:
+    """The values of each range, and whether they use it."""
+    found = by_range(finding.values for finding in good if finding.values is not None)
+    told = [f"{values}: {advice}" if (advice := values.advice()) else str(values) for values in found]
+    return [f"{'' if number else 'values':12}{line}" for number, line in enumerate(told)]
 
 
 def _columns(found: Survey) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ldm_vae import latents
+from ldm_vae import finite
 from ldm_vae.autoencoder import downsampling_factor, encoder_fingerprint
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import UsageError, WorkError
@@ -131,12 +131,12 @@ def measure_drift(
     vaes = {"base": base, "tuned": tuned}
     for batch in tqdm(batches, desc="drift", unit="batch", disable=None, leave=False, total=total):
         pixels = to_pixels(batch.pixels.to(base.device))
-        z = {name: latents.encode(vae, pixels).mean for name, vae in vaes.items()}
+        z = {name: finite.encode(vae, pixels).mean for name, vae in vaes.items()}
         for name, value in z.items():
             means[name].append(value.double().cpu())
         for way, measured in metrics.items():
             encoder, decoder = way.split(" -> ")
-            pair = PINNED.pair(pixels, latents.decode(vaes[decoder], z[encoder]))
+            pair = PINNED.pair(pixels, finite.decode(vaes[decoder], z[encoder]))
             for metric in measured:
                 metric.update(pair)
     if not means["base"]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ldm_vae import latents
+from ldm_vae import finite
 from ldm_vae.autoencoder import check_resolution, downsampling_factor, encoder_fingerprint, load_autoencoder
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import open_source
@@ -35,11 +35,9 @@ def measure(vae: Any, pixel_batches: Iterable[torch.Tensor], device: torch.devic
     """
     statistics = LatentStatistics()
     for pixels in tqdm(pixel_batches, desc="measure latents", unit="batch", disable=None, leave=False):
-        statistics.update(latents.encode(vae, pixels.to(device=device, dtype=vae.dtype)))
+        statistics.update(finite.encode(vae, pixels.to(device=device, dtype=vae.dtype)))
     if not statistics.images:
         raise WorkError("measuring the latents: there was no usable image")
-    if not (statistics.mean.isfinite().all() and statistics.variance.isfinite().all()):
-        raise WorkError("measuring the latents: the encoder gives NaN or Inf")
     return statistics
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ldm_vae import latents
+from ldm_vae import finite
 from ldm_vae.data.transforms import to_uint8
 
 PICTURE = "pictures/reconstruction.png"
@@ -21,7 +21,7 @@ PICTURE = "pictures/reconstruction.png"
 def reconstruction_sheet(vae: Any, pixels: torch.Tensor) -> bytes:
     """pixels [B, C, R, R] in [-1, 1] => PNG of B columns and two rows."""
     pixels = pixels.to(vae.device, vae.dtype)
-    decoded = latents.decode(vae, latents.encode(vae, pixels).mean)
+    decoded = finite.decode(vae, finite.encode(vae, pixels).mean)
     rows = [torch.cat(list(to_uint8(images.float().cpu())), dim=2) for images in (pixels, decoded)]
     sheet = torch.cat(rows, dim=1)  # [C, 2 R, B R]
     array = sheet[: 3 if sheet.shape[0] > 2 else 1].permute(1, 2, 0).numpy()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ldm_vae import latents
+from ldm_vae import finite
 from ldm_vae.autoencoder import downsampling_factor
 from ldm_vae.errors import WorkError
 from ldm_vae.latent_store.reading import LatentDataset
@@ -94,7 +94,7 @@ def _rows(values: torch.Tensor) -> torch.Tensor:
 def pairs_of_images(vae: Any, pixel_batches: Iterable[torch.Tensor], normalisation: Normalisation) -> Iterator[Pair]:
     """pixels [B, C, H, W] in [-1, 1] => (normalised latents, colours)."""
     for pixels in pixel_batches:
-        mean = latents.encode(vae, pixels.to(vae.device, vae.dtype)).mean
+        mean = finite.encode(vae, pixels.to(vae.device, vae.dtype)).mean
         yield normalisation.apply(mean), functional.avg_pool2d(pixels, downsampling_factor(vae))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae import latents
+from ldm_vae import finite
 from ldm_vae.autoencoder import downsampling_factor
 from ldm_vae.errors import UsageError
 
@@ -65,9 +65,9 @@ def measure_tiling(vae: Any, pixels: torch.Tensor, *, tile: int | None = None, o
     tiled_vae.enable_tiling()
     tiled_vae.tile_sample_min_size, tiled_vae.tile_latent_min_size = side, side // factor
     tiled_vae.tile_overlap_factor = overlap
-    z = latents.encode(vae, pixels).mean
-    z_tiled = latents.encode(tiled_vae, pixels).mean
-    whole, tiled = (latents.decode(one, z).clamp(-1, 1) for one in (vae, tiled_vae))
+    z = finite.encode(vae, pixels).mean
+    z_tiled = finite.encode(tiled_vae, pixels).mean
+    whole, tiled = (finite.decode(one, z).clamp(-1, 1) for one in (vae, tiled_vae))
     difference = (whole - tiled).abs() * 127.5
     seams = _seams(pixels.shape[2], pixels.shape[3], side, overlap).to(difference.device)
     error = float((whole - tiled).double().square().mean())

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae import latents
+from ldm_vae import finite
 from ldm_vae.autoencoder import downsampling_factor
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.psnr import psnr
@@ -78,15 +78,15 @@ def equivariance_error(
     factor = downsampling_factor(vae)
     if transformations is None:
         transformations = applicable(images.shape[2] // factor, images.shape[3] // factor)
-    mean = latents.encode(vae, images).mean
+    mean = finite.encode(vae, images).mean
     m = mean.double().mean(dim=(0, 2, 3)) if center is None else center.double().to(mean.device)
     found = {}
     for name, transformation in transformations.items():
         target, moved = transformation(images), transformation(mean)
-        encoded = latents.encode(vae, target).mean.double()
+        encoded = finite.encode(vae, target).mean.double()
         error = (encoded - moved.double()).square().flatten(1).sum(dim=1)
         size = (encoded - m.view(-1, 1, 1)).square().flatten(1).sum(dim=1)
-        decoded = latents.decode(vae, moved)
+        decoded = finite.decode(vae, moved)
         found[name] = Equivariance(
             error / size.clamp(min=1e-300), psnr(PINNED.quantise(target.float()), PINNED.quantise(decoded.float()))
         )

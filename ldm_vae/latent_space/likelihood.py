@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm_vae import keyed, latents
+from ldm_vae import finite, keyed
 from ldm_vae.latents import Moments
 from ldm_vae.metrics.running import Running, Summary
 
@@ -121,7 +121,7 @@ class LikelihoodBounds:
         for draw in range(max(SAMPLES)):
             keys = [(index, repeat, draw) for index in indices]
             noise = keyed.normal(self.seed, "importance", keys, moments.mean.shape[1:]).to(moments.mean)
-            decoded = latents.decode(vae, moments.sample(noise)).clamp(-1, 1)
+            decoded = finite.decode(vae, moments.sample(noise)).clamp(-1, 1)
             found.append(log_weight(x, decoded, moments, noise, self.variance).cpu())
         return torch.stack(found, dim=1)
 

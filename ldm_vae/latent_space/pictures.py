@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae import keyed, latents
+from ldm_vae import finite, keyed
 from ldm_vae.data.transforms import to_uint8
 from ldm_vae.latent_space import walks
 from ldm_vae.latent_space.channels import ChannelStatistics
@@ -83,7 +83,7 @@ class LatentPictures:
 
     @torch.no_grad()
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
-        return latents.decode(self.vae, z.to(self.device).float()).cpu()
+        return finite.decode(self.vae, z.to(self.device).float()).cpu()
 
     def finish(self) -> list[Json]:
         """Replace the pictures of an earlier call; what there is now."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm_vae import latents
+from ldm_vae import finite
 from ldm_vae.autoencoder import downsampling_factor
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels, to_uint8
@@ -84,9 +84,9 @@ def describe_costs(costs: Costs) -> str:
 def _picture(vae: Any, z: np.ndarray[Any, Any]) -> torch.Tensor:
     """Stored values [c, h, w], or indices [h, w] => uint8 [C, H, W]."""
     if z.ndim == 2:
-        pixels = latents.decode_indices(vae, torch.from_numpy(z.astype(np.int64))[None].to(vae.device))
+        pixels = finite.decode_indices(vae, torch.from_numpy(z.astype(np.int64))[None].to(vae.device))
     else:
-        pixels = latents.decode(vae, torch.from_numpy(z.astype(np.float32))[None].to(vae.device))
+        pixels = finite.decode(vae, torch.from_numpy(z.astype(np.float32))[None].to(vae.device))
     return to_uint8(pixels)[0].cpu()
 
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from ldm_vae import keyed, latents
+from ldm_vae import finite, keyed
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import shards
 from ldm_vae.latent_store.batch import Item, Rows
@@ -291,11 +291,11 @@ class LatentDataset(Dataset[Item]):
         and not clamped."""
         if self.manifest.identity.codes is not None:
             single = scaled.ndim == 2
-            pixels = latents.decode_indices(vae, (scaled[None] if single else scaled).to(vae.device))
+            pixels = finite.decode_indices(vae, (scaled[None] if single else scaled).to(vae.device))
             return pixels[0] if single else pixels
         single = scaled.ndim == 3
         z = self.normalisation.undo(scaled[None] if single else scaled)
-        pixels = latents.decode(vae, z.to(vae.device))
+        pixels = finite.decode(vae, z.to(vae.device))
         return pixels[0] if single else pixels
 
 

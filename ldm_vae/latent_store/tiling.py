@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae import latents
+from ldm_vae import finite
 from ldm_vae.errors import UsageError
 from ldm_vae.latents import Moments
 
@@ -85,7 +85,7 @@ def _window(size: tuple[int, int], overlap: int) -> torch.Tensor:
 def seam_error(vae: Any, pixels: torch.Tensor, tile: int, overlap: int, factor: int) -> tuple[float, float]:
     """How far tiled means [B, c, h, w] are from the whole image's: (root mean square, largest), both relative to the
     standard deviation of the whole image's."""
-    whole = latents.encode(vae, pixels).mean
-    tiled = encode_tiled(lambda part: latents.encode(vae, part), pixels, tile, overlap, factor).mean
+    whole = finite.encode(vae, pixels).mean
+    tiled = encode_tiled(lambda part: finite.encode(vae, part), pixels, tile, overlap, factor).mean
     scale = whole.std()
     return float((tiled - whole).square().mean().sqrt() / scale), float((tiled - whole).abs().max() / scale)

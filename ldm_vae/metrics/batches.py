@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
@@ -19,11 +20,13 @@ from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
 from ldm_vae.data.stream import Stream
 from ldm_vae.data.transforms import Crop
+from ldm_vae.metrics.protocol import PINNED, Protocol
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images of one size; indices and keys of each in its source; pixels uint8 [B, C, R, R]."""
+    """Images of one size; indices and keys of each in its source; pixels uint8 [B, C, R, R], or fp32 on the same scale
+    where the protocol resizes floats."""
 
     indices: Sequence[int]
     keys: Sequence[str]
@@ -56,11 +59,13 @@ def image_batches(
     batch_size: int,
     num_workers: int = 0,
     quarantine: Quarantine | None = None,
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+    protocol: Protocol = PINNED,
 ) -> Iterator[ImageBatch]:
-    """The usable images among `indices` (all if None), in order, centre-cropped to `resolution`; the others go to
-    `quarantine`."""
-    view = None if interpolation == "bicubic" else functools.partial(bilinear_view, resolution=resolution)
+    """The usable images among `indices` (all if None), in order, resized and centre-cropped to `resolution` as the
+    protocol says; the others go to `quarantine`."""
+    views = {"bytes": None, "floats": resized_floats, "pillow": resized_by_pillow}
+    chosen = views[protocol.resize]
+    view = None if chosen is None else functools.partial(chosen, resolution=resolution)
     for samples, bad in ordered_loader(
         source, resolution, indices, batch_size=batch_size, num_workers=num_workers, view=view
     ):
@@ -74,9 +79,23 @@ def image_batches(
             )
 
 
-def bilinear_view(image: torch.Tensor, original_size: tuple[int, int], resolution: int) -> tuple[Crop, ...]:
-    """Resize and centre crop as torchvision's Resize and CenterCrop do by default, for protocols that name them."""
-    short = functional.resize(image, [resolution], interpolation=InterpolationMode.BILINEAR, antialias=True)
+def resized_floats(image: torch.Tensor, original_size: tuple[int, int], resolution: int) -> tuple[Crop, ...]:
+    """torchvision's ToTensor, Resize, CenterCrop: bilinear and antialiased, of floats, which are not rounded; here on
+    the scale 0..255."""
+    short = functional.resize(image.float(), [resolution], interpolation=InterpolationMode.BILINEAR, antialias=True)
+    return _centre(short, original_size, resolution)
+
+
+def resized_by_pillow(image: torch.Tensor, original_size: tuple[int, int], resolution: int) -> tuple[Crop, ...]:
+    """torchvision's Resize, CenterCrop of a Pillow image: bilinear and antialiased by Pillow, which rounds to bytes."""
+    height, width = image.shape[1:]
+    short = min(height, width)
+    size = (int(resolution * width / short), int(resolution * height / short))
+    bands = [Image.fromarray(band.contiguous().numpy()).resize(size, Image.Resampling.BILINEAR) for band in image]
+    return _centre(torch.from_numpy(np.stack([np.asarray(band) for band in bands])), original_size, resolution)
+
+
+def _centre(short: torch.Tensor, original_size: tuple[int, int], resolution: int) -> tuple[Crop, ...]:
     cropped = functional.center_crop(short, [resolution, resolution])
     height, width = original_size
     side = min(height, width)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from ldm_vae import latents
+from ldm_vae import finite, latents
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import ImageBatch
 from ldm_vae.metrics.ranks import gather
@@ -36,9 +36,9 @@ def evidence_bound(
     sums = torch.zeros(3, dtype=torch.float64)  # nats, bits, images
     for batch in batches:
         pixels = to_pixels(batch.pixels.to(device))
-        moments = latents.encode(vae, pixels)
+        moments = finite.encode(vae, pixels)
         noise = latents.posterior_noise(0, batch.indices, moments.mean.shape[1:]).to(device)
-        decoded = latents.decode(vae, moments.sample(noise))
+        decoded = finite.decode(vae, moments.sample(noise))
         nats = moments.kl().sum() / len(pixels)
         logs = {f"loss/{likelihood}": objective.terms[likelihood](decoded, pixels), "kl_nats_per_image": nats}
         bound = objective.bound(logs, pixels)

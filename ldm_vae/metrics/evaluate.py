@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae import latents
+from ldm_vae import finite, latents
 from ldm_vae.autoencoder import downsampling_factor
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import WorkError
@@ -63,7 +63,7 @@ def evaluate_reconstruction(
         each: called with the indices and per-image values of every batch.
 
     Raises:
-        WorkError: no rank has an image.
+        WorkError: no rank has an image, or the network gives NaN or infinity.
     """
     profile = Profile(_latent_shape(vae, resolution), resolution)
     checksum, worst, images = Checksum(), Worst(metrics), 0
@@ -94,16 +94,21 @@ def evaluate_reconstruction(
 def reconstruct(
     vae: Any, batch: ImageBatch, device: torch.device, protocol: Protocol = PINNED, batch_size: int = 0
 ) -> tuple[Moments, Pair]:
-    """A batch => its moments [B, c, h, w] and the pair that the protocol compares, its tail padded to `batch_size`."""
+    """A batch => its moments [B, c, h, w] and the pair that the protocol compares, its tail padded to `batch_size`.
+
+    Raises:
+        WorkError: the network gives NaN or infinity; the layer and the image are named.
+    """
     count = len(batch.indices)
     missing = max(0, batch_size - count)
     pixels = to_pixels(torch.cat([batch.pixels, *[batch.pixels[-1:]] * missing]).to(device))
-    moments = latents.encode(vae, pixels)
+    keys = [*batch.keys, *[batch.keys[-1]] * missing]
+    moments = finite.encode(vae, pixels, keys)
     z = moments.mean
     if protocol.posterior == "sample":
         indices = [*batch.indices, *[batch.indices[-1]] * missing]
         z = moments.sample(latents.posterior_noise(0, indices, z.shape[1:]).to(device))
-    pair = protocol.pair(pixels, latents.decode(vae, z), batch.indices)
+    pair = protocol.pair(pixels, finite.decode(vae, z, keys), batch.indices)
     return Moments(moments.mean[:count], moments.logvar[:count], moments.is_point), pair
 
 
@@ -119,7 +124,7 @@ class Checksum:
         self.total = 0
 
     def update(self, pixels: torch.Tensor) -> None:
-        """pixels uint8 [B, C, R, R]."""
+        """pixels [B, C, R, R], uint8 or fp32."""
         for image in pixels:
             digest = hashlib.sha256(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes())
             self.total = (self.total + int.from_bytes(digest.digest(), "big")) % 2**256

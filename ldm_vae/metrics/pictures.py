@@ -114,9 +114,7 @@ def keep_pictures(
     """Write output/pictures: what each of `vaes` makes of the images whose indices `kinds` calls "shown" or "worst"."""
     pictures = Pictures(output)
     for vae in vaes:
-        chosen = image_batches(
-            source, list(kinds), resolution, batch_size=batch_size, interpolation=protocol.interpolation
-        )
+        chosen = image_batches(source, list(kinds), resolution, batch_size=batch_size, protocol=protocol)
         home = next(vae.parameters()).device
         pictures.add(vae.to(device), chosen, metrics, device, kinds=kinds, batch_size=batch_size, protocol=protocol)
         vae.to(home)

@@ -49,6 +49,8 @@ class Protocol:
     """What is decoded: the mean, or one draw."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Of the antialiased resize."""
+    resize: Literal["bytes", "floats", "pillow"] = "bytes"
+    """What is resized, by what: 8-bit pixels or floats by torchvision, or 8-bit pixels by Pillow."""
     rounding: Literal["round", "truncate", "truncate_half_up"] = "round"
     """Floats to 8 bits: round(127.5 x + 127.5), its floor, or floor(127.5 x + 128)."""
     psnr: Literal["quantised", "floats"] = "quantised"
@@ -85,8 +87,10 @@ VARIANTS = {
     for variant in (
         Protocol(
             "eq-vae",
+            version=2,  # 1 resized 8-bit pixels by torchvision
             posterior="sample",
             interpolation="bilinear",
+            resize="floats",
             rounding="truncate_half_up",
             ssim="range_of_image",
             lpips="floats",
@@ -94,8 +98,10 @@ VARIANTS = {
         ),
         Protocol(
             "lightningdit",
+            version=2,  # 1 resized 8-bit pixels by torchvision
             posterior="sample",
             interpolation="bilinear",
+            resize="floats",
             rounding="truncate_half_up",
             ssim="range_two",
             lpips="floats",
@@ -103,8 +109,10 @@ VARIANTS = {
         ),
         Protocol(
             "lavinal712",
+            version=2,  # 1 resized 8-bit pixels by torchvision
             posterior="sample",
             interpolation="bilinear",
+            resize="pillow",
             rounding="truncate",
             psnr="floats",
             ssim="uniform_window",

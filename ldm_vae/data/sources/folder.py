@@ -35,7 +35,7 @@ class FolderSource:
     """Images below `root`, sorted by their POSIX path."""
 
     def __init__(self, root: Path, decoding: Decoding, caption_column: str | None = None) -> None:
-        self.root = root
+        self.root, self.name = root, str(root)
         self.decoding = decoding
         try:
             found = walk(root, EXTENSIONS)

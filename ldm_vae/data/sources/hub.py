@@ -5,6 +5,7 @@ Memory-mapped by `datasets`, decoded by us: the image column is read as raw byte
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from ldm_vae.data.decoding import Decoding, RawImage
 from ldm_vae.data.files import read_bytes
 from ldm_vae.data.metadata import rename_caption
 from ldm_vae.data.quarantine import Bad, BadImage
+from ldm_vae.data.ranges import FIELD, own_range
 from ldm_vae.data.source import Record, SourceConfig, not_empty
 from ldm_vae.data.stream import InOrderOnly
 from ldm_vae.errors import UsageError, WorkError
@@ -59,9 +61,12 @@ class HubSource:
         self, dataset: Any, decoding: Decoding, image_column: str | None, caption_column: str | None, name: str = ""
     ) -> None:
         self.decoding = decoding
+        self.name = name
         self.image_column = find_image_column(dataset, image_column, name)
         self._captions = check_caption_column(dataset, caption_column, name)
         self._dataset = undecoded(dataset)
+        self._dtype = declared_dtype(dataset, self.image_column)
+        check_dtype(self._dtype, decoding, self.image_column, name, self._dataset)
         others = [column for column in dataset.column_names if column != self.image_column]
         self.columns: tuple[str, ...] = tuple(rename_caption(dict.fromkeys(others), caption_column))
 
@@ -77,7 +82,7 @@ class HubSource:
         except Exception as error:  # a damaged arrow file: any of pyarrow's, or OSError
             raise BadImage(f"row cannot be read: {error}") from error
         image = row.pop(self.image_column)
-        return Record(row_key(index), as_image(image), rename_caption(row, self._captions))
+        return Record(row_key(index), as_image(image, self._dtype), rename_caption(row, self._captions))
 
 
 def row_key(index: int) -> str:
@@ -95,6 +100,8 @@ class HubStream(InOrderOnly):
         self.image_column = find_image_column(dataset, config.image_column, config.path)
         self._captions = check_caption_column(dataset, config.caption_column, config.path)
         self._dataset = undecoded(dataset)
+        self._dtype = declared_dtype(dataset, self.image_column)
+        check_dtype(self._dtype, self.decoding, self.image_column, self.name, ())
         others = [column for column in dataset.features or {} if column != self.image_column]
         self.columns: tuple[str, ...] = tuple(rename_caption(dict.fromkeys(others), self._captions))
 
@@ -102,7 +109,7 @@ class HubStream(InOrderOnly):
         for index, row in enumerate(self._rows()):
             others = {name: value for name, value in row.items() if name != self.image_column}
             try:
-                image = as_image(row.get(self.image_column))
+                image = as_image(row.get(self.image_column), self._dtype)
             except BadImage as error:
                 yield Bad(row_key(index), error.reason)
                 continue
@@ -187,17 +194,48 @@ def check_caption_column(dataset: Any, caption_column: str | None, name: str) ->
 
 
 def undecoded(dataset: Any) -> Any:
-    """The same dataset with its image columns read as bytes; what else is an image comes as bytes too."""
+    """The same dataset as it is stored: image columns as bytes, whatever format the dataset remembers (that of numpy
+    makes an int64 of every integer)."""
     import datasets
 
+    dataset = dataset.with_format(None)
     for column, feature in dict(dataset.features or {}).items():
         if isinstance(feature, datasets.Image) and feature.decode:
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
     return dataset
 
 
-def as_image(value: Any) -> RawImage:
-    """What an image column holds => what `decode` takes. Raises BadImage."""
+_NUMBERS = frozenset({"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)), "float16",
+                      "float32", "float64"})  # fmt: skip
+
+
+def declared_dtype(dataset: Any, column: str) -> np.dtype[Any] | None:
+    """The number type that a column of arrays or lists declares; None of any other column, and where nothing does."""
+    feature = (dataset.features or {}).get(column)
+    is_array = hasattr(feature, "shape")  # Array2D, Array3D
+    while (inner := feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)) is not None:
+        feature, is_array = inner, True
+    name = getattr(feature, "dtype", None)
+    return np.dtype(name) if is_array and name in _NUMBERS else None
+
+
+def check_dtype(dtype: np.dtype[Any] | None, decoding: Decoding, column: str, name: str, rows: Any) -> None:
+    """Raises UsageError for a column of numbers without a range of their own, before all its images are refused; rows
+    to look at, none of a stream."""
+    if dtype is None or own_range(dtype) is not None or decoding.value_range is not None:
+        return
+    spans = ""
+    with contextlib.suppress(Exception):  # a damaged first row is no reason to say less about the column
+        first = np.asarray(next(iter(rows))[column], dtype)
+        spans = f", the first spans [{first.min()}, {first.max()}]"
+    raise UsageError(
+        f"{FIELD}: expected the two values that become black and white, since the images in column {column} of {name} "
+        f"are {dtype}, which does not say it{spans}"
+    )
+
+
+def as_image(value: Any, dtype: np.dtype[Any] | None = None) -> RawImage:
+    """What an image column holds => what `decode` takes; dtype: the type that the column declares. Raises BadImage."""
     if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes | bytearray | memoryview):
@@ -208,7 +246,9 @@ def as_image(value: Any) -> RawImage:
         return value
     if isinstance(value, list | np.ndarray):
         try:
-            return np.asarray(value)
+            return np.asarray(value, dtype)
         except ValueError as error:
             raise BadImage("a list of lists of different lengths is not an image") from error
+        except TypeError as error:
+            raise BadImage(f"a list of lists with holes is not an image: {error}") from error
     raise BadImage("the row holds no image" if value is None else f"a {type(value).__name__} is not an image")

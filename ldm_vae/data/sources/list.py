@@ -36,7 +36,7 @@ class ListSource:
 
     def __init__(self, path: Path, decoding: Decoding) -> None:
         self.decoding = decoding
-        self.root = path.parent
+        self.root, self.name = path.parent, str(path)
         first_at: dict[str, int] = {}
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
         for number, line in enumerate(text.splitlines(), start=1):

@@ -70,6 +70,7 @@ class TarSource:
     ) -> None:
         self.decoding = decoding
         self._shards = shards
+        self.name = shards[0] if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1:,} more"
         self._captions = caption_column
         self._extensions: list[str] = []
         self._refused: dict[int, str] = {}

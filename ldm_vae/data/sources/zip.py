@@ -43,7 +43,7 @@ class ZipSource:
     """Images in a zip archive."""
 
     def __init__(self, path: Path, decoding: Decoding, caption_column: str | None = None) -> None:
-        self.path = path
+        self.path, self.name = path, str(path)
         self.decoding = decoding
         try:
             with zipfile.ZipFile(path) as archive:
