@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save
 from ldm_vae import publish
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.places import cache_dir, offline
+from ldm_vae.untrusted import disguised_file
 
 Net = Literal["alex", "vgg"]
 Tensors = dict[str, torch.Tensor]
@@ -168,6 +169,9 @@ def _trunk_file(path: Path) -> Tensors:
     except OSError as error:
         raise UsageError(f"lpips weights {path}: {error}") from error
     except Exception as error:  # torch.load has half a dozen; what some of them advise is unsafe
+        with contextlib.suppress(OSError):
+            if (what := disguised_file(path)) is not None:
+                raise UsageError(f"lpips weights {path}: it {what}") from error
         raise UsageError(f"lpips weights {path}: not a file of tensors that torch or safetensors wrote") from error
 
 

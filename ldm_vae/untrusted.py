@@ -4,6 +4,7 @@ allocated or imported before it was looked at here."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -107,3 +108,11 @@ def disguised_file(path: Path) -> str | None:
         return f"is a link to {path.readlink()}, and there is nothing"
     with path.open("rb") as file:
         return disguise(file.read(HEAD))
+
+
+def why_unreadable(path: Path, error: BaseException) -> str:
+    """The reason in "cannot be read: ...": what is in the place of the file, else the first line of the error."""
+    with contextlib.suppress(OSError):
+        if (what := disguised_file(path)) is not None:
+            return f"it {what}"
+    return first_line(error)

@@ -21,6 +21,7 @@ from ldm_vae.export.single_file import load_single_file, save_single_file
 from ldm_vae.export.targets import TARGETS, warnings_for, write_target
 from ldm_vae.latents import Normalisation
 from ldm_vae.training import Training
+from ldm_vae.weights.shape import infer_config
 
 ROOT = Path(__file__).parent.parent
 LAYOUTS = ("diffusers", "bare", "first_stage_model.", "vae.", *TARGETS)

@@ -108,7 +108,7 @@ def _parse_config(text: str, place: str) -> dict[str, Any]:
     try:
         parsed = parse_json(text)
         check_model_config(parsed)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UsageError(f"{place}: the config in its header cannot be taken: {first_line(error)}") from error
     return dict(parsed)
 

@@ -26,6 +26,7 @@ from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.metrics.efficientnet import FEATURES as EFFLITE0_FEATURES
 from ldm_vae.metrics.efficientnet import EfficientNetLite0, load_state
 from ldm_vae.metrics.protocol import Pair
+from ldm_vae.untrusted import HEAD, disguise, disguised_file, first_line
 
 # torch-fidelity publishes the converted weights under this beginning of their SHA-256
 INCEPTION_SHA256 = "6726825d"
@@ -79,6 +80,8 @@ def inception(weights: Path, device: torch.device, sha256: str = INCEPTION_SHA25
         raise UsageError(f"inception_weights: {weights}: no such file")
     content = weights.read_bytes()
     if not hashlib.sha256(content).hexdigest().startswith(sha256):
+        if (what := disguise(content[:HEAD])) is not None:
+            raise WorkError(f"inception_weights: {weights} {what}")
         raise WorkError(
             f"inception_weights: {weights} is not the 2015-12-05 Inception (weights-inception-2015-12-05-6726825d.pth "
             "of torch-fidelity); an rFID of other weights compares with nothing"
@@ -145,11 +148,17 @@ def _dinov2(source: str) -> Any:
         from transformers import Dinov2Model
     except ImportError as error:
         raise WorkError("dinov2: needs transformers: pip install 'ldm-vae[fid]'") from error
+    for file in sorted(Path(source).glob("*.*")) if Path(source).is_dir() else ():
+        if file.suffix in (".json", ".safetensors") and (what := disguised_file(file)) is not None:
+            raise UsageError(f"dinov2: {source}: {file.name} {what}")
     try:
-        return Dinov2Model.from_pretrained(source, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UsageError(f"dinov2: {source} cannot be loaded as a Dinov2Model: {first}") from error
+        network, told = Dinov2Model.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # a damaged file, the hub, another model's config: any kind
+        raise UsageError(f"dinov2: {source} cannot be loaded as a Dinov2Model: {first_line(error)}") from error
+    absent = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))
+    if absent:  # transformers draws what it does not find at random, with a warning
+        raise UsageError(f"dinov2: {source} is no whole Dinov2Model: it lacks {len(absent)} tensors ({absent[0]}, ...)")
+    return network
 
 
 def spatial_network(source: str | None) -> tuple[torch.nn.Module, int]:

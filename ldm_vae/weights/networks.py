@@ -42,7 +42,7 @@ def read_config(path: Path, place: str) -> dict[str, Any]:
     try:
         config = parse_json(path.read_bytes())
         check_model_config(config)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
         raise UsageError(f"{place}: {path.name} is no model's config: {first_line(error)}") from error
     return dict(config)
 
