@@ -26,6 +26,7 @@ from ldm_vae.errors import UsageError
 from ldm_vae.fine_tuning import ENCODER, encoder_learns
 from ldm_vae.latents import Moments
 from ldm_vae.perturbations import Draw
+from ldm_vae.weights.files import say
 from ldm_vae.weights.networks import CLASSES, find_folder, load_folder
 
 
@@ -101,6 +102,8 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
 
         vae = load_single_file(path, None if config is None else Path(config))
     else:
+        if config is not None:
+            say(f"{place}: its own config.json is taken; {config} is for single files")
         vae = load_folder(find_folder(str(source), place), place, CLASSES)
     return vae.float().eval().requires_grad_(False)
 

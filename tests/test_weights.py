@@ -139,6 +139,17 @@ def test_a_network_comes_before_its_average(folder: Path, capsys: pytest.Capture
     assert torch.equal(averaged.quant_conv.bias, vae.quant_conv.bias + 1)
 
 
+def test_averages_are_ranked_behind_whatever_they_are_of(folder: Path, tmp_path: Path) -> None:
+    vae = load_autoencoder(folder)
+    rewrite(
+        folder,
+        lambda t: {f"{at}{n}": v + plus for at, plus in (("ema.", 1), ("generator.vae.", 0)) for n, v in t.items()},
+    )
+    file = shutil.copy(folder / f"{STEM}.safetensors", tmp_path / "one.safetensors")
+    for loaded in (load_autoencoder(folder), load_autoencoder(file), load_autoencoder(file, folder)):
+        assert same(loaded, vae)
+
+
 def test_two_networks_are_not_chosen_between(folder: Path) -> None:
     rewrite(folder, lambda t: {f"{one}.{n}": v.clone() for one in ("student", "teacher") for n, v in t.items()})
     said = refusal(lambda: load_autoencoder(folder))
@@ -310,6 +321,29 @@ def test_a_pipeline_is_taken_by_its_vae(folder: Path, tmp_path: Path) -> None:
     said = refusal(lambda: load_autoencoder(root))
     assert str(root / "movq") in said
     assert same(load_autoencoder(root / "movq"), vae)
+
+
+@pytest.mark.parametrize("inside", ["", "vae"])
+@pytest.mark.parametrize("shards", [None, "100KB"])
+def test_a_variant_in_the_hubs_cache(
+    inside: str, shards: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--some-lab--some-vae"
+    snapshot = cached / "snapshots" / ("a" * 40)
+    variant(snapshot / inside, "fp16", shards)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    assert same(load_autoencoder("some-lab/some-vae"), small("kl").half().float())
+    for path in snapshot.rglob("*fp16*"):
+        path.unlink()
+    (snapshot / inside / f"{STEM}.bin").write_bytes(b"")
+    assert STEM in refusal(lambda: load_autoencoder("some-lab/some-vae"))
+
+
+def test_a_config_beside_a_folder_is_not_dropped_in_silence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_autoencoder(folder, folder)
+    assert "config.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["vae.safetensors", "model.safetensors"])

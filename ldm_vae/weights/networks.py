@@ -15,7 +15,16 @@ from huggingface_hub.errors import EntryNotFoundError
 from ldm_vae.errors import UsageError
 from ldm_vae.untrusted import check_model_config, first_line, parse_json
 from ldm_vae.weights import rounding
-from ldm_vae.weights.files import STEM, VARIANTS, Weights, open_folder, read_index, refuse_disguise, say
+from ldm_vae.weights.files import (
+    STEM,
+    VARIANTS,
+    Weights,
+    export_command,
+    open_folder,
+    read_index,
+    refuse_disguise,
+    say,
+)
 from ldm_vae.weights.names import fit
 
 CLASSES = {model.__name__: model for model in (AutoencoderKL, VQModel, AutoencoderTiny)}
@@ -142,12 +151,16 @@ def _fetched(hub_id: str, place: str) -> Path:
             if weights.endswith(".json"):
                 for shard in read_index(folder / weights, place):
                     hf_hub_download(hub_id, f"{inside}{shard}")
-            break
+            return folder
     except UsageError:
         raise
     except Exception as error:  # of the hub, the network and the cache: any kind
         raise UsageError(f"{place}: cannot be loaded from the hub: {first_line(error)}") from error
-    return folder
+    raise UsageError(
+        f"{place}: cannot be loaded from the hub: neither it nor, offline, its cache has {inside}{STEM}.safetensors, its "
+        f"shards or a variant of it ({', '.join(VARIANTS)}); a pickle there is not read: download the .bin, and "
+        f"{export_command(Path('FILE.bin'))} makes a safe folder of it"
+    )
 
 
 def _fetched_config(hub_id: str) -> Path:
