@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save
 from ldm_vae import publish
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.places import cache_dir, offline
-from ldm_vae.untrusted import load_pickle
+from ldm_vae.untrusted import disguised_file, load_pickle
 
 Net = Literal["alex", "vgg"]
 Tensors = dict[str, torch.Tensor]
@@ -166,6 +166,9 @@ def _trunk_file(path: Path) -> Tensors:
     except OSError as error:
         raise UsageError(f"lpips weights {path}: {error}") from error
     except Exception as error:  # safetensors and a file of other things than tensors have half a dozen
+        with contextlib.suppress(OSError):
+            if (what := disguised_file(path)) is not None:
+                raise UsageError(f"lpips weights {path}: it {what}") from error
         raise UsageError(f"lpips weights {path}: not a file of tensors that torch or safetensors wrote") from error
 
 

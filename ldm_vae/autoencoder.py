@@ -9,14 +9,13 @@ Legend: B batch, C image channels, c latent channels, H W pixels, h w latent pos
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers import AutoencoderKL
 from pydantic import model_validator
 from torch import nn
 
@@ -28,7 +27,8 @@ from ldm_vae.fine_tuning import ENCODER, encoder_learns
 from ldm_vae.finite import check_weights
 from ldm_vae.latents import Moments
 from ldm_vae.perturbations import Draw
-from ldm_vae.untrusted import check_model_config, first_line
+from ldm_vae.weights.files import say
+from ldm_vae.weights.networks import CLASSES, find_folder, load_folder
 
 
 class AutoencoderConfig(Part):
@@ -83,11 +83,11 @@ class AutoencoderConfig(Part):
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-CLASSES = {model.__name__: model for model in (AutoencoderKL, VQModel, AutoencoderTiny)}
-
-
 def load_autoencoder(source: str | Path, config: str | Path | None = None) -> Any:
     """Load a VAE (an AutoencoderKL, VQModel or AutoencoderTiny) for inference: fp32, eval mode, no gradients.
+
+    What had to be done for it (a prefix taken from names, a variant in the place of full weights, 8-bit floats) is said
+    on stderr.
 
     Args:
         source: a diffusers folder, a pipeline folder with `vae/`, a run folder (its exported `vae/`), a single
@@ -95,55 +95,20 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
         config: for a single file of another shape than it tells by itself, a folder that holds its config.json.
 
     Raises:
-        UsageError: `source` is none of these, or its weights hold NaN or infinity.
+        UsageError: `source` is none of these, or not whole, or its weights hold NaN or infinity; the sentence names the
+            file or the tensors.
     """
-    path = Path(source)
+    path, place = Path(source), f"VAE {source}"
     if path.is_file():
         from ldm_vae.export.single_file import load_single_file
 
         vae = load_single_file(path, None if config is None else Path(config))
     else:
-        vae = _from_pretrained(str(source))
-    check_weights(vae, f"VAE {source}")
+        if config is not None:
+            say(f"{place}: its own config.json is taken; {config} is for single files")
+        vae = load_folder(find_folder(str(source), place), place, CLASSES)
+    check_weights(vae, place)
     return vae.float().eval().requires_grad_(False)
-
-
-def _from_pretrained(source: str) -> Any:
-    path = Path(source)
-    if path.is_dir():
-        folders = [folder for folder in (path, path / "vae") if (folder / "config.json").is_file()]
-        if not folders:
-            hint = (
-                "; the run has not finished (its vae/ is written at the end)" if (path / "config.yaml").exists() else ""
-            )
-            raise UsageError(f"VAE {source}: expected config.json in the folder or in its vae/, found neither{hint}")
-        source = str(folders[0])
-    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise UsageError(f"VAE {source}: no such folder or file, and not a hub id (owner/name)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' affair, not the user's
-            try:
-                return _of_its_class(source)
-            except OSError:
-                if path.is_dir():
-                    raise
-                return _of_its_class(source, subfolder="vae")  # a pipeline's
-    except UsageError:
-        raise
-    except Exception as error:  # what a damaged or hostile folder makes of diffusers: any kind
-        raise UsageError(f"VAE {source}: cannot be loaded as an AutoencoderKL: {first_line(error)}") from error
-
-
-def _of_its_class(source: str, **where: str) -> Any:
-    """By the class that the config.json names; an AutoencoderKL where it names none."""
-    config = AutoencoderKL.load_config(source, **where)
-    check_model_config(config)
-    name = config.get("_class_name", "AutoencoderKL")
-    if name not in CLASSES:
-        raise UsageError(f"VAE {source}: expected one of {', '.join(CLASSES)}, its config.json says {name}")
-    return CLASSES[name].from_pretrained(source, use_safetensors=True, **where)
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------

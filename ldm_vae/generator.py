@@ -15,14 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoModel
 
 from ldm_vae import finite, keyed, publish
 from ldm_vae.diffusion import Denoiser, SamplingConfig, flow_scheduler, sample
 from ldm_vae.errors import UsageError
 from ldm_vae.finite import check_weights
 from ldm_vae.latents import Normalisation
+from ldm_vae.untrusted import parse_json, why_unreadable
+from ldm_vae.weights.networks import CONFIG, load_folder, read_config
 
 FOLDER, CALL = "denoiser", "flow.json"
 
@@ -109,26 +111,39 @@ class Generator:
         """From a run folder, with the VAE whose latents it learned.
 
         Raises:
-            UsageError: the folder has no finished diffusion model.
+            UsageError: the folder has no finished diffusion model, or not a whole one.
         """
-        folder = Path(run) / FOLDER
+        folder, place = Path(run) / FOLDER, f"run {run}"
         if not (folder / CALL).is_file():
-            raise UsageError(f"run {run}: expected {FOLDER}/{CALL}, which train.diffusion writes at its end")
-        call = json.loads((folder / CALL).read_text(encoding="utf-8"))
-        network = AutoModel.from_pretrained(str(folder), use_safetensors=True).eval().requires_grad_(False)
-        check_weights(network, f"run {run}: its {FOLDER}")
-        channels, height, width = call["shape"]
-        return cls(
-            denoiser=Denoiser(network, len(call["classes"])).eval(),
-            vae=vae,
-            shape=(channels, height, width),
-            normalisation=Normalisation.from_config(call["normalisation"], str(folder / CALL)),
-            sampling=SamplingConfig(**call["sampling"]),
-            classes=tuple(call["classes"]),
-            shift=call["shift"],
-            seed=call["seed"],
-        )
+            raise UsageError(f"{place}: expected {FOLDER}/{CALL}, which train.diffusion writes at its end")
+        network = load_folder(folder, place, _model_class(folder, place)).float().requires_grad_(False)
+        check_weights(network, f"{place}: its {FOLDER}")
+        try:
+            call = parse_json((folder / CALL).read_bytes())
+            channels, height, width = call["shape"]
+            return cls(
+                denoiser=Denoiser(network, len(call["classes"])).eval(),
+                vae=vae,
+                shape=(channels, height, width),
+                normalisation=Normalisation.from_config(call["normalisation"], str(folder / CALL)),
+                sampling=SamplingConfig(**call["sampling"]),
+                classes=tuple(call["classes"]),
+                shift=call["shift"],
+                seed=call["seed"],
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = why_unreadable(folder / CALL, error)
+            raise UsageError(f"{place}: {FOLDER}/{CALL} cannot be read: {reason}") from error
 
     def to(self, device: torch.device) -> Generator:
         """The same on a device."""
         return replace(self, denoiser=self.denoiser.to(device), vae=self.vae.to(device))
+
+
+def _model_class(folder: Path, place: str) -> dict[str, Any]:
+    """The model of diffusers that a config.json names, by that name; those trained here where it names none."""
+    name = str(read_config(folder / CONFIG, place).get("_class_name"))
+    model = getattr(diffusers, name, None)
+    if isinstance(model, type) and issubclass(model, diffusers.ModelMixin):
+        return {name: model}
+    return {one.__name__: one for one in (diffusers.DiTTransformer2DModel, diffusers.UNet2DModel)}

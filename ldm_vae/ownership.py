@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, LeaseSettingsMismatch, SoftFileLease, Timeout
@@ -87,10 +86,10 @@ def own(folder: Path, field: str) -> Iterator[Ownership]:
 def own_name(out: Path, field: str = "OUT") -> Iterator[Ownership]:
     """Own the name `out`, which a finished folder or file is to get: the marks lie beside it. As `own` otherwise."""
     out = out.absolute()
-    what, beside = f"{field} {out}", out.parent / f".{out.name}"
+    what = f"{field} {out}"
+    lock, lease = out.with_name(f".{out.name}{LOCK}"), out.with_name(f".{out.name}{LEASE}")
     with contextlib.ExitStack() as stack:
-        marks = (beside.with_name(beside.name + mark) for mark in (LOCK, LEASE))
-        yield _entered(stack, partial(_owned, *marks, what), out.parent, what)
+        yield _entered(stack, lambda: _owned(lock, lease, what), out.parent, what)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 """What files from anywhere may say: JSON that does not exhaust the stack, and a model's config.json whose numbers are
-those of a network and not of a bomb. Nothing is built, allocated or imported before it was looked at here."""
+those of a network and not of a bomb; and files that are something else than their names say. Nothing is built,
+allocated or imported before it was looked at here."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -13,6 +15,20 @@ from typing import Any, BinaryIO
 
 LARGEST = 2**24  # of any whole number in a config: widths, codes, sides
 DEEPEST = 128  # of anything that is repeated: blocks, layers
+HEAD = 512  # bytes that tell what a file is; a git-LFS pointer has about 130
+_POINTERS = {  # a line that a version control system left in the place of a large file => what fetches the file
+    b"version https://git-lfs.github.com/spec/": ("git-LFS", "git lfs pull"),
+    b"/annex/objects/": ("git-annex", "git annex get"),
+}
+_PAGES = (b"<!doctype html", b"<html", b"<head")
+# what hubs answer in the place of a file, when a program saves the answer unseen
+_ANSWERS = (
+    b"entry not found",
+    b"repository not found",
+    b"invalid username or password",
+    b"access to model",
+    b'{"error"',
+)
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -90,3 +106,40 @@ def first_line(error: BaseException) -> str:
         reason = re.search(r"WeightsUnpickler error:\s*(.+?)(?=\. Please|\.?$)", said, re.MULTILINE)
         said = f"it holds more than tensors, or is damaged{f' ({reason[1]})' if reason else ''}"
     return "".join(letter if letter.isprintable() else "?" for letter in said.splitlines()[0][:300])
+
+
+def disguise(head: bytes) -> str | None:
+    """The predicate of a file that is not what its name says, from its first HEAD bytes; None for any other.
+
+    It completes a sentence that begins with the file's name: "is a git-LFS pointer ...".
+    """
+    if not head:
+        return "is empty"
+    for mark, (system, command) in _POINTERS.items():
+        if head.startswith(mark):
+            return f"is a {system} pointer in the place of the file; `{command}` in its repository fetches the file"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith(_PAGES):
+        return "is a web page (HTML) in the place of the file; download the file itself"
+    if text.startswith(_ANSWERS):
+        answer = first_line(ValueError(head[:80].decode("utf-8", "replace")))
+        return f"is a server's answer in the place of the file ({answer}); download it again"
+    return "holds zeros alone, as what was never written does" if not any(head) else None
+
+
+def disguised_file(path: Path) -> str | None:
+    """As `disguise`, of a file or of what is in its place: a folder, a link into nowhere."""
+    if path.is_dir():
+        return "is a folder, not a file"
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {path.readlink()}, and there is nothing"
+    with path.open("rb") as file:
+        return disguise(file.read(HEAD))
+
+
+def why_unreadable(path: Path, error: BaseException) -> str:
+    """The reason in "cannot be read: ...": what is in the place of the file, else the first line of the error."""
+    with contextlib.suppress(OSError):
+        if (what := disguised_file(path)) is not None:
+            return f"it {what}"
+    return first_line(error)

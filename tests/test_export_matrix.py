@@ -17,10 +17,11 @@ from ldm_vae import config
 from ldm_vae.autoencoder import AutoencoderConfig
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.ldm_keys import to_ldm
-from ldm_vae.export.single_file import infer_config, load_single_file, save_single_file
+from ldm_vae.export.single_file import load_single_file, save_single_file
 from ldm_vae.export.targets import TARGETS, warnings_for, write_target
 from ldm_vae.latents import Normalisation
 from ldm_vae.training import Training
+from ldm_vae.weights.shape import infer_config
 
 ROOT = Path(__file__).parent.parent
 LAYOUTS = ("diffusers", "bare", "first_stage_model.", "vae.", *TARGETS)
@@ -93,7 +94,7 @@ def test_at_full_size_the_names_are_a_bijection_and_tell_the_shape(path: Path) -
     renamed = to_ldm(vae.state_dict(), len(model.block_out_channels))
     assert len(renamed) == len(vae.state_dict())
     if model.norm_num_groups == 32:
-        found = infer_config({name: tuple(value.shape) for name, value in renamed.items()}, path)
+        found = infer_config({name: tuple(value.shape) for name, value in renamed.items()}, str(path))
         assert {name: found[name] for name in model.shape()} == model.shape()
 
 

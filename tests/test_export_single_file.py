@@ -117,7 +117,7 @@ def test_a_shape_of_ones_own_needs_a_config(tiny_vae: AutoencoderKL, tiny_vae_fo
     assert same(load_autoencoder(path, tiny_vae_folder), tiny_vae)
     config = json.loads((tiny_vae_folder / "config.json").read_text()) | {"latent_channels": 5}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=r"conv_out\.weight is"):
+    with pytest.raises(UsageError, match=r"decoder\.conv_in\.weight"):
         load_single_file(path, tmp_path)
 
 
@@ -143,9 +143,9 @@ def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("change", "sentence"),
     [
         (lambda t: t.pop("encoder.conv_in.weight"), "holds no KL autoencoder"),
-        (lambda t: t.pop("decoder.mid.block_1.conv1.bias"), "decoder.mid.block_1.conv1.bias is missing"),
-        (lambda t: t.pop("decoder.conv_in.weight"), "decoder.conv_in.weight is missing"),
-        (lambda t: t.update({"encoder.extra.weight": torch.zeros(1)}), "encoder.extra.weight has no place"),
+        (lambda t: t.pop("decoder.mid.block_1.conv1.bias"), "decoder.mid.block_1.conv1.bias"),
+        (lambda t: t.pop("decoder.conv_in.weight"), "decoder.conv_in.weight"),
+        (lambda t: t.update({"encoder.extra.weight": torch.zeros(1)}), "encoder.extra.weight"),
         (lambda t: t.update({"quant_conv.weight": torch.zeros(4, 8, 1, 1)}), "VQ model"),
     ],
 )
@@ -163,7 +163,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         load_single_file(tmp_path / "vae.safetensors")
     vae = build(SHAPES["f2"])
     save_file(to_ldm(vae.state_dict(), 2), tmp_path / "vae.safetensors", metadata={CONFIG_KEY: "{"})
-    with pytest.raises(UsageError, match="not readable as JSON"):
+    with pytest.raises(UsageError, match="config in its header"):
         load_single_file(tmp_path / "vae.safetensors")
 
 

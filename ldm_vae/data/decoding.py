@@ -22,6 +22,7 @@ from ldm_vae.data.arrays import Array
 from ldm_vae.data.colour import Background
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.ranges import Range, Values, check_range
+from ldm_vae.untrusted import HEAD, disguise
 
 __all__ = ["BadImage", "Decoded", "Decoding", "RawImage", "decode", "read_image"]
 
@@ -188,10 +189,13 @@ def _open(image: bytes | Image.Image) -> Image.Image:
     if isinstance(image, bytes):
         if not image:
             raise BadImage("the file is empty")
+        head = image[:HEAD]
         try:
             image = Image.open(io.BytesIO(image), formats=FORMATS)
         except UnidentifiedImageError as error:
-            raise BadImage("not an image of a known format, or damaged at its beginning") from error
+            what = disguise(head)
+            told = f"it {what}" if what else "not an image of a known format, or damaged at its beginning"
+            raise BadImage(told) from error
     _check_size(image.height, image.width)
     return image
 

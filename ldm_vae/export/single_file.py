@@ -2,27 +2,27 @@
 
 Read: bare LDM, prefixed (`first_stage_model.`, `vae.`: only these tensors of a full checkpoint are read), and the names
 of diffusers. The shape comes from a config folder, else from our own header, else from the tensors, so no hub is asked.
-
-Legend: c latent channels, n resolutions (f = 2 ** (n - 1)).
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ldm_vae import publish
 from ldm_vae.errors import UsageError
 from ldm_vae.export import ldm_keys
-from ldm_vae.untrusted import check_model_config, first_line, load_pickle, parse_json
+from ldm_vae.untrusted import check_model_config, first_line, parse_json
+from ldm_vae.weights import networks
+from ldm_vae.weights.files import STEM, Weights, few, open_weights, say
+from ldm_vae.weights.names import find_autoencoder
+from ldm_vae.weights.networks import build, fill
+from ldm_vae.weights.shape import Shapes, infer_config
 
 CONFIG_KEY = "ldm_vae.config"  # in the header of our own files: the diffusers config, so that nothing is inferred
 
@@ -35,11 +35,9 @@ _PUBLISHED: Mapping[str, tuple[float, float | None]] = {
 }
 SD_SCALING = 0.18215
 
-Shapes = Mapping[str, tuple[int, ...]]
 
-
-def load_single_file(path: Path, config: Path | None = None, *, allow_pickle: bool = False) -> AutoencoderKL:
-    """Load an AutoencoderKL from one file, in the file's dtype.
+def load_single_file(path: Path, config: Path | None = None, *, allow_pickle: bool = False) -> Any:
+    """Load a VAE from one file, in the file's dtype: an AutoencoderKL, or what `config` is of.
 
     Args:
         path: a .safetensors file: a VAE alone or a full checkpoint.
@@ -57,24 +55,21 @@ def load_single_file(path: Path, config: Path | None = None, *, allow_pickle: bo
         raise UsageError(f"VAE {path}: cannot be read as a KL autoencoder: {first_line(error)}") from error
 
 
-def _load(path: Path, config: Path | None, allow_pickle: bool) -> AutoencoderKL:
+def _load(path: Path, config: Path | None, allow_pickle: bool) -> Any:
+    place = f"VAE {path}"
+    if path.suffix == ".json":
+        raise UsageError(f"{place}: expected a file of weights; for a config.json or an index give its folder")
     beside = path.with_name("config.json")
-    if config is None and path.name.startswith("diffusion_pytorch_model") and beside.is_file():
+    if config is None and path.name.startswith(STEM) and beside.is_file():
         config = beside  # the weights of a diffusers folder, named without the folder
     given = None if config is None else read_config(config)
-    tensors, header, shapes = _read(path, allow_pickle)
-    blocks = sum(name.startswith(("encoder.down.", "encoder.down_blocks.")) for name in _stage_names(tensors))
-    if ldm_keys.has_diffusers_names(tensors):
-        tensors = ldm_keys.to_ldm({ldm_keys.current_name(name): value for name, value in tensors.items()}, blocks)
-    if given is None and CONFIG_KEY in header:
-        given = _parse_config(header[CONFIG_KEY], path)
+    weights = open_weights(path, place, allow_pickle=allow_pickle)
+    if given is None and CONFIG_KEY in weights.header:
+        given = _parse_config(weights.header[CONFIG_KEY], place)
     if given is None:
-        given = infer_config({name: tuple(value.shape) for name, value in tensors.items()}, path)
-        given |= _scaling(given, shapes, path)
-    check_model_config(given)
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(given)
-    vae.load_state_dict(_fit(vae, tensors, path), strict=True, assign=True)
+        given = _told_by(weights, path)
+    vae = build(given, place if config is None else f"config {config}")
+    fill(vae, weights)
     return vae.eval()
 
 
@@ -96,122 +91,40 @@ def save_single_file(vae: AutoencoderKL, path: Path, prefix: str = "") -> Path:
     return path
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, torch.Tensor], Mapping[str, str], list[str]]:
-    """The autoencoder's tensors without prefix, the header's metadata, and the names of everything in the file."""
-    header: dict[str, str]
-    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-        everything, header = _read_pickle(path, allow_pickle), {}
-        names = list(everything)
-        prefix = _prefix(names, path)
-        return {n.removeprefix(prefix): everything[n] for n in names if _is_ours(n, prefix)}, header, names
-    try:
-        with safe_open(path, framework="pt") as file:
-            header, names = dict(file.metadata() or {}), list(file.keys())
-            prefix = _prefix(names, path)
-            wanted = [name for name in names if _is_ours(name, prefix)]
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in wanted}, header, names
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"VAE {path}: cannot be read as a safetensors file: {error}") from error
-
-
-def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
-    if not allow_pickle:
-        raise UsageError(
-            f"VAE {path}: is a pickle, which is not read unasked; `ldm-vae export {path} OUT --weights_only_pickle` "
-            "reads its tensors and nothing else and writes a safe file"
-        )
-    try:
-        content = load_pickle(path)
-    except ValueError as error:
-        raise UsageError(f"VAE {path}: cannot be read as tensors alone: {error}") from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-
-
-def _prefix(names: list[str], path: Path) -> str:
-    prefix = ldm_keys.find_prefix(names)
-    if prefix is None:
-        raise UsageError(
-            f"VAE {path}: holds no KL autoencoder: no tensor encoder.conv_in.weight, bare or behind "
-            f"{' or '.join(filter(None, ldm_keys.PREFIXES))} (it begins with {', '.join(sorted(names)[:3])})"
-        )
-    return prefix
-
-
-def _is_ours(name: str, prefix: str) -> bool:
-    return name.startswith(
-        tuple(f"{prefix}{part}." for part in ("encoder", "decoder", "quant_conv", "post_quant_conv"))
-    )
-
-
-def _stage_names(names: Mapping[str, Any]) -> set[str]:
-    """`encoder.down.0`, `encoder.down.1`, ... (or `encoder.down_blocks.0`, ...)."""
-    return {".".join(name.split(".")[:3]) for name in names}
+# --- the config -------------------------------------------------------------------------------------------------------
 
 
 def read_config(config: Path) -> dict[str, Any]:
     """A diffusers config.json, from its folder, a pipeline folder with vae/, or the file itself. UsageError if none."""
-    for place in (config, config / "config.json", config / "vae" / "config.json"):
-        if place.is_file():
-            return _parse_config(place.read_text(encoding="utf-8"), place)
+    for file in (config, config / "config.json", config / "vae" / "config.json"):
+        if file.is_file():
+            return networks.read_config(file, f"config {config}")
     raise UsageError(f"config {config}: expected a folder with the config.json of an AutoencoderKL, found none")
 
 
-def _parse_config(text: str, source: Path) -> dict[str, Any]:
+def _parse_config(text: str, place: str) -> dict[str, Any]:
     try:
         parsed = parse_json(text)
-    except ValueError as error:
-        raise UsageError(f"config {source}: not readable as JSON: {error}") from error
-    if not isinstance(parsed, dict) or "block_out_channels" not in parsed:
-        raise UsageError(f"config {source}: not that of an AutoencoderKL (no block_out_channels)")
-    return {name: value for name, value in parsed.items() if not name.startswith("_")}
+        check_model_config(parsed)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UsageError(f"{place}: the config in its header cannot be taken: {first_line(error)}") from error
+    return dict(parsed)
 
 
-# --- the shape, from the tensors --------------------------------------------------------------------------------------
-
-
-def infer_config(shapes: Shapes, path: Path) -> dict[str, Any]:
-    """The diffusers config of an autoencoder from its tensors' LDM names and shapes.
-
-    The number of GroupNorm groups leaves no trace in a file: LDM's is 32, always. Raises UsageError when the tensors
-    are not those of a KL autoencoder, or 32 does not divide its widths.
-    """
-    stages = sorted({int(name.split(".")[2]) for name in shapes if name.startswith("encoder.down.")})
-    try:
-        widths = [shapes[f"encoder.down.{stage}.block.0.conv1.weight"][0] for stage in stages]
-        moments = shapes["quant_conv.weight" if "quant_conv.weight" in shapes else "encoder.conv_out.weight"][0]
-        channels = shapes["decoder.conv_in.weight"][1]
-        image = shapes["encoder.conv_in.weight"][1], shapes["decoder.conv_out.weight"][0]
-    except KeyError as error:
-        raise UsageError(f"VAE {path}: holds no whole KL autoencoder: tensor {error.args[0]} is missing") from error
-    if moments != 2 * channels:
+def _told_by(weights: Weights, path: Path) -> dict[str, Any]:
+    """The config of a KL autoencoder from its tensors, so that no hub is asked; with a word where it is a guess."""
+    found = find_autoencoder(weights.entries)
+    if found is None:
         raise UsageError(
-            f"VAE {path}: the encoder gives {moments} channels for a decoder of {channels}; a KL autoencoder gives "
-            "twice as many (is it a VQ model?)"
+            f"{weights.place}: holds no KL autoencoder: no tensor encoder.conv_in.weight, bare or behind "
+            f"{' or '.join(filter(None, ldm_keys.PREFIXES))} (it begins with {few(sorted(weights.entries))})"
         )
-    if not widths or any(width % 32 for width in widths):
-        raise UsageError(
-            f"VAE {path}: widths {widths} are not multiples of 32 groups, so its shape cannot be told from the file "
-            "alone; give the folder of its config.json with --config FOLDER"
-        )
-    attention = [f"encoder.down.{stage}.attn.0.q.weight" in shapes for stage in stages]
-    return {
-        "in_channels": image[0],
-        "out_channels": image[1],
-        "latent_channels": channels,
-        "block_out_channels": tuple(widths),
-        "layers_per_block": len({n.split(".")[4] for n in shapes if n.startswith("encoder.down.0.block.")}),
-        "norm_num_groups": 32,
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
-        "use_quant_conv": "quant_conv.weight" in shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-        "down_block_types": tuple("AttnDownEncoderBlock2D" if has else "DownEncoderBlock2D" for has in attention),
-        "up_block_types": tuple("AttnUpDecoderBlock2D" if has else "UpDecoderBlock2D" for has in reversed(attention)),
-        "sample_size": 256,
-    }
+    shapes: Shapes = {name: entry.shape for name, entry in found.items()}
+    if ldm_keys.has_diffusers_names(shapes):
+        blocks = len({name.split(".")[2] for name in shapes if name.startswith("encoder.down_blocks.")})
+        shapes = {ldm_keys.to_ldm_name(ldm_keys.current_name(name), blocks): shapes[name] for name in shapes}
+    config = infer_config(shapes, weights.place)
+    return config | _scaling(config, list(weights.entries), path)
 
 
 def is_sd_shape(config: Mapping[str, Any]) -> bool:
@@ -231,36 +144,7 @@ def _scaling(config: Mapping[str, Any], names: list[str], path: Path) -> dict[st
     if known is not None:
         return {"scaling_factor": known[0], "shift_factor": known[1]}
     if is_sd_shape(config):
-        _say(
-            f"note: {path} has Stable Diffusion's shape: scaling_factor {SD_SCALING} is taken (SDXL's would be 0.13025)"
-        )
+        say(f"{path} has Stable Diffusion's shape: scaling_factor {SD_SCALING} is taken (SDXL's would be 0.13025)")
         return {"scaling_factor": SD_SCALING}
-    _say(f"note: {path} does not say its scaling: scaling_factor is 1 until it is measured (`ldm-vae export --stats`)")
+    say(f"{path} does not say its scaling: scaling_factor is 1 until it is measured (`ldm-vae export --stats`)")
     return {"scaling_factor": 1.0}
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
-
-
-# --- the tensors, in diffusers' names ---------------------------------------------------------------------------------
-
-
-def _fit(vae: AutoencoderKL, tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """LDM tensors as the state dict of `vae`. Raises UsageError naming what is missing, left over or misshapen."""
-    blocks = len(vae.config.block_out_channels)
-    state, left = {}, dict(tensors)
-    for name, place in vae.state_dict().items():
-        ldm_name = ldm_keys.to_ldm_name(name, blocks)
-        if ldm_name not in left:
-            raise UsageError(f"VAE {path}: tensor {ldm_name} is missing (diffusers' {name})")
-        value = left.pop(ldm_name)
-        if ldm_keys.is_attention_matrix(name) and value.numel() == place.numel():
-            value = value.reshape(place.shape)
-        if value.shape != place.shape:
-            came, expected = tuple(value.shape), tuple(place.shape)
-            raise UsageError(f"VAE {path}: tensor {ldm_name} is {came}, the config asks for {expected}")
-        state[name] = value
-    if left:
-        raise UsageError(f"VAE {path}: tensor {min(left)} has no place in an AutoencoderKL of this config")
-    return state

@@ -22,7 +22,7 @@ from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store.layout import EXTENSIONS, FORMAT, VERSION, ComputeDtype, StorageDtype, StoreKind
 from ldm_vae.latent_store.layout import MANIFEST as MANIFEST  # part of this module's interface
 from ldm_vae.latents import Normalisation
-from ldm_vae.untrusted import check_model_config, parse_json
+from ldm_vae.untrusted import HEAD, check_model_config, disguise, parse_json
 
 LARGEST = 2**31  # rows of a shard, sides, channels: what is beyond it was not made by an encoder
 
@@ -199,7 +199,8 @@ def read_manifest(store: str | Path) -> Manifest:
     try:
         tree = parse_json(content)
     except ValueError as error:
-        raise WorkError(f"store {store}: manifest.json cannot be read: {error}") from error
+        what = disguise(content[:HEAD])
+        raise WorkError(f"store {store}: manifest.json cannot be read: {f'it {what}' if what else error}") from error
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise UsageError(f"store {store}: manifest.json is not that of a latent store")
     if tree.get("version") != VERSION:

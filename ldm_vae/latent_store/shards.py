@@ -29,7 +29,7 @@ from ldm_vae import publish
 from ldm_vae.errors import WorkError
 from ldm_vae.latent_store.layout import MAPPED_ROWS, ROWS, STATISTICS
 from ldm_vae.latent_store.manifest import FileRecord
-from ldm_vae.untrusted import first_line
+from ldm_vae.untrusted import why_unreadable
 
 HEADER_ALIGNMENT = 4096  # tensors begin on a page
 CHUNK_ROWS = 256
@@ -256,7 +256,7 @@ def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
         return {name: _view(raw[8 + length :], entry) for name, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise WorkError(
-            f"shard {path}: cannot be read: {first_line(error)}; `ldm-vae store verify` tells what is damaged"
+            f"shard {path}: cannot be read: {why_unreadable(path, error)}; `ldm-vae store verify` tells what is damaged"
         ) from error
 
 
@@ -304,5 +304,5 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
         raise WorkError(
-            f"shard {path}: cannot be read: {first_line(error)}; `ldm-vae store verify` tells more"
+            f"shard {path}: cannot be read: {why_unreadable(path, error)}; `ldm-vae store verify` tells more"
         ) from error

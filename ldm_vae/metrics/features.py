@@ -27,7 +27,7 @@ from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.metrics.efficientnet import FEATURES as EFFLITE0_FEATURES
 from ldm_vae.metrics.efficientnet import EfficientNetLite0, load_state
 from ldm_vae.metrics.protocol import Pair
-from ldm_vae.untrusted import first_line, load_pickle
+from ldm_vae.untrusted import HEAD, disguise, disguised_file, first_line, load_pickle
 
 # torch-fidelity publishes the converted weights under this beginning of their SHA-256
 INCEPTION_SHA256 = "6726825d"
@@ -81,6 +81,8 @@ def inception(weights: Path, device: torch.device, sha256: str = INCEPTION_SHA25
         raise UsageError(f"inception_weights: {weights}: no such file")
     content = weights.read_bytes()
     if not hashlib.sha256(content).hexdigest().startswith(sha256):
+        if (what := disguise(content[:HEAD])) is not None:
+            raise WorkError(f"inception_weights: {weights} {what}")
         raise WorkError(
             f"inception_weights: {weights} is not the 2015-12-05 Inception (weights-inception-2015-12-05-6726825d.pth "
             "of torch-fidelity); an rFID of other weights compares with nothing"
@@ -188,6 +190,9 @@ def _transformers(name: str, kind: str, source: str) -> Any:
         import transformers
     except ImportError as error:
         raise WorkError(f"{name}: needs transformers: pip install 'ldm-vae[fid]'") from error
+    for file in sorted(Path(source).glob("*.*")) if Path(source).is_dir() else ():
+        if file.suffix in (".json", ".safetensors") and (what := disguised_file(file)) is not None:
+            raise UsageError(f"{name}: {source}: {file.name} {what}")
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # a table of what is missing, or of a CLIP's text half: looked at below
     try:

@@ -24,6 +24,7 @@ from ldm_vae.data.ranges import FIELD, own_range
 from ldm_vae.data.source import Record, SourceConfig, not_empty
 from ldm_vae.data.stream import InOrderOnly
 from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.untrusted import disguised_file
 
 
 class Config(SourceConfig):
@@ -150,6 +151,9 @@ def load(config: Config) -> Any:
     except UsageError:
         raise
     except Exception as error:  # the hub, the network, the builder: dozens of types
+        for file in _files(path):
+            if (what := disguised_file(Path(file))) is not None:
+                raise UsageError(f"data {config.path}: {Path(file).name} {what}") from error
         raise UsageError(f"data {config.path} (split {config.split}): cannot be loaded: {_one_line(error)}") from error
 
 

@@ -11,7 +11,7 @@ import tarfile
 import urllib.request
 from array import array
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.source import Record, SourceConfig, not_empty
 from ldm_vae.data.stream import InOrderOnly
 from ldm_vae.errors import UsageError
+from ldm_vae.untrusted import why_unreadable
 
 
 class Config(SourceConfig):
@@ -142,7 +143,7 @@ def _members_until_damage(shard: str, damage: list[str]) -> Iterator[tars.Member
     except FileNotFoundError as error:
         raise UsageError(f"data {shard}: no such file") from error
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        damage.append(str(error) or type(error).__name__)
+        damage.append(why_unreadable(Path(shard), error))
 
 
 class TarStream(InOrderOnly):

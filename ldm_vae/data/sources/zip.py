@@ -20,6 +20,7 @@ from ldm_vae.data.metadata import TreeColumns
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Record, SourceConfig, not_empty
 from ldm_vae.errors import UsageError
+from ldm_vae.untrusted import why_unreadable
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
 _ENCRYPTED = 0x1
@@ -51,7 +52,7 @@ class ZipSource:
                     (member for member in archive.infolist() if not member.is_dir()), key=lambda member: member.filename
                 )
         except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeError) as error:
-            raise UsageError(f"data {path}: cannot be opened as a zip: {error}") from error
+            raise UsageError(f"data {path}: cannot be opened as a zip: {why_unreadable(path, error)}") from error
         self._members = Names(member.filename for member in members)
         fields = ("header_offset", "compress_size", "file_size", "compress_type", "flag_bits", "CRC")
         self._fields = np.array([[getattr(member, name) for name in fields] for member in members], dtype=np.int64)

@@ -54,6 +54,7 @@ from ldm_vae.latent_store.layout import FLIP, TENSOR_NAMES, tensor_name
 from ldm_vae.latent_store.manifest import Manifest
 from ldm_vae.latent_store.npy import from_npy, npy_header, to_npy
 from ldm_vae.latent_store.shards import CHUNK_ROWS
+from ldm_vae.untrusted import why_unreadable
 
 MODELS = ("sd", "sdxl", "sd3", "flux")
 SCALED = ("flux",)  # their caches hold latents that are normalised already
@@ -288,7 +289,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         RuntimeError,
         RecursionError,
     ) as error:
-        raise WorkError(f"{path}: cannot be read: {error}") from error
+        raise WorkError(f"{path}: cannot be read: {why_unreadable(path, error)}") from error
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:

@@ -31,6 +31,7 @@ from ldm_vae.latent_store.foreign import Claim, group_of
 from ldm_vae.latent_store.formats import Found, Options, Sketch, found, is_tensor, stored_name
 from ldm_vae.latent_store.layout import SHARDS
 from ldm_vae.latent_store.manifest import Manifest
+from ldm_vae.untrusted import why_unreadable
 
 CARRIED, QUARANTINE = b"ldm_vae", b"ldm_vae_quarantine"
 MOST_BYTES = 1 << 33  # of one row group, unpacked
@@ -136,7 +137,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path, memory_map=True) as file:
             yield file
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise WorkError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        raise WorkError(f"{path}: cannot be read: {why_unreadable(path, error)}") from error
 
 
 def carried(path: Path) -> Carried | None:
