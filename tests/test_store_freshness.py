@@ -96,7 +96,7 @@ def _clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The indices that a check reads."""
     from ldm_vae.latent_store import freshness
 
@@ -108,7 +108,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return checksums(source, indices, num_workers)
 
     monkeypatch.setattr(freshness, "checksums", noted)
-    yield read
+    return read
 
 
 def run(vae: AutoencoderKL, data: Path, out: Path, **more: Any) -> None:
