@@ -10,6 +10,7 @@ changed image for another once in 10^10.
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +36,7 @@ class Sightings:
     """Those of one store."""
 
     def __init__(self, store: Path) -> None:
-        place = store.absolute()
+        place = Path(os.path.abspath(store))
         self.folder = place.with_name(f".{place.name}.seen")
         self._own = self.folder / f"{secrets.token_hex(8)}{SUFFIX}"
 
