@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from ldm_vae.data import sizes as sizes_module
+from ldm_vae.data import stamps
 from ldm_vae.data.buckets import Assignment, BucketConfig, assign, batches, generate
 from ldm_vae.data.dataset import training_loader
 from ldm_vae.data.sampler import Work
@@ -149,13 +153,12 @@ def test_every_rank_reads_its_part_and_a_resumed_run_reads_nothing(image_folder:
 
     def alone(part: torch.Tensor) -> torch.Tensor:
         parts.append(part)
-        return part * (2 if part.numel() == 1 else 1)  # what the other of two ranks would say: it has the file too
+        return part
 
     for rank in (0, 1):
         shared_sizes(source, tmp_path / f"of_{rank}", rank=rank, world_size=2, add_up=alone)
-    read = [part for part in parts if part.numel() > 1]
-    assert [[bool(row.any()) for row in part].count(True) for part in read] == [6, 6]
-    assert (read[0] + read[1]).tolist() == [[40, 48]] * count
+    assert [[bool(row.any()) for row in part].count(True) for part in parts] == [6, 6]
+    assert (parts[0] + parts[1])[:, :2].tolist() == [[40, 48]] * count
     one = {"rank": 0, "world_size": 1, "add_up": lambda part: part}
     sizes, _ = shared_sizes(source, path, **one)
     for file in image_folder.iterdir():
@@ -164,6 +167,33 @@ def test_every_rank_reads_its_part_and_a_resumed_run_reads_nothing(image_folder:
     assert again.tolist() == sizes.tolist() == [[40, 48]] * count and bad == []
     path.write_bytes(b"torn")
     assert len(shared_sizes(source, path, **one)[1]) == count
+
+
+def test_sizes_that_were_kept_are_those_of_the_images_that_are_there(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another picture under a name, and as many images under other names."""
+    monkeypatch.setattr(stamps, "SETTLED", 0)
+    path = tmp_path / "sizes.safetensors"
+    one: dict[str, Any] = {"rank": 0, "world_size": 1, "add_up": lambda part: part}
+    shared_sizes(open_source(image_folder), path, **one)
+    were = (image_folder / "img_0003.png").stat()
+    Image.new("RGB", (16, 24)).save(image_folder / "img_0003.png")
+    os.utime(image_folder / "img_0003.png", ns=(were.st_atime_ns, were.st_mtime_ns))
+    read: list[int] = []
+
+    def noted(source: Any, indices: Any, *more: Any) -> Any:
+        read.extend(indices)
+        return read_sizes(source, indices)
+
+    monkeypatch.setattr(sizes_module, "read_sizes", noted)
+    now, _ = shared_sizes(open_source(image_folder), path, **one)
+    assert now[3].tolist() == [24, 16] and now[4].tolist() == [40, 48] and read == [3]
+    (image_folder / "img_0003.png").rename(image_folder / "z.png")
+    now, _ = shared_sizes(open_source(image_folder), path, **one)
+    assert now[-1].tolist() == [24, 16] and now[3].tolist() == [40, 48]
+    read.clear()
+    assert shared_sizes(open_source(image_folder), path, **one)[0].tolist() == now.tolist() and read == []
 
 
 def test_the_config() -> None:

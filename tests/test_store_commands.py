@@ -51,6 +51,20 @@ def test_jpeg_draft_is_part_of_what_a_store_is(
     assert "3 samples encoded again, 3 to the same bits" in capsys.readouterr().out
 
 
+def test_encode_into_a_store_of_older_pictures(store: Path, tiny_vae_folder: Path, image_folder: Path) -> None:
+    options = ("--resolution", 32, "--batch_size", 4, "--num_workers", 0)
+    call("encode", tiny_vae_folder, image_folder, store, *options, "--check", "contents")
+    shutil.copy(image_folder / "img_0001.png", image_folder / "img_0002.png")
+    for check in ((), ("--check", "contents"), ("--check", "size")):
+        with pytest.raises(UsageError, match="img_0002"):
+            call("encode", tiny_vae_folder, image_folder, store, *options, *check)
+    call("encode", tiny_vae_folder, image_folder, store, *options, "--update")
+    call("encode", tiny_vae_folder, image_folder, store, *options)
+    data = LatentDataset(store)
+    images = dict(zip(data.column("key"), data.column("image_sha256"), strict=True))
+    assert images["img_0001.png"] == images["img_0002.png"]
+
+
 def test_encode_then_stats_verify_and_decode(
     store: Path, tiny_vae_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

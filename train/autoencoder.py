@@ -60,6 +60,7 @@ from ldm_vae.run import (
     start_from_command_line,
     what_is_due,
 )
+from ldm_vae.run_inputs import compare_images, compare_store
 from ldm_vae.step import TrainingStep
 from ldm_vae.stored_pairs import drop_encoder, open_pairs, stored_loader, whole
 from ldm_vae.trackers import check_tracker, log_picture
@@ -156,6 +157,12 @@ def train(settings: Training) -> None:
         images_seen, best = info["images_seen"], info["best"]
     logbook = Logbook(run / "metrics.jsonl", accelerator)
     logbook.cut_back(images_seen if newest else -1)
+    resumed = newest is not None
+    if pairs is not None:
+        compare_store(run, "latent_store", pairs.latents.manifest, accelerator, resumed=resumed)
+    if pairs is None or pairs.source is not None:
+        compare_images(run, "data", source, accelerator, resumed=resumed)
+    compare_images(run, "validation_data", validation_source, accelerator, resumed=resumed)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     quarantine = Quarantine(length(source), max_bad=settings.data.max_bad, path=run / "quarantine.jsonl")

@@ -42,6 +42,7 @@ from ldm_vae.run import (
     start_from_command_line,
     what_is_due,
 )
+from ldm_vae.run_inputs import compare_store
 from ldm_vae.trackers import check_tracker, log_picture
 
 
@@ -99,6 +100,7 @@ def train(settings: DiffusionTraining) -> None:
         newest, images_seen = found[0], found[1]["images_seen"]
     logbook = Logbook(run / "metrics.jsonl", accelerator)
     logbook.cut_back(images_seen if newest else -1)
+    compare_store(run, "latents", latents.dataset.manifest, accelerator, resumed=newest is not None)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     signals = StopSignal()

@@ -59,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--update", action="store_true", help="take up what was added to, changed in and removed from DATA since"
     )
     parser.add_argument("--retry_quarantined", action="store_true", help="try the images again that were unusable")
+    parser.add_argument(
+        "--check",
+        choices=("doubt", "contents", "size"),
+        default="doubt",
+        help="images encoded before that are read, to see that they are still the same: in doubt (their file is not as "
+        "it was last seen), all, or only where their size does not tell",
+    )
     parser.add_argument("--num_workers", type=int, help="decoding processes (default: the cores, at most 8)")
     parser.add_argument(
         "--encode_threads",
@@ -121,6 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
         pixels=arguments.pixels,
         update=arguments.update,
         retry_quarantined=arguments.retry_quarantined,
+        check=arguments.check,
         num_workers=default_workers(processes) if arguments.num_workers is None else arguments.num_workers,
         encode_threads=default_threads(processes, device)
         if arguments.encode_threads is None

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.ranges import ENOUGH, Values, Watch
-from ldm_vae.data.source import Record, Source, image_checksum
+from ldm_vae.data.source import Record, Source, image_bytes, image_checksum
+from ldm_vae.data.stamps import stamp_now
 from ldm_vae.data.stream import Stream, length
 from ldm_vae.data.transforms import Crop, Resolution, centre_crop
 from ldm_vae.data.workers import load
@@ -30,13 +31,16 @@ from ldm_vae.errors import UsageError
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of an ordered pass: its index, key, views (the crops of it), other columns, SHA-256 as stored."""
+    """One image of an ordered pass: its index, key, views (the crops of it), other columns, SHA-256 and size in bytes
+    as stored, and its stamp from before it was read (`stamps.stamp_now`)."""
 
     index: int
     key: str
     views: tuple[Crop, ...]
     columns: dict[str, Any]
     checksum: str
+    bytes: int
+    stamp: int
 
     @property
     def crop(self) -> Crop:
@@ -105,10 +109,12 @@ class _OrderedDataset(Dataset[tuple[list[Sample], list[Bad]]]):
         values: list[Values] = []
         for item in work:
             try:
+                stamp = stamp_now(self.source, item[0])
                 record = take(self.source, item)
                 image = read_image(record.image, self.decoding, self.at_least)
                 views = self.view(image.pixels, image.original_size)
-                good.append(Sample(item[0], record.key, views, record.columns, image_checksum(record.image)))
+                checksum = image_checksum(record.image), image_bytes(record.image)
+                good.append(Sample(item[0], record.key, views, record.columns, *checksum, stamp))
                 if self.looked < ENOUGH:
                     self.looked += 1
                     values.append(image.values)

@@ -1,7 +1,7 @@
 """(H, W) of every image of a source, which aspect buckets need before the first step.
 
 Only headers are parsed, but every file is read once, by the workers of all ranks together. What was found is kept in
-the run folder: a resumed run has the same buckets at once, whatever has vanished since.
+the run folder with the stamps of the files: a resumed run has the same buckets at once, whatever has vanished since.
 
 Legend: N images.
 """
@@ -24,6 +24,7 @@ from ldm_vae.data.decoding import read_size
 from ldm_vae.data.ordered import batches_of, items
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.source import Source
+from ldm_vae.data.stamps import Stamps, chunks_of, key_numbers, stamps_of
 from ldm_vae.data.workers import load
 
 Array = np.ndarray[Any, Any]
@@ -44,7 +45,7 @@ class _Headers(Dataset[Any]):
             return Bad(self.source.key(index), error.reason)
 
 
-def read_sizes(source: Source, indices: range, num_workers: int = 0) -> tuple[Array, list[Bad]]:
+def read_sizes(source: Source, indices: Sequence[int], num_workers: int = 0) -> tuple[Array, list[Bad]]:
     """(H, W) of the images `indices` from their headers, int32 [N, 2], (0, 0) for all others and for those that cannot
     be read; and the latter with their reasons."""
     sizes, bad = np.zeros((len(source), 2), dtype=np.int32), []
@@ -68,29 +69,41 @@ def shared_sizes(
     add_up: Callable[[torch.Tensor], torch.Tensor],
     num_workers: int = 0,
 ) -> tuple[Array, list[Bad]]:
-    """All sizes on every rank, int32 [N, 2], each rank having read its part, or from `path` where a run before this one
-    left them; and the images that this rank could not read.
+    """All sizes on every rank, int32 [N, 2], each rank having read its part, or taken it from `path` where a run before
+    this one left them; and the images that this rank could not read. What was left is of the images of that time: one
+    whose stamp is another now is read again, and keeps its size when that cannot be done.
 
     Args:
         path: a safetensors file in the run folder; written by rank 0.
         add_up: the sum of a tensor over all ranks.
     """
-    kept = _kept(path, len(source))
-    everybody_has_it = int(add_up(torch.tensor([kept is not None], dtype=torch.int32))) == world_size
-    if kept is not None and everybody_has_it:
-        return kept, []
     count = len(source)
     mine = range(rank * count // world_size, (rank + 1) * count // world_size)
-    sizes, bad = read_sizes(source, mine, num_workers)
-    together = add_up(torch.from_numpy(sizes)).cpu()
-    if rank == 0:
-        publish.replace(path, publish.data(save({"height_width": together})))
-    return together.numpy(), bad
+    keys = key_numbers(source)
+    stamps = np.concatenate([np.empty(0, np.uint64), *(some for _, some, _ in stamps_of(source, chunks_of(mine)))])
+    kept = _kept(path, keys)
+    left = np.zeros((count, 3), dtype=np.int64) if kept is None else kept
+    own = left[mine.start : mine.stop]
+    doubt = (stamps == 0) | (stamps != own[:, 2].view(np.uint64))
+    read, bad = read_sizes(source, [mine[at] for at in np.flatnonzero(doubt).tolist()], num_workers)
+    part = np.zeros((count, 3), dtype=np.int64)
+    now = part[mine.start : mine.stop]
+    now[:, :2] = np.where(read[mine.start : mine.stop].any(1, keepdims=True), read[mine.start : mine.stop], own[:, :2])
+    now[:, 2] = stamps.view(np.int64)
+    together = add_up(torch.from_numpy(part)).cpu()
+    if rank == 0 and (kept is None or (together.numpy() != kept).any()):
+        tensors = {"height_width_stamp": together, "keys": torch.from_numpy(keys.view(np.int64))}
+        publish.replace(path, publish.data(save(tensors)))
+    return together.numpy()[:, :2].astype(np.int32), bad if kept is None else []
 
 
-def _kept(path: Path, count: int) -> Array | None:
+def _kept(path: Path, keys: Stamps) -> Array | None:
+    """(H, W, stamp) of images of these keys, int64 [N, 3]; None when the file is of others, or an older version's, that
+    does not say of which."""
     try:
-        sizes: Array = load_file(path)["height_width"].numpy()
+        tensors = load_file(path)
+        sizes: Array = tensors["height_width_stamp"].numpy()
+        same = np.array_equal(tensors["keys"].numpy().view(np.uint64), keys)
     except (OSError, SafetensorError, KeyError):
         return None
-    return sizes if sizes.shape == (count, 2) else None
+    return sizes if same and sizes.shape == (len(keys), 3) else None

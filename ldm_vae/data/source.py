@@ -34,7 +34,8 @@ class Record:
 
 
 class Source(Protocol):
-    """Images by index. A source of one's own is any class with these five; its module is named by a dotted `kind`."""
+    """Images by index. A source of one's own is any class with these five; its module is named by a dotted `kind`. With
+    `facts` (`stamps.Stamped`) it need not be read to know that nothing has changed."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -164,6 +165,11 @@ def image_checksum(image: RawImage) -> str:
         return hashlib.sha256(image).hexdigest()
     array = np.ascontiguousarray(np.asarray(image))
     return hashlib.sha256(f"{array.shape}{array.dtype.str}".encode() + array.tobytes()).hexdigest()
+
+
+def image_bytes(image: RawImage) -> int:
+    """Bytes of an image as the source holds it: of its file, or of the values of an array."""
+    return len(image) if isinstance(image, bytes) else int(np.asarray(image).nbytes)
 
 
 def checksum(source: Source, indices: Iterator[int] | range | None = None) -> str:

@@ -34,6 +34,7 @@ TENSOR_NAMES: dict[StoreKind, tuple[str, ...]] = {
     "indices": ("indices",),  # of a codebook's rows, [N, h, w]
 }
 PIXELS = "pixels"
+IMAGE_BYTES = "image_bytes"  # a column: the size of an image's bytes in its source
 STATISTICS = "statistics"
 
 CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,11 +16,16 @@ import torch
 from ldm_vae.data.ordered import Sample, ordered_loader
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Source, image_checksum
-from ldm_vae.latent_store.layout import tensor_name
+from ldm_vae.data.stamps import stamp_now
+from ldm_vae.latent_store.layout import IMAGE_BYTES, tensor_name
+from ldm_vae.latent_store.sightings import Sightings, sighting
 from ldm_vae.latent_store.units import BadSample, Unit, storable
 from ldm_vae.latent_store.views import Cutting
 
-OWN_COLUMNS = ("key", "source", "source_index", "image_sha256", "original_size", "resolution", "bucket", "crop_box")
+OWN_COLUMNS = (
+    *("key", "source", "source_index", "image_sha256", IMAGE_BYTES),
+    *("original_size", "resolution", "bucket", "crop_box"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,14 @@ class Ready:
 
 @dataclass(frozen=True)
 class Dealt:
-    """One sample of a unit: its rows (one per resolution) or why it has none; `last` closes the unit."""
+    """One sample of a unit: its rows (one per resolution) or why it has none; `last` closes the unit; its sighting, 0
+    where it has none."""
 
     unit: Unit
     ready: list[Ready]
     bad: BadSample | None
     last: bool
+    sighting: int
 
 
 def samples(
@@ -68,9 +75,25 @@ def samples(
         good, reasons = {sample.index: sample for sample in batch}, iter(bad)
         for unit, index in itertools.islice(places, len(batch) + len(bad)):
             sample = good.get(index)
-            failed = None if sample is not None else bad_sample(source, index, next(reasons).reason)
-            ready = [] if sample is None else _rows(sample, unit, name, cutting)
-            yield Dealt(unit, ready, failed, index == unit.indices[-1])
+            last = index == unit.indices[-1]
+            if sample is not None:
+                seen = sighting(sample.stamp, sample.checksum)
+                yield Dealt(unit, _rows(sample, unit, name, cutting), None, last, seen)
+            else:
+                stamp = stamp_now(source, index)
+                failed = bad_sample(source, index, next(reasons).reason)
+                yield Dealt(unit, [], failed, last, sighting(stamp, failed.image_sha256))
+
+
+def noted(stream: Iterable[Dealt], sightings: Sightings) -> Iterator[Dealt]:
+    """The same samples; what was seen of them is remembered when their unit is through."""
+    seen: list[int] = []
+    for dealt in stream:
+        seen.append(dealt.sighting)
+        yield dealt
+        if dealt.last:
+            sightings.add(seen)
+            seen = []
 
 
 def bad_sample(source: Source, index: int, reason: str) -> BadSample:
@@ -88,6 +111,7 @@ def _rows(sample: Sample, unit: Unit, name: str, cutting: Cutting) -> list[Ready
         "source": name,
         "source_index": sample.index,
         "image_sha256": sample.checksum,
+        IMAGE_BYTES: sample.bytes,
         "original_size": list(sample.crop.original_size),
     }
     rows, width = [], len(cutting.crops)

@@ -284,11 +284,21 @@ def map_rows(stem: Path, rows: int | None = None) -> pa.Table:
         return _of_rows(table, rows)
 
 
-def read_rows(stem: Path, columns: Sequence[str] | None = None, rows: int | None = None) -> pa.Table:
-    """The table of a shard from its .parquet. Raises WorkError as `map_rows` does."""
+def read_rows(
+    stem: Path, columns: Sequence[str] | None = None, rows: int | None = None, optional: Sequence[str] = ()
+) -> pa.Table:
+    """The table of a shard from its .parquet; beside `columns` those of the `optional` that are there.
+
+    Raises:
+        WorkError: as `map_rows`; one of the `columns` is not there.
+    """
     path = stem.with_name(f"{stem.name}.{ROWS}")
     with _readable(path):
-        _of_rows(pq.read_metadata(path), rows)  # before it is unpacked: a few bytes can stand for 10^9 equal rows
+        head = pq.read_metadata(path)
+        _of_rows(head, rows)  # before it is unpacked: a few bytes can stand for 10^9 equal rows
+        if columns is not None and optional:
+            there = head.schema.to_arrow_schema().names
+            columns = [*columns, *(name for name in optional if name in there)]
         return pq.read_table(path, columns=None if columns is None else list(columns))
 
 

@@ -12,21 +12,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from tqdm import tqdm
 
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Source, image_checksum
+from ldm_vae.data.stamps import stamp_now
 from ldm_vae.data.workers import load
 from ldm_vae.latent_store import shards, units
 from ldm_vae.latent_store.finishing import finish, read_quarantine
-from ldm_vae.latent_store.layout import EXTENSIONS, PLAN, SHARDS
+from ldm_vae.latent_store.layout import EXTENSIONS, IMAGE_BYTES, PLAN, SHARDS
 from ldm_vae.latent_store.manifest import Manifest, SourceIdentity, write_manifest
+from ldm_vae.latent_store.sightings import Sightings, sighting
 from ldm_vae.latent_store.units import BadSample, Plan, storable
 
 logger = logging.getLogger(__name__)
@@ -38,25 +41,38 @@ Digests = npt.NDArray[np.bytes_]
 
 
 class StoredImages:
-    """All live rows of a store, found by key."""
+    """All live rows of a store, found by key: their `images` (the first half of each SHA-256), and how many `bytes`
+    those had (-1: an older version of this tool did not write it, or the latents came from another program).
 
-    def __init__(self, store: Path, manifest: Manifest) -> None:
-        keys, images, places = [], [], []
+    Args:
+        columns: of the source. In a store that an older version made one called `image_bytes` is not ours.
+    """
+
+    def __init__(self, store: Path, manifest: Manifest, columns: Collection[str] = ()) -> None:
+        keys, images, sizes, places = [], [], [], []
         for number, shard in enumerate(manifest.shards):
-            table = shards.read_rows(store / SHARDS / shard.name, ["key", "image_sha256"], shard.rows)
+            stem, passed_on = store / SHARDS / shard.name, f"source_{IMAGE_BYTES}"
+            table = shards.read_rows(stem, ["key", "image_sha256"], shard.rows, [IMAGE_BYTES, passed_on])
             live = np.setdiff1d(np.arange(shard.rows), shard.removed)
             keys.append(digests(table.column("key").take(live).to_pylist()))
             images.append(shortened(table.column("image_sha256").take(live).to_pylist()))
+            theirs = IMAGE_BYTES in columns and passed_on not in table.column_names
+            known = IMAGE_BYTES in table.column_names and not theirs
+            sizes.append(_sizes(table.column(IMAGE_BYTES).take(live)) if known else np.full(len(live), -1, np.int64))
             places.append(np.stack([np.full_like(live, number), live], axis=1))
         order = np.argsort(joined := np.concatenate(keys), kind="stable")
         self._keys, self.images = joined[order], np.concatenate(images)[order]
+        self.bytes = np.concatenate(sizes)[order]
         self._places = np.concatenate(places)[order]
         self._names = [shard.name for shard in manifest.shards]
 
     def find(self, keys: Digests) -> list[slice]:
         """Where rows of each key are (several, if there are several resolutions); an empty slice if none."""
-        first, stop = np.searchsorted(self._keys, keys, "left"), np.searchsorted(self._keys, keys, "right")
-        return [slice(a, b) for a, b in zip(first.tolist(), stop.tolist(), strict=True)]
+        return [slice(a, b) for a, b in zip(*(ends.tolist() for ends in self.bounds(keys)), strict=True)]
+
+    def bounds(self, keys: Digests) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The same as the first row of each key, and the one behind its last."""
+        return np.searchsorted(self._keys, keys, "left"), np.searchsorted(self._keys, keys, "right")
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -71,9 +87,16 @@ class StoredImages:
 
 
 def make_plan(
-    store: Path, manifest: Manifest, identity: SourceIdentity, source: Source, *, retry: bool, num_workers: int
+    store: Path,
+    manifest: Manifest,
+    identity: SourceIdentity,
+    source: Source,
+    sightings: Sightings,
+    *,
+    retry: bool,
+    num_workers: int,
 ) -> Plan | None:
-    """Compare a finished store with its source; None when they agree.
+    """Compare a finished store with its source; None when they agree. All images are read, and what was seen is kept.
 
     An image whose bytes cannot be read now, but were encoded before, keeps its row: a disk that is away for a moment
     does not empty a store.
@@ -85,11 +108,10 @@ def make_plan(
     bad: list[BadSample] = []
     unreadable = 0
     progress = tqdm(total=len(source), desc="compare", unit="img", disable=None, leave=False)
-    for first, checksums in _checksums(source, num_workers):
-        keys = [storable(source.key(index)) for index in range(first, first + len(checksums))]
-        for index, key, rows, checksum in zip(
-            range(first, first + len(keys)), keys, stored.find(digests(keys)), checksums, strict=True
-        ):
+    for indices, looks in checksums(source, range(len(source)), num_workers):
+        sightings.add(look.sighting for look in looks)
+        keys = [storable(source.key(index)) for index in indices]
+        for index, key, rows, (checksum, _) in zip(indices, keys, stored.find(digests(keys)), looks, strict=True):
             entry = quarantined.get(key)
             if rows.start < rows.stop:
                 same = checksum is None or stored.images[rows.start] == shortened([checksum])[0]
@@ -137,26 +159,39 @@ def forget(store: Path, plan: Plan, manifest: Manifest) -> None:
 # --- checksums --------------------------------------------------------------------------------------------------------
 
 
+class Look(NamedTuple):
+    """What an image is when it is read: its SHA-256 (None when it cannot be read) and its sighting."""
+
+    checksum: str | None
+    sighting: int
+
+
 class _Checksums:
-    """Checksums of the source's images, None for what cannot be read; in workers."""
+    """Looks at the source's images; in workers."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
 
-    def __getitems__(self, indices: Sequence[int]) -> list[str | None]:
-        return [self._checksum(index) for index in indices]
+    def __getitems__(self, indices: Sequence[int]) -> list[Look]:
+        return [self._look(index) for index in indices]
 
-    def _checksum(self, index: int) -> str | None:
+    def _look(self, index: int) -> Look:
+        stamp = stamp_now(self._source, index)
         with contextlib.suppress(BadImage):
-            return image_checksum(self._source[index].image)
-        return None
+            checksum = image_checksum(self._source[index].image)
+            return Look(checksum, sighting(stamp, checksum))
+        return Look(None, 0)
 
 
-def _checksums(source: Source, num_workers: int) -> Iterator[tuple[int, list[str | None]]]:
-    """(first index, checksums) of the whole source, chunk by chunk."""
-    firsts = range(0, len(source), CHUNK)
-    tasks: Iterable[Any] = (list(range(first, min(first + CHUNK, len(source)))) for first in firsts)
-    yield from zip(firsts, load(_Checksums(source), tasks, num_workers, False, 2, None), strict=True)
+def checksums(
+    source: Source, indices: range | npt.NDArray[np.int64], num_workers: int
+) -> Iterator[tuple[list[int], list[Look]]]:
+    """(indices, looks at those images), chunk by chunk."""
+
+    def pieces() -> Iterator[list[int]]:
+        return ([*map(int, indices[first : first + CHUNK])] for first in range(0, len(indices), CHUNK))
+
+    yield from zip(pieces(), load(_Checksums(source), pieces(), num_workers, False, 2, None), strict=True)
 
 
 def digests(texts: Sequence[str]) -> Digests:
@@ -168,6 +203,14 @@ def digests(texts: Sequence[str]) -> Digests:
 def shortened(checksums: Sequence[str | None]) -> Digests:
     """The first half of each SHA-256; of an image whose checksum nobody knows, nothing."""
     return np.array([bytes.fromhex((checksum or "")[: 2 * DIGEST]) for checksum in checksums], dtype=f"S{DIGEST}")
+
+
+def _sizes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """A column `image_bytes`, -1 for null, and for what is no size."""
+    if not pa.types.is_integer(column.type):
+        return np.full(len(column), -1, np.int64)
+    sizes: npt.NDArray[np.int64] = column.fill_null(-1).to_numpy().astype(np.int64)
+    return sizes
 
 
 def _ranges(indices: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -19,10 +19,11 @@ from ldm_vae.autoencoder import check_resolution, decoder_fingerprint, downsampl
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import preprocessing_identity
 from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.latent_store import preparing, units, updating
+from ldm_vae.latent_store import freshness, preparing, units, updating
 from ldm_vae.latent_store.codes import choose
 from ldm_vae.latent_store.encoding import Encoder
 from ldm_vae.latent_store.finishing import finish
+from ldm_vae.latent_store.freshness import Check
 from ldm_vae.latent_store.layout import SHARDS, UNITS, ComputeDtype, StorageDtype, StoreKind
 from ldm_vae.latent_store.manifest import (
     Identity,
@@ -34,6 +35,7 @@ from ldm_vae.latent_store.manifest import (
     write_manifest,
 )
 from ldm_vae.latent_store.pipeline import Pipeline
+from ldm_vae.latent_store.sightings import Sightings
 from ldm_vae.latent_store.tiling import check_tile
 from ldm_vae.latent_store.units import Plan, fresh_plan, read_plan, write_plan
 from ldm_vae.latent_store.views import VIEW_SETS, Cutting, ViewSet, cutting_of
@@ -67,6 +69,7 @@ def write_store(
     pixels: bool = False,
     update: bool = False,
     retry_quarantined: bool = False,
+    check: Check = "doubt",
     max_bad: float = 1.0,
     num_workers: int = 0,
     encode_threads: int = 1,
@@ -90,13 +93,15 @@ def write_store(
         pixels: store the crops too (uint8), for training a decoder from the store alone.
         update: take up what was added to, changed in and removed from the source since.
         retry_quarantined: try the bad images again.
+        check: which images of an earlier call are read, to see that they are still those: in `doubt`, all (`contents`),
+            or only where their `size` does not tell. (An update reads all.)
         max_bad: share of unusable images above which the store is not finished.
         num_workers: decoding processes.  encode_threads: batches encoded at the same time, each with one torch thread.
         source_name, vae_name: what the column `source` and the manifest call them.
 
     Raises:
-        UsageError: OUT holds something else, or a store of another identity (the difference is named), or another
-            launch is at work on it.
+        UsageError: OUT holds something else, a store of another identity (the difference is named), or one of other
+            images than there are now; another launch is at work on it.
         WorkError: nothing usable, too many bad images, disk full: what was finished is kept.
     """
     out, processes = Path(out), processes or Processes()
@@ -134,7 +139,7 @@ def write_store(
     wanted = Manifest(identity=identity, source=units.source_identity(source), recorded=recorded)
 
     with own_together(out, "OUT", processes.rank, processes.barrier) as owner:
-        work = _Work(out, wanted, source, cutting, processes, owner, num_workers, encode_threads, max_bad)
+        work = _Work(out, wanted, source, cutting, processes, owner, check, num_workers, encode_threads, max_bad)
         return _write(work, Encoder(vae, identity, batch_size=batch_size, device=device), update, retry_quarantined)
 
 
@@ -144,6 +149,8 @@ def _write(work: _Work, encoder: Encoder, update: bool, retry_quarantined: bool)
     work.processes.barrier()  # nobody changes the manifest before all have seen it
     if update and not manifest.complete and manifest.source != wanted.source:
         manifest = work.on_one(lambda: updating.settle(out, manifest, wanted))
+    if not (update or retry_quarantined):
+        work.on_one(lambda: freshness.check(out, manifest, wanted.source, work.source, work.check, work.num_workers))
     if not manifest.complete:
         if manifest.source != wanted.source:
             raise _other_images(out, manifest, wanted)
@@ -170,6 +177,7 @@ class _Work:
     cutting: Cutting
     processes: Processes
     owner: Ownership
+    check: Check
     num_workers: int
     threads: int
     max_bad: float
@@ -191,7 +199,7 @@ class _Work:
             self.source, self.wanted.recorded.data, self.cutting, pending, encoder.batch_size, self.num_workers
         )
         pipeline = Pipeline(self.out, encoder, digest, self.owner, threads=self.threads, show=self.processes.rank == 0)
-        pipeline.run(stream, sum(len(unit.indices) for unit in pending))
+        pipeline.run(preparing.noted(stream, Sightings(self.out)), sum(len(unit.indices) for unit in pending))
         self.processes.barrier()
         return self.on_one(lambda: finish(self.out, read_manifest(self.out), plan, max_bad=self.max_bad))
 
@@ -200,9 +208,12 @@ def _plan(work: _Work, manifest: Manifest, retry: bool) -> None:
     """Leave plan.json in the store if there is something to add, change or take out."""
     out, wanted = work.out, work.wanted
     under_way = read_plan(out, manifest.units)
-    if under_way is not None and under_way.source == wanted.source:
+    same = under_way is not None and under_way.source == wanted.source
+    if same and not freshness.is_stale(out, manifest, wanted.source, work.source, work.num_workers):
         return
-    plan = updating.make_plan(out, manifest, wanted.source, work.source, retry=retry, num_workers=work.num_workers)
+    plan = updating.make_plan(
+        out, manifest, wanted.source, work.source, Sightings(out), retry=retry, num_workers=work.num_workers
+    )
     if under_way is not None:
         updating.forget(out, under_way, manifest)
     if plan is not None:

@@ -5,12 +5,14 @@ Captions, labels and other columns: see ldm_vae/data/metadata.py.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ldm_vae.data.decoding import EXTENSIONS, Decoding
 from ldm_vae.data.files import Names, beneath, printable, read_bytes, walk
 from ldm_vae.data.metadata import TreeColumns
 from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.data.stamps import Facts, file_facts
 from ldm_vae.errors import UsageError
 
 
@@ -36,6 +38,7 @@ class FolderSource:
 
     def __init__(self, root: Path, decoding: Decoding, caption_column: str | None = None) -> None:
         self.root, self.name = root, str(root)
+        self._path = os.fspath(root)
         self.decoding = decoding
         try:
             found = walk(root, EXTENSIONS)
@@ -63,6 +66,9 @@ class FolderSource:
     def __getitem__(self, index: int) -> Record:
         name = self._names[index]
         return Record(printable(name), self._read(name), self._columns.of(index, name))
+
+    def facts(self, index: int) -> Facts | None:
+        return file_facts(f"{self._path}/{self._names[index]}")
 
     def _exists(self, name: str) -> bool:
         return (self.root / name).is_file()

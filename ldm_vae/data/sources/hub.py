@@ -6,9 +6,10 @@ Memory-mapped by `datasets`, decoded by us: the image column is read as raw byte
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ldm_vae.data.metadata import rename_caption
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.ranges import FIELD, own_range
 from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.data.stamps import Facts, file_facts
 from ldm_vae.data.stream import InOrderOnly
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.untrusted import disguised_file
@@ -68,6 +70,7 @@ class HubSource:
         self._dataset = undecoded(dataset)
         self._dtype = declared_dtype(dataset, self.image_column)
         check_dtype(self._dtype, decoding, self.image_column, name, self._dataset)
+        self._facts = _facts_of(dataset, self.image_column)
         others = [column for column in dataset.column_names if column != self.image_column]
         self.columns: tuple[str, ...] = tuple(rename_caption(dict.fromkeys(others), caption_column))
 
@@ -84,6 +87,32 @@ class HubSource:
             raise BadImage(f"row cannot be read: {error}") from error
         image = row.pop(self.image_column)
         return Record(row_key(index), as_image(image, self._dtype), rename_caption(row, self._captions))
+
+    def facts(self, index: int) -> Facts | None:
+        return self._facts and self._facts._replace(identity=(*self._facts.identity, index))
+
+
+def _facts_of(dataset: Any, column: str) -> Facts | None:
+    """Of the files that the table is mapped from, as they were when it was opened; None when they do not hold all."""
+    known = [file_facts(file["filename"]) for file in dataset.cache_files]
+    facts = [each for each in known if each is not None]
+    if not facts or len(facts) < len(known) or not _holds_bytes(dataset, column):
+        return None
+    return Facts(-1, max(each.changed for each in facts), (hash(tuple(each.identity for each in facts)),))
+
+
+def _holds_bytes(dataset: Any, column: str) -> bool:
+    """Whether all images lie in the table; a path leads to a file that the table knows nothing of."""
+    import pyarrow as pa
+
+    for chunk in dataset.data.column(column).chunks:
+        stored = getattr(chunk, "storage", chunk)
+        if pa.types.is_struct(stored.type):
+            if stored.type.get_field_index("bytes") < 0 or stored.field("bytes").null_count:
+                return False
+        elif pa.types.is_string(stored.type) or pa.types.is_large_string(stored.type):
+            return False
+    return True
 
 
 def row_key(index: int) -> str:
@@ -140,7 +169,9 @@ def load(config: Config) -> Any:
         files = _files(path)
         if files:
             builder = "parquet" if files[0].endswith(".parquet") else "arrow"
-            return datasets.load_dataset(builder, data_files=files, split="train", streaming=config.streaming)
+            return datasets.load_dataset(
+                builder, name=_as_they_are(files), data_files=files, split="train", streaming=config.streaming
+            )
         if path.exists() or config.path.startswith(("/", ".", "~")):
             raise UsageError(
                 f"data.path {config.path}: expected a hub id, parquet or arrow files, or a save_to_disk folder"
@@ -155,6 +186,14 @@ def load(config: Config) -> Any:
             if (what := disguised_file(Path(file))) is not None:
                 raise UsageError(f"data {config.path}: {Path(file).name} {what}") from error
         raise UsageError(f"data {config.path} (split {config.split}): cannot be loaded: {_one_line(error)}") from error
+
+
+def _as_they_are(files: Sequence[str]) -> str:
+    """A name for files as they are now. `datasets` (5.2.0) converts a file once and takes the copy as long as path and
+    mtime are the same, which `cp -p` and `rsync -a` make of another file."""
+    found = [os.stat(file) for file in files]
+    identity = [(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in found]
+    return f"files-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
 
 
 def _pick_split(splits: Mapping[str, Any], config: Config) -> Any:

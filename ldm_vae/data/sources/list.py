@@ -10,6 +10,7 @@ from pathlib import Path
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.files import Names, printable, read_bytes
 from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.data.stamps import Facts, file_facts
 from ldm_vae.errors import UsageError
 
 
@@ -58,4 +59,10 @@ class ListSource:
 
     def __getitem__(self, index: int) -> Record:
         name = self._names[index]
-        return Record(printable(name), read_bytes(self.root / Path(name).expanduser()))
+        return Record(printable(name), read_bytes(self._path(name)))
+
+    def facts(self, index: int) -> Facts | None:
+        return file_facts(self._path(self._names[index]))
+
+    def _path(self, name: str) -> Path:
+        return self.root / Path(name).expanduser()

@@ -24,6 +24,7 @@ from ldm_vae.data.files import MAX_BYTES, Names, read_range
 from ldm_vae.data.metadata import rename_caption
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.data.stamps import Facts, file_facts
 from ldm_vae.data.stream import InOrderOnly
 from ldm_vae.errors import UsageError
 from ldm_vae.untrusted import why_unreadable
@@ -133,6 +134,10 @@ class TarSource:
                 self._extensions[which], read_range(shard, start, length)
             )
         return Record(key, read_range(shard, offset, size), with_caption(columns, self._captions))
+
+    def facts(self, index: int) -> Facts | None:
+        number, offset, size = map(int, self._images[index])
+        return None if index in self._refused else file_facts(self._shards[number], (offset,), size)
 
 
 def _members_until_damage(shard: str, damage: list[str]) -> Iterator[tars.Member]:

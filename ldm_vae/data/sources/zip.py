@@ -19,6 +19,7 @@ from ldm_vae.data.files import MAX_BYTES, Names, check_member_name, printable, r
 from ldm_vae.data.metadata import TreeColumns
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.data.stamps import Facts, file_facts
 from ldm_vae.errors import UsageError
 from ldm_vae.untrusted import why_unreadable
 
@@ -74,6 +75,13 @@ class ZipSource:
     def __getitem__(self, index: int) -> Record:
         name = self._names[index]
         return Record(printable(name), self._read(name), self._columns.of(index, name))
+
+    def facts(self, index: int) -> Facts | None:
+        at = self._find(self._names[index])
+        if at is None:
+            return None
+        offset, _, size, _, _, crc = map(int, self._fields[at])
+        return file_facts(self.path, (offset, crc), size)
 
     def _find(self, name: str) -> int | None:
         at = bisect.bisect_left(self._members, name)

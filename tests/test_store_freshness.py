@@ -1,0 +1,409 @@
+"""A finished store is never a stale one: another picture under an old name is refused, whatever holds the pictures."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from diffusers import AutoencoderKL
+from PIL import Image
+from test_store_updating import Album, Stop, Stopping, encode, names
+from test_store_writing import SETTINGS, tree
+
+from ldm_vae.data import stamps
+from ldm_vae.data.source import open_source
+from ldm_vae.errors import UsageError
+from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
+from ldm_vae.latent_store.copying import merge
+from ldm_vae.latent_store.layout import IMAGE_BYTES
+from ldm_vae.latent_store.sightings import Sightings
+
+KINDS = ("folder", "list", "zip", "tar", "parquet", "paths")
+COUNT = 6
+
+
+def bmp(number: int, side: int = 20) -> bytes:
+    """A picture whose size in bytes depends on its side alone."""
+    file = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "BMP")
+    return file.getvalue()
+
+
+def pictures(**changed: bytes) -> dict[str, bytes]:
+    return {f"img_{n}.bmp": changed.get(f"img_{n}", bmp(n)) for n in range(COUNT)}
+
+
+def write(kind: str, place: Path, content: dict[str, bytes]) -> Path:
+    """Files that hold the pictures, over those that are there, and what DATA is then."""
+    place.mkdir(parents=True, exist_ok=True)
+    if kind in ("folder", "list", "paths"):
+        for name, data in content.items():
+            path = place / name
+            if not path.exists() or path.read_bytes() != data:
+                path.write_bytes(data)
+    if kind == "list":
+        (place / "all.lst").write_text("\n".join(content))
+        return place / "all.lst"
+    if kind == "zip":
+        with zipfile.ZipFile(place / "all.zip", "w") as archive:
+            for name, data in content.items():
+                archive.writestr(zipfile.ZipInfo(name), data)
+        return place / "all.zip"
+    if kind == "tar":
+        with tarfile.open(place / "all.tar", "w") as tar:
+            for name, data in content.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        return place / "all.tar"
+    if kind == "parquet":
+        column = [{"bytes": data, "path": None} for data in content.values()]
+    elif kind == "paths":
+        column = [{"bytes": None, "path": str(place / name)} for name in content]
+    else:
+        return place
+    pq.write_table(pa.table({"image": column}), place / f"{kind}.parquet")
+    return place / f"{kind}.parquet"
+
+
+def times(place: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
+
+
+def set_back(before: dict[Path, int]) -> None:
+    """mtime as it was, to the nanosecond: what `touch -d` and `cp -p` can do. (ctime nobody can set.)"""
+    for path, mtime in before.items():
+        os.utime(path, ns=(mtime, mtime))
+
+
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Files of a moment ago count as settled; `datasets` converts into a folder of this test's."""
+    monkeypatch.setattr(stamps, "SETTLED", 0)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "converted")
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The indices that a check reads."""
+    from ldm_vae.latent_store import freshness
+
+    read: list[int] = []
+    checksums = freshness.checksums
+
+    def noted(source: Any, indices: Any, num_workers: int) -> Any:
+        read.extend(map(int, indices))
+        return checksums(source, indices, num_workers)
+
+    monkeypatch.setattr(freshness, "checksums", noted)
+    return read
+
+
+def run(vae: AutoencoderKL, data: Path, out: Path, **more: Any) -> None:
+    write_store(vae, open_source(data), out, **{**SETTINGS, "shard_size": 4, **more})
+
+
+def stored(out: Path) -> dict[str, str]:
+    data = LatentDataset(out)
+    return dict(zip(data.column("key"), data.column("image_sha256"), strict=True))
+
+
+@pytest.mark.parametrize("check", ["doubt", "contents"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_replaced_under_its_name_is_refused(
+    kind: str, check: Any, tiny_vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    """Same name, same size, same mtime to the nanosecond."""
+    data = write(kind, tmp_path / "data", pictures())
+    run(tiny_vae, data, tmp_path / "s")
+    run(tiny_vae, data, tmp_path / "s", check=check)
+    before, were = tree(tmp_path / "s"), times(tmp_path / "data")
+    write(kind, tmp_path / "data", pictures(img_3=bmp(33)))
+    set_back(were)
+    with pytest.raises(UsageError, match=r"OUT .*: 1 of the 6 images .*(img_3|000000003)"):
+        run(tiny_vae, data, tmp_path / "s", check=check)
+    assert tree(tmp_path / "s") == before
+    run(tiny_vae, data, tmp_path / "s", update=True)
+    run(tiny_vae, data, tmp_path / "s", check=check)
+    run(tiny_vae, data, tmp_path / "fresh")
+    assert stored(tmp_path / "s") == stored(tmp_path / "fresh") and verify(tmp_path / "s") == []
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "paths"])
+def test_a_copied_folder_with_another_picture_is_refused_and_a_true_copy_is_not(
+    kind: str, tiny_vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    data = write(kind, tmp_path / "data", pictures())
+    run(tiny_vae, data, tmp_path / "s")
+    write(kind, tmp_path / "other", pictures(img_0=bmp(40)))
+    set_back({tmp_path / "other" / path.name: mtime for path, mtime in times(tmp_path / "data").items()})
+    with pytest.raises(UsageError, match="1 of the 6"):
+        run(tiny_vae, tmp_path / "other" / data.name if data.is_file() else tmp_path / "other", tmp_path / "s")
+    shutil.rmtree(tmp_path / "other")
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
+    run(tiny_vae, tmp_path / "other" / data.name if data.is_file() else tmp_path / "other", tmp_path / "s")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_seen_is_not_read_again_and_what_was_touched_is(
+    kind: str, tiny_vae: AutoencoderKL, tmp_path: Path, reads: list[int]
+) -> None:
+    data = write(kind, tmp_path / "data", pictures())
+    run(tiny_vae, data, tmp_path / "s")
+    everything = list(range(COUNT))
+    for again in ([], []):  # seen while it was encoded
+        run(tiny_vae, data, tmp_path / "s")
+        assert reads == (everything if kind == "paths" else again)  # of files behind a table nothing is known
+        reads.clear()
+    whole = kind in ("zip", "tar", "parquet", "paths")
+    os.utime(data if whole else tmp_path / "data" / "img_2.bmp", ns=(10**18, 10**18))
+    for again in ([2], []):
+        run(tiny_vae, data, tmp_path / "s")
+        assert reads == (everything if kind == "paths" or (whole and again) else again)
+        reads.clear()
+    run(tiny_vae, data, tmp_path / "s", check="contents")
+    assert reads == everything
+    shutil.rmtree(Sightings(tmp_path / "s").folder, ignore_errors=True)
+    reads.clear()
+    run(tiny_vae, data, tmp_path / "s")
+    assert reads == everything
+    reads.clear()
+    run(tiny_vae, data, tmp_path / "s", update=True)
+    run(tiny_vae, data, tmp_path / "s")
+    assert reads == (everything if kind == "paths" else [])
+
+
+@pytest.mark.parametrize("kind", ["folder", "list", "zip", "tar"])
+def test_another_size_is_refused_without_reading_anything(
+    kind: str, tiny_vae: AutoencoderKL, tmp_path: Path, reads: list[int]
+) -> None:
+    data = write(kind, tmp_path / "data", pictures())
+    run(tiny_vae, data, tmp_path / "s")
+    assert set(LatentDataset(tmp_path / "s").column(IMAGE_BYTES)) == {len(bmp(0))}
+    write(kind, tmp_path / "data", pictures(img_1=bmp(1, side=24)))
+    with pytest.raises(UsageError, match=r"1 of the 6 .*img_1.* has 1,7\d\d bytes and had 1,2\d\d"):
+        run(tiny_vae, data, tmp_path / "s")
+    assert reads == []
+
+
+def test_equal_sizes_are_trusted_only_when_asked_and_then_it_is_said(
+    tiny_vae: AutoencoderKL, tmp_path: Path, reads: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write("folder", tmp_path / "data", pictures())
+    run(tiny_vae, data, tmp_path / "s")
+    shutil.rmtree(Sightings(tmp_path / "s").folder)
+    run(tiny_vae, data, tmp_path / "s", check="size")
+    assert reads == [] and "6 images were not read" in caplog.text
+    write("folder", tmp_path / "data", pictures(img_1=bmp(1, side=24)))
+    with pytest.raises(UsageError, match="img_1"):
+        run(tiny_vae, data, tmp_path / "s", check="size")
+
+
+def test_a_file_of_a_moment_ago_is_read_again(
+    tiny_vae: AutoencoderKL, tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been replaced within one tick of the file system's clock."""
+    monkeypatch.setattr(stamps, "SETTLED", 3600 * 10**9)
+    data = write("folder", tmp_path / "data", pictures())
+    for _ in range(3):
+        run(tiny_vae, data, tmp_path / "s")
+    assert reads == [*range(COUNT)] * 2 and not Sightings(tmp_path / "s").folder.exists()
+
+
+def test_a_read_only_file_system_without_a_clock_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """squashfs and ISO 9660 have the times that their maker chose, whole seconds."""
+    path = tmp_path / "a"
+    path.write_bytes(b"a")
+    found, system = os.stat(path), os.statvfs(path)
+    whole = os.stat_result(found[:10], {"st_mtime_ns": 10**9, "st_ctime_ns": 10**9})
+    assert (whole.st_ctime_ns, whole.st_mode) == (10**9, found.st_mode)
+    monkeypatch.setattr(os, "stat", lambda *_: whole)
+    assert stamps.file_facts(path) is not None
+    flags = os.statvfs_result((*system[:8], os.ST_RDONLY, *system[9:]))
+    monkeypatch.setattr(os, "statvfs", lambda *_: flags)
+    assert stamps.file_facts(path) is None
+
+
+def test_the_side_file_is_no_part_of_the_store_and_a_torn_one_does_no_harm(
+    tiny_vae: AutoencoderKL, tmp_path: Path, reads: list[int]
+) -> None:
+    data = write("folder", tmp_path / "data", pictures())
+    for out in (tmp_path / "s", tmp_path / "t"):
+        run(tiny_vae, data, out)
+    assert tree(tmp_path / "s") == tree(tmp_path / "t")
+    (file,) = Sightings(tmp_path / "s").folder.iterdir()
+    file.write_bytes(file.read_bytes()[:20])  # two and a half
+    before = tree(tmp_path / "s")
+    run(tiny_vae, data, tmp_path / "s")
+    assert len(reads) == COUNT - 2 and tree(tmp_path / "s") == before
+
+
+def test_sightings_of_another_store_under_the_name_do_not_vouch_for_it(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    data = write("folder", tmp_path / "data", pictures(img_4=bmp(44)))
+    run(tiny_vae, data, tmp_path / "old")
+    write("folder", tmp_path / "data", pictures())
+    run(tiny_vae, data, tmp_path / "s")
+    shutil.rmtree(tmp_path / "s")
+    shutil.copytree(tmp_path / "old", tmp_path / "s")
+    with pytest.raises(UsageError, match="img_4"):
+        run(tiny_vae, data, tmp_path / "s")
+
+
+# --- stopped, updated, repaired ---------------------------------------------------------------------------------------
+
+
+def test_the_units_of_a_stopped_encode_are_checked(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        encode(tiny_vae, Stopping(after=13), tmp_path / "s")
+    changed = {"content": {2: 50}}
+    with pytest.raises(UsageError, match=r"1 of the 20 images .*img_002"):
+        encode(tiny_vae, Album(**changed), tmp_path / "s")
+    encode(tiny_vae, Album(content={15: 60}), tmp_path / "s")  # not encoded yet
+    encode(tiny_vae, Album(content={15: 60}), tmp_path / "s")
+    with pytest.raises(UsageError, match="img_015"):
+        encode(tiny_vae, Album(), tmp_path / "s")
+
+
+@pytest.mark.parametrize("number", [3, 22])
+def test_an_update_that_was_stopped_does_not_go_on_with_older_pictures(
+    number: int, tiny_vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    """One of a row that it keeps, one of a unit that it has done."""
+    many = {"numbers": tuple(range(45))}
+    encode(tiny_vae, Album(), tmp_path / "s")
+    with pytest.raises(Stop):
+        encode(tiny_vae, Stopping(**many, after=45 + 13), tmp_path / "s", update=True)
+    assert len(list((tmp_path / "s" / "units").iterdir())) > 3
+    now = Album(**many, content={number: 90})
+    with pytest.raises(UsageError, match=f"img_{number:03d}"):
+        encode(tiny_vae, now, tmp_path / "s")
+    encode(tiny_vae, now, tmp_path / "s", update=True)
+    encode(tiny_vae, now, tmp_path / "fresh")
+    assert stored(tmp_path / "s") == stored(tmp_path / "fresh")
+    encode(tiny_vae, now, tmp_path / "s")
+
+
+def test_a_picture_that_could_not_be_used_and_now_can_is_not_passed_over(
+    tiny_vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    for what in ({"bad": (4,)}, {"broken": (4,)}):
+        out = tmp_path / next(iter(what))
+        encode(tiny_vae, Album(**what), out)
+        encode(tiny_vae, Album(**what), out)
+        with pytest.raises(UsageError, match="img_004"):
+            encode(tiny_vae, Album(), out)
+        encode(tiny_vae, Album(), out, update=True)
+        encode(tiny_vae, Album(), out)
+        assert stored(out).keys() == names(range(20))
+
+
+def test_several_resolutions_and_views(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    data = write("folder", tmp_path / "data", pictures())
+    more = {"resolution": (16, 8), "views": "flip"}
+    run(tiny_vae, data, tmp_path / "s", **more)
+    run(tiny_vae, data, tmp_path / "s", **more)
+    write("folder", tmp_path / "data", pictures(img_5=bmp(55)))
+    with pytest.raises(UsageError, match=r"1 of the 6 .*img_5"):
+        run(tiny_vae, data, tmp_path / "s", **more)
+
+
+# --- older stores -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sized(Album):
+    """A source with a column of the name that a store's own has."""
+
+    columns: tuple[str, ...] = ("caption", IMAGE_BYTES)
+    content: dict[int, int] = field(default_factory=dict)
+
+    def __getitem__(self, index: int) -> Any:
+        record = super().__getitem__(index)
+        record.columns[IMAGE_BYTES] = 7
+        return record
+
+
+@pytest.fixture
+def without_sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The writer as it was before rows had sizes."""
+    from ldm_vae.latent_store import preparing
+
+    rows = preparing._rows
+
+    def older(sample: Any, *rest: Any) -> Any:
+        ready = rows(sample, *rest)
+        for one in ready:
+            del one.row[IMAGE_BYTES]
+            if f"source_{IMAGE_BYTES}" in one.row:
+                one.row[IMAGE_BYTES] = one.row.pop(f"source_{IMAGE_BYTES}")
+        return ready
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_rows", older)
+        yield patch
+
+
+def test_a_store_without_sizes_is_read_once(
+    without_sizes: pytest.MonkeyPatch, tiny_vae: AutoencoderKL, tmp_path: Path, reads: list[int]
+) -> None:
+    data = write("folder", tmp_path / "data", pictures())
+    run(tiny_vae, data, tmp_path / "s")
+    without_sizes.undo()
+    assert IMAGE_BYTES not in read_manifest(tmp_path / "s").columns
+    shutil.rmtree(Sightings(tmp_path / "s").folder)
+    for again in (list(range(COUNT)), []):
+        run(tiny_vae, data, tmp_path / "s")
+        assert reads == again
+        reads.clear()
+    write("folder", tmp_path / "data", pictures(img_1=bmp(1, side=24)))
+    with pytest.raises(UsageError, match="img_1"):
+        run(tiny_vae, data, tmp_path / "s")
+    run(tiny_vae, data, tmp_path / "s", update=True)
+    run(tiny_vae, data, tmp_path / "s")
+    assert read_manifest(tmp_path / "s").columns[IMAGE_BYTES] == "int64"
+
+
+def test_stores_with_and_without_sizes_are_merged(
+    without_sizes: pytest.MonkeyPatch, tiny_vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    encode(tiny_vae, Album(numbers=tuple(range(8))), tmp_path / "old")
+    without_sizes.undo()
+    encode(tiny_vae, Album(numbers=tuple(range(8, 16))), tmp_path / "new")
+    for parts in (("old", "new"), ("new", "old")):
+        out = tmp_path / "_".join(parts)
+        merge([tmp_path / part for part in parts], out)
+        sizes = dict(zip(LatentDataset(out).column("key"), LatentDataset(out).column(IMAGE_BYTES), strict=True))
+        assert [sizes[f"img_{n:03d}"] for n in range(16)] == [None] * 8 + [24 * 20 * 3] * 8
+        in_order = sorted(sizes, key=lambda key: key in names(range(8)) and parts[0] == "new")
+        source = Album(numbers=tuple(int(key[-3:]) for key in in_order))
+        encode(tiny_vae, source, out)
+        with pytest.raises(UsageError, match="1 of the 16"):
+            encode(tiny_vae, Album(numbers=source.numbers, content={3: 30}), out)
+
+
+def test_a_column_of_the_source_is_not_taken_for_sizes(
+    without_sizes: pytest.MonkeyPatch, tiny_vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    encode(tiny_vae, Sized(), tmp_path / "old")
+    without_sizes.undo()
+    assert LatentDataset(tmp_path / "old").column(IMAGE_BYTES) == [7] * 20
+    encode(tiny_vae, Sized(), tmp_path / "old")
+    encode(tiny_vae, Sized(content={3: 30}), tmp_path / "old", update=True)
+    encode(tiny_vae, Sized(content={3: 30}), tmp_path / "old")
+    encode(tiny_vae, Sized(), tmp_path / "new")
+    assert LatentDataset(tmp_path / "new").column(f"source_{IMAGE_BYTES}") == [7] * 20
+    assert LatentDataset(tmp_path / "new").column(IMAGE_BYTES) == [24 * 20 * 3] * 20
