@@ -27,6 +27,7 @@ from ldm_vae.errors import UsageError
 from ldm_vae.fine_tuning import ENCODER, encoder_learns
 from ldm_vae.latents import Moments
 from ldm_vae.perturbations import Draw
+from ldm_vae.preprocessing import read_beside, read_hub, record
 from ldm_vae.untrusted import check_model_config, first_line
 
 
@@ -86,7 +87,8 @@ CLASSES = {model.__name__: model for model in (AutoencoderKL, VQModel, Autoencod
 
 
 def load_autoencoder(source: str | Path, config: str | Path | None = None) -> Any:
-    """Load a VAE (an AutoencoderKL, VQModel or AutoencoderTiny) for inference: fp32, eval mode, no gradients.
+    """Load a VAE (an AutoencoderKL, VQModel or AutoencoderTiny) for inference: fp32, eval mode, no gradients; with the
+    record of its preprocessing, if it has one (ldm_vae/preprocessing.py).
 
     Args:
         source: a diffusers folder, a pipeline folder with `vae/`, a run folder (its exported `vae/`), a single
@@ -94,7 +96,7 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
         config: for a single file of another shape than it tells by itself, a folder that holds its config.json.
 
     Raises:
-        UsageError: `source` is none of these.
+        UsageError: `source` is none of these, or its record is damaged or too new.
     """
     path = Path(source)
     if path.is_file():
@@ -123,11 +125,14 @@ def _from_pretrained(source: str) -> Any:
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' affair, not the user's
             try:
-                return _of_its_class(source)
+                vae, subfolder = _of_its_class(source), None
             except OSError:
                 if path.is_dir():
                     raise
-                return _of_its_class(source, subfolder="vae")  # a pipeline's
+                vae, subfolder = _of_its_class(source, subfolder="vae"), "vae"  # a pipeline's
+            local = path.is_dir()
+            found = read_beside(Path(source) / "config.json") if local else read_hub(source, subfolder)
+            return record(vae, found)
     except UsageError:
         raise
     except Exception as error:  # what a damaged or hostile folder makes of diffusers: any kind

@@ -6,8 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_vae.data.flags import DataFlags, add_decoding_arguments
+
 if TYPE_CHECKING:
     import torch
+
+    from ldm_vae.data.decoding import Decoding
 
 HELP = "encode and decode images, and show before and after"
 DESCRIPTION = """\
@@ -25,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the pictures")
     parser.add_argument("--resolution", type=int, help="resize by the short side and crop the centre to this side")
     parser.add_argument("--config", metavar="FOLDER", help="config.json of a single-file VAE of a shape of its own")
+    add_decoding_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,13 +42,15 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm_vae.metrics.evaluate import reconstruct
     from ldm_vae.metrics.pictures import save
     from ldm_vae.metrics.psnr import psnr
+    from ldm_vae.preprocessing import prepare
 
     vae = load_autoencoder(arguments.vae, arguments.config)
     factor = downsampling_factor(vae)
     if arguments.resolution is not None:
         check_resolution(arguments.resolution, factor)
     # every image is read before the first is reconstructed: a mistyped name costs nothing
-    images = [(path, _read(path, int(vae.config.in_channels))) for path in arguments.images]
+    preparation = prepare({arguments.vae: vae}, DataFlags.of(arguments))
+    images = [(path, _read(path, preparation.decoding)) for path in arguments.images]
     for path, image in images:
         if arguments.resolution is None and min(image.shape[1:]) < factor:
             raise UsageError(f"image {path}: its sides must be at least f = {factor} pixels, it is {_size(image)}")
@@ -51,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(f"OUT: expected a folder, {arguments.out} is a file")
     arguments.out.mkdir(parents=True, exist_ok=True)
 
+    for note in preparation.notes:
+        print(note)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae.to(device)
     taken: set[str] = set()
@@ -60,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
             top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
             crop = image[:, top : top + height, left : left + width]
         else:
-            crop = centre_crop(image, arguments.resolution).pixels
+            crop = centre_crop(image, arguments.resolution, resize=preparation.decoding.resize).pixels
         _, pair = reconstruct(vae, ImageBatch([0], [str(path)], crop[None]), device)
         name = path.stem if path.stem not in taken else f"{path.stem}-{len(taken) + 1}"
         taken.add(name)
@@ -71,12 +80,12 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{path}  {_size(crop)}  PSNR {decibel:.2f} dB  {arguments.out / name}.before-after.png")
 
 
-def _read(path: Path, channels: int) -> torch.Tensor:
-    from ldm_vae.data.decoding import BadImage, decode
+def _read(path: Path, decoding: Decoding) -> torch.Tensor:
+    from ldm_vae.data.decoding import BadImage, read_image
     from ldm_vae.errors import UsageError
 
     try:
-        return decode(path.read_bytes(), channels=channels)
+        return read_image(path.read_bytes(), decoding).pixels
     except OSError as error:
         raise UsageError(f"image {path}: {error.strerror or error}") from error
     except BadImage as error:

@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from ldm_vae.data import arrays, colour
 from ldm_vae.data.arrays import Array
 from ldm_vae.data.colour import Background
+from ldm_vae.data.flags import Resize
 from ldm_vae.data.quarantine import BadImage
 
 __all__ = ["BadImage", "Decoded", "Decoding", "RawImage", "decode", "read_image"]
@@ -50,12 +51,14 @@ EXTENSIONS = frozenset(
 
 @dataclass(frozen=True)
 class Decoding:
-    """How bytes become pixels; part of a store's preprocessing identity."""
+    """How bytes become pixels, and pixels a crop of the resolution; part of a store's preprocessing identity."""
 
     channels: int = 3
     background: Background = WHITE
     value_range: tuple[float, float] | None = None
     jpeg_draft: bool = False
+    resize: Resize = "short_side"
+    """Of whole images (training's crops follow `transform`): see TransformConfig.resize."""
 
 
 DEFAULT = Decoding()

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ldm_vae import publish
+from ldm_vae import preprocessing, publish
 from ldm_vae.errors import UsageError
 from ldm_vae.export import ldm_keys
 from ldm_vae.untrusted import check_model_config, first_line, parse_json
@@ -76,7 +76,10 @@ def _load(path: Path, config: Path | None, allow_pickle: bool) -> AutoencoderKL:
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(given)
     vae.load_state_dict(_fit(vae, tensors, path), strict=True, assign=True)
-    return vae.eval()
+    found = None if config is None else preprocessing.read_beside(config / "config.json" if config.is_dir() else config)
+    if found is None and preprocessing.HEADER in header:
+        found = preprocessing.parse(header[preprocessing.HEADER], f"VAE {path}: {preprocessing.HEADER} in its header")
+    return preprocessing.record(vae.eval(), found)
 
 
 def save_single_file(vae: AutoencoderKL, path: Path, prefix: str = "") -> Path:
@@ -87,10 +90,13 @@ def save_single_file(vae: AutoencoderKL, path: Path, prefix: str = "") -> Path:
         for name, value in ldm_keys.to_ldm(vae.state_dict(), blocks).items()
     }
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    header = {"format": "pt", CONFIG_KEY: json.dumps(config)}
+    if (found := preprocessing.recorded(vae)) is not None:
+        header[preprocessing.HEADER] = found.to_bytes().decode()
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, beside, metadata={"format": "pt", CONFIG_KEY: json.dumps(config)})
+        save_file(tensors, beside, metadata=header)
         publish.settle(beside)
         beside.replace(path)
     finally:

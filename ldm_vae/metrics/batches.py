@@ -19,6 +19,7 @@ from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
 from ldm_vae.data.stream import Stream
 from ldm_vae.data.transforms import Crop
+from ldm_vae.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,17 @@ def image_batches(
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> Iterator[ImageBatch]:
     """The usable images among `indices` (all if None), in order, centre-cropped to `resolution`; the others go to
-    `quarantine`."""
+    `quarantine`.
+
+    Raises:
+        UsageError: a protocol's own resize, of a source that is not resized.
+    """
     view = None if interpolation == "bicubic" else functools.partial(bilinear_view, resolution=resolution)
+    if view is not None and source.decoding.resize == "none":
+        raise UsageError(
+            "resize: is none (the pixels as they are), and the protocol resizes the short side; --resize short_side "
+            "or the pinned protocol would do"
+        )
     for samples, bad in ordered_loader(
         source, resolution, indices, batch_size=batch_size, num_workers=num_workers, view=view
     ):

@@ -57,7 +57,7 @@ def result(
 
     Args:
         vae: from `describe_vae`.
-        data: where the images came from: source, resolution, quarantined.
+        data: where the images came from, and how they were decoded: source, resolution, quarantined, preprocessing.
         computed: from `settings`.
         key_of: the key of an image by its index, for the worst ones.
     """
@@ -68,7 +68,6 @@ def result(
             **data,
             "images": evaluation.images,
             "checksum": evaluation.checksum,
-            "preprocessing": PREPROCESSING_VERSION,
         },
         "metrics": {name: summary.to_json() for name, summary in evaluation.metrics.items()},
         "worst": [
@@ -148,6 +147,9 @@ def markdown(results: Sequence[Json]) -> str:
         f"{protocol['posterior']} of the posterior, {data['resolution']} px centre crops, 8-bit images "
         f"({protocol['rounding']}). Data {data['source']}, checksum {data['checksum'][:12]}."
     )
+    if data["preprocessing"] != PREPROCESSING_VERSION:  # anything but the defaults
+        notes = "".join(f"; {note}" for note in data.get("notes", ()))
+        lines[-1] += f" Decoded as `{data['preprocessing']}`{notes}."
     return "\n".join(lines) + "\n"
 
 
