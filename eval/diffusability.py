@@ -47,7 +47,7 @@ from ldm_vae.metrics.generation import NOT_INSTALLED, Looks, looks
 from ldm_vae.metrics.pictures import save
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.running import Running
-from ldm_vae.preprocessing import prepare
+from ldm_vae.preparation import preparation_of
 from ldm_vae.report import build_report
 
 Json = dict[str, Any]
@@ -114,7 +114,7 @@ def main() -> None:
     vaes = [load_autoencoder(vae) for vae in options.vae]
     for vae in vaes:
         check_resolution(options.resolution, downsampling_factor(vae))
-    preparation = prepare(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
+    preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
     source = preparation.open(options.data)
     recipe = Recipe(options.train_images, options.batch_size, options.learning_rate)
     base = DiT(

@@ -28,7 +28,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ldm_vae import latents, preprocessing
+from ldm_vae import latents
 from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
 from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
@@ -52,6 +52,7 @@ from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.psnr import psnr
 from ldm_vae.metrics.ranks import gather, gather_rows
 from ldm_vae.metrics.running import Running, Summary
+from ldm_vae.preparation import preparation_of
 
 
 def arguments() -> argparse.Namespace:
@@ -117,7 +118,7 @@ def main() -> None:
     # --- everything that can be wrong is opened before the first image is measured ------------------------------------
     vae = load_autoencoder(options.vae, options.config)
     check_resolution(options.resolution, downsampling_factor(vae))
-    preparation = preprocessing.prepare({options.vae: vae}, DataFlags.of(options))
+    preparation = preparation_of({options.vae: vae}, DataFlags.of(options))
     source = preparation.open(options.data)
     indices = range(min(len(source), options.max_images or len(source)))
     quarantine_path = prepare(options.output, accelerator)

@@ -26,7 +26,6 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ldm_vae import preprocessing
 from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
 from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
@@ -41,6 +40,7 @@ from ldm_vae.metrics.pictures import keep_pictures
 from ldm_vae.metrics.protocol import PINNED, VARIANTS, by_name
 from ldm_vae.metrics.samples import keep_samples
 from ldm_vae.metrics.select import NAMES, Weights, build_metrics, check
+from ldm_vae.preparation import preparation_of
 
 
 def arguments() -> argparse.Namespace:
@@ -88,7 +88,7 @@ def main() -> None:
     vaes = [load_autoencoder(vae, options.config) for vae in options.vae]
     for vae in vaes:
         check_resolution(options.resolution, downsampling_factor(vae))
-    preparation = preprocessing.prepare(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
+    preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
     source = preparation.open(options.data)
     indices = range(min(len(source), options.max_images or len(source)))
     prepare(options.output, accelerator)

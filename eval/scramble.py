@@ -26,7 +26,7 @@ from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import UsageError, run_program
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.metrics.batches import image_batches, spread
-from ldm_vae.preprocessing import prepare
+from ldm_vae.preparation import preparation_of
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def main() -> None:
     if vae.quant_conv is None or vae.post_quant_conv is None:
         raise UsageError(f"vae {options.vae}: expected one with quant_conv and post_quant_conv, which hold the matrix")
     check_resolution(options.resolution, downsampling_factor(vae))
-    preparation = prepare({options.vae: vae}, DataFlags.of(options))
+    preparation = preparation_of({options.vae: vae}, DataFlags.of(options))
     source = preparation.open(options.data)
     chosen = spread(len(source), options.images)
     batches = image_batches(source, chosen, options.resolution, batch_size=16)

@@ -3,25 +3,23 @@
 A network that was trained on 12-bit pictures read as [0, 4095] sees others when its user's next command reads them as
 [0, 65535]: 9 dB instead of 32, and another scaling_factor. So training writes this record beside config.json, exports
 carry it on (single files in their header), `load_autoencoder` attaches it to the network, and every verb with DATA asks
-`prepare`. A network without a record is fed as it always was: the defaults, with the channels of its config.
+for it (preparation.py). A network without a record is fed as it always was: the defaults, the channels of its config.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from ldm_vae.config import Section, read_yaml
-from ldm_vae.data.decoding import DEFAULT, Decoding
-from ldm_vae.data.flags import NO_FLAGS, DataFlags, Resize
-from ldm_vae.data.source import Source, open_source, with_resize
-from ldm_vae.data.transforms import PREPROCESSING_VERSION, decoding_of, preprocessing_identity
+from ldm_vae.data.decoding import Decoding
+from ldm_vae.data.flags import Resize
+from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.errors import UsageError
 from ldm_vae.untrusted import first_line, parse_json
 
@@ -65,19 +63,33 @@ class Preprocessing(Section):
     law: str = PREPROCESSING_VERSION
     """Version of decoding, resize and crop, as in the identity of a latent store."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Preprocessing:
-        if self.input_range != (-1.0, 1.0):
-            raise ValueError(f"input_range: expected [-1, 1], got {list(self.input_range)}")
-        if self.value_range is not None:
-            low, high = self.value_range
-            if low == high or not abs(low) + abs(high) < float("inf"):
-                raise ValueError(f"value_range: expected two numbers, black's and white's, got {[low, high]}")
-        if not all(0 <= value <= 255 for value in self.background):
-            raise ValueError(f"background: expected three numbers from 0 to 255, got {list(self.background)}")
-        if self.alpha != ("channel" if self.channels == 4 else "background"):
-            raise ValueError(f"alpha: `{self.alpha}` does not go with {self.channels} channels")
-        return self
+    @field_validator("value_range")
+    @classmethod
+    def _check_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and (value[0] == value[1] or not all(map(math.isfinite, value))):
+            raise ValueError(f"expected two numbers, black's and white's, got {list(value)}")
+        return value
+
+    @field_validator("input_range")
+    @classmethod
+    def _check_input(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value != (-1.0, 1.0):
+            raise ValueError(f"expected [-1, 1], got {list(value)}")
+        return value
+
+    @field_validator("background")
+    @classmethod
+    def _check_background(cls, value: tuple[int, int, int]) -> tuple[int, int, int]:
+        if not all(0 <= one <= 255 for one in value):
+            raise ValueError(f"expected three numbers from 0 to 255, got {list(value)}")
+        return value
+
+    @field_validator("alpha")
+    @classmethod
+    def _check_alpha(cls, value: str, known: ValidationInfo) -> str:
+        if value != ("channel" if known.data.get("channels") == 4 else "background"):
+            raise ValueError(f"{value} does not go with {known.data.get('channels')} channels")
+        return value
 
     @classmethod
     def of(cls, decoding: Decoding) -> Preprocessing:
@@ -123,8 +135,8 @@ def _valid(tree: dict[str, Any], where: object) -> Preprocessing:
         return Preprocessing.model_validate(tree)
     except ValidationError as error:
         problem = error.errors()[0]
-        field = ".".join(map(str, problem["loc"])) or "its fields"
-        raise UsageError(f"{where}: `{field}`: {problem['msg'].removeprefix('Value error, ')}") from error
+        said = problem["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{where}: `{problem['loc'][0]}`: {said}") from error
 
 
 # --- with a network ---------------------------------------------------------------------------------------------------
@@ -196,133 +208,3 @@ def read_hub(repo: str, subfolder: str | None = None) -> Preprocessing | None:
         if not absent and (kept is None or isinstance(kept, str)):
             logger.warning("VAE %s: whether it has a %s cannot be looked up now; the defaults are used", repo, name)
         return None
-
-
-# --- what a verb does -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How DATA is decoded, and what the user must know of it: a note for each flag that overrides a record."""
-
-    decoding: Decoding
-    flags: DataFlags = NO_FLAGS
-    notes: tuple[str, ...] = ()
-
-    @property
-    def identity(self) -> str:
-        """As a latent store compares it."""
-        return preprocessing_identity(self.decoding)
-
-    @property
-    def kept(self) -> Preprocessing:
-        """The record of a network that goes on with this."""
-        return Preprocessing.of(self.decoding)
-
-    def open(self, data: str | Path) -> Source:
-        """DATA, decoded so. Raises UsageError when nothing is there, WorkError when it is empty."""
-        flags, decoding = self.flags, self.decoding
-        source = open_source(
-            data, image_column=flags.image_column, caption_column=flags.caption_column, split=flags.split,
-            kind=flags.kind, channels=decoding.channels, background=decoding.background,
-            value_range=decoding.value_range, jpeg_draft=decoding.jpeg_draft,
-        )  # fmt: skip
-        return with_resize(source, decoding.resize)
-
-
-class _Says(Protocol):
-    """A record, or a decoding."""
-
-    @property
-    def value_range(self) -> tuple[float, float] | None: ...
-    @property
-    def background(self) -> tuple[int, int, int]: ...
-    @property
-    def resize(self) -> Resize: ...
-
-
-def prepare(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Preparation:
-    """How images become what these networks take: flags where they are given, else what the networks record, else the
-    defaults; the channels are the networks'.
-
-    Args:
-        vaes: by name on the command line; all see the same images.
-
-    Raises:
-        UsageError: they take different numbers of channels, a flag asks for another, or two records differ and no
-            flag decides.
-    """
-    channels = {name: int(vae.config.in_channels) for name, vae in vaes.items()}
-    if len(set(channels.values())) > 1:
-        raise UsageError(f"vae: all must take images of one kind, these take {sorted(set(channels.values()))} channels")
-    name, wanted = next(iter(channels.items()))
-    records = [(f"VAE {name}", found) for name, vae in vaes.items() if (found := recorded(vae)) is not None]
-    return _settle(records, wanted, f"VAE {name}", flags)
-
-
-def prepare_as_stored(identity: str, vae: Any, flags: DataFlags = NO_FLAGS) -> Preparation:
-    """How the images of a latent store are decoded again: as its identity says, unless flags say otherwise.
-
-    Raises:
-        UsageError: a flag asks for other channels than the network takes.
-    """
-    known = decoding_of(identity)
-    if known is None:  # another program's latents: as the network records
-        return prepare({"of the store": vae}, flags)
-    flags = replace(flags, jpeg_draft=flags.jpeg_draft or known.jpeg_draft)
-    return _settle([("the store", known)], int(vae.config.in_channels), "the VAE of the store", flags)
-
-
-def plain(flags: DataFlags) -> Preparation:
-    """How images are decoded where no network is concerned: flags, else the defaults."""
-    return _settle([], flags.channels or DEFAULT.channels, "", flags)
-
-
-def _settle(records: Sequence[tuple[str, _Says]], channels: int, taker: str, flags: DataFlags) -> Preparation:
-    if flags.channels not in (None, channels):
-        raise UsageError(f"--channels: expected {channels}, which {taker} takes, got {flags.channels}")
-    chosen: dict[str, Any] = {}
-    notes = []
-    for field in SETTABLE:
-        given, said = getattr(flags, field), [(name, getattr(found, field)) for name, found in records]
-        if given is not None:
-            chosen[field] = given
-            notes += [
-                f"{field} is {shown(given)}, as --{field} says; {name} records {shown(value)}"
-                for name, value in said
-                if value != given
-            ]
-        elif said:
-            (first, chosen[field]), *others = said
-            for other, value in others:
-                if value != chosen[field]:
-                    raise UsageError(
-                        f"{field}: {first} records {shown(chosen[field])}, {other} {shown(value)}; --{field} decides"
-                    )
-    decoding = Decoding(channels=channels, jpeg_draft=flags.jpeg_draft, **chosen)
-    if decoding.jpeg_draft and decoding.resize == "none":
-        raise UsageError("--jpeg_draft: decodes at another size, and resize is none: pixels are taken as they are")
-    return Preparation(decoding, flags, tuple(notes))
-
-
-def check_same(ours: str, mine: _Says, theirs: str, other: _Says, names: Mapping[str, str], hint: str) -> None:
-    """Raises UsageError naming both where two differ in what they record.
-
-    Args:
-        names: what the caller calls a field (`value_range` => `data.value_range`); those not named as they are.
-        hint: what would do.
-    """
-    for field in SETTABLE:
-        here, there = getattr(mine, field), getattr(other, field)
-        if here != there:
-            name = names.get(field, field)
-            raise UsageError(f"{name}: {ours} {shown(here)}, {theirs} records {shown(there)}; {hint}")
-
-
-def shown(value: Any) -> str:
-    """A value for a sentence."""
-    if value is None:
-        return "that of the file's number type"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(f"{number:g}" for number in value) + "]"
-    return str(value)

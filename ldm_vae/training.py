@@ -19,7 +19,8 @@ from ldm_vae.fine_tuning import resize_channels, set_trainable
 from ldm_vae.keyed import seeded
 from ldm_vae.objective import Objective
 from ldm_vae.optim import OptimizerConfig
-from ldm_vae.preprocessing import check_same, recorded, shown
+from ldm_vae.preparation import check_same, shown
+from ldm_vae.preprocessing import recorded
 from ldm_vae.run import MAY_CHANGE as ANY_RUN_MAY_CHANGE
 from ldm_vae.run import RunConfig
 

@@ -36,13 +36,13 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder, sample_size
     from ldm_vae.export.drift import measure_drift
     from ldm_vae.metrics.batches import image_batches, spread
-    from ldm_vae.preprocessing import prepare
+    from ldm_vae.preparation import preparation_of
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, tuned = (load_autoencoder(vae).to(device) for vae in (arguments.base, arguments.tuned))
     resolution = arguments.resolution or sample_size(base)
     check_resolution(resolution, downsampling_factor(base))
-    preparation = prepare({arguments.base: base, arguments.tuned: tuned}, DataFlags.of(arguments))
+    preparation = preparation_of({arguments.base: base, arguments.tuned: tuned}, DataFlags.of(arguments))
     for note in preparation.notes:
         print(note, file=sys.stderr)
     source = preparation.open(arguments.data)

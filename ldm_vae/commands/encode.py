@@ -89,13 +89,13 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm_vae.latent_store.tiling import tile_of
     from ldm_vae.latent_store.writing import Processes
     from ldm_vae.launch import ON_THEIR_OWN, build_accelerator
-    from ldm_vae.preprocessing import prepare
+    from ldm_vae.preparation import preparation_of
 
     if not 0 <= arguments.max_bad <= 1:
         raise UsageError(f"--max_bad: expected a share between 0 and 1, got {arguments.max_bad}")
     accelerator = build_accelerator(arguments.mixed_precision, ddp_timeout=ON_THEIR_OWN)
     vae = load_autoencoder(arguments.vae, arguments.config)
-    preparation = prepare({arguments.vae: vae}, DataFlags.of(arguments))
+    preparation = preparation_of({arguments.vae: vae}, DataFlags.of(arguments))
     source = preparation.open(arguments.data)
     processes, device = accelerator.num_processes, accelerator.device
     before = units_in(arguments.out)

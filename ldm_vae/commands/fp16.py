@@ -47,11 +47,11 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     from ldm_vae.autoencoder import load_autoencoder, only_kl
     from ldm_vae.export.fp16.probes import make_probes
-    from ldm_vae.preprocessing import prepare
+    from ldm_vae.preparation import preparation_of
 
     vae = load_autoencoder(arguments.vae, arguments.config).to("cuda" if torch.cuda.is_available() else "cpu")
     only_kl(vae, "fp16")
-    preparation = prepare({arguments.vae: vae}, DataFlags.of(arguments))
+    preparation = preparation_of({arguments.vae: vae}, DataFlags.of(arguments))
     for note in preparation.notes:
         print(note, file=sys.stderr)
     probes = make_probes(vae, arguments.data, preparation, resolution=arguments.resolution, count=arguments.images)

@@ -42,14 +42,14 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm_vae.metrics.evaluate import reconstruct
     from ldm_vae.metrics.pictures import save
     from ldm_vae.metrics.psnr import psnr
-    from ldm_vae.preprocessing import prepare
+    from ldm_vae.preparation import preparation_of
 
     vae = load_autoencoder(arguments.vae, arguments.config)
     factor = downsampling_factor(vae)
     if arguments.resolution is not None:
         check_resolution(arguments.resolution, factor)
     # every image is read before the first is reconstructed: a mistyped name costs nothing
-    preparation = prepare({arguments.vae: vae}, DataFlags.of(arguments))
+    preparation = preparation_of({arguments.vae: vae}, DataFlags.of(arguments))
     images = [(path, _read(path, preparation.decoding)) for path in arguments.images]
     for path, image in images:
         if arguments.resolution is None and min(image.shape[1:]) < factor:

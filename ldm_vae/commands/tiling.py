@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm_vae.data.transforms import to_pixels
     from ldm_vae.errors import UsageError
     from ldm_vae.export.tiling import measure_tiling
-    from ldm_vae.preprocessing import prepare
+    from ldm_vae.preparation import preparation_of
 
     vae = load_autoencoder(arguments.vae, arguments.config).to("cuda" if torch.cuda.is_available() else "cpu")
     only_kl(vae, "tiling")
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(f"IMAGE {path}: no such file")
     if not all(0 < share < 1 for share in arguments.overlap):
         raise UsageError(f"--overlap: expected shares between 0 and 1, got {arguments.overlap}")
-    preparation = prepare({arguments.vae: vae}, DataFlags.of(arguments))
+    preparation = preparation_of({arguments.vae: vae}, DataFlags.of(arguments))
     for note in preparation.notes:
         print(note, file=sys.stderr)
     try:

@@ -31,7 +31,8 @@ from ldm_vae.export.single_file import SD_SCALING, is_sd_shape, load_single_file
 from ldm_vae.export.targets import TARGETS, Target, warnings_for, write_target
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation, NormalisationKind
-from ldm_vae.preprocessing import Preparation, prepare, record, recorded
+from ldm_vae.preparation import Preparation, preparation_of
+from ldm_vae.preprocessing import record, recorded
 
 AUDIT_SIDE = 64  # pixels on a CPU, where the audit of an SD-sized VAE would take minutes at its own size
 
@@ -142,7 +143,7 @@ def _load(request: Request, done: Done) -> AutoencoderKL:
 def _preparation(request: Request, vae: AutoencoderKL, base: AutoencoderKL | None, done: Done) -> Preparation:
     """How images are decoded for SRC; what flags say of it is recorded with OUT."""
     both = {request.source: vae} | ({} if base is None or request.drift_from is None else {request.drift_from: base})
-    preparation = prepare(both, request.flags)
+    preparation = preparation_of(both, request.flags)
     if recorded(vae) is not None or request.flags.decide:
         record(vae, preparation.kept)
         done.lines += preparation.notes

@@ -22,7 +22,8 @@ from ldm_vae.latent_store.manifest import MANIFEST, read_manifest
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation
 from ldm_vae.metrics.batches import ImageBatch, image_batches, spread
-from ldm_vae.preprocessing import Preparation, check_same, prepare, recorded
+from ldm_vae.preparation import Preparation, check_same, preparation_of
+from ldm_vae.preprocessing import recorded
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ class Images:
     def image_batches(self, vae: Any) -> Iterator[ImageBatch]:
         """The same as metrics take them."""
         check_resolution(self.resolution, downsampling_factor(vae))
-        source = (self.preparation or prepare({"": vae})).open(self.data)
+        source = (self.preparation or preparation_of({"": vae})).open(self.data)
         indices = spread(len(source), self.limit or len(source))
         quarantine = Quarantine(len(source))
         return image_batches(source, indices, self.resolution, batch_size=self.batch_size, quarantine=quarantine)
@@ -104,7 +105,7 @@ def statistics_of_store(vae: Any, store: str, preparation: Preparation | None = 
         raise UsageError(f"stats {store}: the store was made with another encoder ({manifest.recorded.vae})")
     if manifest.identity.codes is not None:
         raise UsageError(f"stats {store}: the store holds indices of codes, which have no mean and variance")
-    stored, preparation = decoding_of(manifest.identity.preprocessing), preparation or prepare({"": vae})
+    stored, preparation = decoding_of(manifest.identity.preprocessing), preparation or preparation_of({"": vae})
     if stored is not None and (recorded(vae) is not None or preparation.flags.decide):
         check_same(
             "the VAE records", preparation.decoding, f"the store {store}", stored, {},

@@ -13,7 +13,7 @@ from ldm_vae.data.source import Source
 from ldm_vae.errors import UsageError
 from ldm_vae.latent_store.manifest import Manifest
 from ldm_vae.latent_store.units import storable
-from ldm_vae.preprocessing import prepare_as_stored
+from ldm_vae.preparation import preparation_of_store
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def find_source(manifest: Manifest, vae: Any, named: str | None = None, flags: D
         UsageError: they are not there, or a flag asks for other channels than the VAE takes.
     """
     place = manifest.recorded.data if named is None else named
-    preparation = prepare_as_stored(manifest.identity.preprocessing, vae, flags)
+    preparation = preparation_of_store(manifest.identity.preprocessing, vae, flags)
     for note in preparation.notes:
         logger.warning("%s", note)
     try:

@@ -14,7 +14,7 @@ from ldm_vae import latents
 from ldm_vae.autoencoder import downsampling_factor, sample_size
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import image_batches, spread
-from ldm_vae.preprocessing import Preparation, prepare
+from ldm_vae.preparation import Preparation, preparation_of
 
 LARGEST_SIDE = 512  # pixels: GroupNorm's statistics hardly change with the size, memory does
 
@@ -51,7 +51,7 @@ def make_probes(
     channels = int(vae.config.in_channels)
     real = torch.empty(0, channels, side, side)
     if data is not None:
-        source = (preparation or prepare({"": vae})).open(data)
+        source = (preparation or preparation_of({"": vae})).open(data)
         batches = image_batches(source, spread(len(source), count), side, batch_size=count)
         real = torch.cat([real, *(to_pixels(batch.pixels) for batch in batches)])
     images = torch.cat([real, extreme_images(channels, side)])
