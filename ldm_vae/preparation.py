@@ -78,7 +78,8 @@ def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Prep
 
 
 def preparation_of_store(identity: str, vae: Any, flags: DataFlags = NO_FLAGS) -> Preparation:
-    """How the images of a latent store are decoded again: as its identity says, unless flags say otherwise.
+    """How the images of a latent store are decoded again: as its identity says, unless flags say otherwise. Where the
+    network records something else than the store, that is among the notes.
 
     Raises:
         UsageError: a flag asks for other channels than the network takes.
@@ -87,7 +88,14 @@ def preparation_of_store(identity: str, vae: Any, flags: DataFlags = NO_FLAGS) -
     if known is None:  # another program's latents: as the network records
         return preparation_of({"of the store": vae}, flags)
     flags = replace(flags, jpeg_draft=flags.jpeg_draft or known.jpeg_draft)
-    return _settle([("the store", known)], int(vae.config.in_channels), "the VAE of the store", flags)
+    found = _settle([("the store", known)], int(vae.config.in_channels), "the VAE of the store", flags)
+    own = recorded(vae) or known
+    notes = [
+        f"{field}: {shown(getattr(known, field))}, as the store says; its VAE records {shown(getattr(own, field))}"
+        for field in SETTABLE
+        if getattr(flags, field) is None and getattr(own, field) != getattr(known, field)
+    ]
+    return replace(found, notes=(*found.notes, *notes))
 
 
 def plain(flags: DataFlags) -> Preparation:

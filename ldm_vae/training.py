@@ -23,6 +23,7 @@ from ldm_vae.preparation import check_same, shown
 from ldm_vae.preprocessing import recorded
 from ldm_vae.run import MAY_CHANGE as ANY_RUN_MAY_CHANGE
 from ldm_vae.run import RunConfig
+from ldm_vae.teacher import teacher
 
 ValidationMetric = Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg"]
 
@@ -39,7 +40,7 @@ class Training(RunConfig):
     ignore_mismatched_sizes: bool = False
     """With init_from: model.latent_channels and model.in_channels may be others than there; what fits is kept."""
     ignore_preprocessing: bool = False
-    """With init_from: data.value_range, data.background and transform.resize may be others than are recorded there."""
+    """data.value_range, data.background and transform.resize may be others than init_from or a teacher records."""
     latent_store: str | None = None
     """Train the decoder alone, from the moments of this store: the encoder, that of init_from, is neither run nor held.
     Its crops are taken as they are (of `transform` only `resize` has a part: it must be the store's); pixels come from
@@ -144,23 +145,31 @@ def build_autoencoder(settings: Training) -> Any:
             if came != value and name not in may_differ:
                 hint = "; ignore_mismatched_sizes keeps what fits" if name in ("latent_channels", "in_channels") else ""
                 raise UsageError(f"model.{name}: the config says {value}, {settings.init_from} has {came}{hint}")
-        check_preprocessing(settings, base)
+        check_preprocessing(settings, base, f"init_from {settings.init_from}")
         vae = resize_channels(base, vae)
     set_trainable(vae, settings.trainable)
     return vae.train()
 
 
-def check_preprocessing(settings: Training, base: Any) -> None:
-    """Raises UsageError where images are prepared in another way than `init_from` records."""
-    known = recorded(base)
+def check_preprocessing(settings: Training, network: Any, name: str) -> None:
+    """Raises UsageError where images are prepared in another way than a network that is fed them records.
+
+    name: of the network in the config, with its place.
+    """
+    known = recorded(network)
     if known is None or settings.ignore_preprocessing or not isinstance(settings.data, SourceConfig):
         return
     ours = replace(settings.data.decoding(), resize=settings.transform.resize)
     names = {"value_range": "data.value_range", "background": "data.background", "resize": "transform.resize"}
-    check_same(
-        "the config says", ours, f"init_from {settings.init_from}", known, names,
-        "set that, or ignore_preprocessing: true",
-    )  # fmt: skip
+    check_same("the config says", ours, name, known, names, "set that, or ignore_preprocessing: true")
+
+
+def check_teachers(settings: Training) -> None:
+    """Raises UsageError where a teacher, which sees the training's images, records another preprocessing."""
+    for section in ("losses", "perturbations"):
+        for name, part in getattr(settings, section).items():
+            if isinstance(source := getattr(part, "teacher", None), str):
+                check_preprocessing(settings, teacher(source).network, f"{section}.{name}.teacher {source}")
 
 
 def build_network(settings: Training, vae: Any, outline: bool = False) -> TrainableAutoencoder:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_images
+from diffusers import AutoencoderKL
 from pydantic import ValidationError
 from torchvision.transforms import v2
 
@@ -26,7 +27,8 @@ from ldm_vae.data.transforms import (
     to_uint8,
 )
 from ldm_vae.errors import UsageError
-from ldm_vae.latent_store.views import Cutting
+from ldm_vae.latent_store.manifest import Identity
+from ldm_vae.latent_store.views import Cutting, cutting_of
 from ldm_vae.metrics.batches import image_batches
 
 
@@ -173,6 +175,18 @@ def test_corners_of_pixels_as_they_are() -> None:
     assert torch.equal(crops[1].pixels, image[:, :16, :16]) and torch.equal(crops[2].pixels, image[:, -16:, -16:])
     small = Cutting((16,), ("top_left",), resize="none")(image[:, :16, :16], (16, 16))[0]
     assert small.pixels.shape == (3, 16, 16) and small.box == (0, 0, 14, 14)
+
+
+def test_a_draft_and_pixels_as_they_are_exclude_each_other_in_a_store(tiny_vae: AutoencoderKL) -> None:
+    whole = {"encoder": "0" * 64, "resolution": (16,), "store": "mean", "dtype": "fp16", "mixed_precision": "no"}
+    for draft in (True, False):
+        named = preprocessing_identity(Decoding(jpeg_draft=draft, resize="none"))
+        identity = Identity.model_validate(whole | {"preprocessing": named, "shard_size": 4})
+        if not draft:
+            assert cutting_of(identity, tiny_vae).resize == "none"
+            continue
+        with pytest.raises(UsageError, match="jpeg_draft"):
+            cutting_of(identity, tiny_vae)
 
 
 def test_an_identity_names_its_decoding() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.latent_store import read_manifest
 from ldm_vae.preprocessing import Preprocessing, record, recorded
-from ldm_vae.training import Training, build_autoencoder
+from ldm_vae.training import Training, build_autoencoder, check_teachers
 
 RANGE = Preprocessing(channels=1, value_range=(0, 4095), resize="none")
 OTHER = Preprocessing(channels=1, value_range=(-1000, 1000), resize="none")
@@ -94,7 +95,11 @@ def test_flags_that_nothing_can_be_decoded_with(given: dict[str, Any], field: st
 
 
 def test_a_flag_overrides_the_record_and_is_said(
-    grey_folder: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    grey_folder: Path,
+    scans: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     evaluate(grey_folder, scans, "--output", tmp_path / "own")
     evaluate(grey_folder, scans, "--output", tmp_path / "other", "--value_range", 0, 65535, "--resize", "short_side")
@@ -117,8 +122,11 @@ def test_a_flag_overrides_the_record_and_is_said(
     assert read_manifest(store).identity.preprocessing == "1 channels=1 value_range=(0.0, 65535.0) resize='none'"
     with pytest.raises(UsageError, match=r"65535.*4095"):  # begun with another
         call(*encode)
-    call("store", "verify", store, "--reencode", 3)  # as the store says
+    with caplog.at_level(logging.WARNING):
+        call("store", "verify", store, "--reencode", 3)  # as the store says, and what the network says is said
     assert "3 to the same bits" in capsys.readouterr().out
+    (note,) = [one.getMessage() for one in caplog.records if "ldm_vae" in one.name]
+    assert note.startswith("value_range") and "[0, 65535]" in note and "[0, 4095]" in note
     with pytest.raises(WorkError):
         call("store", "verify", store, "--reencode", 3, "--value_range", 0, 4095)
 
@@ -190,6 +198,19 @@ def test_fine_tuning_goes_on_with_what_its_base_records(
         build_autoencoder(settings(data, transform))
     build_autoencoder(settings(data, transform, ignore_preprocessing=True))
     build_autoencoder(settings({"value_range": [0, 4095]}, {"resize": "none"}))
+
+
+def test_a_teacher_must_see_what_it_records(grey_folder: Path) -> None:
+    def settings(**more: Any) -> Training:
+        return Training.model_validate({
+            "output_dir": "x", "model": SHAPE | {"in_channels": 1}, "transform": {"resize": "none"},
+            "losses": {"l1": {"weight": 1.0}, "drift": {"weight": 1.0, "teacher": str(grey_folder)}},
+            "data": {"kind": "folder", "path": "x", "channels": 1}, **more,
+        })  # fmt: skip
+
+    with pytest.raises(UsageError, match=r"^data\.value_range: .*losses\.drift\.teacher"):
+        check_teachers(settings())
+    check_teachers(settings(ignore_preprocessing=True))
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_every_form_of_a_network_carries_it_on(grey_folder: Path, tmp_path: Path
     call("fp16", "fix", tmp_path / "pipe", tmp_path / "fixed", "--resolution", 16)
     forms = ("folder", "file.safetensors", "pipe", "pipe/vae", "fixed")
     assert [recorded(load_autoencoder(tmp_path / form)) for form in forms] == [RANGE] * len(forms)
+    assert "black and white are [0, 4095] in the file" in (tmp_path / "folder" / "README.md").read_text()
     assert AutoencoderKL.from_pretrained(tmp_path / "folder").config.in_channels == 1
     call("export", grey_folder, tmp_path / "folder", "--normalisation_from", grey_folder)  # an export may replace it
     bare = tmp_path / "bare.safetensors"

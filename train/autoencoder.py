@@ -69,6 +69,7 @@ from ldm_vae.training import (
     build_discriminator,
     build_network,
     build_objective,
+    check_teachers,
 )
 from ldm_vae.training_data import assign_buckets, check_sources, normalisation_pixels, open_sources
 
@@ -111,6 +112,7 @@ def train(settings: Training) -> None:
     ema.module.to(accelerator.device)
     network = build_network(settings, vae)
     encoder_before = None if network.encoder_learns or pairs else encoder_fingerprint(vae)
+    check_teachers(settings)
     objective = build_objective(settings).to(accelerator.device)
     ema_objective = Ema(objective, settings.ema_halflife_images)  # of its own parameters: a likelihood's variance
     objective.attach(network)

@@ -38,13 +38,16 @@ def cutting_of(identity: Identity, vae: Any) -> Cutting:
     """What a store cuts from an image.
 
     Raises:
-        UsageError: the aspect buckets do not suit the VAE.
+        UsageError: the aspect buckets do not suit the VAE, or a draft does not suit the resize.
     """
     step = identity.bucket_step
     shapes = None
     if step is not None:
         shapes = tuple(bucket_shapes(side, step, downsampling_factor(vae)) for side in identity.resolution)
-    return Cutting(identity.resolution, crops_of(identity.views), shapes, resize_of(identity))
+    resize, decoding = resize_of(identity), decoding_of(identity.preprocessing)
+    if resize == "none" and decoding is not None and decoding.jpeg_draft:
+        raise UsageError("jpeg_draft: decodes at another size, and resize is none: pixels are taken as they are")
+    return Cutting(identity.resolution, crops_of(identity.views), shapes, resize)
 
 
 def resize_of(identity: Identity) -> Resize:
