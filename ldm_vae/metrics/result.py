@@ -147,7 +147,7 @@ def markdown(results: Sequence[Json]) -> str:
         f"{protocol['posterior']} of the posterior, {data['resolution']} px centre crops, 8-bit images "
         f"({protocol['rounding']}). Data {data['source']}, checksum {data['checksum'][:12]}."
     )
-    if data["preprocessing"] != PREPROCESSING_VERSION:  # anything but the defaults
+    if data.get("preprocessing", PREPROCESSING_VERSION) != PREPROCESSING_VERSION:  # anything but the defaults
         notes = "".join(f"; {note}" for note in data.get("notes", ()))
         lines[-1] += f" Decoded as `{data['preprocessing']}`{notes}."
     return "\n".join(lines) + "\n"
