@@ -24,6 +24,7 @@ from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.latent_store import read_manifest
 from ldm_vae.preprocessing import Preprocessing, record, recorded
+from ldm_vae.report import tables
 from ldm_vae.training import Training, build_autoencoder, check_teachers
 
 RANGE = Preprocessing(channels=1, value_range=(0, 4095), resize="none")
@@ -113,6 +114,8 @@ def test_a_flag_overrides_the_record_and_is_said(
     notes = other["data"]["notes"]
     assert len(notes) == 2 and all("grey" in note for note in notes)
     assert "[0, 4095]" in notes[0] and "[0, 65535]" in notes[0] and "short_side" in notes[1] and "none" in notes[1]
+    assert "Pixels as they are" in tables.protocol([own])[2] and "Short side resized" in tables.protocol([other])[2]
+    assert all(note in tables.protocol([other])[2] for note in notes)
     said = (tmp_path / "other" / "metrics.md").read_text()
     assert all(note in said and note in capsys.readouterr().out + said for note in notes)
 

@@ -146,11 +146,17 @@ def markdown(results: Sequence[Json]) -> str:
         f"\nMean ± half of the 95 % interval over images. Protocol {protocol['name']} {protocol['version']}: "
         f"{protocol['posterior']} of the posterior, {data['resolution']} px centre crops, 8-bit images "
         f"({protocol['rounding']}). Data {data['source']}, checksum {data['checksum'][:12]}."
+        f"{how_decoded(data)}"
     )
-    if data.get("preprocessing", PREPROCESSING_VERSION) != PREPROCESSING_VERSION:  # anything but the defaults
-        notes = "".join(f"; {note}" for note in data.get("notes", ()))
-        lines[-1] += f" Decoded as `{data['preprocessing']}`{notes}."
     return "\n".join(lines) + "\n"
+
+
+def how_decoded(data: Json) -> str:
+    """A sentence behind a space on images that were not decoded by the defaults, and on flags that overrode a record;
+    empty for others."""
+    prepared = data.get("preprocessing", PREPROCESSING_VERSION)  # absent from what other versions measured
+    notes = "".join(f"; {note}" for note in data.get("notes", ()))
+    return f" Images decoded as `{prepared}`{notes}." if notes or prepared != PREPROCESSING_VERSION else ""
 
 
 def plain(results: Sequence[Json]) -> str:
