@@ -28,7 +28,8 @@ from diffusers import AutoencoderKL
 from torchvision.utils import make_grid
 
 from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
-from ldm_vae.data.source import Source, open_source
+from ldm_vae.data.flags import DataFlags, add_data_arguments
+from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.denoisers.dit import Config as DiT
 from ldm_vae.diffusability import Matched, Recipe, fit, match
@@ -47,6 +48,7 @@ from ldm_vae.metrics.pictures import save
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.running import Running
 from ldm_vae.ownership import own
+from ldm_vae.preparation import preparation_of
 from ldm_vae.report import build_report
 
 Json = dict[str, Any]
@@ -78,7 +80,7 @@ def arguments() -> argparse.Namespace:
         "--normalisation", choices=("own", "scale", "shift", "channel"), default="shift",
         help="of the latents: measured on the store (shift: one mean, one deviation), or own: as the VAE's config says",
     )  # fmt: skip
-    add("--split", default="train", help="split of a dataset (train)")
+    add_data_arguments(parser)
     found = parser.parse_intermixed_args()
     for name in ("resolution", "seeds", "train_images", "batch_size", "layers", "heads", "steps", "samples"):
         if getattr(found, name) < 1:
@@ -117,10 +119,8 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
     vaes = [load_autoencoder(vae) for vae in options.vae]
     for vae in vaes:
         check_resolution(options.resolution, downsampling_factor(vae))
-    channels = {int(vae.config.in_channels) for vae in vaes}
-    if len(channels) > 1:
-        raise UsageError(f"vae: all must take images of one kind, these take {sorted(channels)} channels")
-    source = open_source(options.data, split=options.split, channels=channels.pop())
+    preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
+    source = preparation.open(options.data)
     recipe = Recipe(options.train_images, options.batch_size, options.learning_rate)
     base = DiT(
         num_layers=options.layers, num_attention_heads=options.heads, attention_head_dim=options.head_dim
@@ -155,13 +155,14 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
         "sampling": sampling(options).model_dump(), "normalisation": options.normalisation,
         "tolerance": options.tolerance, "denoiser": base.model_dump(exclude={"patch_size"}),
     }  # fmt: skip
-    data = {"source": options.data, "keys": datasets[0].manifest.source.keys}
+    data = {"source": options.data, "keys": datasets[0].manifest.source.keys,
+            "preprocessing": preparation.identity, "notes": list(preparation.notes)}  # fmt: skip
     results = {"protocol": protocol, "data": data, "vaes": found, "verdicts": verdicts(found),
                "settings": result.settings(device, options.batch_size), "versions": result.versions()}  # fmt: skip
     result.write(options.output / "diffusability.json", results)
     result.write(options.output / "diffusability.md", markdown(results))
     build_report(options.output)
-    print(markdown(results))
+    print("\n".join([markdown(results), *preparation.notes]))
     print(f"written to {options.output}; to look at it: {options.output / 'index.html'}")
 
 

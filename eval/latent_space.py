@@ -30,9 +30,10 @@ from tqdm.auto import tqdm
 
 from ldm_vae import finite, latents
 from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
+from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
-from ldm_vae.data.source import Source, open_source
-from ldm_vae.data.transforms import PREPROCESSING_VERSION, to_pixels
+from ldm_vae.data.source import Source
+from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import UsageError, WorkError, run_program
 from ldm_vae.latent_space import summary
 from ldm_vae.latent_space.channels import ChannelStatistics
@@ -52,6 +53,7 @@ from ldm_vae.metrics.psnr import psnr
 from ldm_vae.metrics.ranks import gather, gather_rows
 from ldm_vae.metrics.running import Running, Summary
 from ldm_vae.ownership import own_together
+from ldm_vae.preparation import preparation_of
 
 
 def arguments() -> argparse.Namespace:
@@ -73,9 +75,8 @@ def arguments() -> argparse.Namespace:
     add("--pairs", type=int, default=3, metavar="N", help="pairs of images between which is interpolated (3)")
     add("--seed", type=int, default=0, help="of every draw (0)")
     add("--config", metavar="FOLDER", help="config.json of a single-file VAE of a shape of its own")
-    add("--image_column", help="column that holds the image")
-    add("--split", default="train", help="split of a dataset (train)")
     add("--max_bad", type=float, default=1.0, help="share of unreadable images above which the work stops (1: never)")
+    add_data_arguments(parser)
     found = parser.parse_args()
     for name, least in {"batch_size": 1, "resolution": 1, "bank": 2, "repeats": 2, "likelihood_images": 0,
                         "components": 0, "pairs": 0}.items():  # fmt: skip
@@ -123,9 +124,8 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
     # --- everything that can be wrong is opened before the first image is measured ------------------------------------
     vae = load_autoencoder(options.vae, options.config)
     check_resolution(options.resolution, downsampling_factor(vae))
-    source = open_source(
-        options.data, image_column=options.image_column, split=options.split, channels=vae.config.in_channels
-    )
+    preparation = preparation_of({options.vae: vae}, DataFlags.of(options))
+    source = preparation.open(options.data)
     indices = range(min(len(source), options.max_images or len(source)))
     quarantine_path = prepare(options.output, accelerator)
     quarantine = Quarantine(len(indices), max_bad=options.max_bad, path=quarantine_path)
@@ -161,7 +161,8 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
                 "quarantined": len(read_quarantine(quarantine_path)),
                 "images": survey.images,
                 "checksum": survey.checksum,
-                "preprocessing": PREPROCESSING_VERSION,
+                "preprocessing": preparation.identity,
+                "notes": list(preparation.notes),
             },
             "metrics": {metric: number.to_json() for metric, number in metrics.items()},
             "channels": survey.channels.figures(),
@@ -175,7 +176,7 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
         }
         result.write(options.output / "latent_space.md", summary.markdown(found))
         result.write(options.output / "latent_space.json", found)
-        print(summary.plain(found))
+        print("\n".join([summary.plain(found), *preparation.notes]))
         print(f"\nwritten to {options.output}; to look at it: ldm-vae report {options.output}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

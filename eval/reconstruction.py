@@ -4,9 +4,10 @@
     python -m eval.reconstruction my-vae stabilityai/sd-vae-ft-mse PHOTOS --output compared --resolution 256
     accelerate launch -m eval.reconstruction my-vae PHOTOS --output measured
 
-The protocol: the mode of the posterior is decoded; images are resized by their short side (antialiased bicubic) and
-centre-cropped to --resolution; output is clamped to [-1, 1] and rounded to 8 bits before every metric; every image
-counts exactly once on any number of processes; means come with 95 % intervals over images.
+The protocol: the mode of the posterior is decoded; images are decoded as the VAEs record (flags override it), resized
+by their short side (antialiased bicubic; not where that record says none) and centre-cropped to --resolution; output is
+clamped to [-1, 1] and rounded to 8 bits before every metric; every image counts exactly once on any number of
+processes; means come with 95 % intervals over images.
 
 DIR then holds metrics.json (one object, or a list of one per VAE), metrics.md, images.jsonl (every image's numbers),
 pictures/ and quarantine.jsonl. `ldm-vae report DIR` makes a page of it.
@@ -26,8 +27,9 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
+from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
-from ldm_vae.data.source import Source, open_source
+from ldm_vae.data.source import Source
 from ldm_vae.errors import UsageError, WorkError, run_program
 from ldm_vae.launch import ON_THEIR_OWN, build_accelerator
 from ldm_vae.metrics import result
@@ -39,6 +41,7 @@ from ldm_vae.metrics.protocol import PINNED, VARIANTS, by_name
 from ldm_vae.metrics.samples import keep_samples
 from ldm_vae.metrics.select import NAMES, Weights, build_metrics, check
 from ldm_vae.ownership import own_together
+from ldm_vae.preparation import preparation_of
 
 
 def arguments() -> argparse.Namespace:
@@ -66,9 +69,8 @@ def arguments() -> argparse.Namespace:
         help=f"reproduce the numbers of others: {', '.join(VARIANTS)} (default: {PINNED.name}, which is pinned)",
     )  # fmt: skip
     add("--config", metavar="FOLDER", help="config.json of a single-file VAE of a shape of its own")
-    add("--image_column", help="column that holds the image")
-    add("--split", default="train", help="split of a dataset (train)")
     add("--max_bad", type=float, default=1.0, help="share of unreadable images above which the work stops (1: never)")
+    add_data_arguments(parser)
     found = parser.parse_intermixed_args()
     for name in ("batch_size", "resolution"):
         if getattr(found, name) < 1:
@@ -93,10 +95,8 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     vaes = [load_autoencoder(vae, options.config) for vae in options.vae]
     for vae in vaes:
         check_resolution(options.resolution, downsampling_factor(vae))
-    channels = {vae.config.in_channels for vae in vaes}
-    if len(channels) > 1:
-        raise UsageError(f"vae: all must take images of one kind, these take {sorted(channels)} channels")
-    source = open_source(options.data, image_column=options.image_column, split=options.split, channels=channels.pop())
+    preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
+    source = preparation.open(options.data)
     indices = range(min(len(source), options.max_images or len(source)))
     prepare(options.output, accelerator)
     quarantine_path = options.output / "quarantine.jsonl"  # shared by all ranks
@@ -113,7 +113,10 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     # --- results: numbers, a table, and pictures of a fixed choice and of the worst -----------------------------------
     if accelerator.is_main_process:
         quarantined = len(read_quarantine(quarantine_path))
-        data = {"source": options.data, "resolution": options.resolution, "quarantined": quarantined}
+        data = {
+            "source": options.data, "resolution": options.resolution, "quarantined": quarantined,
+            "preprocessing": preparation.identity, "notes": list(preparation.notes),
+        }  # fmt: skip
         computed = result.settings(accelerator.device, options.batch_size) | result.command("eval.reconstruction")
         results = [
             result.result(
@@ -135,7 +138,7 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
         keep_samples(options.output, first, evaluations[0].latents, options.resolution, accelerator.device)
         result.write(options.output / "metrics.md", result.markdown(results))
         result.write(options.output / "metrics.json", results[0] if len(results) == 1 else results)
-        print(result.plain(results))
+        print("\n".join([result.plain(results), *preparation.notes]))
         print(f"\nwritten to {options.output}; to look at it: ldm-vae report {options.output}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

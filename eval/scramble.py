@@ -21,11 +21,12 @@ import torch
 
 from ldm_vae import finite, latents
 from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder, only_kl
-from ldm_vae.data.source import open_source
+from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import UsageError, run_program
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.metrics.batches import image_batches, spread
+from ldm_vae.preparation import preparation_of
 
 
 @torch.no_grad()
@@ -61,13 +62,15 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="where the other VAE goes")
     parser.add_argument("--resolution", type=int, default=256, help="side of the crops in pixels (256)")
     parser.add_argument("--images", type=int, default=128, help="how many of DATA are used (128)")
+    add_data_arguments(parser)
     options = parser.parse_args()
     vae = load_autoencoder(options.vae)
     only_kl(vae, f"vae {options.vae}")
     if vae.quant_conv is None or vae.post_quant_conv is None:
         raise UsageError(f"vae {options.vae}: expected one with quant_conv and post_quant_conv, which hold the matrix")
     check_resolution(options.resolution, downsampling_factor(vae))
-    source = open_source(options.data, channels=int(vae.config.in_channels))
+    preparation = preparation_of({options.vae: vae}, DataFlags.of(options))
+    source = preparation.open(options.data)
     chosen = spread(len(source), options.images)
     batches = image_batches(source, chosen, options.resolution, batch_size=16)
     pixels = to_pixels(torch.cat([batch.pixels for batch in batches]))
@@ -76,6 +79,7 @@ def main() -> None:
     off = (finite.decode(vae, finite.encode(vae, pixels).mean) - before).abs().max()
     normalisation = latents.Normalisation.from_config(vae.config, f"VAE {options.vae}")
     write_vae(vae, options.out, normalisation, sample_size=options.resolution)
+    print(*preparation.notes, sep="\n", end="\n" * bool(preparation.notes))
     print(f"wrote {options.out}: no pixel of {len(pixels)} reconstructions differs by more than {float(off):.1e} of 2")
 
 

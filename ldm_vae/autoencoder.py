@@ -27,8 +27,9 @@ from ldm_vae.fine_tuning import ENCODER, encoder_learns
 from ldm_vae.finite import check_weights
 from ldm_vae.latents import Moments
 from ldm_vae.perturbations import Draw
+from ldm_vae.preprocessing import read_beside, read_hub, record
 from ldm_vae.weights.files import say
-from ldm_vae.weights.networks import CLASSES, find_folder, load_folder
+from ldm_vae.weights.networks import CLASSES, CONFIG, find_folder, load_folder
 
 
 class AutoencoderConfig(Part):
@@ -84,7 +85,8 @@ class AutoencoderConfig(Part):
 
 
 def load_autoencoder(source: str | Path, config: str | Path | None = None) -> Any:
-    """Load a VAE (an AutoencoderKL, VQModel or AutoencoderTiny) for inference: fp32, eval mode, no gradients.
+    """Load a VAE (an AutoencoderKL, VQModel or AutoencoderTiny) for inference: fp32, eval mode, no gradients; with the
+    record of its preprocessing, if it has one (ldm_vae/preprocessing.py).
 
     What had to be done for it (a prefix taken from names, a variant in the place of full weights, 8-bit floats) is said
     on stderr.
@@ -95,8 +97,8 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
         config: for a single file of another shape than it tells by itself, a folder that holds its config.json.
 
     Raises:
-        UsageError: `source` is none of these, or not whole, or its weights hold NaN or infinity; the sentence names the
-            file or the tensors.
+        UsageError: `source` is none of these, or not whole, or its weights hold NaN or infinity, or its record is
+            damaged or too new; the sentence names the file or the tensors.
     """
     path, place = Path(source), f"VAE {source}"
     if path.is_file():
@@ -106,7 +108,10 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
     else:
         if config is not None:
             say(f"{place}: its own config.json is taken; {config} is for single files")
-        vae = load_folder(find_folder(str(source), place), place, CLASSES)
+        folder = find_folder(str(source), place)
+        vae = load_folder(folder, place, CLASSES)
+        local, subfolder = path.is_dir(), "vae" if folder.name == "vae" else None
+        record(vae, read_beside(folder / CONFIG) if local else read_hub(str(source), subfolder))
     check_weights(vae, place)
     return vae.float().eval().requires_grad_(False)
 

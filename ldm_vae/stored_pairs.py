@@ -24,15 +24,16 @@ from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.sampler import Work
 from ldm_vae.data.source import Source, image_checksum
 from ldm_vae.data.stream import Stream
-from ldm_vae.data.transforms import preprocessing_identity
+from ldm_vae.data.transforms import decoding_of, preprocessing_identity
 from ldm_vae.data.workers import load
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store.layout import PIXELS, crop_of, crops_of, is_flipped
 from ldm_vae.latent_store.manifest import read_manifest
 from ldm_vae.latent_store.reading import LatentDataset
 from ldm_vae.latent_store.units import storable
-from ldm_vae.latent_store.views import Cutting
+from ldm_vae.latent_store.views import Cutting, resize_of
 from ldm_vae.latents import Moments
+from ldm_vae.preprocessing import Preprocessing
 from ldm_vae.training import Training
 
 COLUMNS = ("key", "source_index", "image_sha256")
@@ -61,7 +62,7 @@ class StoredPairs(Dataset[StoredBatch]):
         identity = latents.manifest.identity
         self.latents, self.source = latents, source
         self.crops = crops_of(identity.views)
-        self.cutting = Cutting((latents.shards[0].resolution,), self.crops)
+        self.cutting = Cutting((latents.shards[0].resolution,), self.crops, resize=resize_of(identity))
         self._known_bad: set[int] = set()
         self._places: dict[str, int] | None = None
 
@@ -147,8 +148,17 @@ def open_pairs(settings: Training, vae: AutoencoderKL, source: Source | Stream) 
                          "with pixels")  # fmt: skip
     ours = preprocessing_identity(source.decoding)
     if identity.preprocessing != ours:
-        raise UsageError(f"data: is prepared as `{ours}`, the store {path} was made as `{identity.preprocessing}`")
+        raise UsageError(
+            f"data: is prepared as `{ours}`, the store {path} was made as `{identity.preprocessing}`; set data and "
+            "transform.resize so"
+        )
     return StoredPairs(latents, source)
+
+
+def prepared_as(source: Source | Stream, pairs: StoredPairs | None) -> Preprocessing:
+    """How the images of a training are prepared: those of a store that holds its pixels as the store's were."""
+    stored = pairs and pairs.source is None and decoding_of(pairs.latents.manifest.identity.preprocessing)
+    return Preprocessing.of(stored or source.decoding)
 
 
 def stored_loader(

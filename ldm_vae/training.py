@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -11,14 +12,18 @@ from ldm_vae.adversary import AdversaryConfig
 from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder, load_autoencoder
 from ldm_vae.config import choice, choices
 from ldm_vae.data.buckets import BucketConfig
+from ldm_vae.data.source import SourceConfig
 from ldm_vae.data.transforms import TransformConfig
 from ldm_vae.errors import UsageError
 from ldm_vae.fine_tuning import resize_channels, set_trainable
 from ldm_vae.keyed import seeded
 from ldm_vae.objective import Objective
 from ldm_vae.optim import OptimizerConfig
+from ldm_vae.preparation import check_same, shown
+from ldm_vae.preprocessing import recorded
 from ldm_vae.run import MAY_CHANGE as ANY_RUN_MAY_CHANGE
 from ldm_vae.run import RunConfig
+from ldm_vae.teacher import teacher
 
 ValidationMetric = Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg"]
 
@@ -34,10 +39,12 @@ class Training(RunConfig):
     """Start from these weights: a diffusers folder, a hub id, a single file or a run."""
     ignore_mismatched_sizes: bool = False
     """With init_from: model.latent_channels and model.in_channels may be others than there; what fits is kept."""
+    ignore_preprocessing: bool = False
+    """data.value_range, data.background and transform.resize may be others than init_from or a teacher records."""
     latent_store: str | None = None
     """Train the decoder alone, from the moments of this store: the encoder, that of init_from, is neither run nor held.
-    Its crops are taken as they are (`transform` has no part); pixels come from the store (`ldm-vae encode --pixels`),
-    or from `data` by key, the checksum of each image compared."""
+    Its crops are taken as they are (of `transform` only `resize` has a part: it must be the store's); pixels come from
+    the store (`ldm-vae encode --pixels`), or from `data` by key, the checksum of each image compared."""
     trainable: tuple[str, ...] = ("*",)
     """Patterns of the parameters that learn, in diffusers' names; later ones win, a leading ! freezes. The decoder
     alone: ["decoder.*", "post_quant_conv.*"]; the encoder then runs without a graph and stays as it is."""
@@ -86,6 +93,12 @@ class Training(RunConfig):
             raise ValueError("model.quantizer.codebook: learned needs the term losses.codebook")
         if self.gradient_checkpointing and self.model.kind == "vq":
             raise ValueError("gradient_checkpointing: diffusers' VQModel has none; expected false")
+        if isinstance(self.data, SourceConfig) and isinstance(self.validation_data, SourceConfig):
+            for name in ("value_range", "background"):
+                ours, theirs = getattr(self.data, name), getattr(self.validation_data, name)
+                files_differ = name == "value_range" and ours is not None and theirs is not None
+                if ours != theirs and not files_differ:
+                    raise ValueError(f"validation_data.{name}: expected data.{name} {shown(ours)}, got {shown(theirs)}")
         for name, part in (("data", self.data), ("validation_data", self.validation_data)):
             channels = getattr(part, "channels", self.model.in_channels)
             if channels != self.model.in_channels:
@@ -105,6 +118,7 @@ MAY_CHANGE = (
     "normalisation_from",
     "normalisation_images",
     "on_nan",
+    "ignore_preprocessing",
 )
 
 
@@ -112,7 +126,8 @@ def build_autoencoder(settings: Training) -> Any:
     """From `init_from` when it is named, else random weights drawn by the seed; `trainable` is applied.
 
     Raises:
-        UsageError: the shape of `init_from` is not `model`, or `trainable` names nothing.
+        UsageError: the shape of `init_from` is not `model`, it records another preprocessing, or `trainable` names
+            nothing.
     """
     with seeded(settings.seed):
         vae = settings.model.build()
@@ -130,9 +145,31 @@ def build_autoencoder(settings: Training) -> Any:
             if came != value and name not in may_differ:
                 hint = "; ignore_mismatched_sizes keeps what fits" if name in ("latent_channels", "in_channels") else ""
                 raise UsageError(f"model.{name}: the config says {value}, {settings.init_from} has {came}{hint}")
+        check_preprocessing(settings, base, f"init_from {settings.init_from}")
         vae = resize_channels(base, vae)
     set_trainable(vae, settings.trainable)
     return vae.train()
+
+
+def check_preprocessing(settings: Training, network: Any, name: str) -> None:
+    """Raises UsageError where images are prepared in another way than a network that is fed them records.
+
+    name: of the network in the config, with its place.
+    """
+    known = recorded(network)
+    if known is None or settings.ignore_preprocessing or not isinstance(settings.data, SourceConfig):
+        return
+    ours = replace(settings.data.decoding(), resize=settings.transform.resize)
+    names = {"value_range": "data.value_range", "background": "data.background", "resize": "transform.resize"}
+    check_same("the config says", ours, name, known, names, "set that, or ignore_preprocessing: true")
+
+
+def check_teachers(settings: Training) -> None:
+    """Raises UsageError where a teacher, which sees the training's images, records another preprocessing."""
+    for section in ("losses", "perturbations"):
+        for name, part in getattr(settings, section).items():
+            if isinstance(source := getattr(part, "teacher", None), str):
+                check_preprocessing(settings, teacher(source).network, f"{section}.{name}.teacher {source}")
 
 
 def build_network(settings: Training, vae: Any, outline: bool = False) -> TrainableAutoencoder:

@@ -13,12 +13,25 @@ from accelerate import Accelerator
 from ldm_vae.data.buckets import Assignment, Shape, assign
 from ldm_vae.data.quarantine import Bad
 from ldm_vae.data.sizes import shared_sizes
-from ldm_vae.data.source import Source
+from ldm_vae.data.source import Source, with_resize
 from ldm_vae.data.stream import Stream
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import UsageError
 from ldm_vae.metrics.batches import image_batches, some_of
 from ldm_vae.training import Training
+
+
+def open_sources(settings: Training) -> tuple[Source | Stream, Source | None]:
+    """The images to train and to validate on; whole ones are brought to the resolution as `transform.resize` says.
+
+    Raises:
+        UsageError: nothing is there.
+    """
+    resize, held_out = settings.transform.resize, settings.validation_data
+    return (
+        with_resize(settings.data.build(), resize),
+        None if held_out is None else with_resize(held_out.build(), resize),
+    )
 
 
 def check_sources(source: Source | Stream, validation_source: Source | None, settings: Training) -> None:
@@ -47,6 +60,7 @@ def assign_buckets(
 def normalisation_pixels(settings: Training) -> Iterator[torch.Tensor]:
     """Training images [B, C, R, R] in [-1, 1], decoded exactly, as encoding will, whatever jpeg_draft says."""
     source = settings.data.model_copy(update={"jpeg_draft": False} if settings.data.jpeg_draft else {}).build()
+    source = with_resize(source, settings.transform.resize)
     chosen = some_of(source, settings.normalisation_images)
     batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size)
     left = settings.normalisation_images

@@ -19,6 +19,8 @@ from loopback_hub import serve
 from PIL import Image
 
 from ldm_vae.autoencoder import AutoencoderConfig
+from ldm_vae.export.diffusers_folder import write_vae
+from ldm_vae.preprocessing import Preprocessing, record
 
 torch.set_num_threads(1)
 
@@ -80,3 +82,29 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip")
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def grey_vae() -> AutoencoderKL:
+    """Of one channel, without a record."""
+    torch.manual_seed(0)
+    shape = AutoencoderConfig(in_channels=1, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
+    return shape.build().eval()
+
+
+@pytest.fixture
+def grey_folder(grey_vae: AutoencoderKL, tmp_path: Path) -> Path:
+    """With a record: 12 bits in the file, pixels as they are."""
+    found = Preprocessing(channels=1, value_range=(0, 4095), resize="none")
+    return write_vae(record(grey_vae, found), tmp_path / "grey", None)
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    """Three pictures of 12 bits."""
+    (tmp_path / "scans").mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(3):
+        coarse = Image.fromarray(draw.integers(0, 255, (4, 4), dtype=np.uint8)).resize((26, 22))
+        Image.fromarray(np.asarray(coarse).astype(np.uint16) * 16).save(tmp_path / "scans" / f"{number}.png")
+    return tmp_path / "scans"

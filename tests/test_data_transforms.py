@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from conftest import write_images
+from diffusers import AutoencoderKL
 from pydantic import ValidationError
 from torchvision.transforms import v2
 
 from ldm_vae import keyed
 from ldm_vae.data.decoding import Decoding, decode
+from ldm_vae.data.source import open_source, with_resize
 from ldm_vae.data.transforms import (
     PREPROCESSING_VERSION,
     TransformConfig,
     centre_crop,
+    decoding_of,
     preprocessing_identity,
     random_crop,
     to_pixels,
     to_uint8,
 )
+from ldm_vae.errors import UsageError
+from ldm_vae.latent_store.manifest import Identity
+from ldm_vae.latent_store.views import Cutting, cutting_of
+from ldm_vae.metrics.batches import image_batches
 
 
 def smooth(height: int, width: int, channels: int = 3) -> torch.Tensor:
@@ -139,3 +150,74 @@ def test_all_256_values_survive_the_round_trip() -> None:
 def test_preprocessing_identity_names_what_changes_pixels() -> None:
     assert preprocessing_identity() == PREPROCESSING_VERSION
     assert preprocessing_identity(Decoding(jpeg_draft=True)) == f"{PREPROCESSING_VERSION} jpeg_draft=True"
+
+
+# --- the resize law ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(40, 31), (31, 40), (16, 16), (9, 14), (17, 60)])
+@pytest.mark.parametrize("shape", [16, (8, 24)])
+def test_pixels_as_they_are_are_trainings_centre_crop(size: tuple[int, int], shape: Any) -> None:
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    transform = TransformConfig(crop="centre", resize="none", flip=False)
+    trained = random_crop(image, shape, transform, np.random.default_rng(0))
+    cut = centre_crop(image, shape, resize="none")
+    assert torch.equal(cut.pixels, trained.pixels) and (cut.box, cut.original_size) == (trained.box, size)
+    if min(size) >= 24:
+        top, left = cut.box[:2]
+        rows, columns = (shape, shape) if isinstance(shape, int) else shape
+        assert torch.equal(cut.pixels, image[:, top : top + rows, left : left + columns])
+
+
+def test_corners_of_pixels_as_they_are() -> None:
+    image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    crops = Cutting((16,), ("", "top_left", "bottom_right"), resize="none")(image, (40, 50))
+    assert torch.equal(crops[1].pixels, image[:, :16, :16]) and torch.equal(crops[2].pixels, image[:, -16:, -16:])
+    small = Cutting((16,), ("top_left",), resize="none")(image[:, :16, :16], (16, 16))[0]
+    assert small.pixels.shape == (3, 16, 16) and small.box == (0, 0, 14, 14)
+
+
+def test_a_draft_and_pixels_as_they_are_exclude_each_other_in_a_store(tiny_vae: AutoencoderKL) -> None:
+    whole = {"encoder": "0" * 64, "resolution": (16,), "store": "mean", "dtype": "fp16", "mixed_precision": "no"}
+    for draft in (True, False):
+        named = preprocessing_identity(Decoding(jpeg_draft=draft, resize="none"))
+        identity = Identity.model_validate(whole | {"preprocessing": named, "shard_size": 4})
+        if not draft:
+            assert cutting_of(identity, tiny_vae).resize == "none"
+            continue
+        with pytest.raises(UsageError, match="jpeg_draft"):
+            cutting_of(identity, tiny_vae)
+
+
+def test_an_identity_names_its_decoding() -> None:
+    assert preprocessing_identity() == preprocessing_identity(Decoding(resize="short_side")) == "1"
+    for one in (
+        Decoding(), Decoding(1, (0, 1, 2), (-1000.0, 3.5), True, "none"), Decoding(4, value_range=(0.0, 1e-9)),
+    ):  # fmt: skip
+        assert decoding_of(preprocessing_identity(one)) == one
+    for other in ("unknown", "", "2", "1 channels=__import__('os')", "1 a=1", "1  ", "1 channels=" + "(" * 9_999):
+        assert decoding_of(other) is None
+
+
+def test_a_source_of_ones_own_may_say_it_itself(tmp_path: Path) -> None:
+    class Own:
+        def __init__(self, decoding: Decoding) -> None:
+            self._decoding = decoding
+
+        @property
+        def decoding(self) -> Decoding:
+            return self._decoding
+
+    own = Own(Decoding(resize="none"))
+    assert with_resize(own, "none") is own
+    with pytest.raises(UsageError, match="resize"):
+        with_resize(Own(Decoding()), "none")
+    source = open_source(write_images(tmp_path / "x", 1))
+    assert with_resize(source, "none").decoding.resize == "none" and source.decoding.resize == "short_side"
+
+
+def test_a_protocol_that_resizes_refuses_pixels_as_they_are(tmp_path: Path) -> None:
+    source = open_source(write_images(tmp_path / "x", 2))
+    assert len(list(image_batches(source, None, 16, batch_size=2, interpolation="bilinear"))) == 1
+    with pytest.raises(UsageError, match="resize"):
+        next(image_batches(with_resize(source, "none"), None, 16, batch_size=2, interpolation="bilinear"))

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderTiny
 from tqdm.auto import tqdm
 
-from ldm_vae import checkpoint
+from ldm_vae import checkpoint, preprocessing
 from ldm_vae.adversary import Adversary
 from ldm_vae.autoencoder import (
     check_resolution,
@@ -62,7 +62,7 @@ from ldm_vae.run import (
 )
 from ldm_vae.run_inputs import compare_images, compare_store
 from ldm_vae.step import TrainingStep
-from ldm_vae.stored_pairs import drop_encoder, open_pairs, stored_loader, whole
+from ldm_vae.stored_pairs import drop_encoder, open_pairs, prepared_as, stored_loader, whole
 from ldm_vae.trackers import check_tracker, log_picture
 from ldm_vae.training import (
     MAY_CHANGE,
@@ -71,8 +71,9 @@ from ldm_vae.training import (
     build_discriminator,
     build_network,
     build_objective,
+    check_teachers,
 )
-from ldm_vae.training_data import assign_buckets, check_sources, normalisation_pixels
+from ldm_vae.training_data import assign_buckets, check_sources, normalisation_pixels, open_sources
 
 
 def main() -> None:
@@ -91,8 +92,7 @@ def train(settings: Training) -> None:
     run, say = settings.output_dir, accelerator.print
 
     # --- data: opened first, since a wrong path should cost seconds ---------------------------------------------------
-    source = settings.data.build()
-    validation_source = None if settings.validation_data is None else settings.validation_data.build()
+    source, validation_source = open_sources(settings)
     check_sources(source, validation_source, settings)
     if isinstance(source, Stream):
         say(stream_warning(settings.data.path))
@@ -104,6 +104,7 @@ def train(settings: Training) -> None:
     if settings.latent_store is not None:
         pairs = open_pairs(settings, vae, source)
         drop_encoder(vae)
+    prepared = prepared_as(source, pairs)  # of which a record goes with the weights
     base = settings.normalisation_from
     base_normalisation = base and normalisation_of(base, settings.model.latent_channels)
     shapes = settings.buckets and settings.buckets.choose(settings.resolution, downsampling_factor(vae))
@@ -113,6 +114,7 @@ def train(settings: Training) -> None:
     ema.module.to(accelerator.device)
     network = build_network(settings, vae)
     encoder_before = None if network.encoder_learns or pairs else encoder_fingerprint(vae)
+    check_teachers(settings)
     objective = build_objective(settings).to(accelerator.device)
     ema_objective = Ema(objective, settings.ema_halflife_images)  # of its own parameters: a likelihood's variance
     objective.attach(network)
@@ -259,7 +261,7 @@ def train(settings: Training) -> None:
             raise WorkError("trainable: the frozen encoder changed; nothing was exported")
         say(f"the encoder is unchanged ({encoder_before[:12]}): stores made with it stay valid")
     if accelerator.is_main_process:
-        trained = whole(ema.module, settings)
+        trained = preprocessing.record(whole(ema.module, settings), prepared)
         statistics = (
             measure(trained, normalisation_pixels(settings), accelerator.device)
             if pairs is None

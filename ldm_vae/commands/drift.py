@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+
+from ldm_vae.data.flags import DataFlags, add_data_arguments
 
 HELP = "compare a fine-tuned VAE with its base: is a diffusion model of the base still right?"
 DESCRIPTION = """\
@@ -22,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="images per forward pass (default 8)")
     parser.add_argument("--no_lpips", action="store_true", help="PSNR only: no network weights are needed")
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    add_data_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,15 +34,18 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder, sample_size
-    from ldm_vae.data.source import open_source
     from ldm_vae.export.drift import measure_drift
     from ldm_vae.metrics.batches import image_batches, spread
+    from ldm_vae.preparation import preparation_of
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, tuned = (load_autoencoder(vae).to(device) for vae in (arguments.base, arguments.tuned))
     resolution = arguments.resolution or sample_size(base)
     check_resolution(resolution, downsampling_factor(base))
-    source = open_source(arguments.data, channels=int(base.config.in_channels))
+    preparation = preparation_of({arguments.base: base, arguments.tuned: tuned}, DataFlags.of(arguments))
+    for note in preparation.notes:
+        print(note, file=sys.stderr)
+    source = preparation.open(arguments.data)
     chosen = spread(len(source), arguments.images)
     batches = image_batches(source, chosen, resolution, batch_size=arguments.batch_size)
     total = -(-len(chosen) // arguments.batch_size)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ldm_vae.data.flags import DataFlags, add_data_arguments
+
 HELP = "write the latents of a dataset into a store"
 DESCRIPTION = """\
 Encode every image of DATA once into the latent store OUT (mean and logvar, so that a trainer draws new noise each
@@ -79,16 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="decode a JPEG smaller where that is enough: faster, some 50 dB off; part of the store's identity",
     )
-    parser.add_argument("--image_column", help="column of the image, when DATA has several")
-    parser.add_argument("--caption_column", help="column that is called `caption` in the store")
-    parser.add_argument("--split", default="train", help="split of a dataset (default train)")
+    add_data_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ldm_vae.autoencoder import downsampling_factor, load_autoencoder
-    from ldm_vae.data.source import open_source
     from ldm_vae.errors import UsageError
     from ldm_vae.latent_store import write_store
     from ldm_vae.latent_store.costs import describe_costs, measure_costs
@@ -97,19 +96,14 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm_vae.latent_store.tiling import tile_of
     from ldm_vae.latent_store.writing import Processes
     from ldm_vae.launch import ON_THEIR_OWN, build_accelerator
+    from ldm_vae.preparation import preparation_of
 
     if not 0 <= arguments.max_bad <= 1:
         raise UsageError(f"--max_bad: expected a share between 0 and 1, got {arguments.max_bad}")
     accelerator = build_accelerator(arguments.mixed_precision, ddp_timeout=ON_THEIR_OWN)
     vae = load_autoencoder(arguments.vae, arguments.config)
-    source = open_source(
-        arguments.data,
-        image_column=arguments.image_column,
-        caption_column=arguments.caption_column,
-        split=arguments.split,
-        channels=int(vae.config.in_channels),
-        jpeg_draft=arguments.jpeg_draft,
-    )
+    preparation = preparation_of({arguments.vae: vae}, DataFlags.of(arguments))
+    source = preparation.open(arguments.data)
     processes, device = accelerator.num_processes, accelerator.device
     before = units_in(arguments.out)
     manifest = write_store(
@@ -140,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
         vae_name=arguments.vae,
     )
     if accelerator.is_main_process:
-        print(describe(arguments.out, manifest))
+        print("\n".join([describe(arguments.out, manifest), *preparation.notes]))
         if manifest.units > before:
             print(describe_costs(measure_costs(Path(arguments.out), manifest, vae, source)))
     accelerator.end_training()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ldm_vae.data.flags import DataFlags, add_data_arguments
+
 HELP = "write a VAE for diffusers, ComfyUI, kohya or A1111, its scaling measured"
 DESCRIPTION = """\
 Write SRC where another program finds it, read it back, compare, and only then say so.
@@ -62,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights_only_pickle", action="store_true", help="read an old .ckpt or .pt (tensors only, no code is run)"
     )
+    add_data_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -91,6 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
         base_model=arguments.base_model,
         drift_from=arguments.drift_from,
         allow_pickle=arguments.weights_only_pickle,
+        flags=DataFlags.of(arguments),
     )
     done = export(request)
     for line in done.lines:

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from ldm_vae.data.flags import DataFlags, add_data_arguments
+
 HELP = "find what overflows in fp16, and rescale it away without retraining"
 DESCRIPTION = """\
   ldm-vae fp16 audit my-vae photographs        # the largest activation of every layer, and its distance to 65,504
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         action.add_argument("--images", type=int, default=8, metavar="N", help="images of DATA (default 8)")
         action.add_argument("--config", metavar="FOLDER", help="for a single-file VAE: folder with its config.json")
+        add_data_arguments(action)
     audit.add_argument("--all", action="store_true", help="print every layer, not the ten largest of each half")
     audit.add_argument("--json", action="store_true", help="print every layer as JSON, for programs")
 
@@ -44,10 +47,15 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     from ldm_vae.autoencoder import load_autoencoder, only_kl
     from ldm_vae.export.fp16.probes import make_probes
+    from ldm_vae.preparation import preparation_of
 
     vae = load_autoencoder(arguments.vae, arguments.config).to("cuda" if torch.cuda.is_available() else "cpu")
     only_kl(vae, "fp16")
-    return vae, make_probes(vae, arguments.data, resolution=arguments.resolution, count=arguments.images)
+    preparation = preparation_of({arguments.vae: vae}, DataFlags.of(arguments))
+    for note in preparation.notes:
+        print(note, file=sys.stderr)
+    probes = make_probes(vae, arguments.data, preparation, resolution=arguments.resolution, count=arguments.images)
+    return vae, probes
 
 
 def _audit(arguments: argparse.Namespace) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm_vae.data.flags import DataFlags, add_data_arguments
+
 HELP = "look at a dataset: sizes, formats, broken files, captions, buckets, thumbnails"
 DESCRIPTION = """\
 Decode the images of DATA and say what is there: how many, their sizes and shapes, formats, broken files with reasons,
@@ -28,20 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_images", type=int, default=10_000, metavar="N", help="look at N of them (10000; 0: all)")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that decode (2)")
     parser.add_argument("--thumbnails", type=Path, default=Path("inspect.png"), metavar="PNG", help="(inspect.png)")
-    parser.add_argument("--image_column", help="column that holds the image")
-    parser.add_argument("--caption_column", help="column that holds the caption; for folders also an extension (txt)")
-    parser.add_argument("--split", default="train", help="split of a dataset (train)")
-    parser.add_argument("--channels", type=int, default=3, help="channels to decode to (3)")
+    add_data_arguments(parser, resize=False, recorded=None)
 
 
 def run(args: argparse.Namespace) -> None:
     from ldm_vae.data import buckets
-    from ldm_vae.data.source import open_source
     from ldm_vae.data.stream import Stream
     from ldm_vae.data.survey import lines, survey, thumbnails
     from ldm_vae.errors import UsageError, WorkError
+    from ldm_vae.preparation import plain
 
-    for name, least in (("resolution", 1), ("max_images", 0), ("num_workers", 0), ("channels", 1)):
+    for name, least in (("resolution", 1), ("max_images", 0), ("num_workers", 0)):
         if getattr(args, name) < least:
             raise UsageError(f"{name}: expected at least {least}, got {getattr(args, name)}")
     if not args.thumbnails.parent.is_dir():
@@ -49,13 +48,7 @@ def run(args: argparse.Namespace) -> None:
     # 64 is usual at 1024 px; a smaller resolution needs finer steps for the same shapes, a VAE multiples of 8
     step = args.bucket_step or max(8, args.resolution // 16 // 8 * 8)
     shapes = buckets.generate(args.resolution**2, step)
-    source = open_source(
-        args.data,
-        image_column=args.image_column,
-        caption_column=args.caption_column,
-        split=args.split,
-        channels=args.channels,
-    )
+    source = plain(DataFlags.of(args)).open(args.data)
     found = survey(source, args.max_images or None, args.num_workers)
     print("\n".join(lines(found, args.resolution, shapes)))
     if not found.good:

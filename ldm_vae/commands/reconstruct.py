@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm_vae.data.flags import DataFlags, add_decoding_arguments
+
 if TYPE_CHECKING:
     import torch
+
+    from ldm_vae.data.decoding import Decoding
+    from ldm_vae.preparation import Preparation
 
 HELP = "encode and decode images, and show before and after"
 DESCRIPTION = """\
@@ -26,27 +31,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the pictures")
     parser.add_argument("--resolution", type=int, help="resize by the short side and crop the centre to this side")
     parser.add_argument("--config", metavar="FOLDER", help="config.json of a single-file VAE of a shape of its own")
+    add_decoding_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
     from ldm_vae.errors import UsageError
     from ldm_vae.ownership import own
+    from ldm_vae.preparation import preparation_of
 
     vae = load_autoencoder(arguments.vae, arguments.config)
     factor = downsampling_factor(vae)
     if arguments.resolution is not None:
         check_resolution(arguments.resolution, factor)
     # every image is read before the first is reconstructed: a mistyped name costs nothing
-    images = [(path, _read(path, int(vae.config.in_channels))) for path in arguments.images]
+    preparation = preparation_of({arguments.vae: vae}, DataFlags.of(arguments))
+    images = [(path, _read(path, preparation.decoding)) for path in arguments.images]
     for path, image in images:
         if arguments.resolution is None and min(image.shape[1:]) < factor:
             raise UsageError(f"image {path}: its sides must be at least f = {factor} pixels, it is {_size(image)}")
     with own(arguments.out, "OUT"):
-        _reconstruct(vae, images, arguments)
+        _reconstruct(vae, images, preparation, arguments)
 
 
-def _reconstruct(vae: Any, images: Sequence[tuple[Path, torch.Tensor]], arguments: argparse.Namespace) -> None:
+def _reconstruct(
+    vae: Any, images: Sequence[tuple[Path, torch.Tensor]], preparation: Preparation, arguments: argparse.Namespace
+) -> None:
     """Write each image's reconstruction, and the two side by side."""
     import torch
 
@@ -58,6 +68,8 @@ def _reconstruct(vae: Any, images: Sequence[tuple[Path, torch.Tensor]], argument
     from ldm_vae.metrics.psnr import psnr
 
     factor = downsampling_factor(vae)
+    for note in preparation.notes:
+        print(note)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae.to(device)
     taken: set[str] = set()
@@ -67,7 +79,7 @@ def _reconstruct(vae: Any, images: Sequence[tuple[Path, torch.Tensor]], argument
             top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
             crop = image[:, top : top + height, left : left + width]
         else:
-            crop = centre_crop(image, arguments.resolution).pixels
+            crop = centre_crop(image, arguments.resolution, resize=preparation.decoding.resize).pixels
         _, pair = reconstruct(vae, ImageBatch([0], [str(path)], crop[None]), device)
         name = path.stem if path.stem not in taken else f"{path.stem}-{len(taken) + 1}"
         taken.add(name)
@@ -78,12 +90,12 @@ def _reconstruct(vae: Any, images: Sequence[tuple[Path, torch.Tensor]], argument
         print(f"{path}  {_size(crop)}  PSNR {decibel:.2f} dB  {arguments.out / name}.before-after.png")
 
 
-def _read(path: Path, channels: int) -> torch.Tensor:
-    from ldm_vae.data.decoding import BadImage, decode
+def _read(path: Path, decoding: Decoding) -> torch.Tensor:
+    from ldm_vae.data.decoding import BadImage, read_image
     from ldm_vae.errors import UsageError
 
     try:
-        return decode(path.read_bytes(), channels=channels)
+        return read_image(path.read_bytes(), decoding).pixels
     except OSError as error:
         raise UsageError(f"image {path}: {error.strerror or error}") from error
     except BadImage as error:

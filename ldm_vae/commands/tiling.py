@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+
+from ldm_vae.data.flags import DataFlags, add_decoding_arguments
 
 HELP = "measure what enable_tiling changes in an image"
 DESCRIPTION = """\
@@ -20,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlap", type=float, nargs="+", default=[0.25, 0.5], help="shares of a tile")
     parser.add_argument("--config", metavar="FOLDER", help="for a single-file VAE: folder with its config.json")
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    add_decoding_arguments(parser, resize=False)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,11 +34,12 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from ldm_vae.autoencoder import downsampling_factor, load_autoencoder, only_kl
-    from ldm_vae.data.decoding import Decoding, read_image
+    from ldm_vae.data.decoding import read_image
     from ldm_vae.data.quarantine import BadImage
     from ldm_vae.data.transforms import to_pixels
     from ldm_vae.errors import UsageError
     from ldm_vae.export.tiling import measure_tiling
+    from ldm_vae.preparation import preparation_of
 
     vae = load_autoencoder(arguments.vae, arguments.config).to("cuda" if torch.cuda.is_available() else "cpu")
     only_kl(vae, "tiling")
@@ -43,8 +48,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(f"IMAGE {path}: no such file")
     if not all(0 < share < 1 for share in arguments.overlap):
         raise UsageError(f"--overlap: expected shares between 0 and 1, got {arguments.overlap}")
+    preparation = preparation_of({arguments.vae: vae}, DataFlags.of(arguments))
+    for note in preparation.notes:
+        print(note, file=sys.stderr)
     try:
-        image = read_image(path.read_bytes(), Decoding(channels=int(vae.config.in_channels))).pixels
+        image = read_image(path.read_bytes(), preparation.decoding).pixels
     except BadImage as error:
         raise UsageError(f"IMAGE {path}: {error.reason}") from error
     height, width = (side // factor * factor for side in image.shape[1:])

@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from ldm_vae.data import arrays, colour, depth
 from ldm_vae.data.arrays import Array
 from ldm_vae.data.colour import Background
+from ldm_vae.data.flags import Resize
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.ranges import Range, Values, check_range
 from ldm_vae.untrusted import HEAD, disguise
@@ -52,12 +53,14 @@ EXTENSIONS = frozenset(
 
 @dataclass(frozen=True)
 class Decoding:
-    """How bytes become pixels; part of a store's preprocessing identity."""
+    """How bytes become pixels, and pixels a crop of the resolution; part of a store's preprocessing identity."""
 
     channels: int = 3
     background: Background = WHITE
     value_range: Range | None = None
     jpeg_draft: bool = False
+    resize: Resize = "short_side"
+    """Of whole images (training's crops follow `transform`): see TransformConfig.resize."""
 
     def __post_init__(self) -> None:
         check_range(self.value_range)

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm_vae.data.decoding import read_image
+from ldm_vae.data.flags import Resize
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.ranges import ENOUGH, Values, Watch
 from ldm_vae.data.source import Record, Source, image_bytes, image_checksum
@@ -51,9 +52,11 @@ class Sample:
 View = Callable[[torch.Tensor, tuple[int, int]], tuple[Crop, ...]]
 
 
-def centre_view(image: torch.Tensor, original_size: tuple[int, int], resolution: Resolution) -> tuple[Crop, ...]:
+def centre_view(
+    image: torch.Tensor, original_size: tuple[int, int], resolution: Resolution, resize: Resize = "short_side"
+) -> tuple[Crop, ...]:
     """The view of evaluation and encoding."""
-    return (centre_crop(image, resolution, original_size),)
+    return (centre_crop(image, resolution, original_size, resize),)
 
 
 Item = tuple[int, Record | Bad | None]
@@ -184,7 +187,8 @@ def ordered_loader(
             "data.jpeg_draft: measured pixels are decoded exactly, the draft is 50 dB off and compares with nothing"
         )
     slices = batches_of(items(source, indices), batch_size)
-    dataset = _OrderedDataset(source, view or functools.partial(centre_view, resolution=resolution), draft_at_least)
+    centred = functools.partial(centre_view, resolution=resolution, resize=source.decoding.resize)
+    dataset = _OrderedDataset(source, view or centred, draft_at_least)
     packed = load(dataset, slices, num_workers, False, prefetch_factor, multiprocessing_context)
     return _watched(packed, Watch(source, length(source)))
 

@@ -10,9 +10,10 @@ import hashlib
 import importlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from ldm_vae.config import Part
 from ldm_vae.data.decoding import Decoding, RawImage
+from ldm_vae.data.flags import Resize
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.errors import UsageError, WorkError
 
@@ -121,6 +123,35 @@ def open_source(
         path=str(path), image_column=image_column, caption_column=caption_column, split=split, **knobs
     )
     return config.build()
+
+
+SourceType = TypeVar("SourceType", bound="Images")
+
+
+class Images(Protocol):
+    """A source or a stream."""
+
+    @property
+    def decoding(self) -> Decoding: ...
+
+
+def with_resize(source: SourceType, resize: Resize) -> SourceType:
+    """The same images, whole ones brought to a resolution in this way.
+
+    Raises:
+        UsageError: a source of somebody's own whose `decoding` cannot be set, and names another.
+    """
+    if source.decoding.resize == resize:
+        return source
+    changed = copy(source)
+    try:
+        changed.decoding = replace(source.decoding, resize=resize)  # type: ignore[misc]
+    except AttributeError as error:
+        raise UsageError(
+            f"resize: expected {resize}, and the decoding of a {type(source).__name__} cannot be set; its own "
+            "`decoding` must say it"
+        ) from error
+    return changed
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

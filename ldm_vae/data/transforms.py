@@ -8,8 +8,10 @@ Legend: C channels, H W pixels of the image, R the resolution of the crop.
 
 from __future__ import annotations
 
+import ast
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -20,6 +22,7 @@ from torchvision.transforms.v2 import functional
 
 from ldm_vae.config import Section
 from ldm_vae.data.decoding import DEFAULT, Decoding
+from ldm_vae.data.flags import Resize
 
 PREPROCESSING_VERSION = "1"  # changes with every change of the pixels that `centre_crop(decode(...))` gives
 
@@ -35,6 +38,17 @@ def preprocessing_identity(decoding: Decoding = DEFAULT) -> str:
         if getattr(decoding, name) != getattr(DEFAULT, name)
     ]
     return " ".join([PREPROCESSING_VERSION, *changed])
+
+
+def decoding_of(identity: str) -> Decoding | None:
+    """The decoding that an identity names; None for one that this version cannot repeat, or of another program."""
+    version, _, changed = identity.partition(" ")
+    named = re.findall(r"(\w+)=(.*?)(?= \w+=|$)", changed)
+    try:
+        found = Decoding(**{name: ast.literal_eval(value) for name, value in named})
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
+    return found if version == PREPROCESSING_VERSION and preprocessing_identity(found) == identity else None
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,7 @@ class TransformConfig(Section):
 
     crop: Literal["random", "centre"] = "random"
     """Where the crop lies: anywhere (keyed by seed, epoch and index), or in the centre."""
-    resize: Literal["short_side", "none"] = "short_side"
+    resize: Resize = "short_side"
     """short_side: the crop is as large a part of the image as fits, and is resized, so photographs of any size are seen
     at the scale they will be encoded at. none: pixels are taken as they are (texture, tiles, medical and satellite
     images, where the scale means something); only images smaller than the resolution are enlarged."""
@@ -74,7 +88,12 @@ class TransformConfig(Section):
         return self
 
 
-def centre_crop(image: torch.Tensor, resolution: Resolution, original_size: tuple[int, int] | None = None) -> Crop:
+def centre_crop(
+    image: torch.Tensor,
+    resolution: Resolution,
+    original_size: tuple[int, int] | None = None,
+    resize: Resize = "short_side",
+) -> Crop:
     """uint8 [C, H, W] => Crop: the protocol of evaluation and encoding.
 
     The short side is resized to R (the long side to int(R * long / short), as torchvision's Resize), then the centre is
@@ -82,7 +101,10 @@ def centre_crop(image: torch.Tensor, resolution: Resolution, original_size: tupl
 
     Args:
         original_size: (H, W) of the image in its file, where jpeg_draft decoded it smaller.
+        resize: `none` cuts pixels as they are out of the centre, exactly as training's centre crops without resize.
     """
+    if resize == "none":
+        return _cut(image, _height_width(resolution), 1.0, (0.5, 0.5), original_size)
     rows, columns = _height_width(resolution)
     height, width = image.shape[1:]
     zoom = max(rows / height, columns / width)
@@ -114,22 +136,17 @@ def random_crop(
     rows, columns = _height_width(resolution)
     height, width = image.shape[1:]
     u_scale, u_top, u_left, u_flip = generator.random(4)
-    cover = min(height / rows, width / columns)  # image pixels per crop pixel where the crop is as large as fits
     if config.resize == "none":
-        shrink = min(1.0, cover)
+        shrink = 1.0
     else:
         low, high = config.scale
+        cover = min(height / rows, width / columns)  # image pixels per crop pixel where the crop is as large as fits
         shrink = cover / math.exp(math.log(low) + u_scale * (math.log(high) - math.log(low)))
-    box_height = min(height, max(1, round(rows * shrink)))
-    box_width = min(width, max(1, round(columns * shrink)))
     if config.crop == "centre":
         u_top = u_left = 0.5
-    top = min(int(u_top * (height - box_height + 1)), height - box_height)
-    left = min(int(u_left * (width - box_width + 1)), width - box_width)
-    pixels = _resize(image[:, top : top + box_height, left : left + box_width], rows, columns)
+    crop = _cut(image, (rows, columns), shrink, (u_top, u_left), original_size)
     flipped = bool(config.flip and u_flip < 0.5)
-    box = _in_original((top, left, box_height, box_width), (height, width), original_size)
-    return Crop(pixels.flip(2) if flipped else pixels, original_size or (height, width), box, flipped)
+    return replace(crop, pixels=crop.pixels.flip(2), flipped=True) if flipped else crop
 
 
 def to_pixels(image: torch.Tensor) -> torch.Tensor:
@@ -144,6 +161,28 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
 
 def _height_width(resolution: Resolution) -> tuple[int, int]:
     return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
+def _cut(
+    image: torch.Tensor,
+    shape: tuple[int, int],
+    shrink: float,
+    place: tuple[float, float],
+    original_size: tuple[int, int] | None,
+) -> Crop:
+    """A box in whole pixels, `shrink` image pixels per crop pixel but no larger than fits, resized to `shape`.
+
+    place: where it lies of where it can lie, from 0 (top, left) to 1.
+    """
+    (rows, columns), (height, width) = shape, image.shape[1:]
+    shrink = min(shrink, height / rows, width / columns)
+    box_height = min(height, max(1, round(rows * shrink)))
+    box_width = min(width, max(1, round(columns * shrink)))
+    top = min(int(place[0] * (height - box_height + 1)), height - box_height)
+    left = min(int(place[1] * (width - box_width + 1)), width - box_width)
+    pixels = _resize(image[:, top : top + box_height, left : left + box_width], rows, columns)
+    box = _in_original((top, left, box_height, box_width), (height, width), original_size)
+    return Crop(pixels, original_size or (height, width), box)
 
 
 def _in_original(

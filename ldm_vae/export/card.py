@@ -13,6 +13,8 @@ from ldm_vae import intervals
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation
 from ldm_vae.metrics.result import markdown
+from ldm_vae.preparation import shown
+from ldm_vae.preprocessing import FILE, recorded
 
 TAGS = ("autoencoder", "vae", "ldm-vae")
 
@@ -64,7 +66,20 @@ def _shape(vae: Any) -> str:
     return (
         f"{kind} autoencoder for latent diffusion: f = {factor} (an image of H x W pixels has "
         f"H/{factor} x W/{factor} latents), {config.latent_channels} latent channels, {millions:.2f} M parameters, "
-        f"widths {', '.join(map(str, widths))}."
+        f"widths {', '.join(map(str, widths))}.{_decoding(vae)}"
+    )
+
+
+def _decoding(vae: Any) -> str:
+    """How its images are prepared, for programs that do not read the record."""
+    found = recorded(vae)
+    if found is None:
+        return ""
+    size = "whole images are not resized" if found.resize == "none" else "the short side is resized"
+    return (
+        f"\n\nImages for it are prepared so (`{FILE}`): {found.channels} channel(s); black and white are "
+        f"{shown(found.value_range)} in the file, -1 and 1 at the network; what is transparent is seen on "
+        f"{shown(found.background)}; {size}, the centre is cut out."
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae import latents, publish
+from ldm_vae import latents, preprocessing, publish
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.export.card import Card, card_name
 from ldm_vae.export.replaceable import check_replaceable
@@ -38,7 +38,8 @@ def write_vae(
     max_shard_size: str = "10GB",
     files: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write `vae` to the folder `out`, replacing an older export; the model itself is not changed.
+    """Write `vae` to the folder `out`, replacing an older export; the model itself is not changed. The record of its
+    preprocessing goes with it.
 
     The folder is written beside its final name, loaded with `from_pretrained`, compared (weights bit for bit, and a
     decode), and only then renamed.
@@ -60,6 +61,8 @@ def write_vae(
     """
     copy = configured_copy(vae, normalisation, sample_size=sample_size, force_upcast=force_upcast)
     everything = dict(files or {})
+    if (found := preprocessing.recorded(vae)) is not None:
+        everything[preprocessing.FILE] = found.to_bytes()
     if statistics is not None:
         everything[STATISTICS] = (json.dumps(statistics.to_json(), indent=1) + "\n").encode()
     text = Card(card_name(out), statistics).text(copy) if card is None else card
@@ -92,8 +95,8 @@ def read_statistics(path: Path) -> LatentStatistics:
 
 
 def configured_copy(vae: Any, normalisation: Normalisation | None = None, **changes: Any) -> Any:
-    """A model of the same class and weights (shared when they are on the CPU) whose config is as it will be written:
-    with this normalisation, and with those of the `changes` that are not None."""
+    """A model of the same class, weights (shared when they are on the CPU) and record of preprocessing whose config is
+    as it will be written: with this normalisation, and with those of the `changes` that are not None."""
     # a config also holds what diffusers notes for itself; what the class takes is what is written
     defaults = {name: one.default for name, one in inspect.signature(type(vae).__init__).parameters.items()}
     config = {name: value for name, value in vae.config.items() if name in defaults}
@@ -112,6 +115,7 @@ def configured_copy(vae: Any, normalisation: Normalisation | None = None, **chan
         copy = type(vae).from_config(config | known)
     weights = {name: value.detach().cpu() for name, value in vae.state_dict().items()}
     copy.load_state_dict(weights, strict=True, assign=True)
+    preprocessing.record(copy, preprocessing.recorded(vae))
     return copy.eval().requires_grad_(False)
 
 

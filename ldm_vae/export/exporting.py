@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from ldm_vae import intervals, publish
 from ldm_vae.autoencoder import downsampling_factor, load_autoencoder, only_kl, sample_size
+from ldm_vae.data.flags import NO_FLAGS, DataFlags
 from ldm_vae.errors import UsageError
 from ldm_vae.export import hub
 from ldm_vae.export.card import Card, card_name
@@ -30,6 +31,8 @@ from ldm_vae.export.targets import TARGETS, Target, warnings_for, warnings_for_p
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation, NormalisationKind
 from ldm_vae.ownership import own_name
+from ldm_vae.preparation import Preparation, preparation_of
+from ldm_vae.preprocessing import record, recorded
 
 AUDIT_SIDE = 64  # pixels on a CPU, where the audit of an SD-sized VAE would take minutes at its own size
 
@@ -58,6 +61,7 @@ class Request:
     base_model: str | None = None
     drift_from: str | None = None
     allow_pickle: bool = False
+    flags: DataFlags = NO_FLAGS
 
 
 @dataclass
@@ -73,23 +77,25 @@ def export(request: Request) -> Done:
     done = Done()
     _check(request)
     vae = _load(request, done)
-    statistics = _statistics(request, vae)
+    base = None if request.drift_from is None else load_autoencoder(request.drift_from).to(vae.device)
+    preparation = _preparation(request, vae, base, done)
+    statistics = _statistics(request, vae, preparation)
     normalisation = _normalisation(request, vae, statistics, done)
     card, files = _card(request, statistics), {}
     if request.preview:
-        preview = _preview(request, vae, normalisation)
+        preview = _preview(request, vae, normalisation, preparation)
         done.lines += preview.lines()
         files[PREVIEW] = preview.to_json().encode()
     if request.stats is not None and not is_store(request.stats):
-        first = next(_images(request, vae).batches(vae))
+        first = next(_images(request, vae, preparation).batches(vae))
         files[PICTURE] = reconstruction_sheet(vae, first[:4])
         card.sections = {"Pictures": f"Originals above, reconstructions below.\n\n![]({PICTURE})"} | card.sections
-    if request.drift_from is not None:
-        card.sections["Drift"] = _drift(request, vae, done)
+    if base is not None:
+        card.sections["Drift"] = _drift(request, vae, base, preparation, done)
     if request.target != "diffusers":
         only_kl(vae, f"--target {request.target}")
     if request.target == "diffusers":
-        _write_folder(vae, request, normalisation, card, files, done)
+        _write_folder(vae, request, normalisation, preparation, card, files, done)
         load = f'{type(vae).__name__}.from_pretrained("{request.out}")'
     else:
         load = f'ldm_vae.load_autoencoder("{_write_file(vae, request, normalisation, card, files, done)}")'
@@ -134,23 +140,34 @@ def _load(request: Request, done: Done) -> AutoencoderKL:
     return vae.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _images(request: Request, vae: AutoencoderKL) -> Images:
+def _preparation(request: Request, vae: AutoencoderKL, base: AutoencoderKL | None, done: Done) -> Preparation:
+    """How images are decoded for SRC; what flags say of it is recorded with OUT."""
+    both = {request.source: vae} | ({} if base is None or request.drift_from is None else {request.drift_from: base})
+    preparation = preparation_of(both, request.flags)
+    if recorded(vae) is not None or request.flags.decide:
+        record(vae, preparation.kept)
+        done.lines += preparation.notes
+        done.lines.append(f"images are decoded as `{preparation.identity}`, which is recorded with the weights")
+    return preparation
+
+
+def _images(request: Request, vae: AutoencoderKL, preparation: Preparation) -> Images:
     assert request.stats is not None
     side = request.resolution or sample_size(vae)
-    return Images(request.stats, side, request.batch_size, request.stats_images)
+    return Images(request.stats, side, request.batch_size, request.stats_images, preparation)
 
 
 # --- the normalisation ------------------------------------------------------------------------------------------------
 
 
-def _statistics(request: Request, vae: AutoencoderKL) -> LatentStatistics | None:
+def _statistics(request: Request, vae: AutoencoderKL, preparation: Preparation) -> LatentStatistics | None:
     """Measured now if asked; else as they were measured when SRC was written."""
     if request.stats is None:
         places = (Path(request.source) / STATISTICS, Path(request.source) / "vae" / STATISTICS)
         return next((read_statistics(place) for place in places if place.is_file()), None)
     if is_store(request.stats):
-        return statistics_of_store(vae, request.stats)
-    return measure(vae, _images(request, vae).batches(vae), vae.device)
+        return statistics_of_store(vae, request.stats, preparation)
+    return measure(vae, _images(request, vae, preparation).batches(vae), vae.device)
 
 
 def _normalisation(
@@ -211,20 +228,19 @@ def _card(request: Request, statistics: LatentStatistics | None) -> Card:
     return Card(card_name(request.out), statistics, recipe.results, metadata, dict(recipe.sections))
 
 
-def _preview(request: Request, vae: AutoencoderKL, normalisation: Normalisation) -> Preview:
+def _preview(request: Request, vae: AutoencoderKL, normalisation: Normalisation, preparation: Preparation) -> Preview:
     assert request.stats is not None
     pairs: Iterator[Any] = (
         pairs_of_store(vae, Path(request.stats), normalisation)
         if is_store(request.stats)
-        else pairs_of_images(vae, _images(request, vae).batches(vae), normalisation)
+        else pairs_of_images(vae, _images(request, vae, preparation).batches(vae), normalisation)
     )
     return fit_preview(pairs)
 
 
-def _drift(request: Request, vae: AutoencoderKL, done: Done) -> str:
+def _drift(request: Request, vae: AutoencoderKL, base: AutoencoderKL, preparation: Preparation, done: Done) -> str:
     """Against the base that a diffusion model was trained with, over the images of --stats."""
-    assert request.drift_from is not None
-    base, images = load_autoencoder(request.drift_from).to(vae.device), _images(request, vae)
+    images = _images(request, vae, preparation)
     found = measure_drift(base, vae, images.image_batches(vae), resolution=images.resolution)
     done.lines.append(f"drift from {request.drift_from}: {found.verdict}")
     return "\n".join(f"- {line}" for line in found.lines())
@@ -237,6 +253,7 @@ def _write_folder(
     vae: AutoencoderKL,
     request: Request,
     normalisation: Normalisation,
+    preparation: Preparation,
     card: Card,
     files: dict[str, bytes],
     done: Done,
@@ -244,7 +261,7 @@ def _write_folder(
     """The diffusers folder; force_upcast is what an audit of the activations says (of an AutoencoderKL)."""
     upcast, verdict = None, f"force_upcast is left as it is: a {type(vae).__name__} is not audited"
     if isinstance(vae, AutoencoderKL):
-        upcast, verdict = _audit(vae, request, card)
+        upcast, verdict = _audit(vae, request, preparation, card)
     ready = configured_copy(vae, normalisation, sample_size=request.resolution, force_upcast=upcast)
     done.warnings += warnings_for_pipelines(ready.config)
     write_vae(
@@ -261,13 +278,13 @@ def _write_folder(
     done.lines.append(verdict)
 
 
-def _audit(vae: AutoencoderKL, request: Request, card: Card) -> tuple[bool | None, str]:
+def _audit(vae: AutoencoderKL, request: Request, preparation: Preparation, card: Card) -> tuple[bool | None, str]:
     """force_upcast, and the sentence that says why; the card gets it too."""
     data = None if request.stats is None or is_store(request.stats) else request.stats
     side = request.resolution or sample_size(vae)
     if vae.device.type == "cpu":  # GroupNorm's statistics hardly change with the size; the time does
         side = min(side, AUDIT_SIDE) // downsampling_factor(vae) * downsampling_factor(vae)
-    probes = make_probes(vae, data, resolution=max(side, downsampling_factor(vae)))
+    probes = make_probes(vae, data, preparation, resolution=max(side, downsampling_factor(vae)))
     found = audit(vae, probes)
     verdict = f"force_upcast {str(not found.safe).lower()}: {found.describe()}"
     card.sections["Half precision"] = f"{verdict}; fp32 activations over {probes.describe()}."

@@ -16,14 +16,15 @@ from tqdm import tqdm
 from ldm_vae import finite
 from ldm_vae.autoencoder import check_resolution, downsampling_factor, encoder_fingerprint, load_autoencoder
 from ldm_vae.data.quarantine import Quarantine
-from ldm_vae.data.source import open_source
-from ldm_vae.data.transforms import to_pixels
+from ldm_vae.data.transforms import decoding_of, to_pixels
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store.finishing import with_intervals
 from ldm_vae.latent_store.manifest import MANIFEST, read_manifest
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Normalisation
 from ldm_vae.metrics.batches import ImageBatch, image_batches, spread
+from ldm_vae.preparation import Preparation, check_same, preparation_of
+from ldm_vae.preprocessing import recorded
 
 
 @torch.no_grad()
@@ -49,6 +50,8 @@ class Images:
     resolution: int
     batch_size: int = 8
     limit: int | None = None
+    preparation: Preparation | None = None
+    """How they are decoded; as the VAE records by default."""
 
     def batches(self, vae: Any) -> Iterator[torch.Tensor]:
         """Pixels [B, C, H, W] in [-1, 1] for this VAE. Raises UsageError when the resolution does not fit f."""
@@ -57,7 +60,7 @@ class Images:
     def image_batches(self, vae: Any) -> Iterator[ImageBatch]:
         """The same as metrics take them."""
         check_resolution(self.resolution, downsampling_factor(vae))
-        source = open_source(self.data, channels=int(vae.config.in_channels))
+        source = (self.preparation or preparation_of({"": vae})).open(self.data)
         indices = spread(len(source), self.limit or len(source))
         quarantine = Quarantine(len(source))
         return image_batches(source, indices, self.resolution, batch_size=self.batch_size, quarantine=quarantine)
@@ -83,8 +86,15 @@ def normalisation_of(base: str, latent_channels: int) -> Normalisation:
     return Normalisation.from_config(config, f"normalisation_from {base}")
 
 
-def statistics_of_store(vae: Any, store: str) -> LatentStatistics:
-    """As they were measured when the store was made. Raises UsageError when another encoder made it."""
+def statistics_of_store(vae: Any, store: str, preparation: Preparation | None = None) -> LatentStatistics:
+    """As they were measured when the store was made.
+
+    Args:
+        preparation: how the images must have been decoded, flags included; as the VAE records by default.
+
+    Raises:
+        UsageError: another encoder made it, or from images that were decoded in another way than is recorded.
+    """
     manifest = read_manifest(Path(store))
     if manifest.statistics is None:
         raise UsageError(f"stats {store}: the store is not finished and has no statistics yet")
@@ -92,4 +102,10 @@ def statistics_of_store(vae: Any, store: str) -> LatentStatistics:
         raise UsageError(f"stats {store}: the store was made with another encoder ({manifest.recorded.vae})")
     if manifest.identity.codes is not None:
         raise UsageError(f"stats {store}: the store holds indices of codes, which have no mean and variance")
+    stored, preparation = decoding_of(manifest.identity.preprocessing), preparation or preparation_of({"": vae})
+    if stored is not None and (recorded(vae) is not None or preparation.flags.decide):
+        check_same(
+            "the VAE records", preparation.decoding, f"the store {store}", stored, {},
+            "give the store's as a flag if it is meant, or another store",
+        )  # fmt: skip
     return LatentStatistics.from_json(with_intervals(store, manifest).statistics or {})

@@ -12,6 +12,7 @@ _OURS = (
     "README.md",
     "latent_statistics.json",
     "latent_preview.json",
+    "preprocessing.json",
     ".gitattributes",
     "pictures",
     "vae",

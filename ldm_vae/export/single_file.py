@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
-from ldm_vae import publish
+from ldm_vae import preprocessing, publish
 from ldm_vae.errors import UsageError
 from ldm_vae.export import ldm_keys
 from ldm_vae.untrusted import check_model_config, first_line, parse_json
@@ -70,7 +70,12 @@ def _load(path: Path, config: Path | None, allow_pickle: bool) -> Any:
         given = _told_by(weights, path)
     vae = build(given, place if config is None else f"config {config}")
     fill(vae, weights)
-    return vae.eval()
+    found = None if config is None else preprocessing.read_beside(config / "config.json" if config.is_dir() else config)
+    if found is None and preprocessing.HEADER in weights.header:
+        found = preprocessing.parse(
+            weights.header[preprocessing.HEADER], f"{place}: {preprocessing.HEADER} in its header"
+        )
+    return preprocessing.record(vae.eval(), found)
 
 
 def save_single_file(vae: AutoencoderKL, path: Path, prefix: str = "") -> Path:
@@ -81,10 +86,13 @@ def save_single_file(vae: AutoencoderKL, path: Path, prefix: str = "") -> Path:
         for name, value in ldm_keys.to_ldm(vae.state_dict(), blocks).items()
     }
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    header = {"format": "pt", CONFIG_KEY: json.dumps(config)}
+    if (found := preprocessing.recorded(vae)) is not None:
+        header[preprocessing.HEADER] = found.to_bytes().decode()
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(temporary: Path) -> None:
-        save_file(tensors, temporary, metadata={"format": "pt", CONFIG_KEY: json.dumps(config)})
+        save_file(tensors, temporary, metadata=header)
         publish.settle(temporary)
 
     publish.replace_by(path, write)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ldm_vae.metrics.result import how_decoded
 from ldm_vae.metrics.titles import Title
 
 Json = dict[str, Any]
@@ -185,7 +186,8 @@ def markdown(result: Json) -> str:
     lines += [
         "",
         f"{data['images']:,} images of {data['source']}, {data['resolution']} px centre crops, checksum "
-        f"{data['checksum'][:12]}; protocol {result['protocol']['name']} {result['protocol']['version']}.",
+        f"{data['checksum'][:12]}; protocol {result['protocol']['name']} {result['protocol']['version']}."
+        f"{how_decoded(data)}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ldm_vae.autoencoder import encoder_fingerprint, load_autoencoder
-from ldm_vae.data.source import Source, open_source
+from ldm_vae.data.flags import NO_FLAGS, DataFlags
+from ldm_vae.data.source import Source
 from ldm_vae.errors import UsageError
 from ldm_vae.latent_store.manifest import Manifest
 from ldm_vae.latent_store.units import storable
+from ldm_vae.preparation import preparation_of_store
+
+logger = logging.getLogger(__name__)
 
 
 def find_vae(store: str | Path, manifest: Manifest, named: str | None = None) -> Any:
@@ -38,16 +43,19 @@ def _checked(store: str | Path, manifest: Manifest, place: str) -> Any:
     return vae
 
 
-def find_source(manifest: Manifest, vae: Any, named: str | None = None, **knobs: Any) -> Source:
-    """The images of a store: what is named, else what its manifest names.
+def find_source(manifest: Manifest, vae: Any, named: str | None = None, flags: DataFlags = NO_FLAGS) -> Source:
+    """The images of a store: what is named, else what its manifest names; decoded as its identity says, whatever the
+    network records by now, unless flags say otherwise (which is logged).
 
     Raises:
-        UsageError: they are not there.
+        UsageError: they are not there, or a flag asks for other channels than the VAE takes.
     """
     place = manifest.recorded.data if named is None else named
-    draft = "jpeg_draft=True" in manifest.identity.preprocessing.split()
+    preparation = preparation_of_store(manifest.identity.preprocessing, vae, flags)
+    for note in preparation.notes:
+        logger.warning("%s", note)
     try:
-        return open_source(place, channels=int(vae.config.in_channels), jpeg_draft=draft, **knobs)
+        return preparation.open(place)
     except UsageError as problem:
         if named is not None:
             raise

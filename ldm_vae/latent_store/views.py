@@ -14,7 +14,8 @@ import torch
 
 from ldm_vae.autoencoder import downsampling_factor
 from ldm_vae.data import buckets
-from ldm_vae.data.transforms import Crop, centre_crop
+from ldm_vae.data.flags import Resize
+from ldm_vae.data.transforms import Crop, centre_crop, decoding_of
 from ldm_vae.errors import UsageError
 from ldm_vae.latent_store.layout import CORNERS, FLIP, crops_of
 from ldm_vae.latent_store.manifest import Identity
@@ -37,13 +38,22 @@ def cutting_of(identity: Identity, vae: Any) -> Cutting:
     """What a store cuts from an image.
 
     Raises:
-        UsageError: the aspect buckets do not suit the VAE.
+        UsageError: the aspect buckets do not suit the VAE, or a draft does not suit the resize.
     """
     step = identity.bucket_step
     shapes = None
     if step is not None:
         shapes = tuple(bucket_shapes(side, step, downsampling_factor(vae)) for side in identity.resolution)
-    return Cutting(identity.resolution, crops_of(identity.views), shapes)
+    resize, decoding = resize_of(identity), decoding_of(identity.preprocessing)
+    if resize == "none" and decoding is not None and decoding.jpeg_draft:
+        raise UsageError("jpeg_draft: decodes at another size, and resize is none: pixels are taken as they are")
+    return Cutting(identity.resolution, crops_of(identity.views), shapes, resize)
+
+
+def resize_of(identity: Identity) -> Resize:
+    """How a store's images are brought to its resolution."""
+    decoding = decoding_of(identity.preprocessing)
+    return "short_side" if decoding is None else decoding.resize
 
 
 def bucket_shapes(resolution: int, step: int, factor: int) -> tuple[Shape, ...]:
@@ -65,11 +75,12 @@ class Cutting:
     crops: tuple[str, ...] = ("",)
     buckets: tuple[tuple[Shape, ...], ...] | None = None
     """Per resolution the shapes to choose from; None is a square."""
+    resize: Resize = "short_side"
 
     def __call__(self, image: torch.Tensor, original_size: Shape) -> tuple[Crop, ...]:
         """uint8 [C, H, W] => len(resolutions) * len(crops) crops, resolution by resolution."""
         return tuple(
-            _cut(image, self._shape(number, original_size), crop, original_size)
+            _cut(image, self._shape(number, original_size), crop, original_size, self.resize)
             for number in range(len(self.resolutions))
             for crop in self.crops
         )
@@ -88,15 +99,17 @@ class Cutting:
         return shapes[int(buckets.assign(shapes, np.array([original_size])).bucket[0])]
 
 
-def _cut(image: torch.Tensor, shape: Shape, crop: str, original_size: Shape) -> Crop:
+def _cut(image: torch.Tensor, shape: Shape, crop: str, original_size: Shape, resize: Resize) -> Crop:
     if not crop:
-        return centre_crop(image, shape, original_size)
+        return centre_crop(image, shape, original_size, resize)
     height, width = image.shape[1:]
     shrink = CORNER_SHARE * min(height / shape[0], width / shape[1])
+    if resize == "none":
+        shrink = min(1.0, shrink)
     rows, columns = max(1, round(shape[0] * shrink)), max(1, round(shape[1] * shrink))
     top = 0 if crop.startswith("top") else height - rows
     left = 0 if crop.endswith("left") else width - columns
-    cut = centre_crop(image[:, top : top + rows, left : left + columns], shape)
+    cut = centre_crop(image[:, top : top + rows, left : left + columns], shape, resize=resize)
     down, across = original_size[0] / height, original_size[1] / width
     box = (round(top * down), round(left * across), round(rows * down), round(columns * across))
     return Crop(cut.pixels, original_size, box)

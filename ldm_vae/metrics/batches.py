@@ -20,6 +20,7 @@ from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
 from ldm_vae.data.stream import Stream
 from ldm_vae.data.transforms import Crop
+from ldm_vae.errors import UsageError
 from ldm_vae.metrics.protocol import PINNED, Protocol
 
 
@@ -62,9 +63,18 @@ def image_batches(
     protocol: Protocol = PINNED,
 ) -> Iterator[ImageBatch]:
     """The usable images among `indices` (all if None), in order, resized and centre-cropped to `resolution` as the
-    protocol says; the others go to `quarantine`."""
+    protocol says; the others go to `quarantine`.
+
+    Raises:
+        UsageError: a protocol's own resize, of a source that is not resized.
+    """
     views = {"bytes": None, "floats": resized_floats, "pillow": resized_by_pillow}
     chosen = views[protocol.resize]
+    if chosen is not None and source.decoding.resize == "none":
+        raise UsageError(
+            "resize: is none (the pixels as they are), and the protocol resizes the short side; --resize short_side "
+            "or the pinned protocol would do"
+        )
     view = None if chosen is None else functools.partial(chosen, resolution=resolution)
     for samples, bad in ordered_loader(
         source, resolution, indices, batch_size=batch_size, num_workers=num_workers, view=view

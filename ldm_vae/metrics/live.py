@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 from ldm_vae.data.source import Source
+from ldm_vae.data.transforms import preprocessing_identity
 from ldm_vae.metrics import result
 from ldm_vae.metrics.batches import spread
 from ldm_vae.metrics.evaluate import Evaluation
@@ -52,7 +53,8 @@ def record_validation(
     keep_pictures(report, [vae], source, kinds, metrics, device, resolution=resolution, batch_size=batch_size)
     keep_samples(report, vae, evaluation.latents, resolution, device)
     about = result.describe_vae(vae, f"{run.name}, averaged weights", str(run))
-    data = {"source": source_name, "resolution": resolution, "quarantined": 0}
+    prepared = preprocessing_identity(source.decoding)
+    data = {"source": source_name, "resolution": resolution, "quarantined": 0, "preprocessing": prepared}
     computed = result.settings(device, batch_size)
     found = result.result(PINNED, about, data, computed, evaluation, source.key)
     result.write(report / "metrics.json", found)

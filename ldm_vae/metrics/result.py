@@ -57,7 +57,7 @@ def result(
 
     Args:
         vae: from `describe_vae`.
-        data: where the images came from: source, resolution, quarantined.
+        data: where the images came from, and how they were decoded: source, resolution, quarantined, preprocessing.
         computed: from `settings`.
         key_of: the key of an image by its index, for the worst ones.
     """
@@ -68,7 +68,6 @@ def result(
             **data,
             "images": evaluation.images,
             "checksum": evaluation.checksum,
-            "preprocessing": PREPROCESSING_VERSION,
         },
         "metrics": {name: summary.to_json() for name, summary in evaluation.metrics.items()},
         "worst": [
@@ -147,8 +146,17 @@ def markdown(results: Sequence[Json]) -> str:
         f"\nMean ± half of the 95 % interval over images. Protocol {protocol['name']} {protocol['version']}: "
         f"{protocol['posterior']} of the posterior, {data['resolution']} px centre crops, 8-bit images "
         f"({protocol['rounding']}). Data {data['source']}, checksum {data['checksum'][:12]}."
+        f"{how_decoded(data)}"
     )
     return "\n".join(lines) + "\n"
+
+
+def how_decoded(data: Json) -> str:
+    """A sentence behind a space on images that were not decoded by the defaults, and on flags that overrode a record;
+    empty for others."""
+    prepared = data.get("preprocessing", PREPROCESSING_VERSION)  # absent from what other versions measured
+    notes = "".join(f"; {note}" for note in data.get("notes", ()))
+    return f" Images decoded as `{prepared}`{notes}." if notes or prepared != PREPROCESSING_VERSION else ""
 
 
 def plain(results: Sequence[Json]) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm_vae import intervals, metrics
+from ldm_vae.data.transforms import decoding_of
+from ldm_vae.metrics.result import how_decoded
 from ldm_vae.metrics.titles import TITLES, heading, number
 from ldm_vae.report.charts import Series, bar_chart, line_chart
 from ldm_vae.report.contents import Contents
@@ -188,10 +190,15 @@ def protocol(results: Sequence[Json]) -> list[str]:
     decoded = "the mode of the posterior" if used["posterior"] == "mode" else "one keyed draw of the posterior"
     bad = data["quarantined"]
     left_out = f", {bad} could not be read and {'is' if bad == 1 else 'are'} left out" if bad else ""
+    whole = decoding_of(data.get("preprocessing", ""))
+    as_they_are = whole is not None and whole.resize == "none"
+    size = (
+        "Pixels as they are" if as_they_are else f"Short side resized to {data['resolution']} px (bicubic, antialiased)"
+    )
     return [
         f"Protocol “{used['name']}”, version {used['version']}.",
         f"{data['images']:,} images of {data['source']}{left_out}; each counted exactly once.",
-        f"Short side resized to {data['resolution']} px (bicubic, antialiased), centre crop.",
+        f"{size}, centre crop of {data['resolution']} px.{how_decoded(data)}",
         f"Decoded from {decoded}; output clamped to [−1, 1] and {ROUNDING[used['rounding']]} before every metric.",
         "PSNR per image on the 8-bit range, then averaged; SSIM with a Gaussian window of 11, σ 1.5, range 255.",
         "Intervals: 95 % of the mean over images (Student’s t); images are taken as independent, which crops of one "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ldm_vae.commands.store import sharing
+from ldm_vae.data.flags import DataFlags, add_data_arguments
 
 HELP = "verify, repair, merge, split, convert or share latent stores, or print their statistics"
 DESCRIPTION = f"""\
@@ -34,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for action in (verify, repair):
         action.add_argument("--vae", metavar="VAE", help="the store's VAE (default: where the manifest says it was)")
         action.add_argument("--data", metavar="DATA", help="the store's images (default: where they were)")
-        action.add_argument("--image_column", help="column of the image, when DATA has several")
-        action.add_argument("--split", default="train", help="split of a dataset (default train)")
+        add_data_arguments(action, recorded="the store")
     verify.add_argument("--reencode", type=int, metavar="N", help="encode N random images again and compare")
     for action, where in ((verify, "folder or URL"), (repair, "folder"), (stats, "folder or URL")):
         action.add_argument("store", metavar="STORE", help=f"{where} of a latent store")
@@ -107,7 +107,7 @@ def _reencode(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--reencode: expected at least 1, got {arguments.reencode}")
     store, manifest = Path(arguments.store), read_manifest(arguments.store)
     vae = find_vae(store, manifest, arguments.vae)
-    source = find_source(manifest, vae, arguments.data, image_column=arguments.image_column, split=arguments.split)
+    source = find_source(manifest, vae, arguments.data, DataFlags.of(arguments))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = reencode(store, manifest, vae, source, arguments.reencode, device=device)
     for problem in found.problems:
@@ -141,9 +141,7 @@ def _repair(arguments: argparse.Namespace) -> None:
     done = repair(
         store,
         vae=vae,
-        source=lambda: find_source(
-            manifest, loaded[0], arguments.data, image_column=arguments.image_column, split=arguments.split
-        ),
+        source=lambda: find_source(manifest, loaded[0], arguments.data, DataFlags.of(arguments)),
         num_workers=default_workers(1),
         encode_threads=default_threads(1, device),
         device=device,

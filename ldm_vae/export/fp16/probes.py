@@ -12,9 +12,9 @@ import torch
 
 from ldm_vae import latents
 from ldm_vae.autoencoder import downsampling_factor, sample_size
-from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import image_batches, spread
+from ldm_vae.preparation import Preparation, preparation_of
 
 LARGEST_SIDE = 512  # pixels: GroupNorm's statistics hardly change with the size, memory does
 
@@ -34,14 +34,24 @@ class Probes:
         return f"{real}{len(self.images) - self.real} synthetic extremes of {side} px, {len(self.z)} latents"
 
 
-def make_probes(vae: Any, data: str | None = None, *, resolution: int | None = None, count: int = 8) -> Probes:
-    """`count` images spread over DATA (none without it), synthetic extremes, and latents of all of them and beyond."""
+def make_probes(
+    vae: Any,
+    data: str | None = None,
+    preparation: Preparation | None = None,
+    *,
+    resolution: int | None = None,
+    count: int = 8,
+) -> Probes:
+    """`count` images spread over DATA (none without it), synthetic extremes, and latents of all of them and beyond.
+
+    preparation: how DATA is decoded; as the network records by default.
+    """
     factor = downsampling_factor(vae)
     side = resolution or max(factor, min(LARGEST_SIDE, sample_size(vae)) // factor * factor)
     channels = int(vae.config.in_channels)
     real = torch.empty(0, channels, side, side)
     if data is not None:
-        source = open_source(data, channels=channels)
+        source = (preparation or preparation_of({"": vae})).open(data)
         batches = image_batches(source, spread(len(source), count), side, batch_size=count)
         real = torch.cat([real, *(to_pixels(batch.pixels) for batch in batches)])
     images = torch.cat([real, extreme_images(channels, side)])

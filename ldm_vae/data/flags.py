@@ -1,0 +1,99 @@
+"""The flags of every verb with DATA, spelled once: which images are meant, and how they are decoded.
+
+Nothing heavy is imported, since `--help` has no torch. A flag that is not given is None: what the network records with
+its weights then holds (ldm_vae/preprocessing.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from ldm_vae.errors import UsageError
+
+Resize = Literal["short_side", "none"]
+
+KINDS = ("folder", "hub", "list", "webdataset", "zip")  # the files of data/sources, without importing them
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """What was said of DATA on the command line; None where nothing was."""
+
+    channels: int | None = None
+    value_range: tuple[float, float] | None = None
+    background: tuple[int, int, int] | None = None
+    resize: Resize | None = None
+    jpeg_draft: bool = False
+    image_column: str | None = None
+    caption_column: str | None = None
+    split: str = "train"
+    kind: str | None = None
+
+    @property
+    def decide(self) -> bool:
+        """Whether any of them says how pixels are to be had."""
+        return any(value is not None for value in (self.value_range, self.background, self.resize))
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> DataFlags:
+        """From parsed arguments; flags that the verb does not have are as if not given.
+
+        Raises:
+            UsageError: a value that nothing can be decoded with.
+        """
+        given = {field.name: getattr(arguments, field.name) for field in fields(cls) if hasattr(arguments, field.name)}
+        for name in ("value_range", "background"):
+            if given.get(name) is not None:
+                given[name] = tuple(given[name])
+        flags = cls(**given)
+        if flags.channels is not None and flags.channels < 1:
+            raise UsageError(f"--channels: expected at least 1, got {flags.channels}")
+        if flags.value_range is not None:
+            low, high = flags.value_range
+            if not (math.isfinite(low) and math.isfinite(high) and low != high):
+                raise UsageError(f"--value_range: expected two numbers, black's and white's, got {low:g} {high:g}")
+        if flags.background is not None and not all(0 <= value <= 255 for value in flags.background):
+            raise UsageError(f"--background: expected three numbers from 0 to 255, got {flags.background}")
+        return flags
+
+
+NO_FLAGS = DataFlags()
+
+
+def add_decoding_arguments(
+    parser: argparse.ArgumentParser, *, resize: bool = True, recorded: str | None = "the network"
+) -> None:
+    """How an image's bytes become pixels.
+
+    Args:
+        resize: whether the verb cuts crops.
+        recorded: what says it where no flag does; None: nothing.
+    """
+    otherwise = "" if recorded is None else f" (default: as {recorded} records; a flag overrides it)"
+    add = parser.add_argument_group(f"how images are decoded{otherwise}").add_argument
+    add("--channels", type=int, metavar="N", help="1 (grey), 3 (RGB), 4 (RGBA), any number for arrays")
+    add(
+        "--value_range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="values in the file that become black and white: arrays, .npy, 16-bit and float pictures",
+    )  # fmt: skip
+    add("--background", type=int, nargs=3, metavar=("R", "G", "B"), help="colour behind transparent pixels, 0 to 255")
+    if resize:
+        add(
+            "--resize", choices=("short_side", "none"),
+            help="short_side: resized to the crop; none: pixels as they are, the centre cut out",
+        )  # fmt: skip
+
+
+def add_data_arguments(
+    parser: argparse.ArgumentParser, *, resize: bool = True, recorded: str | None = "the network"
+) -> None:
+    """Which images of DATA, and how they are decoded: as `add_decoding_arguments`."""
+    add_decoding_arguments(parser, resize=resize, recorded=recorded)
+    add = parser.add_argument_group("which images of DATA").add_argument
+    add("--image_column", metavar="NAME", help="column of the image, when DATA has several")
+    add("--caption_column", metavar="NAME", help="column that is called `caption`; of a folder also an extension (txt)")
+    add("--split", default="train", metavar="NAME", help="split of a dataset (train)")
+    add("--kind", choices=KINDS, help="what DATA is (default: found by looking at it)")
