@@ -216,7 +216,7 @@ def test_a_pipelines_vae_is_found_in_the_hubs_cache(tiny_vae: AutoencoderKL, tmp
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"HF_HUB_CACHE": str(tmp_path)},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.stdout.strip() == encoder_fingerprint(tiny_vae), done.stderr
     assert "UsageError: VAE some-lab/other: cannot be loaded" in done.stderr

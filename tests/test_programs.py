@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT, write_images
 from diffusers import AutoencoderKL
 from forked import Child, Finished, fork
-from killing import wait_for
+from killing import fork_until
 from safetensors.torch import load_file
 from test_launch import TWO, launch, launch_machines
 
@@ -122,8 +122,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(finished: Path, imag
 
 def test_killed_and_resumed_is_bit_equal(finished: Path, images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images)
-    victim = start(config)
-    wait_for(tmp_path / "run" / "checkpoints" / "images-000000032", victim)
+    victim = fork_until(tmp_path / "run/checkpoints/images-000000032", training_program.main, [str(config)])
     victim.kill(signal.SIGKILL)
     assert victim.wait().returncode == -signal.SIGKILL
     done = run(config, "--dataloader_num_workers", "2")
@@ -135,9 +134,9 @@ def test_killed_and_resumed_is_bit_equal(finished: Path, images: Path, tmp_path:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits(finished: Path, images: Path, tmp_path: Path, number: int, status: int) -> None:
     config = write_config(tmp_path, images)
-    victim = start(config)
-    wait_for(tmp_path / "run" / "metrics.jsonl", victim)
+    victim = fork_until(tmp_path / "run/metrics.jsonl", training_program.main, [str(config)])
     victim.kill(number)
+    victim.kill(signal.SIGCONT)
     stopped = victim.wait()
     assert stopped.returncode == status, stopped.stderr
     assert "the same command resumes" in stopped.stdout

@@ -16,10 +16,12 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, write_images
-from killing import Reaper, wait_for
+from killing import Reaper, fork_until
 from safetensors.torch import load_file
 from test_launch import free_port
 from test_programs import assert_same_run, metrics, newest, one_sentence, run, start, write_config
+
+from train import autoencoder as training_program
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +55,10 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_loses_nothing(
     undisturbed: Path, images: Path, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, images)
-    victim = start(config)
-    wait_for(tmp_path / "run" / "checkpoints" / "images-000000016", victim)
+    victim = fork_until(tmp_path / "run/checkpoints/images-000000016", training_program.main, [str(config)])
     # no file may grow beyond 30 kB from now on, as on a disk that has so much left
     resource.prlimit(victim.process.pid, resource.RLIMIT_FSIZE, (30_000, 30_000))
+    victim.kill(signal.SIGCONT)
     said = one_sentence(victim.wait(), 1)
     assert "could not be written" in said and "the last good one is images-" in said
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if not path.name.startswith("images-")]
@@ -177,7 +179,7 @@ def test_one_image_for_two_processes(tmp_path: Path) -> None:
         "configs/accelerate/two_cpu_processes.yaml", "--main_process_port", str(free_port()),
         "-m", "train.autoencoder", str(config),
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     lines = metrics(tmp_path / "run")
     assert lines[0]["num_processes"] == 2
