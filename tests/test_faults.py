@@ -3,12 +3,14 @@ kills, data that vanish, a target that cannot be written. One sentence, status 1
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
+from multiprocessing import current_process
 from multiprocessing.connection import Client
 from multiprocessing.resource_sharer import _resource_sharer
 from pathlib import Path
@@ -61,8 +63,9 @@ def test_a_rank_that_dies_ends_the_others_with_a_sentence(images: Path, tmp_path
     assert f"at {last:,} images" in done[0].stdout and metrics(tmp_path / "run")[-1]["images"] == last + 4
 
 
+@pytest.mark.slow  # the seconds must be more than a busy machine takes to bring both to a meeting
 def test_a_rank_that_hangs_ends_the_others_in_the_time_that_was_set(images: Path, tmp_path: Path) -> None:
-    _, (first, second) = two_ranks(tmp_path, images, "--ddp_timeout", "3")
+    _, (first, second) = two_ranks(tmp_path, images, "--ddp_timeout", "30")
     second.kill(signal.SIGSTOP)
     said = one_sentence(first.wait(), 1)
     assert "another process of this launch does not answer (ddp_timeout)" in said
@@ -214,10 +217,13 @@ class Deserted:
     """A dataset whose worker is asked for a tensor by somebody who leaves while asking, as a main process that ends."""
 
     def __getitems__(self, tasks: list[int]) -> torch.Tensor:
-        _resource_sharer._start()
+        noticed = threading.Event()
+        address, last = _resource_sharer.register(lambda _connection, _process: None, noticed.set)
         for _ in tasks:
-            Client(_resource_sharer._address, authkey=None).close()
-        time.sleep(0.5)  # until its thread has noticed
+            Client(address, authkey=None).close()
+        with Client(address, authkey=current_process().authkey) as connection:  # its thread answers one after the other
+            connection.send((last, os.getpid()))
+        assert noticed.wait(300)
         return torch.zeros(1)
 
 
