@@ -108,8 +108,15 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("while_they_are", ["importing", "working"])
+@pytest.mark.parametrize(
+    ("while_they_are", "processes"),
+    [
+        ("importing", 1),
+        ("working", 2),
+        pytest.param("importing", 2, marks=pytest.mark.slow),
+        pytest.param("working", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_launcher_that_dies_is_missed(while_they_are: str, processes: int, tmp_path: Path) -> None:
     script = tmp_path / "launched.py"
     script.write_text(LAUNCHED)

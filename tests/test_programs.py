@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT, write_images
 from diffusers import AutoencoderKL
 from forked import Child, Finished, fork
-from killing import fork_until
+from killing import fork_until, ranks
 from safetensors.torch import load_file
 from test_launch import TWO, launch, launch_machines
 
@@ -196,13 +196,27 @@ def assert_same_training(one: Path, two: Path) -> None:
             assert distance < 1e-5, (name, distance)
 
 
+def run_two(config: Path) -> None:
+    """Two processes with the environment of a launch, without the launcher's and two interpreters' imports."""
+    for done in [rank.wait() for rank in ranks(training_program.main, [str(config)], 2)]:
+        assert done.returncode == 0, done.stderr
+
+
 def test_two_processes_train_one_model_the_same_as_one(one_process: Path, images: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL)
+    run_two(config)
+    assert_same_training(one_process, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_launched_processes_train_one_model_too(one_process: Path, images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL)
     done = launch(["-m", "train.autoencoder", str(config)], *TWO)
     assert done.returncode == 0, done.stderr
     assert_same_training(one_process, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_machines_train_one_model_the_same_as_one(one_process: Path, images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL)
     for status, said in launch_machines(["-m", "train.autoencoder", str(config)]):
@@ -213,8 +227,7 @@ def test_two_machines_train_one_model_the_same_as_one(one_process: Path, images:
 def test_a_run_of_two_processes_goes_on_with_one(one_process: Path, images: Path, tmp_path: Path) -> None:
     """The global order of the images is kept: the resumed run logs what the undisturbed one does."""
     config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL | {"max_train_images": 20})
-    done = launch(["-m", "train.autoencoder", str(config)], *TWO)
-    assert done.returncode == 0, done.stderr
+    run_two(config)
     text = (
         config.read_text()
         .replace("train_batch_size: 2", "train_batch_size: 4")
