@@ -131,14 +131,21 @@ class Normalisation:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Normalisation:
-        """From a diffusers config (or a manifest): the keys that are absent or null count as not set."""
+        """From a diffusers config (or a manifest): the keys that are absent or null count as not set.
+
+        Raises:
+            ValueError: something else than numbers.
+        """
         mean, std = config.get("latents_mean"), config.get("latents_std")
-        return cls(
-            scaling_factor=float(config.get("scaling_factor") or 1.0),
-            shift_factor=None if config.get("shift_factor") is None else float(config["shift_factor"]),
-            latents_mean=None if mean is None else tuple(map(float, mean)),
-            latents_std=None if std is None else tuple(map(float, std)),
-        )
+        try:
+            return cls(
+                scaling_factor=float(config.get("scaling_factor") or 1.0),
+                shift_factor=None if config.get("shift_factor") is None else float(config["shift_factor"]),
+                latents_mean=None if mean is None else tuple(map(float, mean)),
+                latents_std=None if std is None else tuple(map(float, std)),
+            )
+        except (TypeError, OverflowError) as error:  # a list for a number, a number for a list, a number beyond 1e308
+            raise ValueError(f"scaling_factor, shift_factor, latents_mean, latents_std: {error}") from error
 
     @classmethod
     def from_statistics(cls, kind: NormalisationKind, mean: torch.Tensor, variance: torch.Tensor) -> Normalisation:

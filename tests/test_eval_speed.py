@@ -196,6 +196,7 @@ def test_equal_minutes_from_equal_weights_on_equal_crops(tmp_path: Path, monkeyp
 # --- what grows, and what one waits for -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_step_of_two_processes() -> None:
     tiny = Work(widths=(8, 8), resolution=32, batch=1, net="alex", critic_width=8, groups=4)
     (row,) = speed_grow._steps("processes", {2: (tiny, 2)}, 1)
@@ -237,6 +238,7 @@ def test_a_process_that_dies_is_said_to_have_died() -> None:
         group.step()
 
 
+@pytest.mark.slow
 def test_the_first_step_is_waited_for_and_a_run_that_takes_none_is_reported(tmp_path: Path) -> None:
     write_images(tmp_path / "demo" / "train", 4)
     with pytest.raises(WorkError, match=r"the smoke run took no step: .*heldout"):

@@ -158,7 +158,9 @@ def test_clipping_bounds_what_a_step_moves(tiny_vae_folder: Path, tmp_path: Path
     "knobs",
     [
         {"channels_last": True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager", "channels_last": True},
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "aot_eager", "channels_last": True}, marks=pytest.mark.slow
+        ),
         {"gradient_checkpointing": True, "max_grad_norm": 1e6},
     ],
     ids=["channels_last", "torch_compile", "gradient_checkpointing"],
