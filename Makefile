@@ -34,14 +34,14 @@ demo: install
 
 test: install
 	$(BIN)/ldm-vae assets lpips
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not browser"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not browser"
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/ldm-vae assets lpips
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 clean:
 	rm -rf .venv runs/demo data/demo

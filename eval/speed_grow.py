@@ -60,9 +60,10 @@ class Group:
     def __init__(self, work: Work, count: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.memory, self._ends, self._processes = 0, [], []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self._kept = socket.socket()  # bound and not listening: the port is nobody else's until rank 0 listens there
+        self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._kept.bind(("127.0.0.1", 0))
+        port = self._kept.getsockname()[1]
         for rank in range(count):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, work, rank, count, port), daemon=True)
@@ -88,6 +89,7 @@ class Group:
         for process in self._processes:
             process.join(10)
             process.kill()
+        self._kept.close()
 
 
 def _serve(end: Connection, work: Work, rank: int, count: int, port: int) -> None:

@@ -151,7 +151,7 @@ class Normalisation:
                 latents_mean=None if mean is None else tuple(map(float, mean)),
                 latents_std=None if std is None else tuple(map(float, std)),
             )
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise UsageError(f"{where}: {error}; `ldm-vae export SRC OUT --stats DATA` measures it") from error
 
     @classmethod

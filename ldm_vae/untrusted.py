@@ -51,7 +51,7 @@ def check_model_config(config: Any) -> None:
             _check_size(name, len(value), DEEPEST if "block" in name else LARGEST)
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool):
-                if not math.isfinite(number):
+                if isinstance(number, float) and not math.isfinite(number):
                     raise ValueError(f"{name} is {number}")
                 layers = name == "layers_per_block" or (name.startswith("num_") and name.endswith(("blocks", "layers")))
                 _check_size(name, number, DEEPEST if layers else LARGEST)
@@ -74,7 +74,8 @@ def check_model_config(config: Any) -> None:
 
 def _check_size(name: str, size: float, largest: int) -> None:
     if abs(size) > largest:
-        raise ValueError(f"{name}: expected at most {largest:,}, got {size:.4g}")
+        # a whole number of JSON has any length, and no float for it beyond 1.8e308
+        raise ValueError(f"{name}: expected at most {largest:,}, got {max(min(size, 1e300), -1e300):.4g}")
 
 
 def load_pickle(file: str | Path | BinaryIO) -> Any:

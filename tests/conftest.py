@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["LDM_VAE_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from hypothesis import HealthCheck, settings
 from loopback_hub import serve
 from PIL import Image
 
@@ -25,6 +31,32 @@ from ldm_vae.preprocessing import Preprocessing, record
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
+
+# the same examples in every run, and none that is red because a machine is slow
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+with contextlib.suppress(ImportError):  # newer ones also try the constants of whatever modules happen to be imported
+    providers = importlib.import_module("hypothesis.internal.conjecture.providers")
+    providers._get_local_constants = lambda: providers._local_constants
+
+
+def seed(name: str) -> None:
+    """Start the global generators anew: what ran before in this process, which pytest-xdist decides by the clock,
+    changes no draw."""
+    number = zlib.crc32(name.encode())
+    torch.default_generator.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> None:
+    seed(f"{request.node.nodeid} {fixturedef.argname}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    seed(item.nodeid)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ backward ("Invalid thread pool")."""
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import shutil
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ PRELOAD = [
     "torch", "forked", "ldm_vae.cli", "ldm_vae.export.exporting", "ldm_vae.latent_store.writing",
     "ldm_vae.latent_store.updating", "train.autoencoder", "train.diffusion",
 ]  # fmt: skip
+
+AT_FIRST = dict(os.environ)  # this is imported before any test changes it
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,19 @@ class Child:
 
 
 def forkserver() -> ForkServerContext:
-    """The server's context; the first process started in it starts the server (some ten seconds)."""
-    own, inherited = [str(ROOT / "tests"), str(ROOT)], os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join([*own, *(path for path in inherited if path not in ("", *own))])
+    """The context of the server, which the first call starts (some ten seconds), whatever the test that makes this call
+    has done to its environment: the libraries read some variables once, when they are imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    changed = dict(os.environ)
+    try:
+        os.environ.clear()
+        os.environ.update(AT_FIRST)
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), AT_FIRST.get("PYTHONPATH", "")])
+        ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(changed)
     return context
 
 
@@ -78,6 +90,7 @@ def fork(main: Callable[[], Any], arguments: Sequence[str], environment: Mapping
     added = {**os.environ, **(environment or {})}
     process = forkserver().Process(target=_child, args=(main, list(arguments), added, folder))
     process.start()
+    atexit.register(process.kill)  # when its test fails, multiprocessing would wait for the end of a long training
     return Child(process, folder)
 
 

@@ -6,6 +6,7 @@ program: a new interpreter, alone or under Accelerate's launcher.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -34,11 +36,52 @@ class Victim(Protocol):
     def wait(self, timeout: float = 300) -> Finished: ...
 
 
+def wait_until(true: Callable[[], object], victim: Victim) -> None:
+    """Until something is true that the victim is about to bring about."""
+    while not true():
+        assert victim.running() or true(), victim.wait().stderr
+        time.sleep(0.005)
+
+
 def wait_for(path: Path, victim: Victim) -> None:
     """Until the victim has made this file or folder."""
-    while not path.exists():
-        assert victim.running(), victim.wait().stderr
-        time.sleep(0.005)
+    wait_until(path.exists, victim)
+
+
+# --- victims that wait ------------------------------------------------------------------------------------------------
+
+
+def fork_until(path: Path, main: Callable[[], object], arguments: Sequence[str]) -> Child:
+    """`main` in a forked child that stands still as soon as it has made `path`, until it gets SIGCONT.
+
+    A victim that goes on may have come to its end by the time that a busy machine lets us act."""
+    victim = fork(partial(_until, path, main), arguments)
+    wait_until(lambda: stands_still(victim), victim)
+    assert path.exists()
+    return victim
+
+
+def stands_still(victim: Child) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+        return bool(psutil.Process(victim.process.pid).status() == psutil.STATUS_STOPPED)
+    return False
+
+
+def _until(path: Path, main: Callable[[], object]) -> None:
+    """`main`, stopped by itself at the first file that it opens when `path` is there."""
+    here, waits = os.getpid(), True
+
+    def look(event: str, _what: object) -> None:
+        nonlocal waits
+        if waits and event == "open" and os.getpid() == here and path.exists():
+            waits = False
+            os.kill(here, signal.SIGSTOP)
+
+    sys.addaudithook(look)
+    main()
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -109,7 +152,8 @@ class Launched:
     def kill(self, number: int) -> None:
         """The whole tree."""
         for member in self.members():
-            member.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                member.send_signal(number)
 
     def kill_alone(self) -> list[psutil.Process]:
         """The launcher, and not its processes, which are returned."""
@@ -123,7 +167,9 @@ class Launched:
         if not self.running():
             return []
         here = psutil.Process(self.process.pid)
-        return [here, *here.children(recursive=True)]
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            return [here, *here.children(recursive=True)]
+        return []
 
     def wait(self, timeout: float = 300) -> Finished:
         self.process.wait(timeout)

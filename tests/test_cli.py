@@ -5,16 +5,30 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from forked import Finished, fork
+
+from ldm_vae import cli
 
 
 def ldm_vae(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ldm_vae", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, check=False)
+
+
+def forked(*arguments: str, cwd: Path = ROOT) -> Finished:
+    """The same without the seconds in which an interpreter imports torch."""
+    return fork(partial(main_in, cwd), arguments).wait()
+
+
+def main_in(folder: Path) -> None:
+    os.chdir(folder)
+    cli.main()
 
 
 def test_help_teaches_the_four_commands() -> None:
@@ -36,9 +50,9 @@ def test_every_verb_explains_itself(verb: str) -> None:
 
 
 def test_the_programs_help_is_shown_by_their_verbs() -> None:
-    assert "accelerate launch -m train.autoencoder" in ldm_vae("train", "--help").stdout
-    assert "eval.reconstruction" in ldm_vae("evaluate", "--help").stdout
-    assert "eval.latent_space" in ldm_vae("latent_space", "--help").stdout
+    assert "accelerate launch -m train.autoencoder" in forked("train", "--help").stdout
+    assert "eval.reconstruction" in forked("evaluate", "--help").stdout
+    assert "eval.latent_space" in forked("latent_space", "--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -54,7 +68,7 @@ def test_the_programs_help_is_shown_by_their_verbs() -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_call_ends_with_status_2_and_a_sentence(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
-    done = ldm_vae(*arguments, cwd=tmp_path)
+    done = forked(*arguments, cwd=tmp_path)
     assert done.returncode == 2, (done.stdout, done.stderr)
     assert says in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -70,6 +84,6 @@ def test_nobody_reading_its_output_is_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "ldm_vae", "config"]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=120, check=False)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=300, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")

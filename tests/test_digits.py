@@ -63,6 +63,7 @@ def test_the_verb_writes_them_again_and_nothing_else(
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_the_textbooks_vae_tells_its_bound(folder: Path, tmp_path: Path) -> None:
     paths = {"data.path": folder / "train", "validation_data.path": folder / "heldout", "output_dir": tmp_path / "run"}
     images = {"max_train_images": 1280, "validate_every_images": 1280, "log_every_images": 640, "validation_images": 64}

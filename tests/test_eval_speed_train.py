@@ -18,6 +18,7 @@ PUBLISHED = {"latent_diffusion": 596, "diffusers_published": 739, "diffusers_rep
 SMALL = Work(widths=(8, 16), resolution=32, net="alex", critic_width=8, groups=4)
 
 
+@pytest.mark.slow
 def test_operations() -> None:
     counted = {*RECIPES} - {"small_gpu"}
     counts = {name: count_operations(Work(), name) / 1e9 for name in counted} | {
@@ -34,6 +35,12 @@ def test_operations() -> None:
     assert ours <= 0.58 * counts["diffusers_published"]
     assert ours < counts["shared_forward"] and counts["autoencoder_only"] < ours
     assert ours / counts["decoder_from_store"] == pytest.approx(1.32, abs=0.01)  # 1.40 at twice the width
+
+
+def test_operations_of_small_networks() -> None:
+    work = Work(widths=(8, 8), resolution=32, batch=1, net="alex", critic_width=8, groups=4)
+    ours = count_operations(work, "train_step")
+    assert ours <= 1.02 * ideal_operations(work) and ours < count_operations(work, "latent_diffusion")
 
 
 @pytest.mark.slow

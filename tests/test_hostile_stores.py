@@ -179,6 +179,20 @@ def test_any_manifest_is_read_or_refused(data: st.DataObject, sound: Path, tmp_p
     assert tree(path) == before
 
 
+@pytest.mark.parametrize("value", [[[1]], {"a": 1}, 1, [None], [10**400], True])
+@pytest.mark.parametrize("name", ["scaling_factor", "shift_factor", "latents_mean", "latents_std"])
+def test_a_normalisation_of_something_else_than_numbers(name: str, value: Any, store: Path) -> None:
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["recorded"]["normalisation"] = {"scaling_factor": 1.0, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    manifest["recorded"]["normalisation"][name] = value
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    if name in ("scaling_factor",) and value in (1, True):
+        assert read_manifest(store).recorded.normalisation["scaling_factor"] == 1
+    else:
+        with pytest.raises(WorkError, match=r"manifest.json is damaged: `recorded"):
+            read_manifest(store)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,24 @@ ROOT = Path(__file__).parent.parent
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that stays free for whoever is told its number: this process keeps it bound and does not listen, so that
+    the kernel hands it to nobody else, and who listens with SO_REUSEADDR, as torch's store does, may have it."""
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("127.0.0.1", 0))
+    atexit.register(kept.close)
+    return int(kept.getsockname()[1])
+
+
+def test_a_port_is_given_to_nobody_before_it_is_used() -> None:
+    port = free_port()
+    with pytest.raises(OSError), socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+    for _ in range(2):  # it can be used again
+        store = torch.distributed.TCPStore("127.0.0.1", port, 1, True, wait_for_workers=False)
+        store.set("name", "value")
+        assert store.get("name") == b"value"
+        del store
 
 
 def test_fp16_on_a_cpu_is_refused() -> None:
@@ -160,15 +177,25 @@ def launch_machines(program: list[str], timeout: float = 300) -> list[tuple[int,
         "--rdzv_backend", "static", "--mixed_precision", "no", "--dynamo_backend", "no",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    machines = [
-        subprocess.Popen(
-            [*common, "--machine_rank", str(rank), *program],
-            cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    said = [machine.communicate(timeout=timeout)[0] for machine in machines]
-    return [(machine.returncode, text) for machine, text in zip(machines, said, strict=True)]
+    # files: a pipe that nobody reads yet would hold its writer up
+    with tempfile.TemporaryFile("w+") as first, tempfile.TemporaryFile("w+") as second:
+        machines = {
+            subprocess.Popen(
+                [*common, "--machine_rank", str(rank), *program],
+                cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT,
+            ): said
+            for rank, said in enumerate((first, second))
+        }  # fmt: skip
+        try:
+            for machine in machines:
+                machine.wait(timeout)
+        finally:
+            for machine in machines:
+                machine.kill()
+                machine.wait()
+        for said in machines.values():
+            said.seek(0)
+        return [(machine.returncode, said.read()) for machine, said in machines.items()]
 
 
 TWO = ("--multi_gpu", "--num_processes", "2")

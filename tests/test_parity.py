@@ -13,7 +13,7 @@ from test_launch import TWO, launch
 Tensors = dict[str, torch.Tensor]
 
 # eleven scenarios of 20 steps in one launch: a minute on a quiet machine, five where other work shares the cores
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,7 @@ def test_a_variable_of_accelerate_does_not_change_the_plan(monkeypatch: pytest.M
     assert plan(settings()) == expected
 
 
+@pytest.mark.slow
 def test_what_saves_memory_shows_and_what_costs_shows() -> None:
     deep = {"model": SETTINGS["model"] | {"block_out_channels": [8, 8, 16], "layers_per_block": 2}, "resolution": 64}
     plain, saving = plan(settings(**deep)), plan(settings(**deep, gradient_checkpointing=True))
@@ -176,7 +177,16 @@ def test_a_dry_run_tells_of_what_is_there(tmp_path: Path, tiny_vae_folder: Path)
     assert odd.returncode == 2 and "expected multiples of norm_num_groups 8, got 12" in odd.stderr
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+QUICK = ("smoke", "textbook_vae", "tiny")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+        for path in sorted((ROOT / "configs").glob("*.yaml"))
+    ],
+)
 def test_every_config_has_a_plan(path: Path) -> None:
     found = plan(config.load(Training, path))
     assert found.step_gflop > 3 * found.forward_gflop["encoder"] and all(found.bytes.values())

@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT, write_images
 from diffusers import AutoencoderKL
 from forked import Child, Finished, fork
-from killing import wait_for
+from killing import fork_until, ranks
 from safetensors.torch import load_file
 from test_launch import TWO, launch, launch_machines
 
@@ -122,8 +122,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(finished: Path, imag
 
 def test_killed_and_resumed_is_bit_equal(finished: Path, images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images)
-    victim = start(config)
-    wait_for(tmp_path / "run" / "checkpoints" / "images-000000032", victim)
+    victim = fork_until(tmp_path / "run/checkpoints/images-000000032", training_program.main, [str(config)])
     victim.kill(signal.SIGKILL)
     assert victim.wait().returncode == -signal.SIGKILL
     done = run(config, "--dataloader_num_workers", "2")
@@ -135,9 +134,9 @@ def test_killed_and_resumed_is_bit_equal(finished: Path, images: Path, tmp_path:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits(finished: Path, images: Path, tmp_path: Path, number: int, status: int) -> None:
     config = write_config(tmp_path, images)
-    victim = start(config)
-    wait_for(tmp_path / "run" / "metrics.jsonl", victim)
+    victim = fork_until(tmp_path / "run/metrics.jsonl", training_program.main, [str(config)])
     victim.kill(number)
+    victim.kill(signal.SIGCONT)
     stopped = victim.wait()
     assert stopped.returncode == status, stopped.stderr
     assert "the same command resumes" in stopped.stdout
@@ -203,13 +202,27 @@ def assert_same_training(one: Path, two: Path) -> None:
             assert distance < 1e-5, (name, distance)
 
 
+def run_two(config: Path) -> None:
+    """Two processes with the environment of a launch, without the launcher's and two interpreters' imports."""
+    for done in [rank.wait() for rank in ranks(training_program.main, [str(config)], 2)]:
+        assert done.returncode == 0, done.stderr
+
+
 def test_two_processes_train_one_model_the_same_as_one(one_process: Path, images: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL)
+    run_two(config)
+    assert_same_training(one_process, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_launched_processes_train_one_model_too(one_process: Path, images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL)
     done = launch(["-m", "train.autoencoder", str(config)], *TWO)
     assert done.returncode == 0, done.stderr
     assert_same_training(one_process, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_machines_train_one_model_the_same_as_one(one_process: Path, images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL)
     for status, said in launch_machines(["-m", "train.autoencoder", str(config)]):
@@ -220,8 +233,7 @@ def test_two_machines_train_one_model_the_same_as_one(one_process: Path, images:
 def test_a_run_of_two_processes_goes_on_with_one(one_process: Path, images: Path, tmp_path: Path) -> None:
     """The global order of the images is kept: the resumed run logs what the undisturbed one does."""
     config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL | {"max_train_images": 20})
-    done = launch(["-m", "train.autoencoder", str(config)], *TWO)
-    assert done.returncode == 0, done.stderr
+    run_two(config)
     text = (
         config.read_text()
         .replace("train_batch_size: 2", "train_batch_size: 4")

@@ -11,7 +11,7 @@ import pytest
 from conftest import write_images
 from PIL import Image
 from test_launch import TWO, launch
-from test_programs import metrics, newest, one_sentence, run, write_config
+from test_programs import metrics, newest, one_sentence, run, run_two, write_config
 
 SHORT = {"max_train_images": 32, "log_every_images": 4, "checkpoint_every_images": 16, "train_batch_size": 4}
 SHAPES = [(24, 48), (30, 60), (40, 40), (41, 40), (42, 42), (90, 40), (64, 32)]
@@ -86,8 +86,7 @@ def test_a_run_in_buckets_resumes_to_the_bit(in_buckets: Path, mixed: Path, tmp_
 
 def test_two_processes_train_in_the_same_buckets(in_buckets: Path, mixed: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, mixed, **SHORT | {"train_batch_size": 2}, **BUCKETS)
-    done = launch(["-m", "train.autoencoder", str(config)], *TWO)
-    assert done.returncode == 0, done.stderr
+    run_two(config)
     assert_same_course(in_buckets, tmp_path / "run")
 
 

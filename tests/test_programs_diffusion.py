@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import ROOT, write_images
 from forked import Child, Finished, fork
-from killing import wait_for
+from killing import fork_until
 from PIL import Image
 from safetensors.torch import load_file
 from test_launch import TWO, launch
@@ -120,8 +120,7 @@ def test_the_pages_snippet_samples_from_a_run(finished: Path, home: Path) -> Non
 
 def test_killed_and_resumed_is_bit_equal(finished: Path, home: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, home / "latents")
-    victim = start(config)
-    wait_for(tmp_path / "run" / "checkpoints" / "images-000000016", victim)
+    victim = fork_until(tmp_path / "run/checkpoints/images-000000016", program.main, [str(config)])
     victim.kill(signal.SIGKILL)
     assert victim.wait().returncode == -signal.SIGKILL
     done = run(config, "--dataloader_num_workers", "1")
@@ -133,9 +132,9 @@ def test_killed_and_resumed_is_bit_equal(finished: Path, home: Path, tmp_path: P
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits(finished: Path, home: Path, tmp_path: Path, number: int, status: int) -> None:
     config = write_config(tmp_path, home / "latents")
-    victim = start(config)
-    wait_for(tmp_path / "run" / "metrics.jsonl", victim)
+    victim = fork_until(tmp_path / "run/metrics.jsonl", program.main, [str(config)])
     victim.kill(number)
+    victim.kill(signal.SIGCONT)
     stopped = victim.wait()
     assert stopped.returncode == status, stopped.stderr
     assert "the same command resumes" in stopped.stdout and not (tmp_path / "run" / "denoiser").exists()

@@ -16,10 +16,12 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, write_images
-from killing import Reaper, wait_for
+from killing import Reaper, fork_until
 from safetensors.torch import load_file
 from test_launch import free_port
-from test_programs import assert_same_run, metrics, newest, one_sentence, run, start, write_config
+from test_programs import assert_same_run, metrics, newest, one_sentence, run, run_two, start, write_config
+
+from train import autoencoder as training_program
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_bit_equal(undisturbed: Path, images: Path, tmp_path: Path) -> None:
     reaper = Reaper(random.Random(0), longest=3.0)
     config = write_config(tmp_path, images)
@@ -53,10 +56,10 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_loses_nothing(
     undisturbed: Path, images: Path, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, images)
-    victim = start(config)
-    wait_for(tmp_path / "run" / "checkpoints" / "images-000000016", victim)
+    victim = fork_until(tmp_path / "run/checkpoints/images-000000016", training_program.main, [str(config)])
     # no file may grow beyond 30 kB from now on, as on a disk that has so much left
     resource.prlimit(victim.process.pid, resource.RLIMIT_FSIZE, (30_000, 30_000))
+    victim.kill(signal.SIGCONT)
     said = one_sentence(victim.wait(), 1)
     assert "could not be written" in said and "the last good one is images-" in said
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if not path.name.startswith("images-")]
@@ -163,7 +166,8 @@ def test_sharded_training_is_refused_with_the_reason(
     assert not (tmp_path / "run").exists()
 
 
-def test_one_image_for_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_image_for_two_processes(launched: bool, tmp_path: Path) -> None:
     """Fewer images than processes, and five validation images for two: nobody waits for anybody; by the launch file."""
     images = write_images(tmp_path / "images", 1)
     heldout = write_images(tmp_path / "heldout", 5)
@@ -177,8 +181,11 @@ def test_one_image_for_two_processes(tmp_path: Path) -> None:
         "configs/accelerate/two_cpu_processes.yaml", "--main_process_port", str(free_port()),
         "-m", "train.autoencoder", str(config),
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
+    if launched:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+    else:
+        run_two(config)
     lines = metrics(tmp_path / "run")
     assert lines[0]["num_processes"] == 2
     assert lines[-1]["images"] == 12  # the first whole global batch of four at or behind ten

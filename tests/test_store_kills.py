@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import subprocess
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import psutil
 import pytest
 from conftest import write_images
 from forked import fork
-from killing import Launched, Reaper, launch_program
+from killing import Launched, Reaper, launch_program, wait_until
 from test_store_writing import SETTINGS, Pictures, tree
 
 from ldm_vae import publish
@@ -80,7 +79,7 @@ def undo(out: Path, draw: random.Random) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 def test_killed_two_dozen_times_at_random_moments(tmp_path: Path) -> None:
     child(str(tmp_path / "whole"), 0, 1, 0, 0)
     torture(tmp_path / "killed", 24, seed=0)
@@ -91,7 +90,7 @@ def test_killed_two_dozen_times_at_random_moments(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 def test_an_update_killed_at_random_moments(tmp_path: Path) -> None:
     for name in ("whole", "old"):
         child(str(tmp_path / name), 0, 1, 0, 0)
@@ -118,8 +117,7 @@ def start(processes: int, folder: Path, out: Path) -> Launched:
 
 def kill_at(program: Launched, out: Path, units: int, *, whole_tree: bool) -> list[psutil.Process]:
     """Kill as soon as `units` are done; the launcher alone or all; returns whoever is left."""
-    while len(list((out / "units").glob("*.json"))) < units and program.running():
-        time.sleep(0.01)
+    wait_until(lambda: len(list((out / "units").glob("*.json"))) >= units, program)
     if whole_tree:
         program.kill(signal.SIGKILL)
     left = program.kill_alone() if not whole_tree and program.running() else []
@@ -128,7 +126,7 @@ def kill_at(program: Launched, out: Path, units: int, *, whole_tree: bool) -> li
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_the_real_program_killed_under_its_launcher_and_finished_with_other_numbers(tmp_path: Path) -> None:
     vae().save_pretrained(tmp_path / "vae")
     write_images(tmp_path / "images", 600)
@@ -146,7 +144,7 @@ def test_the_real_program_killed_under_its_launcher_and_finished_with_other_numb
     assert copy.returncode in (0, 1)
     assert start(3, tmp_path, out).wait().returncode == 0
     assert start(1, tmp_path, one).wait().returncode == 0
-    _, alive = psutil.wait_procs(left, timeout=60)
+    _, alive = psutil.wait_procs(left, timeout=300)
     assert alive == [], "orphans of a killed launcher stop by themselves"
     for path in out.rglob("*"):
         assert not publish.is_temporary(path) or path.unlink() is None  # an orphan that was killed in its last write

@@ -70,7 +70,7 @@ def test_decode_undoes_the_scaling(store: Path, tiny_vae: AutoencoderKL) -> None
     torch.testing.assert_close(data.decode(data[1]["latents"], tiny_vae), expected[1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_give_what_the_process_itself_gives(store: Path, context: str) -> None:
     data = LatentDataset(store, columns=("caption",))
     data[0]  # mapped before the workers start

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from export_call import run_cli
+from forked import fork, forkserver
+from killing import wait_until
 from test_store_writing import SETTINGS, Pictures
 from upstream import Upstream, serving
 
@@ -130,12 +132,10 @@ def read_first(url: str) -> None:
 
 def test_killed_in_the_middle_of_a_download(folder: Path, upstream: Upstream, cache: Path) -> None:
     upstream.faults = {"00000000.safetensors": ["stall"]}
-    child = multiprocessing.get_context("fork").Process(target=read_first, args=(f"{upstream.url}/latents",))
-    child.start()
-    assert upstream.stalled.wait(60)
-    assert child.pid is not None
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
+    child = fork(partial(read_first, f"{upstream.url}/latents"), [])
+    wait_until(lambda: cache.exists() and held(cache), child)  # the client has begun, and the server will not end
+    child.kill(signal.SIGKILL)
+    assert child.wait().returncode == -signal.SIGKILL
     upstream.go_on.set()
     assert [name.endswith(".tmp") for name in held(cache)] == [True]
     same(LatentDataset(f"{upstream.url}/latents"), LatentDataset(folder / "latents"))
@@ -149,16 +149,13 @@ def read_all(url: str, ready: Any, sums: Any) -> None:
 
 
 def test_processes_download_each_file_once_between_them(folder: Path, upstream: Upstream) -> None:
-    context = multiprocessing.get_context("fork")
-    ready, sums = context.Barrier(3), context.Queue()
-    url = f"{upstream.url}/latents"
-    children = [context.Process(target=read_all, args=(url, ready, sums)) for _ in range(3)]
+    context = forkserver()
+    ready, sums = context.Barrier(3, timeout=300), context.SimpleQueue()
+    children = [fork(partial(read_all, f"{upstream.url}/latents", ready, sums), []) for _ in range(3)]
     for child in children:
-        child.start()
-    totals = {sums.get(timeout=60) for _ in children}
-    for child in children:
-        child.join()
-        assert child.exitcode == 0
+        done = child.wait()
+        assert done.returncode == 0, done.stderr
+    totals = {sums.get() for _ in children}
     assert totals == {float(sum(item["latents"].double().sum() for item in LatentDataset(folder / "latents")))}
     asked = {name: count for name, count in upstream.asked.items() if name != "manifest.json"}
     assert len(asked) == 6 and set(asked.values()) == {1}

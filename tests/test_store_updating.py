@@ -6,13 +6,14 @@ import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from forked import forkserver
+from forked import fork, forkserver
 from test_store_writing import SETTINGS, Pictures, tree
 
 from ldm_vae.data.quarantine import BadImage
@@ -114,22 +115,14 @@ def one_of_several(store: str, vae: str, barrier: Any, rank: int) -> None:
     encode(AutoencoderKL.from_pretrained(vae).eval(), Album(**MUCH), Path(store), update=True, processes=processes)
 
 
-@pytest.mark.timeout(120)
 def test_an_update_by_three_processes_is_that_of_one(store: Path, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     tiny_vae.save_pretrained(tmp_path / "vae")
     shutil.copytree(store, tmp_path / "alone")
     encode(tiny_vae, Album(**MUCH), tmp_path / "alone", update=True)
-    context = forkserver()
-    barrier = context.Barrier(3)
-    ranks = [
-        context.Process(target=one_of_several, args=(str(store), str(tmp_path / "vae"), barrier, rank))
-        for rank in range(3)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-        assert rank.exitcode == 0
+    barrier = forkserver().Barrier(3, timeout=300)
+    call = partial(one_of_several, str(store), str(tmp_path / "vae"), barrier)
+    for done in [rank.wait() for rank in [fork(partial(call, rank), []) for rank in range(3)]]:
+        assert done.returncode == 0, done.stderr
     assert tree(store) == tree(tmp_path / "alone")
     assert len(list((store / "units").glob("*.json"))) >= 3 + 5
 

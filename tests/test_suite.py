@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import zlib
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import settings
 from mutations import ROOT, mutated, rows
 
 TESTS = sorted((ROOT / "tests").glob("test_*.py"))
@@ -40,8 +43,10 @@ def test_every_test_has_an_assertion_that_can_fail(trees: dict[Path, ast.Module]
     idle = [
         f"{path.name}::{name}"
         for path in TESTS
-        for name, node in functions(trees[path]).items()
-        if name.startswith("test_") and not can_fail(node, everywhere | functions(trees[path]))
+        for here in [functions(trees[path])]
+        for known in [everywhere | here]
+        for name, node in here.items()
+        if name.startswith("test_") and not can_fail(node, known)
     ]
     assert idle == []
 
@@ -70,6 +75,44 @@ def test_nothing_is_skipped_that_hides_a_gap(trees: dict[Path, ast.Module]) -> N
         if isinstance(node, ast.Attribute) and node.attr in ("skip", "skipif", "xfail", "importorskip")
     }
     assert "xfail" not in found.values() and found.keys() <= LACKING.keys(), found
+
+
+# who sleeps, by file: a test waits for a condition (`killing.wait_until`), and not for a time
+SLEEPING = {
+    "test_assets.py": "a download that is still under way when others ask for the same",
+    "test_store_remote.py": "between two looks at the condition",
+}
+
+
+def hasty(tree: ast.Module) -> list[int]:
+    """Lines with a limit below a minute: a busy machine takes longer to import torch."""
+    given = [
+        (node.lineno, value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for value in [
+            *(word.value for word in node.keywords if word.arg == "timeout"),
+            *(node.args[:1] if isinstance(node.func, ast.Attribute) and node.func.attr in ("wait", "join") else ()),
+        ]
+    ]
+    return [line for line, value in given if isinstance(value, ast.Constant) and float(value.value or 60) < 60]
+
+
+def test_nothing_waits_for_a_time_or_is_impatient(trees: dict[Path, ast.Module]) -> None:
+    asleep = {
+        path.name
+        for path in TESTS
+        for node in ast.walk(trees[path])
+        if isinstance(node, ast.Attribute) and node.attr == "sleep"
+    }
+    assert asleep <= SLEEPING.keys()
+    assert {path.name: lines for path in TESTS if (lines := hasty(trees[path]))} == {}
+    assert hasty(ast.parse("f(timeout=5)\nx.wait(3)\ng(timeout=60)\nx.wait()")) == [1, 2]
+
+
+def test_what_ran_before_changes_nothing(request: pytest.FixtureRequest) -> None:
+    assert torch.initial_seed() == zlib.crc32(request.node.nodeid.encode())
+    assert settings().deadline is None and settings().derandomize
 
 
 def test_every_mutation_has_its_place_and_its_test(trees: dict[Path, ast.Module]) -> None:

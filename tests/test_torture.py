@@ -9,7 +9,7 @@ from victims import Figures
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_few_kills_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
     figures = torture.main(["--minutes", "8", "--kills", "2", "--programs", "0"])
     assert len(figures) == 6

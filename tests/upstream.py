@@ -20,7 +20,7 @@ class Upstream:
         self.root = root
         self.asked: Counter[str] = Counter()
         self.faults: dict[str, list[Fault]] = {}
-        self.stalled, self.go_on = threading.Event(), threading.Event()
+        self.go_on = threading.Event()
         self.lock = threading.Lock()
         self.url = ""
 
@@ -55,7 +55,6 @@ def serving(root: Path) -> Iterator[Upstream]:
                 self.wfile.write(content[:half])
                 self.wfile.flush()
                 if fault == "stall":
-                    upstream.stalled.set()
                     upstream.go_on.wait()
                 self.close_connection = True
                 return
