@@ -4,6 +4,8 @@ do not change when a constant is added to what they do not depend on."""
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -78,6 +80,37 @@ def test_the_two_bounds_hold_the_information_of_few_images() -> None:
     error = np.std(ends, axis=0) / math.sqrt(60)
     assert lower < known + 3 * error[0]
     assert abs(upper - known) < 3 * error[1] and error[1] < 0.06
+
+
+def test_ranks_add_up_to_the_whole_one_without_images_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks as threads: each counts from a centre of its own, the second has seen nothing."""
+    mean = drawn(30, 3, 4, 4).exp() + 100
+    logvar = -1 + 0.5 * drawn(30, 3, 4, 4, seed=3)
+    meeting, given, mine = threading.Barrier(3, timeout=60), [torch.empty(0)] * 3, threading.local()
+
+    def gather(value: torch.Tensor) -> torch.Tensor:
+        given[mine.rank] = value
+        meeting.wait()
+        everybody = torch.stack(given)
+        meeting.wait()
+        return everybody
+
+    monkeypatch.setattr("ldm_vae.latent_space.channels.gather", gather)
+
+    def rank(number: int, first: int, stop: int) -> ChannelStatistics:
+        mine.rank, found = number, ChannelStatistics(3)
+        for start in range(first, stop, 5):
+            rows = slice(start, min(start + 5, stop))
+            found.update(Moments(mean[rows], logvar[rows]), range(rows.start, rows.stop))
+        return found.over_ranks()
+
+    with ThreadPoolExecutor(3) as threads:
+        ranks = list(threads.map(rank, range(3), (0, 18, 18), (18, 18, 30)))
+    whole = measured(Moments(mean, logvar))
+    for found in ranks:
+        for name in ("mean", "std", "excess_kurtosis", "correlation", "kl"):
+            torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
+        assert found.prior_gap == pytest.approx(whole.prior_gap, rel=1e-9)
 
 
 # --- a constant far from 0 --------------------------------------------------------------------------------------------
