@@ -47,6 +47,10 @@ def test_large_finite_weights_are_no_infinity(tiny_vae: AutoencoderKL) -> None:
     with torch.no_grad():
         tiny_vae.decoder.conv_out.weight.fill_(3e38)
     finite.check_weights(tiny_vae, "VAE")
+    with torch.no_grad():
+        tiny_vae.decoder.conv_out.weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(UsageError, match=r"decoder\.conv_out\.weight holds NaN or infinity in 1 of"):
+        finite.check_weights(tiny_vae, "VAE")
 
 
 # --- the verbs --------------------------------------------------------------------------------------------------------
