@@ -157,8 +157,8 @@ def _fetched(hub_id: str, place: str) -> Path:
     except Exception as error:  # of the hub, the network and the cache: any kind
         raise UsageError(f"{place}: cannot be loaded from the hub: {first_line(error)}") from error
     raise UsageError(
-        f"{place}: cannot be loaded from the hub: neither it nor, offline, its cache has {inside}{STEM}.safetensors, its "
-        f"shards or a variant of it ({', '.join(VARIANTS)}); a pickle there is not read: download the .bin, and "
+        f"{place}: cannot be loaded from the hub: neither it nor, offline, its cache has {inside}{STEM}.safetensors, "
+        f"its shards or a variant of it ({', '.join(VARIANTS)}); a pickle there is not read: download the .bin, and "
         f"{export_command(Path('FILE.bin'))} makes a safe folder of it"
     )
 
