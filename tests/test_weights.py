@@ -172,6 +172,21 @@ def test_what_is_missing_left_over_or_misshapen_is_named(kind: str, tmp_path: Pa
             assert named in said and str(tmp_path / "vae") in said
 
 
+@pytest.mark.parametrize("where", ["encoder.{}.weight", "{}.encoder.conv_in.weight", "{}"])
+def test_names_of_a_stranger_end_no_line(where: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = where.format("a\n\x1b[2J" + "b" * 5000)
+    rewrite(folder, lambda t: t | {name: torch.zeros(2)})
+    if where.startswith("encoder"):
+        refusal(lambda: load_autoencoder(folder))
+    else:
+        load_autoencoder(folder)
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1 and "\x1b" not in said
+    rewrite(folder, lambda t: {f"a\nb.{one}": value for one, value in t.items() if one != name})
+    load_autoencoder(folder)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_many_are_counted(folder: Path) -> None:
     rewrite(folder, lambda t: {name: value for name, value in t.items() if not name.startswith("decoder.")})
     gone = sum(name.startswith("decoder.") for name in small("kl").state_dict())

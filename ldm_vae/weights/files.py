@@ -238,5 +238,6 @@ def _no_weights(folder: Path, names: list[str], place: str) -> str:
 
 
 def few(names: list[str]) -> str:
-    """The first three of many names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """The first three of many names; they are a stranger's: no line ends, nothing endless."""
+    shown = ["".join(letter if letter.isprintable() else "?" for letter in name[:100]) for name in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -147,11 +147,11 @@ def _notes(
 ) -> list[str]:
     notes = []
     wrapped = sorted({part for original in chosen.values() for part in original.split(".")} & WRAPPERS)
-    gone = [f"`{part}.`" for part in [*wrapped, *([prefix[:-1]] if prefix not in weights.usual else [])]]
+    gone = [f"`{few([part])}.`" for part in [*wrapped, *([prefix[:-1]] if prefix not in weights.usual else [])]]
     if gone:
         notes.append(f"{weights.place}: {' and '.join(gone)} taken from the names of its {len(chosen)} tensors")
     if is_average(prefix):
-        notes.append(f"{weights.place}: the average behind `{prefix}` is taken, no other whole network is in it")
+        notes.append(f"{weights.place}: the average behind `{few([prefix])}` is taken, no other whole network is in it")
     if inside:
         notes.append(f"{weights.place}: {len(inside)} tensors that are not the network's are left out ({few(inside)})")
     return notes
@@ -194,7 +194,7 @@ def _misfit(
         name = misshapen[0]
         came, expected = weights.entries[chosen[name]].shape, tuple(network.state_dict()[name].shape)
         more = f" and {len(misshapen) - 1} more" if len(misshapen) > 1 else ""
-        said.append(f"tensor {chosen[name]}{more}: the weights have {came}, the config asks for {expected}")
+        said.append(f"tensor {few([chosen[name]])}{more}: the weights have {came}, the config asks for {expected}")
     return f"{'; '.join(said)}; {_advice(network, weights, missing, unexpected)}"
 
 
@@ -237,13 +237,14 @@ def _read(
             value, rounded[name] = rounding.restored(value, chosen[name], weights)
         elif scaled := rounding.scale_of(chosen[name], weights.entries):
             raise UsageError(
-                f"{weights.place}: tensor {scaled} scales {chosen[name]}, which is {value.dtype} and no float of 8 "
+                f"{weights.place}: tensor {few([scaled])} scales {name}, which is {value.dtype} and no float of 8 "
                 "bits; such files are not read"
             )
         elif not value.is_floating_point() and place.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
             raise UsageError(
-                f"{weights.place}: tensor {chosen[name]} is {str(value.dtype).removeprefix('torch.')}: quantised, "
-                "which is not read; give the file in fp32, fp16 or bf16"
+                f"{weights.place}: tensor {few([chosen[name]])} is {kind}: quantised, which is not read; give the "
+                "file in fp32, fp16 or bf16"
             )
         state[name] = value.reshape(place.shape)
     return state, rounded

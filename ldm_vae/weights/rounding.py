@@ -17,7 +17,7 @@ import torch
 
 from ldm_vae import latents
 from ldm_vae.errors import UsageError
-from ldm_vae.weights.files import Entry, Weights
+from ldm_vae.weights.files import Entry, Weights, few
 
 # dtype => bits behind the leading one, exponent of the smallest normal number
 FORMATS = {torch.float8_e4m3fn: (3, -6), torch.float8_e5m2: (2, -14)}
@@ -68,14 +68,14 @@ def restored(value: torch.Tensor, name: str, weights: Weights) -> tuple[torch.Te
     """
     if value.dtype not in FORMATS:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FORMATS)
-        raise UsageError(f"{weights.place}: tensor {name} is {value.dtype}; of 8-bit floats {known} are read")
+        raise UsageError(f"{weights.place}: tensor {few([name])} is {value.dtype}; of 8-bit floats {known} are read")
     scale, scaled = torch.ones(()), scale_of(name, weights.entries)
     if scaled is not None:
         scale = weights.entries[scaled].read().float()
         if scale.numel() not in (1, len(value)):
             raise UsageError(
-                f"{weights.place}: tensor {scaled} is {tuple(scale.shape)}; one scale, or one for each of {len(value)} "
-                "outputs, is read"
+                f"{weights.place}: tensor {few([scaled])} is {tuple(scale.shape)}; one scale, or one for each of "
+                f"{len(value)} outputs, is read"
             )
         scale = scale.reshape(-1, *[1] * (value.ndim - 1)) if scale.numel() > 1 else scale.reshape(())
     return value.float() * scale, Rounding(value.dtype, scale)
