@@ -74,10 +74,12 @@ def test_the_second_is_refused_and_the_next_is_not(tmp_path: Path, file_system: 
 def test_the_second_waits_for_the_end_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ownership, "PATIENCE", 60.0)
     met: list[list[Exception]] = []
+    waiting = threading.Event()
+    monkeypatch.setattr(ownership, "print", lambda *_, **__: waiting.set(), raising=False)
     with own(tmp_path / "store", "OUT"):
         second = threading.Thread(target=lambda: met.append(contend(tmp_path / "store")))
         second.start()
-        time.sleep(0.1)
+        assert waiting.wait(60)
         assert met == []
     second.join()
     assert met == [[]]
