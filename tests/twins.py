@@ -25,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # run with -m from the root, as the tests find each other
 
+import test_eval_diffusability
 import test_programs
 import test_programs_diffusion
 from conftest import write_images
@@ -42,6 +43,8 @@ from train import autoencoder, diffusion
 IMAGES, MORE = 12, 18
 CROP = ["--resolution", "32"]
 UNITS = [*CROP, "--batch_size", "4", "--shard_size", "4", "--num_workers", "0", "--encode_threads", "1"]
+
+PROBE = [*test_eval_diffusability.SMALL, "--train_images", "8", "--batch_size", "4", "--seeds", "1"]
 
 Words = Callable[[Path, Path], Sequence[str]]
 """(folder of the materials, OUT) => the arguments of the program."""
@@ -154,6 +157,11 @@ TWINS = {
         lambda p, out: ["report", str(out)], begin=lambda p, out: shutil.copytree(p / "evaluated", out) and None
     ),
     "digits": Twin(lambda p, out: ["assets", "digits", str(out)]),
+    "demo": Twin(lambda p, out: ["assets", "demo", str(out)]),
+    "inspect": Twin(lambda p, out: ["inspect", str(p / "images"), "--thumbnails", f"{out}.png", "--num_workers", "0"]),
+    "probe": Twin(
+        lambda p, out: ["probe", str(p / "vae"), str(p / "images"), "--output", str(out), *PROBE], equal=("stores",)
+    ),
     "train": Twin(
         lambda p, out: [str(config(p, out, test_programs.write_config, p / "images", max_train_images=16))],
         main=autoencoder.main, equal=("run/vae/diffusion", "run/checkpoints/images-000000016/tensors"),
@@ -239,8 +247,10 @@ class Pair:
         self.figures.unreadable += len(left)
 
     def chosen(self, parent: Path) -> dict[str, str]:
-        """Checksums of the files that must be equal, of everything in OUT or named after it."""
-        everything = {name.removeprefix("out/"): checksum for name, checksum in tree(parent).items()}
+        """Checksums of the files that must be equal, of everything in OUT or named after it; not of the sightings
+        beside a store, which hold when a file was seen."""
+        files = {name: checksum for name, checksum in tree(parent).items() if ".seen/" not in name}
+        everything = {name.removeprefix("out/"): checksum for name, checksum in files.items()}
         return {name: checksum for name, checksum in everything.items() if name.startswith(self.twin.equal)}
 
 
