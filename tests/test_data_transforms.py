@@ -30,6 +30,7 @@ from ldm_vae.errors import UsageError
 from ldm_vae.latent_store.manifest import Identity
 from ldm_vae.latent_store.views import Cutting, cutting_of
 from ldm_vae.metrics.batches import image_batches
+from ldm_vae.metrics.protocol import PINNED, VARIANTS
 
 
 def smooth(height: int, width: int, channels: int = 3) -> torch.Tensor:
@@ -218,6 +219,9 @@ def test_a_source_of_ones_own_may_say_it_itself(tmp_path: Path) -> None:
 
 def test_a_protocol_that_resizes_refuses_pixels_as_they_are(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "x", 2))
-    assert len(list(image_batches(source, None, 16, batch_size=2, interpolation="bilinear"))) == 1
-    with pytest.raises(UsageError, match="resize"):
-        next(image_batches(with_resize(source, "none"), None, 16, batch_size=2, interpolation="bilinear"))
+    for protocol in (PINNED, *VARIANTS.values()):
+        assert len(list(image_batches(source, None, 16, batch_size=2, protocol=protocol))) == 1
+        if protocol.resize != PINNED.resize:
+            with pytest.raises(UsageError, match="resize"):
+                next(image_batches(with_resize(source, "none"), None, 16, batch_size=2, protocol=protocol))
+    assert len(list(image_batches(with_resize(source, "none"), None, 16, batch_size=2))) == 1
