@@ -123,6 +123,9 @@ def _entered(
     for attempt in range(ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WorkError(f"{what}: cannot be made: {error.strerror or error}") from error
+        try:
             return stack.enter_context(ways())
         except OSError as error:
             if not isinstance(error, FileNotFoundError) or attempt == ATTEMPTS - 1:

@@ -128,7 +128,7 @@ def test_a_flag_overrides_the_record_and_is_said(
     with caplog.at_level(logging.WARNING):
         call("store", "verify", store, "--reencode", 3)  # as the store says, and what the network says is said
     assert "3 to the same bits" in capsys.readouterr().out
-    (note,) = [one.getMessage() for one in caplog.records if "ldm_vae" in one.name]
+    (note,) = [one.getMessage() for one in caplog.records if one.name == "ldm_vae.latent_store.origins"]
     assert note.startswith("value_range") and "[0, 65535]" in note and "[0, 4095]" in note
     with pytest.raises(WorkError):
         call("store", "verify", store, "--reencode", 3, "--value_range", 0, 4095)
