@@ -49,6 +49,7 @@ def test_every_verb_explains_itself(verb: str) -> None:
     assert len(done.stdout) > 300
 
 
+@pytest.mark.slow
 def test_the_programs_help_is_shown_by_their_verbs() -> None:
     assert "accelerate launch -m train.autoencoder" in forked("train", "--help").stdout
     assert "eval.reconstruction" in forked("evaluate", "--help").stdout

@@ -133,6 +133,7 @@ def fuzz(count: int, seed: int) -> dict[str, float]:
     return {"count": count, "good": good, "slowest_s": slowest, "memory": grown}
 
 
+@pytest.mark.slow
 def test_mutated_files() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, str(FILES)], capture_output=True, text=True, timeout=300, check=False

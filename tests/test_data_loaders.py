@@ -43,7 +43,7 @@ def stream(source: Source, images: int, batch_size: int, world_size: int = 1, st
     return together
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_the_stream_is_the_same_whatever_reads_it(image_folder: Path, context: str) -> None:
     source = open_source(image_folder)
     expected = stream(source, 24, batch_size=24)

@@ -70,6 +70,7 @@ def test_an_image_of_the_source_costs_its_place_in_the_permutation() -> None:
     assert (large - small) / 990_000 < 6  # four bytes; keys are the source's business
 
 
+@pytest.mark.slow
 def test_an_image_that_was_read_is_forgotten() -> None:
     peak_of(Synthetic(100), 3)
     few, many = (peak_of(Synthetic(100_000), batches) for batches in (5, 300))

@@ -54,6 +54,7 @@ def test_unconditional(store: Path, tmp_path: Path) -> None:
     assert (tmp_path / "state").is_dir()
 
 
+@pytest.mark.slow
 def test_latents_and_captions(store: Path, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     pipe = pipeline(tiny_vae, tmp_path / "words")
     before = {name: value.clone() for name, value in pipe.text_encoder.state_dict().items()}

@@ -39,6 +39,7 @@ def test_digits_are_drawn_by_their_grey() -> None:
     assert drawn[:, 0].eq(-1).all() and drawn[:, 3].eq(1).all()
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_table_its_curves_and_its_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

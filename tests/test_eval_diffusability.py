@@ -52,6 +52,7 @@ def test_latents_of_other_shapes_get_equal_tokens_and_operations() -> None:
         assert one.gflop == pytest.approx(found[0].gflop, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_width_is_moved_where_patches_alone_do_not_do() -> None:
     """A token of 1,024 numbers costs so much at its border that the network must be narrower."""
     shapes = [(4, 8, 8), (256, 16, 16)]
@@ -126,6 +127,7 @@ def random_vae(folder: Path, seed: int, channels: int) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_the_program_measures_and_does_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = write_images(tmp_path / "images", 6, size=(20, 20))
     vaes = [random_vae(tmp_path / name, number, 3 + number) for number, name in enumerate(("one", "other"))]

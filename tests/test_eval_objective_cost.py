@@ -15,6 +15,7 @@ STEP = (0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4)  # halvings before each convoluti
 TAPS = ((64, 0), (128, 1), (256, 2), (512, 3), (512, 4))
 
 
+@pytest.mark.slow
 def test_lpips_costs_what_vggs_convolutions_do() -> None:
     """3 x 3 convolutions for both images, and once more for the gradient with respect to the reconstruction; a weighted
     sum over channels at five depths, and its gradient."""

@@ -91,6 +91,7 @@ def test_rounds_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 # --- encode -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_speed_encode_writes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed_encode, "RESOLUTION", 32)
     monkeypatch.setattr(speed_encode, "WAITING_IMAGES", 64)
@@ -146,6 +147,7 @@ def test_a_sparse_store_is_a_store_of_zeros(tmp_path: Path) -> None:
 # --- quality ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_equal_minutes_from_equal_weights_on_equal_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = []
     latents = speed_quality.latents
@@ -230,6 +232,7 @@ def test_nothing_is_held_per_sample(tmp_path: Path) -> None:
     assert data.shape(9_999_999) == (4, 32, 32) and not len(data._maps)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_said_to_have_died() -> None:
     with (
         speed_grow.Group(Work(net="none"), 1) as group,
@@ -251,6 +254,7 @@ def test_the_first_step_is_waited_for_and_a_run_that_takes_none_is_reported(tmp_
 # --- variants ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_variant_trains_and_costs_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed_variants, "WORK", replace(SMALL_WORK, resolution=64))
     rows = {row["name"]: row for row in speed_variants.run(argparse.Namespace(rounds=1))}

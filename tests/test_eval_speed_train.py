@@ -37,6 +37,7 @@ def test_operations() -> None:
     assert ours / counts["decoder_from_store"] == pytest.approx(1.32, abs=0.01)  # 1.40 at twice the width
 
 
+@pytest.mark.slow
 def test_operations_of_small_networks() -> None:
     work = Work(widths=(8, 8), resolution=32, batch=1, net="alex", critic_width=8, groups=4)
     ours = count_operations(work, "train_step")
@@ -63,6 +64,7 @@ def test_the_whole_benchmark_of_compiled_steps(monkeypatch: pytest.MonkeyPatch) 
     assert sorted(timed) == ["latent_diffusion", "latent_diffusion_compiled", "train_step"] and min(timed.values()) > 0
 
 
+@pytest.mark.slow
 def test_every_recipe_trains_both_networks() -> None:
     for name, recipe in RECIPES.items():
         networks = Networks(SMALL)
@@ -74,6 +76,7 @@ def test_every_recipe_trains_both_networks() -> None:
             assert moved == (module is networks.network or name != "autoencoder_only"), name
 
 
+@pytest.mark.slow
 def test_memory_of_ours_is_below_the_recipe_that_keeps_its_graphs() -> None:
     peaks = {}
     for name in ("train_step", "latent_diffusion", "small_gpu"):

@@ -160,6 +160,7 @@ def test_slicing_tiling_and_half_precision(exported: Path) -> None:
     assert 10 * math.log10(4 / error) > 50
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled(exported: Path) -> None:
     vae = AutoencoderKL.from_pretrained(exported)

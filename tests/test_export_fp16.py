@@ -142,6 +142,7 @@ def test_extremes_are_extreme() -> None:
 # --- the verb ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fix_as_a_user_calls_it(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inflated(build("shortcuts")).save_pretrained(tmp_path / "big")
     assert run_cli("fp16", "audit", tmp_path / "big", image_folder, "--images", 3) == 0

@@ -189,6 +189,7 @@ def test_a_compiler_that_is_not_there_is_named(tmp_path: Path, tiny_vae_folder: 
     assert done.returncode == 2 and "torch_compile_backend: expected one of" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_forward_is_compiled_as_one_graph(tiny_vae: AutoencoderKL) -> None:
     network = TrainableAutoencoder(tiny_vae.train())
     network.compile(backend="aot_eager")

@@ -102,6 +102,7 @@ def test_before_the_discriminator_plays_there_is_nothing_to_say() -> None:
     assert list(diagnose([*sick, validation], AdversaryConfig())) == ["saturated"]  # a validation's line is no interval
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [None, 0.3], ids=["healthy", "sick"])
 def test_a_run_made_sick_on_purpose_says_so(tmp_path: Path, rate: float | None) -> None:
     """A discriminator whose rate is a hundred times too high, against an autoencoder that hardly learns."""

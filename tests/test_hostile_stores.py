@@ -155,6 +155,7 @@ def put(tree: Any, path: tuple[Any, ...], leaf: Any) -> None:
     tree[path[-1]] = leaf
 
 
+@pytest.mark.slow
 @examples(150)
 @given(data=st.data())
 def test_any_manifest_is_read_or_refused(data: st.DataObject, sound: Path, tmp_path: Path) -> None:

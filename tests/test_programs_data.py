@@ -84,6 +84,7 @@ def test_a_run_in_buckets_resumes_to_the_bit(in_buckets: Path, mixed: Path, tmp_
     assert_equal_bits(in_buckets, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_processes_train_in_the_same_buckets(in_buckets: Path, mixed: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, mixed, **SHORT | {"train_batch_size": 2}, **BUCKETS)
     run_two(config)

@@ -82,6 +82,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(undisturbed: Path, ima
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_beside_the_newest(images: Path, tmp_path: Path) -> None:
     config = write_config(
         tmp_path, images, checkpoints_total_limit=1, validate_every_images=16, validation_images=4,

@@ -117,6 +117,7 @@ def test_images_found_elsewhere_changed_or_gone(tiny_vae_folder: Path, images: P
     ]
 
 
+@pytest.mark.slow
 def test_it_resumes_and_validates(tiny_vae_folder: Path, images: Path, tmp_path: Path) -> None:
     store = encode(tiny_vae_folder, images, tmp_path / "store", "--pixels", "--views", "flip")
     more = {

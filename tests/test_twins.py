@@ -51,8 +51,7 @@ class Again:
                 self.refused.append(error)
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
-@pytest.mark.parametrize("locks", [True, False])
+@pytest.mark.parametrize(("locks", "at"), [(True, 1), (True, 3), (False, 2)])
 @pytest.mark.parametrize("second", ["the same", "another batch size", "an update", "repair"])
 def test_a_second_launch_within_the_first(
     tiny_vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool, second: str, at: int
