@@ -85,7 +85,7 @@ class Adversary(nn.Module):
     # --- regularisers of the discriminator ----------------------------------------------------------------------------
 
     def r1_due(self, images_seen: int, global_batch: int) -> bool:
-        """Whether this update, of so many images over all processes and micro-batches, pays R1: all of it or none."""
+        """Tell whether this update, of so many images over all processes and micro-batches, pays R1: all or nothing."""
         return self.config.r1_weight > 0 and images_seen // global_batch % self.config.r1_every == 0
 
     def r1(self, real: torch.Tensor, real_logits: torch.Tensor) -> torch.Tensor:

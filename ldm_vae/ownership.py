@@ -111,7 +111,7 @@ def own_together(folder: Path, field: str, rank: int, barrier: Callable[[], None
 
 
 def is_mark(path: Path) -> bool:
-    """Whether `path` is a mark of ownership, perhaps of a process that was killed."""
+    """True when `path` is a mark of ownership, perhaps of a process that was killed."""
     name = path.name
     return name.startswith(".") and (name.endswith((LOCK, LEASE)) or f"{LOCK}." in name or f"{LEASE}." in name)
 

@@ -1,5 +1,5 @@
-"""What moves once per update: statistics of its micro-batches are added up first, so that A micro-batches of B images
-leave what one batch of A * B leaves.
+"""State that moves once per update: statistics of its micro-batches are added up first, so that A micro-batches of B
+images leave what one batch of A * B leaves.
 
 Nothing here is half done in a checkpoint: those are written between updates.
 """

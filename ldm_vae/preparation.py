@@ -1,4 +1,4 @@
-"""How DATA is decoded for networks: what flags say, else what the networks (or a store) record, else the defaults.
+"""The decoding of DATA for networks: what flags say, else what the networks (or a store) record, else the defaults.
 
 The one place that every verb with DATA asks. Two records that differ are refused, both named, unless a flag decides.
 """
@@ -20,7 +20,7 @@ from ldm_vae.preprocessing import SETTABLE, Preprocessing, recorded
 
 @dataclass(frozen=True)
 class Preparation:
-    """How DATA is decoded, and what the user must know of it: a note for each flag that overrides a record."""
+    """The decoding of DATA, and what the user must know of it: a note for each flag that overrides a record."""
 
     decoding: Decoding
     flags: DataFlags = NO_FLAGS
@@ -59,7 +59,7 @@ class _Says(Protocol):
 
 
 def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Preparation:
-    """How images become what these networks take: flags where they are given, else what the networks record, else the
+    """The preparation of images for these networks: flags where they are given, else what the networks record, else the
     defaults; the channels are the networks'.
 
     Args:
@@ -78,8 +78,8 @@ def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Prep
 
 
 def preparation_of_store(identity: str, vae: Any, flags: DataFlags = NO_FLAGS) -> Preparation:
-    """How the images of a latent store are decoded again: as its identity says, unless flags say otherwise. Where the
-    network records something else than the store, that is among the notes.
+    """The preparation that decodes a latent store's images again: as its identity says, unless flags say otherwise. Where
+    the network records something else than the store, that is among the notes.
 
     Raises:
         UsageError: a flag asks for other channels than the network takes.
@@ -99,7 +99,7 @@ def preparation_of_store(identity: str, vae: Any, flags: DataFlags = NO_FLAGS) -
 
 
 def plain(flags: DataFlags) -> Preparation:
-    """How images are decoded where no network is concerned: flags, else the defaults."""
+    """The preparation where no network is concerned: flags, else the defaults."""
     return _settle([], flags.channels or DEFAULT.channels, "", flags)
 
 

@@ -59,7 +59,7 @@ class Preprocessing(Section):
     interpolation: Literal["bicubic"] = "bicubic"
     """Antialiased."""
     crop: Literal["centre"] = "centre"
-    """What is left of a whole image. (Training's own crops: RUN/config.yaml, `transform`.)"""
+    """The part of a whole image that is left. (Training's own crops: RUN/config.yaml, `transform`.)"""
     law: str = PREPROCESSING_VERSION
     """Version of decoding, resize and crop, as in the identity of a latent store."""
 

@@ -1,4 +1,4 @@
-"""What a training run was begun with, compared whenever it goes on: its images, its latent store.
+"""Inputs of a training run, compared whenever it goes on: its images, its latent store.
 
 The config names them by their paths; what lies there may be another thing by then. Then it is said, each time: the run
 goes on with what is there now, and is not the one that its first checkpoints belong to.

@@ -156,7 +156,7 @@ def open_pairs(settings: Training, vae: AutoencoderKL, source: Source | Stream) 
 
 
 def prepared_as(source: Source | Stream, pairs: StoredPairs | None) -> Preprocessing:
-    """How the images of a training are prepared: those of a store that holds its pixels as the store's were."""
+    """The preparation of a training's images: those of a store that holds its pixels as the store's were."""
     stored = pairs and pairs.source is None and decoding_of(pairs.latents.manifest.identity.preprocessing)
     return Preprocessing.of(stored or source.decoding)
 

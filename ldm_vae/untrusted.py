@@ -79,7 +79,7 @@ def _check_size(name: str, size: float, largest: int) -> None:
 
 
 def load_pickle(file: str | Path | BinaryIO) -> Any:
-    """What torch.save wrote, tensors alone: no code of the file is run.
+    """Load a file of torch.save, tensors alone: no code of the file is run.
 
     Raises:
         OSError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""What is said to be per update is per update: A micro-batches of B images leave what one batch of A * B leaves, in
+"""State that moves per update: A micro-batches of B images leave what one batch of A * B leaves, in
 fp64, for every part that has a state. The adaptive weight alone is each micro-batch's own."""
 
 from __future__ import annotations

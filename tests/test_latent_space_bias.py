@@ -1,4 +1,4 @@
-"""What few images and far-off means do to statistics: bounds without a bias where the truth is known, and numbers that
+"""Statistics of few images and of far-off means: bounds without a bias where the truth is known, and numbers that
 do not change when a constant is added to what they do not depend on."""
 
 from __future__ import annotations

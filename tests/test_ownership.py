@@ -44,7 +44,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contend(folder: Path) -> list[Exception]:
-    """What another thread meets that wants the folder."""
+    """Errors that another thread meets when it wants the folder."""
     met: list[Exception] = []
 
     def other() -> None:
@@ -142,7 +142,7 @@ def test_a_killed_process_owns_nothing(tmp_path: Path, words: tuple[str, ...], m
 def test_who_was_suspended_for_too_long_learns_that_it_owns_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where there are no locks, or on another machine: the record alone tells, and nobody has touched it."""
+    """The record alone tells where there are no locks, or on another machine; nobody has touched it."""
     without_locks(monkeypatch)
     monkeypatch.setattr(ownership, "PATIENCE", 60.0)
     first = fork(hold, [str(tmp_path / "store"), "no locks"])

@@ -53,7 +53,7 @@ EXTENSIONS = frozenset(
 
 @dataclass(frozen=True)
 class Decoding:
-    """How bytes become pixels, and pixels a crop of the resolution; part of a store's preprocessing identity."""
+    """The way from bytes to pixels and to a crop of the resolution; part of a store's preprocessing identity."""
 
     channels: int = 3
     background: Background = WHITE

@@ -35,7 +35,7 @@ class Stored:
 
 
 def stored(picture: Any) -> Stored:
-    """What the header of a picture that is not loaded yet says."""
+    """Properties of a picture from its header, before it is loaded."""
     name, tiles = picture.format or "", getattr(picture, "tile", None)
     if not tiles:
         return Stored(name, "")

@@ -20,7 +20,7 @@ KINDS = ("folder", "hub", "list", "webdataset", "zip")  # the files of data/sour
 
 @dataclass(frozen=True)
 class DataFlags:
-    """What was said of DATA on the command line; None where nothing was."""
+    """Flags about DATA as given on the command line; None for those that were not."""
 
     channels: int | None = None
     value_range: tuple[float, float] | None = None
@@ -34,7 +34,7 @@ class DataFlags:
 
     @property
     def decide(self) -> bool:
-        """Whether any of them says how pixels are to be had."""
+        """True when any of them is about pixels."""
         return any(value is not None for value in (self.value_range, self.background, self.resize))
 
     @classmethod
@@ -66,7 +66,7 @@ NO_FLAGS = DataFlags()
 def add_decoding_arguments(
     parser: argparse.ArgumentParser, *, resize: bool = True, recorded: str | None = "the network"
 ) -> None:
-    """How an image's bytes become pixels.
+    """Add the flags for the way from an image's bytes to pixels.
 
     Args:
         resize: whether the verb cuts crops.

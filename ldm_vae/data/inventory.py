@@ -1,4 +1,4 @@
-"""What a training run was begun with: the keys, sizes, stamps and, as far as GIGABYTE goes, contents of its images.
+"""Inventory of a training run's images: the keys, sizes, stamps and, as far as GIGABYTE goes, contents of its images.
 
 A run that goes on with other pictures under the same names is not the run that its config and its first checkpoints
 tell of. Its images are looked at once when it begins and compared whenever it goes on: keys, then sizes, then stamps
@@ -97,7 +97,7 @@ def take_inventory(source: Source) -> Inventory:
 
 
 def compare(before: Inventory, source: Source) -> tuple[Difference, Inventory]:
-    """What has changed, and `before` with the stamps that those images have now which are what they were."""
+    """Changes since, and `before` with the stamps that those images have now which are what they were."""
     now = _look(source)
     order = np.argsort(before.keys, kind="stable")
     at = order[np.searchsorted(before.keys[order], now.keys).clip(max=len(order) - 1)]

@@ -106,7 +106,7 @@ class Watch:
                 self.judge()
 
     def judge(self) -> None:
-        """What was met is all there is, or enough."""
+        """Mark the watch as done: all was met, or enough."""
         for values in by_range(self._found or ()):
             key = (self._name, values.black, values.white)
             if (advice := values.advice()) and key not in _SAID:

@@ -1,4 +1,4 @@
-"""What a file system tells of an image without reading it: whether it can have been replaced since it was read.
+"""Stamps: the file system's word on an image that is not read, whether it can have been replaced since it was read.
 
 A stamp holds inode, size, mtime and ctime of the file that an image lies in, and its place there. An equal stamp means
 equal bytes: mtime can be set by `touch -d`, `cp -p` and `rsync -a`, ctime by nobody. A different one means doubt and
@@ -36,7 +36,7 @@ Sizes = npt.NDArray[np.int64]
 
 
 class Facts(NamedTuple):
-    """What is known of an image that was not read."""
+    """Facts about an image that was not read."""
 
     size: int
     """Its bytes as the source holds it, -1 where only reading tells."""

@@ -71,7 +71,7 @@ def _shape(vae: Any) -> str:
 
 
 def _decoding(vae: Any) -> str:
-    """How its images are prepared, for programs that do not read the record."""
+    """The card's paragraph on preparing images, for programs that do not read the record."""
     found = recorded(vae)
     if found is None:
         return ""

@@ -141,7 +141,7 @@ def _load(request: Request, done: Done) -> AutoencoderKL:
 
 
 def _preparation(request: Request, vae: AutoencoderKL, base: AutoencoderKL | None, done: Done) -> Preparation:
-    """How images are decoded for SRC; what flags say of it is recorded with OUT."""
+    """Decoding of images for SRC; flags about it are recorded with OUT."""
     both = {request.source: vae} | ({} if base is None or request.drift_from is None else {request.drift_from: base})
     preparation = preparation_of(both, request.flags)
     if recorded(vae) is not None or request.flags.decide:

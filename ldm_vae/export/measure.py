@@ -51,7 +51,7 @@ class Images:
     batch_size: int = 8
     limit: int | None = None
     preparation: Preparation | None = None
-    """How they are decoded; as the VAE records by default."""
+    """Their decoding; as the VAE records by default."""
 
     def batches(self, vae: Any) -> Iterator[torch.Tensor]:
         """Pixels [B, C, H, W] in [-1, 1] for this VAE. Raises UsageError when the resolution does not fit f."""

@@ -72,7 +72,7 @@ def warnings_for(target: Target, config: Config) -> list[str]:
 
 
 def warnings_for_pipelines(config: Config) -> list[str]:
-    """What the pipelines of diffusers that take such latents ignore of this config, a sentence each.
+    """Parts of this config that the pipelines of diffusers for such latents ignore, a sentence each.
 
     Their `vae.decode(latents / scaling_factor)` knows shift_factor in SD3's and FLUX's pipelines only.
     """

@@ -150,7 +150,7 @@ class ChannelStatistics:
 
     @property
     def _varies(self) -> torch.Tensor:
-        """Whether a channel's deviation is more than rounding of fp64 [c]."""
+        """True where a channel's deviation is more than rounding of fp64 [c]."""
         return self.std > 1e-12 * self.mean.abs()
 
     @property

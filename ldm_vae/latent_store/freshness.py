@@ -1,4 +1,4 @@
-"""Whether a store is of the images as they are now: the promise that a finished store is never a stale one.
+"""Freshness: a store is of the images as they are now, the promise that a finished store is never a stale one.
 
 Keys say which images a store has, not what is in them: a picture is replaced under its name, or the data are a copied
 folder with another picture in it. What costs nothing comes first. An image that was seen at its stamp (`sightings`) is
@@ -34,12 +34,12 @@ from ldm_vae.latent_store.updating import DIGEST, StoredImages, checksums, diges
 logger = logging.getLogger(__name__)
 
 Check = Literal["doubt", "contents", "size"]
-"""What is read: images in doubt, all, or (trusting equal sizes) only those of which no size is known."""
+"""The images that are read: those in doubt, all, or (trusting equal sizes) only those of which no size is known."""
 
 
 @dataclass
 class Findings:
-    """What a check finds: how many images are not those of the store, and the first of them with what is wrong."""
+    """Findings of a check: how many images are not those of the store, and the first of them with what is wrong."""
 
     stale: int = 0
     first: str = ""
@@ -75,14 +75,14 @@ def check(
 
 
 def is_stale(store: Path, manifest: Manifest, wanted: SourceIdentity, source: Source, num_workers: int) -> bool:
-    """Whether something that a stopped update has done, or meant to keep, is of other images than there are now."""
+    """True when something that a stopped update has done, or meant to keep, is of other images than there are now."""
     held = _held(store, manifest, wanted, source)
     return held is not None and held.compare("doubt", num_workers).stale > 0
 
 
 @dataclass
 class _Held:
-    """What the store has of the source: rows and quarantined images, of the images in `pieces`; `whole`: of every
+    """The source's part in the store: rows and quarantined images, of the images in `pieces`; `whole`: of every
     image, or some are to come."""
 
     store: Path
@@ -204,7 +204,7 @@ def _first_half(checksum: str | None) -> int:
 
 
 def _held(store: Path, manifest: Manifest, wanted: SourceIdentity, source: Source) -> _Held | None:
-    """What the same command would keep; None when that is nothing, or when it is refused for other reasons."""
+    """The part that the same command would keep; None when that is nothing, or when it is refused for other reasons."""
     if not manifest.complete:
         return None if manifest.source != wanted else _done(store, manifest, fresh_plan(wanted), (), source)
     plan = read_plan(store, manifest.units)

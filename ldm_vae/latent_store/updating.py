@@ -160,7 +160,7 @@ def forget(store: Path, plan: Plan, manifest: Manifest) -> None:
 
 
 class Look(NamedTuple):
-    """What an image is when it is read: its SHA-256 (None when it cannot be read) and its sighting."""
+    """An image's identity when it is read: its SHA-256 (None when it cannot be read) and its sighting."""
 
     checksum: str | None
     sighting: int

@@ -51,7 +51,7 @@ def cutting_of(identity: Identity, vae: Any) -> Cutting:
 
 
 def resize_of(identity: Identity) -> Resize:
-    """How a store's images are brought to its resolution."""
+    """The law that brings a store's images to its resolution."""
     decoding = decoding_of(identity.preprocessing)
     return "short_side" if decoding is None else decoding.resize
 

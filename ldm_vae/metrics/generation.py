@@ -163,7 +163,7 @@ def record_distances(
 
 
 def in_words(measured: dict[str, dict[str, Any]]) -> str:
-    """What the program prints of `record_distances`, a line for each distance."""
+    """Lines that the program prints of `record_distances`, a line for each distance."""
     lines = [] if "distances" in measured else [NOT_INSTALLED]
     for found in measured.values():
         decimals = 1 if found["metric"] == NAME else 3

@@ -50,7 +50,7 @@ class Protocol:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Of the antialiased resize."""
     resize: Literal["bytes", "floats", "pillow"] = "bytes"
-    """What is resized, by what: 8-bit pixels or floats by torchvision, or 8-bit pixels by Pillow."""
+    """The resize: 8-bit pixels or floats by torchvision, or 8-bit pixels by Pillow."""
     rounding: Literal["round", "truncate", "truncate_half_up"] = "round"
     """Floats to 8 bits: round(127.5 x + 127.5), its floor, or floor(127.5 x + 128)."""
     psnr: Literal["quantised", "floats"] = "quantised"

@@ -105,7 +105,7 @@ def metric_rows(results: Sequence[Json]) -> list[Json]:
 
 
 def published() -> list[Json]:
-    """What others report, each with its source; their protocols differ from ours and from each other. gFID is the FID
+    """Published results, each with its source; their protocols differ from ours and from each other. gFID is the FID
     of samples of a generator that was trained on such latents."""
     rows: list[Json] = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     written = []

@@ -52,7 +52,7 @@ class Weights:
 
 
 def say(sentence: str) -> None:
-    """What a user must know of weights that are taken all the same, on stderr."""
+    """Tell a user on stderr about weights that are taken all the same."""
     print(f"note: {sentence}", file=sys.stderr)
 
 
@@ -159,7 +159,7 @@ def _tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor
 
 
 def export_command(path: Path, config: Path | None = None) -> str:
-    """What makes a safe file of a pickle."""
+    """The command that makes a safe file of a pickle."""
     more = "" if config is None else f" --config {shlex.quote(str(config))}"
     return f"`ldm-vae export {shlex.quote(str(path))} OUT{more} --weights_only_pickle`"
 
@@ -218,7 +218,7 @@ def _open_shards(index: Path, place: str) -> Weights:
 
 
 def _no_weights(folder: Path, names: list[str], place: str) -> str:
-    """What the folder holds in the place of weights, and what would do."""
+    """Name the files in the place of weights, and what would do."""
     wanted = f"{place}: expected {STEM}.safetensors in {folder}"
     single = [name for name in names if name.endswith(".safetensors") and not _SHARD.search(name)]
     pickles = [name for name in names if name.endswith(PICKLES)]

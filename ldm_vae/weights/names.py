@@ -138,7 +138,7 @@ def _rank(prefix: str) -> tuple[int, int, int]:
 
 
 def is_average(prefix: str) -> bool:
-    """Whether a prefix says that an average of weights stands behind it."""
+    """True when a prefix says that an average of weights stands behind it."""
     return not AVERAGES.isdisjoint(prefix.split("."))
 
 
@@ -199,7 +199,7 @@ def _misfit(
 
 
 def _advice(network: torch.nn.Module, weights: Weights, missing: list[str], unexpected: list[str]) -> str:
-    """What would do, from what the tensors tell of their own config."""
+    """A hint from the tensors about their own config."""
     positional = [name for name in weights.entries if "shadow_params." in name and name.rsplit(".")[-1].isdigit()]
     if positional:
         return "shadow_params without names are read by the program that wrote them: save the averaged model itself"

@@ -29,7 +29,7 @@ SIDE = 64  # px of the picture that the cost is measured on
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a tensor was rounded: its dtype and the scale that it was stored under."""
+    """The rounding of a tensor: its dtype and the scale that it was stored under."""
 
     dtype: torch.dtype
     scale: torch.Tensor
@@ -43,12 +43,12 @@ class Rounding:
 
 
 def is_eight_bit(value: torch.Tensor) -> bool:
-    """Whether a tensor is stored as a float of 8 bits."""
+    """True when a tensor is stored as a float of 8 bits."""
     return value.dtype.is_floating_point and value.dtype.itemsize == 1
 
 
 def companions(name: str, entries: Mapping[str, Entry]) -> list[str]:
-    """What stands beside a weight `name` because of its rounding."""
+    """Names of the tensors beside a weight `name` that belong to its rounding."""
     layer = name.rpartition(".")[0]
     return [found for end in (*SCALES, *OTHERS) if (found := f"{layer}.{end}" if layer else end) in entries]
 

@@ -102,7 +102,7 @@ def _facts_of(dataset: Any, column: str) -> Facts | None:
 
 
 def _holds_bytes(dataset: Any, column: str) -> bool:
-    """Whether all images lie in the table; a path leads to a file that the table knows nothing of."""
+    """True when all images lie in the table; a path leads to a file that the table knows nothing of."""
     import pyarrow as pa
 
     for chunk in dataset.data.column(column).chunks:
@@ -278,7 +278,7 @@ def check_dtype(dtype: np.dtype[Any] | None, decoding: Decoding, column: str, na
 
 
 def as_image(value: Any, dtype: np.dtype[Any] | None = None) -> RawImage:
-    """What an image column holds => what `decode` takes; dtype: the type that the column declares. Raises BadImage."""
+    """An image column's value => an image for `decode`; dtype: the type that the column declares. Raises BadImage."""
     if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes | bytearray | memoryview):
