@@ -15,8 +15,8 @@ class OptimizerConfig(Section):
     """Adam or AdamW, for the autoencoder and for the discriminator alike."""
 
     kind: Literal["adam", "adamw"] = "adam"
-    """The optimiser, and with it the meaning of weight_decay: adamw shrinks the weights beside Adam's step (Loshchilov &
-    Hutter, ICLR 2019), adam adds weight_decay * weight to the gradient, an L2 penalty, which Adam then divides by the
+    """The optimiser, and with it the meaning of weight_decay: adamw shrinks the weights beside Adam's step (Loshchilov
+    & Hutter, ICLR 2019), adam adds weight_decay * weight to the gradient, an L2 penalty, which Adam then divides by the
     gradient's own size. With weight_decay 0 the two are the same."""
     betas: tuple[float, float] = (0.5, 0.9)
     """latent-diffusion's, usual against an adversary; (0.9, 0.999) without one."""

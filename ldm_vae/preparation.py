@@ -78,8 +78,8 @@ def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Prep
 
 
 def preparation_of_store(identity: str, vae: Any, flags: DataFlags = NO_FLAGS) -> Preparation:
-    """The preparation that decodes a latent store's images again: as its identity says, unless flags say otherwise. Where
-    the network records something else than the store, that is among the notes.
+    """The preparation that decodes a latent store's images again: as its identity says, unless flags say otherwise.
+    Where the network records something else than the store, that is among the notes.
 
     Raises:
         UsageError: a flag asks for other channels than the network takes.
