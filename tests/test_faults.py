@@ -10,10 +10,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from multiprocessing import current_process
 from multiprocessing.connection import Client
 from multiprocessing.resource_sharer import _resource_sharer
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -26,8 +29,9 @@ from test_programs import metrics, newest, one_sentence, run, start, write_confi
 from test_store_writing import tree
 
 from ldm_vae import cli, ownership, parent
+from ldm_vae.data import workers
 from ldm_vae.data.workers import load
-from ldm_vae.errors import misfortune
+from ldm_vae.errors import WorkError, misfortune
 from train import autoencoder as training_program
 
 LONG = {"max_train_images": 100_000, "log_every_images": 8, "checkpoint_every_images": 16}
@@ -169,9 +173,9 @@ def test_two_trainings_never_write_into_one_folder(images: Path, tmp_path: Path)
 
 def kill_a_worker(victim: Child) -> None:
     """As the kernel does when memory runs out. The victim stands still: its workers cannot come to their end before."""
-    workers = psutil.Process(victim.process.pid).children()
-    assert len(workers) == 2
-    workers[-1].kill()
+    both = psutil.Process(victim.process.pid).children()
+    assert len(both) == 2
+    both[-1].kill()
     victim.kill(signal.SIGCONT)
 
 
@@ -213,6 +217,38 @@ class Deserted:
 def test_a_worker_does_not_say_that_the_main_process_has_left(capfd: pytest.CaptureFixture[str]) -> None:
     assert len(list(load(Deserted(), [[0, 1]], num_workers=1))) == 1
     assert capfd.readouterr().err == ""
+
+
+class Torn:
+    """A batch whose worker is gone when it is to be taken."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return tear, ()
+
+
+def tear() -> None:
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
+class Tearing:
+    """A dataset of them."""
+
+    def __getitems__(self, tasks: list[int]) -> Torn:
+        return Torn()
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_connection_that_a_worker_took_with_it_is_its_death(is_told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(seconds: float) -> None:  # the kernel tells of the death in this time, or never
+        assert seconds == workers.GRACE
+        if is_told:
+            psutil.Process().children()[-1].kill()
+            time.sleep(300)
+
+    monkeypatch.setattr(workers, "time", SimpleNamespace(sleep=wait))
+    with pytest.raises(WorkError, match="a data worker died, out of memory perhaps") as said:
+        list(load(Tearing(), [[0, 1]], num_workers=1))
+    assert ("killed by signal" in str(said.value)) == is_told
 
 
 # --- the data and the target ------------------------------------------------------------------------------------------

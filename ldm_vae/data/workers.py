@@ -10,6 +10,7 @@ import atexit
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldm_vae.errors import WorkError, misfortune
+
+GRACE = 5.0  # seconds: see `_take`
 
 
 class _Failure:
@@ -85,7 +88,7 @@ def load(
     batches = iter(loader)
     while True:
         try:
-            batch = next(batches)
+            batch = _take(batches) if num_workers else next(batches)
         except StopIteration:
             return
         except RuntimeError as error:
@@ -95,3 +98,17 @@ def load(
         if isinstance(batch, _Failure):
             raise WorkError(batch.error)
         yield batch
+
+
+def _take(batches: Iterator[Any]) -> Any:
+    """The next batch of worker processes.
+
+    The tensors of a batch are asked of the worker that has them: of one that was just killed the connection breaks, and
+    torch's signal handler says so (a RuntimeError out of the wait) only when the kernel has told it."""
+    try:
+        return next(batches)
+    except (EOFError, ConnectionError) as error:
+        if "DataLoader worker process" in str(error):  # a worker's own error, of the network perhaps, on its way to us
+            raise
+        time.sleep(GRACE)
+        raise WorkError(f"a data worker died, out of memory perhaps (dataloader_num_workers): {error}") from error
