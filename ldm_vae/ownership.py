@@ -79,7 +79,7 @@ def own(folder: Path, field: str) -> Iterator[Ownership]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
         stack.callback(_remove_empty, made)
-        yield _entered(stack, lambda: _owned(folder / LOCK, folder / LEASE, what), folder, what)
+        yield _entered(stack, lambda: _owned(folder / LOCK, folder / LEASE, what), folder, f"{what}: cannot be made")
 
 
 @contextlib.contextmanager
@@ -89,7 +89,7 @@ def own_name(out: Path, field: str = "OUT") -> Iterator[Ownership]:
     what = f"{field} {out}"
     lock, lease = out.with_name(f".{out.name}{LOCK}"), out.with_name(f".{out.name}{LEASE}")
     with contextlib.ExitStack() as stack:
-        yield _entered(stack, lambda: _owned(lock, lease, what), out.parent, what)
+        yield _entered(stack, lambda: _owned(lock, lease, what), out.parent, f"{what}: cannot be written")
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ def own_together(folder: Path, field: str, rank: int, barrier: Callable[[], None
         barrier()
         with contextlib.ExitStack() as stack:
             what = f"{field} {folder}"
-            yield _entered(stack, lambda: _joined(folder, rank, what), folder, what)
+            yield _entered(stack, lambda: _joined(folder, rank, what), folder, f"{what}: cannot be made")
 
 
 def is_mark(path: Path) -> bool:
@@ -117,19 +117,19 @@ def is_mark(path: Path) -> bool:
 
 
 def _entered(
-    stack: contextlib.ExitStack, ways: Callable[[], AbstractContextManager[Ownership]], folder: Path, what: str
+    stack: contextlib.ExitStack, ways: Callable[[], AbstractContextManager[Ownership]], folder: Path, failing: str
 ) -> Ownership:
     """Make the folder and enter; whoever was waited for may have made it too, and removed it at its end."""
     for attempt in range(ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise WorkError(f"{what}: cannot be made: {error.strerror or error}") from error
+            raise WorkError(f"{failing}: {error.strerror or error}") from error
         try:
             return stack.enter_context(ways())
         except OSError as error:
             if not isinstance(error, FileNotFoundError) or attempt == ATTEMPTS - 1:
-                raise WorkError(f"{what}: cannot be written: {error.strerror or error}") from error
+                raise WorkError(f"{failing}: {error.strerror or error}") from error
     raise AssertionError("unreachable")
 
 
