@@ -80,7 +80,7 @@ def test_a_second_launch_within_the_first(
 def test_a_launch_that_was_taken_over_publishes_nothing_more(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     """As if it had been suspended, and another had found its record untouched."""
     out = tmp_path / "s"
-    taken_over = Again(lambda: publish.replace(out / LEASE, publish.data(b"another's")), at=2)
+    taken_over = Again(lambda: publish.replace(out / LEASE, publish.data(b"another's")), at=3)
     with pytest.raises(WorkError, match="OUT"):
         write_store(tiny_vae, Pictures(20), out, **SETTINGS, processes=Processes(0, 1, taken_over))
     assert not list((out / UNITS).iterdir()) and not list((out / SHARDS).iterdir())
