@@ -1,4 +1,4 @@
-"""Which values become black and white: by the declared type, by value_range, or refused; over all number types and all
+"""Values that become black and white: by the declared type, by value_range, or refused; over all number types and all
 containers of arrays; and the warning where hardly any of the range is used."""
 
 from __future__ import annotations

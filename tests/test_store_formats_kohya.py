@@ -47,7 +47,7 @@ VERSIONS = ((0, 9, 1), (0, 10, 1), (0, 10, 2))
 def sd_scripts_reads(
     version: tuple[int, int, int], image: Path, size: tuple[int, int], bucket: tuple[int, int], model: str
 ) -> np.ndarray | None:
-    """What that version of sd-scripts loads for an image of `size` (W, H) in a `bucket` (W, H); None: it encodes anew.
+    """Load as that version of sd-scripts does, an image of `size` (W, H) in a `bucket` (W, H); None: it encodes anew.
 
     Written after library/train_util.py of 0.9.1, library/strategy_{base,sd,flux}.py of 0.10.1 and PR 2276 of 0.10.2.
     """

@@ -21,7 +21,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # run with -m from the root, as the tests find each other
@@ -124,10 +124,14 @@ def torture(
     }
 
 
-def table(figures: dict[str, Figures]) -> str:
-    names = ("kills", "programs", "finished", "lost", "doubled", "unreadable", "different")
-    lines = [f"{'':22}" + "".join(f"{name:>12}" for name in names)]
-    rows = {**figures, "all": Figures(*(sum(getattr(one, name) for one in figures.values()) for name in names))}
+FAULTS = {name: name for name in ("lost", "doubled", "unreadable", "different")}
+COLUMNS = {"kills": "kills", "programs": "programs", "finished": "finished", **FAULTS}
+
+
+def table(figures: dict[str, Figures], names: Mapping[str, str] = COLUMNS) -> str:
+    """A line for each victim and one for all; names: field of the figures => title of its column."""
+    lines = [f"{'':22}" + "".join(f"{title:>12}" for title in names.values())]
+    rows = {**figures, "all": Figures(**{name: sum(getattr(one, name) for one in figures.values()) for name in names})}
     lines += [f"{what:22}" + "".join(f"{getattr(one, name):12}" for name in names) for what, one in rows.items()]
     return "\n".join(lines)
 

@@ -12,14 +12,12 @@ is 1 if anything was lost, doubled, unreadable or different.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import random
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +28,9 @@ import test_programs
 import test_programs_diffusion
 from conftest import write_images
 from forked import Finished, fork
-from loopback_hub import Hub, serve
+from loopback_hub import Hub
 from test_store_writing import tree
+from torture import FAULTS, place, table
 from victims import Figures, online, write_vae
 
 from ldm_vae import cli, ownership
@@ -265,28 +264,7 @@ def ended_well(done: Finished) -> bool:
     return sound
 
 
-@contextlib.contextmanager
-def materials() -> Iterator[Path]:
-    """A folder with everything, and a hub beside it."""
-    before = dict(os.environ)
-    with tempfile.TemporaryDirectory(prefix="twins-") as folder, serve() as address:
-        os.environ |= {"HF_ENDPOINT": address, "HF_TOKEN": "hf_of_nobody", "NO_PROXY": "127.0.0.1"}
-        try:
-            Hub.reset()
-            make_materials(Path(folder))
-            yield Path(folder)
-        finally:
-            os.environ.clear()
-            os.environ |= before
-
-
-def table(figures: dict[str, Figures]) -> str:
-    names = ("finished", "programs", "lost", "doubled", "unreadable", "different")
-    titles = ("rounds", "launches", *names[2:])
-    lines = [f"{'':24}" + "".join(f"{title:>12}" for title in titles)]
-    rows = {**figures, "all": Figures(**{n: sum(getattr(one, n) for one in figures.values()) for n in names})}
-    lines += [f"{what:24}" + "".join(f"{getattr(one, name):12}" for name in names) for what, one in rows.items()]
-    return "\n".join(lines)
+COLUMNS = {"finished": "rounds", "programs": "launches", **FAULTS}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Figures]:
@@ -299,14 +277,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Figures]:
     chosen = parser.parse_args(arguments)
     begun, draw = time.monotonic(), random.Random(chosen.seed)
     figures: dict[str, Figures] = {}
-    with materials() as place:
+    with place() as folder:
+        Hub.reset()
+        make_materials(folder)
         for name in chosen.only:
-            pair = Pair(name, place)
+            pair = Pair(name, folder)
             for _ in range(chosen.rounds):
                 pair.round(draw)
             figures[name] = pair.figures
             print(f"{name}: {pair.figures}", flush=True)
-    print(table(figures))
+    print(table(figures, COLUMNS))
     sound = all(one.sound for one in figures.values())
     print(f"{time.monotonic() - begun:.0f} s: {'nothing lost' if sound else 'FAILED'}")
     return figures

@@ -90,7 +90,7 @@ def add_decoding_arguments(
 def add_data_arguments(
     parser: argparse.ArgumentParser, *, resize: bool = True, recorded: str | None = "the network"
 ) -> None:
-    """Which images of DATA, and how they are decoded: as `add_decoding_arguments`."""
+    """Add the flags for the choice of images in DATA, and those of `add_decoding_arguments`."""
     add_decoding_arguments(parser, resize=resize, recorded=recorded)
     add = parser.add_argument_group("which images of DATA").add_argument
     add("--image_column", metavar="NAME", help="column of the image, when DATA has several")

@@ -192,7 +192,7 @@ class _Held:
 
 
 def _among(numbers: Numbers, ascending: Numbers) -> npt.NDArray[np.bool_]:
-    """Which of `numbers` are in `ascending`; np.isin would sort both for every chunk."""
+    """Mark the `numbers` that are in `ascending`; np.isin would sort both for every chunk."""
     if not len(ascending):
         return np.zeros(len(numbers), dtype=bool)
     found: npt.NDArray[np.bool_] = ascending[np.searchsorted(ascending, numbers) % len(ascending)] == numbers

@@ -1,4 +1,4 @@
-"""Which images were seen to be what a store says: a side file that spares the next check their bytes.
+"""Sightings of images that are what a store says: a side file that spares the next check their bytes.
 
 A sighting is 8 bytes: the stamp of an image (`data/stamps.py`) xor the first 8 bytes of the SHA-256 of what was read
 under it. So it says something of the image alone, true whatever becomes of the store: these bytes lay there at that
