@@ -17,16 +17,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from diffusers import AutoencoderKL
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from test_store_updating import Album, Stop, Stopping, encode, names
 from test_store_writing import SETTINGS, tree
 
 from ldm_vae.data import stamps
+from ldm_vae.data.metadata import columns_digest
 from ldm_vae.data.source import open_source
 from ldm_vae.errors import UsageError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latent_store.copying import merge
 from ldm_vae.latent_store.layout import IMAGE_BYTES
+from ldm_vae.latent_store.shards import to_table
 from ldm_vae.latent_store.sightings import Sightings
 
 KINDS = ("folder", "list", "zip", "tar", "parquet", "paths")
@@ -157,6 +161,88 @@ def test_a_copied_folder_with_another_picture_is_refused_and_a_true_copy_is_not(
     shutil.rmtree(tmp_path / "other")
     shutil.copytree(tmp_path / "data", tmp_path / "other")
     run(tiny_vae, tmp_path / "other" / data.name if data.is_file() else tmp_path / "other", tmp_path / "s")
+
+
+CAPTIONED = ("csv", "txt", "zip", "tar", "parquet")
+
+
+def write_captions(kind: str, place: Path, captions: list[str]) -> tuple[Path, str]:
+    """Pictures that stay and captions that may not: DATA and its `caption_column`."""
+    place.mkdir(parents=True, exist_ok=True)
+    content = dict(zip(pictures(), captions, strict=True))
+    table = "file_name,text\n" + "".join(f"{name},{text}\n" for name, text in content.items())
+    if kind in ("csv", "txt"):
+        write("folder", place, pictures())
+        texts = {"metadata.csv": table} if kind == "csv" else {f"{n[:-4]}.txt": text for n, text in content.items()}
+        for name, text in texts.items():
+            if not (place / name).exists() or (place / name).read_text() != text:
+                (place / name).write_text(text)
+        return place, "text" if kind == "csv" else "txt"
+    if kind == "zip":
+        return write("zip", place, {**pictures(), "metadata.csv": table.encode()}), "text"
+    if kind == "tar":
+        texts = {f"{name[:-4]}.txt": text.encode() for name, text in content.items()}
+        return write("tar", place, dict(sorted({**pictures(), **texts}.items()))), "txt"
+    column = [{"bytes": data, "path": None} for data in pictures().values()]
+    pq.write_table(pa.table({"image": column, "text": captions}), place / "all.parquet")
+    return place / "all.parquet", "text"
+
+
+@pytest.mark.parametrize("kind", CAPTIONED)
+def test_a_caption_that_was_changed_is_refused_and_taken_up(
+    kind: str, tiny_vae: AutoencoderKL, tmp_path: Path, reads: list[int]
+) -> None:
+    def encode_captions(captions: list[str], **how: Any) -> list[str]:
+        data, column = write_captions(kind, tmp_path / "data", captions)
+        source = open_source(data, caption_column=column)
+        write_store(tiny_vae, source, tmp_path / "s", **{**SETTINGS, "shard_size": 4, **how})
+        rows = LatentDataset(tmp_path / "s")
+        named = dict(zip(rows.column("key"), rows.column("caption"), strict=True))
+        return [named[key] for key in sorted(named)]
+
+    first = [f"a red {number}" for number in range(COUNT)]
+    assert encode_captions(first) == first
+    second = [*first[:3], '"a blue 3", in quotes' if kind in ("txt", "tar", "parquet") else "a blue 3", *first[4:]]
+    reads.clear()
+    with pytest.raises(UsageError, match=r"1 of the 6 .*3.*caption"):
+        encode_captions(second)
+    assert reads == ([3] if kind in ("csv", "txt") else list(range(COUNT)))  # a file of its own, or one of all images
+    assert encode_captions(second, update=True) == second
+    for _ in range(2):
+        assert encode_captions(second) == second  # and is done
+    assert not verify(tmp_path / "s")
+
+
+def test_a_new_class_renumbers_the_labels_of_all(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    for number, name in enumerate(["birds", "cats"]):
+        write("folder", tmp_path / "data" / name, {f"{number}.bmp": bmp(number)})
+    run(tiny_vae, tmp_path / "data", tmp_path / "s")
+    write("folder", tmp_path / "data" / "ants", {"2.bmp": bmp(2)})
+    run(tiny_vae, tmp_path / "data", tmp_path / "s", update=True)
+    rows = LatentDataset(tmp_path / "s")
+    labels = dict(zip(rows.column("label_name"), rows.column("label"), strict=True))
+    assert labels == {"ants": 0, "birds": 1, "cats": 2}
+
+
+def test_captions_of_another_column_are_not_those_that_were_stored(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    data, column = write_captions("csv", tmp_path / "data", ["a"] * COUNT)
+    write_store(tiny_vae, open_source(data), tmp_path / "s", **SETTINGS)
+    with pytest.raises(UsageError, match="caption"):
+        write_store(tiny_vae, open_source(data, caption_column=column), tmp_path / "s", **SETTINGS)
+
+
+scalars = st.one_of(
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters(codec="utf-8"))),
+    *(st.just('"in quotes"'), st.just("[1, 2]"), st.just(np.float32(0.1)), st.just(np.arange(3))),
+)
+values = scalars | st.lists(st.integers(-5, 5)) | st.dictionaries(st.sampled_from("ab"), st.integers(), min_size=1)
+
+
+@given(st.lists(st.fixed_dictionaries({"caption": values, "label": values}), min_size=1, max_size=4))
+def test_a_table_does_not_change_what_columns_say(rows: list[dict[str, Any]]) -> None:
+    stored = to_table([{"key": str(number), **row} for number, row in enumerate(rows)]).to_pylist()
+    theirs = [{name: value for name, value in row.items() if name != "key"} for row in stored]
+    assert [columns_digest(row) for row in theirs] == [columns_digest(row) for row in rows]
 
 
 @pytest.mark.parametrize("kind", KINDS)

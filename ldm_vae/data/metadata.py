@@ -12,7 +12,9 @@ Legend: N images.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -39,6 +41,32 @@ def rename_caption(columns: Mapping[str, Any], caption_column: str | None) -> di
         return dict(columns)
     names = {caption_column: "caption", "caption": "caption_before"}
     return {names.get(name, name): value for name, value in columns.items()}
+
+
+def columns_digest(columns: Mapping[str, Any]) -> bytes:
+    """16 bytes that change when a value does, and not on the way through a table: Arrow gives a column one type (an
+    integer beside floats becomes one, a dictionary gets the keys of the others as None), or JSON text where no type
+    fits (`shards.to_table`)."""
+    there = {name: plain for name, value in columns.items() if (plain := _plain(value)) is not None}
+    return hashlib.blake2b(json.dumps(there, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+            return _plain(parsed)
+        except (ValueError, RecursionError):
+            return value
+    if isinstance(value, Mapping):
+        return {str(name): plain for name, each in value.items() if (plain := _plain(each)) is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    return value if value is None or isinstance(value, int | float) else str(value)
 
 
 class TreeColumns:
@@ -84,6 +112,13 @@ class TreeColumns:
 
     def of(self, index: int, name: str) -> dict[str, Any]:
         """The columns of image `index` of `all_names`, whose name is `name`; None where nothing is known."""
+        columns = self._held(index, name)
+        if self._beside:
+            columns[str(self._captions)] = self._text(name)
+        return rename_caption(columns, self._captions)
+
+    def _held(self, index: int, name: str) -> dict[str, Any]:
+        """The columns that are no files of their own."""
         columns: dict[str, Any] = {}
         if self._table is not None:
             row = int(self._rows[index])
@@ -91,9 +126,16 @@ class TreeColumns:
         if self.label_names:
             class_name = printable(PurePosixPath(name).parent.name)
             columns |= {"label": self.label_names.index(class_name), "label_name": class_name}
-        if self._beside:
-            columns[str(self._captions)] = self._text(name)
-        return rename_caption(columns, self._captions)
+        return columns
+
+    def text_beside(self, name: str) -> str | None:
+        """The text file that holds the caption of an image; None when captions are elsewhere."""
+        return self._text_of(name) if self._beside else None
+
+    def identity(self, index: int, name: str) -> tuple[int, ...]:
+        """What becomes another when a value of the image's does, text files apart; () without columns."""
+        columns = self._held(index, name)
+        return (int.from_bytes(columns_digest(columns)[:8], "little"),) if columns else ()
 
     def _text_of(self, name: str) -> str:
         return str(PurePosixPath(name).with_suffix(f".{self._captions}"))

@@ -3,8 +3,8 @@
 Keys say which images a store has, not what is in them: a picture is replaced under its name, or the data are a copied
 folder with another picture in it. What costs nothing comes first. An image that was seen at its stamp (`sightings`) is
 the one that was encoded. One whose size is not that of its row is another. What is left is in doubt (another machine,
-a copied or touched file, a store of an older version) and is read: SHA-256 against the row. 10^6 files that were seen
-take as long as 10^6 stat calls.
+a copied or touched file, a store of an older version) and is read: SHA-256 and other columns (caption, label) against
+the row. 10^6 files that were seen take as long as 10^6 stat calls.
 
 Legend: n images of a chunk.
 """
@@ -26,10 +26,11 @@ from ldm_vae.data.stamps import Sizes, Stamps, chunks_of, stamps_of
 from ldm_vae.errors import UsageError
 from ldm_vae.latent_store import units
 from ldm_vae.latent_store.finishing import read_quarantine
+from ldm_vae.latent_store.layout import passed_on
 from ldm_vae.latent_store.manifest import Manifest, ShardRecord, SourceIdentity
 from ldm_vae.latent_store.sightings import Numbers, Sightings
 from ldm_vae.latent_store.units import BadSample, Plan, fresh_plan, read_plan, storable
-from ldm_vae.latent_store.updating import DIGEST, StoredImages, checksums, digests, shortened
+from ldm_vae.latent_store.updating import DIGEST, Look, StoredImages, checksums, digests, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,8 @@ class _Held:
     bad: dict[str, BadSample]
     pieces: Sequence[Sequence[int]]
     whole: bool
+    named: bool = True
+    """Whether the columns of the source are called as those of the store."""
     found: Findings = field(default_factory=Findings)
 
     def compare(self, how: Check, num_workers: int) -> Findings:
@@ -132,9 +135,9 @@ class _Held:
                 self.found.blame(keys[position], "is not in the store")
         there = rows | np.array([key in self.bad for key in keys], dtype=bool)
         sighted = np.where(stamps > 0, stamps ^ images, np.uint64(0))
-        fresh = (sighted > 0) & (images > 0) & _among(sighted, seen) & uniform & (how != "contents")
+        fresh = (sighted > 0) & (images > 0) & _among(sighted, seen) & uniform & (how != "contents") & self.named
         grown = there & ~fresh & (sizes >= 0) & (had >= 0) & (sizes != had)
-        same = there & ~fresh & uniform & (sizes >= 0) & (sizes == had) & (how == "size")
+        same = there & ~fresh & uniform & (sizes >= 0) & (sizes == had) & (how == "size") & self.named
         for position in np.flatnonzero(grown).tolist():
             self.found.blame(keys[position], f"has {sizes[position]:,} bytes and had {had[position]:,}")
         self.found.trusted += int(same.sum())
@@ -169,12 +172,13 @@ class _Held:
                 keys = [storable(self.source.key(index)) for index in some]
                 rows = [slice(0, 0)] * len(keys) if self.stored is None else self.stored.find(digests(keys))
                 for key, own, look in zip(keys, rows, looks, strict=True):
-                    if self._agrees(key, own, look.checksum) and look.sighting:
+                    if self._agrees(key, own, look) and look.sighting:
                         good.append(look.sighting)
                 bar.update(len(some))
         return np.array(good, dtype=np.uint64)
 
-    def _agrees(self, key: str, rows: slice, checksum: str | None) -> bool:
+    def _agrees(self, key: str, rows: slice, look: Look) -> bool:
+        checksum = look.checksum
         if rows.start == rows.stop:
             if checksum == self.bad[key].image_sha256:
                 return True
@@ -185,10 +189,13 @@ class _Held:
             self.found.unreadable += 1
             return False
         assert self.stored is not None
-        if (self.stored.images[rows] == shortened([checksum])[0]).all():
-            return True
-        self.found.blame(key, "has changed")
-        return False
+        if not (self.stored.images[rows] == shortened([checksum])[0]).all():
+            self.found.blame(key, "has changed")
+            return False
+        if any(self.stored.said(row) != look.said for row in range(rows.start, rows.stop)):
+            self.found.blame(key, f"has other columns than then ({', '.join(self.source.columns) or 'now none'})")
+            return False
+        return True
 
 
 def _among(numbers: Numbers, ascending: Numbers) -> npt.NDArray[np.bool_]:
@@ -246,4 +253,5 @@ def _of(
     if not pieces:
         return None
     rows = StoredImages(store, manifest.model_copy(update={"shards": live}), source.columns) if live else None
-    return _Held(store, source, rows, {entry.key: entry for entry in bad}, pieces, whole)
+    named = rows is None or rows.columns() == {*passed_on(dict.fromkeys(source.columns))}
+    return _Held(store, source, rows, {entry.key: entry for entry in bad}, pieces, whole, named)

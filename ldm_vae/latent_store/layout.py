@@ -6,7 +6,8 @@ A view is a crop and whether it is mirrored. The centre crop has no name; `flip`
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 FORMAT = "ldm-vae latent store"
 VERSION = 1
@@ -36,6 +37,10 @@ TENSOR_NAMES: dict[StoreKind, tuple[str, ...]] = {
 PIXELS = "pixels"
 IMAGE_BYTES = "image_bytes"  # a column: the size of an image's bytes in its source
 STATISTICS = "statistics"
+OWN_COLUMNS = (
+    *("key", "source", "source_index", "image_sha256", IMAGE_BYTES),
+    *("original_size", "resolution", "bucket", "crop_box"),
+)
 
 CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
 FLIP = "flip"
@@ -59,3 +64,13 @@ def is_flipped(view: str) -> bool:
 def crops_of(views: tuple[str, ...]) -> tuple[str, ...]:
     """The crops that a set of views needs, each once, in order."""
     return tuple(dict.fromkeys(crop_of(view) for view in views))
+
+
+def passed_on(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a source as a row has them: one that is called as one of ours is called `source_...`."""
+    return {name if name not in OWN_COLUMNS else f"source_{name}": value for name, value in columns.items()}
+
+
+def is_own(column: str) -> bool:
+    """Whether a column of a row is ours, not the source's."""
+    return column in OWN_COLUMNS or column.startswith("crop_box.")

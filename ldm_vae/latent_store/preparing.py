@@ -17,15 +17,10 @@ from ldm_vae.data.ordered import Sample, ordered_loader
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Source, image_checksum
 from ldm_vae.data.stamps import stamp_now
-from ldm_vae.latent_store.layout import IMAGE_BYTES, tensor_name
+from ldm_vae.latent_store.layout import IMAGE_BYTES, passed_on, tensor_name
 from ldm_vae.latent_store.sightings import Sightings, sighting
 from ldm_vae.latent_store.units import BadSample, Unit, storable
 from ldm_vae.latent_store.views import Cutting
-
-OWN_COLUMNS = (
-    *("key", "source", "source_index", "image_sha256", IMAGE_BYTES),
-    *("original_size", "resolution", "bucket", "crop_box"),
-)
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,6 @@ def bad_sample(source: Source, index: int, reason: str) -> BadSample:
 
 
 def _rows(sample: Sample, unit: Unit, name: str, cutting: Cutting) -> list[Ready]:
-    passed_on = {name if name not in OWN_COLUMNS else f"source_{name}": v for name, v in sample.columns.items()}
     own = {
         "key": storable(sample.key),
         "source": name,
@@ -121,5 +115,5 @@ def _rows(sample: Sample, unit: Unit, name: str, cutting: Cutting) -> list[Ready
         geometry = {"resolution": resolution, "bucket": f"{side[0]}x{side[1]}"}
         boxes = {tensor_name("crop_box", crop): list(cut.box) for crop, cut in crops.items()}
         pixels = {crop: cut.pixels for crop, cut in crops.items()}
-        rows.append(Ready(unit, sample.index, pixels, {**own, **geometry, **boxes, **passed_on}))
+        rows.append(Ready(unit, sample.index, pixels, {**own, **geometry, **boxes, **passed_on(sample.columns)}))
     return rows

@@ -302,6 +302,14 @@ def read_rows(
         return pq.read_table(path, columns=None if columns is None else list(columns))
 
 
+def row_columns(stem: Path) -> list[str]:
+    """The names of a shard's columns. Raises WorkError as `map_rows`."""
+    path = stem.with_name(f"{stem.name}.{ROWS}")
+    with _readable(path):
+        names: list[str] = pq.read_schema(path).names
+        return names
+
+
 def _of_rows(table: Any, rows: int | None) -> Any:
     if rows is not None and table.num_rows != rows:
         raise ValueError(f"has {table.num_rows:,} rows, the manifest says {rows:,}")

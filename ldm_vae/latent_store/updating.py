@@ -1,8 +1,8 @@
 """Updates: what was added to, changed in and removed from the source since a store was made.
 
-Images are compared by key and by the checksum of their bytes. A new image is appended; a changed one is appended and
-its old rows are taken out; rows of an image that is gone are taken out. Nothing else is touched: taken out means named
-in the manifest, the shard's files stay as they are.
+Images are compared by key, by the checksum of their bytes and by their other columns (caption, label). A new image is
+appended; a changed one is appended and its old rows are taken out; rows of an image that is gone are taken out. Nothing
+else is touched: taken out means named in the manifest, the shard's files stay as they are.
 
 Keys and checksums are held as 16 bytes each: 10^7 rows need 480 MB here, the only place that needs all of them.
 """
@@ -12,22 +12,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
+from ldm_vae.data.metadata import columns_digest
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Source, image_checksum
 from ldm_vae.data.stamps import stamp_now
 from ldm_vae.data.workers import load
 from ldm_vae.latent_store import shards, units
 from ldm_vae.latent_store.finishing import finish, read_quarantine
-from ldm_vae.latent_store.layout import EXTENSIONS, IMAGE_BYTES, PLAN, SHARDS
+from ldm_vae.latent_store.layout import EXTENSIONS, IMAGE_BYTES, PLAN, SHARDS, is_own, passed_on
 from ldm_vae.latent_store.manifest import Manifest, SourceIdentity, write_manifest
 from ldm_vae.latent_store.sightings import Sightings, sighting
 from ldm_vae.latent_store.units import BadSample, Plan, storable
@@ -65,6 +66,8 @@ class StoredImages:
         self.bytes = np.concatenate(sizes)[order]
         self._places = np.concatenate(places)[order]
         self._names = [shard.name for shard in manifest.shards]
+        self._store, self._shards = store, manifest.shards
+        self._said: dict[int, bytes] = {}
 
     def find(self, keys: Digests) -> list[slice]:
         """Where rows of each key are (several, if there are several resolutions); an empty slice if none."""
@@ -73,6 +76,21 @@ class StoredImages:
     def bounds(self, keys: Digests) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The same as the first row of each key, and the one behind its last."""
         return np.searchsorted(self._keys, keys, "left"), np.searchsorted(self._keys, keys, "right")
+
+    def columns(self) -> set[str]:
+        """Names of the columns that came from the source."""
+        stems = [self._store / SHARDS / name for name in self._names]
+        return {name for stem in stems for name in shards.row_columns(stem) if not is_own(name)}
+
+    def said(self, row: int) -> bytes:
+        """The digest of a row's columns that came from the source; a shard is read when it is first asked for."""
+        number, place = self._places[row].tolist()
+        if number not in self._said:
+            shard = self._shards[number]
+            table = shards.read_rows(self._store / SHARDS / shard.name, rows=shard.rows)
+            theirs = table.select([name for name in table.column_names if not is_own(name)])
+            self._said[number] = b"".join(map(said, theirs.to_pylist()))
+        return self._said[number][place * DIGEST : (place + 1) * DIGEST]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -111,10 +129,11 @@ def make_plan(
     for indices, looks in checksums(source, range(len(source)), num_workers):
         sightings.add(look.sighting for look in looks)
         keys = [storable(source.key(index)) for index in indices]
-        for index, key, rows, (checksum, _) in zip(indices, keys, stored.find(digests(keys)), looks, strict=True):
-            entry = quarantined.get(key)
+        for index, key, rows, look in zip(indices, keys, stored.find(digests(keys)), looks, strict=True):
+            entry, checksum = quarantined.get(key), look.checksum
             if rows.start < rows.stop:
-                same = checksum is None or stored.images[rows.start] == shortened([checksum])[0]
+                image = checksum is None or stored.images[rows.start] == shortened([checksum])[0]
+                same = image and (checksum is None or stored.said(rows.start) == look.said)
                 unreadable += checksum is None
                 keep[rows] = same
                 if not same or (entry is not None and retry):
@@ -160,10 +179,12 @@ def forget(store: Path, plan: Plan, manifest: Manifest) -> None:
 
 
 class Look(NamedTuple):
-    """An image's identity when it is read: its SHA-256 (None when it cannot be read) and its sighting."""
+    """An image's identity when it is read: its SHA-256 (None when it cannot be read), its sighting, and the digest of
+    its other columns."""
 
     checksum: str | None
     sighting: int
+    said: bytes
 
 
 class _Checksums:
@@ -178,9 +199,16 @@ class _Checksums:
     def _look(self, index: int) -> Look:
         stamp = stamp_now(self._source, index)
         with contextlib.suppress(BadImage):
-            checksum = image_checksum(self._source[index].image)
-            return Look(checksum, sighting(stamp, checksum))
-        return Look(None, 0)
+            record = self._source[index]
+            checksum = image_checksum(record.image)
+            return Look(checksum, sighting(stamp, checksum), said(passed_on(record.columns)))
+        return Look(None, 0, b"")
+
+
+def said(columns: Mapping[str, Any]) -> bytes:
+    """The digest of a row's columns that came from the source. Without a column `image_bytes` of the source's: a store
+    of an older version has it under that name."""
+    return columns_digest({name: value for name, value in columns.items() if name != f"source_{IMAGE_BYTES}"})
 
 
 def checksums(

@@ -68,7 +68,13 @@ class FolderSource:
         return Record(printable(name), self._read(name), self._columns.of(index, name))
 
     def facts(self, index: int) -> Facts | None:
-        return file_facts(f"{self._path}/{self._names[index]}")
+        name = self._names[index]
+        facts = file_facts(f"{self._path}/{name}", self._columns.identity(index, name))
+        text = self._columns.text_beside(name)
+        beside = None if text is None else file_facts(f"{self._path}/{text}")
+        if facts is None or beside is None:  # without a text beside it, an image has none there that could change
+            return facts
+        return Facts(facts.size, max(facts.changed, beside.changed), (*facts.identity, *beside.identity))
 
     def _exists(self, name: str) -> bool:
         return (self.root / name).is_file()
