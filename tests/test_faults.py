@@ -114,8 +114,8 @@ time.sleep(600)
 @pytest.mark.parametrize(
     ("while_they_are", "processes"),
     [
-        ("importing", 1),
         ("working", 2),
+        pytest.param("importing", 1, marks=pytest.mark.slow),
         pytest.param("importing", 2, marks=pytest.mark.slow),
         pytest.param("working", 1, marks=pytest.mark.slow),
     ],

@@ -157,7 +157,7 @@ def test_clipping_bounds_what_a_step_moves(tiny_vae_folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"channels_last": True},
+        pytest.param({"channels_last": True}, marks=pytest.mark.slow),
         pytest.param(
             {"torch_compile": True, "torch_compile_backend": "aot_eager", "channels_last": True}, marks=pytest.mark.slow
         ),
@@ -207,6 +207,7 @@ def test_the_launchers_compiler_is_refused(
     assert done.returncode == 2 and "torch_compile: true" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_pipelines_vae_is_found_in_the_hubs_cache(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     cached = tmp_path / "models--some-lab--some-pipeline"
     tiny_vae.save_pretrained(cached / "snapshots" / ("a" * 40) / "vae")

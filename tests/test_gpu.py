@@ -58,7 +58,11 @@ def trained(device: str, precision: str, steps: int = 5, norm: str = "group", **
 
 @pytest.mark.parametrize(
     ("device", "precision"),
-    [("cpu", "bf16"), pytest.param("cuda", "bf16", marks=gpu), pytest.param("cuda", "fp16", marks=gpu)],
+    [
+        pytest.param("cpu", "bf16", marks=pytest.mark.slow),
+        pytest.param("cuda", "bf16", marks=gpu),
+        pytest.param("cuda", "fp16", marks=gpu),
+    ],
 )
 def test_half_precision_moves_the_share_of_weights_that_fp32_does(device: str, precision: str) -> None:
     # the scaler starts at 65,536 and may leave out the first updates

@@ -128,6 +128,7 @@ def test_no_variable_changes_a_training_in_silence(variables: dict[str, str], mo
         build_accelerator("no", gradient_accumulation_steps=2)
 
 
+@pytest.mark.slow
 def test_a_launch_that_is_silently_one_ends_with_status_2(tmp_path: Path) -> None:
     script = tmp_path / "one.py"
     script.write_text(
@@ -225,6 +226,7 @@ a.end_training()
 """
 
 
+@pytest.mark.slow
 def test_one_bit_on_one_rank_is_found_and_named(tmp_path: Path) -> None:
     script = tmp_path / "diverge.py"
     script.write_text(DIVERGE)

@@ -108,7 +108,8 @@ def kinds(teacher: Path, images: Path | str = "") -> dict[str, tuple[type, dict[
     }
 
 
-KINDS = ("vq", "vq_learned_cosine", "fsq", "dvae", "tiny", "kl_with_networks", "kl_of_many_terms")
+KINDS = ("vq", "tiny", "kl_with_networks", "kl_of_many_terms", "vq_learned_cosine", "fsq", "dvae")
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,7 @@ def pictures(count: int = 2) -> torch.Tensor:
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS[:3], *SLOW[3:]])
 def test_a_run_exports_its_diffusers_class_to_the_bit(kind: str, trained: Any, teacher: Path, images: Path) -> None:
     folder, _ = trained(kind)
     model = kinds(teacher)[kind][0]
@@ -205,7 +206,7 @@ def test_a_run_exports_its_diffusers_class_to_the_bit(kind: str, trained: Any, t
         assert lines[-1]["validation/elbo_nats_per_image"] == pytest.approx(bound["elbo_nats_per_image"], rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["vq", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
+@pytest.mark.parametrize("kind", ["vq", *SLOW[1:]])
 def test_stopped_and_resumed_is_bit_equal(kind: str, trained: Any, images: Path, tmp_path: Path) -> None:
     """The codebook's statistics, the restarts, the controller and the learned variance go on where they were."""
     folder, changes = trained(kind)
@@ -298,6 +299,7 @@ def test_a_base_of_another_kind_is_refused(trained: Any, images: Path, tmp_path:
     assert "expected the class of model.kind kl, AutoencoderKL, got VQModel" in one_sentence(done, 2)
 
 
+@pytest.mark.slow
 def test_a_codebook_is_fine_tuned_from_its_export(trained: Any, images: Path, tmp_path: Path) -> None:
     folder, changes = trained("vq")
     done = run(write_config(tmp_path, images, **changes | {"init_from": str(folder), "learning_rate": 1e-9}))

@@ -64,7 +64,7 @@ def test_memory_is_the_most_that_lives_at_one_time() -> None:
     assert cost.peak_bytes == 2 * 4000 and cost.bytes == 4000 and len(view) == 10
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_plan_is_what_the_real_step_does(accumulation: int) -> None:
     chosen = settings(gradient_accumulation_steps=accumulation)
     found = plan(chosen)
@@ -92,6 +92,7 @@ def test_the_plan_is_what_the_real_step_does(accumulation: int) -> None:
     assert found.bytes["Adam's moments"] == pytest.approx(2 * found.bytes["weights"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_what_losses_look_through_is_counted() -> None:
     found = plan(settings(resolution=64, losses={"l1": {}, "lpips": {"net": "alex"}}))
     network = LPIPSConfig(net="alex").outline().network
@@ -100,6 +101,7 @@ def test_what_losses_look_through_is_counted() -> None:
     assert "networks that losses look through" not in plan(settings()).bytes
 
 
+@pytest.mark.slow
 def test_a_variable_of_accelerate_does_not_change_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = plan(settings())
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
@@ -135,6 +137,7 @@ def test_lpips_in_chunks_is_the_same_loss_in_less_memory() -> None:
     assert other_peak < 0.5 * peak
 
 
+@pytest.mark.slow
 def test_norms_under_a_gpus_autocast_are_counted_in_fp32() -> None:
     norm, convolution = nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1)
     for precision, after, within in (("no", torch.float32, torch.float32), ("bf16", torch.float32, torch.bfloat16)):
@@ -153,6 +156,7 @@ def dry_run(folder: Path, **changes: Any) -> Finished:
     return fork(training_program.main, [str(folder / "config.yaml"), "--dry_run"]).wait()
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_neither_data_nor_weights(tmp_path: Path) -> None:
     done = dry_run(tmp_path, init_from="some-lab/some-vae", losses={"l1": {}, "lpips": {"net": "vgg"}})
     assert done.returncode == 0, done.stderr
@@ -164,6 +168,7 @@ def test_a_dry_run_needs_neither_data_nor_weights(tmp_path: Path) -> None:
     assert resolved["losses"]["lpips"]["net"] == "vgg"
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_of_what_is_there(tmp_path: Path, tiny_vae_folder: Path) -> None:
     images = write_images(tmp_path / "images", 10)
     data = {"kind": "folder", "path": str(images)}

@@ -131,7 +131,9 @@ def test_killed_and_resumed_is_bit_equal(finished: Path, images: Path, tmp_path:
     assert_same_run(tmp_path / "run", finished)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_exits(finished: Path, images: Path, tmp_path: Path, number: int, status: int) -> None:
     config = write_config(tmp_path, images)
     victim = fork_until(tmp_path / "run/metrics.jsonl", training_program.main, [str(config)])
@@ -230,6 +232,7 @@ def test_two_machines_train_one_model_the_same_as_one(one_process: Path, images:
     assert_same_training(one_process, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_with_one(one_process: Path, images: Path, tmp_path: Path) -> None:
     """The global order of the images is kept: the resumed run logs what the undisturbed one does."""
     config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL | {"max_train_images": 20})

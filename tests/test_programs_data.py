@@ -97,6 +97,7 @@ def stream_config(folder: Path, parquet: Path, **changes: object) -> Path:
     return write_config(folder, parquet, **SHORT | {"data": data} | changes)
 
 
+@pytest.mark.slow
 def test_a_stream_trains_end_to_end_and_resumes_to_the_bit(parquet: Path, tmp_path: Path) -> None:
     whole = run(stream_config(tmp_path / "whole", parquet))
     assert whole.returncode == 0, whole.stderr

@@ -52,6 +52,7 @@ def test_killed_at_random_moments_it_ends_bit_equal(undisturbed: Path, images: P
         assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_one_sentence_and_loses_nothing(
     undisturbed: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -68,6 +69,7 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_loses_nothing(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over_aloud(undisturbed: Path, images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images)
     assert run(config, "--max_train_images", "48").returncode == 0
@@ -122,6 +124,7 @@ class Config(TermConfig):
 """
 
 
+@pytest.mark.slow
 def test_nan_in_a_term_stops_or_is_skipped_and_counted(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

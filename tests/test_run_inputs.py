@@ -67,6 +67,7 @@ def test_what_was_not_read_and_was_copied_is_unknown(tmp_path: Path, monkeypatch
     assert compare(before, open_source(tmp_path / "copy"))[0] == Difference(unknown=COUNT - 2)
 
 
+@pytest.mark.slow
 def test_a_training_says_that_its_pictures_are_others(tmp_path: Path) -> None:
     config = test_programs.write_config(tmp_path, write_images(tmp_path / "images", 5), max_train_images=16)
     assert test_programs.run(config).returncode == 0

@@ -92,6 +92,7 @@ def test_it_is_training_with_a_frozen_encoder(
     assert config["scaling_factor"] == pytest.approx(float(variance) ** -0.5)
 
 
+@pytest.mark.slow
 def test_pixels_read_again_are_those_that_were_stored(tiny_vae_folder: Path, images: Path, tmp_path: Path) -> None:
     plain = encode(tiny_vae_folder, images, tmp_path / "plain", "--views", "ten_crop")
     whole = encode(tiny_vae_folder, images, tmp_path / "whole", "--views", "ten_crop", "--pixels")
@@ -168,6 +169,7 @@ def test_what_does_not_fit_is_said_before_anything_is_written(
     assert not (tmp_path / "stored" / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_no_encoder(tiny_vae_folder: Path, images: Path, tmp_path: Path) -> None:
     full = Training.model_validate(settings_of(tmp_path, tiny_vae_folder, images))
     alone = full.model_copy(update={"latent_store": "store"})

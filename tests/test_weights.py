@@ -156,7 +156,7 @@ def test_two_networks_are_not_chosen_between(folder: Path) -> None:
     assert "student." in said and "teacher." in said
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["kl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_what_is_missing_left_over_or_misshapen_is_named(kind: str, tmp_path: Path) -> None:
     vae = small(kind)
     vae.save_pretrained(tmp_path / "vae")
