@@ -5,6 +5,8 @@
 - `open`, `manifest_write`: opening a store of 10^7 and of 10^9 samples (its manifest), and writing that;
 - `write`: `write_store` of images of 32 px with an encoder that takes no time, seconds an image: decoding, statistics,
   checksums, files;
+- `check`, `stat`: asking a finished store of files once more (every file looked at, none read), and a stat call for each
+  of them, seconds a file;
 - `keys`, `again`, `finish`: the list of the source's keys, a second call that finds every unit done, and merging the
   records of all units into the manifest.
 """
@@ -23,10 +25,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ldm_vae import LatentDataset
 from ldm_vae.data.decoding import Decoding
-from ldm_vae.data.source import Record
+from ldm_vae.data.source import Record, open_source
 from ldm_vae.latent_store import write_store
 from ldm_vae.latent_store.finishing import finish
 from ldm_vae.latent_store.manifest import read_manifest, write_manifest
@@ -41,6 +44,7 @@ STORES, SHAPE, UNIT = (10_000, 100_000, 1_000_000, 10_000_000), (4, 8, 8), 2048
 LARGEST_RESIDENT = 1_000_000  # rows of half a kilobyte: more would want the memory of the machine
 MANIFESTS = (10_000_000, 1_000_000_000)
 IMAGES = (1_000, 4_000)
+FILES = 20_000
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -50,6 +54,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             rows = _reading(Path(folder), options.rounds) + _writing(Path(folder), options.rounds)
+            rows += _asking(Path(folder), options.rounds, FILES)
             for samples in MANIFESTS:
                 rows += _opening(Path(folder), samples)
             for samples in STORES:
@@ -160,6 +165,26 @@ def _writing(folder: Path, rounds: int) -> list[dict[str, Any]]:
         row("write", each, str(count), None if str(count) == first else first, against="images", at=count)
         for count in IMAGES
     ]
+
+
+def _asking(folder: Path, rounds: int, count: int) -> list[dict[str, Any]]:
+    data, store = folder / "files", folder / "asked"
+    data.mkdir()
+    Image.new("RGB", (32, 32)).save(data / "0.png")
+    paths = [data / f"{number:09d}.png" for number in range(count)]
+    (data / "0.png").rename(paths[0])
+    for path in paths[1:]:
+        shutil.copy(paths[0], path)
+    encoder = WaitingEncoder.from_config(network(WIDTHS).config)
+
+    def ask() -> None:
+        write_store(encoder, open_source(data), store, resolution=32, shard_size=UNIT, num_workers=0)
+
+    ask()
+    ask()  # files that changed within two seconds of their encoding are read once more
+    times = interleave({"check": ask, "stat": lambda: [path.stat() for path in paths]}, rounds, "store, asking")
+    each = {name: [value / count for value in values] for name, values in times.items()}
+    return [row("stat", each, "stat", None, at=count), row("check", each, "check", "stat", at=count)]
 
 
 def _bookkeeping(folder: Path, samples: int) -> list[dict[str, Any]]:

@@ -207,7 +207,7 @@ def test_a_step_of_two_processes() -> None:
 
 
 def test_a_store_grows_and_its_books_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"STEPS": 2, "LARGEST_RESIDENT": 50, "MANIFESTS": (), "IMAGES": (4,), "STORES": (50, 90)}
+    values = {"STEPS": 2, "LARGEST_RESIDENT": 50, "MANIFESTS": (), "IMAGES": (4,), "FILES": 3, "STORES": (50, 90)}
     for name, value in {**values, "UNIT": 20}.items():
         monkeypatch.setattr(speed_store, name, value)
     rows = speed_store.run(argparse.Namespace(rounds=1))
@@ -216,11 +216,13 @@ def test_a_store_grows_and_its_books_are_kept(tmp_path: Path, monkeypatch: pytes
         ("read", 50, "index_select 50"),
         ("read", 90, None),
         ("write", 4, None),
+        ("stat", 3, None),
+        ("check", 3, "stat"),
         *((name, at, None) for at in (50, 90) for name in ("keys", "again", "finish")),
     ]
     assert all(row["median_s"] > 0 for row in rows)
     speed_plot.draw(rows, tmp_path / "speed.png")
-    assert picture_size(tmp_path / "speed.png") == (900, 2 * 340)  # against samples, against images
+    assert picture_size(tmp_path / "speed.png") == (900, 2 * 340 + 112)  # against samples, against images; one bar
 
 
 def test_nothing_is_held_per_sample(tmp_path: Path) -> None:
