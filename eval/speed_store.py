@@ -5,7 +5,7 @@
 - `open`, `manifest_write`: opening a store of 10^7 and of 10^9 samples (its manifest), and writing that;
 - `write`: `write_store` of images of 32 px with an encoder that takes no time, seconds an image: decoding, statistics,
   checksums, files;
-- `check`, `stat`: asking a finished store of files once more (every file looked at, none read), and a stat call for each
+- `check`, `stat`: asking a finished store of files once more (every one looked at, none read), and a stat call for each
   of them, seconds a file;
 - `keys`, `again`, `finish`: the list of the source's keys, a second call that finds every unit done, and merging the
   records of all units into the manifest.
