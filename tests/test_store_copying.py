@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from test_store_indices import vq_model
 from test_store_updating import Album, contents, encode, equal
 from test_store_writing import SETTINGS, Pictures, tree
 
+from ldm_vae.data.source import Record
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latent_store.copying import merge, split, take_samples, take_where
@@ -54,6 +56,22 @@ def test_an_image_that_two_stores_hold_is_there_once(tiny_vae: AutoencoderKL, tm
     assert merged.samples == 19 and merged.quarantined == 1 and merged.source.samples == 20
     encode(tiny_vae, Album(bad=(3,)), tmp_path / "m", update=True)  # goes on as any store does
     assert contents(tmp_path / "m").keys() == found.keys() and verify(tmp_path / "m") == []
+
+
+@dataclass
+class Renamed(Album):
+    """The same pictures, one of them under another caption."""
+
+    def __getitem__(self, index: int) -> Record:
+        record = super().__getitem__(index)
+        return replace(record, columns={"caption": "another"}) if record.key == "img_009" else record
+
+
+def test_of_two_captions_of_one_image_none_is_dropped(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    encode(tiny_vae, Album(numbers=tuple(range(12))), tmp_path / "a")
+    encode(tiny_vae, Renamed(numbers=tuple(range(8, 20))), tmp_path / "b")
+    with pytest.raises(UsageError, match=r"img_009 .*caption"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
 
 
 def test_compacting_gives_back_what_an_update_took_out(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ldm_vae.latent_store.dealing import Group, Integers, Samples, Tensors, deal
 from ldm_vae.latent_store.finishing import read_quarantine
 from ldm_vae.latent_store.layout import SHARDS, STATISTICS, TENSORS
 from ldm_vae.latent_store.manifest import Identity, Manifest, ShardRecord, read_manifest
-from ldm_vae.latent_store.updating import StoredImages, digests, shortened
+from ldm_vae.latent_store.updating import StoredImages, digests, said_by_rows, shortened
 from ldm_vae.latent_store.verifying import check_shard
 
 
@@ -87,7 +87,8 @@ def merge(stores: Sequence[Path], out: Path) -> Manifest:
     """One store of several, or of one that is to lose its removed rows. An image that several hold is taken once.
 
     Raises:
-        UsageError: the stores are of different identities; a key names different images in two of them; OUT exists.
+        UsageError: the stores are of different identities; a key names different images in two of them, or an image has
+            different columns; OUT exists.
         WorkError: a store is damaged, or OUT cannot be written.
     """
     manifests = [finished(store) for store in stores]
@@ -116,6 +117,7 @@ def _unseen(piece: StoredPiece, earlier: Sequence[StoredImages]) -> StoredPiece:
     """Without the images that an earlier store has. Raises UsageError for a key that names another image there."""
     table = shards.read_rows(piece.store / SHARDS / piece.shard.name, ["image_sha256"])
     images = shortened(table.column("image_sha256").take(piece.rows).to_pylist())
+    saying = said_by_rows(piece.store, piece.shard) if earlier else ()
     keep = np.ones(len(piece.rows), dtype=bool)
     for stored in earlier:
         for position, found in enumerate(stored.find(digests(piece.keys))):
@@ -130,6 +132,12 @@ def _unseen(piece: StoredPiece, earlier: Sequence[StoredImages]) -> StoredPiece:
                     raise UsageError(
                         f"store {piece.store}: {piece.keys[position]} is another image there than in a store before "
                         "it; bring both up to date with `encode --update`, or merge without one of them"
+                    )
+                if stored.said(found.start) != bytes(saying[piece.rows[position]]):
+                    raise UsageError(
+                        f"store {piece.store}: {piece.keys[position]} has other columns there (its caption, its label) "
+                        "than in a store before it; bring both up to date with `encode --update`, or `store split` can "
+                        "leave it out"
                     )
     return chosen(piece, keep)
 

@@ -29,7 +29,7 @@ from ldm_vae.data.workers import load
 from ldm_vae.latent_store import shards, units
 from ldm_vae.latent_store.finishing import finish, read_quarantine
 from ldm_vae.latent_store.layout import EXTENSIONS, IMAGE_BYTES, PLAN, SHARDS, is_own, passed_on
-from ldm_vae.latent_store.manifest import Manifest, SourceIdentity, write_manifest
+from ldm_vae.latent_store.manifest import Manifest, ShardRecord, SourceIdentity, write_manifest
 from ldm_vae.latent_store.sightings import Sightings, sighting
 from ldm_vae.latent_store.units import BadSample, Plan, storable
 
@@ -67,7 +67,7 @@ class StoredImages:
         self._places = np.concatenate(places)[order]
         self._names = [shard.name for shard in manifest.shards]
         self._store, self._shards = store, manifest.shards
-        self._said: dict[int, bytes] = {}
+        self._said: dict[int, npt.NDArray[np.void]] = {}
 
     def find(self, keys: Digests) -> list[slice]:
         """Where rows of each key are (several, if there are several resolutions); an empty slice if none."""
@@ -86,11 +86,8 @@ class StoredImages:
         """The digest of a row's columns that came from the source; a shard is read when it is first asked for."""
         number, place = self._places[row].tolist()
         if number not in self._said:
-            shard = self._shards[number]
-            table = shards.read_rows(self._store / SHARDS / shard.name, rows=shard.rows)
-            theirs = table.select([name for name in table.column_names if not is_own(name)])
-            self._said[number] = b"".join(map(said, theirs.to_pylist()))
-        return self._said[number][place * DIGEST : (place + 1) * DIGEST]
+            self._said[number] = said_by_rows(self._store, self._shards[number])
+        return bytes(self._said[number][place])
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -220,6 +217,13 @@ def checksums(
         return ([*map(int, indices[first : first + CHUNK])] for first in range(0, len(indices), CHUNK))
 
     yield from zip(pieces(), load(_Checksums(source), pieces(), num_workers, False, 2, None), strict=True)
+
+
+def said_by_rows(store: Path, shard: ShardRecord) -> npt.NDArray[np.void]:
+    """`said` of all rows of a shard; not as `Digests`, whose elements come back without zeros at their end."""
+    table = shards.read_rows(store / SHARDS / shard.name, rows=shard.rows)
+    theirs = table.select([name for name in table.column_names if not is_own(name)])
+    return np.array([said(row) for row in theirs.to_pylist()], dtype=f"V{DIGEST}")
 
 
 def digests(texts: Sequence[str]) -> Digests:
