@@ -338,6 +338,11 @@ def test_a_run_folder_that_is_no_run(images: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "config.yaml").write_text("seed: 0\nlosses: {l1: {weight: 1.0}}")
     (tmp_path / "metrics.jsonl").write_text('{"images": 8, "seconds": 1.0}\n{"images": 16, "sec')  # as a kill leaves it
     assert "Training" in read_recipe(tmp_path).sections
+    number = "9" * 400
+    lines = [f'{{"images": 16, "loss/l1": {number}}}', f'{{"images": {number}}}', '{"images": null}', "[1]", "7", "NaN"]
+    (tmp_path / "metrics.jsonl").write_text('{"images": 8, "seconds": 1.0, "loss/l1": 0.5}\n' + "\n".join(lines))
+    assert run_cli("report", tmp_path) == 0
+    shutil.rmtree(tmp_path / "report")
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "metrics.json").write_text("[" * DEEP)
     with pytest.raises(UsageError, match="nested too deeply"):

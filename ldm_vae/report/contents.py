@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,11 @@ def _json_or_none(path: Path) -> Any:
 
 
 def _lines(path: Path) -> list[Json]:
-    """The lines of metrics.jsonl that are whole: a running training may be writing the last one."""
+    """The lines of metrics.jsonl that are whole and say when: a running training may be writing the last one."""
     lines = []
-    for line in _text(path).splitlines():
-        try:
-            lines.append(parse_json(line))
-        except ValueError:
-            continue
+    for text in _text(path).splitlines():
+        with contextlib.suppress(ValueError):
+            line = parse_json(text)
+            if isinstance(line, dict) and isinstance(seen := line.get("images"), int) and 0 <= seen < 2**63:
+                lines.append(line)
     return lines

@@ -224,7 +224,7 @@ def commands(contents: Contents) -> list[str]:
     lines = []
     if contents.config_text:
         program = "train.diffusion" if contents.diffusion else "train.autoencoder"
-        lines.append(f"accelerate launch -m {program} {contents.config['output_dir']}/config.yaml")
+        lines.append(f"accelerate launch -m {program} {contents.config.get('output_dir', contents.home)}/config.yaml")
     if contents.results:
         lines += filter(None, [contents.results[0].get("settings", {}).get("command")])  # none if training measured
     lines.append(f"ldm-vae report {contents.config.get('output_dir', contents.name)}")

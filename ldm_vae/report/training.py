@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +124,7 @@ def _series(log: Sequence[Json]) -> dict[str, list[tuple[float, float]]]:
     series: dict[str, list[tuple[float, float]]] = {}
     for line in log:
         for name, value in line.items():
-            if isinstance(value, int | float) and name != "images" and math.isfinite(value):
+            if isinstance(value, int | float) and name != "images" and abs(value) <= sys.float_info.max:
                 series.setdefault(name, []).append((float(line["images"]), float(value)))
     return series
 
