@@ -3,7 +3,10 @@
 - `python`: an interpreter that does nothing;
 - `help`: `ldm-vae --help`;
 - `import_torch`: `import torch`, which nothing that trains can do without;
-- `first_step`: `ldm-vae train configs/smoke.yaml` until its first update stands in metrics.jsonl.
+- `import_libraries`: all that the smoke run imports of other people's;
+- `import_library`: `import ldm_vae`;
+- `first_step`: `ldm-vae train configs/smoke.yaml` until its first update stands in metrics.jsonl, beside
+  `import_libraries`.
 """
 
 from __future__ import annotations
@@ -28,6 +31,12 @@ COMMANDS = {
     "python": ["-c", "pass"],
     "help": ["-m", "ldm_vae", "--help"],
     "import_torch": ["-c", "import torch"],
+    "import_libraries": [
+        "-c",
+        "import torch, torchvision, accelerate, pydantic, tyro, yaml, PIL.Image, pyarrow.parquet, filelock\n"
+        "from diffusers import AutoencoderKL, AutoencoderTiny, VQModel",
+    ],
+    "import_library": ["-c", "import ldm_vae"],
 }
 
 
@@ -39,7 +48,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         contenders = {name: _runs(arguments) for name, arguments in COMMANDS.items()}
         contenders["first_step"] = lambda: first_step(demo, Path(folder))
         times = interleave(contenders, options.rounds, "start")
-    return [row(name, times, name, None) for name in contenders]
+    return [row(name, times, name, "import_libraries" if name == "first_step" else None) for name in contenders]
 
 
 def _runs(arguments: list[str]) -> Any:
