@@ -5,24 +5,32 @@
 - `encode_waiting`: the same `write_store`, driven with a stand-in encoder. A CPU cannot overlap with itself: this one
   waits, off the interpreter lock and one batch at a time as an accelerator does, for 0.7 of the time that the usual
   script needs to decode and save an image; `waiting_encoder` is that wait alone;
-- `usual_script`: batch 1, decode, encode, np.savez per image, one after the other, with the same stand-in.
+- `usual_script`: batch 1, decode, encode, np.savez per image, one after the other, with the same stand-in: what
+  sd-scripts does at its default `vae_batch_size`;
+- `sd_scripts`, `simpletuner`: the order of work in kohya-ss/sd-scripts (`new_cache_latents`, February 2026; batches of 8)
+  and in bghira/SimpleTuner (`VAECache`, August 2026; reads of 25, batches of 4), with the same stand-in: threads read a
+  piece, then it is resized, encoded and written, a file an image; then comes the next piece.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
@@ -110,7 +118,7 @@ class WaitingEncoder(AutoencoderKL):
         with _DEVICE:
             time.sleep(self.seconds * len(pixels))
         moments = pixels.new_zeros(len(pixels), 8, *(side // 8 for side in pixels.shape[2:]))
-        return SimpleNamespace(latent_dist=SimpleNamespace(parameters=moments))
+        return AutoencoderKLOutput(DiagonalGaussianDistribution(moments))
 
 
 _DEVICE = threading.Lock()
@@ -145,19 +153,24 @@ def _waiting(folder: Path, source: Source, files: list[Path], rounds: int) -> li
         for _ in range(SCRIPT_IMAGES // BATCH):
             vae.encode(torch.zeros(BATCH, 3, RESOLUTION, RESOLUTION))
 
+    others = {
+        "usual_script": lambda: _script(vae, files, folder),
+        "sd_scripts": lambda: _pieces(vae, files, folder, read=BATCH, batch=BATCH, save=_save_npz),
+        "simpletuner": lambda: _pieces(vae, files, folder, read=25, batch=4, save=_save_pt),
+    }
     contenders = {
         "waiting_encoder": wait,
         "encode_waiting": lambda: write(vae, many, folder, encode_threads=2, num_workers=2),  # 2 threads: as on a GPU
-        "usual_script": lambda: _script(vae, files, folder),
+        **others,
     }
     times = interleave(contenders, rounds, "encode waiting")
-    images = {"waiting_encoder": SCRIPT_IMAGES, "encode_waiting": WAITING_IMAGES, "usual_script": SCRIPT_IMAGES}
+    images = dict.fromkeys(contenders, SCRIPT_IMAGES) | {"encode_waiting": WAITING_IMAGES}
     each = {name: [value / images[name] for value in values] for name, values in times.items()}
     rate = {name: {"images_per_s": 1 / float(np.median(values))} for name, values in each.items()}
-    rows = [row(name, each, name, None, **rate[name]) for name in ("waiting_encoder", "usual_script")]
+    rows = [row(name, each, name, None, **rate[name]) for name in contenders if name != "encode_waiting"]
     return rows + [
         row("encode_waiting", each, "encode_waiting", to, **rate["encode_waiting"])
-        for to in ("waiting_encoder", "usual_script")
+        for to in ("waiting_encoder", *others)
     ]
 
 
@@ -165,9 +178,38 @@ def _waiting(folder: Path, source: Source, files: list[Path], rounds: int) -> li
 def _script(vae: Any, files: list[Path], folder: Path) -> None:
     """What scripts that cache latents do, with Pillow and torchvision."""
     for file in itertools.islice(files, SCRIPT_IMAGES):
-        with Image.open(file) as image:
-            opened = image.convert("RGB")
-        small = functional.center_crop(functional.resize(opened, [RESOLUTION]), [RESOLUTION, RESOLUTION])
-        pixels = functional.to_dtype(functional.to_image(small), torch.float32, scale=True) * 2 - 1
-        moments = vae.encode(pixels[None]).latent_dist.parameters
+        moments = vae.encode(_pixels(_opened(file))[None]).latent_dist.parameters
         np.savez(folder / f"{file.stem}.npz", moments=moments[0].half().numpy())
+
+
+@torch.no_grad()
+def _pieces(vae: Any, files: list[Path], folder: Path, *, read: int, batch: int, save: Callable[..., None]) -> None:
+    """A piece of `read` files by as many threads as there are cores, then its encoding and its files."""
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, read)) as threads:
+        for start in range(0, SCRIPT_IMAGES, read):
+            piece = files[start : min(start + read, SCRIPT_IMAGES)]
+            images = list(threads.map(_opened, piece))
+            for first in range(0, len(piece), batch):
+                pixels = torch.stack([_pixels(image) for image in images[first : first + batch]])
+                latents = vae.encode(pixels).latent_dist.sample()
+                for file, latent in zip(piece[first : first + batch], latents, strict=True):
+                    save(folder / file.stem, latent)
+
+
+def _opened(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    small = functional.center_crop(functional.resize(image, [RESOLUTION]), [RESOLUTION, RESOLUTION])
+    pixels: torch.Tensor = functional.to_dtype(functional.to_image(small), torch.float32, scale=True) * 2 - 1
+    return pixels
+
+
+def _save_npz(stem: Path, latent: torch.Tensor) -> None:
+    np.savez(f"{stem}.npz", latents=latent.float().numpy())
+
+
+def _save_pt(stem: Path, latent: torch.Tensor) -> None:
+    torch.save(latent.clone(), f"{stem}.pt")

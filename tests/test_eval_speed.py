@@ -109,13 +109,18 @@ def test_speed_encode_writes_its_rows(tmp_path: Path, monkeypatch: pytest.Monkey
         ("encode", "bare_encoder"),
         ("waiting_encoder", None),
         ("usual_script", None),
+        ("sd_scripts", None),
+        ("simpletuner", None),
         ("encode_waiting", "waiting_encoder"),
         ("encode_waiting", "usual_script"),
+        ("encode_waiting", "sd_scripts"),
+        ("encode_waiting", "simpletuner"),
     ]
     assert all(row["images_per_s"] > 0 for row in rows)
-    # two rounds of 8, 64 and 8 images: the script waits as long for the encoder as one that only waits, image by image
+    # two rounds of 64 images and four times 8: a script waits as long for the encoder as one that only waits, and the
+    # usual one image by image
     each = min(filter(None, waits))
-    assert sum(waits) == pytest.approx(2 * (8 + 64 + 8) * each) and waits.count(each) == 2 * 8
+    assert sum(waits) == pytest.approx(2 * (64 + 4 * 8) * each) and waits.count(each) == 2 * 8
 
 
 # --- read -------------------------------------------------------------------------------------------------------------
