@@ -7,9 +7,9 @@
   script needs to decode and save an image; `waiting_encoder` is that wait alone;
 - `usual_script`: batch 1, decode, encode, np.savez per image, one after the other, with the same stand-in: what
   sd-scripts does at its default `vae_batch_size`;
-- `sd_scripts`, `simpletuner`: the order of work in kohya-ss/sd-scripts (`new_cache_latents`, February 2026; batches of 8)
-  and in bghira/SimpleTuner (`VAECache`, August 2026; reads of 25, batches of 4), with the same stand-in: threads read a
-  piece, then it is resized, encoded and written, a file an image; then comes the next piece.
+- `sd_scripts`, `simpletuner`: the order of work in kohya-ss/sd-scripts (`new_cache_latents`, February 2026, batches of
+  8) and in bghira/SimpleTuner (`VAECache`, August 2026, reads of 25, batches of 4), with the same stand-in: threads
+  read a piece, then it is resized, encoded and written, a file an image; then comes the next piece.
 """
 
 from __future__ import annotations
