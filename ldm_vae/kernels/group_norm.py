@@ -49,7 +49,7 @@ Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float) -> Three:
     """(y, mean [B, G], rstd [B, G])."""
-    wide = at_least_fp32(x)
+    wide = _laid_out(at_least_fp32(x), x)
     shape = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3])
     normed, mean, rstd = torch.native_group_norm(wide, weight.to(wide), bias.to(wide), *shape, groups, eps)
     return F.silu(normed).to(x.dtype), mean, rstd
@@ -65,17 +65,26 @@ def _backward(
     groups: int,
 ) -> Three:
     """Gradients of (x, weight, bias)."""
-    wide = at_least_fp32(x)
+    wide = _laid_out(at_least_fp32(x), x)
     batch, channels, *sides = x.shape
     per_channel = (batch, channels, 1, 1)
     scale = rstd.repeat_interleave(channels // groups, 1).view(per_channel) * weight.to(wide).view(1, -1, 1, 1)
     shift = mean.repeat_interleave(channels // groups, 1).view(per_channel)
     normed = (wide - shift) * scale + bias.to(wide).view(1, -1, 1, 1)
-    inner = torch.ops.aten.silu_backward(grad.to(wide), normed)
+    inner = _laid_out(torch.ops.aten.silu_backward(grad.to(wide), normed), x)
     found = torch.ops.aten.native_group_norm_backward(
         inner, wide, mean, rstd, weight.to(wide), batch, channels, sides[0] * sides[1], groups, [True, True, True]
     )
     return found[0].to(x.dtype), found[1].to(weight.dtype), found[2].to(bias.dtype)
+
+
+def _laid_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Without gaps, and on a CPU channels last if `like` is: torch's formulas take it for granted that all have one
+    layout, and tell it by every stride, that of a batch of 1 too, which may be anything."""
+    last = like.device.type == "cpu" and like.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    strides = torch.empty(tensor.shape, device="meta", memory_format=layout).stride()
+    return tensor.contiguous(memory_format=layout).as_strided(tensor.shape, strides)
 
 
 def _kernel(x: torch.Tensor) -> ModuleType | None:
