@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from .timing import machine
 TESTS = ("-m", "pytest", "-q", "-m", "gpu or not slow", "-p", "no:cacheprovider", "-o", "filterwarnings=ignore")
 # name => (seconds at most, arguments of Python); `eval.speed` unless they are given; in the order in which they run
 PARTS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "gpu_fast": (150, ("--rounds", "7")),
+    "gpu_fast": (200, ("--rounds", "7")),
     "roofline": (120, ("--rounds", "5")),
     "tests": (120, (*TESTS, "tests/test_group_norm.py", "tests/test_gpu.py", "-k", "not compiled")),
     "gpu_encoder": (60, ("--rounds", "7")),
@@ -78,8 +79,9 @@ def part(name: str, seconds: float, log: Path) -> dict[str, Any]:
             command = [sys.executable, "-m", "eval.speed", name, "--output", folder, *arguments]
         try:
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds, check=False
-            )
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds, check=False,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )  # fmt: skip
             status, printed = done.returncode, done.stdout
         except subprocess.TimeoutExpired as error:
             status, printed = None, (error.stdout or b"").decode(errors="replace")
