@@ -78,13 +78,14 @@ class Networks:
     def __init__(self, work: Work) -> None:
         torch.manual_seed(work.seed)
         self.work = work
-        self.network = TrainableAutoencoder(
-            AutoencoderConfig(block_out_channels=work.widths, norm_num_groups=work.groups).build().train()
-        )
-        perceptual = LPIPSConfig.model_validate({"net": work.net})
-        self.lpips = perceptual.build() if work.genuine else perceptual.outline()
-        shape = {"width": work.critic_width, "layers": work.critic_layers, "norm": work.critic_norm}
-        critic: nn.Module = PatchGAN.model_validate(shape).build().train()
+        with torch.device(work.device):  # a GPU draws the weights of VGG in no time, a CPU in three seconds
+            self.network = TrainableAutoencoder(
+                AutoencoderConfig(block_out_channels=work.widths, norm_num_groups=work.groups).build().train()
+            )
+            perceptual = LPIPSConfig.model_validate({"net": work.net})
+            self.lpips = perceptual.build() if work.genuine else perceptual.outline()
+            shape = {"width": work.critic_width, "layers": work.critic_layers, "norm": work.critic_norm}
+            critic: nn.Module = PatchGAN.model_validate(shape).build().train()
         if work.device != "cpu":  # tensors without content cannot be moved
             for module in (self.network, critic, self.lpips):
                 module.to(work.device)

@@ -25,11 +25,13 @@ from . import (
     speed_compiled,
     speed_data,
     speed_encode,
+    speed_fast,
     speed_gpu,
     speed_grow,
     speed_plot,
     speed_quality,
     speed_read,
+    speed_roofline,
     speed_start,
     speed_store,
     speed_train,
@@ -54,6 +56,30 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], list[dict[str, A
     "gpu_encode": (
         "photographs into a latent store there, beside the encoder alone",
         speed_gpu.encoding,
+    ),
+    "gpu_fast": (
+        "our step there as it is and made faster, one thing after the other",
+        speed_fast.training,
+    ),
+    "gpu_regions": (
+        "the same with torch.compile of its blocks",
+        speed_fast.regions,
+    ),
+    "gpu_batch": (
+        "both at batch 1 to 32",
+        speed_fast.batches,
+    ),
+    "gpu_encoder": (
+        "the encoder alone, as it is and made faster",
+        speed_fast.encoder,
+    ),
+    "gpu_denoiser": (
+        "a step of the diffusion trainer",
+        speed_fast.denoiser,
+    ),
+    "roofline": (
+        "where the time of a step goes by kind of operation, beside what the device could do at best",
+        speed_roofline.run,
     ),
     "variants": (
         "our step with one thing changed: precision and size of LPIPS, optimisers, memory formats, averages",
@@ -130,16 +156,27 @@ def arguments() -> argparse.Namespace:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The rows as a person reads them."""
-    lines = [f"{'':28}{'median':>10}   ratio (min to max)"]
-    for found in results:
+    names = [f"{found['name']} {found['at']:,}" if "at" in found else found["name"] for found in results]
+    width = max(28, *(len(name) + 1 for name in names)) if names else 28
+    lines = [f"{'':{width}}{'median':>10}   ratio (min to max)"]
+    for name, found in zip(names, results, strict=True):
+        if "failed" in found:
+            lines.append(f"{name:{width}} failed: {found['failed']}")
+            continue
         ratio = found.get("ratio")
         shown = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) x {ratio['to']}" if ratio else ""
         rate = f"   {found['images_per_s']:.4g} images/s" if "images_per_s" in found else ""
         rate += f"   {found['memory_mb']} MB" if "memory_mb" in found else ""
         rate += f"   {found['psnr']:.2f} dB" if "psnr" in found else ""
-        name = f"{found['name']} {found['at']:,}" if "at" in found else found["name"]
+        rate += f"   differs by {found['difference']:.2g}" if found.get("difference") is not None else ""
+        rate += f"   MFU {found['mfu']:.0%}" if found.get("mfu") is not None else ""
+        if "attained" in found:
+            rate += (
+                f"{found['flop'] / 1e12:9.3f} TFLOP {found['bytes'] / 1e9:9.3f} GB   at best {found['floor_s']:.3g} s"
+            )
+            rate += f"   attained {found['attained']:.0%}"
         figure = f"{found['median_s']:9.4g} s" if "median_s" in found else f"{found['value']:9.4g} {found['unit']}"
-        lines.append(f"{name:28}{figure:14} {shown}{rate}")
+        lines.append(f"{name:{width}}{figure:14} {shown}{rate}")
     return "\n".join(lines)
 
 

@@ -87,7 +87,7 @@ def _computing(folder: Path, source: Source, rounds: int) -> list[dict[str, Any]
     ]
 
 
-def network(widths: tuple[int, ...]) -> AutoencoderKL:
+def network(widths: tuple[int, ...], groups: int = 32) -> AutoencoderKL:
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=widths,
@@ -95,6 +95,7 @@ def network(widths: tuple[int, ...]) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         layers_per_block=2,
         latent_channels=4,
+        norm_num_groups=groups,
     )
     return vae.eval().requires_grad_(False)
 

@@ -42,7 +42,7 @@ ENCODED, ENCODED_BATCH = 4096, 32  # enough images that the start of the decodin
 
 def training(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json. Raises UsageError without a CUDA device, as do the others."""
-    _need_a_gpu()
+    need_a_gpu()
     changed = variants(WORK)
     contenders = {name: (WORK, RECIPES[name]) for name in ("train_step", *REFERENCES, *VARIANTS)}
     return _measured(contenders | {name: changed[name] for name in CHANGED}, REFERENCES, options.rounds)
@@ -50,7 +50,7 @@ def training(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def compiled(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json."""
-    _need_a_gpu()
+    need_a_gpu()
     # compiled graphs count against one limit for each class, however many of its networks there are
     torch._dynamo.config.recompile_limit = 64
     work = replace(WORK, compiled="inductor")
@@ -88,7 +88,7 @@ def _measured(
     return rows
 
 
-def _need_a_gpu() -> None:
+def need_a_gpu() -> None:
     if not torch.cuda.is_available():
         raise UsageError("gpu: expected a CUDA device, this machine has none; `eval.speed train` measures on the CPU")
 
@@ -110,7 +110,7 @@ def _begun(work: Work, recipe: Recipe) -> tuple[Callable[[], None], int]:
 
 def encoding(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json."""
-    _need_a_gpu()
+    need_a_gpu()
     vae = speed_encode.network(WORK.widths).to(WORK.device)
     pixels = torch.rand(ENCODED_BATCH, 3, WORK.resolution, WORK.resolution, device=WORK.device) * 2 - 1
 

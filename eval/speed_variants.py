@@ -122,7 +122,7 @@ def _adam(**how: bool) -> Recipe:
 
 
 def channels_last(networks: Networks) -> Step:
-    modules: list[nn.Module] = [networks.network, networks.critic, networks.lpips]
+    modules: list[nn.Module] = [networks.network, networks.critic, networks.lpips.network]
     for module in modules:
         module.to(memory_format=torch.channels_last)
     step = ours(networks)

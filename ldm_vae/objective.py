@@ -107,7 +107,7 @@ class Objective(nn.Module):
             total = total + weight * loss
             logs[f"loss/{name}"] = loss.detach()
             if self.configs[name].schedule is not None:
-                logs[f"weight/{name}"] = loss.new_tensor(weight)
+                logs[f"weight/{name}"] = loss.new_full((), weight)
             if hasattr(self.terms[name], "figures"):
                 own: Logs = self._term(name).figures()
                 logs |= {f"{name}/{figure}": value.detach() for figure, value in own.items()}

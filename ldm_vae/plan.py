@@ -25,6 +25,7 @@ from ldm_vae.data.stream import length
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.fine_tuning import set_trainable
 from ldm_vae.frozen import Frozen
+from ldm_vae.kernels.group_norm import fuse_norms
 from ldm_vae.latents import Moments
 from ldm_vae.optim import learning
 from ldm_vae.step import TrainingStep
@@ -64,6 +65,8 @@ def plan(settings: Training, processes: int = 1) -> Plan:
         if settings.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         network = build_network(settings, vae, outline=True)
+        if settings.channels_last:
+            fuse_norms(network)
         objective = build_objective(settings, outline=True)
         objective.attach(network)
         critic = build_discriminator(settings)

@@ -103,7 +103,7 @@ class TrainingStep:
         # does not wait for any
         loss = self.adversary.generator_loss(self.accelerator.unwrap_model(self.discriminator)(pixels))
         (cotangent,) = torch.autograd.grad(loss, pixels)
-        weight = loss.new_tensor(self.adversary.config.weight)
+        weight = loss.new_full((), self.adversary.config.weight)  # no copy from the host
         if self.adversary.config.adaptive:
             layer = self._network.last_layer
             weight = weight * adaptive_ratio(self.accelerator, layer, last_hidden, pixel_cotangent, cotangent)

@@ -19,6 +19,7 @@ from ldm_vae.adversary import Adversary, AdversaryConfig
 from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
 from ldm_vae.cost import Cost, gpu_autocast
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
+from ldm_vae.kernels.group_norm import fuse_norms
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.objective import Objective
@@ -29,8 +30,8 @@ gpu = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]  # without a GPU the tests still have to be sound
 
 
-def trained(device: str, precision: str, steps: int = 5, norm: str = "group", **arrange: Any) -> tuple[float, Logs]:
-    """(share of weights that moved at 4.5e-6, logs of the last step)."""
+def begun(device: str, precision: str, norm: str = "group") -> tuple[TrainableAutoencoder, TrainingStep]:
+    """A small network and its step, at 4.5e-6."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     PartialState._reset_state()
@@ -38,7 +39,6 @@ def trained(device: str, precision: str, steps: int = 5, norm: str = "group", **
     accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu")
     assert accelerator.device.type == device
     network = TrainableAutoencoder(AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4).build())
-    network.to(**arrange)
     critic = PatchGAN.model_validate({"width": 8, "layers": 1, "norm": norm}).build()
     optimizers = [torch.optim.AdamW(module.parameters(), lr=4.5e-6, weight_decay=0.0) for module in (network, critic)]
     step = TrainingStep(
@@ -46,6 +46,13 @@ def trained(device: str, precision: str, steps: int = 5, norm: str = "group", **
         accelerator.prepare(optimizers[0]), Adversary(AdversaryConfig(weight=0.5, r1_weight=1.0)).to(device),
         accelerator.prepare(critic), accelerator.prepare(optimizers[1]),
     )  # fmt: skip
+    return network, step
+
+
+def trained(device: str, precision: str, steps: int = 5, norm: str = "group", **arrange: Any) -> tuple[float, Logs]:
+    """(share of weights that moved, logs of the last step)."""
+    network, step = begun(device, precision, norm)
+    network.to(**arrange)
     before = [parameter.detach().clone() for parameter in network.parameters()]
     images = (torch.rand(2, 3, 32, 32) * 2 - 1).to(device)
     for _ in range(steps):
@@ -73,6 +80,31 @@ def test_half_precision_moves_the_share_of_weights_that_fp32_does(device: str, p
     # the gradient is unscaled before it is clipped and logged
     assert logs["gradient_norm/autoencoder"] == pytest.approx(reference["gradient_norm/autoencoder"], rel=0.1)
     assert logs["adversary/weight"] == pytest.approx(reference["adversary/weight"], rel=0.1)
+
+
+def gradient(device: str, precision: str, fast: bool = False) -> torch.Tensor:
+    """The autoencoder's gradient of one step, all weights in a row."""
+    network, step = begun(device, precision)
+    if fast:
+        network.to(memory_format=torch.channels_last)
+        assert fuse_norms(network)
+    found: dict[torch.Tensor, torch.Tensor] = {}
+    for parameter in network.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda it: found.update({it: it.grad.detach().clone()}))
+    step((torch.rand(2, 3, 32, 32) * 2 - 1).to(device), torch.randn(2, 4, 16, 16).to(device))
+    return torch.cat([found[parameter].flatten() for parameter in network.parameters()]).double()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_fast_step_has_the_plain_ones_gradient(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    exact = gradient(device, "no")
+    size = exact.norm()
+    assert (gradient(device, "no", fast=True) - exact).norm() < 1e-4 * size
+    noise = (gradient(device, "bf16") - exact).norm()
+    fast = gradient(device, "bf16", fast=True)
+    assert 0 < noise < 0.2 * size  # of L1, a sign
+    assert (fast - exact).norm() < 1.2 * noise
 
 
 @pytest.mark.parametrize("device", DEVICES)
