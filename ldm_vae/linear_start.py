@@ -31,9 +31,10 @@ from ldm_vae.linear_code import LinearCode
 CONSTANT = 100.0  # K; signals are of size 1, so a group's scale moves by less than 1 %
 NOISE = 1e-3  # of weights that carry no signal, so that all can learn
 LOGVAR = -7.0  # of the posterior: noise of 3 % of a latent's standard deviation
-SLOPE = 4.0  # silu(SLOPE d) + silu(-SLOPE d) is SLOPE |d|, rounded off below d = 1 / SLOPE
+SLOPE = 4.0  # silu(SLOPE d) + silu(-SLOPE d) is SLOPE |d|, rounded off below d = STEEP / SLOPE
 OPEN = 8.0  # a gate is open at differences of 0 and shut from 1 on; silu(-OPEN) = 0.3 % of it leaks
 SHUT = 10.0  # what a shut gate takes off a signal of unit variance
+STEEP = 1.0
 GATE = 2.0  # sharpness of the gates
 
 
@@ -102,8 +103,12 @@ class Channels:
         rows[range(count), channels[count:]] = -1
         return rows
 
-    def add_constants(self, bias: torch.Tensor) -> None:
-        bias.view(self.groups, self.size)[:, -2:] = torch.tensor([CONSTANT, -CONSTANT])
+    def constants(self, group: int) -> list[int]:
+        """The channels of its +K and -K."""
+        return [(group + 1) * self.size - 2, (group + 1) * self.size - 1]
+
+    def add_constants(self, bias: torch.Tensor, sign: int = 1) -> None:
+        bias.view(self.groups, self.size)[:, -2:] += sign * torch.tensor([CONSTANT, -CONSTANT])
 
     def set_norm(self, norm: nn.GroupNorm, gain: float = 1.0) -> None:
         """Let signals pass times `gain`; the constants come out as +1 and -1, which a weight reads like a bias."""
@@ -295,7 +300,6 @@ def _start_decoder(decoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
         _noise(decoder.conv_in)
         outer = outer / scale
         _set(decoder.conv_in, widths[0].both(0, code.channels), _twice(outer))
-        widths[0].add_constants(decoder.conv_in.bias)
         reader = 0.5 * widths[0].read(0, code.channels)
         outer = torch.eye(code.channels, dtype=torch.float64)
 
@@ -303,15 +307,16 @@ def _start_decoder(decoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
         level = levels - step + 1
         inner = _inside(outer, 2**level, room[level - 1])
         here, behind, block = widths[step - 1], widths[step], blocks[step]
-        split = _split(outer, inner, 2**level, behind.pairs - len(SIDES))
+        split = _split(outer, inner, 2**level, behind.pairs)
         upsampler = blocks[step - 1].upsamplers[0].conv
         _noise(upsampler)
         _set(upsampler, here.both(0, len(reader)), _twice(reader))
-        here.add_constants(upsampler.bias)
         reader = _depth_to_space(block, here, behind, split)
         outer = inner
 
     # the head
+    last = blocks[-1].resnets[-1] if len(blocks[-1].resnets) else decoder.mid_block.resnets[-1]
+    widths[-1].add_constants(last.conv2.bias)
     widths[-1].set_norm(norm_out)
     _noise(decoder.conv_out)
     colour = code.mean.view(-1, code.channels).mean(dim=0)
@@ -321,30 +326,32 @@ def _start_decoder(decoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
 def _depth_to_space(block: Any, here: Channels, behind: Channels, split: Split) -> torch.Tensor:
     """The two residual blocks behind an upsampler => the rows that read the next signals from the tensor they leave."""
     count, forms = split.forms.shape[1], len(split.forms)
-    differences, gate, *rest = block.resnets
+    differences, gate = block.resnets[:2]
     if (shortcut := differences.conv_shortcut) is not None:
         _noise(shortcut)
         _set(shortcut, behind.both(0, count), _twice(0.5 * here.read(0, count)))
-        behind.add_constants(shortcut.bias)
 
-    # sums of absolute differences to the right and below: 0 on even columns, and on even rows
+    # sums of absolute differences to the right and below: 0 on even columns, and on even rows. Only that matters, not
+    # their scale, so these norms are left as they are
     compared = min(count, behind.pairs // 2)
-    here.set_norm(differences.norm1)
     _noise(differences.conv1)
     for side, (row, column) in enumerate(SIDES):
         taps = torch.zeros(2 * compared, here.width, 3, 3, dtype=torch.float64)
         taps[:, :, 1, 1] = _twice(here.read(0, compared))
         taps[:, :, row, column] = -taps[:, :, 1, 1]
         _set(differences.conv1, behind.both(side * compared, compared), taps)
-    behind.add_constants(differences.conv1.bias)
-    behind.set_norm(differences.norm2, SLOPE)
+    differences.norm2.weight.fill_(SLOPE)
     sums = torch.zeros(len(SIDES), behind.width, dtype=torch.float64)
     for side in range(len(SIDES)):
-        sums[side, behind.both(side * compared, compared)] = 1 / SLOPE
+        sums[side, behind.both(side * compared, compared)] = STEEP / SLOPE
     _set(differences.conv2, behind.both(count, len(SIDES)), _twice(sums))
+    # the constants stand in the tensor between these two blocks alone: a convolution that read them would move its
+    # output by K times what an optimiser's step moves a weight
+    behind.add_constants(differences.conv2.bias)
+    behind.add_constants(gate.conv2.bias, -1)
 
-    # gates: `opened` is 1 at a sum of 0 and 0 from 1 on, and a form x passes as silu(x - t) - silu(-x - t), t = SHUT
-    # (1 - opened). The second is written silu(x + t) - (x + t), so that the pair's mean does not move with the picture
+    # gates: `opened` is 1 at a sum of 0 and 0 from 1 on; a form x passes as silu(x - t) - silu(-x - t), where t is SHUT
+    # for each side that is not open
     behind.set_norm(gate.norm1)
     minus = behind.both(count, len(SIDES))[len(SIDES) :]
     gate.norm1.weight[minus] *= OPEN
@@ -352,20 +359,19 @@ def _depth_to_space(block: Any, here: Channels, behind: Channels, split: Split) 
     opened = torch.zeros(len(SIDES), behind.width, dtype=torch.float64)
     opened[range(len(SIDES)), minus] = 1 / float(torch.nn.functional.silu(torch.tensor(OPEN, dtype=torch.float64)))
     _noise(gate.conv1)
-    taken = torch.stack([-SHUT * opened[list(GATES[one])].sum(dim=0) for one in split.gates]) if forms else opened[:0]
-    constant = SHUT * torch.tensor([float(len(GATES[one])) for one in split.gates])
-    signal = split.forms @ behind.read(0, count)
-    _set(gate.conv1, behind.both(0, forms), torch.cat([signal - taken, signal + taken]), torch.cat([-constant, constant]))
-    alone = torch.full((len(SIDES),), SHUT)
-    _set(gate.conv1, behind.both(forms, len(SIDES)), _twice(-SHUT * opened), torch.cat([alone, -alone]))
+    asked = torch.zeros(forms, len(SIDES), dtype=torch.float64)  # of which sides each form's gate asks
+    for form, one in enumerate(split.gates):
+        asked[form, list(GATES[one])] = SHUT
+    passing, taken, shut = split.forms @ behind.read(0, count), asked @ opened, asked.sum(dim=1)
+    _set(gate.conv1, behind.both(0, forms), torch.cat([passing + taken, taken - passing]), torch.cat([-shut, -shut]))
+    # both channels of a form fall by t: the constants of its group rise by it, and the group's mean stays 0
+    for group in range(behind.groups):
+        here_too = range(group, forms, behind.groups)
+        _set(gate.conv1, behind.constants(group), -taken[here_too].sum(dim=0).expand(2, -1), shut[here_too].sum())
     behind.add_constants(gate.conv1.bias)
     behind.set_norm(gate.norm2, GATE)
     passed = behind.read(0, forms)
-    for form, one in enumerate(split.gates):
-        passed[form] += behind.read(forms, len(SIDES))[list(GATES[one])].sum(dim=0)
     _set(gate.conv2, behind.both(count + len(SIDES), len(split.out)), _twice(split.out @ passed / GATE))
-    for other in rest:
-        behind.set_norm(other.norm1)
 
-    reader = (split.base + split.out @ split.forms) @ behind.read(0, count)
+    reader = split.base @ behind.read(0, count)
     return 0.5 * (reader + behind.read(count + len(SIDES), len(split.out)))
