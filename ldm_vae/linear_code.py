@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ldm_vae import keyed
 from ldm_vae.errors import UsageError
 
 SMALLEST = 1e-6  # of the largest standard deviation: a component below it is constant, and is not blown up to unit size
@@ -110,10 +111,28 @@ class LinearCode:
         rows = to_patches(images.double(), self.factor) - self.mean.to(images.device)
         return (rows @ (self.components / self.deviations).to(images.device)).permute(0, 3, 1, 2)
 
+    def of_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        """patches [n, P] on the scale 0..255 => z [n, c]."""
+        return (patches.double() / 127.5 - 1 - self.mean) @ (self.components / self.deviations)
+
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """z [B, c, h, w] => images [B, C, H, W] in fp64, not clamped."""
         rows = z.double().permute(0, 2, 3, 1) @ (self.components * self.deviations).T.to(z.device)
         return from_patches(rows + self.mean.to(z.device), self.factor)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"mean": self.mean, "components": self.components, "deviations": self.deviations}
+
+ROUNDS = 10  # of Lloyd's algorithm; it falls fast at first
+
+
+def k_means(vectors: torch.Tensor, codes: int, seed: int) -> torch.Tensor:
+    """vectors [n, c] => a codebook [codes, c] by Lloyd's algorithm from a keyed draw of them. A code that loses all its
+    vectors stays where it is; of fewer vectors than codes, codes repeat with a little noise."""
+    draw = keyed.generator(seed, "codebook")
+    book = vectors[torch.from_numpy(draw.permutation(len(vectors)))[torch.arange(codes) % len(vectors)]]
+    book = book + 1e-6 * vectors.std() * torch.from_numpy(draw.standard_normal(tuple(book.shape)))
+    for _ in range(ROUNDS):
+        nearest = torch.cat([torch.cdist(part, book).argmin(dim=1) for part in vectors.split(4096)])
+        sums = torch.zeros_like(book).index_add_(0, nearest, vectors)
+        counts = torch.bincount(nearest, minlength=codes)[:, None]
+        book = torch.where(counts > 0, sums / counts.clamp_min(1), book)
+    return book

@@ -31,10 +31,9 @@ from ldm_vae.linear_code import LinearCode
 CONSTANT = 100.0  # K; signals are of size 1, so a group's scale moves by less than 1 %
 NOISE = 1e-3  # of weights that carry no signal, so that all can learn
 LOGVAR = -7.0  # of the posterior: noise of 3 % of a latent's standard deviation
-SLOPE = 4.0  # silu(SLOPE d) + silu(-SLOPE d) is SLOPE |d|, rounded off below d = STEEP / SLOPE
+SLOPE = 4.0  # silu(SLOPE d) + silu(-SLOPE d) is SLOPE |d|, rounded off below d = 1 / SLOPE
 OPEN = 8.0  # a gate is open at differences of 0 and shut from 1 on; silu(-OPEN) = 0.3 % of it leaks
-SHUT = 10.0  # what a shut gate takes off a signal of unit variance
-STEEP = 1.0
+SHUT = 8.0  # what a shut gate takes off a signal of unit variance
 GATE = 2.0  # sharpness of the gates
 
 
@@ -190,7 +189,8 @@ def _start_encoder(encoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
     inner = code.components * code.deviations
     for level in range(levels, 0, -1):
         inner = _inside(inner, 2**level)
-        maps.insert(0, inner)
+        # of size 1 in flat patches: what the code leaves out makes the small components larger than their deviations
+        maps.insert(0, inner / inner.norm(dim=0) * 2 ** (level - 1))
     colour = code.mean.view(-1, code.channels).mean(dim=0)
     rest = code.mean - colour.repeat(len(code.mean) // code.channels)
     last = Channels(encoder.conv_norm_out.num_channels, encoder.conv_norm_out.num_groups)
@@ -343,7 +343,7 @@ def _depth_to_space(block: Any, here: Channels, behind: Channels, split: Split) 
     differences.norm2.weight.fill_(SLOPE)
     sums = torch.zeros(len(SIDES), behind.width, dtype=torch.float64)
     for side in range(len(SIDES)):
-        sums[side, behind.both(side * compared, compared)] = STEEP / SLOPE
+        sums[side, behind.both(side * compared, compared)] = 1 / SLOPE
     _set(differences.conv2, behind.both(count, len(SIDES)), _twice(sums))
     # the constants stand in the tensor between these two blocks alone: a convolution that read them would move its
     # output by K times what an optimiser's step moves a weight

@@ -73,7 +73,7 @@ from ldm_vae.training import (
     build_objective,
     check_teachers,
 )
-from ldm_vae.training_data import assign_buckets, check_sources, normalisation_pixels, open_sources
+from ldm_vae.training_data import assign_buckets, check_sources, normalisation_pixels, open_sources, start_from_data
 
 
 def main() -> None:
@@ -100,6 +100,8 @@ def train(settings: Training) -> None:
     # --- networks -----------------------------------------------------------------------------------------------------
     vae = build_autoencoder(settings)
     check_resolution(settings.resolution, downsampling_factor(vae))
+    if settings.init == "linear" and checkpoint.newest(run / "checkpoints", say) is None:
+        start_from_data(vae, source, settings, accelerator)
     pairs = None
     if settings.latent_store is not None:
         pairs = open_pairs(settings, vae, source)
