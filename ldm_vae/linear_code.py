@@ -8,8 +8,8 @@ A patch p of f x f pixels has mean m and covariance S = V diag(s^2) V^T (eigenva
 A network of the same latent size that reconstructs worse has not yet learned what least squares knows (Baldi & Hornik,
 "Neural networks and principal component analysis", 1989).
 
-Legend: B batch, C image channels, H W pixels, f patch side, c latent channels, h w patches, P = f f C numbers of a patch
-(rows first, channels last).
+Legend: B batch, C image channels, H W pixels, f patch side, c latent channels, h w patches, P = f f C numbers of a
+patch (rows first, channels last).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def to_patches(images: torch.Tensor, factor: int) -> torch.Tensor:
 
 def from_patches(patches: torch.Tensor, factor: int) -> torch.Tensor:
     """patches [B, h, w, P] => images [B, C, H, W]."""
-    tiles = patches.unflatten(3, (factor, factor, -1)).permute(0, 5, 1, 3, 2, 4)
+    batch, rows, columns, _ = patches.shape
+    tiles = patches.reshape(batch, rows, columns, factor, factor, -1).permute(0, 5, 1, 3, 2, 4)
     return tiles.flatten(4, 5).flatten(2, 3)
 
 
@@ -89,7 +90,7 @@ class PatchMoments:
 
 @dataclass(frozen=True)
 class LinearCode:
-    """factor f; of pixels in [-1, 1] and in fp64: mean [P], components V [P, c] of length 1, deviations s [c], falling."""
+    """factor f; of pixels in [-1, 1], in fp64: mean [P], components V [P, c] of length 1, deviations s [c], falling."""
 
     factor: int
     mean: torch.Tensor
@@ -131,7 +132,7 @@ def k_means(vectors: torch.Tensor, codes: int, seed: int) -> torch.Tensor:
     book = vectors[torch.from_numpy(draw.permutation(len(vectors)))[torch.arange(codes) % len(vectors)]]
     book = book + 1e-6 * vectors.std() * torch.from_numpy(draw.standard_normal(tuple(book.shape)))
     for _ in range(ROUNDS):
-        nearest = torch.cat([torch.cdist(part, book).argmin(dim=1) for part in vectors.split(4096)])
+        nearest = torch.cat([torch.cdist(part, book).argmin(dim=1) for part in torch.split(vectors, 4096)])
         sums = torch.zeros_like(book).index_add_(0, nearest, vectors)
         counts = torch.bincount(nearest, minlength=codes)[:, None]
         book = torch.where(counts > 0, sums / counts.clamp_min(1), book)

@@ -5,7 +5,8 @@ docs/training.md derives it. The tools, within the weights of diffusers' own mod
 - SiLU is no obstacle: silu(x) - silu(-x) = x. A signal s that has to pass one enters as the pair +s, -s.
 - GroupNorm is made a fixed scale: two channels of every group hold +K and -K, which outweigh all signals, so that the
   group's mean is 0 and its standard deviation K sqrt(2 / m), m channels a group; the affine weight multiplies it back.
-- Space to depth: a strided convolution sees the 2 x 2 pixels of its place (taps 0 and 1: diffusers pads right and below).
+- Space to depth: a strided convolution sees the 2 x 2 pixels of its place (its first two taps: diffusers pads right and
+  below).
 - Depth to space: after nearest upsampling a pixel equals its right neighbour exactly if its column is even. The first
   residual block behind an upsampler adds up absolute differences to the right and below, the second shuts a gate where
   they are not zero: a linear form for even columns, one for even rows, one for both, and one for all pixels make up any
@@ -19,6 +20,7 @@ Legend: m channels of a group, n signals, C image channels, c latent channels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +30,9 @@ from torch import nn
 from ldm_vae.errors import UsageError
 from ldm_vae.linear_code import LinearCode
 
-CONSTANT = 100.0  # K; signals are of size 1, so a group's scale moves by less than 1 %
+CONSTANT = 64.0  # K / sqrt(m); signals are of size 1, gates' of size SHUT: a group's scale moves by less than 1 %
 NOISE = 1e-3  # of weights that carry no signal, so that all can learn
+STD = CONSTANT * math.sqrt(2)  # of a group with two channels of +K and -K among m
 LOGVAR = -7.0  # of the posterior: noise of 3 % of a latent's standard deviation
 SLOPE = 4.0  # silu(SLOPE d) + silu(-SLOPE d) is SLOPE |d|, rounded off below d = 1 / SLOPE
 OPEN = 8.0  # a gate is open at differences of 0 and shut from 1 on; silu(-OPEN) = 0.3 % of it leaks
@@ -81,9 +84,9 @@ class Channels:
         return self.groups * max(0, (self.size - 2) // 2)
 
     @property
-    def std(self) -> float:
-        """Standard deviation of a group: its constants'."""
-        return CONSTANT * (2 / self.size) ** 0.5
+    def constant(self) -> float:
+        """K, which gives all groups one standard deviation, STD."""
+        return CONSTANT * math.sqrt(self.size)
 
     def plus(self, signal: int) -> int:
         place, group = divmod(signal, self.groups)
@@ -107,12 +110,12 @@ class Channels:
         return [(group + 1) * self.size - 2, (group + 1) * self.size - 1]
 
     def add_constants(self, bias: torch.Tensor, sign: int = 1) -> None:
-        bias.view(self.groups, self.size)[:, -2:] += sign * torch.tensor([CONSTANT, -CONSTANT])
+        bias.view(self.groups, self.size)[:, -2:] += sign * self.constant * torch.tensor([1.0, -1.0])
 
     def set_norm(self, norm: nn.GroupNorm, gain: float = 1.0) -> None:
         """Let signals pass times `gain`; the constants come out as +1 and -1, which a weight reads like a bias."""
-        norm.weight.fill_(self.std * gain)
-        norm.weight.view(self.groups, self.size)[:, -2:] = self.std / CONSTANT
+        norm.weight.fill_(STD * gain)
+        norm.weight.view(self.groups, self.size)[:, -2:] = STD / self.constant
         norm.bias.zero_()
 
 
@@ -160,7 +163,7 @@ def _room(channels: Channels, needed: int) -> None:
 def _quarters(rows: torch.Tensor, side: int) -> torch.Tensor:
     """Maps [P, n] to patches of `side` => to their quarters [2, 2, P / 4, n]."""
     half = side // 2
-    return rows.unflatten(0, (2, half, 2, half, -1)).permute(0, 2, 1, 3, 4, 5).flatten(2, 4)
+    return rows.reshape(2, half, 2, half, -1, rows.shape[1]).permute(0, 2, 1, 3, 4, 5).flatten(2, 4)
 
 
 def _inside(outer: torch.Tensor, side: int, most: int | None = None) -> torch.Tensor:
@@ -170,12 +173,14 @@ def _inside(outer: torch.Tensor, side: int, most: int | None = None) -> torch.Te
     variances, vectors = torch.linalg.eigh((parts @ parts.mT).mean(dim=0))
     rank = int((variances > 1e-12 * variances[-1]).sum())
     kept = min(rank, most or rank)
-    return (vectors[:, -kept:] * variances[-kept:].sqrt()).flip(1)
+    found: torch.Tensor = (vectors[:, -kept:] * variances[-kept:].sqrt()).flip(1)
+    return found
 
 
 def _inverse(maps: torch.Tensor) -> torch.Tensor:
     """Of orthogonal columns [P, n] => [n, P]."""
-    return (maps / maps.square().sum(dim=0)).T
+    inverse: torch.Tensor = (maps / maps.square().sum(dim=0)).T
+    return inverse
 
 
 # --- encoder ----------------------------------------------------------------------------------------------------------
@@ -198,22 +203,23 @@ def _start_encoder(encoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
 
     # what writes each level: conv_in, then the strided convolutions, with shortcuts that carry it to a new width
     entry = _inverse(maps[0])
+    nothing = torch.zeros(1, dtype=torch.float64)
     writers = [(encoder.conv_in, entry, -entry @ colour)]
     for level, block in enumerate(blocks):
         shortcut = block.resnets[0].conv_shortcut
         if shortcut is not None:
-            writers.append((shortcut, torch.eye(maps[level].shape[1], dtype=torch.float64), 0.0))
+            writers.append((shortcut, torch.eye(maps[level].shape[1], dtype=torch.float64), nothing))
         if level < levels:
             weight = _quarters(_inverse(maps[level + 1]).T, 2 ** (level + 1))  # [2, 2, P / 4, n of the next]
             taps = (weight.mT @ maps[level]).permute(2, 3, 0, 1)
-            bias = -_inverse(maps[-1]) @ rest if level == levels - 1 else 0.0
+            bias = -_inverse(maps[-1]) @ rest if level == levels - 1 else nothing
             writers.append((block.downsamplers[0].conv, taps, bias))
     for place, (conv, weight, bias) in enumerate(writers):
         _noise(conv)
         outputs: Any = range(len(weight))
         if place == len(writers) - 1:  # in front of conv_norm_out
             outputs, weight = last.both(0, count), _twice(weight)
-            bias = _twice(torch.as_tensor(bias).expand(count))
+            bias = _twice(bias.expand(count))
         elif len(weight) > conv.out_channels:
             raise UsageError(
                 f"model.block_out_channels: init: linear has {len(weight)} numbers to carry where {conv.out_channels} "
@@ -253,7 +259,11 @@ def _split(outer: torch.Tensor, inner: torch.Tensor, side: int, most: int) -> Sp
     """The pixels' maps as base and gated forms, at most `most`: those that matter most for the picture."""
     weights = inner.square().sum(dim=0).sqrt()[:, None]  # a coordinate's size in the picture
     parts = weights * (_inverse(inner) @ _quarters(outer, side))  # [2, 2, k, n]: rows, columns
-    apart = (parts[1, 0] - parts[1, 1], parts[0, 1] - parts[1, 1], parts[0, 0] - parts[0, 1] - parts[1, 0] + parts[1, 1])
+    apart = (
+        parts[1, 0] - parts[1, 1],
+        parts[0, 1] - parts[1, 1],
+        parts[0, 0] - parts[0, 1] - parts[1, 0] + parts[1, 1],
+    )
     found = []
     for gate, part in enumerate(apart):
         left, sizes, right = torch.linalg.svd(part, full_matrices=False)

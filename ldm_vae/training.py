@@ -98,8 +98,7 @@ class Training(RunConfig):
             if self.model.kind not in ("kl", "vq"):
                 raise ValueError(f"init: linear is for model.kind kl or vq, got {self.model.kind}")
             if quantizer is not None and (quantizer.kind, getattr(quantizer, "distance", "")) != ("vq", "euclidean"):
-                raise ValueError("init: linear needs model.quantizer.kind vq and its distance euclidean, whose codebook "
-                                 "can hold any vectors; init: noise is for the others")  # fmt: skip
+                raise ValueError("init: linear needs model.quantizer.kind vq with distance euclidean, or init: noise")
         if getattr(quantizer, "codebook", None) == "learned" and not any(
             part.kind == "codebook" for part in self.losses.values()
         ):

@@ -14,9 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from ldm_vae import keyed
+from ldm_vae import collective, keyed
 from ldm_vae.autoencoder import downsampling_factor
-
 from ldm_vae.data.buckets import Assignment, Shape, assign
 from ldm_vae.data.dataset import training_loader
 from ldm_vae.data.quarantine import Bad
@@ -132,7 +131,7 @@ def _patches_of(
             rows = rows[torch.arange(len(rows))[:, None], places]
             everybody = accelerator.gather((rows.to(accelerator.device), mine.to(accelerator.device)))
             patches.append(everybody[0][everybody[1]].flatten(0, 1).cpu())
-    moments.add_up(lambda part: accelerator.reduce(part, "sum"))
+    moments.add_up(collective.total)
     return moments, torch.cat(patches) if patches else torch.empty(0)
 
 
