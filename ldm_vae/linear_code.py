@@ -65,7 +65,7 @@ class PatchMoments:
         """The code of c channels of what was seen, for pixels in [-1, 1].
 
         Raises:
-            UsageError: a patch has fewer numbers than c, or all images are of one colour.
+            UsageError: a patch has fewer numbers than c, there was no image, or all are of one colour.
         """
         numbers = len(self.products) - 1
         if latent_channels > numbers:
@@ -75,6 +75,8 @@ class PatchMoments:
             )
         products = self.products.cpu()
         count, sums = products[-1, -1], products[-1, :-1]
+        if not count:
+            raise UsageError("data: a linear code needs images, and there was none that could be used")
         mean = sums / count
         covariance = products[:-1, :-1] / count - mean[:, None] * mean
         variances, vectors = torch.linalg.eigh(covariance)

@@ -1,6 +1,7 @@
 """What a linear code of a VAE's size reaches on the very images that it is measured on: a floor for what was learned.
 
-The code (ldm_vae/linear_code.py) is fitted on the measured images themselves, so no linear code does better on them.
+The code (ldm_vae/linear_code.py) is fitted on the measured images themselves: no linear code leaves a smaller squared
+error on them.
 
 Legend: B batch, C channels, R side of an image.
 """

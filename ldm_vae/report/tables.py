@@ -89,7 +89,7 @@ def metric_rows(results: Sequence[Json]) -> list[Json]:
         if not any(summaries):
             continue
         means = [summary["mean"] for summary in summaries if summary and summary["mean"] is not None]
-        best = (max if title.better == "higher" else min)(means) if len(means) > 1 else None
+        best = (max if title.better == "higher" else min)(means) if len(means) > 1 and where == "metrics" else None
         cells = []
         for summary in summaries:
             if summary is None or summary["mean"] is None:
