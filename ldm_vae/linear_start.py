@@ -31,10 +31,11 @@ from ldm_vae.errors import UsageError
 from ldm_vae.linear_code import LinearCode
 
 CONSTANT = 64.0  # K / sqrt(m); signals are of size 1, gates' of size SHUT: a group's scale moves by less than 1 %
-NOISE = 1e-3  # of weights that carry no signal, so that all can learn
+NOISE = 1e-4  # of weights that carry no signal, so that all can learn
 STD = CONSTANT * math.sqrt(2)  # of a group with two channels of +K and -K among m
 LOGVAR = -7.0  # of the posterior: noise of 3 % of a latent's standard deviation
-SLOPE = 4.0  # silu(SLOPE d) + silu(-SLOPE d) is SLOPE |d|, rounded off below d = 1 / SLOPE
+SLOPE = 4.0  # silu(SLOPE d) + silu(-SLOPE d) is SLOPE |d|, rounded off below d = TOGETHER / (SLOPE * compared)
+TOGETHER = 1.0  # what the absolute differences of all signals add up to where each is of unit size
 OPEN = 8.0  # a gate is open at differences of 0 and shut from 1 on; silu(-OPEN) = 0.3 % of it leaks
 SHUT = 8.0  # what a shut gate takes off a signal of unit variance
 GATE = 2.0  # sharpness of the gates
@@ -353,7 +354,7 @@ def _depth_to_space(block: Any, here: Channels, behind: Channels, split: Split) 
     differences.norm2.weight.fill_(SLOPE)
     sums = torch.zeros(len(SIDES), behind.width, dtype=torch.float64)
     for side in range(len(SIDES)):
-        sums[side, behind.both(side * compared, compared)] = 1 / SLOPE
+        sums[side, behind.both(side * compared, compared)] = TOGETHER / (SLOPE * compared)
     _set(differences.conv2, behind.both(count, len(SIDES)), _twice(sums))
     # the constants stand in the tensor between these two blocks alone: a convolution that read them would move its
     # output by K times what an optimiser's step moves a weight
