@@ -13,10 +13,14 @@ import pytest
 import torch
 from conftest import write_images
 from diffusers import AutoencoderKL
+from forked import fork
+from PIL import Image
 from safetensors.torch import load_file
 from test_launch import TWO, launch
 from test_programs import newest, run, write_config
+from torchvision.transforms.v2 import functional
 
+from eval import reconstruction
 from ldm_vae import latents
 from ldm_vae.adversary import AdversaryConfig
 from ldm_vae.autoencoder import AutoencoderConfig
@@ -277,6 +281,22 @@ def test_a_config_that_cannot_start_linear_is_one_sentence(
 
 
 # --- the floor --------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_tells_what_a_linear_code_reaches(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 12)
+    rows = [torch.from_numpy(np.asarray(Image.open(file))).permute(2, 0, 1) for file in sorted(folder.iterdir())]
+    crops = functional.center_crop(torch.stack(rows), [40, 40])
+    vae = built(SHAPES["f4"])
+    start_linear(vae, code_of(crops, 4, 8))
+    vae.save_pretrained(tmp_path / "vae")
+    call = [tmp_path / "vae", folder, "--output", tmp_path / "out", "--resolution", "40", "--metrics", "psnr,ssim"]
+    done = fork(reconstruction.main, [*map(str, call), "--num_workers", "0"]).wait()
+    assert done.returncode == 0, done.stderr
+    assert "PSNR (dB) of a linear code of this size" in done.stdout
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(found["linear_code"]) == {"psnr"}
+    assert found["metrics"]["psnr"]["mean"] == pytest.approx(found["linear_code"]["psnr"]["mean"], abs=1.0)
 
 
 def lines(psnr: float, lpips: float) -> Iterator[dict[str, float]]:
