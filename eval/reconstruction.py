@@ -35,6 +35,7 @@ from ldm_vae.launch import ON_THEIR_OWN, build_accelerator
 from ldm_vae.metrics import result
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import Evaluation, evaluate_reconstruction
+from ldm_vae.metrics.linear import MEASURED, LinearFloor, fit_code
 from ldm_vae.metrics.metric import Metric
 from ldm_vae.metrics.pictures import keep_pictures
 from ldm_vae.metrics.protocol import PINNED, VARIANTS, by_name
@@ -163,6 +164,10 @@ def measure(
         batch_size=options.batch_size, num_workers=options.num_workers, quarantine=quarantine,
         protocol=options.protocol,
     )  # fmt: skip
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    shape = {"resolution": options.resolution, "batch_size": options.batch_size}
+    code = fit_code(vae, source, indices, rank, ranks, **shape)
+    floor = code and LinearFloor(code, build(options, accelerator, MEASURED), options.protocol)
     bar = tqdm(
         total=len(mine), desc=f"measure {name}", unit="img", disable=None if accelerator.is_main_process else True
     )
@@ -177,8 +182,8 @@ def measure(
 
         try:
             evaluation = evaluate_reconstruction(
-                vae, batches, metrics, accelerator.device,
-                resolution=options.resolution, batch_size=options.batch_size, protocol=options.protocol, each=each,
+                vae, batches, metrics, accelerator.device, **shape,
+                protocol=options.protocol, linear=floor, each=each,
             )  # fmt: skip
         except WorkError:
             quarantine.finish()  # raises with the reason, where there was an image and none could be used
@@ -188,11 +193,15 @@ def measure(
     return evaluation
 
 
-def build(options: argparse.Namespace, accelerator: Accelerator) -> list[Metric]:
-    """The metrics that were asked for, ready to update."""
+def build(options: argparse.Namespace, accelerator: Accelerator, only: Sequence[str] = NAMES) -> list[Metric]:
+    """The metrics that were asked for, ready to update; `only`: among these."""
     weights = Weights(options.lpips_weights, options.inception_weights, options.dinov2, options.clip)
     return build_metrics(
-        options.metrics, accelerator.device, options.resolution, weights=weights, protocol=options.protocol
+        [name for name in options.metrics if name in only],
+        accelerator.device,
+        options.resolution,
+        weights=weights,
+        protocol=options.protocol,
     )
 
 

@@ -1,4 +1,5 @@
-"""How well the adversary is: what the logits say, and plain sentences when it saturates, collapses or runs away.
+"""How well the adversary is: what the logits say, and plain sentences when it saturates, collapses or runs away; and a
+network that a linear code beats.
 
 The sentences are a function of the lines of metrics.jsonl alone, so a resumed run says what an undisturbed one says.
 """
@@ -47,7 +48,7 @@ def diagnose(log: Sequence[Line], config: AdversaryConfig) -> dict[str, str]:
     averages = [line for line in log if "loss/total" in line]
     if not averages:
         return {}
-    found = _gradient_jumps(averages)
+    found = _gradient_jumps(averages) | _below_linear(log)
     recent = played[-PATIENCE:]
     if len(recent) < PATIENCE or recent[-1] is not averages[-1]:
         return found
@@ -76,6 +77,23 @@ def diagnose(log: Sequence[Line], config: AdversaryConfig) -> dict[str, str]:
             "layer; set adversary.r1_weight, or use `adversary.loss: non_saturating`"
         )
     return found
+
+
+def _below_linear(log: Sequence[Line]) -> dict[str, str]:
+    """Said while the last validation stands below the linear code of the same size in PSNR and in LPIPS."""
+    validated = [line for line in log if "linear_code/psnr" in line and "linear_code/lpips_alex" in line]
+    if not validated:
+        return {}
+    (psnr, psnr_floor), (lpips, lpips_floor) = (
+        (validated[-1][f"validation/{name}"], validated[-1][f"linear_code/{name}"]) for name in ("psnr", "lpips_alex")
+    )
+    if psnr >= psnr_floor or lpips <= lpips_floor:
+        return {}
+    sentence = (
+        f"the network reconstructs worse than a linear code of its size (PSNR {psnr:.2f} against {psnr_floor:.2f} dB, "
+        f"LPIPS {lpips:.3f} against {lpips_floor:.3f}): train on, or start from that code with `init: linear`"
+    )
+    return {"below_linear": sentence}
 
 
 def _started(played: Sequence[Line]) -> bool:

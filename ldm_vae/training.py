@@ -35,6 +35,11 @@ class Training(RunConfig):
     """Side of the training crops in pixels; a multiple of f."""
     discriminator_learning_rate: float | None = None
     """Of the discriminator; default: the same."""
+    init: Literal["noise", "linear"] = "noise"
+    """Of a network from scratch. noise: random weights. linear: the first forward is the linear code of the model's own
+    size, principal components of patches of the training crops (ldm_vae/linear_start.py); model.kind kl or vq."""
+    init_images: int = Field(1024, gt=0)
+    """Training crops that the linear code is fitted on."""
     init_from: str | None = None
     """Start from these weights: a diffusers folder, a hub id, a single file or a run."""
     ignore_mismatched_sizes: bool = False
@@ -87,6 +92,13 @@ class Training(RunConfig):
         if self.latent_store is not None and self.buckets is not None:
             raise ValueError("latent_store: its crops are what was encoded; expected no buckets")
         quantizer = getattr(self.model, "quantizer", None)
+        if self.init == "linear":
+            if self.init_from is not None:
+                raise ValueError("init: linear is for a network from scratch; expected no init_from, or init: noise")
+            if self.model.kind not in ("kl", "vq"):
+                raise ValueError(f"init: linear is for model.kind kl or vq, got {self.model.kind}")
+            if quantizer is not None and (quantizer.kind, getattr(quantizer, "distance", "")) != ("vq", "euclidean"):
+                raise ValueError("init: linear needs model.quantizer.kind vq with distance euclidean, or init: noise")
         if getattr(quantizer, "codebook", None) == "learned" and not any(
             part.kind == "codebook" for part in self.losses.values()
         ):

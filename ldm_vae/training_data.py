@@ -5,18 +5,28 @@ Legend: B batch, C image channels, R side of a crop.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 
+from ldm_vae import collective, keyed
+from ldm_vae.autoencoder import downsampling_factor
 from ldm_vae.data.buckets import Assignment, Shape, assign
+from ldm_vae.data.dataset import training_loader
 from ldm_vae.data.quarantine import Bad
 from ldm_vae.data.sizes import shared_sizes
 from ldm_vae.data.source import Source, with_resize
 from ldm_vae.data.stream import Stream
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import UsageError
+from ldm_vae.keyed import seeded
+from ldm_vae.linear_code import PatchMoments, k_means, to_patches
+from ldm_vae.linear_start import start_linear
 from ldm_vae.metrics.batches import image_batches, some_of
 from ldm_vae.training import Training
 
@@ -69,3 +79,63 @@ def normalisation_pixels(settings: Training) -> Iterator[torch.Tensor]:
         left -= settings.train_batch_size
         if left <= 0:
             return
+
+
+# --- init: linear -----------------------------------------------------------------------------------------------------
+
+VECTORS = 32  # of each code that k-means sees
+
+
+def start_from_data(vae: Any, source: Source | Stream, settings: Training, accelerator: Accelerator) -> None:
+    """Set `vae`, fresh from the config, to the linear code of the first `init_images` crops of the training's stream:
+    the same weights on every rank, for any number of processes.
+
+    Raises:
+        UsageError: the code or the network cannot be built; the field is named.
+        WorkError: there is no usable image.
+    """
+    say = accelerator.print
+    say(f"init: linear: fitting the linear code on {settings.init_images:,} training crops")
+    codes = getattr(vae.config, "num_vq_embeddings", 0)
+    moments, patches = _patches_of(vae, source, settings, accelerator, -(-VECTORS * codes // settings.init_images))
+    with seeded(settings.seed):
+        if codes:
+            code = moments.code(int(vae.config.vq_embed_dim or vae.config.latent_channels))
+            scale = code.deviations / code.deviations[0]  # k-means then weighs errors as the picture does
+            start_linear(vae, code, scale)
+            vae.quantize.embedding.weight.data.copy_(k_means(code.of_patches(patches) * scale, codes, settings.seed))
+        else:
+            start_linear(vae, moments.code(settings.model.latent_channels))
+    # eigenvectors may differ in rounding between machines
+    for parameter in vae.parameters():
+        parameter.data.copy_(broadcast(parameter.data.to(accelerator.device)))
+
+
+def _patches_of(
+    vae: Any, source: Source | Stream, settings: Training, accelerator: Accelerator, kept: int
+) -> tuple[PatchMoments, torch.Tensor]:
+    """The moments of all patches of the crops, and `kept` patches of each crop [n, P], in the order of the stream."""
+    ranks, wanted = accelerator.num_processes, settings.init_images
+    loader = training_loader(
+        source, settings.transform, settings.resolution, seed=settings.seed, batch_size=settings.train_batch_size,
+        rank=accelerator.process_index, world_size=ranks, num_workers=settings.dataloader_num_workers,
+    )  # fmt: skip
+    moments = PatchMoments(downsampling_factor(vae), settings.model.in_channels, accelerator.device)
+    patches = []
+    for batch in itertools.islice(loader, -(-wanted // (settings.train_batch_size * ranks))):
+        mine = batch.positions < wanted
+        moments.update(batch.pixels[mine])
+        if kept:
+            rows = to_patches(batch.pixels, moments.factor).flatten(1, 2)  # [B, h w, P]
+            places = keyed_places(settings.seed, batch.positions.tolist(), rows.shape[1], kept)
+            rows = rows[torch.arange(len(rows))[:, None], places]
+            everybody = accelerator.gather((rows.to(accelerator.device), mine.to(accelerator.device)))
+            patches.append(everybody[0][everybody[1]].flatten(0, 1).cpu())
+    moments.add_up(collective.total)
+    return moments, torch.cat(patches) if patches else torch.empty(0)
+
+
+def keyed_places(seed: int, positions: Sequence[int], count: int, kept: int) -> torch.Tensor:
+    """Of each position of the stream, `kept` of `count` places, at most all: [B, kept]."""
+    drawn = [keyed.generator(seed, "patches", position).permutation(count)[:kept] for position in positions]
+    return torch.from_numpy(np.stack(drawn))

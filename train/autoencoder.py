@@ -46,6 +46,7 @@ from ldm_vae.logbook import Averages, Logbook, check_finite
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.bound import evidence_bound
 from ldm_vae.metrics.evaluate import evaluate_reconstruction
+from ldm_vae.metrics.linear import MEASURED, LinearFloor, fit_code
 from ldm_vae.metrics.live import record_validation
 from ldm_vae.metrics.select import build_metrics
 from ldm_vae.optim import learning, schedule, set_learning_rate
@@ -73,7 +74,7 @@ from ldm_vae.training import (
     build_objective,
     check_teachers,
 )
-from ldm_vae.training_data import assign_buckets, check_sources, normalisation_pixels, open_sources
+from ldm_vae.training_data import assign_buckets, check_sources, normalisation_pixels, open_sources, start_from_data
 
 
 def main() -> None:
@@ -100,6 +101,8 @@ def train(settings: Training) -> None:
     # --- networks -----------------------------------------------------------------------------------------------------
     vae = build_autoencoder(settings)
     check_resolution(settings.resolution, downsampling_factor(vae))
+    if settings.init == "linear" and checkpoint.newest(run / "checkpoints", say) is None:
+        start_from_data(vae, source, settings, accelerator)
     pairs = None
     if settings.latent_store is not None:
         pairs = open_pairs(settings, vae, source)
@@ -288,10 +291,14 @@ def validate(
     objective has a likelihood the evidence lower bound."""
     chosen = spread(len(source), settings.validation_images)
     mine = share_of(accelerator.process_index, accelerator.num_processes, chosen, settings.train_batch_size)
-    metrics = build_metrics(settings.validation_metrics, accelerator.device, settings.resolution)
+    metrics, metrics_again = (
+        build_metrics(settings.validation_metrics, accelerator.device, settings.resolution) for _ in range(2)
+    )
     shape = {"resolution": settings.resolution, "batch_size": settings.train_batch_size}
     batches = partial(image_batches, source, mine, settings.resolution, batch_size=settings.train_batch_size)
-    result = evaluate_reconstruction(vae, batches(), metrics, accelerator.device, **shape)
+    code = fit_code(vae, source, chosen, accelerator.process_index, accelerator.num_processes, **shape)
+    floor = code and LinearFloor(code, [metric for metric in metrics_again if metric.name in MEASURED])
+    result = evaluate_reconstruction(vae, batches(), metrics, accelerator.device, linear=floor, **shape)
     scores = {name: summary.mean for name, summary in result.metrics.items() if summary.mean is not None}
     scores |= evidence_bound(vae, objective, batches(), accelerator.device)
     if accelerator.is_main_process:
@@ -308,7 +315,8 @@ def validate(
             images_seen=images_seen,
         )
         log_picture(accelerator, "validation", sheet, images_seen)
-    return {f"validation/{name}": score for name, score in scores.items()}
+    floors = {f"linear_code/{name}": summary.mean for name, summary in result.linear.items()}
+    return {f"validation/{name}": score for name, score in scores.items()} | floors
 
 
 def show(run: Path, accelerator: Accelerator) -> None:

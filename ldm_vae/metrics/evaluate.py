@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ldm_vae.data.transforms import to_pixels
 from ldm_vae.errors import WorkError
 from ldm_vae.latents import Moments
 from ldm_vae.metrics.batches import ImageBatch
+from ldm_vae.metrics.linear import LinearFloor
 from ldm_vae.metrics.metric import ImageMetric, Metric
 from ldm_vae.metrics.profile import Profile
 from ldm_vae.metrics.protocol import PINNED, Pair, Protocol
@@ -31,7 +32,8 @@ WORST = 10  # how many of the poorest images are kept
 @dataclass(frozen=True)
 class Evaluation:
     """metrics by name; images is N; checksum identifies the evaluated pixels, whatever their order; worst holds
-    (index, value of worst_by), poorest first; latents is Profile's dict."""
+    (index, value of worst_by), poorest first; latents is Profile's dict; linear: metrics of a linear code, if
+    asked for."""
 
     metrics: dict[str, Summary]
     images: int
@@ -39,6 +41,7 @@ class Evaluation:
     worst_by: str
     worst: list[tuple[int, float]]
     latents: dict[str, Any]
+    linear: dict[str, Summary] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -51,6 +54,7 @@ def evaluate_reconstruction(
     resolution: int,
     batch_size: int,
     protocol: Protocol = PINNED,
+    linear: LinearFloor | None = None,
     each: Callable[[Sequence[int], Mapping[str, torch.Tensor]], None] | None = None,
 ) -> Evaluation:
     """Reconstruct this rank's `batches` with `vae`, measure, and merge over all ranks (each sees the same result).
@@ -60,6 +64,7 @@ def evaluate_reconstruction(
         batches: the images of this rank, each image on exactly one rank.
         batch_size: every batch is padded to it, so that an image's numbers do not depend on its neighbours or on the
             number of processes.
+        linear: is shown the same images.
         each: called with the indices and per-image values of every batch.
 
     Raises:
@@ -74,6 +79,8 @@ def evaluate_reconstruction(
         checksum.update(batch.pixels)
         worst.update(batch.indices, values)
         images += len(batch.indices)
+        if linear is not None:
+            linear.update(batch, device)
         if each is not None:
             each(batch.indices, values)
 
@@ -87,6 +94,7 @@ def evaluate_reconstruction(
         worst_by=worst.by,
         worst=worst.compute(),
         latents=profile.compute(),
+        linear={} if linear is None else linear.compute(),
     )
 
 

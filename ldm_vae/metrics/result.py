@@ -23,6 +23,8 @@ from ldm_vae.metrics.titles import TITLES, heading, number
 
 Json = dict[str, Any]
 
+LINEAR = "a linear code of this size"
+
 
 def labels(vaes: Sequence[str]) -> list[str]:
     """A short name for each VAE, numbered where two would be called the same."""
@@ -70,6 +72,11 @@ def result(
             "checksum": evaluation.checksum,
         },
         "metrics": {name: summary.to_json() for name, summary in evaluation.metrics.items()},
+        **(
+            {"linear_code": {name: summary.to_json() for name, summary in evaluation.linear.items()}}
+            if evaluation.linear
+            else {}
+        ),
         "worst": [
             {"key": key_of(index), "index": index, evaluation.worst_by: value} for index, value in evaluation.worst
         ],
@@ -121,6 +128,10 @@ def table(results: Sequence[Json]) -> list[list[str]]:
     for name in names:
         cells = [_cell(name, found["metrics"].get(name)) for found in results]
         rows.append([f"{heading(name)} {'↑' if TITLES[name].better == 'higher' else '↓'}", *cells])
+    for name in names:
+        floors = [found.get("linear_code", {}).get(name) for found in results]
+        if any(floors):
+            rows.append([f"{heading(name)} of {LINEAR}", *(_cell(name, floor) for floor in floors)])
     rows.append(["images", *(f"{found['data']['images']:,}" for found in results)])
     return rows
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm_vae import intervals, metrics
 from ldm_vae.data.transforms import decoding_of
-from ldm_vae.metrics.result import how_decoded
+from ldm_vae.metrics.result import LINEAR, how_decoded
 from ldm_vae.metrics.titles import TITLES, heading, number
 from ldm_vae.report.charts import Series, bar_chart, line_chart
 from ldm_vae.report.contents import Contents
@@ -18,6 +18,8 @@ from ldm_vae.report.contents import Contents
 Json = dict[str, Any]
 
 PUBLISHED = Path(metrics.__file__).parent / "published.json"
+
+LINEAR_MEANING = "Principal components of these images' patches, as many as latent channels: what least squares knows."
 
 ROUNDING = {
     "round": "rounded to 8 bits",
@@ -77,14 +79,17 @@ def subtitle(contents: Contents) -> str:
 
 
 def metric_rows(results: Sequence[Json]) -> list[Json]:
-    """One row a metric, one cell a VAE; where there are several, the best is marked."""
+    """One row a metric, one cell a VAE; where there are several, the best is marked. Behind them what a linear code of
+    each VAE's size reaches."""
     rows = []
-    for name, title in TITLES.items():
-        summaries = [result["metrics"].get(name) for result in results]
+    listed = [(name, "metrics") for name in TITLES] + [(name, "linear_code") for name in TITLES]
+    for name, where in listed:
+        title = TITLES[name]
+        summaries = [result.get(where, {}).get(name) for result in results]
         if not any(summaries):
             continue
         means = [summary["mean"] for summary in summaries if summary and summary["mean"] is not None]
-        best = (max if title.better == "higher" else min)(means) if len(means) > 1 else None
+        best = (max if title.better == "higher" else min)(means) if len(means) > 1 and where == "metrics" else None
         cells = []
         for summary in summaries:
             if summary is None or summary["mean"] is None:
@@ -100,7 +105,10 @@ def metric_rows(results: Sequence[Json]) -> list[Json]:
                 }
             )
         arrow = "↑" if title.better == "higher" else "↓"
-        rows.append({"heading": heading(name), "arrow": arrow, "meaning": title.meaning, "cells": cells})
+        named, meaning = heading(name), title.meaning
+        if where == "linear_code":
+            named, meaning = f"{named} of {LINEAR}", LINEAR_MEANING
+        rows.append({"heading": named, "arrow": arrow, "meaning": meaning, "cells": cells})
     return rows
 
 

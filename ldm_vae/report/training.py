@@ -71,8 +71,10 @@ def curves(log: Sequence[Json], config: Json) -> list[Chart]:
         metric = name.removeprefix("validation/")
         title = heading(metric) if metric in TITLES else metric.replace("_", " ")
         better = f"{TITLES[metric].better} is better" if metric in TITLES else ""
-        points = Series(title, series.pop(name), dots=True)
-        drawing = line_chart([points], label=f"{title} on held-out images over images seen", **around)
+        lines = [Series(title, series.pop(name), dots=True)]
+        if floor := series.pop(f"linear_code/{metric}", []):
+            lines.append(Series("linear code of this size", floor, faint=True))
+        drawing = line_chart(lines, label=f"{title} on held-out images over images seen", **around)
         charts.append(Chart(f"Validation {title}", f"{better}; averaged weights.".lstrip("; "), drawing))
     charts += [chart for group in TRAINING if (chart := _chart(group, series, around))]
     for name, values in series.items():
@@ -84,9 +86,9 @@ def curves(log: Sequence[Json], config: Json) -> list[Chart]:
 
 def health(log: Sequence[Json], config: Json) -> Json | None:
     """The adversary's curves, and what the monitor said: each warning with the images at which it first stood and at
-    which it last did; None when no adversary played."""
+    which it last did; None when no adversary played and nothing was said."""
     series = _series(log)
-    if not any(name.startswith("adversary/") for name in series):
+    if not any(name.startswith("adversary/") for name in series) and not any(line.get("warnings") for line in log):
         return None
     around = _around(log, config)
     warnings: dict[str, Json] = {}

@@ -1,0 +1,67 @@
+"""What a linear code of a VAE's size reaches on the very images that it is measured on: a floor for what was learned.
+
+The code (ldm_vae/linear_code.py) is fitted on the measured images themselves: no linear code leaves a smaller squared
+error on them.
+
+Legend: B batch, C channels, R side of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import VQModel
+
+from ldm_vae.autoencoder import downsampling_factor
+from ldm_vae.data.source import Source
+from ldm_vae.data.transforms import to_pixels
+from ldm_vae.errors import UsageError
+from ldm_vae.linear_code import LinearCode, PatchMoments
+from ldm_vae.metrics.batches import ImageBatch, image_batches, share_of, spread
+from ldm_vae.metrics.metric import Metric
+from ldm_vae.metrics.protocol import PINNED, Protocol
+from ldm_vae.metrics.ranks import total
+from ldm_vae.metrics.running import Summary
+
+MEASURED = ("psnr", "lpips_alex")
+LARGEST = 1024  # images that a code is fitted on, evenly spread
+
+
+class LinearFloor:
+    """`metrics`, among MEASURED, of a linear code; `update` with the batches that the VAE sees."""
+
+    def __init__(self, code: LinearCode, metrics: Sequence[Metric], protocol: Protocol = PINNED) -> None:
+        self.code, self.metrics, self.protocol = code, metrics, protocol
+
+    def update(self, batch: ImageBatch, device: torch.device) -> None:
+        pixels = to_pixels(batch.pixels.to(device))
+        decoded = self.code.decode(self.code.encode(pixels)).to(pixels)
+        pair = self.protocol.pair(pixels, decoded, batch.indices)
+        for metric in self.metrics:
+            metric.update(pair)
+
+    def compute(self) -> dict[str, Summary]:
+        return {metric.name: metric.compute() for metric in self.metrics}
+
+
+def fit_code(
+    vae: Any, source: Source, indices: Sequence[int], rank: int, world_size: int, *, resolution: int, batch_size: int
+) -> LinearCode | None:
+    """The code of the latent size of `vae` for the usable ones of these images, at most LARGEST, the same on every
+    rank; None where there is none: of a codebook, which is no continuous code, of images of one colour, or of more
+    channels than a patch has numbers."""
+    if isinstance(vae, VQModel):
+        return None
+    chosen = [indices[place] for place in spread(len(indices), LARGEST)]
+    moments = PatchMoments(downsampling_factor(vae), int(vae.config.in_channels))
+    for batch in image_batches(
+        source, share_of(rank, world_size, chosen, batch_size), resolution, batch_size=batch_size
+    ):
+        moments.update(batch.pixels)
+    moments.add_up(total)
+    try:
+        return moments.code(int(vae.config.latent_channels))
+    except UsageError:
+        return None

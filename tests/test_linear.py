@@ -1,0 +1,312 @@
+"""The linear code against numpy's principal components, the networks that start from it against the code, and what a
+training, an evaluation and the monitor make of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from diffusers import AutoencoderKL
+from forked import fork
+from PIL import Image
+from safetensors.torch import load_file
+from test_launch import TWO, launch
+from test_programs import newest, run, write_config
+from torchvision.transforms.v2 import functional
+
+from eval import reconstruction
+from ldm_vae import latents
+from ldm_vae.adversary import AdversaryConfig
+from ldm_vae.autoencoder import AutoencoderConfig
+from ldm_vae.errors import UsageError
+from ldm_vae.health import diagnose
+from ldm_vae.linear_code import LinearCode, PatchMoments, from_patches, k_means, to_patches
+from ldm_vae.linear_start import start_linear
+
+
+def pictures(count: int = 48, channels: int = 3, side: int = 32) -> torch.Tensor:
+    """uint8 [count, channels, side, side] with the spectrum of photographs, 1 / frequency, so that no patch is flat."""
+    draw = torch.Generator().manual_seed(1)
+    noise = torch.fft.rfft2(torch.randn(count, channels, side, side, generator=draw))
+    frequency = (torch.fft.fftfreq(side)[:, None] ** 2 + torch.fft.rfftfreq(side)[None] ** 2).sqrt().clamp_min(1 / side)
+    smooth = torch.fft.irfft2(noise / frequency)
+    return (128 + 50 * smooth / smooth.std()).clamp(0, 255).to(torch.uint8)
+
+
+def code_of(images: torch.Tensor, factor: int, channels: int) -> LinearCode:
+    moments = PatchMoments(factor, images.shape[1])
+    moments.update(images)
+    return moments.code(channels)
+
+
+def in_pixels(images: torch.Tensor) -> torch.Tensor:
+    return images.double() / 127.5 - 1
+
+
+# --- the code ---------------------------------------------------------------------------------------------------------
+
+
+def test_patches_and_back() -> None:
+    images = torch.randn(2, 3, 8, 12)
+    patches = to_patches(images, 4)
+    assert torch.equal(patches[1, 1, 2].view(4, 4, 3), images[1, :, 4:8, 8:12].permute(1, 2, 0))
+    assert torch.equal(from_patches(patches, 4), images)
+
+
+@pytest.mark.parametrize(("factor", "channels", "image_channels"), [(2, 5, 3), (4, 8, 3), (8, 4, 1)])
+def test_the_code_is_numpys(factor: int, channels: int, image_channels: int) -> None:
+    images = pictures(channels=image_channels)
+    rows = to_patches(in_pixels(images), factor).flatten(0, 2).numpy()
+    _, vectors = np.linalg.eigh(np.cov(rows.T, bias=True))
+    kept = vectors[:, ::-1][:, :channels]
+    expected = rows.mean(0) + (rows - rows.mean(0)) @ kept @ kept.T
+    code = code_of(images, factor, channels)
+    z = code.encode(in_pixels(images))
+    found = to_patches(code.decode(z), factor).flatten(0, 2).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+    torch.testing.assert_close(z.mean(dim=(0, 2, 3)), torch.zeros(channels).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(z.var(dim=(0, 2, 3), correction=0), torch.ones(channels).double(), atol=1e-6, rtol=0)
+
+
+def test_sums_do_not_depend_on_order_or_batches() -> None:
+    images = pictures()
+    whole, parts = PatchMoments(4, 3), [PatchMoments(4, 3), PatchMoments(4, 3)]
+    whole.update(images)
+    for number, batch in enumerate(images.flip(0).split(5)):
+        parts[number % 2].update(batch)
+    assert torch.equal(whole.products, parts[0].products + parts[1].products)
+
+
+def test_a_code_that_cannot_be_is_one_sentence() -> None:
+    with pytest.raises(UsageError, match=r"model\.latent_channels"):
+        code_of(pictures(), 2, 13)
+    with pytest.raises(UsageError, match="data"):
+        code_of(torch.full((4, 3, 8, 8), 7, dtype=torch.uint8), 2, 4)
+
+
+def test_k_means_finds_clusters() -> None:
+    centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]]).double()
+    draw = torch.Generator().manual_seed(0)
+    vectors = (centres[torch.arange(300) % 3] + 0.1 * torch.randn(300, 2, generator=draw)).double()
+    book = k_means(vectors, 12, seed=0)
+    assert torch.cdist(vectors, book).min(dim=1).values.square().mean() < 0.01
+    assert torch.equal(book, k_means(vectors, 12, seed=0))
+    assert len(k_means(vectors[:2], 5, seed=0)) == 5
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "f4": {"latent_channels": 8, "block_out_channels": (48, 64, 64), "norm_num_groups": 4},
+    "f4, other widths": {"latent_channels": 4, "block_out_channels": (32, 48, 96), "norm_num_groups": 2},
+    "f2, attention": {"latent_channels": 4, "block_out_channels": (32, 32), "mid_block_add_attention": True},
+    "f8, two layers": {"latent_channels": 4, "block_out_channels": (32, 64, 64, 64), "layers_per_block": 2},
+    "f8, sixteen": {"latent_channels": 16, "block_out_channels": (48, 128, 160, 160), "norm_num_groups": 2},
+    "no quant convs": {"block_out_channels": (32, 48), "use_quant_conv": False, "use_post_quant_conv": False},
+    "one channel": {"latent_channels": 3, "in_channels": 1, "block_out_channels": (16, 32, 32), "norm_num_groups": 2},
+    "f1": {"latent_channels": 3, "block_out_channels": (32,)},
+}
+
+
+def built(shape: dict[str, Any]) -> AutoencoderKL:
+    defaults = {"layers_per_block": 1, "norm_num_groups": 4, "mid_block_add_attention": False}
+    torch.manual_seed(0)
+    return AutoencoderConfig(**defaults | shape).build()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_the_first_forward_is_the_code(name: str) -> None:
+    vae = built(SHAPES[name]).eval()
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    images = pictures(channels=vae.config.in_channels)
+    code = code_of(images, factor, vae.config.latent_channels)
+    start_linear(vae, code)
+    moments = latents.encode(vae, in_pixels(images).float())
+    z = code.encode(in_pixels(images)).float()
+    assert (moments.mean - z).norm() < 0.01 * z.norm()
+    assert torch.allclose(moments.logvar, torch.tensor(-7.0))
+    # the decoder: of what the code itself loses, it loses no tenth more, and nothing at the borders
+    linear, ours = code.decode(z), latents.decode(vae, z).double()
+    error = (ours - linear).square()
+    lost = (linear - in_pixels(images)).square().mean()
+    assert error.mean() < max(0.1 * lost, 2e-4)
+    assert error[..., -1].mean() < 3 * error.mean() + 1e-5
+    assert error[..., -1, :].mean() < 3 * error.mean() + 1e-5
+
+
+@torch.no_grad()
+def test_a_narrow_decoder_leaves_out_the_smallest_components() -> None:
+    images, errors = pictures(), []
+    for width in (24, 32, 48):
+        vae = built(SHAPES["f4"] | {"block_out_channels": (width, 64, 64)}).eval()
+        code = code_of(images, 4, 8)
+        start_linear(vae, code)
+        z = code.encode(in_pixels(images))
+        errors.append(float((latents.decode(vae, z.float()).double() - code.decode(z)).square().mean()))
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize(
+    ("shape", "field"),
+    [
+        ({"block_out_channels": (16, 32, 64), "norm_num_groups": 8}, "norm_num_groups"),
+        ({"block_out_channels": (64, 32), "latent_channels": 12, "norm_num_groups": 8}, "block_out_channels"),
+        ({"block_out_channels": (64, 8, 64, 64), "latent_channels": 4}, "block_out_channels"),
+    ],
+)
+def test_what_has_no_room_is_one_sentence(shape: dict[str, Any], field: str) -> None:
+    vae = built(shape)
+    code = code_of(pictures(), 2 ** (len(vae.config.block_out_channels) - 1), vae.config.latent_channels)
+    with pytest.raises(UsageError, match=field):
+        start_linear(vae, code)
+
+
+def test_nothing_is_dead() -> None:
+    """After three updates every weight has a gradient; after some more, no unit of a hidden layer is silent that would
+    not be from noise."""
+    vae = built(SHAPES["f4"] | {"mid_block_add_attention": True})
+    images = pictures(8)
+    start_linear(vae, code_of(images, 4, 8))
+    optimizer = torch.optim.Adam(vae.parameters(), 1e-4)
+    x = in_pixels(images).float()
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        posterior = vae.encode(x).latent_dist
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=draw)
+        loss = (vae.decode(z).sample - x).abs().mean() + 1e-6 * posterior.kl().mean()
+        loss.backward()
+        optimizer.step()
+    silent = [name for name, parameter in vae.named_parameters() if not bool((parameter.grad != 0).any())]
+    # a key's bias moves all of a query's scores alike, and the softmax takes no notice
+    assert [name for name in silent if not name.endswith("to_k.bias")] == []
+    rows = [
+        name
+        for name, parameter in vae.named_parameters()
+        if parameter.ndim == 4 and not bool((parameter.grad.flatten(1) != 0).any(dim=1).all())
+    ]
+    assert rows == []
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+MODEL = {"block_out_channels": [32, 32], "layers_per_block": 1, "norm_num_groups": 4, "mid_block_add_attention": False}
+LINEAR = {"init": "linear", "init_images": 9, "model": MODEL, "adversary": {"weight": 0.0}, "discriminator": None}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("linear") / "images", 11)
+
+
+def first_loss(folder: Path) -> float:
+    with (folder / "metrics.jsonl").open() as file:
+        return float(json.loads(file.readline())["loss/l1"])
+
+
+def test_a_training_starts_from_the_code_and_resumes_without_it(images: Path, tmp_path: Path) -> None:
+    noise, linear = tmp_path / "noise", tmp_path / "linear"
+    for folder in (noise, linear):
+        folder.mkdir()
+    short = LINEAR | {"max_train_images": 16}
+    assert run(write_config(noise, images, **short | {"init": "noise"})).returncode == 0
+    config = write_config(linear, images, **short)
+    done = run(config)
+    assert done.returncode == 0 and "fitting the linear code on 9" in done.stdout
+    assert first_loss(linear / "run") < 0.3 * first_loss(noise / "run")
+    again = run(config, "--max_train_images", "24")
+    assert again.returncode == 0 and "fitting" not in again.stdout
+
+
+def test_two_processes_start_from_the_same_weights_as_one(images: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        changes = LINEAR | {
+            "max_train_images": 4,
+            "train_batch_size": 3 if name == "one" else 2,
+            "learning_rate": 1e-12,
+        }
+        config = write_config(tmp_path / name, images, **changes)
+        if name == "one":
+            assert run(config).returncode == 0
+        else:
+            done = launch(["-m", "train.autoencoder", str(config)], *TWO)
+            assert done.returncode == 0, done.stderr
+        found.append(load_file(newest(tmp_path / name / "run") / "tensors.safetensors"))
+    for name, tensor in found[0].items():
+        if name.startswith("autoencoder"):
+            torch.testing.assert_close(tensor, found[1][name], atol=1e-9, rtol=0)
+
+
+def test_a_codebook_starts_as_the_codes_of_the_linear_code(images: Path, tmp_path: Path) -> None:
+    model = MODEL | {"kind": "vq", "num_vq_embeddings": 64}
+    losses = {"l1": {"weight": 1.0}, "commitment": {"weight": 0.25}}
+    changes = LINEAR | {"model": model, "losses": losses, "max_train_images": 8}
+    config = write_config(tmp_path, images, **changes)
+    done = run(config)
+    assert done.returncode == 0, done.stderr
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["codes/perplexity"] > 20
+    assert line["loss/l1"] < 0.15
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"init_from": "somewhere"}, "init"),
+        ({"model": {"kind": "tiny"}, "losses": {"l1": {"weight": 1.0}}}, "init"),
+        (
+            {
+                "model": MODEL | {"kind": "vq", "quantizer": {"distance": "cosine"}},
+                "losses": {"l1": {"weight": 1.0}, "commitment": {"weight": 0.25}},
+            },
+            "init",
+        ),
+        ({"model": MODEL | {"norm_num_groups": 16}}, "norm_num_groups"),
+    ],
+)
+def test_a_config_that_cannot_start_linear_is_one_sentence(
+    images: Path, tmp_path: Path, changes: dict[str, Any], field: str
+) -> None:
+    done = run(write_config(tmp_path, images, **LINEAR | changes))
+    assert done.returncode in (1, 2) and field in done.stderr and "Traceback" not in done.stderr
+
+
+# --- the floor --------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_tells_what_a_linear_code_reaches(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 12)
+    rows = [torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in sorted(folder.iterdir())]
+    crops = functional.center_crop(torch.stack(rows), [40, 40])
+    vae = built(SHAPES["f4"])
+    start_linear(vae, code_of(crops, 4, 8))
+    vae.save_pretrained(tmp_path / "vae")
+    call = [tmp_path / "vae", folder, "--output", tmp_path / "out", "--resolution", "40", "--metrics", "psnr,ssim"]
+    done = fork(reconstruction.main, [*map(str, call), "--num_workers", "0"]).wait()
+    assert done.returncode == 0, done.stderr
+    assert "PSNR (dB) of a linear code of this size" in done.stdout
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(found["linear_code"]) == {"psnr"}
+    assert found["metrics"]["psnr"]["mean"] == pytest.approx(found["linear_code"]["psnr"]["mean"], abs=1.0)
+
+
+def lines(psnr: float, lpips: float) -> Iterator[dict[str, float]]:
+    yield {"images": 8, "validation/psnr": psnr, "validation/lpips_alex": lpips, "linear_code/psnr": 30.0,
+           "linear_code/lpips_alex": 0.1}  # fmt: skip
+    yield {"images": 16, "loss/total": 1.0}
+
+
+def test_the_monitor_says_what_a_linear_code_beats() -> None:
+    config = AdversaryConfig(weight=0.0)
+    assert "below_linear" in diagnose(list(lines(29.0, 0.2)), config)
+    assert diagnose(list(lines(31.0, 0.2)), config) == {}
+    assert diagnose(list(lines(29.0, 0.05)), config) == {}
