@@ -25,7 +25,7 @@ from ldm_vae.run import MAY_CHANGE as ANY_RUN_MAY_CHANGE
 from ldm_vae.run import RunConfig
 from ldm_vae.teacher import teacher
 
-ValidationMetric = Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg"]
+ValidationMetric = Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg", "delta_e"]
 
 
 class Training(RunConfig):

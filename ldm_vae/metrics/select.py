@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ldm_vae.errors import UsageError
-from ldm_vae.metrics import cmmd, features, kid, l1, lpips, ms_ssim, psnr, ssim
+from ldm_vae.metrics import cmmd, delta_e, features, kid, l1, lpips, ms_ssim, psnr, ssim
 from ldm_vae.metrics.frechet import FrechetDistance
 from ldm_vae.metrics.metric import Metric, Unmeasured
 from ldm_vae.metrics.protocol import PINNED, Protocol
@@ -56,6 +56,7 @@ def build_metrics(
         "psnr": lambda: psnr.build(protocol),
         "ssim": lambda: ssim.build(protocol),
         "l1": l1.build,
+        "delta_e": delta_e.build,
         "lpips_alex": lambda: lpips.build("alex", device, weights.lpips, protocol),
         "lpips_vgg": lambda: lpips.build("vgg", device, weights.lpips, protocol),
     }
