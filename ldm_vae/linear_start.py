@@ -34,8 +34,8 @@ CONSTANT = 64.0  # K / sqrt(m); signals are of size 1, gates' of size SHUT: a gr
 NOISE = 1e-4  # of weights that carry no signal, so that all can learn
 STD = CONSTANT * math.sqrt(2)  # of a group with two channels of +K and -K among m
 LOGVAR = -7.0  # of the posterior: noise of 3 % of a latent's standard deviation
-SLOPE = 4.0  # silu(SLOPE d) + silu(-SLOPE d) is SLOPE |d|, rounded off below d = TOGETHER / (SLOPE * compared)
-TOGETHER = 1.0  # what the absolute differences of all signals add up to where each is of unit size
+SLOPE = 4.0  # silu(SLOPE d) + silu(-SLOPE d) is SLOPE |d|, rounded off below d = 1 / SLOPE
+TOGETHER = 1.0  # what the absolute differences of all signals add up to where each is of its root mean square
 OPEN = 8.0  # a gate is open at differences of 0 and shut from 1 on; silu(-OPEN) = 0.3 % of it leaks
 SHUT = 8.0  # what a shut gate takes off a signal of unit variance
 GATE = 2.0  # sharpness of the gates
@@ -342,8 +342,8 @@ def _depth_to_space(block: Any, here: Channels, behind: Channels, split: Split) 
         _noise(shortcut)
         _set(shortcut, behind.both(0, count), _twice(0.5 * here.read(0, count)))
 
-    # sums of absolute differences to the right and below: 0 on even columns, and on even rows. Only that matters, not
-    # their scale, so these norms are left as they are
+    # sums of absolute differences to the right and below: 0 on even columns, and on even rows. Only that matters, and
+    # these norms may scale the differences by the picture's own
     compared = min(count, behind.pairs // 2)
     _noise(differences.conv1)
     for side, (row, column) in enumerate(SIDES):
