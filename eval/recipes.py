@@ -64,6 +64,8 @@ class Work:
     compiled: str | None = None
     device: str = "cpu"
     precision: str = "no"
+    latent_channels: int = 4
+    lpips_weight: float = 1.0
     adversary_weight: float = 0.5
     learning_rate: float = 1e-5
     seed: int = 0
@@ -79,9 +81,10 @@ class Networks:
         torch.manual_seed(work.seed)
         self.work = work
         with torch.device(work.device):  # a GPU draws the weights of VGG in no time, a CPU in three seconds
-            self.network = TrainableAutoencoder(
-                AutoencoderConfig(block_out_channels=work.widths, norm_num_groups=work.groups).build().train()
+            shape_of_vae = AutoencoderConfig(
+                block_out_channels=work.widths, norm_num_groups=work.groups, latent_channels=work.latent_channels
             )
+            self.network = TrainableAutoencoder(shape_of_vae.build().train())
             perceptual = LPIPSConfig.model_validate({"net": work.net})
             self.lpips = perceptual.build() if work.genuine else perceptual.outline()
             shape = {"width": work.critic_width, "layers": work.critic_layers, "norm": work.critic_norm}
@@ -206,14 +209,16 @@ def ours(networks: Networks, accumulation: int = 1, from_store: bool = False) ->
         networks.network.vae.enable_gradient_checkpointing()
         networks.lpips = LPIPS(networks.lpips.network, SMALLEST[networks.work.net], chunk=1)
     objective = Objective({"l1": L1(), "kl": KL(weight=KL_WEIGHT)})
-    objective.terms["lpips"], objective.configs["lpips"] = networks.lpips, LPIPSConfig()
+    objective.terms["lpips"], objective.configs["lpips"] = (
+        networks.lpips,
+        LPIPSConfig(weight=networks.work.lpips_weight),
+    )
     accelerator = networks.accelerator
     accelerator.gradient_accumulation_steps = accumulation
     optimizers = accelerator.prepare(networks.optimizer, networks.critic_optimizer)
     adversary = Adversary(AdversaryConfig(weight=networks.work.adversary_weight)).to(networks.work.device)
-    step = TrainingStep(
-        accelerator, networks.model, objective, optimizers[0], adversary, networks.critic, optimizers[1]
-    )
+    critic = networks.critic if networks.work.adversary_weight else None
+    step = TrainingStep(accelerator, networks.model, objective, optimizers[0], adversary, critic, optimizers[1])
 
     def run(images: torch.Tensor) -> object:
         noise = torch.randn(len(images), *networks.network.latent_shape(*images.shape[2:]), device=images.device)

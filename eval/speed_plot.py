@@ -36,7 +36,11 @@ def draw(results: Rows, path: Path) -> None:
     bars = [row for row in results if "ratio" in row and row not in growing]
     grown = list(dict.fromkeys(row["against"] for row in growing))
     # title of a panel => what draws it
-    panels: list[tuple[float, Any]] = [(3.4, (_curve, curves, score)) for score in SCORES if curves]
+    panels: list[tuple[float, Any]] = [
+        (3.4, (_curve, [row for row in curves if row["name"].startswith(work)], score))
+        for work in dict.fromkeys(row["name"][: len("quality_f4_")] for row in curves)
+        for score in SCORES
+    ]
     panels += [(3.4, (_growth, [row for row in growing if row["against"] == what], what)) for what in grown]
     panels += [(0.9 + 0.22 * len(bars), (_bars, bars, "ratio"))] if bars else []
     heights = [height for height, _ in panels] or [1.0]

@@ -154,7 +154,7 @@ def test_a_sparse_store_is_a_store_of_zeros(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_equal_minutes_from_equal_weights_on_equal_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = []
+    first: dict[str, list[Any]] = {}  # by start: the first batch and the weights before it
     latents = speed_quality.latents
 
     def photographs(demo: Path) -> None:
@@ -164,13 +164,14 @@ def test_equal_minutes_from_equal_weights_on_equal_crops(tmp_path: Path, monkeyp
     monkeypatch.setattr(speed_quality, "prepare_demo", photographs)
 
     class Spy(speed_quality.Contender):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
+        def __init__(self, name: str, *given: Any) -> None:
+            super().__init__(name, *given)
+            start = name.removeprefix("train_step").rpartition("_")[2]
             step, weights = self.step, [p.detach().clone() for p in self.vae.parameters()]
 
             def watched(images: torch.Tensor) -> object:
                 if not self.images:
-                    first.append((images, weights))
+                    first.setdefault(start if start in ("zero", "linear") else "noise", []).append((images, weights))
                 return step(images)
 
             self.step = watched
@@ -179,23 +180,37 @@ def test_equal_minutes_from_equal_weights_on_equal_crops(tmp_path: Path, monkeyp
     # a photograph is measured as it is, its crops are what is trained on
     sizes = []
     monkeypatch.setattr(latents, "encode", lambda vae, x, f=latents.encode: sizes.append(x.shape[2:]) or f(vae, x))
-    tiny = Work(widths=(4, 4), resolution=32, batch=2, net="alex", critic_width=4, critic_layers=1, groups=4)
-    for name, value in {"WORK": tiny, "TURNS": 2, "LAST": 1}.items():
+    tiny = Work(
+        widths=(16, 16),
+        groups=1,
+        latent_channels=4,
+        resolution=32,
+        batch=2,
+        net="alex",
+        critic_width=4,
+        critic_layers=1,
+    )
+    for name, value in {"WORKS": {"f2": tiny}, "TURNS": 2, "LAST": 1, "FITTED": 4}.items():
         monkeypatch.setattr(speed_quality, name, value)
-    rows = speed_quality.run(argparse.Namespace(minutes=1e-3, seeds=1))
-    assert len(first) == len(speed_quality.CONTENDERS)
-    for images, weights in first[1:]:
-        assert torch.equal(images, first[0][0]) and all(map(torch.equal, weights, first[0][1]))
+    rows = speed_quality.run(argparse.Namespace(minutes=2e-3, seeds=1))
+    assert {start: len(seen) for start, seen in first.items()} == {"noise": 5, "zero": 1, "linear": 6}
+    for seen in first.values():
+        for images, weights in seen:
+            assert torch.equal(images, first["noise"][0][0]) and all(map(torch.equal, weights, seen[0][1]))
     assert set(sizes) == {(32, 32), (56, 48)}
     named = {row["name"]: row for row in rows if "curve" in row}
-    assert named.keys() == {f"quality_{name}" for name in speed_quality.CONTENDERS}
+    assert named.keys() == {f"quality_f2_{name}" for name in speed_quality.CONTENDERS}
     for row in named.values():
-        halfway, end = row["curve"]
-        assert halfway["minutes"] >= 0.5e-3 and end["minutes"] >= 1e-3 and end["images"] >= halfway["images"] > 0
-        assert row["value"] == end["lpips_alex"] > 0 and row["psnr"] == end["psnr"] > 0
-    ratios = {row["ratio"]["to"]: row["ratio"]["median"] for row in rows if row["name"] == "quality_images"}
+        start, halfway, end = row["curve"]
+        assert start["images"] == 0 and halfway["minutes"] >= 1e-3 and end["images"] >= halfway["images"]
+        assert row["value"] == end["lpips_alex"] > 0 and row["psnr"] == end["psnr"] > 0 and end["delta_e"] > 0
+        reached = [point["minutes"] for point in row["curve"] if point["lpips_alex"] <= speed_quality.REACHED]
+        assert row["minutes"] == (reached[0] if reached else None)
+    starts = {name: row["curve"][0]["psnr"] for name, row in named.items()}
+    assert starts["quality_f2_train_step_linear"] > starts["quality_f2_train_step"] + 5
+    ratios = {row["ratio"]["to"]: row["ratio"]["median"] for row in rows if row["name"] == "quality_f2_images"}
     images = {name: row["images"] for name, row in named.items()}
-    assert ratios["latent_diffusion"] == images["quality_train_step"] / images["quality_latent_diffusion"]
+    assert ratios["latent_diffusion"] == images["quality_f2_train_step"] / images["quality_f2_latent_diffusion"]
     speed_plot.draw(rows, tmp_path / "speed.png")
     assert picture_size(tmp_path / "speed.png")[0] == 900
 
