@@ -291,13 +291,13 @@ def validate(
     objective has a likelihood the evidence lower bound."""
     chosen = spread(len(source), settings.validation_images)
     mine = share_of(accelerator.process_index, accelerator.num_processes, chosen, settings.train_batch_size)
-    metrics, metrics_again = (
-        build_metrics(settings.validation_metrics, accelerator.device, settings.resolution) for _ in range(2)
-    )
+    names = settings.validation_metrics
+    metrics = build_metrics(names, accelerator.device, settings.resolution)
     shape = {"resolution": settings.resolution, "batch_size": settings.train_batch_size}
     batches = partial(image_batches, source, mine, settings.resolution, batch_size=settings.train_batch_size)
     code = fit_code(vae, source, chosen, accelerator.process_index, accelerator.num_processes, **shape)
-    floor = code and LinearFloor(code, [metric for metric in metrics_again if metric.name in MEASURED])
+    of_code = build_metrics([name for name in names if name in MEASURED], accelerator.device, settings.resolution)
+    floor = code and LinearFloor(code, of_code)
     result = evaluate_reconstruction(vae, batches(), metrics, accelerator.device, linear=floor, **shape)
     scores = {name: summary.mean for name, summary in result.metrics.items() if summary.mean is not None}
     scores |= evidence_bound(vae, objective, batches(), accelerator.device)
