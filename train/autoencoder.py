@@ -39,7 +39,7 @@ from ldm_vae.errors import Stopped, WorkError, run_program
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.measure import measure, normalisation_of
 from ldm_vae.export.targets import warnings_for_pipelines
-from ldm_vae.health import diagnose
+from ldm_vae.health import below_linear, diagnose
 from ldm_vae.latents import Normalisation, posterior_noise
 from ldm_vae.launch import StopSignal, build_accelerator
 from ldm_vae.logbook import Averages, Logbook, check_finite
@@ -240,7 +240,10 @@ def train(settings: Training) -> None:
         if due["validate"]:
             averaged = whole(ema.module, settings)
             scores = validate(averaged, ema_objective.module, validation_source, settings, accelerator, images_seen)
-            logbook.write(images_seen, scores)
+            below = below_linear(scores)
+            for sentence in below.values():
+                say(f"at {images_seen:,} images: {sentence}")
+            logbook.write(images_seen, scores, below)
             score = scores[f"validation/{settings.best_metric}"]
             improved = best is None or (score > best["score"]) == higher_is_better
             if improved:
