@@ -48,7 +48,7 @@ def diagnose(log: Sequence[Line], config: AdversaryConfig) -> dict[str, str]:
     averages = [line for line in log if "loss/total" in line]
     if not averages:
         return {}
-    found = _gradient_jumps(averages) | _below_linear(log)
+    found = _gradient_jumps(averages)
     recent = played[-PATIENCE:]
     if len(recent) < PATIENCE or recent[-1] is not averages[-1]:
         return found
@@ -79,13 +79,12 @@ def diagnose(log: Sequence[Line], config: AdversaryConfig) -> dict[str, str]:
     return found
 
 
-def _below_linear(log: Sequence[Line]) -> dict[str, str]:
-    """Said while the last validation stands below the linear code of the same size in PSNR and in LPIPS."""
-    validated = [line for line in log if "linear_code/psnr" in line and "linear_code/lpips_alex" in line]
-    if not validated:
+def below_linear(scores: Line) -> dict[str, str]:
+    """A name and a sentence where a validation stands below the linear code of the same size in PSNR and in LPIPS."""
+    if not {"linear_code/psnr", "linear_code/lpips_alex"} <= scores.keys():
         return {}
     (psnr, psnr_floor), (lpips, lpips_floor) = (
-        (validated[-1][f"validation/{name}"], validated[-1][f"linear_code/{name}"]) for name in ("psnr", "lpips_alex")
+        (scores[f"validation/{name}"], scores[f"linear_code/{name}"]) for name in ("psnr", "lpips_alex")
     )
     if psnr >= psnr_floor or lpips <= lpips_floor:
         return {}

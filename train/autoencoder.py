@@ -39,7 +39,7 @@ from ldm_vae.errors import Stopped, WorkError, run_program
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.measure import measure, normalisation_of
 from ldm_vae.export.targets import warnings_for_pipelines
-from ldm_vae.health import diagnose
+from ldm_vae.health import below_linear, diagnose
 from ldm_vae.latents import Normalisation, posterior_noise
 from ldm_vae.launch import StopSignal, build_accelerator
 from ldm_vae.logbook import Averages, Logbook, check_finite
@@ -240,7 +240,10 @@ def train(settings: Training) -> None:
         if due["validate"]:
             averaged = whole(ema.module, settings)
             scores = validate(averaged, ema_objective.module, validation_source, settings, accelerator, images_seen)
-            logbook.write(images_seen, scores)
+            below = below_linear(scores)
+            for sentence in below.values():
+                say(f"at {images_seen:,} images: {sentence}")
+            logbook.write(images_seen, scores, below)
             score = scores[f"validation/{settings.best_metric}"]
             improved = best is None or (score > best["score"]) == higher_is_better
             if improved:
@@ -291,13 +294,13 @@ def validate(
     objective has a likelihood the evidence lower bound."""
     chosen = spread(len(source), settings.validation_images)
     mine = share_of(accelerator.process_index, accelerator.num_processes, chosen, settings.train_batch_size)
-    metrics, metrics_again = (
-        build_metrics(settings.validation_metrics, accelerator.device, settings.resolution) for _ in range(2)
-    )
+    names = settings.validation_metrics
+    metrics = build_metrics(names, accelerator.device, settings.resolution)
     shape = {"resolution": settings.resolution, "batch_size": settings.train_batch_size}
     batches = partial(image_batches, source, mine, settings.resolution, batch_size=settings.train_batch_size)
     code = fit_code(vae, source, chosen, accelerator.process_index, accelerator.num_processes, **shape)
-    floor = code and LinearFloor(code, [metric for metric in metrics_again if metric.name in MEASURED])
+    of_code = build_metrics([name for name in names if name in MEASURED], accelerator.device, settings.resolution)
+    floor = code and LinearFloor(code, of_code)
     result = evaluate_reconstruction(vae, batches(), metrics, accelerator.device, linear=floor, **shape)
     scores = {name: summary.mean for name, summary in result.metrics.items() if summary.mean is not None}
     scores |= evidence_bound(vae, objective, batches(), accelerator.device)
