@@ -104,7 +104,7 @@ def test_every_diffusion_config_loads_and_builds(path: Path) -> None:
 def narrow(settings: Training) -> Training:
     """The same config with an eighth of the widths and of the resolution's cost: everything in it, small."""
     model = settings.model
-    widths = {name: tuple(max(4, width // 8) for width in value)
+    widths = {name: tuple(max(4, width // 32 * 4) for width in value)
               for name, value in model.shape().items() if name.endswith("block_out_channels")}  # fmt: skip
     small = {"norm_num_groups": 4, "num_vq_embeddings": 64}
     model = model.model_copy(update=widths | {name: value for name, value in small.items() if hasattr(model, name)})
