@@ -37,6 +37,7 @@ def test_there_are_two() -> None:
     assert len(LOOPS) == 2
 
 
+@pytest.mark.slow
 def test_unconditional(store: Path, tmp_path: Path) -> None:
     widths = {
         "block_out_channels": (8, 16),

@@ -22,6 +22,7 @@ BEST = Peaks({torch.float32: 1e12, torch.bfloat16: 4e12}, 1e9)
 CPU_STAGES = {name: changes for name, changes in speed_fast.STAGES.items() if "graph" not in changes}
 
 
+@pytest.mark.slow
 def test_every_change_leaves_the_step_a_step() -> None:
     rows = speed_fast.rows(
         "gpu", {name: lambda c=c: speed_fast.begin(SMALL, c) for name, c in CPU_STAGES.items()}, 2, 1

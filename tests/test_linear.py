@@ -209,6 +209,7 @@ def first_loss(folder: Path) -> float:
         return float(json.loads(file.readline())["loss/l1"])
 
 
+@pytest.mark.slow
 def test_a_training_starts_from_the_code_and_resumes_without_it(images: Path, tmp_path: Path) -> None:
     noise, linear = tmp_path / "noise", tmp_path / "linear"
     for folder in (noise, linear):
@@ -223,6 +224,7 @@ def test_a_training_starts_from_the_code_and_resumes_without_it(images: Path, tm
     assert again.returncode == 0 and "fitting" not in again.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_start_from_the_same_weights_as_one(images: Path, tmp_path: Path) -> None:
     found = []
     for name in ("one", "two"):

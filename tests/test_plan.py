@@ -64,7 +64,8 @@ def test_memory_is_the_most_that_lives_at_one_time() -> None:
     assert cost.peak_bytes == 2 * 4000 and cost.bytes == 4000 and len(view) == 10
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_plan_is_what_the_real_step_does(accumulation: int) -> None:
     chosen = settings(gradient_accumulation_steps=accumulation)
     found = plan(chosen)
