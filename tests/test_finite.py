@@ -99,7 +99,7 @@ def _config(at: dict[str, Path], vae: Path) -> Path:
     shape = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
     settings = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     settings |= {"data": {"kind": "folder", "path": str(at["images"])}, "output_dir": str(at["out"])}
-    settings |= {"init_from": str(vae), "model": {"kind": "kl", **shape}, "validation_data": None}
+    settings |= {"init": "noise", "init_from": str(vae), "model": {"kind": "kl", **shape}, "validation_data": None}
     path = at["out"].with_name("config.yaml")
     path.write_text(yaml.safe_dump(settings))
     return path
