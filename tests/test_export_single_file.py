@@ -191,6 +191,7 @@ def test_the_weights_of_a_diffusers_folder_find_their_config(tiny_vae: Autoencod
     assert same(load_single_file(tiny_vae_folder / "diffusion_pytorch_model.safetensors"), tiny_vae)
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_a_single_file(image_folder: Path, tmp_path: Path) -> None:
     vae = build(SHAPES["f2"])
     path = save_single_file(vae, tmp_path / "start.safetensors", "first_stage_model.")

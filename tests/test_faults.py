@@ -270,6 +270,7 @@ def test_data_that_vanish_while_they_are_used(images: Path, tmp_path: Path) -> N
     assert run(config, "--max_train_images", str(last + 2)).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_target_that_cannot_be_written(images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images, output_dir="/sys/run", max_train_images=8)
     assert "/sys/run" in one_sentence(run(config), 1)

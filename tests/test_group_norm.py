@@ -110,6 +110,7 @@ def test_what_is_kept_for_the_backward_is_the_input() -> None:
     assert fused.bytes < 0.2 * plain.bytes + x.nbytes
 
 
+@pytest.mark.slow
 def test_no_import_of_triton_without_a_gpu() -> None:
     code = (
         "import sys, torch, ldm_vae.run\n"

@@ -327,6 +327,7 @@ def test_keys_that_climb_out_stay_in_the_folder(tiny_vae: AutoencoderKL, tiny_va
     assert len(written) == 6 and all(name.startswith("inner/pictures/") for name in written)
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_is_no_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_config(tmp_path, images)
     (tmp_path / "config.yaml").write_text("a: " + "[" * 2000)

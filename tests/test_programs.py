@@ -149,6 +149,7 @@ def test_a_signal_saves_and_exits(finished: Path, images: Path, tmp_path: Path, 
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_another_config_is_refused_and_a_longer_run_is_not(images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images, max_train_images=8)
     assert run(config).returncode == 0

@@ -67,6 +67,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_it_is_training_with_a_frozen_encoder(
     tiny_vae: AutoencoderKL, tiny_vae_folder: Path, images: Path, tmp_path: Path
 ) -> None:
