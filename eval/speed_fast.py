@@ -241,7 +241,7 @@ def batches(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def lpips_gradient(work: Work) -> list[dict[str, Any]]:
-    """How far LPIPS' gradient is from that in fp32, over its size: as it is (TF32 on CUDA), in bfloat16."""
+    """Errors of LPIPS' gradient against fp32, over its size: as it is (TF32 on CUDA), in bfloat16."""
     networks = Networks(replace(work, batch=1))
     trunk, smallest = networks.lpips.network, networks.lpips.smallest
     target = replace(work, batch=1).images()
@@ -366,7 +366,7 @@ def denoisers(
 def denoiser_step(
     work: Work, shape: DiTConfig, batch: int, size: tuple[int, int, int], changes: tuple[str, ...] = ()
 ) -> Callable[[], None]:
-    """What train.diffusion does on the device between two batches, but for the noise, which is keyed on the host."""
+    """A step of train.diffusion on the device, but for the noise, which is keyed on the host."""
     torch.manual_seed(work.seed)
     network = Denoiser(shape.build(size[0], size[1:], classes=1000).to(work.device).train(), 1000)
     optimizer = OptimizerConfig(kind="adamw", betas=(0.9, 0.999), eps=1e-8).build(network.parameters(), 1e-4)

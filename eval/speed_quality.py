@@ -34,7 +34,7 @@ from ldm_vae.data.decoding import read_image
 from ldm_vae.data.source import Source, open_source
 from ldm_vae.data.transforms import TransformConfig, to_pixels
 from ldm_vae.linear_code import PatchMoments
-from ldm_vae.linear_start import start_linear
+from ldm_vae.linear_start import clear_residuals, start_linear
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.select import build_metrics
 from ldm_vae.photographs import prepare_demo
@@ -107,10 +107,7 @@ class Contender:
     @torch.no_grad()
     def _start(self, kind: str, source: Source) -> None:
         if kind == "zero":
-            for module in self.vae.modules():
-                if hasattr(module, "conv_shortcut"):  # a residual block
-                    module.conv2.weight.zero_()
-                    module.conv2.bias.zero_()
+            clear_residuals(self.vae)
         if kind == "linear":
             moments = PatchMoments(downsampling_factor(self.vae), 3)
             for batch in itertools.islice(self._crops(source), FITTED // self.work.batch):

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the device reached in this run: FLOP/s of a matrix product by type, bytes/s of a copy (read and written)."""
+    """Peaks reached in this run: FLOP/s of a matrix product by type, bytes/s of a copy (read and written)."""
 
     flops: dict[torch.dtype, float]
     bytes: float

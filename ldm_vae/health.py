@@ -1,5 +1,5 @@
-"""How well the adversary is: what the logits say, and plain sentences when it saturates, collapses or runs away; and a
-network that a linear code beats.
+"""Health of a training: statistics of the logits, and plain sentences when the adversary saturates, collapses or runs
+away, or when a linear code beats the network.
 
 The sentences are a function of the lines of metrics.jsonl alone, so a resumed run says what an undisturbed one says.
 """

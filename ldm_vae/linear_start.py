@@ -52,9 +52,8 @@ def start_linear(vae: Any, code: LinearCode, scale: torch.Tensor | None = None) 
         UsageError: its widths or groups have no place for the code; the sentence names the field.
     """
     scale = torch.ones(code.latent_channels, dtype=torch.float64) if scale is None else scale
+    clear_residuals(vae)
     for module in vae.modules():
-        if hasattr(module, "conv_shortcut"):  # a residual block
-            _clear(module.conv2)
         if hasattr(module, "to_out"):  # attention
             _clear(module.to_out[0])
     for conv in (vae.quant_conv, vae.post_quant_conv):
@@ -118,6 +117,14 @@ class Channels:
         norm.weight.fill_(STD * gain)
         norm.weight.view(self.groups, self.size)[:, -2:] = STD / self.constant
         norm.bias.zero_()
+
+
+@torch.no_grad()
+def clear_residuals(network: nn.Module) -> None:
+    """Make every residual block its shortcut, in place."""
+    for module in network.modules():
+        if hasattr(module, "conv_shortcut"):
+            _clear(module.conv2)
 
 
 def _clear(layer: Any) -> None:

@@ -129,8 +129,8 @@ def _patches_of(
             rows = to_patches(batch.pixels, moments.factor).flatten(1, 2)  # [B, h w, P]
             places = keyed_places(settings.seed, batch.positions.tolist(), rows.shape[1], kept)
             rows = rows[torch.arange(len(rows))[:, None], places]
-            everybody = accelerator.gather((rows.to(accelerator.device), mine.to(accelerator.device)))
-            patches.append(everybody[0][everybody[1]].flatten(0, 1).cpu())
+            gathered = accelerator.gather((rows.to(accelerator.device), mine.to(accelerator.device)))
+            patches.append(gathered[0][gathered[1]].flatten(0, 1).cpu())
     moments.add_up(collective.total)
     return moments, torch.cat(patches) if patches else torch.empty(0)
 

@@ -133,7 +133,7 @@ class TreeColumns:
         return self._text_of(name) if self._beside else None
 
     def identity(self, index: int, name: str) -> tuple[int, ...]:
-        """What becomes another when a value of the image's does, text files apart; () without columns."""
+        """A digest of the image's columns, text files apart; () without columns."""
         columns = self._held(index, name)
         return (int.from_bytes(columns_digest(columns)[:8], "little"),) if columns else ()
 
