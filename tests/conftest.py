@@ -5,33 +5,29 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-
-import torch
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["LDM_VAE_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-# kernels run in Python where there is no GPU; triton asks when it is imported, which diffusers does
-os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
-
 import random
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from diffusers import AutoencoderKL
 from hypothesis import HealthCheck, settings
 from loopback_hub import serve
 from PIL import Image
 
-from ldm_vae.autoencoder import AutoencoderConfig
-from ldm_vae.export.diffusers_folder import write_vae
-from ldm_vae.preprocessing import Preprocessing, record
+# the process that only hands out the tests reads this file too, before it starts the workers: torch and diffusers are
+# imported where they are used, or each would wait ten seconds for a thing that the first never needs
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
-torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["LDM_VAE_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+# kernels run in Python where there is no GPU; triton asks when it is imported, which diffusers does
+os.environ["TRITON_INTERPRET"] = "0" if Path("/dev/nvidiactl").exists() else "1"
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +43,8 @@ def seed(name: str) -> None:
     """Start the global generators anew: what ran before in this process, which pytest-xdist decides by the clock,
     changes no draw."""
     number = zlib.crc32(name.encode())
-    torch.default_generator.manual_seed(number)
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(number)
     np.random.seed(number)
     random.seed(number)
 
@@ -62,11 +59,20 @@ def pytest_runtest_call(item: pytest.Item) -> None:
     seed(item.nodeid)
 
 
+def built(**shape: Any) -> AutoencoderKL:
+    """An autoencoder of random weights."""
+    import torch
+
+    from ldm_vae.autoencoder import AutoencoderConfig
+
+    torch.manual_seed(0)
+    return AutoencoderConfig(**shape).build().eval()
+
+
 @pytest.fixture
 def tiny_vae() -> AutoencoderKL:
     """f = 2, 4 latent channels, random weights, scaling_factor 1."""
-    torch.manual_seed(0)
-    return AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build().eval()
+    return built(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
 
 
 @pytest.fixture
@@ -107,6 +113,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP of random weights as transformers saves it, for CMMD."""
+    import torch
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
@@ -122,14 +129,15 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def grey_vae() -> AutoencoderKL:
     """Of one channel, without a record."""
-    torch.manual_seed(0)
-    shape = AutoencoderConfig(in_channels=1, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
-    return shape.build().eval()
+    return built(in_channels=1, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
 
 
 @pytest.fixture
 def grey_folder(grey_vae: AutoencoderKL, tmp_path: Path) -> Path:
     """With a record: 12 bits in the file, pixels as they are."""
+    from ldm_vae.export.diffusers_folder import write_vae
+    from ldm_vae.preprocessing import Preprocessing, record
+
     found = Preprocessing(channels=1, value_range=(0, 4095), resize="none")
     return write_vae(record(grey_vae, found), tmp_path / "grey", None)
 

@@ -114,6 +114,7 @@ def narrow(settings: Training) -> Training:
     return settings.model_copy(update=changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_takes_a_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lpips, "random_lpips", lambda net: TinyLPIPS())

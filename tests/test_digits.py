@@ -47,6 +47,7 @@ def test_tensors_are_split_as_the_folder_is() -> None:
     assert images.amin() == -1 and images.amax() == 1 and len(images.unique()) == 17
 
 
+@pytest.mark.slow
 def test_the_verb_writes_them_again_and_nothing_else(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

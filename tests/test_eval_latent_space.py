@@ -37,6 +37,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
     latent_space.main()
 
 
+@pytest.mark.slow
 def test_one_vae(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -139,6 +139,7 @@ def test_preview_factors_are_the_least_squares_map() -> None:
         fit_preview([])
 
 
+@pytest.mark.slow
 def test_preview_from_images_and_from_a_store(
     tiny_vae_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

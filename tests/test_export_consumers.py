@@ -93,10 +93,10 @@ SHIFTED = "(latents / self.vae.config.scaling_factor) + self.vae.config.shift_fa
     ("module", "line", "kind"),
     [
         (SD, SCALED, "scale"),
-        (SDXL, SCALED, "scale"),
-        (SDXL, STANDARDISED, "channel"),
+        pytest.param(SDXL, SCALED, "scale", marks=pytest.mark.slow),
+        pytest.param(SDXL, STANDARDISED, "channel", marks=pytest.mark.slow),
         (SD3, SHIFTED, "shift"),
-        (FLUX, SHIFTED, "shift"),
+        pytest.param(FLUX, SHIFTED, "shift", marks=pytest.mark.slow),
     ],
     ids=["sd-scale", "sdxl-scale", "sdxl-channel", "sd3-shift", "flux-shift"],
 )

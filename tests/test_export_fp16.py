@@ -50,6 +50,7 @@ def largest_difference(one: AutoencoderKL, other: AutoencoderKL, probes: Probes)
     return max(float(torch.sub(*pair).abs().max()) for pair in (moments, pixels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_inflated_is_fixed(shape: str) -> None:
     vae = build(shape)

@@ -76,6 +76,7 @@ def test_round_trip(path: Path, layout: str, tmp_path: Path) -> None:
     assert shape_of(vae) == shape_of(back)
 
 
+@pytest.mark.slow
 @every_config
 def test_diffusers_own_reader(path: Path, tmp_path: Path) -> None:
     vae = narrow(model_of(path))

@@ -53,6 +53,7 @@ def two_ranks(folder: Path, images: Path, *flags: str) -> tuple[Path, list[Child
 # --- another process --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_with_a_sentence(images: Path, tmp_path: Path) -> None:
     config, (first, second) = two_ranks(tmp_path, images)
     second.kill(signal.SIGKILL)
@@ -111,13 +112,14 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("while_they_are", "processes"),
     [
         ("working", 2),
-        pytest.param("importing", 1, marks=pytest.mark.slow),
-        pytest.param("importing", 2, marks=pytest.mark.slow),
-        pytest.param("working", 1, marks=pytest.mark.slow),
+        ("importing", 1),
+        ("importing", 2),
+        ("working", 1),
     ],
 )
 def test_a_launcher_that_dies_is_missed(while_they_are: str, processes: int, tmp_path: Path) -> None:
@@ -155,6 +157,7 @@ def train_impatiently() -> None:
     training_program.main()
 
 
+@pytest.mark.slow
 def test_two_trainings_never_write_into_one_folder(images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images, **LONG)
     first = fork(training_program.main, [str(config)])
@@ -179,6 +182,7 @@ def kill_a_worker(victim: Child) -> None:
     victim.kill(signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_a_data_worker_killed_for_memory(images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images, **LONG)
     command = [str(config), "--dataloader_num_workers", "2"]
@@ -190,6 +194,7 @@ def test_a_data_worker_killed_for_memory(images: Path, tmp_path: Path) -> None:
     assert run(config, "--max_train_images", str(last + 2)).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_worker_of_encoding_killed_for_memory(tiny_vae_folder: Path, tmp_path: Path) -> None:
     data = [str(write_images(tmp_path / "photographs", 160)), str(tmp_path / "store")]
     size = ["--resolution", "32", "--batch_size", "4", "--shard_size", "8", "--num_workers", "2"]
@@ -257,6 +262,7 @@ def test_a_connection_that_a_worker_took_with_it_is_its_death(is_told: bool, mon
 # --- the data and the target ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_data_that_vanish_while_they_are_used(images: Path, tmp_path: Path) -> None:
     shutil.copytree(images, tmp_path / "there")
     config = write_config(tmp_path, tmp_path / "there", **LONG)

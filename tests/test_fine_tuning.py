@@ -161,7 +161,7 @@ def test_clipping_bounds_what_a_step_moves(tiny_vae_folder: Path, tmp_path: Path
         pytest.param(
             {"torch_compile": True, "torch_compile_backend": "aot_eager", "channels_last": True}, marks=pytest.mark.slow
         ),
-        {"gradient_checkpointing": True, "max_grad_norm": 1e6},
+        pytest.param({"gradient_checkpointing": True, "max_grad_norm": 1e6}, marks=pytest.mark.slow),
     ],
     ids=["channels_last", "torch_compile", "gradient_checkpointing"],
 )

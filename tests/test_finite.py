@@ -126,6 +126,7 @@ HALVES = [(verb, half) for verb in VERBS for half in ("encoder", "decoder")]
 NOT_RUN = {("decode", "encoder"), ("export", "decoder"), ("probe", "encoder"), ("probe", "decoder")}  # probe: too slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("verb", "half"), [case for case in HALVES if case not in NOT_RUN])
 def test_every_verb_names_the_layer_of_finite_weights(
     verb: str, half: str, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -171,6 +171,7 @@ def test_gradient_checkpointing_and_autocast_go_through_it(tiny_vae: Autoencoder
     assert pixels.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_the_compiler_gets_the_modules_themselves() -> None:
     x, weight, bias, cotangent = drawn(8, 4, 4, torch.float32)
     compiled = torch.compile(group_norm_silu, backend="aot_eager", fullgraph=True)

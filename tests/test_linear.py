@@ -246,6 +246,7 @@ def test_two_processes_start_from_the_same_weights_as_one(images: Path, tmp_path
             torch.testing.assert_close(tensor, found[1][name], atol=1e-9, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_codebook_starts_as_the_codes_of_the_linear_code(images: Path, tmp_path: Path) -> None:
     model = MODEL | {"kind": "vq", "num_vq_embeddings": 64}
     losses = {"l1": {"weight": 1.0}, "commitment": {"weight": 0.25}}

@@ -206,7 +206,8 @@ def test_a_run_exports_its_diffusers_class_to_the_bit(kind: str, trained: Any, t
         assert lines[-1]["validation/elbo_nats_per_image"] == pytest.approx(bound["elbo_nats_per_image"], rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["vq", *SLOW[1:]])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_stopped_and_resumed_is_bit_equal(kind: str, trained: Any, images: Path, tmp_path: Path) -> None:
     """The codebook's statistics, the restarts, the controller and the learned variance go on where they were."""
     folder, changes = trained(kind)
@@ -225,7 +226,8 @@ def command(*arguments: str) -> Finished:
     return fork(cli.main, arguments).wait()
 
 
-@pytest.mark.parametrize("kind", ["vq", pytest.param("tiny", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vq", "tiny"])
 def test_the_other_programs_take_it(kind: str, trained: Any, images: Path, tmp_path: Path) -> None:
     folder, _ = trained(kind)
     done = command("export", str(folder), str(tmp_path / "vae"), "--stats", str(images), "--resolution", "32")

@@ -28,7 +28,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ownership, "LEASE_SECONDS", 3.0)
 
 
-@pytest.fixture(params=["locks", "no locks"])
+@pytest.fixture(params=["locks", pytest.param("no locks", marks=pytest.mark.slow)])
 def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With locks, and one that answers as many network file systems do."""
     if request.param == "no locks":
@@ -127,7 +127,7 @@ def hold() -> None:
         owner.check()
 
 
-@pytest.mark.parametrize("words", [(), ("no locks",)])
+@pytest.mark.parametrize("words", [(), pytest.param(("no locks",), marks=pytest.mark.slow)])
 def test_a_killed_process_owns_nothing(tmp_path: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     if words:
         without_locks(monkeypatch)
@@ -139,6 +139,7 @@ def test_a_killed_process_owns_nothing(tmp_path: Path, words: tuple[str, ...], m
     assert contend(tmp_path / "store") == []
 
 
+@pytest.mark.slow
 def test_who_was_suspended_for_too_long_learns_that_it_owns_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

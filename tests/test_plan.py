@@ -183,16 +183,8 @@ def test_a_dry_run_tells_of_what_is_there(tmp_path: Path, tiny_vae_folder: Path)
     assert odd.returncode == 2 and "expected multiples of norm_num_groups 8, got 12" in odd.stderr
 
 
-QUICK = ("smoke", "textbook_vae", "tiny")
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
-        for path in sorted((ROOT / "configs").glob("*.yaml"))
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_has_a_plan(path: Path) -> None:
     found = plan(config.load(Training, path))
     assert found.step_gflop > 3 * found.forward_gflop["encoder"] and all(found.bytes.values())

@@ -82,6 +82,7 @@ def test_a_record_of_other_channels_than_the_network_takes_is_refused(grey_folde
 # --- who carries it on ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_form_of_a_network_carries_it_on(grey_folder: Path, tmp_path: Path) -> None:
     call("export", grey_folder, tmp_path / "folder", "--normalisation_from", grey_folder)
     call("export", tmp_path / "folder", tmp_path / "file.safetensors", "--target", "comfyui")

@@ -174,6 +174,7 @@ VERBS: dict[str, Callable[[Trained, Path], None]] = {
 }
 
 
+@pytest.mark.slow
 def test_training_validation_and_normalisation_see_the_same_pixels(trained: Trained) -> None:
     assert len(trained.pixels) == COUNT
     record = json.loads((trained.vae / "preprocessing.json").read_text())

@@ -131,9 +131,8 @@ def test_killed_and_resumed_is_bit_equal(finished: Path, images: Path, tmp_path:
     assert_same_run(tmp_path / "run", finished)
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits(finished: Path, images: Path, tmp_path: Path, number: int, status: int) -> None:
     config = write_config(tmp_path, images)
     victim = fork_until(tmp_path / "run/metrics.jsonl", training_program.main, [str(config)])
@@ -211,6 +210,7 @@ def run_two(config: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model_the_same_as_one(one_process: Path, images: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL)
     run_two(config)
@@ -303,6 +303,7 @@ def test_an_unreadable_image_goes_to_quarantine_and_the_run_goes_on(tmp_path: Pa
     assert "1 of 6 images could not be used" in done.stdout
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_resolved_config_and_writes_nothing(images: Path, tmp_path: Path) -> None:
     done = run(write_config(tmp_path, images), "--dry_run", "--losses.kl.weight", "1e-5")
     assert done.returncode == 0, done.stderr

@@ -75,6 +75,7 @@ def assert_equal_bits(one: Path, two: Path) -> None:
         assert (newest(one) / file).read_bytes() == (newest(two) / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_a_run_in_buckets_resumes_to_the_bit(in_buckets: Path, mixed: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, mixed, **SHORT | {"max_train_images": 16}, **BUCKETS)
     assert run(config).returncode == 0

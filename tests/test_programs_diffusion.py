@@ -129,9 +129,8 @@ def test_killed_and_resumed_is_bit_equal(finished: Path, home: Path, tmp_path: P
     assert_same_run(tmp_path / "run", finished)
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits(finished: Path, home: Path, tmp_path: Path, number: int, status: int) -> None:
     config = write_config(tmp_path, home / "latents")
     victim = fork_until(tmp_path / "run/metrics.jsonl", program.main, [str(config)])
@@ -146,6 +145,7 @@ def test_a_signal_saves_and_exits(finished: Path, home: Path, tmp_path: Path, nu
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_micro_batches_without_labels_are_one_batch(home: Path, tmp_path: Path) -> None:
     """Two micro-batches of two are one batch of four, to rounding: order, noise, times and crops go by position."""
     weights = []

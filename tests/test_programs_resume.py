@@ -170,7 +170,8 @@ def test_sharded_training_is_refused_with_the_reason(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", [False, True])
 def test_one_image_for_two_processes(launched: bool, tmp_path: Path) -> None:
     """Fewer images than processes, and five validation images for two: nobody waits for anybody; by the launch file."""
     images = write_images(tmp_path / "images", 1)

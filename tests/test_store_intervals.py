@@ -44,6 +44,7 @@ def data_sets(images: int, channels: int, offset: float, contrast: float, common
         yield LatentStatistics(weights @ rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [5, 9, 30])
 @pytest.mark.parametrize(
     ("channels", "offset", "contrast", "common"),

@@ -115,6 +115,7 @@ def one_of_several(store: str, vae: str, barrier: Any, rank: int) -> None:
     encode(AutoencoderKL.from_pretrained(vae).eval(), Album(**MUCH), Path(store), update=True, processes=processes)
 
 
+@pytest.mark.slow
 def test_an_update_by_three_processes_is_that_of_one(store: Path, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     tiny_vae.save_pretrained(tmp_path / "vae")
     shutil.copytree(store, tmp_path / "alone")

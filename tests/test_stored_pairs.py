@@ -141,6 +141,7 @@ def test_it_resumes_and_validates(tiny_vae_folder: Path, images: Path, tmp_path:
     assert b"encoder.conv_in" not in saved.read_bytes()[:100_000]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

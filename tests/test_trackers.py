@@ -17,6 +17,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("data") / "images", 5)
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_numbers_and_pictures(images: Path, tmp_path: Path) -> None:
     config = write_config(
         tmp_path, images, report_to="tensorboard", max_train_images=16, validate_every_images=8, validation_images=4,

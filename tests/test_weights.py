@@ -95,6 +95,7 @@ PREFIXES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_prefix_is_taken_away_when_that_makes_the_network_whole(
@@ -295,7 +296,7 @@ def test_shards(tmp_path: Path) -> None:
     assert same(load_autoencoder(tmp_path), vae)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 @pytest.mark.parametrize("name", [f"{STEM}.bin", f"{STEM}.fp16.bin", "pytorch_model.bin", "vae weights.pt"])
 def test_a_pickle_is_named_with_the_command_that_works(kind: str, name: str, tmp_path: Path) -> None:
     vae = small(kind)
