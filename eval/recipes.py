@@ -32,10 +32,10 @@ from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.latents import Moments
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.l1 import Config as L1
-from ldm_vae.losses.lpips import LPIPS, SMALLEST
 from ldm_vae.losses.lpips import Config as LPIPSConfig
 from ldm_vae.objective import Objective
 from ldm_vae.optim import OptimizerConfig
+from ldm_vae.perceptual.lpips import LPIPS, SMALLEST
 from ldm_vae.step import TrainingStep
 from ldm_vae.stored_pairs import drop_encoder
 

@@ -34,8 +34,8 @@ from ldm_vae.cost import Cost
 from ldm_vae.denoisers.dit import Config as DiTConfig
 from ldm_vae.diffusion import Denoiser
 from ldm_vae.kernels.group_norm import FusedResnetBlock, fuse_norms
-from ldm_vae.losses.lpips import LPIPS
 from ldm_vae.optim import OptimizerConfig
+from ldm_vae.perceptual.lpips import LPIPS
 
 from . import speed_encode
 from .recipes import Networks, Step, Work, ours

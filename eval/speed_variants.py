@@ -26,7 +26,7 @@ from torch import nn
 
 from ldm_vae.cost import Cost
 from ldm_vae.ema import Ema
-from ldm_vae.losses.lpips import LPIPS
+from ldm_vae.perceptual.lpips import LPIPS
 
 from .recipes import Networks, Recipe, Step, Work, ours
 from .timing import interleave, row

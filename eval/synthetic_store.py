@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.latent_store import shards
+from ldm_vae.latent_store.file_record import FileRecord
 from ldm_vae.latent_store.layout import MAPPED_ROWS, ROWS, SHARDS, TENSORS, UNITS
 from ldm_vae.latent_store.manifest import (
-    FileRecord,
     Identity,
     Manifest,
     Recorded,

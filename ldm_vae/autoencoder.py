@@ -26,7 +26,6 @@ from ldm_vae.errors import UsageError
 from ldm_vae.fine_tuning import ENCODER, encoder_learns
 from ldm_vae.finite import check_weights
 from ldm_vae.latents import Moments
-from ldm_vae.perturbations import Draw
 from ldm_vae.preprocessing import read_beside, read_hub, record
 from ldm_vae.weights.files import say
 from ldm_vae.weights.networks import CLASSES, CONFIG, find_folder, load_folder
@@ -182,6 +181,21 @@ class Reconstruction:
     last_hidden: torch.Tensor
     codes: Codes | None = None
     images_seen: int = 0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a perturbation may draw from: noise [B, n, h, w] standard normal, keyed per image, so it depends neither on
+    the rank nor on a resume; images [B, C, H, W] as encoded; images_seen keys what is drawn for the whole batch."""
+
+    noise: torch.Tensor
+    images: torch.Tensor
+    images_seen: int
+
+    def uniform(self, channel: int) -> torch.Tensor:
+        """One number in (0, 1) per image [B], from the first position of a channel of the noise."""
+        chances: torch.Tensor = torch.special.ndtr(self.noise[:, channel, 0, 0])
+        return chances
 
 
 class TrainableAutoencoder(nn.Module):

@@ -30,7 +30,7 @@ from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.generator import CALL, FOLDER, Generator
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latents import Normalisation
-from ldm_vae.metrics.features import dinov2, inception
+from ldm_vae.perceptual.features import dinov2, inception
 from ldm_vae.untrusted import disguise
 from train import autoencoder as training_program
 

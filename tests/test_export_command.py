@@ -20,7 +20,7 @@ from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.export.ldm_keys import to_ldm, to_ldm_name
 from ldm_vae.export.targets import TARGETS, warnings_for, warnings_for_pipelines, write_target
-from ldm_vae.metrics import features
+from ldm_vae.perceptual import features
 
 
 def config_of(folder: Path) -> dict[str, object]:

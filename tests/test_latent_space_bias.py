@@ -21,8 +21,8 @@ from ldm_vae.metrics.frechet import Gaussian
 from ldm_vae.metrics.profile import Profile
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.running import Running
-from ldm_vae.metrics.ssim import ssim_maps
 from ldm_vae.objective import ACTIVE, rate
+from ldm_vae.perceptual.ssim import ssim_maps
 
 FAR = (1_000.0, 10_000.0)
 

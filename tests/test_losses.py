@@ -25,9 +25,9 @@ from ldm_vae.losses.kl_free_bits import Config as FreeBits
 from ldm_vae.losses.kl_target import Config as KLTarget
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.l2 import Config as L2
-from ldm_vae.losses.lpips import LPIPS
 from ldm_vae.models.vq import Config as VQModelConfig
 from ldm_vae.objective import Objective, rate
+from ldm_vae.perceptual.lpips import LPIPS
 from ldm_vae.teacher import teacher
 
 TERMS = config.options("ldm_vae.losses")

@@ -10,8 +10,9 @@ from torch import nn
 
 from ldm_vae.assets import lpips_trunk
 from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.losses.lpips import LPIPS, Config
+from ldm_vae.losses.lpips import Config
 from ldm_vae.objective import Objective
+from ldm_vae.perceptual.lpips import LPIPS
 
 
 @pytest.fixture(scope="module", params=["alex", "vgg"])

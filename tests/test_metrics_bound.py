@@ -18,10 +18,10 @@ from ldm_vae.latents import posterior_noise
 from ldm_vae.losses.gaussian_nll import Config as GaussianNLL
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.l1 import Config as L1
-from ldm_vae.losses.lpips import LPIPS
 from ldm_vae.metrics.batches import image_batches
 from ldm_vae.metrics.bound import evidence_bound
 from ldm_vae.objective import Objective
+from ldm_vae.perceptual.lpips import LPIPS
 
 CPU = torch.device("cpu")
 

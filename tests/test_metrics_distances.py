@@ -16,7 +16,6 @@ from torch_fidelity.metric_kid import kernel_mmd
 
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.metrics import cmmd, kept, kid
-from ldm_vae.metrics import features as trunks
 from ldm_vae.metrics.cmmd import ClipDistance
 from ldm_vae.metrics.frechet import FrechetDistance, Gaussian, frechet_distance
 from ldm_vae.metrics.kid import KernelDistance
@@ -24,6 +23,7 @@ from ldm_vae.metrics.metric import Unmeasured
 from ldm_vae.metrics.protocol import PINNED, Pair
 from ldm_vae.metrics.running import Summary
 from ldm_vae.metrics.select import Weights, build_metrics
+from ldm_vae.perceptual import features as trunks
 
 CPU = torch.device("cpu")
 

@@ -20,9 +20,9 @@ from ldm_vae.cost import Cost, gpu_autocast
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.l1 import Config as L1
-from ldm_vae.losses.lpips import LPIPS, SMALLEST
 from ldm_vae.losses.lpips import Config as LPIPSConfig
 from ldm_vae.objective import Objective
+from ldm_vae.perceptual.lpips import LPIPS, SMALLEST
 from ldm_vae.plan import plan
 from ldm_vae.step import TrainingStep
 from ldm_vae.training import Training

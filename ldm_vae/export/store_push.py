@@ -22,9 +22,10 @@ from tqdm import tqdm
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.export.hub import check_name, client, in_a_sentence
 from ldm_vae.export.store_card import store_card
-from ldm_vae.latent_store import LatentDataset, shards
+from ldm_vae.latent_store import LatentDataset
+from ldm_vae.latent_store.file_record import FileRecord, checksum
 from ldm_vae.latent_store.layout import EXTENSIONS, MANIFEST, QUARANTINE, SHARDS
-from ldm_vae.latent_store.manifest import FileRecord, Manifest, read_manifest
+from ldm_vae.latent_store.manifest import Manifest, read_manifest
 from ldm_vae.latent_store.origins import find_vae
 from ldm_vae.latent_store.picturing import contact_sheet
 
@@ -141,7 +142,7 @@ def _parts(plan: PushPlan) -> Iterator[tuple[str, ...]]:
 
 
 def _checked(store: Path, path: str, record: FileRecord) -> CommitOperationAdd:
-    if shards.checksum(store / path) != record:
+    if checksum(store / path) != record:
         raise WorkError(f"{store / path}: is not as the manifest says; run `ldm-vae store repair`")
     return CommitOperationAdd(path, store / path)
 

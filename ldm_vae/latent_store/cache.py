@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from ldm_vae import publish
 from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.latent_store.manifest import FileRecord
+from ldm_vae.latent_store.file_record import FileRecord
 from ldm_vae.latent_store.transfer import ATTEMPTS, download
 from ldm_vae.places import cache_dir
 

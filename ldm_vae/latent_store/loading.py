@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,7 +29,9 @@ from ldm_vae.data.workers import load
 from ldm_vae.errors import UsageError
 from ldm_vae.latent_store.ahead import ahead, warn_if_small
 from ldm_vae.latent_store.batch import Item
-from ldm_vae.latent_store.reading import LatentDataset
+
+if TYPE_CHECKING:
+    from ldm_vae.latent_store.reading import LatentDataset
 
 
 class Schedule:

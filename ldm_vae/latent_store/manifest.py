@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from ldm_vae import publish
 from ldm_vae.config import Section
 from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.latent_store.file_record import FileRecord
 from ldm_vae.latent_store.layout import EXTENSIONS, FORMAT, VERSION, ComputeDtype, StorageDtype, StoreKind
 from ldm_vae.latent_store.layout import MANIFEST as MANIFEST  # part of this module's interface
 from ldm_vae.latents import Normalisation
@@ -101,13 +102,6 @@ class Recorded(Section):
         check_model_config(self.normalisation | {"latent_channels": len(mean) if isinstance(mean, list) else 0})
         Normalisation.from_config(self.normalisation, "normalisation")
         return self
-
-
-class FileRecord(Section):
-    """Size and SHA-256 of one file of a shard."""
-
-    bytes: int
-    sha256: str = Field(pattern=r"^([0-9a-f]{64})?$")  # names the file in a cache: never a path; empty if unreadable
 
 
 class ShardRecord(Section):

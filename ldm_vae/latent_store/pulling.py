@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from ldm_vae import publish
 from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.latent_store import shards, transfer
+from ldm_vae.latent_store import transfer
+from ldm_vae.latent_store.file_record import checksum
 from ldm_vae.latent_store.layout import EXTENSIONS, MANIFEST, QUARANTINE, SHARDS
 from ldm_vae.latent_store.manifest import Manifest, ShardRecord, read_manifest, write_manifest
 from ldm_vae.latent_store.remote import file_url
@@ -57,7 +58,7 @@ def plan_pull(url: str, out: Path) -> PullPlan:
     _check_place(url, out, manifest)
     every = [(shard, extension) for shard in manifest.shards for extension in EXTENSIONS]
     bar = tqdm(every, desc="compare", unit="files", disable=None, leave=False)
-    missing = tuple(file for file in bar if shards.checksum(_path(out, file)) != file[0].files[file[1]])
+    missing = tuple(file for file in bar if checksum(_path(out, file)) != file[0].files[file[1]])
     return PullPlan(url, out, manifest, missing)
 
 

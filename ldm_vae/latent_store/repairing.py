@@ -20,6 +20,7 @@ from ldm_vae.data.transforms import preprocessing_identity
 from ldm_vae.errors import WorkError
 from ldm_vae.latent_store import preparing, shards, units
 from ldm_vae.latent_store.encoding import Encoder
+from ldm_vae.latent_store.file_record import checksum
 from ldm_vae.latent_store.finishing import merged_statistics, remove_leftovers
 from ldm_vae.latent_store.layout import EXTENSIONS, MAPPED_ROWS, ROWS, SHARDS
 from ldm_vae.latent_store.manifest import Manifest, ShardRecord, read_manifest, write_manifest
@@ -91,7 +92,7 @@ def _damaged(store: Path, shard: ShardRecord) -> set[str]:
     return {
         extension
         for extension in EXTENSIONS
-        if shards.checksum(stem.with_name(f"{shard.name}.{extension}")) != shard.files[extension]
+        if checksum(stem.with_name(f"{shard.name}.{extension}")) != shard.files[extension]
     }
 
 

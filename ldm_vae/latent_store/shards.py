@@ -27,8 +27,8 @@ import torch
 
 from ldm_vae import publish
 from ldm_vae.errors import WorkError
+from ldm_vae.latent_store.file_record import FileRecord, checksum
 from ldm_vae.latent_store.layout import MAPPED_ROWS, ROWS, STATISTICS
-from ldm_vae.latent_store.manifest import FileRecord
 from ldm_vae.untrusted import why_unreadable
 
 HEADER_ALIGNMENT = 4096  # tensors begin on a page
@@ -209,16 +209,6 @@ def publish_once(path: Path, write: Any, record: Sequence[FileRecord]) -> None:
     """Publish PATH; a file of that name that is not the same (left by a killed run, damaged since) is replaced."""
     if not publish.create(path, write) and checksum(path) != record[0]:
         publish.replace(path, write)
-
-
-def checksum(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file as it is on disk; size -1 when it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-            return FileRecord(bytes=file.tell(), sha256=digest.hexdigest())
-    except OSError:
-        return FileRecord(bytes=-1, sha256="")
 
 
 def to_float(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:

@@ -26,8 +26,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ldm_vae import publish
 from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.latent_store import shards
-from ldm_vae.latent_store.manifest import FileRecord
+from ldm_vae.latent_store.file_record import FileRecord, checksum
 
 T = TypeVar("T")
 
@@ -90,7 +89,7 @@ def download(url: str, path: Path, record: FileRecord, *, attempts: int = ATTEMP
             if not (listed and isinstance(error, FileNotFoundError)):
                 raise
             files.get_file(remote, str(temporary))
-        found = shards.checksum(temporary)
+        found = checksum(temporary)
         if found == record:
             return
         if found.bytes != record.bytes:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ldm_vae.errors import WorkError
 from ldm_vae.latent_store import shards
+from ldm_vae.latent_store.file_record import checksum
 from ldm_vae.latent_store.layout import (
     EXTENSIONS,
     MAPPED_ROWS,
@@ -64,7 +65,7 @@ def check_shard(store: Path, manifest: Manifest, shard: ShardRecord) -> Iterator
     sound = True
     for extension in EXTENSIONS:
         file = f"{SHARDS}/{shard.name}.{extension}"
-        expected, found = shard.files[extension], shards.checksum(store / file)
+        expected, found = shard.files[extension], checksum(store / file)
         if found != expected:
             sound = False
             if found.bytes < 0:

@@ -19,7 +19,7 @@ from ldm_vae.autoencoder import Reconstruction
 from ldm_vae.errors import UsageError
 from ldm_vae.frozen import Frozen
 from ldm_vae.losses import TermConfig
-from ldm_vae.metrics.features import spatial_network
+from ldm_vae.perceptual.features import spatial_network
 
 POSITIONS = 256  # per image in the distance matrix, evenly spread: all of 32 x 32 would be a million pairs
 

@@ -1,6 +1,6 @@
 """Structural dissimilarity, 1 - SSIM (Wang et al., IEEE TIP 2004; as a loss Zhao et al., IEEE TCI 2017).
 
-The arithmetic is that of the metric (ldm_vae/metrics/ssim.py), on a grey scale from 0 to 1 without rounding. It sees
+The arithmetic is that of the metric (ldm_vae/perceptual/ssim.py), on a grey scale from 0 to 1 without rounding. It sees
 structure and not its colour or level well: a companion of l1, no substitute.
 """
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from ldm_vae.errors import UsageError
 from ldm_vae.losses import TermConfig
-from ldm_vae.metrics.ssim import WINDOW, ssim
+from ldm_vae.perceptual.ssim import WINDOW, ssim
 
 
 class SSIM(nn.Module):

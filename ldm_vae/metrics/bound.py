@@ -7,7 +7,7 @@ Legend: B batch, c latent channels, h w latent positions.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -16,7 +16,9 @@ from ldm_vae import finite, latents
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import ImageBatch
 from ldm_vae.metrics.ranks import gather
-from ldm_vae.objective import Objective
+
+if TYPE_CHECKING:
+    from ldm_vae.objective import Objective
 
 
 @torch.inference_mode()

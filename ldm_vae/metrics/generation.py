@@ -24,13 +24,14 @@ import torch
 from torchvision.utils import make_grid
 
 from ldm_vae.generator import Generator
-from ldm_vae.metrics import features, result
+from ldm_vae.metrics import result
 from ldm_vae.metrics.cmmd import cmmd
 from ldm_vae.metrics.frechet import Gaussian, frechet_distance
 from ldm_vae.metrics.pictures import save
 from ldm_vae.metrics.profile import radial_spectrum
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.samples import field
+from ldm_vae.perceptual import features
 
 NAME, RECORD = "fd_efflite0", "diffusion.json"
 NOT_INSTALLED = f"{NAME} is not measured: pip install 'ldm-vae[features]'"

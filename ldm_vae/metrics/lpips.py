@@ -22,7 +22,7 @@ def build(
 ) -> ImageMetric:
     """Raises WorkError when the trunk cannot be had (ldm_vae.assets says what to do)."""
     from ldm_vae.assets import load_lpips  # only who measures LPIPS loads its package
-    from ldm_vae.losses.lpips import LPIPS, SMALLEST
+    from ldm_vae.perceptual.lpips import LPIPS, SMALLEST
 
     network = load_lpips(net, weights).to(device)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ldm_vae.metrics.metric import ImageMetric
 from ldm_vae.metrics.protocol import Pair
-from ldm_vae.metrics.ssim import WINDOW, reflected_ssim, ssim_maps
+from ldm_vae.perceptual.ssim import WINDOW, reflected_ssim, ssim_maps
 
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 SMALLEST = (WINDOW - 1) * 2 ** (len(WEIGHTS) - 1) + 1  # 161: the window must fit into the coarsest scale

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from ldm_vae.errors import UsageError
-from ldm_vae.metrics import cmmd, delta_e, features, kid, l1, lpips, ms_ssim, psnr, ssim
+from ldm_vae.metrics import cmmd, delta_e, kid, l1, lpips, ms_ssim, psnr, ssim
 from ldm_vae.metrics.frechet import FrechetDistance
 from ldm_vae.metrics.metric import Metric, Unmeasured
 from ldm_vae.metrics.protocol import PINNED, Protocol
 from ldm_vae.metrics.titles import TITLES
+from ldm_vae.perceptual import features
+from ldm_vae.perceptual.ssim import WINDOW
 
 NAMES = tuple(TITLES)
 
@@ -33,8 +35,8 @@ def check(names: Sequence[str], resolution: int) -> None:
     for name in names:
         if name not in NAMES:
             raise UsageError(f"metrics: unknown metric {name}; there are {', '.join(NAMES)}")
-    if resolution < ssim.WINDOW and any("ssim" in name for name in names):
-        raise UsageError(f"resolution: SSIM's window needs at least {ssim.WINDOW} px, got {resolution}")
+    if resolution < WINDOW and any("ssim" in name for name in names):
+        raise UsageError(f"resolution: SSIM's window needs at least {WINDOW} px, got {resolution}")
 
 
 def build_metrics(

@@ -12,27 +12,10 @@ sampled. Encoding, validation and export know nothing of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from ldm_vae.autoencoder import Draw as Draw  # what a perturbation is called with
 from ldm_vae.config import Part
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What a perturbation may draw from: noise [B, n, h, w] standard normal, keyed per image, so it depends neither on
-    the rank nor on a resume; images [B, C, H, W] as encoded; images_seen keys what is drawn for the whole batch."""
-
-    noise: torch.Tensor
-    images: torch.Tensor
-    images_seen: int
-
-    def uniform(self, channel: int) -> torch.Tensor:
-        """One number in (0, 1) per image [B], from the first position of a channel of the noise."""
-        chances: torch.Tensor = torch.special.ndtr(self.noise[:, channel, 0, 0])
-        return chances
 
 
 class PerturbationConfig(Part):

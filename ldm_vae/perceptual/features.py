@@ -18,15 +18,14 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.metrics.efficientnet import FEATURES as EFFLITE0_FEATURES
-from ldm_vae.metrics.efficientnet import EfficientNetLite0, load_state
-from ldm_vae.metrics.protocol import Pair
+from ldm_vae.perceptual.efficientnet import FEATURES as EFFLITE0_FEATURES
+from ldm_vae.perceptual.efficientnet import EfficientNetLite0, load_state
 from ldm_vae.untrusted import HEAD, disguise, disguised_file, first_line, load_pickle
 
 # torch-fidelity publishes the converted weights under this beginning of their SHA-256
@@ -37,15 +36,28 @@ NOT_SUPPLIED = "weights not supplied"
 Trunk = Callable[[torch.Tensor], torch.Tensor]  # uint8-valued images [B, 3, H, W] on 0..255 => features [B, D]
 
 
+class ImagePair(Protocol):
+    """Originals and reconstructions [B, 3, H, W] on 0..255, of which the first `count` are measured."""
+
+    @property
+    def original(self) -> torch.Tensor: ...
+
+    @property
+    def reconstruction(self) -> torch.Tensor: ...
+
+    @property
+    def count(self) -> int: ...
+
+
 class Features:
     """Features of both images of a pair; the last pair's are kept, since several distances share a network."""
 
     def __init__(self, trunk: Trunk, dimensions: int) -> None:
         self.trunk, self.dimensions = trunk, dimensions
-        self._last: tuple[Pair, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._last: tuple[ImagePair, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @torch.inference_mode()
-    def __call__(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, pair: ImagePair) -> tuple[torch.Tensor, torch.Tensor]:
         """(original, reconstruction), each [count, D], fp32."""
         if self._last is None or self._last[0] is not pair:
             images = (pair.original, pair.reconstruction)
