@@ -36,7 +36,7 @@ from ldm_vae.data.source import Record, open_source
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.export.recipe import read_recipe
 from ldm_vae.latent_store import read_manifest, write_store
-from ldm_vae.latent_store.finishing import read_quarantine
+from ldm_vae.latent_store.quarantine import read_quarantine
 from ldm_vae.training import Training
 
 DEEP = 100_000

@@ -60,8 +60,25 @@ def write_vae(
         WorkError: what was read back is not what was written; `out` is as it was before.
     """
     copy = configured_copy(vae, normalisation, sample_size=sample_size, force_upcast=force_upcast)
+    return write_configured(
+        copy, out, card=card, statistics=statistics, half=half, max_shard_size=max_shard_size, files=files
+    )
+
+
+def write_configured(
+    copy: Any,
+    out: Path,
+    *,
+    card: str | None = None,
+    statistics: LatentStatistics | None = None,
+    half: bool = False,
+    max_shard_size: str = "10GB",
+    files: Mapping[str, bytes] | None = None,
+) -> Path:
+    """As `write_vae`, of what `configured_copy` gave, which is used up: it is in fp16 afterwards where `half` is asked
+    for."""
     everything = dict(files or {})
-    if (found := preprocessing.recorded(vae)) is not None:
+    if (found := preprocessing.recorded(copy)) is not None:
         everything[preprocessing.FILE] = found.to_bytes()
     if statistics is not None:
         everything[STATISTICS] = (json.dumps(statistics.to_json(), indent=1) + "\n").encode()
@@ -70,7 +87,7 @@ def write_vae(
     with publish.whole(out, check_replaceable) as folder:
         _save(copy, folder, max_shard_size)
         if half:
-            _save(configured_copy(copy).half(), folder, max_shard_size, variant="fp16")
+            _save(copy.half(), folder, max_shard_size, variant="fp16")
         for name, content in everything.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)

@@ -16,7 +16,7 @@ from ldm_vae.data.flags import NO_FLAGS, DataFlags
 from ldm_vae.errors import UsageError
 from ldm_vae.export import hub
 from ldm_vae.export.card import Card, card_name
-from ldm_vae.export.diffusers_folder import STATISTICS, configured_copy, read_statistics, write_vae
+from ldm_vae.export.diffusers_folder import STATISTICS, configured_copy, read_statistics, write_configured
 from ldm_vae.export.drift import measure_drift
 from ldm_vae.export.fp16.audit import audit
 from ldm_vae.export.fp16.probes import make_probes
@@ -264,10 +264,9 @@ def _write_folder(
         upcast, verdict = _audit(vae, request, preparation, card)
     ready = configured_copy(vae, normalisation, sample_size=request.resolution, force_upcast=upcast)
     done.warnings += warnings_for_pipelines(ready.config)
-    write_vae(
+    write_configured(
         ready,
         request.out,
-        normalisation,
         card=card.text(ready),
         statistics=card.statistics,
         half=request.half,

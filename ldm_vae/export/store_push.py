@@ -24,8 +24,8 @@ from ldm_vae.export.hub import check_name, client, in_a_sentence
 from ldm_vae.export.store_card import store_card
 from ldm_vae.latent_store import LatentDataset
 from ldm_vae.latent_store.file_record import FileRecord, checksum
-from ldm_vae.latent_store.layout import EXTENSIONS, MANIFEST, QUARANTINE, SHARDS
-from ldm_vae.latent_store.manifest import Manifest, read_manifest
+from ldm_vae.latent_store.layout import EXTENSIONS, MANIFEST, QUARANTINE, SHARDS, shard_file
+from ldm_vae.latent_store.manifest import Manifest, read_finished
 from ldm_vae.latent_store.origins import find_vae
 from ldm_vae.latent_store.picturing import contact_sheet
 
@@ -59,16 +59,14 @@ def plan_push(store: Path, repo: str, revision: str | None = None) -> PushPlan:
     """Compare a store with what a dataset repository has; nothing is changed.
 
     Raises:
-        UsageError: no store, or no name of a repository.
-        WorkError: the store is not finished, or the hub cannot be asked.
+        UsageError: no store, one that is not finished, or no name of a repository.
+        WorkError: the hub cannot be asked.
     """
     check_name(repo, "REPO_ID")
-    manifest = read_manifest(store)
-    if not manifest.complete:
-        raise WorkError(f"store {store}: not finished; run the `ldm-vae encode` command that began it again")
+    manifest = read_finished(store)
     there = _files_there(repo, revision)
     wanted = {
-        f"{SHARDS}/{shard.name}.{extension}": shard.files[extension]
+        shard_file(shard.name, extension): shard.files[extension]
         for shard in manifest.shards
         for extension in EXTENSIONS
     }

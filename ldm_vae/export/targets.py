@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from ldm_vae import latents
 from ldm_vae.errors import WorkError
-from ldm_vae.export.diffusers_folder import configured_copy
 from ldm_vae.export.ldm_network import LdmNetwork
 from ldm_vae.export.single_file import is_sd_shape, save_single_file
 
@@ -146,7 +145,8 @@ TARGETS: Mapping[str, Target] = {
 
 
 def write_target(vae: AutoencoderKL, path: Path, *, half: bool = False) -> float:
-    """Write the bare LDM file that all three programs read, in fp16 if `half`, and read it as they do.
+    """Write the bare LDM file that all three programs read, in fp16 if `half`, and read it as they do. `vae` is what
+    `configured_copy` gave; if `half`, its weights are rounded to fp16 afterwards.
 
     Returns:
         the largest difference of moments and pixels, relative to the largest of them (rounding only).
@@ -154,10 +154,8 @@ def write_target(vae: AutoencoderKL, path: Path, *, half: bool = False) -> float
     Raises:
         WorkError: the file does not encode or decode as the model does; it is removed.
     """
-    copy = configured_copy(vae)
-    copy = copy.half() if half else copy
-    save_single_file(copy, path)
-    difference = max(_differences(copy.float(), load_file(path)))
+    save_single_file(vae.half() if half else vae, path)
+    difference = max(_differences(vae.float(), load_file(path)))
     if not difference <= TOLERANCE:
         path.unlink()
         raise WorkError(f"{path}: read by LDM's names it differs from the model by {difference:.3g}; not written")

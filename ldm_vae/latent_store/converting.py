@@ -16,11 +16,11 @@ from tqdm import tqdm
 from ldm_vae import __version__, publish
 from ldm_vae.errors import UsageError
 from ldm_vae.latent_store import formats
-from ldm_vae.latent_store.copying import finished, pieces
+from ldm_vae.latent_store.copying import pieces
 from ldm_vae.latent_store.dealing import deal
 from ldm_vae.latent_store.foreign import Claim
 from ldm_vae.latent_store.formats import Options
-from ldm_vae.latent_store.manifest import Manifest, Recorded, SourceIdentity
+from ldm_vae.latent_store.manifest import Manifest, Recorded, SourceIdentity, read_finished
 
 
 def convert_to(store: Path, out: Path, name: str, options: Options | None = None) -> list[str]:
@@ -31,7 +31,7 @@ def convert_to(store: Path, out: Path, name: str, options: Options | None = None
         WorkError: a shard is damaged, or OUT cannot be written.
     """
     options = options or Options()
-    chosen, manifest = formats.load(name), finished(store)
+    chosen, manifest = formats.load(name), read_finished(store)
     lost = chosen.cannot_carry(manifest, options)
     if manifest.samples == 0:
         raise UsageError(f"store {store}: no samples to convert")

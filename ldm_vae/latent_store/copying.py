@@ -17,10 +17,11 @@ import numpy.typing as npt
 from ldm_vae import publish
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import shards
-from ldm_vae.latent_store.dealing import Group, Integers, Samples, Tensors, deal, image_ordinals
-from ldm_vae.latent_store.finishing import read_quarantine
-from ldm_vae.latent_store.layout import SHARDS, STATISTICS, TENSORS
-from ldm_vae.latent_store.manifest import Identity, Manifest, ShardRecord, read_manifest
+from ldm_vae.latent_store.dealing import Integers, Samples, Tensors, deal, image_ordinals
+from ldm_vae.latent_store.layout import STATISTICS, TENSORS, shard_path
+from ldm_vae.latent_store.manifest import Identity, Manifest, ShardRecord, read_finished
+from ldm_vae.latent_store.publication import Group
+from ldm_vae.latent_store.quarantine import read_quarantine
 from ldm_vae.latent_store.updating import StoredImages, digests, said_by_rows, shortened
 from ldm_vae.latent_store.verifying import check_shard
 
@@ -52,28 +53,20 @@ class StoredPiece:
 
     def read(self, positions: Integers) -> Iterator[tuple[Tensors, Samples]]:
         """Mapped tensors and the columns, a few rows at a time."""
-        mapped = shards.map_tensors(self.store / SHARDS / f"{self.shard.name}.{TENSORS}")
-        table = shards.read_rows(self.store / SHARDS / self.shard.name)
+        mapped = shards.map_tensors(shard_path(self.store, self.shard.name, TENSORS))
+        table = shards.read_rows(shard_path(self.store, self.shard.name))
         names = [name for name in mapped if name != STATISTICS]
         for begin in range(0, len(positions), shards.CHUNK_ROWS):
             some = self.rows[positions[begin : begin + shards.CHUNK_ROWS]]
             yield {name: mapped[name][some] for name in names}, table.take(some).to_pylist()
 
 
-def finished(store: Path) -> Manifest:
-    """The manifest of a store that can be copied. Raises UsageError when there is none or it is not finished."""
-    manifest = read_manifest(store)
-    if not manifest.complete:
-        raise UsageError(f"store {store}: not finished; run the `ldm-vae encode` command that began it again")
-    return manifest
-
-
 def pieces(store: Path, manifest: Manifest) -> Iterator[StoredPiece]:
     """Everything that is live in a store, in the order of the samples."""
     for shard in manifest.shards:
-        live = np.setdiff1d(np.arange(shard.rows), shard.removed)
+        live = shard.live_rows
         if len(live):
-            table = shards.read_rows(store / SHARDS / shard.name, ["key"], shard.rows)
+            table = shards.read_rows(shard_path(store, shard.name), ["key"], shard.rows)
             yield StoredPiece(store, manifest, shard, live, table.column("key").take(live).to_pylist())
 
 
@@ -91,7 +84,7 @@ def merge(stores: Sequence[Path], out: Path) -> Manifest:
             different columns; OUT exists.
         WorkError: a store is damaged, or OUT cannot be written.
     """
-    manifests = [finished(store) for store in stores]
+    manifests = [read_finished(store) for store in stores]
     for store, manifest in zip(stores[1:], manifests[1:], strict=True):
         check_same_identity(stores[0], manifests[0].identity, store, manifest.identity)
     parts: list[StoredPiece] = []
@@ -115,7 +108,7 @@ def check_same_identity(first: Path, one: Identity, second: Path, other: Identit
 
 def _unseen(piece: StoredPiece, earlier: Sequence[StoredImages]) -> StoredPiece:
     """Without the images that an earlier store has. Raises UsageError for a key that names another image there."""
-    table = shards.read_rows(piece.store / SHARDS / piece.shard.name, ["image_sha256"])
+    table = shards.read_rows(shard_path(piece.store, piece.shard.name), ["image_sha256"])
     images = shortened(table.column("image_sha256").take(piece.rows).to_pylist())
     saying = said_by_rows(piece.store, piece.shard) if earlier else ()
     keep = np.ones(len(piece.rows), dtype=bool)
@@ -151,7 +144,7 @@ def split(store: Path, out: Path, count: int) -> list[Path]:
     Raises:
         UsageError: there are fewer units than parts; OUT exists.
     """
-    manifest = finished(store)
+    manifest = read_finished(store)
     everything = list(pieces(store, manifest))
     ordinals = image_ordinals([key for piece in everything for key in piece.keys])
     units = ordinals // manifest.identity.shard_size
@@ -167,7 +160,7 @@ def split(store: Path, out: Path, count: int) -> list[Path]:
 
 def take_samples(store: Path, out: Path, first: int, stop: int) -> Manifest:
     """Samples [first, stop), as LatentDataset counts them, as a store of their own."""
-    manifest = finished(store)
+    manifest = read_finished(store)
     if not 0 <= first < stop <= manifest.samples:
         raise UsageError(f"--rows: expected FIRST:STOP within 0:{manifest.samples}, got {first}:{stop}")
     marks = np.zeros(manifest.samples, dtype=bool)
@@ -177,13 +170,13 @@ def take_samples(store: Path, out: Path, first: int, stop: int) -> Manifest:
 
 def take_where(store: Path, out: Path, wanted: Sequence[tuple[str, str]]) -> Manifest:
     """The samples whose columns have these values as text; of a list, one of its elements."""
-    manifest = finished(store)
+    manifest = read_finished(store)
     for name, _ in wanted:
         if name not in manifest.columns:
             raise UsageError(f"--where: the store has no column {name!r}; it has {', '.join(manifest.columns)}")
     parts = []
     for piece in pieces(store, manifest):
-        table = shards.read_rows(piece.store / SHARDS / piece.shard.name).take(piece.rows)
+        table = shards.read_rows(shard_path(piece.store, piece.shard.name)).take(piece.rows)
         keep = np.ones(len(piece.rows), dtype=bool)
         for name, value in wanted:
             values = table.column(name).to_pylist() if name in table.column_names else [None] * len(keep)

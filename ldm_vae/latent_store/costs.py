@@ -16,7 +16,7 @@ from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels, to_uint8
 from ldm_vae.latent_store import preparing, shards
 from ldm_vae.latent_store.encoding import Encoder
-from ldm_vae.latent_store.layout import SAFETENSORS_DTYPES, SHARDS, TENSOR_NAMES, TENSORS
+from ldm_vae.latent_store.layout import SAFETENSORS_DTYPES, TENSOR_NAMES, TENSORS, shard_path
 from ldm_vae.latent_store.manifest import Manifest
 from ldm_vae.latent_store.tiling import seam_error
 from ldm_vae.latent_store.units import Unit
@@ -43,7 +43,7 @@ def measure_costs(store: Path, manifest: Manifest, vae: Any, source: Source) -> 
     """Decode a few samples of the newest shard with and without the rounding of the storage dtype."""
     identity, shard = manifest.identity, manifest.shards[-1]
     count = min(shard.rows, max(1, MOST_PIXELS // (shard.size[0] * shard.size[1])))
-    indices = shards.read_rows(store / SHARDS / shard.name, ["source_index"]).column(0)[:count].to_pylist()
+    indices = shards.read_rows(shard_path(store, shard.name), ["source_index"]).column(0)[:count].to_pylist()
     exact = identity.model_copy(update={"resolution": (shard.resolution,)})
     if identity.codes is None:
         exact = exact.model_copy(update={"dtype": "fp32"})
@@ -51,7 +51,7 @@ def measure_costs(store: Path, manifest: Manifest, vae: Any, source: Source) -> 
     stream = preparing.samples(source, "", cutting_of(exact, vae), [Unit(0, indices)], encoder.batch_size, 0)
     ready = [item for dealt in stream for item in dealt.ready]
     name = TENSOR_NAMES[identity.store][0]
-    mapped = shards.map_tensors(store / SHARDS / f"{shard.name}.{TENSORS}")[name][: len(ready)]
+    mapped = shards.map_tensors(shard_path(store, shard.name, TENSORS))[name][: len(ready)]
     stored = shards.to_float(mapped, SAFETENSORS_DTYPES[identity.dtype])
     psnr, worst = [], 0
     for sample, z, rounded in zip(ready, encoder(ready)[0][name], stored, strict=True):

@@ -7,7 +7,6 @@ encoder writes them. So whole units give the files that they had, wherever their
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,15 +17,16 @@ from tqdm import tqdm
 
 from ldm_vae import __version__, publish
 from ldm_vae.errors import UsageError
-from ldm_vae.latent_store import rows, shards
+from ldm_vae.latent_store import shards
 from ldm_vae.latent_store.finishing import merged_statistics
-from ldm_vae.latent_store.layout import PIXELS, QUARANTINE, SAFETENSORS_DTYPES, SHARDS, TENSORS, UNITS
+from ldm_vae.latent_store.layout import PIXELS, SAFETENSORS_DTYPES, SHARDS, UNITS
 from ldm_vae.latent_store.manifest import Identity, Manifest, ShardRecord, SourceIdentity, write_manifest
+from ldm_vae.latent_store.publication import Group, publish_shard
+from ldm_vae.latent_store.quarantine import write_quarantine
 from ldm_vae.latent_store.units import BadSample
 from ldm_vae.latent_store.updating import digests
 
 Integers = npt.NDArray[np.int64]
-Group = tuple[int, int, int]  # resolution, height, width
 Tensors = dict[str, npt.NDArray[Any]]  # by name, [n, ...] in storage dtype
 Samples = list[dict[str, Any]]  # the columns of n rows
 
@@ -97,8 +97,7 @@ def _fill(folder: Path, parts: Sequence[Piece], head: Manifest, quarantine: Sequ
     unseen = {entry.key for entry in quarantine} - set(keys)
     bad = [entry for entry in quarantine if entry.key in unseen]
     bad = [entry.model_copy(update={"index": images + place}) for place, entry in enumerate(bad)]
-    lines = [json.dumps(entry.model_dump(mode="json"), ensure_ascii=False) + "\n" for entry in bad]
-    publish.replace(folder / QUARANTINE, publish.data("".join(lines).encode()))
+    write_quarantine(folder, bad)
     _, heads = np.unique(ordinals, return_index=True)
     manifest = Manifest(
         complete=True,
@@ -133,10 +132,7 @@ def image_ordinals(keys: Sequence[str]) -> Integers:
 def _write_shard(
     folder: Path, identity: Identity, unit: int, group: Group, taken: Sequence[tuple[Piece, Integers]]
 ) -> tuple[ShardRecord, dict[str, str]]:
-    """One shard of a unit; the same rows give the bytes that the encoder's writer gives."""
-    resolution, height, width = group
-    one_group = len(identity.resolution) == 1 and identity.bucket_step is None
-    name = f"{unit:08d}" if one_group else f"{unit:08d}-{resolution}-{height}x{width}"
+    """One shard of a unit, of rows that come from any number of pieces."""
     samples: Samples = []
     spool: shards.Spool | None = None
     try:
@@ -147,25 +143,10 @@ def _write_shard(
                 spool.append(tensors)
                 samples += some
         assert spool is not None
-        table = shards.to_table(samples)
-        sums = rows.statistics(identity, spool.read, [sample["key"] for sample in samples])
-        metadata = {"encoder": identity.encoder, "unit": str(unit)}
-        stem = folder / SHARDS / name
-        files = {TENSORS: shards.write_tensors(stem.with_name(f"{name}.{TENSORS}"), spool, sums, metadata)}
-        files |= shards.write_rows(stem, table)
+        return publish_shard(folder, identity, unit, group, spool, samples)
     finally:
         if spool is not None:
             spool.close()
-    record = ShardRecord(
-        name=name,
-        unit=unit,
-        rows=len(samples),
-        shape=taken[0][0].shape,
-        resolution=resolution,
-        size=(height, width),
-        files=files,
-    )
-    return record, {field.name: str(field.type) for field in table.schema}
 
 
 def _spec(identity: Identity, tensor: str, values: npt.NDArray[Any]) -> shards.TensorSpec:

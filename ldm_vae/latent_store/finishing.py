@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from ldm_vae import intervals, publish
 from ldm_vae.errors import WorkError
 from ldm_vae.latent_store import rows, shards, units
 from ldm_vae.latent_store.codes import CodeStatistics
-from ldm_vae.latent_store.layout import PLAN, QUARANTINE, SHARDS, STATISTICS, TENSORS, UNITS
+from ldm_vae.latent_store.layout import PLAN, QUARANTINE, SHARDS, STATISTICS, TENSORS, UNITS, shard_path
 from ldm_vae.latent_store.manifest import Manifest, ShardRecord, write_manifest
+from ldm_vae.latent_store.quarantine import write_quarantine
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latent_store.units import BadSample, Plan, UnitRecord
 
@@ -42,9 +42,9 @@ def finish(store: Path, manifest: Manifest, plan: Plan, *, max_bad: float = 1.0,
         if (record := _record(store, unit.number, work, partly)) is not None
     ]
     bad = sorted([*plan.bad, *(entry for record in records for entry in record.bad)], key=lambda entry: entry.index)
-    before = [_without(shard, plan.removed.get(shard.name, ())) for shard in manifest.shards]
+    before = [shard.without(plan.removed.get(shard.name, ())) for shard in manifest.shards]
     entries = [*before, *(shard for record in records for shard in record.shards)]
-    _write_quarantine(store, bad)
+    write_quarantine(store, bad)
     live = sum(shard.live for shard in entries)
     _check_usable(store, plan, live, bad, max_bad)
     columns = dict(manifest.columns)
@@ -76,12 +76,6 @@ def _record(store: Path, unit: int, work: str, partly: bool) -> UnitRecord | Non
     return record
 
 
-def _without(shard: ShardRecord, removed: Sequence[int]) -> ShardRecord:
-    if not removed:
-        return shard
-    return shard.model_copy(update={"removed": tuple(sorted({*shard.removed, *removed}))})
-
-
 def _check_usable(store: Path, plan: Plan, live: int, bad: Sequence[BadSample], max_bad: float) -> None:
     total = plan.source.samples
     if live == 0:
@@ -102,7 +96,7 @@ def merged_statistics(
     for shard in entries:
         if shard.live == 0:
             continue
-        mapped = shards.map_tensors(store / SHARDS / f"{shard.name}.{TENSORS}")
+        mapped = shards.map_tensors(shard_path(store, shard.name, TENSORS))
         if shard.removed:
             total.add(rows.live_statistics(store, manifest.identity, shard, mapped))
         else:
@@ -121,20 +115,6 @@ def with_intervals(store: str | Path, manifest: Manifest) -> Manifest:
     except WorkError:  # a URL, or damaged: `verify` says what
         return manifest
     return manifest.model_copy(update={"statistics": measured | {key: anew[key] for key in ("ci95", "ci95_method")}})
-
-
-def _write_quarantine(store: Path, bad: Sequence[BadSample]) -> None:
-    lines = [json.dumps(entry.model_dump(mode="json"), ensure_ascii=False) + "\n" for entry in bad]
-    publish.replace(store / QUARANTINE, publish.data("".join(lines).encode()))
-
-
-def read_quarantine(store: Path) -> list[BadSample]:
-    """The entries of quarantine.jsonl."""
-    try:
-        lines = (store / QUARANTINE).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [BadSample.model_validate_json(line) for line in lines]
 
 
 def remove_leftovers(store: Path) -> None:

@@ -21,9 +21,10 @@ import torch
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import shards
 from ldm_vae.latent_store.carrying import tensors_of
-from ldm_vae.latent_store.dealing import Group, Integers, Samples, Tensors
+from ldm_vae.latent_store.dealing import Integers, Samples, Tensors
 from ldm_vae.latent_store.layout import PIXELS, SAFETENSORS_DTYPES, TENSOR_NAMES, tensor_name
 from ldm_vae.latent_store.manifest import Identity
+from ldm_vae.latent_store.publication import Group
 from ldm_vae.latents import Normalisation
 
 CHECKSUM = re.compile("[0-9a-f]{64}")

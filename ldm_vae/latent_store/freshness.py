@@ -25,9 +25,9 @@ from ldm_vae.data.source import Source
 from ldm_vae.data.stamps import Sizes, Stamps, chunks_of, stamps_of
 from ldm_vae.errors import UsageError
 from ldm_vae.latent_store import units
-from ldm_vae.latent_store.finishing import read_quarantine
 from ldm_vae.latent_store.layout import passed_on
 from ldm_vae.latent_store.manifest import Manifest, ShardRecord, SourceIdentity
+from ldm_vae.latent_store.quarantine import read_quarantine
 from ldm_vae.latent_store.sightings import Numbers, Sightings
 from ldm_vae.latent_store.units import BadSample, Plan, fresh_plan, read_plan, storable
 from ldm_vae.latent_store.updating import DIGEST, Look, StoredImages, checksums, digests, shortened
@@ -225,10 +225,7 @@ def _held(store: Path, manifest: Manifest, wanted: SourceIdentity, source: Sourc
 def _done(store: Path, manifest: Manifest, plan: Plan, shards: Sequence[ShardRecord], source: Source) -> _Held | None:
     """The rows that a plan keeps, and the units of it that are done."""
     work = plan.work(manifest.identity)
-    kept = [
-        shard.model_copy(update={"removed": tuple(sorted({*shard.removed, *plan.removed.get(shard.name, ())}))})
-        for shard in shards
-    ]
+    kept = [shard.without(plan.removed.get(shard.name, ())) for shard in shards]
     bad = list(plan.bad)
     pieces: list[Sequence[int]] = []
     for unit in plan.units(manifest.identity.shard_size):

@@ -7,6 +7,7 @@ A view is a crop and whether it is mirrored. The centre crop has no name; `flip`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 FORMAT = "ldm-vae latent store"
@@ -44,6 +45,16 @@ OWN_COLUMNS = (
 
 CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
 FLIP = "flip"
+
+
+def shard_file(name: str, extension: str = "") -> str:
+    """The name of a shard's file within its store; without an extension that of all its files."""
+    return f"{SHARDS}/{name}.{extension}" if extension else f"{SHARDS}/{name}"
+
+
+def shard_path(store: Path, name: str, extension: str = "") -> Path:
+    """The path of a shard's file in a store on disk; without an extension the stem of all its files."""
+    return store / shard_file(name, extension)
 
 
 def tensor_name(tensor: str, view: str) -> str:

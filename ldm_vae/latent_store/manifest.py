@@ -10,10 +10,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
 from ldm_vae import publish
@@ -134,8 +137,17 @@ class ShardRecord(Section):
 
     @property
     def live(self) -> int:
-        """Rows that are still part of the store."""
+        """How many rows are still part of the store."""
         return self.rows - len(self.removed)
+
+    @property
+    def live_rows(self) -> npt.NDArray[np.int64]:
+        """The rows that are still part of the store, ascending."""
+        return np.setdiff1d(np.arange(self.rows), self.removed)
+
+    def without(self, rows: Sequence[int]) -> ShardRecord:
+        """The same shard, these rows taken out too."""
+        return self.model_copy(update={"removed": tuple(sorted({*self.removed, *rows}))}) if rows else self
 
     @property
     def stored_bytes(self) -> int:
@@ -208,6 +220,18 @@ def read_manifest(store: str | Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise WorkError(f"store {store}: manifest.json is damaged: `{where}`: {first['msg']}") from error
+
+
+def read_finished(store: str | Path) -> Manifest:
+    """As `read_manifest`, of a store that was finished: only such a one is read, copied, checked or sent anywhere.
+
+    Raises:
+        UsageError: as `read_manifest`, and where the encode that began it has not ended.
+    """
+    manifest = read_manifest(store)
+    if not manifest.complete:
+        raise UsageError(f"store {store}: not finished; run the `ldm-vae encode` command that began it again")
+    return manifest
 
 
 def place_of(store: str | Path) -> str | Path:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from ldm_vae.errors import WorkError
 from ldm_vae.latent_store import shards
-from ldm_vae.latent_store.layout import MAPPED_ROWS, ROWS, SHARDS, TENSORS
+from ldm_vae.latent_store.layout import MAPPED_ROWS, ROWS, TENSORS, shard_path
 from ldm_vae.latent_store.manifest import Manifest, ShardRecord
 
 MOST_MAPS = 30_000  # the kernel allows a process 65,530 mappings; stores of more shards give up the oldest ones
@@ -54,7 +54,7 @@ class LocalFiles:
 
     def _inside(self, shard: ShardRecord, extension: str) -> Path:
         """The path of a shard's file. Raises WorkError for a link that leads out of the store."""
-        path = self.store / SHARDS / f"{shard.name}.{extension}"
+        path = shard_path(self.store, shard.name, extension)
         if path.is_symlink() and not path.resolve().is_relative_to(self.store.resolve()):
             raise WorkError(f"shard {path}: is a link that leads out of the store")
         return path

@@ -19,18 +19,16 @@ import torch
 from tqdm import tqdm
 
 from ldm_vae import publish
-from ldm_vae.latent_store import rows as stored_rows
 from ldm_vae.latent_store import shards, units
 from ldm_vae.latent_store.encoding import Encoder, Reason, Rows
-from ldm_vae.latent_store.layout import SHARDS, TENSORS
+from ldm_vae.latent_store.layout import SHARDS
 from ldm_vae.latent_store.manifest import ShardRecord
 from ldm_vae.latent_store.preparing import Dealt, Ready
+from ldm_vae.latent_store.publication import Group, publish_shard
 from ldm_vae.latent_store.units import BadSample, Unit, UnitRecord
 from ldm_vae.ownership import Ownership
 
 BATCHES_AHEAD = 2  # per encoding thread: enough that none waits, few enough that memory stays flat
-
-Group = tuple[int, int, int]  # resolution, height, width: what rows of one shard share
 
 
 @dataclass
@@ -189,7 +187,9 @@ class Pipeline:
         columns: dict[str, str] = {}
         for group, spool in sorted(unit.spools.items()):
             if spool.rows:
-                record, types = self._publish_shard(unit, group, spool)
+                record, types = publish_shard(
+                    self._out, self._encoder.identity, unit.unit.number, group, spool, unit.rows[group]
+                )
                 written.append(record)
                 columns |= types
         units.write_record(
@@ -204,26 +204,3 @@ class Pipeline:
                 columns=columns,
             ),
         )
-
-    def _publish_shard(self, unit: _OpenUnit, group: Group, spool: shards.Spool) -> tuple[ShardRecord, dict[str, str]]:
-        identity = self._encoder.identity
-        resolution, height, width = group
-        one_group = len(identity.resolution) == 1 and identity.bucket_step is None
-        name = unit.unit.name if one_group else f"{unit.unit.name}-{resolution}-{height}x{width}"
-        stem, rows = self._out / SHARDS / name, unit.rows[group]
-        statistics = stored_rows.statistics(identity, spool.read, [row["key"] for row in rows])
-        metadata = {"encoder": identity.encoder, "unit": str(unit.unit.number)}
-        table = shards.to_table(rows)
-        tensors = stem.with_name(f"{name}.{TENSORS}")
-        files = {TENSORS: shards.write_tensors(tensors, spool, statistics, metadata)}
-        files |= shards.write_rows(stem, table)
-        record = ShardRecord(
-            name=name,
-            unit=unit.unit.number,
-            rows=spool.rows,
-            shape=spool.specs[0].shape,
-            resolution=resolution,
-            size=(height, width),
-            files=files,
-        )
-        return record, {field.name: str(field.type) for field in table.schema}

@@ -13,11 +13,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ldm_vae import publish
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.errors import UsageError
 from ldm_vae.latent_store import transfer
 from ldm_vae.latent_store.file_record import checksum
-from ldm_vae.latent_store.layout import EXTENSIONS, MANIFEST, QUARANTINE, SHARDS
-from ldm_vae.latent_store.manifest import Manifest, ShardRecord, read_manifest, write_manifest
+from ldm_vae.latent_store.layout import EXTENSIONS, MANIFEST, QUARANTINE, SHARDS, shard_path
+from ldm_vae.latent_store.manifest import Manifest, ShardRecord, read_finished, read_manifest, write_manifest
 from ldm_vae.latent_store.remote import file_url
 from ldm_vae.ownership import Ownership, is_mark, own
 
@@ -49,12 +49,10 @@ def plan_pull(url: str, out: Path) -> PullPlan:
     """Compare a store with what is in `out`; nothing is changed.
 
     Raises:
-        UsageError: no store there, or `out` holds another one, whose files would be overwritten.
-        WorkError: the URL cannot be read, or the store there is not finished.
+        UsageError: no store there, it is not finished, or `out` holds another one, whose files would be overwritten.
+        WorkError: the URL cannot be read.
     """
-    manifest = read_manifest(url)
-    if not manifest.complete:
-        raise WorkError(f"store {url}: not finished")
+    manifest = read_finished(url)
     _check_place(url, out, manifest)
     every = [(shard, extension) for shard in manifest.shards for extension in EXTENSIONS]
     bar = tqdm(every, desc="compare", unit="files", disable=None, leave=False)
@@ -117,4 +115,4 @@ def _pull(plan: PullPlan, owner: Ownership) -> Manifest:
 
 def _path(out: Path, file: File) -> Path:
     shard, extension = file
-    return out / SHARDS / f"{shard.name}.{extension}"
+    return shard_path(out, shard.name, extension)

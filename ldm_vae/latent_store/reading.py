@@ -28,7 +28,7 @@ from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import shards
 from ldm_vae.latent_store.batch import Item, Rows
 from ldm_vae.latent_store.layout import PIXELS, SAFETENSORS_DTYPES, TENSOR_NAMES, crop_of, is_flipped, tensor_name
-from ldm_vae.latent_store.manifest import Manifest, ShardRecord, place_of, read_manifest
+from ldm_vae.latent_store.manifest import Manifest, ShardRecord, place_of, read_finished
 from ldm_vae.latent_store.mapping import Maps, open_files
 from ldm_vae.latent_store.statistics import LatentStatistics
 from ldm_vae.latents import Moments, Normalisation, NormalisationKind
@@ -81,9 +81,7 @@ class LatentDataset(Dataset[Item]):
         cache_bytes: float | None = None,
     ) -> None:
         self.path = place_of(path)
-        self.manifest: Manifest = read_manifest(self.path)
-        if not self.manifest.complete:
-            raise UsageError(f"store {path}: not finished; run the `ldm-vae encode` command that began it again")
+        self.manifest: Manifest = read_finished(self.path)
         self.raw, self.sample, self.seed, self.epoch = raw, sample, seed, 0
         identity = self.manifest.identity
         _known("view", view, (*identity.views, "random"))
@@ -242,8 +240,7 @@ class LatentDataset(Dataset[Item]):
         for number, shard in enumerate(self.shards):
             found = self._maps.columns(number).get(name)
             rows = [None] * shard.rows if found is None else found.to_pylist()
-            removed = set(shard.removed)
-            values += [value for row, value in enumerate(rows) if row not in removed]
+            values += [rows[row] for row in shard.live_rows.tolist()]
         return values
 
     def views(self, indices: Sequence[int], epochs: Sequence[int]) -> list[str]:

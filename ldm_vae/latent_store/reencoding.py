@@ -13,7 +13,7 @@ from ldm_vae import keyed
 from ldm_vae.data.source import Source
 from ldm_vae.latent_store import preparing, shards
 from ldm_vae.latent_store.encoding import Encoder
-from ldm_vae.latent_store.layout import SHARDS, TENSOR_NAMES, TENSORS
+from ldm_vae.latent_store.layout import SHARDS, TENSOR_NAMES, TENSORS, shard_path
 from ldm_vae.latent_store.manifest import Manifest
 from ldm_vae.latent_store.origins import indices_of
 from ldm_vae.latent_store.units import Unit
@@ -103,8 +103,8 @@ def _choose(store: Path, manifest: Manifest, count: int, seed: int) -> dict[tupl
     chosen = {}
     for number in np.unique(np.searchsorted(stops, picks, side="right")).tolist():
         shard = manifest.shards[number]
-        table = shards.read_rows(store / SHARDS / shard.name, ["key", "image_sha256"])
-        rows = np.setdiff1d(np.arange(shard.rows), shard.removed)
+        table = shards.read_rows(shard_path(store, shard.name), ["key", "image_sha256"])
+        rows = shard.live_rows
         own = picks[(picks < stops[number]) & (picks >= stops[number] - live[number])] - (stops[number] - live[number])
         for row in rows[np.sort(own)].tolist():
             entry = {name: table.column(name)[row].as_py() for name in table.column_names}
@@ -116,7 +116,7 @@ def _compare(
     store: Path, manifest: Manifest, stored: _Stored, rows: dict[str, Any], std: np.ndarray[Any, Any] | None
 ) -> tuple[bool, float]:
     """Whether all tensors have the same bits, and how far the first one (mean, sample or indices) is off."""
-    mapped = shards.map_tensors(store / SHARDS / f"{manifest.shards[stored.shard].name}.{TENSORS}")
+    mapped = shards.map_tensors(shard_path(store, manifest.shards[stored.shard].name, TENSORS))
     same = all(value[0].tobytes() == mapped[name][stored.row].tobytes() for name, value in rows.items())
     name = TENSOR_NAMES[manifest.identity.store][0]
     if std is None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import shards
 from ldm_vae.latent_store.cache import Cache, open_cache
-from ldm_vae.latent_store.layout import MAPPED_ROWS, ROWS, SHARDS, TENSORS
+from ldm_vae.latent_store.layout import MAPPED_ROWS, ROWS, TENSORS, shard_file
 from ldm_vae.latent_store.manifest import Manifest, ShardRecord
 from ldm_vae.latent_store.transfer import AbsentError
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 def file_url(store: str, shard: ShardRecord, extension: str) -> str:
     """Where a file of a shard is."""
-    return f"{store}/{SHARDS}/{shard.name}.{extension}"
+    return f"{store}/{shard_file(shard.name, extension)}"
 
 
 @dataclass(frozen=True)

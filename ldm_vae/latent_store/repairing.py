@@ -22,8 +22,8 @@ from ldm_vae.latent_store import preparing, shards, units
 from ldm_vae.latent_store.encoding import Encoder
 from ldm_vae.latent_store.file_record import checksum
 from ldm_vae.latent_store.finishing import merged_statistics, remove_leftovers
-from ldm_vae.latent_store.layout import EXTENSIONS, MAPPED_ROWS, ROWS, SHARDS
-from ldm_vae.latent_store.manifest import Manifest, ShardRecord, read_manifest, write_manifest
+from ldm_vae.latent_store.layout import EXTENSIONS, MAPPED_ROWS, ROWS, shard_file, shard_path
+from ldm_vae.latent_store.manifest import Manifest, ShardRecord, read_finished, read_manifest, write_manifest
 from ldm_vae.latent_store.origins import indices_of
 from ldm_vae.latent_store.pipeline import Pipeline
 from ldm_vae.latent_store.units import Unit, UnitRecord
@@ -56,8 +56,9 @@ def repair(
     """Make a store sound again. `vae` and `source` are asked for only when something has to be encoded again.
 
     Raises:
-        UsageError: there is no store, or another launch is at work in it; VAE or images are needed and not found.
-        WorkError: it is not finished, or cannot be written.
+        UsageError: there is no store, it is not finished, or another launch is at work in it; VAE or images are needed
+            and not found.
+        WorkError: it cannot be written.
     """
     read_manifest(store)  # without a store there is nothing to own
     with own(store, "STORE") as owner:
@@ -73,9 +74,7 @@ def _repair(
     threads: int,
     device: torch.device | str,
 ) -> Repaired:
-    manifest = read_manifest(store)
-    if not manifest.complete:
-        raise WorkError(f"store {store}: not finished; run the `ldm-vae encode` command that began it again")
+    manifest = read_finished(store)
     remove_leftovers(store)
     damaged = {shard.name: _damaged(store, shard) for shard in manifest.shards}
     copied = [file for shard in manifest.shards for file in _copy_rows(store, shard, damaged[shard.name])]
@@ -88,17 +87,16 @@ def _repair(
 
 def _damaged(store: Path, shard: ShardRecord) -> set[str]:
     """Extensions of the files that are not what the manifest says."""
-    stem = store / SHARDS / shard.name
     return {
         extension
         for extension in EXTENSIONS
-        if checksum(stem.with_name(f"{shard.name}.{extension}")) != shard.files[extension]
+        if checksum(shard_path(store, shard.name, extension)) != shard.files[extension]
     }
 
 
 def _copy_rows(store: Path, shard: ShardRecord, damaged: set[str]) -> list[str]:
     """Write the one of .parquet and .arrow that is damaged from the other; what is repaired leaves `damaged`."""
-    stem = store / SHARDS / shard.name
+    stem = shard_path(store, shard.name)
     if len(broken := damaged & {ROWS, MAPPED_ROWS}) != 1:
         return []
     (extension,) = broken
@@ -107,7 +105,7 @@ def _copy_rows(store: Path, shard: ShardRecord, damaged: set[str]) -> list[str]:
     if write(stem, table) != shard.files[extension]:  # another version of pyarrow: sound, and not those bytes
         return []
     damaged.discard(extension)
-    return [f"{SHARDS}/{shard.name}.{extension}"]
+    return [shard_file(shard.name, extension)]
 
 
 def _encode_again(
@@ -181,15 +179,13 @@ def _old_rows(store: Path, manifest: Manifest, number: int) -> list[Row] | None:
     for shard in manifest.shards:
         if shard.unit == number:
             try:
-                table = shards.read_rows(store / SHARDS / shard.name)
+                table = shards.read_rows(shard_path(store, shard.name))
             except WorkError:
                 try:
-                    table = shards.map_rows(store / SHARDS / shard.name)
+                    table = shards.map_rows(shard_path(store, shard.name))
                 except WorkError:
                     return None
-            gone = set(shard.removed)
-            columns = table.select(["key", "image_sha256", "resolution"]).to_pylist()
-            found += [row for position, row in enumerate(columns) if position not in gone]
+            found += table.select(["key", "image_sha256", "resolution"]).take(shard.live_rows).to_pylist()
     return found
 
 
@@ -200,7 +196,7 @@ def _entries(store: Path, record: UnitRecord, old: list[Row] | None, lost: list[
     before = {(row["key"], row["resolution"]): row["image_sha256"] for row in old}
     entries = []
     for shard in record.shards:
-        table = shards.read_rows(store / SHARDS / shard.name, ["key", "image_sha256", "resolution"])
+        table = shards.read_rows(shard_path(store, shard.name), ["key", "image_sha256", "resolution"])
         removed = []
         for position, row in enumerate(table.to_pylist()):
             expected = before.get((row["key"], row["resolution"]))

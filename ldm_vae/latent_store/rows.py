@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ldm_vae.latent_store import shards
 from ldm_vae.latent_store.codes import CodeStatistics
-from ldm_vae.latent_store.layout import SAFETENSORS_DTYPES, SHARDS, TENSOR_NAMES, tensor_name
+from ldm_vae.latent_store.layout import SAFETENSORS_DTYPES, TENSOR_NAMES, shard_path, tensor_name
 from ldm_vae.latent_store.manifest import Identity, ShardRecord
 from ldm_vae.latent_store.shards import CHUNK_ROWS
 from ldm_vae.latent_store.statistics import LatentStatistics
@@ -59,6 +59,6 @@ def live_statistics(
     store: Path, identity: Identity, shard: ShardRecord, mapped: Mapping[str, npt.NDArray[Any]]
 ) -> npt.NDArray[np.float64]:
     """The table of sums over the rows that are still there."""
-    live = np.setdiff1d(np.arange(shard.rows), shard.removed)
-    keys = shards.read_rows(store / SHARDS / shard.name, ["key"], shard.rows).column("key").take(live).to_pylist()
+    live = shard.live_rows
+    keys = shards.read_rows(shard_path(store, shard.name), ["key"], shard.rows).column("key").take(live).to_pylist()
     return statistics(identity, lambda name, first, stop: mapped[name][live[first:stop]], keys)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ldm_vae import publish
 from ldm_vae.config import Section
 from ldm_vae.data.source import Source
-from ldm_vae.latent_store.layout import PLAN, SHARDS, UNITS
+from ldm_vae.latent_store.layout import PLAN, UNITS, shard_path
 from ldm_vae.latent_store.manifest import Identity, Settings, ShardRecord, SourceIdentity
 
 
@@ -140,7 +140,7 @@ def is_done(store: Path, unit: int, work: str) -> bool:
     """Whether a unit has its record, and its files are there with the sizes that the record says."""
     record = read_record(store, unit, work)
     return record is not None and all(
-        _size(store / SHARDS / f"{shard.name}.{extension}") == file.bytes
+        _size(shard_path(store, shard.name, extension)) == file.bytes
         for shard in record.shards
         for extension, file in shard.files.items()
     )

@@ -27,9 +27,10 @@ from ldm_vae.data.source import Source, image_checksum
 from ldm_vae.data.stamps import stamp_now
 from ldm_vae.data.workers import load
 from ldm_vae.latent_store import shards, units
-from ldm_vae.latent_store.finishing import finish, read_quarantine
-from ldm_vae.latent_store.layout import EXTENSIONS, IMAGE_BYTES, PLAN, SHARDS, is_own, passed_on
+from ldm_vae.latent_store.finishing import finish
+from ldm_vae.latent_store.layout import EXTENSIONS, IMAGE_BYTES, PLAN, SHARDS, is_own, passed_on, shard_path
 from ldm_vae.latent_store.manifest import Manifest, ShardRecord, SourceIdentity, write_manifest
+from ldm_vae.latent_store.quarantine import read_quarantine
 from ldm_vae.latent_store.sightings import Sightings, sighting
 from ldm_vae.latent_store.units import BadSample, Plan, storable
 
@@ -52,9 +53,9 @@ class StoredImages:
     def __init__(self, store: Path, manifest: Manifest, columns: Collection[str] = ()) -> None:
         keys, images, sizes, places = [], [], [], []
         for number, shard in enumerate(manifest.shards):
-            stem, passed_on = store / SHARDS / shard.name, f"source_{IMAGE_BYTES}"
+            stem, passed_on = shard_path(store, shard.name), f"source_{IMAGE_BYTES}"
             table = shards.read_rows(stem, ["key", "image_sha256"], shard.rows, [IMAGE_BYTES, passed_on])
-            live = np.setdiff1d(np.arange(shard.rows), shard.removed)
+            live = shard.live_rows
             keys.append(digests(table.column("key").take(live).to_pylist()))
             images.append(shortened(table.column("image_sha256").take(live).to_pylist()))
             theirs = IMAGE_BYTES in columns and passed_on not in table.column_names
@@ -79,7 +80,7 @@ class StoredImages:
 
     def columns(self) -> set[str]:
         """Names of the columns that came from the source."""
-        stems = [self._store / SHARDS / name for name in self._names]
+        stems = [shard_path(self._store, name) for name in self._names]
         return {name for stem in stems for name in shards.row_columns(stem) if not is_own(name)}
 
     def said(self, row: int) -> bytes:
@@ -221,7 +222,7 @@ def checksums(
 
 def said_by_rows(store: Path, shard: ShardRecord) -> npt.NDArray[np.void]:
     """`said` of all rows of a shard; not as `Digests`, whose elements come back without zeros at their end."""
-    table = shards.read_rows(store / SHARDS / shard.name, rows=shard.rows)
+    table = shards.read_rows(shard_path(store, shard.name), rows=shard.rows)
     theirs = table.select([name for name in table.column_names if not is_own(name)])
     return np.array([said(row) for row in theirs.to_pylist()], dtype=f"V{DIGEST}")
 

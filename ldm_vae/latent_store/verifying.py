@@ -21,9 +21,11 @@ from ldm_vae.latent_store.layout import (
     SHARDS,
     TENSOR_NAMES,
     TENSORS,
+    shard_file,
+    shard_path,
     tensor_name,
 )
-from ldm_vae.latent_store.manifest import Manifest, ShardRecord, place_of, read_manifest
+from ldm_vae.latent_store.manifest import Manifest, ShardRecord, place_of, read_finished
 from ldm_vae.latent_store.shards import CHUNK_ROWS
 
 
@@ -40,13 +42,11 @@ def verify(store: str | Path) -> list[Problem]:
     every file is downloaded, past the cache.
 
     Raises:
-        UsageError: there is no store.
-        WorkError: the manifest itself is damaged, or the store is not finished.
+        UsageError: there is no store, or it is not finished.
+        WorkError: the manifest itself is damaged.
     """
     place = place_of(store)
-    manifest = read_manifest(place)
-    if not manifest.complete:
-        raise WorkError(f"store {store}: not finished; run the `ldm-vae encode` command that began it again")
+    manifest = read_finished(place)
     bar = tqdm(manifest.shards, desc="verify", unit="shards", disable=None, leave=False)
     problems: list[Problem] = []
     for shard in bar:
@@ -61,10 +61,10 @@ def verify(store: str | Path) -> list[Problem]:
 
 def check_shard(store: Path, manifest: Manifest, shard: ShardRecord) -> Iterator[Problem]:
     """What is wrong with one shard."""
-    stem = store / SHARDS / shard.name
+    stem = shard_path(store, shard.name)
     sound = True
     for extension in EXTENSIONS:
-        file = f"{SHARDS}/{shard.name}.{extension}"
+        file = shard_file(shard.name, extension)
         expected, found = shard.files[extension], checksum(store / file)
         if found != expected:
             sound = False
@@ -79,7 +79,7 @@ def check_shard(store: Path, manifest: Manifest, shard: ShardRecord) -> Iterator
     try:
         yield from _check_rows(manifest, shard, stem)
     except WorkError as error:
-        yield Problem(f"{SHARDS}/{shard.name}", str(error))
+        yield Problem(shard_file(shard.name), str(error))
 
 
 def _check_at(url: str, manifest: Manifest, shard: ShardRecord) -> Iterator[Problem]:
@@ -90,7 +90,7 @@ def _check_at(url: str, manifest: Manifest, shard: ShardRecord) -> Iterator[Prob
         (Path(folder) / SHARDS).mkdir()
         problems = []
         for extension in EXTENSIONS:
-            file = f"{SHARDS}/{shard.name}.{extension}"
+            file = shard_file(shard.name, extension)
             try:
                 download(file_url(url, shard, extension), Path(folder) / file, shard.files[extension])
             except WorkError as error:
@@ -101,10 +101,10 @@ def _check_at(url: str, manifest: Manifest, shard: ShardRecord) -> Iterator[Prob
 def _check_rows(manifest: Manifest, shard: ShardRecord, stem: Path) -> Iterator[Problem]:
     table = shards.read_rows(stem)
     if table.num_rows != shard.rows:
-        yield Problem(f"{SHARDS}/{shard.name}.{ROWS}", f"has {table.num_rows} rows, not {shard.rows}")
+        yield Problem(shard_file(shard.name, ROWS), f"has {table.num_rows} rows, not {shard.rows}")
     if not table.equals(shards.map_rows(stem)):
-        yield Problem(f"{SHARDS}/{shard.name}.{MAPPED_ROWS}", "does not hold the rows of the parquet")
-    file = f"{SHARDS}/{shard.name}.{TENSORS}"
+        yield Problem(shard_file(shard.name, MAPPED_ROWS), "does not hold the rows of the parquet")
+    file = shard_file(shard.name, TENSORS)
     mapped = shards.map_tensors(stem.with_name(f"{shard.name}.{TENSORS}"))
     dtype = SAFETENSORS_DTYPES[manifest.identity.dtype]
     names = [tensor_name(t, v) for v in manifest.identity.views for t in TENSOR_NAMES[manifest.identity.store]]

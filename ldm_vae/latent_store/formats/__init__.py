@@ -22,10 +22,10 @@ from ldm_vae import config
 from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store.carrying import Carried
 from ldm_vae.latent_store.copying import StoredPiece
-from ldm_vae.latent_store.dealing import Group
 from ldm_vae.latent_store.foreign import Claim, ForeignPiece, Load
 from ldm_vae.latent_store.layout import CORNERS, FLIP, PIXELS, TENSOR_NAMES, tensor_name
 from ldm_vae.latent_store.manifest import Identity, Manifest
+from ldm_vae.latent_store.publication import Group
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,11 @@ from ldm_vae.latent_store.carrying import (
 )
 from ldm_vae.latent_store.copying import StoredPiece
 from ldm_vae.latent_store.dealing import Integers, Samples, Tensors
-from ldm_vae.latent_store.finishing import read_quarantine
 from ldm_vae.latent_store.foreign import Claim, group_of
 from ldm_vae.latent_store.formats import Found, Options, Sketch, found
 from ldm_vae.latent_store.layout import FLIP, TENSOR_NAMES, tensor_name
 from ldm_vae.latent_store.manifest import Manifest
+from ldm_vae.latent_store.quarantine import read_quarantine
 from ldm_vae.latent_store.statistics import LatentStatistics
 
 LATENTS, FLIPPED, LABELS = "latents", "latents_flip", "labels"

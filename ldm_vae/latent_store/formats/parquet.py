@@ -26,11 +26,11 @@ from ldm_vae.latent_store import shards
 from ldm_vae.latent_store.carrying import Carried, as_numbers, parse_carried, tensors_of
 from ldm_vae.latent_store.copying import StoredPiece
 from ldm_vae.latent_store.dealing import Integers, Samples, Tensors
-from ldm_vae.latent_store.finishing import read_quarantine
 from ldm_vae.latent_store.foreign import Claim, group_of
 from ldm_vae.latent_store.formats import Found, Options, Sketch, found, is_tensor, stored_name
-from ldm_vae.latent_store.layout import SHARDS
+from ldm_vae.latent_store.layout import ROWS, shard_path
 from ldm_vae.latent_store.manifest import Manifest
+from ldm_vae.latent_store.quarantine import read_quarantine
 from ldm_vae.untrusted import why_unreadable
 
 CARRIED, QUARANTINE = b"ldm_vae", b"ldm_vae_quarantine"
@@ -83,7 +83,7 @@ def _common_types(pieces: Sequence[StoredPiece]) -> dict[str, pa.DataType | None
     """By column the type that all shards share; None where they do not: then all its values are JSON text."""
     found: dict[str, set[pa.DataType]] = {}
     for piece in pieces:
-        for field in pq.read_schema(piece.store / SHARDS / f"{piece.shard.name}.parquet"):
+        for field in pq.read_schema(shard_path(piece.store, piece.shard.name, ROWS)):
             found.setdefault(field.name, set()).add(field.type)
     common: dict[str, pa.DataType | None] = {}
     for name, types in found.items():

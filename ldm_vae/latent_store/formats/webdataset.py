@@ -39,11 +39,11 @@ from ldm_vae.latent_store.carrying import (
 )
 from ldm_vae.latent_store.copying import StoredPiece
 from ldm_vae.latent_store.dealing import Integers, Samples, Tensors
-from ldm_vae.latent_store.finishing import read_quarantine
 from ldm_vae.latent_store.foreign import Claim, group_of
 from ldm_vae.latent_store.formats import Found, Options, Sketch, found, is_tensor, stored_name
 from ldm_vae.latent_store.manifest import Manifest
 from ldm_vae.latent_store.npy import from_npy, npy_header, to_npy
+from ldm_vae.latent_store.quarantine import read_quarantine
 from ldm_vae.latent_store.shards import CHUNK_ROWS
 
 HEADER = 256  # bytes that hold the header of a .npy file
