@@ -1,13 +1,16 @@
-"""Who may import whom: config <- parts <- objective, step <- programs <- tests, and what starts fast stays fast."""
+"""Imports: in one direction, without circles between files or packages, and what starts fast stays fast."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.sparse.csgraph import connected_components
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "ldm_vae").rglob("*.py"))
@@ -56,6 +59,72 @@ def test_the_check_sees_what_it_forbids() -> None:
     assert wrong_in_library("config.py", "from ldm_vae.step import TrainingStep") != []
     assert wrong_in_library("config.py", "from ldm_vae.errors import UsageError") == []
     assert wrong_in_library("step.py", "def f():\n    from train import autoencoder") != []
+
+
+Graph = dict[str, set[str]]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def import_graph(sources: Mapping[str, str]) -> Graph:
+    """Module => modules among `sources` (text by dotted name) that it imports, inside functions too; `from a import b`
+    is an import of a.b where that is a module. What is imported for a type checker alone is never imported."""
+    graph: Graph = {module: set() for module in sources}
+    for module, text in sources.items():
+        tree = ast.parse(text)
+        checked = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+        typed = {id(one) for node in checked if ast.unparse(node.test) == "TYPE_CHECKING" for one in ast.walk(node)}
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                base = str(node.module)
+                names = [f"{base}.{name}" if f"{base}.{name}" in sources else base for name in names]
+            if id(node) not in typed:
+                graph[module] |= {name for name in names if name in sources} - {module}
+    return graph
+
+
+def level(graph: Graph, package: str) -> Graph:
+    """The same between the direct members, modules or packages, of a package."""
+    depth = package.count(".") + 2
+
+    def member(module: str) -> str:
+        return ".".join(module.split(".")[:depth])
+
+    found: Graph = {}
+    for module, imported in graph.items():
+        if module.startswith(f"{package}."):
+            inside = {member(one) for one in imported if one.startswith(f"{package}.")}
+            found.setdefault(member(module), set()).update(inside - {member(module)})
+    return found
+
+
+def circles(graph: Graph) -> list[str]:
+    """The edges within strongly connected components of more than one member."""
+    names = sorted(graph)
+    matrix = np.array([[other in graph[name] for other in names] for name in names])
+    _, component = connected_components(matrix, connection="strong")
+    of = dict(zip(names, component.tolist(), strict=True))
+    return [f"{one} -> {other}" for one in names for other in sorted(graph[one]) if of[one] == of.get(other)]
+
+
+def test_no_files_and_no_packages_import_each_other_in_a_circle() -> None:
+    graph = import_graph({name_of(path): path.read_text() for path in LIBRARY})
+    assert circles(graph) == []
+    for package in sorted({name_of(path.parent / "__init__.py") for path in LIBRARY}):
+        assert circles(level(graph, package)) == [], package
+
+
+def test_circles_are_seen() -> None:
+    sources = {"a": "", "a.x": "def f():\n    from a.y import g", "a.y": "import a.z", "a.z": "from a import x"}
+    assert circles(import_graph(sources)) == ["a.x -> a.y", "a.y -> a.z", "a.z -> a.x"]
+    typed = sources | {"a.x": "if TYPE_CHECKING:\n    from a.y import g"}
+    assert circles(import_graph(typed)) == []
+    apart = {"a": "", "a.b": "", "a.b.x": "from a.c.x import f", "a.b.y": "", "a.c": "", "a.c.x": "from a.b import y"}
+    assert circles(import_graph(apart)) == []
+    assert circles(level(import_graph(apart), "a")) == ["a.b -> a.c", "a.c -> a.b"]
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.relative_to(ROOT).as_posix())
