@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ldm_vae.errors import UsageError, run_program
+from ldm_vae.core.errors import UsageError, run_program
 
 from .timing import machine
 

@@ -29,18 +29,18 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from ldm_vae.autoencoder import Reconstruction
-from ldm_vae.digits import digits, held_out
-from ldm_vae.errors import UsageError, WorkError, run_program
-from ldm_vae.latents import Moments, posterior_noise
+from ldm_vae.autoencoder.latents import Moments, posterior_noise
+from ldm_vae.autoencoder.model import Reconstruction
+from ldm_vae.core.errors import UsageError, WorkError, run_program
+from ldm_vae.core.ownership import own
+from ldm_vae.demo.digits import digits, held_out
 from ldm_vae.losses import Schedule, TermConfig
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.kl_free_bits import Config as FreeBits
 from ldm_vae.losses.kl_target import Config as KLTarget
 from ldm_vae.metrics import result
-from ldm_vae.objective import Objective, rate
-from ldm_vae.optim import schedule, set_learning_rate
-from ldm_vae.ownership import own
+from ldm_vae.run.optim import schedule, set_learning_rate
+from ldm_vae.training.objective import Objective, rate
 
 CHANNELS = 8  # of the latent, at one position
 PIXELS = 64

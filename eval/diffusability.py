@@ -27,28 +27,33 @@ import torch
 from diffusers import AutoencoderKL
 from torchvision.utils import make_grid
 
-from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
+from ldm_vae.autoencoder.model import check_resolution, downsampling_factor, load_autoencoder
+from ldm_vae.core.errors import UsageError, WorkError, run_program
+from ldm_vae.core.launch import build_accelerator
+from ldm_vae.core.ownership import own
 from ldm_vae.data.flags import DataFlags, add_data_arguments
+from ldm_vae.data.preparation import preparation_of
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.denoisers.dit import Config as DiT
-from ldm_vae.diffusability import Matched, Recipe, fit, match
-from ldm_vae.diffusion import SamplingConfig
-from ldm_vae.errors import UsageError, WorkError, run_program
-from ldm_vae.generator import Generator
+from ldm_vae.diffusion.flow import SamplingConfig
+from ldm_vae.diffusion.generator import Generator
+from ldm_vae.diffusion.probe import (
+    Matched,
+    Recipe,
+    fit,
+    match,
+)
+from ldm_vae.diffusion.sample_metrics import NOT_INSTALLED, Looks, looks
 from ldm_vae.latent_space.equivariance import equivariance_error
 from ldm_vae.latent_space.spectrum import high_frequency_share
 from ldm_vae.latent_store import LatentDataset, write_store
-from ldm_vae.launch import build_accelerator
 from ldm_vae.metrics import result
 from ldm_vae.metrics.batches import image_batches, spread
 from ldm_vae.metrics.diffusability import markdown, summarised, verdicts
-from ldm_vae.metrics.generation import NOT_INSTALLED, Looks, looks
 from ldm_vae.metrics.pictures import save
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.running import Running
-from ldm_vae.ownership import own
-from ldm_vae.preparation import preparation_of
 from ldm_vae.report import build_report
 
 Json = dict[str, Any]

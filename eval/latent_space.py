@@ -28,13 +28,17 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ldm_vae import finite, latents
-from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
+from ldm_vae.autoencoder import finite, latents
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.model import check_resolution, downsampling_factor, load_autoencoder
+from ldm_vae.core.errors import UsageError, WorkError, run_program
+from ldm_vae.core.launch import build_accelerator
+from ldm_vae.core.ownership import own_together
 from ldm_vae.data.flags import DataFlags, add_data_arguments
+from ldm_vae.data.preparation import preparation_of
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels
-from ldm_vae.errors import UsageError, WorkError, run_program
 from ldm_vae.latent_space import summary
 from ldm_vae.latent_space.channels import ChannelStatistics
 from ldm_vae.latent_space.equivariance import applicable, equivariance_error
@@ -43,8 +47,6 @@ from ldm_vae.latent_space.likelihood import SAMPLES, LikelihoodBounds, fitted_va
 from ldm_vae.latent_space.mixture import check_installed
 from ldm_vae.latent_space.pictures import keep_pictures
 from ldm_vae.latent_space.spectrum import high_frequency_share, radial_power_spectrum, white_share
-from ldm_vae.latents import Moments
-from ldm_vae.launch import build_accelerator
 from ldm_vae.metrics import result
 from ldm_vae.metrics.batches import ImageBatch, image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import Checksum
@@ -52,8 +54,6 @@ from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.psnr import psnr
 from ldm_vae.metrics.ranks import gather, gather_rows
 from ldm_vae.metrics.running import Running, Summary
-from ldm_vae.ownership import own_together
-from ldm_vae.preparation import preparation_of
 
 
 def arguments() -> argparse.Namespace:

@@ -19,11 +19,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ldm_vae import config, latents
-from ldm_vae.autoencoder import AutoencoderConfig, Reconstruction, TrainableAutoencoder
-from ldm_vae.bottleneck import Codes
-from ldm_vae.cost import Cost
-from ldm_vae.errors import UsageError, run_program
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.bottleneck import Codes
+from ldm_vae.autoencoder.model import AutoencoderConfig, Reconstruction, TrainableAutoencoder
+from ldm_vae.core import config
+from ldm_vae.core.errors import UsageError, run_program
+from ldm_vae.core.flop_counter import Cost
 from ldm_vae.models.vq import Config as VQModelConfig
 
 NEEDS_TEACHER = ("drift",)

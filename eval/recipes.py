@@ -8,8 +8,10 @@ terms and batch. They are short forms of published recipes, with what costs time
 - diffusers_repaired: the same with the gradient of LPIPS.
 - shared_forward: what one writes first. One forward for both sides, the textbook adaptive weight.
 - autoencoder_only: forward and backward of the autoencoder with L1, the floor.
-- train_step, small_gpu: ldm_vae.step.TrainingStep; the second with the savings of configs/profiles/small_gpu.yaml.
-- decoder_from_store: ldm_vae.step.TrainingStep without an encoder, on stored moments (`latent_store` of a config).
+- train_step, small_gpu: ldm_vae.training.step.TrainingStep; the second with the savings of
+  configs/profiles/small_gpu.yaml.
+- decoder_from_store: ldm_vae.training.step.TrainingStep without an encoder, on stored moments (`latent_store` of a
+  config).
 
 Legend: B batch, C image channels, H W pixels.
 """
@@ -25,19 +27,19 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from ldm_vae.adaptive import EPSILON, LARGEST
-from ldm_vae.adversary import Adversary, AdversaryConfig
-from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.model import AutoencoderConfig, TrainableAutoencoder
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
-from ldm_vae.latents import Moments
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.lpips import Config as LPIPSConfig
-from ldm_vae.objective import Objective
-from ldm_vae.optim import OptimizerConfig
 from ldm_vae.perceptual.lpips import LPIPS, SMALLEST
-from ldm_vae.step import TrainingStep
-from ldm_vae.stored_pairs import drop_encoder
+from ldm_vae.run.optim import OptimizerConfig
+from ldm_vae.training.adaptive_weight import EPSILON, LARGEST
+from ldm_vae.training.adversary import Adversary, AdversaryConfig
+from ldm_vae.training.decoder_only import drop_encoder
+from ldm_vae.training.objective import Objective
+from ldm_vae.training.step import TrainingStep
 
 KL_WEIGHT = 1e-6
 
@@ -115,7 +117,7 @@ class Networks:
             torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
             for loss in (reconstruction_loss, generator_loss)
         ]
-        largest = LARGEST / math.prod(images.shape[1:])  # on means, as in ldm_vae.adaptive
+        largest = LARGEST / math.prod(images.shape[1:])  # on means, as in ldm_vae.training.adaptive_weight
         return (norms[0] / (norms[1] + EPSILON)).clamp(0, largest).detach() * self.work.adversary_weight
 
     def update_autoencoder(self, loss: torch.Tensor) -> None:

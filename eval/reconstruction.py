@@ -26,12 +26,14 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
+from ldm_vae.autoencoder.model import check_resolution, downsampling_factor, load_autoencoder
+from ldm_vae.core.errors import UsageError, WorkError, run_program
+from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
+from ldm_vae.core.ownership import own_together
 from ldm_vae.data.flags import DataFlags, add_data_arguments
+from ldm_vae.data.preparation import preparation_of
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
 from ldm_vae.data.source import Source
-from ldm_vae.errors import UsageError, WorkError, run_program
-from ldm_vae.launch import ON_THEIR_OWN, build_accelerator
 from ldm_vae.metrics import result
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import Evaluation, evaluate_reconstruction
@@ -41,8 +43,6 @@ from ldm_vae.metrics.pictures import keep_pictures
 from ldm_vae.metrics.protocol import PINNED, VARIANTS, by_name
 from ldm_vae.metrics.samples import keep_samples
 from ldm_vae.metrics.select import NAMES, Weights, build_metrics, check
-from ldm_vae.ownership import own_together
-from ldm_vae.preparation import preparation_of
 
 
 def arguments() -> argparse.Namespace:

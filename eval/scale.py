@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ldm_vae.errors import UsageError, run_program
+from ldm_vae.core.errors import UsageError, run_program
 
 HOUR = 3600.0
 REPETITIONS = 300  # of a simulated run

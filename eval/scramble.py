@@ -19,14 +19,19 @@ from typing import Any
 
 import torch
 
-from ldm_vae import finite, latents
-from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder, only_kl
+from ldm_vae.autoencoder import finite, latents
+from ldm_vae.autoencoder.model import (
+    check_resolution,
+    downsampling_factor,
+    load_autoencoder,
+    only_kl,
+)
+from ldm_vae.core.errors import UsageError, run_program
 from ldm_vae.data.flags import DataFlags, add_data_arguments
+from ldm_vae.data.preparation import preparation_of
 from ldm_vae.data.transforms import to_pixels
-from ldm_vae.errors import UsageError, run_program
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.metrics.batches import image_batches, spread
-from ldm_vae.preparation import preparation_of
 
 
 @torch.no_grad()

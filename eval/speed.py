@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae.errors import UsageError, run_program
+from ldm_vae.core.errors import UsageError, run_program
 
 from . import (
     speed_compiled,

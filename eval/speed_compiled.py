@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ldm_vae.cost import Cost
+from ldm_vae.core.flop_counter import Cost
 
 from .recipes import RECIPES, Networks, Work
 from .speed_train import bound, count_operations, counted, ideal_operations

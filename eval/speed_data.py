@@ -28,10 +28,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from ldm_vae.core.errors import WorkError
 from ldm_vae.data.dataset import training_loader
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import TransformConfig, to_pixels
-from ldm_vae.errors import WorkError
 
 from .timing import interleave, row
 

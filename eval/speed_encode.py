@@ -37,7 +37,7 @@ from torchvision.transforms.v2 import functional
 from ldm_vae.data.source import Record, Source, open_source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.latent_store import write_store
-from ldm_vae.latent_store.encoding import default_threads
+from ldm_vae.latent_store.write.encoder import default_threads
 
 from .speed_data import write_photographs
 from .timing import interleave, row

@@ -29,13 +29,13 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ldm_vae import latents
-from ldm_vae.cost import Cost
+from ldm_vae.autoencoder import latents
+from ldm_vae.core.flop_counter import Cost
 from ldm_vae.denoisers.dit import Config as DiTConfig
-from ldm_vae.diffusion import Denoiser
+from ldm_vae.diffusion.flow import Denoiser
 from ldm_vae.kernels.group_norm import FusedResnetBlock, fuse_norms
-from ldm_vae.optim import OptimizerConfig
 from ldm_vae.perceptual.lpips import LPIPS
+from ldm_vae.run.optim import OptimizerConfig
 
 from . import speed_encode
 from .recipes import Networks, Step, Work, ours

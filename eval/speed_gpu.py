@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.source import open_source
-from ldm_vae.errors import UsageError
-from ldm_vae.latent_store.encoding import default_threads
+from ldm_vae.latent_store.write.encoder import default_threads
 
 from . import speed_encode
 from .recipes import RECIPES, Networks, Recipe, Work

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae.errors import WorkError
+from ldm_vae.core.errors import WorkError
 
 from .recipes import Networks, Work, ours
 from .timing import PeakMemory, interleave, row

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_vae.errors import WorkError
+from ldm_vae.core.errors import WorkError
 
 Rows = Sequence[dict[str, Any]]
 SCORES = {"lpips_alex": "LPIPS alex, held-out photographs (lower is better)", "psnr": "PSNR, dB, held-out photographs"}

@@ -27,17 +27,17 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ldm_vae import latents
-from ldm_vae.autoencoder import downsampling_factor
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.linear_code import PatchMoments
+from ldm_vae.autoencoder.linear_init import clear_residuals, start_linear
+from ldm_vae.autoencoder.model import downsampling_factor
 from ldm_vae.data.dataset import training_loader
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.source import Source, open_source
 from ldm_vae.data.transforms import TransformConfig, to_pixels
-from ldm_vae.linear_code import PatchMoments
-from ldm_vae.linear_start import clear_residuals, start_linear
+from ldm_vae.demo.photographs import prepare_demo
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.select import build_metrics
-from ldm_vae.photographs import prepare_demo
 
 from .recipes import RECIPES, Networks, Work
 

@@ -23,8 +23,9 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from ldm_vae import LatentDataset, keyed
-from ldm_vae.latents import Moments
+from ldm_vae import LatentDataset
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.core import rng
 
 from .synthetic_store import write_synthetic
 from .timing import interleave, row
@@ -64,7 +65,7 @@ def _readers(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
     def resident(indices: list[int]) -> torch.Tensor:
         chosen = torch.tensor(indices)
-        noise = keyed.normal(0, "latent store", zip(itertools.repeat(0), indices), SHAPE)
+        noise = rng.normal(0, "latent store", zip(itertools.repeat(0), indices), SHAPE)
         moments = Moments(means.index_select(0, chosen).float(), logvars.index_select(0, chosen).float())
         return sampled.normalisation.apply(moments.sample(noise))
 

@@ -30,12 +30,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ldm_vae import latents
-from ldm_vae.adaptive import adaptive_ratio
-from ldm_vae.cost import COUNTS
+from ldm_vae.autoencoder import latents
+from ldm_vae.core.flop_counter import COUNTS
 from ldm_vae.denoisers.dit import Config as DiTConfig
 from ldm_vae.kernels.group_norm import fuse_norms
-from ldm_vae.optim import learning
+from ldm_vae.run.optim import learning
+from ldm_vae.training.adaptive_weight import adaptive_ratio
 
 from . import speed_encode
 from .recipes import Networks, Work, ours

@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ldm_vae.errors import WorkError
-from ldm_vae.photographs import prepare_demo
-from ldm_vae.programs_at import find_config
+from ldm_vae.core.errors import WorkError
+from ldm_vae.core.programs import find_config
+from ldm_vae.demo.photographs import prepare_demo
 
 from .timing import interleave, row
 

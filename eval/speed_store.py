@@ -31,9 +31,9 @@ from ldm_vae import LatentDataset
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.source import Record, open_source
 from ldm_vae.latent_store import write_store
-from ldm_vae.latent_store.finishing import finish
-from ldm_vae.latent_store.manifest import read_manifest, write_manifest
-from ldm_vae.latent_store.units import is_done, source_identity
+from ldm_vae.latent_store.format.manifest import read_manifest, write_manifest
+from ldm_vae.latent_store.format.work_units import is_done, source_identity
+from ldm_vae.latent_store.write.finalize import finish
 
 from .speed_encode import WIDTHS, WaitingEncoder, network
 from .synthetic_store import key, unfinish, write_empty, write_sparse

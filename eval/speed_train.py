@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm.auto import tqdm
 
-from ldm_vae.cost import Cost
+from ldm_vae.core.flop_counter import Cost
 
 from .recipes import RECIPES, Networks, Step, Work
 from .timing import PeakMemory, interleave, row

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm_vae.cost import Cost
-from ldm_vae.ema import Ema
+from ldm_vae.core.flop_counter import Cost
 from ldm_vae.perceptual.lpips import LPIPS
+from ldm_vae.run.ema import Ema
 
 from .recipes import Networks, Recipe, Step, Work, ours
 from .timing import interleave, row

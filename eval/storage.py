@@ -26,11 +26,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ldm_vae import LatentDataset, finite, keyed, load_autoencoder, publish
+from ldm_vae import LatentDataset, load_autoencoder
+from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.latents import LOGVAR_RANGE, Moments
+from ldm_vae.core import atomic_io, rng
+from ldm_vae.core.errors import UsageError, run_program
 from ldm_vae.denoisers.dit import Config as DiT
-from ldm_vae.diffusion import Denoiser, FlowConfig, draw_flow
-from ldm_vae.errors import UsageError, run_program
-from ldm_vae.latents import LOGVAR_RANGE, Moments
+from ldm_vae.diffusion.flow import Denoiser, FlowConfig, draw_flow
 
 from .timing import interleave, machine, row
 
@@ -98,14 +100,14 @@ def decoded_psnr(vae: Any, mean: torch.Tensor, pixels: torch.Tensor) -> float:
 def flow_loss(given: Moments, exact: Moments, scale: float, images: int, seed: int) -> float:
     """Train on sampled latents of `given` [N, c, h, w]; the loss on those of `exact`, of other images."""
     size = (int(exact.mean.shape[2]), int(exact.mean.shape[3]))
-    with keyed.seeded(seed):
+    with rng.seeded(seed):
         network = DiT(num_layers=2, num_attention_heads=4, attention_head_dim=16).build(exact.mean.shape[1], size, 0)
     model, flow = Denoiser(network.train(), 0), FlowConfig()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     learned = [index for index in range(len(exact.mean)) if index % HELD_OUT]
     for start in range(0, images, BATCH):
         positions = list(range(start, start + BATCH))
-        chosen = [learned[int(keyed.generator(seed, "storage", place).integers(len(learned)))] for place in positions]
+        chosen = [learned[int(rng.generator(seed, "storage", place).integers(len(learned)))] for place in positions]
         point = _point(given, chosen, positions, scale, seed, flow)
         optimizer.zero_grad()
         point.loss(model(point.noised, point.times, point.labels)).backward()
@@ -123,7 +125,7 @@ def flow_loss(given: Moments, exact: Moments, scale: float, images: int, seed: i
 def _point(moments: Moments, rows: list[int], positions: list[int], scale: float, seed: int, flow: FlowConfig) -> Any:
     """Points on the paths of sampled latents."""
     chosen = Moments(moments.mean[rows], moments.logvar[rows])
-    z = scale * chosen.sample(keyed.normal(seed, "storage noise", positions, chosen.mean.shape[1:]))
+    z = scale * chosen.sample(rng.normal(seed, "storage noise", positions, chosen.mean.shape[1:]))
     return draw_flow(z, torch.zeros(len(rows), dtype=torch.long), positions, seed, flow, 0)
 
 
@@ -183,7 +185,7 @@ def main() -> None:
         "read": reading(exact, options.rounds),
     }
     Path(options.output).mkdir(parents=True, exist_ok=True)
-    publish.replace(Path(options.output) / "storage.json", publish.data(json.dumps(table, indent=2).encode()))
+    atomic_io.replace(Path(options.output) / "storage.json", atomic_io.data(json.dumps(table, indent=2).encode()))
 
 
 if __name__ == "__main__":

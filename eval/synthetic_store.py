@@ -12,10 +12,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
-from ldm_vae.latent_store import shards
-from ldm_vae.latent_store.file_record import FileRecord
-from ldm_vae.latent_store.layout import MAPPED_ROWS, ROWS, SHARDS, TENSORS, UNITS
-from ldm_vae.latent_store.manifest import (
+from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.layout import (
+    MAPPED_ROWS,
+    ROWS,
+    SHARDS,
+    TENSORS,
+    UNITS,
+)
+from ldm_vae.latent_store.format.manifest import (
     Identity,
     Manifest,
     Recorded,
@@ -25,8 +30,14 @@ from ldm_vae.latent_store.manifest import (
     read_manifest,
     write_manifest,
 )
-from ldm_vae.latent_store.statistics import REPLICATES
-from ldm_vae.latent_store.units import Plan, UnitRecord, fresh_plan, record_path
+from ldm_vae.latent_store.format.statistics import REPLICATES
+from ldm_vae.latent_store.format.work_units import (
+    Plan,
+    UnitRecord,
+    fresh_plan,
+    record_path,
+)
+from ldm_vae.latent_store.storage.file_record import FileRecord
 
 Shape = tuple[int, int, int]
 NONE = {"scaling_factor": 0.5, "shift_factor": None, "latents_mean": None, "latents_std": None}

@@ -8,16 +8,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ldm_vae import parent as parent  # first: it asks who started this process before torch is imported
+from ldm_vae.core import (
+    parent_process as parent_process,  # first: it asks who started this process before torch is imported
+)
 
 if TYPE_CHECKING:
-    from ldm_vae.autoencoder import load_autoencoder
+    from ldm_vae.autoencoder.model import load_autoencoder
     from ldm_vae.latent_store import LatentDataset
 
 __version__ = "0.1.0"
 __all__ = ["LatentDataset", "load_autoencoder"]
 
-_HOMES = {"LatentDataset": "ldm_vae.latent_store", "load_autoencoder": "ldm_vae.autoencoder"}
+_HOMES = {"LatentDataset": "ldm_vae.latent_store", "load_autoencoder": "ldm_vae.autoencoder.model"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 
 from ldm_vae import __version__, commands
-from ldm_vae.errors import run_program
+from ldm_vae.core.errors import run_program
 
 ORDER = (
     "assets", "inspect", "config", "train", "export", "encode", "store", "evaluate", "latent_space", "report",

@@ -63,7 +63,7 @@ def built(**shape: Any) -> AutoencoderKL:
     """An autoencoder of random weights."""
     import torch
 
-    from ldm_vae.autoencoder import AutoencoderConfig
+    from ldm_vae.autoencoder.model import AutoencoderConfig
 
     torch.manual_seed(0)
     return AutoencoderConfig(**shape).build().eval()
@@ -135,8 +135,8 @@ def grey_vae() -> AutoencoderKL:
 @pytest.fixture
 def grey_folder(grey_vae: AutoencoderKL, tmp_path: Path) -> Path:
     """With a record: 12 bits in the file, pixels as they are."""
+    from ldm_vae.data.preprocessing import Preprocessing, record
     from ldm_vae.export.diffusers_folder import write_vae
-    from ldm_vae.preprocessing import Preprocessing, record
 
     found = Preprocessing(channels=1, value_range=(0, 4095), resize="none")
     return write_vae(record(grey_vae, found), tmp_path / "grey", None)

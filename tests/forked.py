@@ -23,11 +23,11 @@ from typing import Any
 
 from conftest import ROOT
 
-from ldm_vae.errors import run_program
+from ldm_vae.core.errors import run_program
 
 PRELOAD = [
-    "torch", "forked", "ldm_vae.cli", "ldm_vae.export.exporting", "ldm_vae.latent_store.writing",
-    "ldm_vae.latent_store.updating", "train.autoencoder", "train.diffusion",
+    "torch", "forked", "ldm_vae.cli", "ldm_vae.export.workflow", "ldm_vae.latent_store.write.writer",
+    "ldm_vae.latent_store.write.updates", "train.autoencoder", "train.diffusion",
 ]  # fmt: skip
 
 AT_FIRST = dict(os.environ)  # this is imported before any test changes it

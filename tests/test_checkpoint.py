@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_vae import checkpoint
-from ldm_vae.errors import WorkError
+from ldm_vae.core.errors import WorkError
+from ldm_vae.run import checkpoint
 
 
 def trained(steps: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from ldm_vae import config
-from ldm_vae.config import Part, Section, choice, choices
+from ldm_vae.core import config
+from ldm_vae.core.config import (
+    Part,
+    Section,
+    choice,
+    choices,
+)
+from ldm_vae.core.errors import UsageError
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
-from ldm_vae.errors import UsageError
 
 
 class Inner(Section):
@@ -73,7 +78,7 @@ def test_include_is_merged_below(tmp_path: Path) -> None:
 
 
 def test_kind_on_the_command_line_replaces_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, "from ldm_vae.config import Part\nclass Config(Part):\n    depth: int = 2\n", "my_critic.py")
+    write(tmp_path, "from ldm_vae.core.config import Part\nclass Config(Part):\n    depth: int = 2\n", "my_critic.py")
     (tmp_path / "lab").mkdir()
     (tmp_path / "my_critic.py").rename(tmp_path / "lab" / "critic.py")
     monkeypatch.syspath_prepend(tmp_path)

@@ -10,14 +10,20 @@ import torch
 from accelerate import Accelerator
 from test_losses import TinyLPIPS
 
-from ldm_vae import config
-from ldm_vae.adversary import Adversary
-from ldm_vae.autoencoder import check_resolution, count_parameters, downsampling_factor
-from ldm_vae.diffusion_training import DiffusionTraining
+from ldm_vae.autoencoder.model import check_resolution, count_parameters, downsampling_factor
+from ldm_vae.core import config
+from ldm_vae.diffusion.config import DiffusionTraining
 from ldm_vae.losses import lpips
-from ldm_vae.optim import learning
-from ldm_vae.step import TrainingStep
-from ldm_vae.training import Training, build_autoencoder, build_discriminator, build_network, build_objective
+from ldm_vae.run.optim import learning
+from ldm_vae.training.adversary import Adversary
+from ldm_vae.training.config import (
+    Training,
+    build_autoencoder,
+    build_discriminator,
+    build_network,
+    build_objective,
+)
+from ldm_vae.training.step import TrainingStep
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data import tars
 from ldm_vae.data.dataset import ordered_loader, training_loader
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.source import kind_of, open_source
 from ldm_vae.data.stream import Stream, length
 from ldm_vae.data.transforms import TransformConfig
-from ldm_vae.errors import UsageError, WorkError
 
 
 def png(value: int, size: int = 8) -> bytes:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data import sizes as sizes_module
 from ldm_vae.data import stamps
 from ldm_vae.data.buckets import Assignment, BucketConfig, assign, batches, generate
@@ -24,7 +25,6 @@ from ldm_vae.data.sampler import Work
 from ldm_vae.data.sizes import read_sizes, shared_sizes
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import TransformConfig
-from ldm_vae.errors import UsageError, WorkError
 
 
 def test_generated_shapes() -> None:

@@ -12,10 +12,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.files import Names, read_bytes, walk
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import checksum, open_source
-from ldm_vae.errors import UsageError, WorkError
 
 
 def put(path: Path, value: int = 100) -> Path:

@@ -149,9 +149,9 @@ def test_mutated_files() -> None:
 
 
 def test_mutated_archives(tmp_path: Path) -> None:
+    from ldm_vae.core.errors import UsageError, WorkError
     from ldm_vae.data.ordered import ordered_loader
     from ldm_vae.data.source import open_source
-    from ldm_vae.errors import UsageError, WorkError
 
     png = seeds()["png"]
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:

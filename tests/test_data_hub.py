@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import decode
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import open_source
 from ldm_vae.data.sources.hub import as_image
-from ldm_vae.errors import UsageError
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.dataset import Batch, ordered_loader, training_loader
 from ldm_vae.data.decoding import decode
 from ldm_vae.data.source import Source, open_source
 from ldm_vae.data.transforms import TransformConfig, centre_crop
-from ldm_vae.errors import UsageError, WorkError
 
 CONFIG = TransformConfig(scale=(1.0, 2.0))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ldm_vae.core.errors import WorkError
 from ldm_vae.data.quarantine import Bad, BadImage, Quarantine, read_quarantine
-from ldm_vae.errors import WorkError
 
 
 def test_counted_once_and_written_once(tmp_path: Path) -> None:

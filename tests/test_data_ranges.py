@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data import buckets
 from ldm_vae.data.dataset import training_loader
 from ldm_vae.data.decoding import Decoding, decode, read_image
@@ -30,7 +31,6 @@ from ldm_vae.data.sources.hub import HubSource
 from ldm_vae.data.stream import Stream
 from ldm_vae.data.survey import lines, survey
 from ldm_vae.data.transforms import TransformConfig
-from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.metrics.batches import image_batches
 
 RAMP = np.linspace(0, 1, 24).reshape(4, 6)

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL
 from pydantic import ValidationError
 from torchvision.transforms import v2
 
-from ldm_vae import keyed
+from ldm_vae.core import rng
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import Decoding, decode
 from ldm_vae.data.source import open_source, with_resize
 from ldm_vae.data.transforms import (
@@ -26,9 +27,8 @@ from ldm_vae.data.transforms import (
     to_pixels,
     to_uint8,
 )
-from ldm_vae.errors import UsageError
-from ldm_vae.latent_store.manifest import Identity
-from ldm_vae.latent_store.views import Cutting, cutting_of
+from ldm_vae.latent_store.format.manifest import Identity
+from ldm_vae.latent_store.write.crops import Cutting, cutting_of
 from ldm_vae.metrics.batches import image_batches
 from ldm_vae.metrics.protocol import PINNED, VARIANTS
 
@@ -75,13 +75,13 @@ def test_the_four_byte_layout_of_a_decoded_image_gives_the_same_pixels() -> None
     config = TransformConfig()
     assert torch.equal(lent, image)
     assert torch.equal(centre_crop(lent, 32).pixels, centre_crop(image, 32).pixels)
-    draws = [keyed.generator(0, "augmentation", 0, i) for i in (5, 5)]
+    draws = [rng.generator(0, "augmentation", 0, i) for i in (5, 5)]
     crops = [random_crop(i, 32, config, g).pixels for i, g in zip((lent, image), draws, strict=True)]
     assert torch.equal(*crops)
 
 
 def crops(config: TransformConfig, image: torch.Tensor, resolution: int = 32, count: int = 200):
-    return [random_crop(image, resolution, config, keyed.generator(0, "augmentation", 0, i)) for i in range(count)]
+    return [random_crop(image, resolution, config, rng.generator(0, "augmentation", 0, i)) for i in range(count)]
 
 
 def test_native_scale_takes_pixels_as_they_are() -> None:
@@ -128,7 +128,7 @@ def test_options_do_not_change_each_others_draws() -> None:
 def test_the_box_is_in_the_originals_pixels() -> None:
     small, original = smooth(50, 75), (400, 600)  # a JPEG drafted at 1/8
     assert centre_crop(small, 32, original).box == (0, 100, 400, 400)
-    crop = random_crop(small, 32, TransformConfig(crop="centre"), keyed.generator(0, "a", 0), original)
+    crop = random_crop(small, 32, TransformConfig(crop="centre"), rng.generator(0, "a", 0), original)
     assert crop.original_size == original
     assert crop.box[2:] == (400, 400)
 

@@ -9,10 +9,18 @@ import pytest
 import torch
 from diffusers import AutoModel
 
+from ldm_vae.core.errors import UsageError
 from ldm_vae.denoisers.dit import Config as DiT
 from ldm_vae.denoisers.unet import Config as UNet
-from ldm_vae.diffusion import Denoiser, FlowConfig, SamplingConfig, draw_flow, flow_scheduler, sample, time_grid
-from ldm_vae.errors import UsageError
+from ldm_vae.diffusion.flow import (
+    Denoiser,
+    FlowConfig,
+    SamplingConfig,
+    draw_flow,
+    flow_scheduler,
+    sample,
+    time_grid,
+)
 
 MEAN, STD = torch.tensor([0.7, -1.5]).view(1, 2, 1, 1).double(), torch.tensor([0.3, 2.0]).view(1, 2, 1, 1).double()
 KINDS = {

@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 from test_programs import metrics
 
 from ldm_vae.cli import main
-from ldm_vae.digits import digits, held_out, prepare_digits
-from ldm_vae.errors import UsageError
+from ldm_vae.core.errors import UsageError
+from ldm_vae.demo.digits import digits, held_out, prepare_digits
 from train import autoencoder as training_program
 
 

@@ -21,17 +21,17 @@ from test_programs import write_config
 from test_store_writing import SETTINGS, Pictures
 from test_weights import PAGE, POINTER
 
-from ldm_vae.assets import load_lpips
+from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.validation import disguise
 from ldm_vae.data.decoding import BadImage, decode, read_size
 from ldm_vae.data.source import open_source
 from ldm_vae.denoisers.dit import Config as DiT
-from ldm_vae.diffusion import Denoiser, SamplingConfig
-from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.generator import CALL, FOLDER, Generator
+from ldm_vae.diffusion.flow import Denoiser, SamplingConfig
+from ldm_vae.diffusion.generator import CALL, FOLDER, Generator
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
-from ldm_vae.latents import Normalisation
 from ldm_vae.perceptual.features import dinov2, inception
-from ldm_vae.untrusted import disguise
+from ldm_vae.perceptual.pretrained import load_lpips
 from train import autoencoder as training_program
 
 DISGUISES = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from eval import collapse
-from ldm_vae.errors import UsageError
+from ldm_vae.core.errors import UsageError
 
 NAMES = ["none", "annealing", "free bits", "target KL"]
 

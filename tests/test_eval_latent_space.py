@@ -17,10 +17,10 @@ from diffusers import AutoencoderKL
 from test_launch import TWO, launch
 
 from eval import latent_space
-from ldm_vae import latents
+from ldm_vae.autoencoder import latents
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import to_pixels
-from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_space import summary
 from ldm_vae.latent_space.likelihood import BIN
 from ldm_vae.metrics.batches import image_batches

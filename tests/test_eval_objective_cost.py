@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from eval import objective_cost
-from ldm_vae import config
+from ldm_vae.core import config
 
 VGG = ((3, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 256),
        (256, 512), (512, 512), (512, 512), (512, 512), (512, 512), (512, 512))  # fmt: skip

@@ -15,9 +15,9 @@ from test_launch import TWO, launch
 
 from eval import reconstruction
 from ldm_vae import metrics
-from ldm_vae.autoencoder import AutoencoderConfig
+from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import open_source
-from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import Worst, evaluate_reconstruction
 from ldm_vae.metrics.select import build_metrics

@@ -10,7 +10,7 @@ import pytest
 
 from eval import scale
 from eval.scale import Run, best_interval, expected_wall, simulate
-from ldm_vae.errors import UsageError
+from ldm_vae.core.errors import UsageError
 
 RUN = Run(work=100_000.0, interval=600.0, checkpoint=10.0, restart=60.0, node_mtbf=64 * 3_000.0, nodes=64)
 

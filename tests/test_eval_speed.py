@@ -32,7 +32,7 @@ from eval import (
 from eval.recipes import Work
 from eval.synthetic_store import write_empty, write_sparse, write_synthetic
 from ldm_vae import LatentDataset
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.core.errors import UsageError, WorkError
 
 SMALL_WORK = Work(widths=(8, 16), resolution=32, net="alex", critic_width=8, groups=4)
 

@@ -14,8 +14,8 @@ from conftest import ROOT
 from eval import chip, speed, speed_fast, speed_roofline
 from eval.recipes import Networks, Work
 from eval.speed_roofline import Ledger, Peaks, kind_of, profiled
+from ldm_vae.core.errors import UsageError
 from ldm_vae.denoisers.dit import Config as DiTConfig
-from ldm_vae.errors import UsageError
 
 SMALL = Work(widths=(8, 16), resolution=32, net="alex", critic_width=8, groups=4)
 BEST = Peaks({torch.float32: 1e12, torch.bfloat16: 4e12}, 1e9)

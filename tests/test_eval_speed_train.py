@@ -11,7 +11,7 @@ from eval import speed_compiled, speed_train
 from eval.recipes import RECIPES, Networks, Work
 from eval.speed_compiled import count_compiled
 from eval.speed_train import count_operations, ideal_operations
-from ldm_vae.cost import Cost
+from ldm_vae.core.flop_counter import Cost
 
 # GFLOP of an f8 network of widths 64 to 256, two images of 128 px, LPIPS-vgg and the published PatchGAN
 PUBLISHED = {"latent_diffusion": 596, "diffusers_published": 739, "diffusers_repaired": 779}

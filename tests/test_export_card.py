@@ -14,17 +14,17 @@ from diffusers import AutoencoderKL
 from export_call import run_cli
 from PIL import Image
 
-from ldm_vae.autoencoder import load_autoencoder
-from ldm_vae.errors import WorkError
+from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.core.errors import WorkError
 from ldm_vae.export.card import Card, card_name
 from ldm_vae.export.drift import measure_drift
-from ldm_vae.export.measure import Images
+from ldm_vae.export.measurement import Images
 from ldm_vae.export.picture import reconstruction_sheet
 from ldm_vae.export.preview import FILE, fit_preview, pairs_of_images, pairs_of_store
 from ldm_vae.export.recipe import read_recipe
 from ldm_vae.export.store_card import store_card
 from ldm_vae.latent_store import read_manifest
-from ldm_vae.latents import Normalisation
 
 
 def head_of(card: str) -> dict[str, object]:
@@ -91,7 +91,7 @@ def test_drift_stands_in_the_card(
     tiny_vae_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = functools.partial(measure_drift, lpips=False)  # the weights of LPIPS are not this test's business
-    monkeypatch.setattr("ldm_vae.export.exporting.measure_drift", metrics)
+    monkeypatch.setattr("ldm_vae.export.workflow.measure_drift", metrics)
     call = ("export", tiny_vae_folder, tmp_path / "out", "--resolution", 32, "--drift_from", tiny_vae_folder)
     assert run_cli(*call) == 2
     assert run_cli(*call, "--stats", image_folder) == 0

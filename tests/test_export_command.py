@@ -15,12 +15,12 @@ from diffusers import AutoencoderKL
 from export_call import run_cli
 from safetensors.torch import load_file
 
-from ldm_vae.assets import load_lpips
-from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
-from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.export.ldm_keys import to_ldm, to_ldm_name
+from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
+from ldm_vae.autoencoder.weights.ldm_keys import to_ldm, to_ldm_name
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.export.targets import TARGETS, warnings_for, warnings_for_pipelines, write_target
 from ldm_vae.perceptual import features
+from ldm_vae.perceptual.pretrained import load_lpips
 
 
 def config_of(folder: Path) -> dict[str, object]:
@@ -167,7 +167,7 @@ def test_a_file_of_wrong_names_is_caught(
     def swapped(name: str, blocks: int) -> str:  # every name is there, two blocks have changed places
         return re.sub(r"block_([12])", lambda match: f"block_{3 - int(match[1])}", to_ldm_name(name, blocks))
 
-    monkeypatch.setattr("ldm_vae.export.ldm_keys.to_ldm_name", swapped)
+    monkeypatch.setattr("ldm_vae.autoencoder.weights.ldm_keys.to_ldm_name", swapped)
     with pytest.raises(WorkError, match="differs from the model"):
         write_target(tiny_vae, tmp_path / "wrong.safetensors")
     assert not (tmp_path / "wrong.safetensors").exists()

@@ -22,11 +22,12 @@ from export_call import run_cli
 from PIL import Image
 from tiny_pipeline import pipeline
 
-from ldm_vae import LatentDataset, latents
-from ldm_vae.autoencoder import load_autoencoder
-from ldm_vae.errors import UsageError
+from ldm_vae import LatentDataset
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.latents import Normalisation, NormalisationKind
+from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.core.errors import UsageError
 from ldm_vae.export.diffusers_folder import write_vae
-from ldm_vae.latents import Normalisation, NormalisationKind
 
 
 @pytest.fixture

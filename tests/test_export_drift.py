@@ -10,9 +10,9 @@ import torch
 from diffusers import AutoencoderKL
 from export_call import run_cli
 
-from ldm_vae.autoencoder import AutoencoderConfig
+from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import open_source
-from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.export.diffusers_folder import configured_copy
 from ldm_vae.export.drift import Drift, measure_drift
 from ldm_vae.metrics.batches import image_batches

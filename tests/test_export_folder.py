@@ -12,13 +12,18 @@ from diffusers import AutoencoderKL
 from export_call import run_cli
 from safetensors import safe_open
 
-from ldm_vae import latents
-from ldm_vae.autoencoder import load_autoencoder
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.export import diffusers_folder
 from ldm_vae.export.diffusers_folder import write_vae
-from ldm_vae.export.measure import Images, is_store, measure, statistics_of_store
-from ldm_vae.latents import Normalisation
+from ldm_vae.export.measurement import (
+    Images,
+    is_store,
+    measure,
+    statistics_of_store,
+)
 
 KINDS = {
     "scale": Normalisation(0.9),

@@ -11,9 +11,9 @@ import torch
 from diffusers import AutoencoderKL
 from export_call import run_cli
 
-from ldm_vae import latents
-from ldm_vae.autoencoder import AutoencoderConfig
-from ldm_vae.errors import WorkError
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.core.errors import WorkError
 from ldm_vae.export.diffusers_folder import configured_copy
 from ldm_vae.export.fp16.audit import LARGEST, audit
 from ldm_vae.export.fp16.certificate import certify

@@ -13,15 +13,15 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from ldm_vae import config
-from ldm_vae.autoencoder import AutoencoderConfig
+from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.autoencoder.single_file import load_single_file, save_single_file
+from ldm_vae.autoencoder.weights.ldm_keys import to_ldm
+from ldm_vae.autoencoder.weights.shape import infer_config
+from ldm_vae.core import config
 from ldm_vae.export.diffusers_folder import write_vae
-from ldm_vae.export.ldm_keys import to_ldm
-from ldm_vae.export.single_file import load_single_file, save_single_file
 from ldm_vae.export.targets import TARGETS, warnings_for, write_target
-from ldm_vae.latents import Normalisation
-from ldm_vae.training import Training
-from ldm_vae.weights.shape import infer_config
+from ldm_vae.training.config import Training
 
 ROOT = Path(__file__).parent.parent
 LAYOUTS = ("diffusers", "bare", "first_stage_model.", "vae.", *TARGETS)

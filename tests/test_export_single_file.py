@@ -13,10 +13,10 @@ from diffusers import AutoencoderKL
 from forked import fork
 from safetensors.torch import load_file, save_file
 
-from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
-from ldm_vae.errors import UsageError
-from ldm_vae.export.ldm_keys import to_ldm, to_ldm_name
-from ldm_vae.export.single_file import CONFIG_KEY, load_single_file, save_single_file
+from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
+from ldm_vae.autoencoder.single_file import CONFIG_KEY, load_single_file, save_single_file
+from ldm_vae.autoencoder.weights.ldm_keys import to_ldm, to_ldm_name
+from ldm_vae.core.errors import UsageError
 from train import autoencoder as training_program
 
 SHAPES: dict[str, dict[str, Any]] = {

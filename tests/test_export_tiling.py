@@ -11,8 +11,8 @@ from conftest import write_images
 from diffusers import AutoencoderKL
 from export_call import run_cli
 
-from ldm_vae import latents
-from ldm_vae.errors import UsageError
+from ldm_vae.autoencoder import latents
+from ldm_vae.core.errors import UsageError
 from ldm_vae.export.tiling import _seams, measure_tiling
 
 

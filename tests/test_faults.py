@@ -28,10 +28,11 @@ from test_launch import ACCELERATE
 from test_programs import metrics, newest, one_sentence, run, start, write_config
 from test_store_writing import tree
 
-from ldm_vae import cli, ownership, parent
+from ldm_vae import cli
+from ldm_vae.core import ownership, parent_process
+from ldm_vae.core.errors import WorkError, misfortune
 from ldm_vae.data import workers
 from ldm_vae.data.workers import load
-from ldm_vae.errors import WorkError, misfortune
 from train import autoencoder as training_program
 
 LONG = {"max_train_images": 100_000, "log_every_images": 8, "checkpoint_every_images": 16}
@@ -140,12 +141,13 @@ def test_a_launcher_that_dies_is_missed(while_they_are: str, processes: int, tmp
 
 def test_programs_ask_who_started_them_before_they_import_torch() -> None:
     for package in ("ldm_vae", "train", "eval"):
-        asked = f"import sys, {package}; sys.exit('torch' in sys.modules or 'ldm_vae.parent' not in sys.modules)"
+        wrong = "'torch' in sys.modules or 'ldm_vae.core.parent_process' not in sys.modules"
+        asked = f"import sys, {package}; sys.exit({wrong})"
         assert subprocess.run([sys.executable, "-c", asked], cwd=ROOT, check=False).returncode == 0, package
 
 
 def ask() -> None:
-    sys.exit(parent.is_gone())
+    sys.exit(parent_process.is_gone())
 
 
 def test_a_forked_process_has_another_parent() -> None:

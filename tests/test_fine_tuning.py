@@ -16,9 +16,14 @@ from forked import Finished, fork
 from torch import nn
 from torch._dynamo.utils import counters
 
-from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder, encoder_fingerprint, load_autoencoder
-from ldm_vae.errors import UsageError
-from ldm_vae.fine_tuning import encoder_learns, resize_channels, set_trainable
+from ldm_vae.autoencoder.fine_tuning import encoder_learns, resize_channels, set_trainable
+from ldm_vae.autoencoder.model import (
+    AutoencoderConfig,
+    TrainableAutoencoder,
+    encoder_fingerprint,
+    load_autoencoder,
+)
+from ldm_vae.core.errors import UsageError
 from train import autoencoder as training_program
 
 SHAPE = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
@@ -214,7 +219,7 @@ def test_a_pipelines_vae_is_found_in_the_hubs_cache(tiny_vae: AutoencoderKL, tmp
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("a" * 40)
     program = (
-        "from ldm_vae.autoencoder import encoder_fingerprint, load_autoencoder\n"
+        "from ldm_vae.autoencoder.model import encoder_fingerprint, load_autoencoder\n"
         "print(encoder_fingerprint(load_autoencoder('some-lab/some-pipeline')))\n"
         "load_autoencoder('some-lab/other')"
     )

@@ -13,10 +13,11 @@ import yaml
 from conftest import ROOT
 from diffusers import AutoencoderKL
 
-from ldm_vae import cli, finite
-from ldm_vae.autoencoder import load_autoencoder
+from ldm_vae import cli
+from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import open_source
-from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import write_store
 
 POISONED = "decoder.mid_block.resnets.0.conv1.weight"
@@ -142,7 +143,7 @@ def test_every_verb_names_the_layer_of_finite_weights(
 
 
 def test_a_sound_network_computes_as_before(tiny_vae: AutoencoderKL) -> None:
-    from ldm_vae import latents
+    from ldm_vae.autoencoder import latents
 
     pixels = torch.rand(2, 3, 16, 16)
     with torch.no_grad():

@@ -15,15 +15,15 @@ from conftest import ROOT, write_images
 from test_programs import metrics, newest, write_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ldm_vae.adversary import Adversary, AdversaryConfig
-from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
-from ldm_vae.cost import Cost, gpu_autocast
+from ldm_vae.autoencoder.model import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.core.flop_counter import Cost, gpu_autocast
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.kernels.group_norm import fuse_norms
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.l1 import Config as L1
-from ldm_vae.objective import Objective
-from ldm_vae.step import TrainingStep
+from ldm_vae.training.adversary import Adversary, AdversaryConfig
+from ldm_vae.training.objective import Objective
+from ldm_vae.training.step import TrainingStep
 
 Logs = dict[str, float]
 gpu = pytest.mark.gpu

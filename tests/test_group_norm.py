@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from ldm_vae.cost import Cost, gpu_autocast
+from ldm_vae.core.flop_counter import Cost, gpu_autocast
 from ldm_vae.kernels import group_norm
 from ldm_vae.kernels.group_norm import fuse_norms, group_norm_silu
 
@@ -113,7 +113,7 @@ def test_what_is_kept_for_the_backward_is_the_input() -> None:
 @pytest.mark.slow
 def test_no_import_of_triton_without_a_gpu() -> None:
     code = (
-        "import sys, torch, ldm_vae.run\n"
+        "import sys, torch, ldm_vae.run.folder\n"
         "from ldm_vae.kernels.group_norm import group_norm_silu\n"
         "before = 'triton' in sys.modules\n"
         "group_norm_silu(torch.ones(1, 4, 2, 2), 2, torch.ones(4), torch.ones(4), 1e-6)\n"

@@ -14,9 +14,9 @@ from conftest import write_images
 from forked import fork
 from torch import nn
 
-from ldm_vae.adversary import Adversary, AdversaryConfig
-from ldm_vae.health import diagnose
 from ldm_vae.report.training import health
+from ldm_vae.training.adversary import Adversary, AdversaryConfig
+from ldm_vae.training.monitor import diagnose
 from train import autoencoder as training_program
 
 # --- regularisers -----------------------------------------------------------------------------------------------------

@@ -28,16 +28,17 @@ from PIL import Image
 from test_programs import write_config
 from test_store_writing import SETTINGS, Pictures, tree
 
-from ldm_vae import checkpoint, config
-from ldm_vae.assets import load_lpips
-from ldm_vae.autoencoder import load_autoencoder
+from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.core import config
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.ordered import ordered_loader
 from ldm_vae.data.source import Record, open_source
-from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.export.recipe import read_recipe
 from ldm_vae.latent_store import read_manifest, write_store
-from ldm_vae.latent_store.quarantine import read_quarantine
-from ldm_vae.training import Training
+from ldm_vae.latent_store.format.quarantine import read_quarantine
+from ldm_vae.perceptual.pretrained import load_lpips
+from ldm_vae.run import checkpoint
+from ldm_vae.training.config import Training
 
 DEEP = 100_000
 GIB = 1 << 30

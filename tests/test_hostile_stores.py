@@ -22,11 +22,11 @@ from test_data_fuzz import mutate
 from test_hostile import _bounded_memory as _bounded_memory  # the fixture: 2 GiB and no more
 from test_store_writing import SETTINGS, Pictures, tree
 
-from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
-from ldm_vae.latent_store.shards import map_tensors
-from ldm_vae.latent_store.units import read_plan
+from ldm_vae.latent_store.format.shards import map_tensors
+from ldm_vae.latent_store.format.work_units import read_plan
 
 
 def examples(count: int) -> settings:

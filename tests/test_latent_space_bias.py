@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.export.preview import fit_preview
 from ldm_vae.latent_space.channels import ChannelStatistics
 from ldm_vae.latent_space.information import information
 from ldm_vae.latent_space.spectrum import high_frequency_share, radial_power_spectrum
-from ldm_vae.latent_store.statistics import LatentStatistics
-from ldm_vae.latents import Moments
+from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.metrics.frechet import Gaussian
 from ldm_vae.metrics.profile import Profile
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.running import Running
-from ldm_vae.objective import ACTIVE, rate
 from ldm_vae.perceptual.ssim import ssim_maps
+from ldm_vae.training.objective import ACTIVE, rate
 
 FAR = (1_000.0, 10_000.0)
 

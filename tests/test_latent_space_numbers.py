@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 import torch
 
+from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.latent_space.channels import ChannelStatistics
 from ldm_vae.latent_space.information import information
 from ldm_vae.latent_space.likelihood import (
@@ -24,8 +25,7 @@ from ldm_vae.latent_space.likelihood import (
     importance_bounds,
     log_weight,
 )
-from ldm_vae.latents import Moments
-from ldm_vae.objective import rate
+from ldm_vae.training.objective import rate
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ldm_vae.errors import WorkError
+from ldm_vae.core.errors import WorkError
 from ldm_vae.latent_space import walks
 from ldm_vae.latent_space.mixture import fit_mixture
 from ldm_vae.latent_space.pictures import sheet

@@ -15,8 +15,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ldm_vae.errors import UsageError
-from ldm_vae.launch import StopSignal, build_accelerator, check_agreement, check_processes, check_ranks_agree
+from ldm_vae.core.errors import UsageError
+from ldm_vae.core.launch import (
+    StopSignal,
+    build_accelerator,
+    check_agreement,
+    check_processes,
+    check_ranks_agree,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,7 +138,7 @@ def test_no_variable_changes_a_training_in_silence(variables: dict[str, str], mo
 def test_a_launch_that_is_silently_one_ends_with_status_2(tmp_path: Path) -> None:
     script = tmp_path / "one.py"
     script.write_text(
-        "from ldm_vae.errors import run_program\nfrom ldm_vae.launch import build_accelerator\n"
+        "from ldm_vae.core.errors import run_program\nfrom ldm_vae.core.launch import build_accelerator\n"
         "run_program(lambda: print(build_accelerator().num_processes))\n"
     )
     done = launch([str(script)], "--cpu", "--num_processes", "2")

@@ -20,12 +20,18 @@ from test_programs import newest, run, write_config
 from torchvision.transforms.v2 import functional
 
 from eval import reconstruction
-from ldm_vae import latents
-from ldm_vae.autoencoder import AutoencoderConfig
-from ldm_vae.errors import UsageError
-from ldm_vae.health import below_linear
-from ldm_vae.linear_code import LinearCode, PatchMoments, from_patches, k_means, to_patches
-from ldm_vae.linear_start import start_linear
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.linear_code import (
+    LinearCode,
+    PatchMoments,
+    from_patches,
+    k_means,
+    to_patches,
+)
+from ldm_vae.autoencoder.linear_init import start_linear
+from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.core.errors import UsageError
+from ldm_vae.training.monitor import below_linear
 
 
 def pictures(count: int = 48, channels: int = 3, side: int = 32) -> torch.Tensor:

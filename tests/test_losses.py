@@ -12,9 +12,9 @@ from scipy import integrate, stats
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from ldm_vae import config
-from ldm_vae.autoencoder import AutoencoderConfig, Reconstruction, TrainableAutoencoder
-from ldm_vae.errors import UsageError
+from ldm_vae.autoencoder.model import AutoencoderConfig, Reconstruction, TrainableAutoencoder
+from ldm_vae.core import config
+from ldm_vae.core.errors import UsageError
 from ldm_vae.losses import Schedule
 from ldm_vae.losses.alignment import Alignment
 from ldm_vae.losses.drift import Drift
@@ -26,9 +26,9 @@ from ldm_vae.losses.kl_target import Config as KLTarget
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.l2 import Config as L2
 from ldm_vae.models.vq import Config as VQModelConfig
-from ldm_vae.objective import Objective, rate
 from ldm_vae.perceptual.lpips import LPIPS
-from ldm_vae.teacher import teacher
+from ldm_vae.perceptual.teacher import teacher
+from ldm_vae.training.objective import Objective, rate
 
 TERMS = config.options("ldm_vae.losses")
 KWARGS = {"latent_range": {"limit": 0.1}, "activation_range": {"limit": 0.1}, "gaussian_nll": {"levels": 256}}
@@ -320,7 +320,7 @@ def test_what_the_latent_carries_is_logged() -> None:
     assert logs["bits_per_pixel"].item() == pytest.approx(
         logs["kl_nats_per_image"].item() / 1024 / math.log(2), rel=1e-5
     )
-    from ldm_vae.latents import Moments
+    from ldm_vae.autoencoder.latents import Moments
 
     mean = torch.zeros(64, 3, 2, 2)
     mean[:, 1] = torch.randn(64, 2, 2)

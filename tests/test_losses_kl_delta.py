@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from ldm_vae.latents import Moments
+from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.losses.kl_delta import kl_to_autoregressive
 
 

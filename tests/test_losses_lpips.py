@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_vae.assets import lpips_trunk
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.losses.lpips import Config
-from ldm_vae.objective import Objective
 from ldm_vae.perceptual.lpips import LPIPS
+from ldm_vae.perceptual.pretrained import lpips_trunk
+from ldm_vae.training.objective import Objective
 
 
 @pytest.fixture(scope="module", params=["alex", "vgg"])

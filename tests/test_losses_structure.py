@@ -7,7 +7,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from ldm_vae.errors import UsageError
+from ldm_vae.core.errors import UsageError
 from ldm_vae.losses.focal_frequency import Config as FocalFrequency
 from ldm_vae.losses.haar import Config as Haar
 from ldm_vae.losses.ssim import Config as SSIM

@@ -11,17 +11,17 @@ from diffusers import AutoencoderKL
 from test_losses import TinyLPIPS, network
 from torch.distributions import Normal, kl_divergence
 
+from ldm_vae.autoencoder.latents import posterior_noise
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import to_pixels
-from ldm_vae.ema import Ema
-from ldm_vae.latents import posterior_noise
 from ldm_vae.losses.gaussian_nll import Config as GaussianNLL
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.metrics.batches import image_batches
 from ldm_vae.metrics.bound import evidence_bound
-from ldm_vae.objective import Objective
 from ldm_vae.perceptual.lpips import LPIPS
+from ldm_vae.run.ema import Ema
+from ldm_vae.training.objective import Objective
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kernel_mmd
 
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.metrics import cmmd, kept, kid
 from ldm_vae.metrics.cmmd import ClipDistance
 from ldm_vae.metrics.frechet import FrechetDistance, Gaussian, frechet_distance

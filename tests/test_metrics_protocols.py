@@ -18,9 +18,9 @@ from torchmetrics.functional.image import (
 )
 from torchvision import transforms
 
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import centre_crop, to_pixels
-from ldm_vae.errors import UsageError
 from ldm_vae.metrics import lpips, ms_ssim, psnr, ssim
 from ldm_vae.metrics.batches import image_batches
 from ldm_vae.metrics.evaluate import reconstruct
@@ -59,7 +59,7 @@ def test_lpips_agrees_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():  # the package calls torchvision's old interface
         warnings.simplefilter("ignore")
         network = lpips_package.LPIPS(net="alex", pnet_rand=True, verbose=False).eval().requires_grad_(False)
-    monkeypatch.setattr("ldm_vae.assets.load_lpips", lambda *_: network)
+    monkeypatch.setattr("ldm_vae.perceptual.pretrained.load_lpips", lambda *_: network)
     pair = PINNED.pair(*floats(64))
     ours = lpips.build("alex", torch.device("cpu")).update(pair)
     arrays = [[image.permute(1, 2, 0).numpy() for image in side] for side in (pair.original, pair.reconstruction)]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm_vae.intervals import t95
+from ldm_vae.core.intervals import t95
 from ldm_vae.metrics.running import Running
 
 

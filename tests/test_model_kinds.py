@@ -17,15 +17,21 @@ from safetensors.torch import load_file
 from test_programs import metrics, newest, one_sentence, run, write_config
 
 from eval import reconstruction
-from ldm_vae import cli, latents
-from ldm_vae.assets import lpips_trunk
-from ldm_vae.autoencoder import AutoencoderConfig, decoder_fingerprint, encoder_fingerprint, load_autoencoder
+from ldm_vae import cli
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.model import (
+    AutoencoderConfig,
+    decoder_fingerprint,
+    encoder_fingerprint,
+    load_autoencoder,
+)
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import open_source
-from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.losses.gaussian_nll import Config as GaussianNLL
 from ldm_vae.metrics.batches import image_batches
 from ldm_vae.metrics.bound import evidence_bound
-from ldm_vae.objective import Objective
+from ldm_vae.perceptual.pretrained import lpips_trunk
+from ldm_vae.training.objective import Objective
 
 SHAPE = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
 SHORT = {"max_train_images": 32, "log_every_images": 8, "checkpoint_every_images": 16}

@@ -17,9 +17,16 @@ from forked import fork
 from killing import wait_for
 from test_programs import one_sentence
 
-from ldm_vae import ownership, publish
-from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.ownership import LEASE, LOCK, is_mark, own, own_name, own_together
+from ldm_vae.core import atomic_io, ownership
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.ownership import (
+    LEASE,
+    LOCK,
+    is_mark,
+    own,
+    own_name,
+    own_together,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -209,12 +216,12 @@ def test_of_two_that_write_one_name_the_second_says_the_truth(tmp_path: Path, fi
 
     def second() -> None:
         try:
-            with publish.whole(tmp_path / "out") as folder:
+            with atomic_io.whole(tmp_path / "out") as folder:
                 (folder / "of").write_text("second")
         except UsageError as error:
             met.append(error)
 
-    with publish.whole(tmp_path / "out") as folder:
+    with atomic_io.whole(tmp_path / "out") as folder:
         (folder / "of").write_text("first")
         thread = threading.Thread(target=second)
         thread.start()
@@ -222,13 +229,13 @@ def test_of_two_that_write_one_name_the_second_says_the_truth(tmp_path: Path, fi
         assert [type(error) for error in met] == [UsageError]
         assert folder.is_dir()
     assert (tmp_path / "out" / "of").read_text() == "first"
-    with pytest.raises(UsageError, match="OUT"), publish.whole(tmp_path / "out"):
+    with pytest.raises(UsageError, match="OUT"), atomic_io.whole(tmp_path / "out"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_name_that_somebody_else_has_taken_meanwhile(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="OUT"), publish.whole(tmp_path / "out") as folder:  # noqa: PT012
+    with pytest.raises(UsageError, match="OUT"), atomic_io.whole(tmp_path / "out") as folder:  # noqa: PT012
         (folder / "of").write_text("ours")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "of").write_text("theirs")

@@ -13,15 +13,15 @@ from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
-from ldm_vae import keyed
-from ldm_vae.adaptive import last_layer_gradient
-from ldm_vae.adversary import Adversary, AdversaryConfig
+from ldm_vae.autoencoder.latents import Moments, Normalisation, posterior_noise
+from ldm_vae.core import rng
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
-from ldm_vae.ema import Ema
-from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.latents import Moments, Normalisation, posterior_noise
-from ldm_vae.logbook import Averages, Logbook, check_finite
-from ldm_vae.optim import schedule
+from ldm_vae.run.ema import Ema
+from ldm_vae.run.metrics_log import Averages, Logbook, check_finite
+from ldm_vae.run.optim import schedule
+from ldm_vae.training.adaptive_weight import last_layer_gradient
+from ldm_vae.training.adversary import Adversary, AdversaryConfig
 
 # --- keyed ------------------------------------------------------------------------------------------------------------
 
@@ -31,17 +31,17 @@ def test_weights_drawn_by_a_seed_leave_the_generator_and_the_gpus_alone(monkeypa
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail(f"asked GPU {device}"))
     before, drawn = torch.get_rng_state(), []
     for _ in range(2):
-        with keyed.seeded(3):
+        with rng.seeded(3):
             drawn.append(torch.randn(4))
         assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(*drawn)
 
 
 def test_a_draw_depends_on_its_key_alone() -> None:
-    together = keyed.normal(3, "posterior", [5, 6, 7], (2, 4))
-    assert torch.equal(together[1], keyed.normal(3, "posterior", [6], (2, 4))[0])
-    assert torch.equal(keyed.normal(3, "x", [(1, 2)], (4,)), keyed.normal(3, "x", [(1, 2)], (4,)))
-    others = [keyed.normal(4, "posterior", [6], (2, 4)), keyed.normal(3, "other", [6], (2, 4))]
+    together = rng.normal(3, "posterior", [5, 6, 7], (2, 4))
+    assert torch.equal(together[1], rng.normal(3, "posterior", [6], (2, 4))[0])
+    assert torch.equal(rng.normal(3, "x", [(1, 2)], (4,)), rng.normal(3, "x", [(1, 2)], (4,)))
+    others = [rng.normal(4, "posterior", [6], (2, 4)), rng.normal(3, "other", [6], (2, 4))]
     assert all(not torch.equal(together[1], other[0]) for other in others)
     assert not torch.equal(together[0], together[1])
 
@@ -54,8 +54,8 @@ def test_keyed_noise_is_standard_normal() -> None:
 
 def test_coordinates_do_not_overlap_with_long_draws() -> None:
     # the generator counts in word 0, coordinates stand in the others: a long draw never runs into the next key
-    long = keyed.generator(0, "s", 1).integers(0, 2**63, 10_000)
-    following = keyed.generator(0, "s", 2).integers(0, 2**63, 100)
+    long = rng.generator(0, "s", 1).integers(0, 2**63, 10_000)
+    following = rng.generator(0, "s", 2).integers(0, 2**63, 100)
     assert not np.isin(following, long).any()
 
 

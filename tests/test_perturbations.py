@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
-from ldm_vae.errors import UsageError
-from ldm_vae.latents import posterior_noise
+from ldm_vae.autoencoder.latents import posterior_noise
+from ldm_vae.autoencoder.model import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.core.errors import UsageError
 from ldm_vae.perturbations import Draw
 from ldm_vae.perturbations.channel_dropout import Config as ChannelDropout
 from ldm_vae.perturbations.eq import Config as Equivariance

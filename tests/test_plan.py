@@ -13,19 +13,19 @@ from conftest import ROOT, write_images
 from forked import Finished, fork
 from torch import nn
 
-from ldm_vae import config
-from ldm_vae.adversary import Adversary, AdversaryConfig
-from ldm_vae.autoencoder import TrainableAutoencoder
-from ldm_vae.cost import Cost, gpu_autocast
+from ldm_vae.autoencoder.model import TrainableAutoencoder
+from ldm_vae.core import config
+from ldm_vae.core.flop_counter import Cost, gpu_autocast
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.lpips import Config as LPIPSConfig
-from ldm_vae.objective import Objective
 from ldm_vae.perceptual.lpips import LPIPS, SMALLEST
-from ldm_vae.plan import plan
-from ldm_vae.step import TrainingStep
-from ldm_vae.training import Training
+from ldm_vae.training.adversary import Adversary, AdversaryConfig
+from ldm_vae.training.config import Training
+from ldm_vae.training.dry_run import plan
+from ldm_vae.training.objective import Objective
+from ldm_vae.training.step import TrainingStep
 from train import autoencoder as training_program
 
 SETTINGS: dict[str, Any] = {

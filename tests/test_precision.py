@@ -7,13 +7,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from ldm_vae.adversary import Adversary, AdversaryConfig
-from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.autoencoder.model import AutoencoderConfig, TrainableAutoencoder
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.l1 import Config as L1
-from ldm_vae.objective import Objective
-from ldm_vae.step import TrainingStep
+from ldm_vae.training.adversary import Adversary, AdversaryConfig
+from ldm_vae.training.objective import Objective
+from ldm_vae.training.step import TrainingStep
 
 
 def reset() -> None:

@@ -16,16 +16,16 @@ from test_preprocessing_verbs import call, program
 
 from eval import diffusability, latent_space, reconstruction, scramble
 from ldm_vae import metrics
-from ldm_vae.autoencoder import load_autoencoder
+from ldm_vae.autoencoder.model import load_autoencoder
 from ldm_vae.cli import parser
-from ldm_vae.config import options
+from ldm_vae.core.config import options
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.flags import KINDS, DataFlags, add_data_arguments
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.data.preprocessing import Preprocessing, record, recorded
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.latent_store import read_manifest
-from ldm_vae.preprocessing import Preprocessing, record, recorded
 from ldm_vae.report import tables
-from ldm_vae.training import Training, build_autoencoder, check_teachers
+from ldm_vae.training.config import Training, build_autoencoder, check_teachers
 
 RANGE = Preprocessing(channels=1, value_range=(0, 4095), resize="none")
 OTHER = Preprocessing(channels=1, value_range=(-1000, 1000), resize="none")
@@ -128,7 +128,7 @@ def test_a_flag_overrides_the_record_and_is_said(
     with caplog.at_level(logging.WARNING):
         call("store", "verify", store, "--reencode", 3)  # as the store says, and what the network says is said
     assert "3 to the same bits" in capsys.readouterr().out
-    (note,) = [one.getMessage() for one in caplog.records if one.name == "ldm_vae.latent_store.origins"]
+    (note,) = [one.getMessage() for one in caplog.records if one.name == "ldm_vae.latent_store.maintain.provenance"]
     assert note.startswith("value_range") and "[0, 65535]" in note and "[0, 4095]" in note
     with pytest.raises(WorkError):
         call("store", "verify", store, "--reencode", 3, "--value_range", 0, 4095)

@@ -13,14 +13,19 @@ import yaml
 from diffusers import AutoencoderKL
 from test_preprocessing_verbs import call
 
-from ldm_vae import preprocessing
-from ldm_vae.autoencoder import load_autoencoder
+from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.autoencoder.single_file import save_single_file
+from ldm_vae.core.errors import UsageError
+from ldm_vae.data import preprocessing
 from ldm_vae.data.decoding import Decoding
-from ldm_vae.errors import UsageError
-from ldm_vae.export.single_file import save_single_file
+from ldm_vae.data.preparation import preparation_of
+from ldm_vae.data.preprocessing import (
+    FILE,
+    Preprocessing,
+    record,
+    recorded,
+)
 from ldm_vae.latent_store import read_manifest
-from ldm_vae.preparation import preparation_of
-from ldm_vae.preprocessing import FILE, Preprocessing, record, recorded
 
 RANGE = Preprocessing(channels=1, value_range=(0, 4095), resize="none")  # of conftest's grey_folder
 

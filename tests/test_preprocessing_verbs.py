@@ -24,10 +24,10 @@ from test_fine_tuning import SHAPE
 
 from eval import diffusability, latent_space, reconstruction, scramble
 from ldm_vae.cli import parser
-from ldm_vae.config import load
+from ldm_vae.core.config import load
 from ldm_vae.data.transforms import to_uint8
 from ldm_vae.export.drift import measure_drift
-from ldm_vae.training import Training
+from ldm_vae.training.config import Training
 from train import autoencoder as training_program
 
 SIDE = 16
@@ -153,7 +153,7 @@ def export(t: Trained, out: Path) -> None:
     def psnr_only(*arguments: Any, **options: Any) -> Any:  # LPIPS needs larger images
         return measure_drift(*arguments, **options | {"lpips": False})
 
-    with mock.patch("ldm_vae.export.exporting.measure_drift", psnr_only):
+    with mock.patch("ldm_vae.export.workflow.measure_drift", psnr_only):
         call("export", t.run, out, "--stats", t.data, "--drift_from", t.vae, "--preview")
 
 

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from test_launch import TWO, launch
 from test_programs import assert_same_run, metrics, newest, one_sentence
 
-from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
+from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.source import open_source
-from ldm_vae.errors import UsageError
-from ldm_vae.generator import Generator
+from ldm_vae.diffusion.generator import Generator
 from ldm_vae.latent_store import LatentDataset, write_store
 from train import diffusion as program
 

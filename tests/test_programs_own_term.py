@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT, write_images
 from test_programs import metrics, run, write_config
 
-from ldm_vae import config
-from ldm_vae.autoencoder import load_autoencoder
-from ldm_vae.errors import UsageError
-from ldm_vae.training import Training
+from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.core import config
+from ldm_vae.core.errors import UsageError
+from ldm_vae.training.config import Training
 
 
 def readme_term() -> str:

@@ -12,10 +12,10 @@ import torch
 from diffusers import VQModel
 from scipy import stats
 
-from ldm_vae import latents
-from ldm_vae.autoencoder import TrainableAutoencoder
-from ldm_vae.bottleneck import Codes
-from ldm_vae.errors import UsageError
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.bottleneck import Codes
+from ldm_vae.autoencoder.model import TrainableAutoencoder
+from ldm_vae.core.errors import UsageError
 from ldm_vae.losses.codebook import Config as CodebookLoss
 from ldm_vae.losses.commitment import Config as Commitment
 from ldm_vae.models.vq import Config

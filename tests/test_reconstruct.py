@@ -15,15 +15,15 @@ from PIL import Image
 
 from ldm_vae import metrics
 from ldm_vae.commands import reconstruct as command
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.source import open_source
-from ldm_vae.errors import UsageError
 from ldm_vae.metrics.batches import image_batches
 from ldm_vae.metrics.evaluate import evaluate_reconstruction
-from ldm_vae.metrics.live import record_validation
 from ldm_vae.metrics.pictures import principal_colours
 from ldm_vae.metrics.select import build_metrics
 from ldm_vae.report import build_report
 from ldm_vae.report.images import read_pixels
+from ldm_vae.training.validation import record_validation
 
 
 def call(*arguments: str | Path) -> None:

@@ -17,10 +17,10 @@ from conftest import write_images
 from PIL import Image
 
 from eval import reconstruction
-from ldm_vae import intervals
-from ldm_vae.autoencoder import AutoencoderConfig
+from ldm_vae.autoencoder.model import AutoencoderConfig
 from ldm_vae.commands import report as command
-from ldm_vae.errors import UsageError
+from ldm_vae.core import intervals
+from ldm_vae.core.errors import UsageError
 from ldm_vae.report import build_report
 from ldm_vae.report.charts import Series, bar_chart, compact, line_chart, linear_axis, log_axis
 from ldm_vae.report.images import difference, heat_map, read_pixels

@@ -11,15 +11,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ldm_vae.adversary import Adversary, AdversaryConfig
-from ldm_vae.autoencoder import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.autoencoder.model import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.core.errors import UsageError
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
-from ldm_vae.errors import UsageError
 from ldm_vae.losses import TermConfig
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.l1 import Config as L1
-from ldm_vae.objective import Objective
-from ldm_vae.step import TrainingStep
+from ldm_vae.training.adversary import Adversary, AdversaryConfig
+from ldm_vae.training.objective import Objective
+from ldm_vae.training.step import TrainingStep
 
 
 class Perceptual(nn.Module):

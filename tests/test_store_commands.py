@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldm_vae import LatentDataset
 from ldm_vae.cli import parser
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import read_manifest
 
 

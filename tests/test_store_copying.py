@@ -14,11 +14,16 @@ from test_store_indices import vq_model
 from test_store_updating import Album, contents, encode, equal
 from test_store_writing import SETTINGS, Pictures, tree
 
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import Record
-from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
-from ldm_vae.latent_store.copying import merge, split, take_samples, take_where
-from ldm_vae.latent_store.repairing import repair
+from ldm_vae.latent_store.maintain.merge_split import (
+    merge,
+    split,
+    take_samples,
+    take_where,
+)
+from ldm_vae.latent_store.maintain.repair import repair
 
 
 def shard_files(store: Path) -> dict[str, str]:

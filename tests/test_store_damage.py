@@ -18,11 +18,11 @@ from diffusers import AutoencoderKL
 from test_store_updating import AFTER, Album, contents, names
 from test_store_writing import SETTINGS, Pictures, tree
 
-from ldm_vae import publish
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.core import atomic_io
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import read_manifest, verify, write_store
-from ldm_vae.latent_store.reencoding import reencode
-from ldm_vae.latent_store.repairing import Repaired, repair
+from ldm_vae.latent_store.maintain.repair import Repaired, repair
+from ldm_vae.latent_store.maintain.spot_check import reencode
 
 
 def flip_a_bit(path: Path, position: int = -5) -> None:
@@ -71,7 +71,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_done_stays(
 ) -> None:
     with small_disk(limit), pytest.raises(WorkError, match="cannot be written"):
         write_store(tiny_vae, Pictures(bad=(9,)), tmp_path / "full", **SETTINGS)
-    left = [path.name for path in (tmp_path / "full").rglob("*") if publish.is_temporary(path)]
+    left = [path.name for path in (tmp_path / "full").rglob("*") if atomic_io.is_temporary(path)]
     assert left == []
     write_store(tiny_vae, Pictures(bad=(9,)), tmp_path / "full", **SETTINGS)
     assert tree(tmp_path / "full") == tree(store)
@@ -137,7 +137,9 @@ def test_everything_of_a_shard_lost(store: Path, tiny_vae: AutoencoderKL) -> Non
 
 def test_a_sound_store_needs_no_repair(store: Path) -> None:
     before = tree(store)
-    (store / "shards" / f".00000000.parquet.0123456789abcdef{publish.TEMPORARY_SUFFIX}").write_bytes(b"left by a kill")
+    (store / "shards" / f".00000000.parquet.0123456789abcdef{atomic_io.TEMPORARY_SUFFIX}").write_bytes(
+        b"left by a kill"
+    )
     assert repair(store, vae=never, source=never) == Repaired()
     assert tree(store) == before
 

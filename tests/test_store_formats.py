@@ -20,14 +20,14 @@ from test_store_indices import vq_model
 from test_store_writing import SETTINGS, Pictures, tree
 
 from ldm_vae import load_autoencoder
-from ldm_vae.autoencoder import AutoencoderConfig
+from ldm_vae.autoencoder.model import AutoencoderConfig
 from ldm_vae.commands.store import FORMATS, MODELS, NAMES
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
-from ldm_vae.latent_store.converting import convert_from, convert_to
-from ldm_vae.latent_store.copying import merge
-from ldm_vae.latent_store.formats import Options, kohya, names
-from ldm_vae.latent_store.repairing import repair
+from ldm_vae.latent_store.convert.conversion import convert_from, convert_to
+from ldm_vae.latent_store.convert.formats import Options, kohya, names
+from ldm_vae.latent_store.maintain.merge_split import merge
+from ldm_vae.latent_store.maintain.repair import repair
 
 KOHYA = Options(model="sdxl")
 

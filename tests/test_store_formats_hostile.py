@@ -21,11 +21,11 @@ from safetensors.numpy import save_file
 from test_store_indices import vq_model
 from test_store_writing import SETTINGS, Pictures
 
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import verify, write_store
-from ldm_vae.latent_store.converting import convert_from, convert_to
-from ldm_vae.latent_store.formats import Options, kohya, names
-from ldm_vae.latent_store.npy import to_npy
+from ldm_vae.latent_store.convert.conversion import convert_from, convert_to
+from ldm_vae.latent_store.convert.formats import Options, kohya, names
+from ldm_vae.latent_store.convert.npy import to_npy
 
 LATENT = np.ones((4, 8, 8), "<f4")
 KOHYA = Options(model="sd")
@@ -127,7 +127,7 @@ def test_what_a_damaged_store_of_ours_may_be(tiny_vae: AutoencoderKL, tmp_path: 
 def test_flipped_and_missing_bytes_never_end_in_a_traceback(
     name: str, tiny_vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ldm_vae.publish.sync", lambda path: None)
+    monkeypatch.setattr("ldm_vae.core.atomic_io.sync", lambda path: None)
     write_store(tiny_vae, Pictures(2), tmp_path / "s", **SETTINGS, store="sample")
     convert_to(tmp_path / "s", tmp_path / "out", name, KOHYA)
     files = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.suffix != ".pt")

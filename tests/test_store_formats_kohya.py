@@ -12,10 +12,10 @@ from test_store_formats import KOHYA, shard_files
 from test_store_writing import SETTINGS, Pictures
 
 from ldm_vae.commands.store import MODELS
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, write_store
-from ldm_vae.latent_store.converting import convert_from, convert_to
-from ldm_vae.latent_store.formats import Options, kohya
+from ldm_vae.latent_store.convert.conversion import convert_from, convert_to
+from ldm_vae.latent_store.convert.formats import Options, kohya
 
 
 def test_sd_scripts_finds_what_it_reads(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:

@@ -23,15 +23,15 @@ from PIL import Image
 from test_store_updating import Album, Stop, Stopping, encode, names
 from test_store_writing import SETTINGS, tree
 
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data import stamps
 from ldm_vae.data.metadata import columns_digest
 from ldm_vae.data.source import open_source
-from ldm_vae.errors import UsageError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
-from ldm_vae.latent_store.copying import merge
-from ldm_vae.latent_store.layout import IMAGE_BYTES
-from ldm_vae.latent_store.shards import to_table
-from ldm_vae.latent_store.sightings import Sightings
+from ldm_vae.latent_store.format.layout import IMAGE_BYTES
+from ldm_vae.latent_store.format.shards import to_table
+from ldm_vae.latent_store.maintain.merge_split import merge
+from ldm_vae.latent_store.write.freshness_cache import Sightings
 
 KINDS = ("folder", "list", "zip", "tar", "parquet", "paths")
 COUNT = 6
@@ -105,7 +105,7 @@ def _clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The indices that a check reads."""
-    from ldm_vae.latent_store import freshness
+    from ldm_vae.latent_store.write import freshness
 
     read: list[int] = []
     checksums = freshness.checksums
@@ -429,9 +429,9 @@ class Sized(Album):
 @pytest.fixture
 def without_sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """The writer as it was before rows had sizes."""
-    from ldm_vae.latent_store import preparing
+    from ldm_vae.latent_store.write import sample_stream
 
-    rows = preparing._rows
+    rows = sample_stream._rows
 
     def older(sample: Any, *rest: Any) -> Any:
         ready = rows(sample, *rest)
@@ -442,7 +442,7 @@ def without_sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatc
         return ready
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparing, "_rows", older)
+        patch.setattr(sample_stream, "_rows", older)
         yield patch
 
 

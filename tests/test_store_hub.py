@@ -18,10 +18,16 @@ from PIL import Image
 from test_store_remote import encoded, same
 from test_store_writing import SETTINGS, Pictures, tree
 
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.export import store_push
-from ldm_vae.latent_store import LatentDataset, read_manifest, transfer, verify, write_store
-from ldm_vae.latent_store.pulling import plan_pull
+from ldm_vae.latent_store import (
+    LatentDataset,
+    read_manifest,
+    verify,
+    write_store,
+)
+from ldm_vae.latent_store.remote.pull import plan_pull
+from ldm_vae.latent_store.storage import fsspec_files
 
 # huggingface_hub's LFS upload calls its HTTP client in a way that this deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -37,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(transfer, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(fsspec_files, "FIRST_WAIT", 0.001)
 
 
 def shard_files(store: Path) -> dict[str, str]:

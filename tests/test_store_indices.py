@@ -14,14 +14,14 @@ from export_call import run_cli
 from safetensors.torch import load_file
 from test_store_writing import SETTINGS, Pictures, tree
 
-from ldm_vae import latents
+from ldm_vae.autoencoder import latents
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.transforms import to_pixels
-from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
-from ldm_vae.latent_store.costs import measure_costs
-from ldm_vae.latent_store.reencoding import reencode
-from ldm_vae.latent_store.reporting import describe
-from ldm_vae.latent_store.writing import Processes
+from ldm_vae.latent_store.maintain.rounding_error import measure_costs
+from ldm_vae.latent_store.maintain.spot_check import reencode
+from ldm_vae.latent_store.maintain.summary import describe
+from ldm_vae.latent_store.write.writer import Processes
 
 
 def vq_model(codes: int = 32) -> VQModel:

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from diffusers import AutoencoderKL
 
-from ldm_vae import intervals
+from ldm_vae.core import intervals
 from ldm_vae.data.source import open_source
 from ldm_vae.export.card import statistics_table
-from ldm_vae.export.measure import statistics_of_store
-from ldm_vae.latent_store.finishing import with_intervals
-from ldm_vae.latent_store.layout import MANIFEST, SHARDS
-from ldm_vae.latent_store.manifest import read_manifest
-from ldm_vae.latent_store.reporting import describe
-from ldm_vae.latent_store.statistics import REPLICATES, LatentStatistics
-from ldm_vae.latent_store.writing import write_store
+from ldm_vae.export.measurement import statistics_of_store
+from ldm_vae.latent_store.format.layout import MANIFEST, SHARDS
+from ldm_vae.latent_store.format.manifest import read_manifest
+from ldm_vae.latent_store.format.statistics import REPLICATES, LatentStatistics
+from ldm_vae.latent_store.maintain.summary import describe
+from ldm_vae.latent_store.write.finalize import with_intervals
+from ldm_vae.latent_store.write.writer import write_store
 
 POSITIONS, TRIALS = 16, 400
 

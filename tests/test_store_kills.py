@@ -21,15 +21,15 @@ from forked import fork
 from killing import Launched, Reaper, launch_program, wait_until
 from test_store_writing import SETTINGS, Pictures, tree
 
-from ldm_vae import publish
+from ldm_vae.core import atomic_io
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
-from ldm_vae.latent_store.writing import Processes
+from ldm_vae.latent_store.write.writer import Processes
 
 
 def vae() -> Any:
     import torch
 
-    from ldm_vae.autoencoder import AutoencoderConfig
+    from ldm_vae.autoencoder.model import AutoencoderConfig
 
     torch.manual_seed(0)
     return AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build().eval()
@@ -147,5 +147,5 @@ def test_the_real_program_killed_under_its_launcher_and_finished_with_other_numb
     _, alive = psutil.wait_procs(left, timeout=300)
     assert alive == [], "orphans of a killed launcher stop by themselves"
     for path in out.rglob("*"):
-        assert not publish.is_temporary(path) or path.unlink() is None  # an orphan that was killed in its last write
+        assert not atomic_io.is_temporary(path) or path.unlink() is None  # an orphan that was killed in its last write
     assert tree(out) == tree(one) == tree(tmp_path / "whole")

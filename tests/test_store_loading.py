@@ -15,9 +15,9 @@ from test_store_views import Mixed
 from test_store_writing import SETTINGS, Pictures
 from torch.utils.data import DataLoader
 
-from ldm_vae.errors import UsageError
+from ldm_vae.core.errors import UsageError
 from ldm_vae.latent_store import LatentDataset, write_store
-from ldm_vae.latent_store.loading import LatentLoader, LatentStream
+from ldm_vae.latent_store.read.loader import LatentLoader, LatentStream
 
 
 @pytest.fixture

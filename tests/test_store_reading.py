@@ -13,10 +13,10 @@ from diffusers import AutoencoderKL
 from test_store_writing import SETTINGS, Pictures
 from torch.utils.data import DataLoader
 
-from ldm_vae import keyed
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.core import rng
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, write_store
-from ldm_vae.latents import Normalisation
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_latents_are_the_sampled_moments_normalised(store: Path) -> None:
     data = LatentDataset(store, seed=5, normalisation=normalisation)
     data.set_epoch(2)
     for index in (0, 8, 19):
-        noise = keyed.normal(5, "latent store", [(2, index)], (4, 8, 8))[0]
+        noise = rng.normal(5, "latent store", [(2, index)], (4, 8, 8))[0]
         z = raw[index]["mean"] + torch.exp(0.5 * raw[index]["logvar"]) * noise
         torch.testing.assert_close(data[index]["latents"], (z - 0.3) * 0.7)
         assert int(data[index]["index"]) == index

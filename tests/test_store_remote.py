@@ -23,10 +23,17 @@ from killing import wait_until
 from test_store_writing import SETTINGS, Pictures
 from upstream import Upstream, serving
 
-from ldm_vae.autoencoder import AutoencoderConfig
-from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.latent_store import LatentDataset, mapping, read_manifest, transfer, verify, write_store
-from ldm_vae.latent_store.layout import MAPPED_ROWS, TENSORS
+from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.latent_store import (
+    LatentDataset,
+    read_manifest,
+    verify,
+    write_store,
+)
+from ldm_vae.latent_store.format.layout import MAPPED_ROWS, TENSORS
+from ldm_vae.latent_store.read import mapped_files
+from ldm_vae.latent_store.storage import fsspec_files
 
 COLUMNS = ("key", "caption", "label", "tags")
 
@@ -51,7 +58,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache of this test, and waits that cost no time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(transfer, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(fsspec_files, "FIRST_WAIT", 0.001)
     return tmp_path / "cache" / "ldm-vae" / "stores"
 
 
@@ -164,7 +171,7 @@ def test_processes_download_each_file_once_between_them(folder: Path, upstream: 
 def test_the_cache_is_bounded_and_evicted_maps_are_given_up(
     folder: Path, upstream: Upstream, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mapping, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(mapped_files, "LOOK_EVERY", 0.0)
     local = LatentDataset(folder / "latents")
     files = [file.bytes for shard in local.shards for name, file in shard.files.items() if name != "parquet"]
     limit = max(files) + min(files) + 10

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_vae.latent_store.statistics import LatentStatistics
-from ldm_vae.latents import Moments
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.latent_store.format.statistics import LatentStatistics
 
 
 def draw(images: int, seed: int = 0, offset: float = 3.0) -> Moments:

@@ -16,12 +16,12 @@ from diffusers import AutoencoderKL
 from forked import fork, forkserver
 from test_store_writing import SETTINGS, Pictures, tree
 
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Record
-from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, LatentStatistics, read_manifest, verify, write_store
-from ldm_vae.latent_store.layout import PLAN
-from ldm_vae.latent_store.writing import Processes
+from ldm_vae.latent_store.format.layout import PLAN
+from ldm_vae.latent_store.write.writer import Processes
 
 
 @dataclass

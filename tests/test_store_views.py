@@ -14,13 +14,18 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from test_store_writing import SETTINGS, Pictures, tree
 
-from ldm_vae.autoencoder import AutoencoderConfig
+from ldm_vae.autoencoder.latents import encode
+from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import decode
 from ldm_vae.data.transforms import centre_crop, to_pixels
-from ldm_vae.errors import UsageError
 from ldm_vae.latent_store import read_manifest, verify, write_store
-from ldm_vae.latent_store.tiling import check_tile, encode_tiled, seam_error, tile_of
-from ldm_vae.latents import encode
+from ldm_vae.latent_store.write.tiled_encode import (
+    check_tile,
+    encode_tiled,
+    seam_error,
+    tile_of,
+)
 
 
 class Mixed(Pictures):
@@ -130,7 +135,7 @@ def test_tiles_of_a_local_encoder_give_the_whole(sides: tuple[int, int]) -> None
     local = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
 
     def moments_of(pixels: torch.Tensor) -> Any:
-        from ldm_vae.latents import Moments
+        from ldm_vae.autoencoder.latents import Moments
 
         return Moments.from_parameters(local(pixels))
 

@@ -15,14 +15,14 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from ldm_vae.autoencoder.latents import encode
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Record
 from ldm_vae.data.transforms import centre_crop, to_pixels
-from ldm_vae.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
-from ldm_vae.latent_store.writing import Processes
-from ldm_vae.latents import encode
+from ldm_vae.latent_store.write.writer import Processes
 
 
 @dataclass

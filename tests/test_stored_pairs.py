@@ -17,11 +17,11 @@ from forked import Finished, fork
 from PIL import Image
 from test_fine_tuning import SHAPE
 
-from ldm_vae.autoencoder import encoder_fingerprint, load_autoencoder
-from ldm_vae.config import load
-from ldm_vae.plan import plan
-from ldm_vae.stored_pairs import drop_encoder
-from ldm_vae.training import Training
+from ldm_vae.autoencoder.model import encoder_fingerprint, load_autoencoder
+from ldm_vae.core.config import load
+from ldm_vae.training.config import Training
+from ldm_vae.training.decoder_only import drop_encoder
+from ldm_vae.training.dry_run import plan
 from train import autoencoder as training_program
 
 

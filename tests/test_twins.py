@@ -13,16 +13,17 @@ from test_ownership import without_locks
 from test_store_updating import AFTER, Album
 from test_store_writing import SETTINGS, Pictures, tree
 
-from ldm_vae import publish
+from ldm_vae.core import atomic_io
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.ownership import LEASE
 from ldm_vae.data.source import Source
-from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.latent_store import read_manifest, units, verify, write_store
-from ldm_vae.latent_store.finishing import finish
-from ldm_vae.latent_store.layout import SHARDS, UNITS
-from ldm_vae.latent_store.manifest import write_manifest
-from ldm_vae.latent_store.repairing import repair
-from ldm_vae.latent_store.writing import Processes
-from ldm_vae.ownership import LEASE
+from ldm_vae.latent_store import read_manifest, verify, write_store
+from ldm_vae.latent_store.format import work_units
+from ldm_vae.latent_store.format.layout import SHARDS, UNITS
+from ldm_vae.latent_store.format.manifest import write_manifest
+from ldm_vae.latent_store.maintain.repair import repair
+from ldm_vae.latent_store.write.finalize import finish
+from ldm_vae.latent_store.write.writer import Processes
 
 
 @pytest.mark.slow
@@ -80,7 +81,7 @@ def test_a_second_launch_within_the_first(
 def test_a_launch_that_was_taken_over_publishes_nothing_more(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     """As if it had been suspended, and another had found its record untouched."""
     out = tmp_path / "s"
-    taken_over = Again(lambda: publish.replace(out / LEASE, publish.data(b"another's")), at=3)
+    taken_over = Again(lambda: atomic_io.replace(out / LEASE, atomic_io.data(b"another's")), at=3)
     with pytest.raises(WorkError, match="OUT"):
         write_store(tiny_vae, Pictures(20), out, **SETTINGS, processes=Processes(0, 1, taken_over))
     assert not list((out / UNITS).iterdir()) and not list((out / SHARDS).iterdir())
@@ -90,11 +91,11 @@ def test_finishing_twice_changes_nothing(tiny_vae: AutoencoderKL, tmp_path: Path
     """Without any ownership: a launch that finishes what another has finished finds it done."""
     out, source = tmp_path / "s", Pictures(20)
     manifest = write_store(tiny_vae, source, out, **SETTINGS)
-    plan = units.fresh_plan(units.source_identity(source))
+    plan = work_units.fresh_plan(work_units.source_identity(source))
     before = tree(out)
     assert finish(out, read_manifest(out), plan) == manifest
     assert tree(out) == before
-    other = units.fresh_plan(units.source_identity(Pictures(25)))
+    other = work_units.fresh_plan(work_units.source_identity(Pictures(25)))
     with pytest.raises(WorkError, match="store"):
         finish(out, read_manifest(out), other)
     assert tree(out) == before
@@ -103,10 +104,10 @@ def test_finishing_twice_changes_nothing(tiny_vae: AutoencoderKL, tmp_path: Path
 def test_finishing_an_update_twice_changes_nothing(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     out = tmp_path / "s"
     write_store(tiny_vae, Album(bad=(4,)), out, **SETTINGS)
-    old, kept = read_manifest(out), list[units.Plan]()
+    old, kept = read_manifest(out), list[work_units.Plan]()
 
     def keep() -> None:
-        plan = units.read_plan(out, old.units)
+        plan = work_units.read_plan(out, old.units)
         kept.extend([plan] if plan is not None else [])
 
     write_store(tiny_vae, Album(**AFTER), out, **SETTINGS, update=True, processes=Processes(0, 1, keep))

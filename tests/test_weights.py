@@ -17,10 +17,10 @@ from diffusers import AutoencoderTiny, VQModel
 from export_call import run_cli
 from safetensors.torch import load_file, save_file
 
-from ldm_vae import latents
-from ldm_vae.autoencoder import AutoencoderConfig, load_autoencoder
-from ldm_vae.errors import UsageError
-from ldm_vae.export.ldm_keys import to_ldm
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
+from ldm_vae.autoencoder.weights.ldm_keys import to_ldm
+from ldm_vae.core.errors import UsageError
 
 Tensors = dict[str, torch.Tensor]
 STEM = "diffusion_pytorch_model"

@@ -33,8 +33,9 @@ from test_store_writing import tree
 from torture import FAULTS, place, table
 from victims import Figures, online, write_vae
 
-from ldm_vae import cli, ownership
-from ldm_vae.autoencoder import load_autoencoder
+from ldm_vae import cli
+from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.core import ownership
 from ldm_vae.data.source import open_source
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from train import autoencoder, diffusion

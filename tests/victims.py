@@ -15,9 +15,10 @@ from loopback_hub import Hub
 from test_programs import metrics, newest, write_config
 from test_store_writing import tree
 
-from ldm_vae import checkpoint, cli
-from ldm_vae.autoencoder import AutoencoderConfig
+from ldm_vae import cli
+from ldm_vae.autoencoder.model import AutoencoderConfig
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify
+from ldm_vae.run import checkpoint
 from train import autoencoder as training_program
 
 IMAGES = 24

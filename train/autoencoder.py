@@ -21,38 +21,29 @@ from accelerate import Accelerator
 from diffusers import AutoencoderTiny
 from tqdm.auto import tqdm
 
-from ldm_vae import checkpoint, preprocessing
-from ldm_vae.adversary import Adversary
-from ldm_vae.autoencoder import (
-    check_resolution,
-    downsampling_factor,
-    encoder_fingerprint,
-)
+from ldm_vae.autoencoder.latents import Normalisation, posterior_noise
+from ldm_vae.autoencoder.model import check_resolution, downsampling_factor, encoder_fingerprint
+from ldm_vae.core.errors import Stopped, WorkError, run_program
+from ldm_vae.core.launch import StopSignal, build_accelerator
+from ldm_vae.data import preprocessing
 from ldm_vae.data.dataset import training_loader
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
 from ldm_vae.data.stream import Stream, length
 from ldm_vae.data.stream import warning as stream_warning
 from ldm_vae.data.transforms import to_pixels
-from ldm_vae.ema import Ema
-from ldm_vae.errors import Stopped, WorkError, run_program
 from ldm_vae.export.diffusers_folder import write_vae
-from ldm_vae.export.measure import measure, normalisation_of
+from ldm_vae.export.measurement import measure, normalisation_of
 from ldm_vae.export.targets import warnings_for_pipelines
-from ldm_vae.health import below_linear, diagnose
-from ldm_vae.latents import Normalisation, posterior_noise
-from ldm_vae.launch import StopSignal, build_accelerator
-from ldm_vae.logbook import Averages, Logbook, check_finite
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.bound import evidence_bound
 from ldm_vae.metrics.evaluate import evaluate_reconstruction
 from ldm_vae.metrics.linear import MEASURED, LinearFloor, fit_code
-from ldm_vae.metrics.live import record_validation
 from ldm_vae.metrics.select import build_metrics
-from ldm_vae.optim import learning, schedule, set_learning_rate
-from ldm_vae.plan import describe
 from ldm_vae.report import build_report
-from ldm_vae.run import (
+from ldm_vae.run import checkpoint
+from ldm_vae.run.ema import Ema
+from ldm_vae.run.folder import (
     arrange,
     global_batch,
     prepare_run_folder,
@@ -61,11 +52,12 @@ from ldm_vae.run import (
     start_from_command_line,
     what_is_due,
 )
-from ldm_vae.run_inputs import compare_images, compare_store
-from ldm_vae.step import TrainingStep
-from ldm_vae.stored_pairs import drop_encoder, open_pairs, prepared_as, stored_loader, whole
-from ldm_vae.trackers import check_tracker, log_picture
-from ldm_vae.training import (
+from ldm_vae.run.inputs import compare_images, compare_store
+from ldm_vae.run.metrics_log import Averages, Logbook, check_finite
+from ldm_vae.run.optim import learning, schedule, set_learning_rate
+from ldm_vae.run.trackers import check_tracker, log_picture
+from ldm_vae.training.adversary import Adversary
+from ldm_vae.training.config import (
     MAY_CHANGE,
     Training,
     build_autoencoder,
@@ -74,7 +66,24 @@ from ldm_vae.training import (
     build_objective,
     check_teachers,
 )
-from ldm_vae.training_data import assign_buckets, check_sources, normalisation_pixels, open_sources, start_from_data
+from ldm_vae.training.data import (
+    assign_buckets,
+    check_sources,
+    normalisation_pixels,
+    open_sources,
+    start_from_data,
+)
+from ldm_vae.training.decoder_only import (
+    drop_encoder,
+    open_pairs,
+    prepared_as,
+    stored_loader,
+    whole,
+)
+from ldm_vae.training.dry_run import describe
+from ldm_vae.training.monitor import below_linear, diagnose
+from ldm_vae.training.step import TrainingStep
+from ldm_vae.training.validation import record_validation
 
 
 def main() -> None:

@@ -5,8 +5,8 @@
     python -m train.diffusion configs/diffusion/demo.yaml --help      # every knob of that config
 
 The same command again resumes from the last checkpoint. At the end RUN/denoiser is a network of diffusers (averaged
-weights) that ldm_vae.generator.Generator samples from, RUN/samples holds decoded samples, and RUN/report/index.html is
-a page to look at. Time is counted in images seen by all processes together.
+weights) that `ldm_vae.diffusion.generator` samples from, RUN/samples holds decoded samples, and RUN/report/index.html
+is a page to look at. Time is counted in images seen by all processes together.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ldm_vae.diffusion import Denoiser, draw_flow
-from ldm_vae.diffusion_training import (
+from ldm_vae.core.errors import Stopped, run_program
+from ldm_vae.core.launch import StopSignal, build_accelerator
+from ldm_vae.diffusion.config import (
     MAY_CHANGE,
     DiffusionTraining,
     build_denoiser,
@@ -25,15 +26,17 @@ from ldm_vae.diffusion_training import (
     load_decoder,
     open_latents,
 )
-from ldm_vae.ema import Ema
-from ldm_vae.errors import Stopped, run_program
-from ldm_vae.generator import Generator
-from ldm_vae.launch import StopSignal, build_accelerator
-from ldm_vae.logbook import Averages, Logbook, check_finite
-from ldm_vae.metrics.generation import clip_looks, in_words, record_distances, record_samples
-from ldm_vae.optim import learning, schedule, set_learning_rate
+from ldm_vae.diffusion.flow import Denoiser, draw_flow
+from ldm_vae.diffusion.generator import Generator
+from ldm_vae.diffusion.sample_metrics import (
+    clip_looks,
+    in_words,
+    record_distances,
+    record_samples,
+)
 from ldm_vae.report import build_report
-from ldm_vae.run import (
+from ldm_vae.run.ema import Ema
+from ldm_vae.run.folder import (
     arrange,
     global_batch,
     prepare_run_folder,
@@ -42,8 +45,10 @@ from ldm_vae.run import (
     start_from_command_line,
     what_is_due,
 )
-from ldm_vae.run_inputs import compare_store
-from ldm_vae.trackers import check_tracker, log_picture
+from ldm_vae.run.inputs import compare_store
+from ldm_vae.run.metrics_log import Averages, Logbook, check_finite
+from ldm_vae.run.optim import learning, schedule, set_learning_rate
+from ldm_vae.run.trackers import check_tracker, log_picture
 
 
 def main() -> None:

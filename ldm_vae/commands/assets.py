@@ -27,17 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.asset == "demo":
-        from ldm_vae.photographs import prepare_demo
+        from ldm_vae.demo.photographs import prepare_demo
 
         print(prepare_demo(arguments.out))
         return
     if arguments.asset == "digits":
-        from ldm_vae.digits import prepare_digits
+        from ldm_vae.demo.digits import prepare_digits
 
         print(prepare_digits(arguments.out))
         return
-    from ldm_vae.assets import lpips_trunk
-    from ldm_vae.places import cache_dir
+    from ldm_vae.core.paths import cache_dir
+    from ldm_vae.perceptual.pretrained import lpips_trunk
 
     for net in arguments.net:
         tensors = lpips_trunk(net)

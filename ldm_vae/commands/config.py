@@ -19,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from ldm_vae import programs_at
+    from ldm_vae.core import programs
 
     if arguments.name is not None:
-        print(programs_at.find_config(arguments.name).read_text(encoding="utf-8"), end="")
+        print(programs.find_config(arguments.name).read_text(encoding="utf-8"), end="")
         return
-    for name, path in programs_at.shipped_configs().items():
+    for name, path in programs.shipped_configs().items():
         print(f"{name:22} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")

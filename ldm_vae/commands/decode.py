@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
-    from ldm_vae.errors import UsageError
+    from ldm_vae.core.errors import UsageError
     from ldm_vae.latent_store import LatentDataset
-    from ldm_vae.latent_store.origins import find_vae
-    from ldm_vae.latent_store.picturing import decode_to_png
+    from ldm_vae.latent_store.maintain.provenance import find_vae
+    from ldm_vae.latent_store.read.pictures import decode_to_png
 
     dataset = LatentDataset(arguments.store, sample=False, columns=("key",))
     if not 0 <= arguments.first < len(dataset):

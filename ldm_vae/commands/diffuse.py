@@ -13,6 +13,6 @@ DESCRIPTION = ""  # the program's own docstring is the help
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from ldm_vae import programs_at
+    from ldm_vae.core import programs
 
-    programs_at.run_with_config("train/diffusion.py", arguments.arguments)
+    programs.run_with_config("train/diffusion.py", arguments.arguments)

@@ -33,10 +33,15 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder, sample_size
+    from ldm_vae.autoencoder.model import (
+        check_resolution,
+        downsampling_factor,
+        load_autoencoder,
+        sample_size,
+    )
+    from ldm_vae.data.preparation import preparation_of
     from ldm_vae.export.drift import measure_drift
     from ldm_vae.metrics.batches import image_batches, spread
-    from ldm_vae.preparation import preparation_of
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, tuned = (load_autoencoder(vae).to(device) for vae in (arguments.base, arguments.tuned))

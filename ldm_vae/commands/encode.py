@@ -87,16 +87,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from ldm_vae.autoencoder import downsampling_factor, load_autoencoder
-    from ldm_vae.errors import UsageError
+    from ldm_vae.autoencoder.model import downsampling_factor, load_autoencoder
+    from ldm_vae.core.errors import UsageError
+    from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
+    from ldm_vae.data.preparation import preparation_of
     from ldm_vae.latent_store import write_store
-    from ldm_vae.latent_store.costs import describe_costs, measure_costs
-    from ldm_vae.latent_store.encoding import default_threads, default_workers
-    from ldm_vae.latent_store.reporting import describe, units_in
-    from ldm_vae.latent_store.tiling import tile_of
-    from ldm_vae.latent_store.writing import Processes
-    from ldm_vae.launch import ON_THEIR_OWN, build_accelerator
-    from ldm_vae.preparation import preparation_of
+    from ldm_vae.latent_store.maintain.rounding_error import describe_costs, measure_costs
+    from ldm_vae.latent_store.maintain.summary import describe, units_in
+    from ldm_vae.latent_store.write.encoder import default_threads, default_workers
+    from ldm_vae.latent_store.write.tiled_encode import tile_of
+    from ldm_vae.latent_store.write.writer import Processes
 
     if not 0 <= arguments.max_bad <= 1:
         raise UsageError(f"--max_bad: expected a share between 0 and 1, got {arguments.max_bad}")

@@ -70,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from ldm_vae.errors import WorkError
-    from ldm_vae.export.exporting import Request, export
+    from ldm_vae.core.errors import WorkError
+    from ldm_vae.export.workflow import Request, export
 
     request = Request(
         source=arguments.source,

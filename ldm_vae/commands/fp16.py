@@ -45,9 +45,9 @@ def run(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
     import torch
 
-    from ldm_vae.autoencoder import load_autoencoder, only_kl
+    from ldm_vae.autoencoder.model import load_autoencoder, only_kl
+    from ldm_vae.data.preparation import preparation_of
     from ldm_vae.export.fp16.probes import make_probes
-    from ldm_vae.preparation import preparation_of
 
     vae = load_autoencoder(arguments.vae, arguments.config).to("cuda" if torch.cuda.is_available() else "cpu")
     only_kl(vae, "fp16")
@@ -81,13 +81,13 @@ def _audit(arguments: argparse.Namespace) -> None:
 def _fix(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from ldm_vae.errors import WorkError
+    from ldm_vae.core.errors import WorkError
     from ldm_vae.export.card import Card, card_name
     from ldm_vae.export.diffusers_folder import write_vae
     from ldm_vae.export.fp16.audit import audit
     from ldm_vae.export.fp16.certificate import certify
     from ldm_vae.export.fp16.rescale import rescale
-    from ldm_vae.export.replaceable import check_replaceable
+    from ldm_vae.export.replacement import check_replaceable
 
     out = Path(arguments.out)
     check_replaceable(out)  # before the work, not after it

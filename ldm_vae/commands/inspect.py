@@ -34,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ldm_vae.core.errors import UsageError, WorkError
     from ldm_vae.data import buckets
+    from ldm_vae.data.preparation import plain
     from ldm_vae.data.stream import Stream
     from ldm_vae.data.survey import lines, survey, thumbnails
-    from ldm_vae.errors import UsageError, WorkError
-    from ldm_vae.preparation import plain
 
     for name, least in (("resolution", 1), ("max_images", 0), ("num_workers", 0)):
         if getattr(args, name) < least:

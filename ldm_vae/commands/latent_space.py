@@ -13,6 +13,6 @@ DESCRIPTION = ""  # the program's own help is shown
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from ldm_vae import programs_at
+    from ldm_vae.core import programs
 
-    programs_at.run("eval/latent_space.py", arguments.arguments or ["--help"])
+    programs.run("eval/latent_space.py", arguments.arguments or ["--help"])

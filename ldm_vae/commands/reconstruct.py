@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from ldm_vae.data.decoding import Decoding
-    from ldm_vae.preparation import Preparation
+    from ldm_vae.data.preparation import Preparation
 
 HELP = "encode and decode images, and show before and after"
 DESCRIPTION = """\
@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from ldm_vae.autoencoder import check_resolution, downsampling_factor, load_autoencoder
-    from ldm_vae.errors import UsageError
-    from ldm_vae.ownership import own
-    from ldm_vae.preparation import preparation_of
+    from ldm_vae.autoencoder.model import check_resolution, downsampling_factor, load_autoencoder
+    from ldm_vae.core.errors import UsageError
+    from ldm_vae.core.ownership import own
+    from ldm_vae.data.preparation import preparation_of
 
     vae = load_autoencoder(arguments.vae, arguments.config)
     factor = downsampling_factor(vae)
@@ -60,7 +60,7 @@ def _reconstruct(
     """Write each image's reconstruction, and the two side by side."""
     import torch
 
-    from ldm_vae.autoencoder import downsampling_factor
+    from ldm_vae.autoencoder.model import downsampling_factor
     from ldm_vae.data.transforms import centre_crop
     from ldm_vae.metrics.batches import ImageBatch
     from ldm_vae.metrics.evaluate import reconstruct
@@ -91,8 +91,8 @@ def _reconstruct(
 
 
 def _read(path: Path, decoding: Decoding) -> torch.Tensor:
+    from ldm_vae.core.errors import UsageError
     from ldm_vae.data.decoding import BadImage, read_image
-    from ldm_vae.errors import UsageError
 
     try:
         return read_image(path.read_bytes(), decoding).pixels

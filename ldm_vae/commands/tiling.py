@@ -33,13 +33,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from ldm_vae.autoencoder import downsampling_factor, load_autoencoder, only_kl
+    from ldm_vae.autoencoder.model import downsampling_factor, load_autoencoder, only_kl
+    from ldm_vae.core.errors import UsageError
     from ldm_vae.data.decoding import read_image
+    from ldm_vae.data.preparation import preparation_of
     from ldm_vae.data.quarantine import BadImage
     from ldm_vae.data.transforms import to_pixels
-    from ldm_vae.errors import UsageError
     from ldm_vae.export.tiling import measure_tiling
-    from ldm_vae.preparation import preparation_of
 
     vae = load_autoencoder(arguments.vae, arguments.config).to("cuda" if torch.cuda.is_available() else "cpu")
     only_kl(vae, "tiling")

@@ -17,6 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from ldm_vae import programs_at
+    from ldm_vae.core import programs
 
-    programs_at.run_with_config("train/autoencoder.py", arguments.arguments)
+    programs.run_with_config("train/autoencoder.py", arguments.arguments)

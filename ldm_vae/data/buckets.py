@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from ldm_vae import keyed
-from ldm_vae.config import Section
+from ldm_vae.core import rng
+from ldm_vae.core.config import Section
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.sampler import Order, Task, Work
-from ldm_vae.errors import UsageError, WorkError
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[int, int]
@@ -169,7 +169,7 @@ def _plan(counts: Sequence[int], seed: int, whole: int, step: int) -> Iterator[t
             for number, count in enumerate(counts)
             for place in range(-(-epoch * count // whole), -(-(epoch + 1) * count // whole))
         ]
-        keyed.generator(seed, "buckets", epoch).shuffle(entries)
+        rng.generator(seed, "buckets", epoch).shuffle(entries)
         yield from entries[step - before(epoch) :]
         epoch += 1
         step = before(epoch)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ldm_vae import keyed
+from ldm_vae.core import rng
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data import buckets as aspect_buckets
 from ldm_vae.data import sampler, stream
 from ldm_vae.data.buckets import Assignment
@@ -31,7 +32,6 @@ from ldm_vae.data.source import Record, Source
 from ldm_vae.data.stream import Stream
 from ldm_vae.data.transforms import Crop, Resolution, TransformConfig, random_crop
 from ldm_vae.data.workers import load
-from ldm_vae.errors import UsageError, WorkError
 
 __all__ = ["Batch", "ImageDataset", "Sample", "ordered_loader", "training_loader"]
 
@@ -149,7 +149,7 @@ class ImageDataset(Dataset[Batch]):
         if self._looked < ENOUGH:
             self._looked += 1
             self._values.append(image.values)
-        generator = keyed.generator(self.seed, "augmentation", epoch, index)
+        generator = rng.generator(self.seed, "augmentation", epoch, index)
         crop = random_crop(image.pixels, resolution, self.transform, generator, image.original_size)
         return index, record.key, crop
 

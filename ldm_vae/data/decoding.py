@@ -17,13 +17,13 @@ import pyarrow as pa
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from ldm_vae.core.validation import HEAD, disguise
 from ldm_vae.data import arrays, colour, depth
 from ldm_vae.data.arrays import Array
 from ldm_vae.data.colour import Background
 from ldm_vae.data.flags import Resize
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.ranges import Range, Values, check_range
-from ldm_vae.untrusted import HEAD, disguise
 
 __all__ = ["BadImage", "Decoded", "Decoding", "RawImage", "decode", "read_image"]
 

@@ -1,7 +1,7 @@
 """The flags of every verb with DATA, spelled once: which images are meant, and how they are decoded.
 
 Nothing heavy is imported, since `--help` has no torch. A flag that is not given is None: what the network records with
-its weights then holds (ldm_vae/preprocessing.py).
+its weights then holds (ldm_vae/data/preprocessing.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from ldm_vae.errors import UsageError
+from ldm_vae.core.errors import UsageError
 
 Resize = Literal["short_side", "none"]
 

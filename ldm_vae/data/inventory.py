@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from ldm_vae import publish
+from ldm_vae.core import atomic_io
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Source, image_bytes, image_checksum
 from ldm_vae.data.stamps import Sizes, Stamps, chunks_of, key_numbers, stamp_now, stamps_of
@@ -41,7 +41,7 @@ class Inventory:
     def save(self, path: Path) -> None:
         """As safetensors."""
         tensors = {name: torch.from_numpy(getattr(self, name).view(np.int64)) for name in TENSORS}
-        publish.replace(path, publish.data(save(tensors)))
+        atomic_io.replace(path, atomic_io.data(save(tensors)))
 
     @classmethod
     def load(cls, path: Path) -> Inventory | None:

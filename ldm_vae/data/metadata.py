@@ -25,9 +25,9 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.files import printable
 from ldm_vae.data.quarantine import BadImage
-from ldm_vae.errors import UsageError
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 

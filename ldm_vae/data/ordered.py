@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.flags import Resize
 from ldm_vae.data.quarantine import Bad, BadImage
@@ -27,7 +28,6 @@ from ldm_vae.data.stamps import stamp_now
 from ldm_vae.data.stream import Stream, length
 from ldm_vae.data.transforms import Crop, Resolution, centre_crop
 from ldm_vae.data.workers import load
-from ldm_vae.errors import UsageError
 
 
 @dataclass(frozen=True)

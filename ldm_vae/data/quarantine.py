@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ldm_vae.errors import WorkError
-from ldm_vae.untrusted import parse_json
+from ldm_vae.core.errors import WorkError
+from ldm_vae.core.validation import parse_json
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_vae.errors import UsageError
+from ldm_vae.core.errors import UsageError
 
 logger = logging.getLogger(__name__)
 

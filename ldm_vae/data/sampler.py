@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_vae import keyed
+from ldm_vae.core import rng
 from ldm_vae.data.quarantine import Bad
 from ldm_vae.data.source import Record
 
@@ -49,7 +49,7 @@ def permutation(seed: int, epoch: int, count: int, bucket: int = 0) -> np.ndarra
     a batch runs over the border; for more images than that, shuffle shards rather than images.
     """
     order = np.arange(count, dtype=np.uint32 if count <= 2**32 else np.uint64)
-    keyed.generator(seed, "order", epoch, bucket).shuffle(order)
+    rng.generator(seed, "order", epoch, bucket).shuffle(order)
     return order
 
 

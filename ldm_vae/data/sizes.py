@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm_vae import publish
+from ldm_vae.core import atomic_io
 from ldm_vae.data.decoding import read_size
 from ldm_vae.data.ordered import batches_of, items
 from ldm_vae.data.quarantine import Bad, BadImage
@@ -93,7 +93,7 @@ def shared_sizes(
     together = add_up(torch.from_numpy(part)).cpu()
     if rank == 0 and (kept is None or (together.numpy() != kept).any()):
         tensors = {"height_width_stamp": together, "keys": torch.from_numpy(keys.view(np.int64))}
-        publish.replace(path, publish.data(save(tensors)))
+        atomic_io.replace(path, atomic_io.data(save(tensors)))
     return together.numpy()[:, :2].astype(np.int32), bad if kept is None else []
 
 

@@ -19,11 +19,11 @@ import numpy as np
 from pydantic import Field, field_validator
 from tqdm import tqdm
 
-from ldm_vae.config import Part
+from ldm_vae.core.config import Part
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.decoding import Decoding, RawImage
 from ldm_vae.data.flags import Resize
 from ldm_vae.data.quarantine import BadImage
-from ldm_vae.errors import UsageError, WorkError
 
 
 @dataclass(frozen=True)

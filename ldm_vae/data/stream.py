@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
-from ldm_vae import keyed
+from ldm_vae.core import rng
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.quarantine import Bad
 from ldm_vae.data.sampler import Task, Work
 from ldm_vae.data.source import Record
-from ldm_vae.errors import UsageError, WorkError
 
 
 @runtime_checkable
@@ -112,7 +112,7 @@ def batches(
 
 def _shuffled(stream: Stream, seed: int, epoch: int) -> Iterator[tuple[int, Record] | Bad]:
     """(index in the stream, record) in the order of an epoch."""
-    draw = keyed.generator(seed, "shuffle", epoch)
+    draw = rng.generator(seed, "shuffle", epoch)
     buffer: list[tuple[int, Record]] = []
     index = 0
     for item in stream:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm_vae import keyed, publish
+from ldm_vae.core import atomic_io, rng
 from ldm_vae.data import buckets
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.ordered import Item, batches_of, items, key_of, take
@@ -100,7 +100,7 @@ def survey(source: Source | Stream, max_images: int | None = None, num_workers: 
     total = length(source)
     indices: Sequence[int] | None = None
     if total is not None and max_images is not None and max_images < total:
-        indices = np.sort(keyed.generator(0, "survey").choice(total, max_images, replace=False)).tolist()
+        indices = np.sort(rng.generator(0, "survey").choice(total, max_images, replace=False)).tolist()
     chosen = islice(items(source, indices), None if total is not None else max_images)
     found = Survey(total, source.columns)
     count = total if indices is None else len(indices)
@@ -205,5 +205,5 @@ def thumbnails(source: Source, found: Survey, path: Path) -> int:
         shown = pixels[:3] if pixels.shape[0] >= 3 else pixels[:1].expand(3, -1, -1)
         tile = Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
         sheet.paste(tile, (place % columns * side, place // columns * side))
-    publish.replace(path, lambda file: sheet.save(file, "PNG"))
+    atomic_io.replace(path, lambda file: sheet.save(file, "PNG"))
     return len(chosen)

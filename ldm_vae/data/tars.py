@@ -15,10 +15,10 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ldm_vae.core.validation import parse_json
 from ldm_vae.data.decoding import EXTENSIONS
 from ldm_vae.data.files import check_member_name
 from ldm_vae.data.quarantine import BadImage
-from ldm_vae.untrusted import parse_json
 
 
 @dataclass

@@ -20,7 +20,7 @@ from pydantic import model_validator
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from ldm_vae.config import Section
+from ldm_vae.core.config import Section
 from ldm_vae.data.decoding import DEFAULT, Decoding
 from ldm_vae.data.flags import Resize
 

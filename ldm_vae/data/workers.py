@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ldm_vae.errors import WorkError, misfortune
+from ldm_vae.core.errors import WorkError, misfortune
 
 GRACE = 5.0  # seconds: see `_take`
 

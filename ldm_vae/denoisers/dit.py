@@ -10,8 +10,8 @@ from diffusers.models.embeddings import LabelEmbedding
 from pydantic import Field
 from torch import nn
 
-from ldm_vae.config import Part
-from ldm_vae.errors import UsageError
+from ldm_vae.core.config import Part
+from ldm_vae.core.errors import UsageError
 
 
 class Config(Part):
@@ -53,7 +53,7 @@ class Config(Part):
 
 def _initialise(network: DiTTransformer2DModel) -> None:
     """As published (section 3.2): every block begins as the identity and the network as zero. And labels are dropped by
-    key (ldm_vae/diffusion.py), not by each block for itself, as diffusers' embedding does in training."""
+    key (ldm_vae/diffusion/flow.py), not by each block for itself, as diffusers' embedding does in training."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

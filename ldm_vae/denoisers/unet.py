@@ -8,8 +8,8 @@ from diffusers import UNet2DModel
 from pydantic import Field, model_validator
 from torch import nn
 
-from ldm_vae.config import Part
-from ldm_vae.errors import UsageError
+from ldm_vae.core.config import Part
+from ldm_vae.core.errors import UsageError
 
 
 class Config(Part):

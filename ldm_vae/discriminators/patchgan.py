@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
-from ldm_vae.config import Part
-from ldm_vae.latents import at_least_fp32
+from ldm_vae.autoencoder.latents import at_least_fp32
+from ldm_vae.core.config import Part
 
 Norm = Literal["group", "spectral", "none", "batch", "sync_batch"]
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from ldm_vae import intervals
-from ldm_vae.latent_store.statistics import LatentStatistics
-from ldm_vae.latents import Normalisation
+from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.core import intervals
+from ldm_vae.data.preparation import shown
+from ldm_vae.data.preprocessing import FILE, recorded
+from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.metrics.result import markdown
-from ldm_vae.preparation import shown
-from ldm_vae.preprocessing import FILE, recorded
 
 TAGS = ("autoencoder", "vae", "ldm-vae")
 

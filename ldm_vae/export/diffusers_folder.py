@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-from ldm_vae import latents, preprocessing, publish
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.core import atomic_io
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.validation import parse_json
+from ldm_vae.data import preprocessing
 from ldm_vae.export.card import Card, card_name
-from ldm_vae.export.replaceable import check_replaceable
-from ldm_vae.latent_store.statistics import LatentStatistics
-from ldm_vae.latents import Normalisation
-from ldm_vae.untrusted import parse_json
+from ldm_vae.export.replacement import check_replaceable
+from ldm_vae.latent_store.format.statistics import LatentStatistics
 
 STATISTICS = "latent_statistics.json"
 
@@ -84,7 +86,7 @@ def write_configured(
         everything[STATISTICS] = (json.dumps(statistics.to_json(), indent=1) + "\n").encode()
     text = Card(card_name(out), statistics).text(copy) if card is None else card
     everything["README.md"] = text.encode()
-    with publish.whole(out, check_replaceable) as folder:
+    with atomic_io.whole(out, check_replaceable) as folder:
         _save(copy, folder, max_shard_size)
         if half:
             _save(copy.half(), folder, max_shard_size, variant="fp16")

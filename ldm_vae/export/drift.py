@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ldm_vae import finite
-from ldm_vae.autoencoder import downsampling_factor, encoder_fingerprint
+from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.model import downsampling_factor, encoder_fingerprint
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.transforms import to_pixels
-from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.latents import Normalisation
 from ldm_vae.metrics.batches import ImageBatch
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.running import Summary

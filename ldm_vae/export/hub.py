@@ -11,8 +11,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.untrusted import first_line
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.validation import first_line
 
 
 def check_name(repo: str, argument: str = "--push_to_hub") -> None:

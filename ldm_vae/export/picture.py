@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ldm_vae import finite
+from ldm_vae.autoencoder import finite
 from ldm_vae.data.transforms import to_uint8
 
 PICTURE = "pictures/reconstruction.png"

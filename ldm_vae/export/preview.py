@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ldm_vae import finite
-from ldm_vae.autoencoder import downsampling_factor
-from ldm_vae.errors import WorkError
-from ldm_vae.latent_store.reading import LatentDataset
-from ldm_vae.latents import Normalisation
+from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.model import downsampling_factor
+from ldm_vae.core.errors import WorkError
+from ldm_vae.latent_store.read.dataset import LatentDataset
 
 FILE = "latent_preview.json"
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from ldm_vae.config import read_yaml
-from ldm_vae.errors import UsageError
-from ldm_vae.untrusted import first_line, parse_json
+from ldm_vae.core.config import read_yaml
+from ldm_vae.core.errors import UsageError
+from ldm_vae.core.validation import first_line, parse_json
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

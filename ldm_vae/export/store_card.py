@@ -8,9 +8,9 @@ from pathlib import Path
 import yaml
 
 from ldm_vae.export.card import about_intervals, statistics_table
-from ldm_vae.latent_store.layout import ROWS, SHARDS
-from ldm_vae.latent_store.manifest import Manifest
-from ldm_vae.latent_store.statistics import LatentStatistics
+from ldm_vae.latent_store.format.layout import ROWS, SHARDS
+from ldm_vae.latent_store.format.manifest import Manifest
+from ldm_vae.latent_store.format.statistics import LatentStatistics
 
 TAGS = ("latents", "latent-diffusion", "ldm-vae")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

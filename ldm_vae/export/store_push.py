@@ -19,15 +19,21 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
 
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.export.hub import check_name, client, in_a_sentence
 from ldm_vae.export.store_card import store_card
 from ldm_vae.latent_store import LatentDataset
-from ldm_vae.latent_store.file_record import FileRecord, checksum
-from ldm_vae.latent_store.layout import EXTENSIONS, MANIFEST, QUARANTINE, SHARDS, shard_file
-from ldm_vae.latent_store.manifest import Manifest, read_finished
-from ldm_vae.latent_store.origins import find_vae
-from ldm_vae.latent_store.picturing import contact_sheet
+from ldm_vae.latent_store.format.layout import (
+    EXTENSIONS,
+    MANIFEST,
+    QUARANTINE,
+    SHARDS,
+    shard_file,
+)
+from ldm_vae.latent_store.format.manifest import Manifest, read_finished
+from ldm_vae.latent_store.maintain.provenance import find_vae
+from ldm_vae.latent_store.read.pictures import contact_sheet
+from ldm_vae.latent_store.storage.file_record import FileRecord, checksum
 
 COMMIT_FILES = 300
 CARD, PICTURE = "README.md", "samples.png"

@@ -16,10 +16,10 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from ldm_vae import latents
-from ldm_vae.errors import WorkError
-from ldm_vae.export.ldm_network import LdmNetwork
-from ldm_vae.export.single_file import is_sd_shape, save_single_file
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.ldm_network import LdmNetwork
+from ldm_vae.autoencoder.single_file import is_sd_shape, save_single_file
+from ldm_vae.core.errors import WorkError
 
 Config = Mapping[str, Any]
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ldm_vae import finite
-from ldm_vae.autoencoder import downsampling_factor
-from ldm_vae.errors import UsageError
+from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.model import downsampling_factor
+from ldm_vae.core.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from ldm_vae.latents import at_least_fp32
+from ldm_vae.autoencoder.latents import at_least_fp32
 
 # --- the operation ----------------------------------------------------------------------------------------------------
 

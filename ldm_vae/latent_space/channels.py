@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from ldm_vae.latent_store.statistics import REPLICATES, LatentStatistics
-from ldm_vae.latents import Moments
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.latent_store.format.statistics import REPLICATES, LatentStatistics
 from ldm_vae.metrics.ranks import gather
-from ldm_vae.objective import ACTIVE
+from ldm_vae.training.objective import ACTIVE
 
 ROWS = ("kl", "cube", "fourth", "noisy", "noisy_square", "noise_square")
 FIRST = ("positions", "first", "noise")  # of each group, before its products

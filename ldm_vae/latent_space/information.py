@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae.latents import Moments
+from ldm_vae.autoencoder.latents import Moments
 
 SATURATED = 0.9  # of log M: from there on the estimate says more of M than of the latent
 BLOCK = 256  # latents whose densities under all posteriors are computed at once

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm_vae import finite, keyed
-from ldm_vae.latents import Moments
+from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.core import rng
 from ldm_vae.metrics.running import Running, Summary
 
 BIN = 1 / 127.5  # the distance of two of 256 levels in [-1, 1]
@@ -35,7 +36,7 @@ SAMPLES = (1, 16, 64)  # K: each divides the last
 def dequantise(pixels: torch.Tensor, indices: Sequence[int], seed: int) -> torch.Tensor:
     """uint8 [B, C, H, W] => x in [-1, 1] and half a bin beyond, fp64: each value anywhere in its bin, drawn by the
     image's index."""
-    draws = [keyed.generator(seed, "dequantise", int(index)).random(tuple(pixels.shape[1:])) for index in indices]
+    draws = [rng.generator(seed, "dequantise", int(index)).random(tuple(pixels.shape[1:])) for index in indices]
     return (pixels.double() + torch.from_numpy(np.stack(draws)) - 0.5) * BIN - 1
 
 
@@ -120,7 +121,7 @@ class LikelihoodBounds:
         found = []
         for draw in range(max(SAMPLES)):
             keys = [(index, repeat, draw) for index in indices]
-            noise = keyed.normal(self.seed, "importance", keys, moments.mean.shape[1:]).to(moments.mean)
+            noise = rng.normal(self.seed, "importance", keys, moments.mean.shape[1:]).to(moments.mean)
             decoded = finite.decode(vae, moments.sample(noise)).clamp(-1, 1)
             found.append(log_weight(x, decoded, moments, noise, self.variance).cpu())
         return torch.stack(found, dim=1)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm_vae import keyed
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.core import rng
+from ldm_vae.core.errors import UsageError, WorkError
 
 DIMENSIONS = 64  # k at most
 PER_COMPONENT = 10  # latents that there must be for each component, and for each principal component half as many
@@ -38,7 +38,7 @@ class LatentMixture:
         """New latents [count, c, h, w], fp32."""
         self.mixture.random_state = seed
         scores, _ = self.mixture.sample(count)
-        noise = keyed.normal(seed, "outside", range(count), (len(self.outside),)).double().numpy()
+        noise = rng.normal(seed, "outside", range(count), (len(self.outside),)).double().numpy()
         drawn = np.random.default_rng(seed).permutation(self.pca.inverse_transform(scores))  # sorted by component
         return torch.from_numpy(drawn + noise * self.outside).float().view(count, *self.shape)
 

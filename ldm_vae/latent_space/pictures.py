@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
-from ldm_vae import finite, keyed
+from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.core import rng
 from ldm_vae.data.transforms import to_uint8
 from ldm_vae.latent_space import walks
 from ldm_vae.latent_space.channels import ChannelStatistics
 from ldm_vae.latent_space.mixture import PER_COMPONENT, fit_mixture
-from ldm_vae.latents import Moments
 from ldm_vae.metrics.batches import spread
 from ldm_vae.metrics.pictures import save
 from ldm_vae.metrics.samples import field
@@ -121,7 +122,7 @@ def keep_pictures(
         pictures.traversal(means[0], channel, mean, std, keys[0])
 
     # samples: a codebook or a distilled encoder was never meant for N(0, I)
-    white = keyed.normal(seed, "samples", range(SAMPLES), means.shape[1:])
+    white = rng.normal(seed, "samples", range(SAMPLES), means.shape[1:])
     if not moments.is_point:
         pictures.samples("normal", white)
     if means[0, 0].numel() > 1:

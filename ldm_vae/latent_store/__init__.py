@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldm_vae.latent_store.manifest import Manifest, read_manifest
-    from ldm_vae.latent_store.reading import LatentDataset
-    from ldm_vae.latent_store.statistics import LatentStatistics
-    from ldm_vae.latent_store.verifying import Problem, verify
-    from ldm_vae.latent_store.writing import write_store
+    from ldm_vae.latent_store.format.manifest import Manifest, read_manifest
+    from ldm_vae.latent_store.format.statistics import LatentStatistics
+    from ldm_vae.latent_store.maintain.verify import Problem, verify
+    from ldm_vae.latent_store.read.dataset import LatentDataset
+    from ldm_vae.latent_store.write.writer import write_store
 
 __all__ = ["LatentDataset", "LatentStatistics", "Manifest", "Problem", "read_manifest", "verify", "write_store"]
 

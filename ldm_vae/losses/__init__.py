@@ -3,7 +3,7 @@
 A file holds `Config(TermConfig)` whose `build` gives a module with an attribute `domain`:
 
 - "pixels":  forward(pixels [B, C, H, W], target [B, C, H, W]) -> scalar, a mean over batch, channels and pixels;
-- "latents": forward(reconstruction: ldm_vae.autoencoder.Reconstruction) -> scalar.
+- "latents": forward(reconstruction: ldm_vae.autoencoder.model.Reconstruction) -> scalar.
 
 It may further have
 
@@ -11,7 +11,7 @@ It may further have
 - `figures()`: scalars of its own for the log, after a forward;
 - `attach(network)`: called once with the TrainableAutoencoder, for a term that watches the network's inside;
 - `after_update()`: called once per update, which may be several forwards (gradient accumulation): state moves here and
-  not in forward; and `leave_out()`, called in its stead when the update was not taken (ldm_vae/per_update.py).
+  not in forward; and `leave_out()`, called in its stead when the update was not taken (ldm_vae/core/micro_batches.py).
 
 Every term is a mean per pixel value, so that a weight means the same at every resolution. Terms are computed in fp32.
 """
@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ldm_vae.config import Part, Section
+from ldm_vae.core.config import Part, Section
 
 
 class Schedule(Section):

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from ldm_vae.autoencoder import Reconstruction
-from ldm_vae.errors import UsageError
-from ldm_vae.frozen import Frozen
+from ldm_vae.autoencoder.model import Reconstruction
+from ldm_vae.core.errors import UsageError
+from ldm_vae.core.frozen_module import Frozen
 from ldm_vae.losses import TermConfig
 from ldm_vae.perceptual.features import spatial_network
 

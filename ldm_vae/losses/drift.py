@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ldm_vae.autoencoder import Reconstruction
-from ldm_vae.errors import UsageError
+from ldm_vae.autoencoder.model import Reconstruction
+from ldm_vae.core.errors import UsageError
 from ldm_vae.losses import TermConfig
-from ldm_vae.teacher import Teacher, teacher
+from ldm_vae.perceptual.teacher import Teacher, teacher
 
 
 class Drift(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ldm_vae.errors import UsageError
+from ldm_vae.core.errors import UsageError
 from ldm_vae.losses import TermConfig
 
 

@@ -17,8 +17,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ldm_vae.autoencoder import Reconstruction
-from ldm_vae.latents import Moments
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.model import Reconstruction
 from ldm_vae.losses import TermConfig
 
 

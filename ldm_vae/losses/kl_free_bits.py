@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ldm_vae.autoencoder import Reconstruction
+from ldm_vae.autoencoder.model import Reconstruction
+from ldm_vae.core.micro_batches import LastUpdate
 from ldm_vae.losses import TermConfig
-from ldm_vae.per_update import LastUpdate
 
 
 class FreeBits(nn.Module):

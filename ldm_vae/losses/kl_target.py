@@ -15,9 +15,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ldm_vae.autoencoder import Reconstruction
+from ldm_vae.autoencoder.model import Reconstruction
+from ldm_vae.core.micro_batches import Pending
 from ldm_vae.losses import TermConfig
-from ldm_vae.per_update import Pending
 
 
 class KLTarget(nn.Module):

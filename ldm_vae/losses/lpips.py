@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from ldm_vae.assets import load_lpips, random_lpips
 from ldm_vae.losses import TermConfig
 from ldm_vae.perceptual.lpips import LPIPS, SMALLEST
+from ldm_vae.perceptual.pretrained import load_lpips, random_lpips
 
 
 class Config(TermConfig):

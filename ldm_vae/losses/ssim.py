@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ldm_vae.errors import UsageError
+from ldm_vae.core.errors import UsageError
 from ldm_vae.losses import TermConfig
 from ldm_vae.perceptual.ssim import WINDOW, ssim
 

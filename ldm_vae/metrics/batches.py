@@ -15,12 +15,12 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.ordered import ordered_loader
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
 from ldm_vae.data.stream import Stream
 from ldm_vae.data.transforms import Crop
-from ldm_vae.errors import UsageError
 from ldm_vae.metrics.protocol import PINNED, Protocol
 
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import AutoencoderKL
 
-from ldm_vae import finite, latents
+from ldm_vae.autoencoder import finite, latents
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import ImageBatch
 from ldm_vae.metrics.ranks import gather
 
 if TYPE_CHECKING:
-    from ldm_vae.objective import Objective
+    from ldm_vae.training.objective import Objective
 
 
 @torch.inference_mode()

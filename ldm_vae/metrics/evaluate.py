@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from ldm_vae import finite, latents
-from ldm_vae.autoencoder import downsampling_factor
+from ldm_vae.autoencoder import finite, latents
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.model import downsampling_factor
+from ldm_vae.core.errors import WorkError
 from ldm_vae.data.transforms import to_pixels
-from ldm_vae.errors import WorkError
-from ldm_vae.latents import Moments
 from ldm_vae.metrics.batches import ImageBatch
 from ldm_vae.metrics.linear import LinearFloor
 from ldm_vae.metrics.metric import ImageMetric, Metric

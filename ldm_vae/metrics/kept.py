@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ldm_vae import keyed
+from ldm_vae.core import rng
 from ldm_vae.metrics.frechet import PairFeatures
 from ldm_vae.metrics.protocol import Pair
 from ldm_vae.metrics.ranks import gather_rows
@@ -27,7 +27,7 @@ class Kept:
 
     def update(self, pair: Pair) -> None:
         original, reconstruction = self.features(pair)
-        numbers = [float(keyed.generator(0, self.purpose, index).random()) for index in pair.indices]
+        numbers = [float(rng.generator(0, self.purpose, index).random()) for index in pair.indices]
         self._new.append(
             torch.cat([torch.tensor(numbers)[:, None], original.float().cpu(), reconstruction.float().cpu()], dim=1)
         )

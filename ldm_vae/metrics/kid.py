@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ldm_vae import keyed
+from ldm_vae.core import rng
 from ldm_vae.metrics.frechet import PairFeatures
 from ldm_vae.metrics.kept import Kept
 from ldm_vae.metrics.metric import Better
@@ -51,7 +51,7 @@ class KernelDistance:
         size = min(SUBSET_SIZE, count)
         if size < 2:
             return Summary(None, None, count, note="needs two images")
-        draw = keyed.generator(0, "kid subsets")
+        draw = rng.generator(0, "kid subsets")
         distances = []
         for _ in range(SUBSETS):
             chosen, others = (draw.choice(count, size, replace=False) for _ in range(2))

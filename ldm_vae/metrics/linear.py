@@ -1,7 +1,7 @@
 """What a linear code of a VAE's size reaches on the very images that it is measured on: a floor for what was learned.
 
-The code (ldm_vae/linear_code.py) is fitted on the measured images themselves: no linear code leaves a smaller squared
-error on them.
+The code (`autoencoder/linear_code.py`) is fitted on the measured images themselves: no linear code leaves a smaller
+squared error on them.
 
 Legend: B batch, C channels, R side of an image.
 """
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from diffusers import VQModel
 
-from ldm_vae.autoencoder import downsampling_factor
+from ldm_vae.autoencoder.linear_code import LinearCode, PatchMoments
+from ldm_vae.autoencoder.model import downsampling_factor
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels
-from ldm_vae.errors import UsageError
-from ldm_vae.linear_code import LinearCode, PatchMoments
 from ldm_vae.metrics.batches import ImageBatch, image_batches, share_of, spread
 from ldm_vae.metrics.metric import Metric
 from ldm_vae.metrics.protocol import PINNED, Protocol

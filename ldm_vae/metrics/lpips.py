@@ -20,9 +20,9 @@ def lpips(network: Any, original: torch.Tensor, reconstruction: torch.Tensor) ->
 def build(
     net: Literal["alex", "vgg"], device: torch.device, weights: str | None = None, protocol: Protocol = PINNED
 ) -> ImageMetric:
-    """Raises WorkError when the trunk cannot be had (ldm_vae.assets says what to do)."""
-    from ldm_vae.assets import load_lpips  # only who measures LPIPS loads its package
+    """Raises WorkError when the trunk cannot be had (ldm_vae.perceptual.pretrained says what to do)."""
     from ldm_vae.perceptual.lpips import LPIPS, SMALLEST
+    from ldm_vae.perceptual.pretrained import load_lpips  # only who measures LPIPS loads its package
 
     network = load_lpips(net, weights).to(device)
 

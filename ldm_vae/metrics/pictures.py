@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ldm_vae import publish
+from ldm_vae.core import atomic_io
 from ldm_vae.data.source import Source
 from ldm_vae.metrics.batches import ImageBatch, image_batches
 from ldm_vae.metrics.evaluate import reconstruct
@@ -144,4 +144,4 @@ def save(image: torch.Tensor, path: Path) -> None:
     """image [C, H, W] on the 0..255 scale, C 1, 3 or 4 => PNG, whole or not at all."""
     array = image.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    publish.replace(path, lambda file: picture.save(file, "PNG", optimize=True))
+    atomic_io.replace(path, lambda file: picture.save(file, "PNG", optimize=True))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae.latents import Moments
+from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.metrics.protocol import Pair
 from ldm_vae.metrics.ranks import gather
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from ldm_vae.errors import UsageError
+from ldm_vae.core.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,14 @@ from typing import Any
 
 import torch
 
-from ldm_vae import __version__, publish
-from ldm_vae.autoencoder import count_parameters, decoder_fingerprint, downsampling_factor, encoder_fingerprint
+from ldm_vae import __version__
+from ldm_vae.autoencoder.model import (
+    count_parameters,
+    decoder_fingerprint,
+    downsampling_factor,
+    encoder_fingerprint,
+)
+from ldm_vae.core import atomic_io
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.metrics.evaluate import Evaluation
 from ldm_vae.metrics.protocol import Protocol
@@ -112,7 +118,7 @@ def write(path: Path, content: Any) -> None:
     """JSON (or a text as it is), whole or not at all. Raises ValueError for NaN and infinity, which are not JSON."""
     text = content if isinstance(content, str) else json.dumps(content, indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    publish.replace(path, publish.data(text.encode()))
+    atomic_io.replace(path, atomic_io.data(text.encode()))
 
 
 def read(path: Path) -> list[Json]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae.intervals import t95
+from ldm_vae.core.intervals import t95
 from ldm_vae.metrics.ranks import gather
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from ldm_vae import keyed, latents
-from ldm_vae.autoencoder import downsampling_factor
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.model import downsampling_factor
+from ldm_vae.core import rng
 from ldm_vae.data.transforms import to_uint8
 from ldm_vae.metrics.pictures import save
 from ldm_vae.metrics.profile import rings
@@ -31,7 +32,7 @@ COUNT = 6
 def keep_samples(output: Path, vae: Any, found: dict[str, Any], resolution: int, device: torch.device) -> None:
     """Write output/samples, COUNT of each kind; `found` is what `Profile` measured, `vae` is on `device`."""
     side = resolution // downsampling_factor(vae)
-    noise = keyed.normal(0, "samples", range(COUNT), (len(found["mean"]), side, side))
+    noise = rng.normal(0, "samples", range(COUNT), (len(found["mean"]), side, side))
     folder = output / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ldm_vae.errors import UsageError
+from ldm_vae.core.errors import UsageError
 from ldm_vae.metrics import cmmd, delta_e, kid, l1, lpips, ms_ssim, psnr, ssim
 from ldm_vae.metrics.frechet import FrechetDistance
 from ldm_vae.metrics.metric import Metric, Unmeasured
@@ -22,7 +22,7 @@ NAMES = tuple(TITLES)
 
 @dataclass(frozen=True)
 class Weights:
-    """Files of networks that are found nowhere by themselves; None: look where ldm_vae.assets looks, or go without."""
+    """Files of networks that are found nowhere by themselves; None: look where `pretrained.py` looks, or go without."""
 
     lpips: str | None = None
     inception: Path | None = None

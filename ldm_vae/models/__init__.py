@@ -2,5 +2,5 @@
 
 A file holds `Config(Part)` with `shape()`, the knobs that stand in the model's config.json, `build()`, which gives a
 randomly initialised model of diffusers, and `bottleneck(vae)`, which gives what lies between its encoder and its
-decoder while training (ldm_vae/bottleneck.py).
+decoder while training (ldm_vae/autoencoder/bottleneck.py).
 """

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from diffusers import AutoencoderTiny
 from pydantic import model_validator
 
-from ldm_vae.bottleneck import Bottleneck, PointBottleneck
-from ldm_vae.config import Part
+from ldm_vae.autoencoder.bottleneck import Bottleneck, PointBottleneck
+from ldm_vae.core.config import Part
 
 
 class Config(Part):

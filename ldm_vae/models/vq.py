@@ -7,8 +7,8 @@ from typing import Any, Literal
 from diffusers import VQModel
 from pydantic import Field
 
-from ldm_vae.bottleneck import Bottleneck
-from ldm_vae.config import Part, choice
+from ldm_vae.autoencoder.bottleneck import Bottleneck
+from ldm_vae.core.config import Part, choice
 from ldm_vae.quantizers.vq import Config as VQConfig
 
 

@@ -1,0 +1,1 @@
+"""Frozen networks and similarity maps that losses and metrics share."""

@@ -23,10 +23,16 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from ldm_vae.errors import UsageError, WorkError
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.validation import (
+    HEAD,
+    disguise,
+    disguised_file,
+    first_line,
+    load_pickle,
+)
 from ldm_vae.perceptual.efficientnet import FEATURES as EFFLITE0_FEATURES
 from ldm_vae.perceptual.efficientnet import EfficientNetLite0, load_state
-from ldm_vae.untrusted import HEAD, disguise, disguised_file, first_line, load_pickle
 
 # torch-fidelity publishes the converted weights under this beginning of their SHA-256
 INCEPTION_SHA256 = "6726825d"

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm_vae.errors import UsageError
-from ldm_vae.frozen import Frozen
+from ldm_vae.core.errors import UsageError
+from ldm_vae.core.frozen_module import Frozen
 
 SMALLEST = {"vgg": 16, "alex": 31}  # pixels a side below which the trunk's pooling has nothing left
 

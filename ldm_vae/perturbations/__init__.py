@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm_vae.autoencoder import Draw as Draw  # what a perturbation is called with
-from ldm_vae.config import Part
+from ldm_vae.autoencoder.model import Draw as Draw  # what a perturbation is called with
+from ldm_vae.core.config import Part
 
 
 class PerturbationConfig(Part):

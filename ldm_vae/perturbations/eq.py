@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import nn
 
-from ldm_vae import keyed
+from ldm_vae.core import rng
 from ldm_vae.perturbations import Draw, PerturbationConfig
 
 
@@ -38,7 +38,7 @@ class Equivariance(nn.Module):
 
     def transformation(self, images_seen: int) -> tuple[float, int]:
         """(scale, quarter turns) of the batch that begins after so many images."""
-        generator = keyed.generator(self.seed, "eq", images_seen)
+        generator = rng.generator(self.seed, "eq", images_seen)
         if generator.random() >= self.config.probability:
             return 1.0, 0
         return float(generator.choice(self.config.scales)), int(generator.integers(4)) if self.config.rotate else 0

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ldm_vae.errors import UsageError
+from ldm_vae.core.errors import UsageError
+from ldm_vae.perceptual.teacher import Teacher, teacher
 from ldm_vae.perturbations import Draw, PerturbationConfig
-from ldm_vae.teacher import Teacher, teacher
 
 
 class TeacherLatents(nn.Module):

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from ldm_vae.bottleneck import Bottleneck, Codes, Encoded
-from ldm_vae.config import Part
-from ldm_vae.errors import UsageError
-from ldm_vae.latents import Moments
-from ldm_vae.per_update import Pending
+from ldm_vae.autoencoder.bottleneck import Bottleneck, Codes, Encoded
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.core.config import Part
+from ldm_vae.core.errors import UsageError
+from ldm_vae.core.micro_batches import Pending
 from ldm_vae.quantizers import usage
 
 

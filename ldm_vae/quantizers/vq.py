@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from ldm_vae import collective, keyed
-from ldm_vae.bottleneck import Bottleneck, Codes, Encoded
-from ldm_vae.config import Part
-from ldm_vae.latents import Moments
-from ldm_vae.per_update import Pending
+from ldm_vae.autoencoder.bottleneck import Bottleneck, Codes, Encoded
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.core import distributed, rng
+from ldm_vae.core.config import Part
+from ldm_vae.core.micro_batches import Pending
 from ldm_vae.quantizers import usage
 
 RECENT = 100  # updates: a code counts as used if one of about so many has used it
@@ -122,8 +122,8 @@ class VectorQuantizer(Bottleneck):
         assert self.config.restart_images is not None
         self.period = self.images_seen // self.config.restart_images
         dead = (self.uses == 0)[:, None]
-        vectors = torch.cat([collective.everybody(rows) for rows in self.vectors])  # in the order of the images
-        draw = keyed.generator(0, "restart", self.images_seen).integers(0, len(vectors), len(book))
+        vectors = torch.cat([distributed.everybody(rows) for rows in self.vectors])  # in the order of the images
+        draw = rng.generator(0, "restart", self.images_seen).integers(0, len(vectors), len(book))
         fresh = vectors[torch.from_numpy(draw).to(vectors.device)]
         book.data.copy_(torch.where(dead, fresh, book))
         self.sums.copy_(torch.where(dead, fresh, self.sums))

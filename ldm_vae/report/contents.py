@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm_vae.config import read_yaml
-from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.untrusted import parse_json
+from ldm_vae.core.config import read_yaml
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.validation import parse_json
 
 Json = dict[str, Any]
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ldm_vae import __version__, publish
+from ldm_vae import __version__
+from ldm_vae.core import atomic_io
 from ldm_vae.report import diffusion, latent_space, tables
 from ldm_vae.report.contents import Contents, read_contents
 from ldm_vae.report.gallery import SHOWN_WIDTH, gallery, samples
@@ -32,7 +33,7 @@ def build_report(run: Path) -> Path:
     contents.home.mkdir(parents=True, exist_ok=True)
     path = contents.home / "index.html"
     # a page may be open while training rewrites it: it is whole at any time
-    publish.replace(path, publish.data(html.encode()))
+    atomic_io.replace(path, atomic_io.data(html.encode()))
     return path
 
 

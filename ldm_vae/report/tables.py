@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_vae import intervals, metrics
+from ldm_vae import metrics
+from ldm_vae.core import intervals
 from ldm_vae.data.transforms import decoding_of
 from ldm_vae.metrics.result import LINEAR, how_decoded
 from ldm_vae.metrics.titles import TITLES, heading, number

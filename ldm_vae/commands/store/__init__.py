@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from ldm_vae.errors import WorkError
+    from ldm_vae.core.errors import WorkError
     from ldm_vae.latent_store import read_manifest, verify
 
     problems = verify(arguments.store)
@@ -98,10 +98,10 @@ def _reencode(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from ldm_vae.errors import UsageError, WorkError
+    from ldm_vae.core.errors import UsageError, WorkError
     from ldm_vae.latent_store import read_manifest
-    from ldm_vae.latent_store.origins import find_source, find_vae
-    from ldm_vae.latent_store.reencoding import reencode, unit_of
+    from ldm_vae.latent_store.maintain.provenance import find_source, find_vae
+    from ldm_vae.latent_store.maintain.spot_check import reencode, unit_of
 
     if arguments.reencode < 1:
         raise UsageError(f"--reencode: expected at least 1, got {arguments.reencode}")
@@ -126,9 +126,9 @@ def _repair(arguments: argparse.Namespace) -> None:
     import torch
 
     from ldm_vae.latent_store import read_manifest, verify
-    from ldm_vae.latent_store.encoding import default_threads, default_workers
-    from ldm_vae.latent_store.origins import find_source, find_vae
-    from ldm_vae.latent_store.repairing import repair
+    from ldm_vae.latent_store.maintain.provenance import find_source, find_vae
+    from ldm_vae.latent_store.maintain.repair import repair
+    from ldm_vae.latent_store.write.encoder import default_threads, default_workers
 
     store, manifest = Path(arguments.store), read_manifest(arguments.store)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -161,7 +161,7 @@ def _stats(arguments: argparse.Namespace) -> None:
     import json
 
     from ldm_vae.latent_store import read_manifest
-    from ldm_vae.latent_store.reporting import describe
+    from ldm_vae.latent_store.maintain.summary import describe
 
     manifest = read_manifest(arguments.store)
     if arguments.json:
@@ -173,7 +173,7 @@ def _stats(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from ldm_vae.latent_store.copying import merge
+    from ldm_vae.latent_store.maintain.merge_split import merge
 
     done = merge([Path(store) for store in arguments.stores], Path(arguments.out))
     print(f"{arguments.out}: {done.samples:,} samples in {len(done.shards):,} shards, {done.quarantined:,} quarantined")
@@ -183,7 +183,7 @@ def _split(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ldm_vae.latent_store import read_manifest
-    from ldm_vae.latent_store.copying import split, take_samples, take_where
+    from ldm_vae.latent_store.maintain.merge_split import split, take_samples, take_where
 
     store, out = Path(arguments.store), Path(arguments.out)
     made = [out]
@@ -203,10 +203,10 @@ def _split(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from ldm_vae.autoencoder import load_autoencoder
-    from ldm_vae.errors import UsageError
-    from ldm_vae.latent_store.converting import convert_from, convert_to
-    from ldm_vae.latent_store.formats import Options, kohya
+    from ldm_vae.autoencoder.model import load_autoencoder
+    from ldm_vae.core.errors import UsageError
+    from ldm_vae.latent_store.convert.conversion import convert_from, convert_to
+    from ldm_vae.latent_store.convert.formats import Options, kohya
 
     source, out = Path(arguments.source), Path(arguments.out)
     for flag in ("model", "names"):
@@ -235,7 +235,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _range(text: str) -> tuple[int, int]:
-    from ldm_vae.errors import UsageError
+    from ldm_vae.core.errors import UsageError
 
     first, _, stop = text.partition(":")
     try:
@@ -245,7 +245,7 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _condition(text: str) -> tuple[str, str]:
-    from ldm_vae.errors import UsageError
+    from ldm_vae.core.errors import UsageError
 
     name, equals, value = text.partition("=")
     if not equals:

@@ -44,9 +44,9 @@ def pull(arguments: argparse.Namespace) -> None:
     from pathlib import Path
     from urllib.parse import quote
 
-    from ldm_vae.errors import UsageError
-    from ldm_vae.latent_store.pulling import plan_pull, pull
-    from ldm_vae.latent_store.reporting import describe
+    from ldm_vae.core.errors import UsageError
+    from ldm_vae.latent_store.maintain.summary import describe
+    from ldm_vae.latent_store.remote.pull import plan_pull, pull
 
     place = arguments.place
     if "://" not in place:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import EXTENSIONS, Decoding
 from ldm_vae.data.files import Names, beneath, printable, read_bytes, walk
 from ldm_vae.data.metadata import TreeColumns
 from ldm_vae.data.source import Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
-from ldm_vae.errors import UsageError
 
 
 class Config(SourceConfig):

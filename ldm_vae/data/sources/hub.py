@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image as PillowImage
 from pydantic import Field, model_validator
 
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.validation import disguised_file
 from ldm_vae.data.decoding import Decoding, RawImage
 from ldm_vae.data.files import read_bytes
 from ldm_vae.data.metadata import rename_caption
@@ -25,8 +27,6 @@ from ldm_vae.data.ranges import FIELD, own_range
 from ldm_vae.data.source import Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
 from ldm_vae.data.stream import InOrderOnly
-from ldm_vae.errors import UsageError, WorkError
-from ldm_vae.untrusted import disguised_file
 
 
 class Config(SourceConfig):

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.files import Names, printable, read_bytes
 from ldm_vae.data.source import Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
-from ldm_vae.errors import UsageError
 
 
 class Config(SourceConfig):

@@ -18,6 +18,8 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
+from ldm_vae.core.errors import UsageError
+from ldm_vae.core.validation import why_unreadable
 from ldm_vae.data import tars
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.files import MAX_BYTES, Names, read_range
@@ -26,8 +28,6 @@ from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.source import Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
 from ldm_vae.data.stream import InOrderOnly
-from ldm_vae.errors import UsageError
-from ldm_vae.untrusted import why_unreadable
 
 
 class Config(SourceConfig):

@@ -14,14 +14,14 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from ldm_vae.core.errors import UsageError
+from ldm_vae.core.validation import why_unreadable
 from ldm_vae.data.decoding import EXTENSIONS, Decoding
 from ldm_vae.data.files import MAX_BYTES, Names, check_member_name, printable, read_range
 from ldm_vae.data.metadata import TreeColumns
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
-from ldm_vae.errors import UsageError
-from ldm_vae.untrusted import why_unreadable
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
 _ENCRYPTED = 0x1

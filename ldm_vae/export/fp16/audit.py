@@ -12,7 +12,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from tqdm import tqdm
 
-from ldm_vae.errors import WorkError
+from ldm_vae.core.errors import WorkError
 from ldm_vae.export.fp16.probes import Probes
 
 LARGEST = 65_504.0  # fp16's largest number

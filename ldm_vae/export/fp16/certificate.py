@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae import latents
+from ldm_vae.autoencoder import latents
 from ldm_vae.export.fp16.audit import SAFE_HEADROOM, Audit, audit
 from ldm_vae.export.fp16.probes import Probes, means
 from ldm_vae.export.fp16.rescale import Rescaling

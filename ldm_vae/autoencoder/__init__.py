@@ -1,0 +1,1 @@
+"""The autoencoder: built, loaded, wrapped for training, and its latents."""

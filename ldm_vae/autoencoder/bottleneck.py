@@ -1,0 +1,103 @@
+"""What lies between encoder and decoder while training: a Gaussian, a point, or a codebook (ldm_vae/quantizers).
+
+Legend: B batch, C image channels, c latent channels, H W pixels, h w latent positions, K codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.latents import Moments
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What a quantizer did: indices [B, h, w]; before [B, c, h, w] the encoder's vectors, with their graph; after
+    [B, c, h, w] the codebook's rows, with the codebook's graph; kl [B, h, w] in nats against the uniform prior where
+    codes are drawn."""
+
+    indices: torch.Tensor
+    before: torch.Tensor
+    after: torch.Tensor
+    kl: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """moments of q(z|x), the latents z that are decoded [B, c, h, w], and the codes where there is a codebook."""
+
+    moments: Moments
+    latents: torch.Tensor
+    codes: Codes | None = None
+
+
+class Bottleneck(nn.Module):
+    """One encode and one decode of training; `gives` is what terms may need of it (posterior, codes, or point).
+
+    Its buffers (a codebook's statistics) are in the checkpoint; the VAE is handed in, so that its own state stays
+    exactly diffusers'.
+    """
+
+    gives: str
+    noise_channels = 0  # of standard normal noise [B, n, h, w], keyed per image, that `encode` takes
+    copied: tuple[str, ...] = ()  # parameters of the VAE that the averaged weights take over as they are
+
+    def encode(self, vae: Any, images: torch.Tensor, noise: torch.Tensor, images_seen: int) -> Encoded:
+        raise NotImplementedError(f"{type(self).__name__} has no encode")
+
+    def draw(self, moments: Moments, noise: torch.Tensor) -> Encoded:
+        """Of moments that were stored, in place of `encode`; only a posterior's can be."""
+        raise NotImplementedError(f"{type(self).__name__} has no posterior to draw from")
+
+    def decode(self, vae: Any, z: torch.Tensor) -> torch.Tensor:
+        pixels: torch.Tensor = vae.decode(z).sample
+        return pixels
+
+    def last_layer(self, vae: Any) -> nn.Conv2d:
+        """The decoder's last convolution: the adaptive weight compares gradients there."""
+        layer: nn.Conv2d = vae.decoder.conv_out
+        return layer
+
+    def after_update(self, vae: Any) -> dict[str, torch.Tensor]:
+        """Move its state by all micro-batches of an update that was taken, and restore what must hold of the weights;
+        figures for the log, the same on every rank."""
+        return {}
+
+    def leave_out(self) -> None:
+        """Forget the micro-batches of an update that was not taken."""
+
+
+class GaussianBottleneck(Bottleneck):
+    """z = mean + sigma * noise, of an AutoencoderKL."""
+
+    gives = "posterior"
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.noise_channels = int(vae.config.latent_channels)
+
+    def encode(self, vae: Any, images: torch.Tensor, noise: torch.Tensor, images_seen: int) -> Encoded:
+        return self.draw(latents.encode(vae, images), noise)
+
+    def draw(self, moments: Moments, noise: torch.Tensor) -> Encoded:
+        return Encoded(moments, moments.sample(noise.to(moments.mean)))
+
+
+class PointBottleneck(Bottleneck):
+    """z is what the encoder gives, of an AutoencoderTiny. (Its own `forward` rounds z to bytes, so that no gradient
+    would reach the encoder.)"""
+
+    gives = "point"
+
+    def encode(self, vae: Any, images: torch.Tensor, noise: torch.Tensor, images_seen: int) -> Encoded:
+        moments = latents.encode(vae, images)
+        return Encoded(moments, moments.mean)
+
+    def last_layer(self, vae: Any) -> nn.Conv2d:
+        layer: nn.Conv2d = vae.decoder.layers[-1]
+        return layer

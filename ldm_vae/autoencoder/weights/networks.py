@@ -1,0 +1,185 @@
+"""A network of diffusers from its folder: config.json and weights, each looked at before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from ldm_vae.autoencoder.weights import rounding
+from ldm_vae.autoencoder.weights.files import (
+    STEM,
+    VARIANTS,
+    Weights,
+    export_command,
+    open_folder,
+    read_index,
+    refuse_disguise,
+    say,
+)
+from ldm_vae.autoencoder.weights.names import fit
+from ldm_vae.core.errors import UsageError
+from ldm_vae.core.validation import check_model_config, first_line, parse_json
+
+CLASSES = {model.__name__: model for model in (AutoencoderKL, VQModel, AutoencoderTiny)}
+CONFIG = "config.json"
+
+
+def load_folder(folder: Path, place: str, classes: Mapping[str, Any]) -> Any:
+    """The network of a diffusers folder, of the class that its config.json names, in eval mode.
+
+    Args:
+        place: opens every sentence ("VAE my-vae").
+
+    Raises:
+        UsageError: the folder does not hold such a network, whole; the sentence names the file or the tensors.
+    """
+    network = build(read_config(folder / CONFIG, place), place, classes)
+    fill(network, open_folder(folder, place))
+    return network.eval()
+
+
+def read_config(path: Path, place: str) -> dict[str, Any]:
+    """A model's config.json. Raises UsageError where it is none."""
+    refuse_disguise(path, place)
+    try:
+        config = parse_json(path.read_bytes())
+        check_model_config(config)
+    except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
+        raise UsageError(f"{place}: {path.name} is no model's config: {first_line(error)}") from error
+    return dict(config)
+
+
+def class_of(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] = CLASSES) -> str:
+    """The name of the class that a config is of; an AutoencoderKL's where it names none and has one's widths.
+
+    Raises:
+        UsageError: it is of another class, or nothing in it says of which.
+    """
+    name = config.get("_class_name", "AutoencoderKL" if "block_out_channels" in config else None)
+    if name not in classes:
+        told = f"its {CONFIG} says {name}" if name is not None else f"its {CONFIG} names no class (_class_name)"
+        raise UsageError(f"{place}: expected one of {', '.join(classes)}, {told}")
+    if config.get("quantization_config"):
+        raise UsageError(
+            f"{place}: its {CONFIG} has a quantization_config: quantised weights are not read; give the weights that "
+            "they were made from"
+        )
+    return str(name)
+
+
+def build(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] = CLASSES) -> Any:
+    """The network of a config, without values. Raises UsageError for a config of nothing."""
+    name = class_of(config, place, classes)
+    try:
+        with init_empty_weights():
+            return classes[name].from_config(dict(config))
+    except Exception as error:  # what a hostile config makes of diffusers: any kind
+        raise UsageError(f"{place}: {CONFIG} describes no {name}: {first_line(error)}") from error
+
+
+def fill(network: torch.nn.Module, weights: Weights) -> None:
+    """Give a network of `build` its values; what was done to names, and what 8-bit floats cost, is said on stderr.
+
+    Raises:
+        UsageError: the weights do not fit.
+    """
+    fitted = fit(network, weights)
+    network.load_state_dict(fitted.state, strict=True, assign=True)
+    for note in fitted.notes:
+        say(note)
+    if fitted.rounded:
+        network.float().eval().requires_grad_(False)
+        say(f"{weights.place}: {rounding.cost(network, fitted.rounded)}")
+
+
+# --- where a VAE's folder is ------------------------------------------------------------------------------------------
+
+
+def find_folder(source: str, place: str) -> Path:
+    """The folder that holds a VAE's config.json: `source`, its vae/ (a pipeline's or a run's), or the hub's copy of it.
+
+    Raises:
+        UsageError: there is none; what is there is named.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        return _fetched(source, place)
+    folders = [folder for folder in (path, path / "vae") if (folder / CONFIG).exists()]
+    if len(folders) == 2 and not _is_autoencoder(path):
+        return folders[1]
+    if folders:
+        return folders[0]
+    parts = sorted(part.parent for part in path.glob(f"*/{CONFIG}") if _is_autoencoder(part.parent))
+    if parts:
+        hint = f"; give {parts[0]}, which holds one"
+    elif (path / "config.yaml").exists():
+        hint = "; the run has not finished (its vae/ is written at the end)"
+    elif weights := sorted(path.glob("*.safetensors")):
+        hint = f"; for weights alone give the file {weights[0]}"
+    else:
+        hint = ""
+    raise UsageError(f"{place}: expected {CONFIG} in the folder or in its vae/, found neither{hint}")
+
+
+def _is_autoencoder(folder: Path) -> bool:
+    try:
+        class_of(read_config(folder / CONFIG, ""), "")
+    except UsageError:
+        return False
+    return True
+
+
+def _fetched(hub_id: str, place: str) -> Path:
+    """The hub's copy in its cache: config.json, and the first weights of those that `open_folder` would take."""
+    if hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1:
+        raise UsageError(f"{place}: no such folder or file, and not a hub id (owner/name)")
+    try:
+        folder = _fetched_config(hub_id)
+        inside = "vae/" if folder.name == "vae" else ""
+        for weights in _candidates():
+            try:
+                hf_hub_download(hub_id, f"{inside}{weights}")
+            except EntryNotFoundError:
+                continue
+            if weights.endswith(".json"):
+                for shard in read_index(folder / weights, place):
+                    hf_hub_download(hub_id, f"{inside}{shard}")
+            return folder
+    except UsageError:
+        raise
+    except Exception as error:  # of the hub, the network and the cache: any kind
+        raise UsageError(f"{place}: cannot be loaded from the hub: {first_line(error)}") from error
+    raise UsageError(
+        f"{place}: cannot be loaded from the hub: neither it nor, offline, its cache has {inside}{STEM}.safetensors, "
+        f"its shards or a variant of it ({', '.join(VARIANTS)}); a pickle there is not read: download the .bin, and "
+        f"{export_command(Path('FILE.bin'))} makes a safe folder of it"
+    )
+
+
+def _fetched_config(hub_id: str) -> Path:
+    """A pipeline has its own in vae/."""
+    try:
+        folder = Path(hf_hub_download(hub_id, CONFIG)).parent
+    except EntryNotFoundError:
+        return Path(hf_hub_download(hub_id, f"vae/{CONFIG}")).parent
+    if not _is_autoencoder(folder):
+        try:
+            return Path(hf_hub_download(hub_id, f"vae/{CONFIG}")).parent
+        except EntryNotFoundError:
+            pass
+    return folder
+
+
+def _candidates() -> list[str]:
+    """Names of weights on a hub, in the order of `open_folder`."""
+    named = [f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"]
+    for variant in VARIANTS:
+        named += [f"{STEM}.{variant}.safetensors", f"{STEM}.safetensors.index.{variant}.json"]
+    return named

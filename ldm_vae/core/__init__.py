@@ -1,0 +1,1 @@
+"""Foundations that everything stands on: configuration, errors, randomness, files, processes."""

@@ -1,0 +1,329 @@
+"""The configuration mechanism: YAML file -> typed sections -> command-line overrides. It holds no knobs of its own.
+
+Each section is declared in the file that uses it; a program composes them. The file is the record, flags only override:
+
+    config = load(Training, "configs/demo.yaml", ["--losses.kl.weight", "1e-5"])
+
+An option among several (`discriminator: {kind: patchgan}`) is a `choice(package)`: `kind` is the file name of the
+option in that package, or a dotted path to the user's own module. The module holds a class `Config(Part)`, whose
+`build` makes the thing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import io
+import itertools
+import pkgutil
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+
+from ldm_vae.core.errors import UsageError
+
+SectionType = TypeVar("SectionType", bound="Section")
+
+
+class Section(BaseModel):
+    """A group of knobs: immutable, and a key it does not know is an error. Field docstrings become the help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class Part(Section):
+    """A section that is one option among several; `kind` says which, `build` makes the thing."""
+
+    kind: str
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__module__}.Config has no build")
+
+
+def options(package: str) -> list[str]:
+    """The options of a package: one file each, the file name is the name."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations is not None, package
+    return sorted(module.name for module in pkgutil.iter_modules(spec.submodule_search_locations))
+
+
+class _NestedError(ValueError):
+    """A complaint below the field that pydantic blames: the path from there on, and the sentence."""
+
+    def __init__(self, path: Sequence[int | str], sentence: str) -> None:
+        super().__init__(sentence)
+        self.path = tuple(path)
+
+
+def _part(package: str, value: Any, default: str | None = None) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    kind = value.get("kind", default)
+    exist = options(package)
+    if not isinstance(kind, str):
+        raise ValueError(f"`kind` is missing; expected one of {', '.join(exist)}, or a dotted path to your module")
+    if "." not in kind and kind not in exist:
+        raise ValueError(f"unknown kind `{kind}`; {package} has {', '.join(exist)}{_guess(kind, exist)}")
+    try:
+        module = importlib.import_module(kind if "." in kind else f"{package}.{kind}")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"kind `{kind}` cannot be imported: {error}") from error
+    part = getattr(module, "Config", None)
+    if not (isinstance(part, type) and issubclass(part, Part)):
+        raise ValueError(f"kind `{kind}`: the module has no class `Config(ldm_vae.core.config.Part)`")
+    names = typing.get_args(part.model_fields["kind"].annotation)
+    if names and kind not in names:
+        raise ValueError(
+            f"kind `{kind}`: its Config fixes `kind` as {names[0]!r}; a module of yours leaves that line out"
+        )
+    try:
+        return part.model_validate(dict(value))
+    except ValidationError as error:
+        raise _NestedError(*_first_problem(part, error)) from error
+
+
+def choice(package: str, default: str | None = None) -> Any:
+    """The type of a field that takes one option of `package`; `default` is the kind where none is named."""
+    return Annotated[SerializeAsAny[Part], BeforeValidator(lambda value: _part(package, value, default))]
+
+
+def choices(package: str) -> Any:
+    """The type of a field that maps names to options of `package`; a name is the default of its `kind`, and null leaves
+    out what an included file has under that name."""
+
+    def validate(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        named = {}
+        for name, part in value.items():
+            if part is None:
+                continue
+            try:
+                named[name] = _part(package, {"kind": name, **part} if isinstance(part, Mapping) else part)
+            except _NestedError as error:
+                raise _NestedError((name, *error.path), str(error)) from error
+            except ValueError as error:
+                raise _NestedError((name,), str(error)) from error
+        return named
+
+    return Annotated[dict[str, SerializeAsAny[Part]], BeforeValidator(validate)]
+
+
+# --- file => sections -------------------------------------------------------------------------------------------------
+
+
+def read_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file as a dict; `include: other.yaml` (one or a list, relative to the file) is merged in first.
+
+    Only plain data is read: a tag that names a Python object is refused, as are aliases that stand for more than
+    LARGEST_CONFIG values (a few lines can for 10^9). `within`: the files that include this one.
+    """
+    if not path.is_file():
+        raise UsageError(f"config {path}: no such file")
+    if path.resolve() in within:
+        raise UsageError(f"config {path}: includes itself")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise UsageError(f"config {path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        raise UsageError(f"config {path}: expected a mapping of sections, got {type(raw).__name__}")
+    included = raw.pop("include", [])
+    names = [included] if isinstance(included, str) else included
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"config {path}: include: expected a file or a list of files, got {str(included)[:40]}")
+    merged: dict[str, Any] = {}
+    for other in names:
+        merged = _merge(merged, read_yaml(path.parent / other, (*within, path.resolve())))
+    return _merge(merged, raw)
+
+
+LARGEST_CONFIG = 10_000  # values; what an alias stands for counts wherever the alias stands
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML whose size is looked at before anything is built from it."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _count_values(node, {}) > LARGEST_CONFIG:
+            raise yaml.YAMLError(f"more than {LARGEST_CONFIG:,} values, aliases written out")
+        return node
+
+
+def _count_values(node: yaml.Node, known: dict[yaml.Node, int | None]) -> int:
+    if node in known:
+        count = known[node]
+        if count is None:
+            raise yaml.YAMLError("an alias stands inside of what it stands for")
+        return count
+    known[node] = None
+    parts = node.value if isinstance(node, yaml.CollectionNode) else []
+    inner = itertools.chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in parts)
+    known[node] = count = 1 + sum(_count_values(part, known) for part in inner)
+    return count
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        # another `kind` is another option: nothing of the one below it carries over
+        if both and value.get("kind", merged[key].get("kind")) == merged[key].get("kind"):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def load(section: type[SectionType], path: str | Path, overrides: Sequence[str] = (), program: str = "") -> SectionType:
+    """Read a YAML file into `section` and apply command-line overrides such as `--losses.kl.weight 1e-5`.
+
+    Raises:
+        UsageError: one sentence that names the field, what was expected, what came and what exists.
+    """
+    raw = read_yaml(Path(path))
+    kinds, flags = _split_kinds(overrides)
+    for dotted, kind in kinds.items():
+        raw = _set_kind(raw, dotted.split("."), kind)
+    config = validate(section, raw, f"config {path}")
+    return _override(section, config, flags, program) if flags else config
+
+
+def validate(section: type[SectionType], raw: Mapping[str, Any], source: str) -> SectionType:
+    """Check a plain dict against `section`; `source` names where it came from in the error."""
+    try:
+        return section.model_validate(dict(raw))
+    except ValidationError as error:
+        raise UsageError(f"{source}: {_explain(section, error)}") from error
+
+
+def dump(config: Section) -> str:
+    """The resolved config as YAML that `load` reads back to an equal config."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return text
+
+
+def differences(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, each with its (old, new) value."""
+    before, after = flatten(old), flatten(new)
+    keys = [*before, *(key for key in after if key not in before)]
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def flatten(config: Section) -> dict[str, Any]:
+    """Dotted keys and their plain values."""
+    return _flatten(config.model_dump(mode="json"))
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+# --- overrides --------------------------------------------------------------------------------------------------------
+
+
+def _split_kinds(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """`--x.kind NAME` changes which fields exist, so it is taken out and applied before the file is validated."""
+    kinds, flags = {}, []
+    arguments = iter(overrides)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and name.endswith(".kind"):
+            kinds[name.removeprefix("--")] = value if equals else next(arguments, "")
+        else:
+            flags.append(argument)
+    return kinds, flags
+
+
+def _set_kind(raw: dict[str, Any], path: list[str], kind: str) -> dict[str, Any]:
+    head, *rest = path
+    if head == "kind":
+        return raw if raw.get("kind") == kind else {"kind": kind}
+    inner = raw.get(head)
+    return {**raw, head: _set_kind(inner if isinstance(inner, dict) else {}, rest, kind)}
+
+
+def _override(section: type[SectionType], config: SectionType, flags: Sequence[str], program: str) -> SectionType:
+    import tyro  # 0.2 s, only where flags are given
+
+    known = [f"--{key}" for key in flatten(config)]
+    for flag in flags:
+        name = flag.partition("=")[0]
+        plain = name.replace("-", "_").replace("__", "--", 1)
+        positive = plain.rpartition(".no_")
+        if name.startswith("--") and name != "--help" and not name.startswith("--no-"):
+            if plain in known or (positive[1] and f"{positive[0]}.{positive[2]}" in known):
+                continue
+            if not any(key.startswith(f"{plain}.") for key in known):
+                raise UsageError(f"unknown option {name}{_guess(plain, known) or f'; options are {_shorten(known)}'}")
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                section, default=config, args=list(flags), prog=program or None, config=(tyro.conf.AvoidSubcommands,)
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [line.strip("│╭╮╰╯─ ") for line in errors.getvalue().splitlines()]
+        telling = [line for line in lines if line.startswith(("Error parsing", "Missing", "Unrecognized", "Invalid"))]
+        raise UsageError("options: " + (telling or lines)[0].removeprefix("Error parsing ")) from stop
+    except ValidationError as error:
+        raise UsageError(f"options: {_explain(section, error)}") from error
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def _explain(section: type[Section], error: ValidationError) -> str:
+    """One sentence for the first of pydantic's complaints, and how many more there are."""
+    path, sentence = _first_problem(section, error)
+    more = len(error.errors()) - 1
+    where = ".".join(map(str, path)) or "the file"
+    return f"`{where}`: {sentence}" + (f" (and {more} more)" if more else "")
+
+
+def _first_problem(section: type[Section], error: ValidationError) -> tuple[tuple[int | str, ...], str]:
+    first = error.errors()[0]
+    path = first["loc"]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, _NestedError):
+        return (*path, *cause.path), str(cause)
+    if first["type"] == "extra_forbidden":
+        exist = _fields_at(section, path[:-1])
+        return path, f"unknown key{_guess(str(path[-1]), exist)}; this section has {', '.join(exist)}"
+    if first["type"] == "missing":
+        return path, "is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    came = "" if first["type"] == "value_error" or isinstance(first["input"], Mapping) else f", got {first['input']!r}"
+    return path, f"{message[:1].lower()}{message[1:]}{came}"
+
+
+def _fields_at(section: type[Section], path: Sequence[int | str]) -> list[str]:
+    """Names of the fields that exist at `path`, found by walking the declared types."""
+    for step in path:
+        inner = section.model_fields[str(step)].annotation
+        candidates = [inner, *typing.get_args(inner)]  # Section, or Section | None
+        section = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, Section))
+    return sorted(section.model_fields)
+
+
+def _guess(name: str, exist: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, exist, n=1)
+    return f", did you mean `{close[0]}`" if close else ""
+
+
+def _shorten(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (", ... (--help shows all)" if len(names) > 12 else "")

@@ -1,0 +1,53 @@
+"""Where the programs and configs are: beside the package in a clone, inside it (as `programs/`) in a wheel."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+from ldm_vae.core.errors import UsageError
+
+PACKAGE = Path(__file__).parent.parent
+
+
+def root() -> Path:
+    """The folder that holds train/, eval/ and configs/."""
+    for folder in (PACKAGE / "programs", PACKAGE.parent):
+        if (folder / "train" / "autoencoder.py").is_file():
+            return folder
+    raise UsageError("the programs train/ and eval/ are neither in the installed package nor beside it; reinstall it")
+
+
+def run(program: str, arguments: list[str]) -> None:
+    """Run a program such as `train/autoencoder.py` as `python -m` would, in this process."""
+    path = root() / program
+    sys.argv = [str(path), *arguments]
+    # by path: a folder `train` of the user's own cannot come in the way, and the programs import ldm_vae only
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def run_with_config(program: str, arguments: list[str]) -> None:
+    """Run a program whose first argument is a config, by its path or name; its own help where there is none."""
+    first, *rest = arguments or ["--help"]
+    run(program, [first if first.startswith("-") else str(find_config(first)), *rest])
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that ship with the project, by name: `demo`, `diffusion/demo`."""
+    home = root() / "configs"
+    files = [*sorted(home.glob("*.yaml")), *sorted(home.glob("diffusion/*.yaml"))]
+    return {path.relative_to(home).with_suffix("").as_posix(): path for path in files}
+
+
+def find_config(name: str) -> Path:
+    """A config by its path, or by the name of one that ships with the project (`demo`, `kl_f8_d4.yaml`)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = root() / "configs"
+    for candidate in (shipped / name, shipped / f"{name}.yaml", shipped / name.removeprefix("configs/")):
+        if candidate.is_file():
+            return candidate
+    exist = ", ".join(shipped_configs())
+    raise UsageError(f"config {name}: no such file, and none that ships with the project; these do: {exist}")

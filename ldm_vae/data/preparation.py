@@ -1,0 +1,153 @@
+"""The decoding of DATA for networks: what flags say, else what the networks (or a store) record, else the defaults.
+
+The one place that every verb with DATA asks. Two records that differ are refused, both named, unless a flag decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from ldm_vae.core.errors import UsageError
+from ldm_vae.data.decoding import DEFAULT, Decoding
+from ldm_vae.data.flags import NO_FLAGS, DataFlags, Resize
+from ldm_vae.data.preprocessing import SETTABLE, Preprocessing, recorded
+from ldm_vae.data.source import Source, open_source, with_resize
+from ldm_vae.data.transforms import decoding_of, preprocessing_identity
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The decoding of DATA, and what the user must know of it: a note for each flag that overrides a record."""
+
+    decoding: Decoding
+    flags: DataFlags = NO_FLAGS
+    notes: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """As a latent store compares it."""
+        return preprocessing_identity(self.decoding)
+
+    @property
+    def kept(self) -> Preprocessing:
+        """The record of a network that goes on with this."""
+        return Preprocessing.of(self.decoding)
+
+    def open(self, data: str | Path) -> Source:
+        """DATA, decoded so. Raises UsageError when nothing is there, WorkError when it is empty."""
+        flags, decoding = self.flags, self.decoding
+        source = open_source(
+            data, image_column=flags.image_column, caption_column=flags.caption_column, split=flags.split,
+            kind=flags.kind, channels=decoding.channels, background=decoding.background,
+            value_range=decoding.value_range, jpeg_draft=decoding.jpeg_draft,
+        )  # fmt: skip
+        return with_resize(source, decoding.resize)
+
+
+class _Says(Protocol):
+    """A record, or a decoding."""
+
+    @property
+    def value_range(self) -> tuple[float, float] | None: ...
+    @property
+    def background(self) -> tuple[int, int, int]: ...
+    @property
+    def resize(self) -> Resize: ...
+
+
+def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Preparation:
+    """The preparation of images for these networks: flags where they are given, else what the networks record, else the
+    defaults; the channels are the networks'.
+
+    Args:
+        vaes: by name on the command line; all see the same images.
+
+    Raises:
+        UsageError: they take different numbers of channels, a flag asks for another, or two records differ and no
+            flag decides.
+    """
+    channels = {name: int(vae.config.in_channels) for name, vae in vaes.items()}
+    if len(set(channels.values())) > 1:
+        raise UsageError(f"vae: all must take images of one kind, these take {sorted(set(channels.values()))} channels")
+    name, wanted = next(iter(channels.items()))
+    records = [(f"VAE {name}", found) for name, vae in vaes.items() if (found := recorded(vae)) is not None]
+    return _settle(records, wanted, f"VAE {name}", flags)
+
+
+def preparation_of_store(identity: str, vae: Any, flags: DataFlags = NO_FLAGS) -> Preparation:
+    """The preparation that decodes a latent store's images again: as its identity says, unless flags say otherwise.
+    Where the network records something else than the store, that is among the notes.
+
+    Raises:
+        UsageError: a flag asks for other channels than the network takes.
+    """
+    known = decoding_of(identity)
+    if known is None:  # another program's latents: as the network records
+        return preparation_of({"of the store": vae}, flags)
+    flags = replace(flags, jpeg_draft=flags.jpeg_draft or known.jpeg_draft)
+    found = _settle([("the store", known)], int(vae.config.in_channels), "the VAE of the store", flags)
+    own = recorded(vae) or known
+    notes = [
+        f"{field}: {shown(getattr(known, field))}, as the store says; its VAE records {shown(getattr(own, field))}"
+        for field in SETTABLE
+        if getattr(flags, field) is None and getattr(own, field) != getattr(known, field)
+    ]
+    return replace(found, notes=(*found.notes, *notes))
+
+
+def plain(flags: DataFlags) -> Preparation:
+    """The preparation where no network is concerned: flags, else the defaults."""
+    return _settle([], flags.channels or DEFAULT.channels, "", flags)
+
+
+def _settle(records: Sequence[tuple[str, _Says]], channels: int, taker: str, flags: DataFlags) -> Preparation:
+    if flags.channels not in (None, channels):
+        raise UsageError(f"--channels: expected {channels}, which {taker} takes, got {flags.channels}")
+    chosen: dict[str, Any] = {}
+    notes = []
+    for field in SETTABLE:
+        given, said = getattr(flags, field), [(name, getattr(found, field)) for name, found in records]
+        if given is not None:
+            chosen[field] = given
+            notes += [
+                f"{field} is {shown(given)}, as --{field} says; {name} records {shown(value)}"
+                for name, value in said
+                if value != given
+            ]
+        elif said:
+            (first, chosen[field]), *others = said
+            for other, value in others:
+                if value != chosen[field]:
+                    raise UsageError(
+                        f"{field}: {first} records {shown(chosen[field])}, {other} {shown(value)}; --{field} decides"
+                    )
+    decoding = Decoding(channels=channels, jpeg_draft=flags.jpeg_draft, **chosen)
+    if decoding.jpeg_draft and decoding.resize == "none":
+        raise UsageError("--jpeg_draft: decodes at another size, and resize is none: pixels are taken as they are")
+    return Preparation(decoding, flags, tuple(notes))
+
+
+def check_same(ours: str, mine: _Says, theirs: str, other: _Says, names: Mapping[str, str], hint: str) -> None:
+    """Raises UsageError naming both where two differ in what they record.
+
+    Args:
+        names: what the caller calls a field (`value_range` => `data.value_range`); those not named as they are.
+        hint: what would do.
+    """
+    for field in SETTABLE:
+        here, there = getattr(mine, field), getattr(other, field)
+        if here != there:
+            name = names.get(field, field)
+            raise UsageError(f"{name}: {ours} {shown(here)}, {theirs} records {shown(there)}; {hint}")
+
+
+def shown(value: Any) -> str:
+    """A value for a sentence."""
+    if value is None:
+        return "that of the file's number type"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f"{number:g}" for number in value) + "]"
+    return str(value)

@@ -1,0 +1,210 @@
+"""preprocessing.json: how a sample becomes what a network takes, recorded with its weights and used wherever it is fed.
+
+A network that was trained on 12-bit pictures read as [0, 4095] sees others when its user's next command reads them as
+[0, 65535]: 9 dB instead of 32, and another scaling_factor. So training writes this record beside config.json, exports
+carry it on (single files in their header), `load_autoencoder` attaches it to the network, and every verb with DATA asks
+for it (preparation.py). A network without a record is fed as it always was: the defaults, the channels of its config.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+
+from ldm_vae.core.config import Section, read_yaml
+from ldm_vae.core.errors import UsageError
+from ldm_vae.core.validation import first_line, parse_json
+from ldm_vae.data.decoding import Decoding
+from ldm_vae.data.flags import Resize
+from ldm_vae.data.transforms import PREPROCESSING_VERSION
+
+logger = logging.getLogger(__name__)
+
+FILE = "preprocessing.json"  # beside config.json
+HEADER = "ldm_vae.data.preprocessing"  # in the header of our single files: the same JSON
+FORMAT, VERSION = "ldm-vae preprocessing", 1
+
+SETTABLE = ("value_range", "background", "resize")  # what two networks of equally many channels may differ in
+
+Network = TypeVar("Network")
+
+
+class Preprocessing(Section):
+    """The whole of preprocessing.json. Laws that this version knows one of stand in it as well: a reader must not guess
+    them, and another value is refused."""
+
+    format: Literal["ldm-vae preprocessing"] = "ldm-vae preprocessing"
+    version: Literal[1] = 1
+    signal: Literal["image"] = "image"
+    """Of what a sample is; clips and sounds will have fields of their own."""
+    channels: int = Field(ge=1, le=2**16)
+    """Of the decoded sample: the network's in_channels."""
+    value_range: tuple[float, float] | None = None
+    """In the file: the values that become black and white. None: those of the file's number type."""
+    input_range: tuple[float, float] = (-1.0, 1.0)
+    """At the network: what black and white are there."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Colour behind transparent pixels."""
+    alpha: Literal["background", "channel"] = "background"
+    """Transparency is composited on the background, or is the fourth of four channels."""
+    colour: Literal["srgb"] = "srgb"
+    """Colour profiles (ICC) are converted to this space."""
+    resize: Resize = "short_side"
+    """Of whole images; `none`: pixels as they are, only what is too small is enlarged."""
+    interpolation: Literal["bicubic"] = "bicubic"
+    """Antialiased."""
+    crop: Literal["centre"] = "centre"
+    """The part of a whole image that is left. (Training's own crops: RUN/config.yaml, `transform`.)"""
+    law: str = PREPROCESSING_VERSION
+    """Version of decoding, resize and crop, as in the identity of a latent store."""
+
+    @field_validator("value_range")
+    @classmethod
+    def _check_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and (value[0] == value[1] or not all(map(math.isfinite, value))):
+            raise ValueError(f"expected two numbers, black's and white's, got {list(value)}")
+        return value
+
+    @field_validator("input_range")
+    @classmethod
+    def _check_input(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value != (-1.0, 1.0):
+            raise ValueError(f"expected [-1, 1], got {list(value)}")
+        return value
+
+    @field_validator("background")
+    @classmethod
+    def _check_background(cls, value: tuple[int, int, int]) -> tuple[int, int, int]:
+        if not all(0 <= one <= 255 for one in value):
+            raise ValueError(f"expected three numbers from 0 to 255, got {list(value)}")
+        return value
+
+    @field_validator("alpha")
+    @classmethod
+    def _check_alpha(cls, value: str, known: ValidationInfo) -> str:
+        if value != ("channel" if known.data.get("channels") == 4 else "background"):
+            raise ValueError(f"{value} does not go with {known.data.get('channels')} channels")
+        return value
+
+    @classmethod
+    def of(cls, decoding: Decoding) -> Preprocessing:
+        """The record of how a source is decoded. (A draft of JPEGs is a matter of speed in training: whatever is
+        measured or encoded later is decoded exactly.)
+
+        Raises:
+            UsageError: nothing can be decoded so.
+        """
+        return _valid({"channels": decoding.channels} | {name: getattr(decoding, name) for name in SETTABLE}, "data")
+
+    def to_bytes(self) -> bytes:
+        """Contents of the file."""
+        return (json.dumps(self.model_dump(mode="json"), indent=2) + "\n").encode()
+
+
+def parse(content: bytes | str, where: object) -> Preprocessing:
+    """A record from a file's contents; `where` names it in the sentence.
+
+    Raises:
+        UsageError: it is damaged, of another signal, or a newer version of this tool wrote it.
+    """
+    try:
+        tree = parse_json(content)
+    except ValueError as error:
+        raise UsageError(f"{where}: damaged, not readable as JSON: {first_line(error)}") from error
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise UsageError(f"{where}: damaged, `format` is not `{FORMAT}`")
+    if tree.get("version") != VERSION:
+        raise UsageError(
+            f"{where}: `version` is {str(tree.get('version'))[:20]}, this program reads version {VERSION}; use the "
+            "version of ldm-vae that wrote it, or a newer one"
+        )
+    if tree.get("signal") != "image":
+        raise UsageError(f"{where}: `signal` is {str(tree.get('signal'))[:20]}, this program reads images")
+    return _valid(tree, f"{where}: damaged")
+
+
+def _valid(tree: dict[str, Any], where: object) -> Preprocessing:
+    if "alpha" not in tree:
+        tree = tree | {"alpha": "channel" if tree.get("channels") == 4 else "background"}
+    try:
+        return Preprocessing.model_validate(tree)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        said = problem["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{where}: `{problem['loc'][0]}`: {said}") from error
+
+
+# --- with a network ---------------------------------------------------------------------------------------------------
+
+_ATTRIBUTE = "_ldm_vae_preprocessing"
+
+
+def record(vae: Network, found: Preprocessing | None) -> Network:
+    """Attach a record to a network in memory (None: it has none); returns the network.
+
+    Raises:
+        UsageError: the record is of another number of channels.
+    """
+    if found is not None and found.channels != (expected := int(vae.config.in_channels)):  # type: ignore[attr-defined]
+        raise UsageError(f"{FILE}: `channels` is {found.channels}, and the network's in_channels {expected}")
+    vae.__dict__[_ATTRIBUTE] = found
+    return vae
+
+
+def recorded(vae: Any) -> Preprocessing | None:
+    """The record that came with a network, None where there was none."""
+    found = vars(vae).get(_ATTRIBUTE)  # not getattr: diffusers looks into a config that anybody may have written
+    assert found is None or isinstance(found, Preprocessing)
+    return found
+
+
+def read_beside(config: Path) -> Preprocessing | None:
+    """The record beside a config.json; of a run that was trained before there was such a file, what its config says.
+
+    Raises:
+        UsageError: the file is damaged, or too new.
+    """
+    path = config.with_name(FILE)
+    if path.is_file():
+        return parse(path.read_bytes(), path)
+    folder = config.parent
+    return _of_old_run(folder.parent) if folder.name == "vae" else None
+
+
+def _of_old_run(run: Path) -> Preprocessing | None:
+    """From RUN/config.yaml, which had all of it."""
+    try:
+        tree = read_yaml(run / "config.yaml")
+    except UsageError:  # no run at all, or nobody's
+        return None
+    data, transform = tree.get("data"), tree.get("transform")
+    if not (isinstance(data, dict) and isinstance(transform, dict) and "output_dir" in tree):
+        return None
+    model = tree.get("model")
+    channels = model.get("in_channels", 3) if isinstance(model, dict) else 3
+    given = {name: data[name] for name in ("value_range", "background") if name in data}
+    known = {"channels": channels, "resize": transform.get("resize", "short_side")} | given
+    return _valid(known, run / "config.yaml")
+
+
+def read_hub(repo: str, subfolder: str | None = None) -> Preprocessing | None:
+    """The record in a model repository of the hub, looked for once and then in the local cache."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    name = FILE if subfolder is None else f"{subfolder}/{FILE}"
+    try:
+        return parse(Path(hf_hub_download(repo, name)).read_bytes(), f"VAE {repo}: {name}")
+    except UsageError:
+        raise
+    except Exception as error:  # the network's errors are requests', httpx' or its own, by version
+        absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        kept = None if absent else try_to_load_from_cache(repo, name)
+        if not absent and (kept is None or isinstance(kept, str)):
+            logger.warning("VAE %s: whether it has a %s cannot be looked up now; the defaults are used", repo, name)
+        return None

@@ -1,0 +1,1 @@
+"""Diffusion models on latents: flow matching, samplers, and how well they learn."""

@@ -1,0 +1,191 @@
+"""What a diffusion run leaves to look at: grids of decoded samples, and how far such samples are from what they should
+look like, beside two sets that anybody can make without a diffusion model.
+
+    RUN/samples/images-000012345.png   a grid, a column for each class
+    RUN/report/diffusion.json          which grids there are, how they were sampled, and the distances:
+        samples   of the diffusion model, decoded
+        field     decoded Gaussian fields with the mean, deviation and spectrum of the latents
+        noise     decoded N(0, I), of the latents' own scale: what the sampler starts from
+
+The distance is Frechet's in EfficientNet-Lite0's features and, where a CLIP is supplied, CMMD beside it. Both are
+biased by the number of images, so all sets have the same.
+
+Legend: B batch, C image channels, H W pixels, c latent channels, h w latent positions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.utils import make_grid
+
+from ldm_vae.diffusion.generator import Generator
+from ldm_vae.metrics import result
+from ldm_vae.metrics.cmmd import cmmd
+from ldm_vae.metrics.frechet import Gaussian, frechet_distance
+from ldm_vae.metrics.pictures import save
+from ldm_vae.metrics.profile import radial_spectrum
+from ldm_vae.metrics.protocol import PINNED
+from ldm_vae.metrics.samples import field
+from ldm_vae.perceptual import features
+
+NAME, RECORD = "fd_efflite0", "diffusion.json"
+NOT_INSTALLED = f"{NAME} is not measured: pip install 'ldm-vae[features]'"
+MOST_COLUMNS, USUAL_COLUMNS = 12, 8
+
+
+class Judge:
+    """Features of images, of a network whose trunk is a module."""
+
+    def __init__(self, network: features.Features) -> None:
+        self.network = network
+
+    @torch.inference_mode()
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels [B, C, H, W] in [-1, 1] and beyond, 8-bit as the protocol has it => [B, D] on the CPU."""
+        device = next(self.network.trunk.parameters()).device  # type: ignore[attr-defined]
+        return self.network.trunk(PINNED.quantise(pixels.float()).expand(-1, 3, -1, -1).to(device)).cpu()
+
+
+class Looks(Judge):
+    """Sets of images as Gaussians of features, and the Frechet distance between two of them."""
+
+    name = NAME
+
+    def of(self, images: Iterable[torch.Tensor]) -> Gaussian:
+        """images: as `features` takes them."""
+        return self.summed(map(self.features, images))
+
+    def summed(self, rows: Iterable[torch.Tensor]) -> Gaussian:
+        """rows: of `features`, batch by batch."""
+        gaussian = Gaussian()
+        for some in rows:
+            gaussian.update(some)
+        return gaussian
+
+    def distance(self, one: Gaussian, other: Gaussian) -> float:
+        """Frechet distance; both of at least two images."""
+        size = self.network.dimensions
+        return frechet_distance(*one.compute(size)[1:], *other.compute(size)[1:])
+
+
+class ClipLooks(Judge):
+    """Sets of images as a CLIP's embeddings [N, D], and CMMD between two of them."""
+
+    name = "cmmd"
+
+    def summed(self, rows: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(rows))
+
+    def distance(self, one: torch.Tensor, other: torch.Tensor) -> float:
+        return cmmd(one, other)
+
+
+def looks(device: torch.device) -> Looks | None:
+    """None where the features' weights are not installed."""
+    network = features.efflite0(device)
+    return None if network is None else Looks(network)
+
+
+def clip_looks(source: str | None) -> ClipLooks | None:
+    """On the CPU, for `record_distances` to move; None where no CLIP is supplied. Raises what `features.clip` does."""
+    return None if source is None else ClipLooks(features.clip(source, torch.device("cpu")))
+
+
+# --- of a run ---------------------------------------------------------------------------------------------------------
+
+
+def record_samples(run: Path, generator: Generator, images_seen: int, count: int, batch_size: int) -> Path:
+    """Write RUN/samples/images-N.png, `count` samples of the keys 0, 1, ...; returns it."""
+    classes = len(generator.classes)
+    columns = classes if 2 <= classes <= MOST_COLUMNS else USUAL_COLUMNS
+    images = torch.cat(list(generator.batches(count, batch_size)))
+    path = run / "samples" / f"images-{images_seen:09d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(make_grid(PINNED.quantise(images), nrow=columns, padding=4, pad_value=255), path)
+    found = {
+        "grids": sorted(picture.name for picture in path.parent.glob("images-*.png")),
+        "columns": columns,
+        "classes": [str(value) for value in generator.classes] if columns == classes else [],
+        "count": count,
+        "side": images.shape[3],
+        "sampling": generator.sampling.model_dump(),
+    }
+    _record(run, found)
+    return path
+
+
+def record_distances(
+    run: Path,
+    generator: Generator,
+    stored: Iterable[torch.Tensor],
+    count: int,
+    batch_size: int,
+    clip: ClipLooks | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Measure samples, fields and noise against the decoded `stored` latents [c, h, w], `count` images each; by name in
+    the record, `distances` (Frechet) where the features are installed and `cmmd` where a CLIP is supplied."""
+    judges: dict[str, Any] = {"distances": looks(generator.device), "cmmd": clip}
+    judges = {name: judge for name, judge in judges.items() if judge is not None}
+    _record(run, {"distances": None, "cmmd": None})  # those of an earlier call do not stay
+    if not judges:
+        return {}
+    if clip is not None:
+        clip.network.trunk.to(generator.device)  # type: ignore[attr-defined]
+    latents = torch.stack(list(stored))
+    noise = generator.noise(range(count))
+
+    def decoded(scaled: torch.Tensor) -> Iterator[torch.Tensor]:
+        return map(generator.decode, torch.split(scaled, batch_size))
+
+    def seen(images: Iterable[torch.Tensor]) -> dict[str, Any]:  # drawn and decoded once for all judges
+        rows: dict[str, list[torch.Tensor]] = {name: [] for name in judges}
+        for pixels in images:
+            for name, judge in judges.items():
+                rows[name].append(judge.features(pixels))
+        return {name: judge.summed(rows[name]) for name, judge in judges.items()}
+
+    reference = seen(decoded(latents))
+    sets = {
+        "samples": seen(generator.batches(count, batch_size)),
+        "field": seen(decoded(field(noise, field_statistics(latents)))),
+        "noise": seen(decoded(noise)),
+    }
+    measured = {}
+    for name, judge in judges.items():
+        distances = {what: judge.distance(reference[name], of[name]) for what, of in sets.items()}
+        measured[name] = {"metric": judge.name, "n": count} | distances
+    _record(run, measured)
+    return measured
+
+
+def in_words(measured: dict[str, dict[str, Any]]) -> str:
+    """Lines that the program prints of `record_distances`, a line for each distance."""
+    lines = [] if "distances" in measured else [NOT_INSTALLED]
+    for found in measured.values():
+        decimals = 1 if found["metric"] == NAME else 3
+        samples, fields, noise = (f"{found[name]:.{decimals}f}" for name in ("samples", "field", "noise"))
+        lines.append(
+            f"{found['metric']} to decoded latents of the store, {found['n']:,} images each: samples {samples}, "
+            f"Gaussian fields {fields}, noise {noise}"
+        )
+    return "\n".join(lines)
+
+
+def _record(run: Path, found: dict[str, Any]) -> None:
+    path = run / "report" / RECORD
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    result.write(path, before | found)
+
+
+def field_statistics(latents: torch.Tensor) -> dict[str, Any]:
+    """latents [N, c, h, w] => what `metrics.samples.field` takes."""
+    return {
+        "mean": latents.double().mean(dim=(0, 2, 3)).tolist(),
+        "std": latents.double().std(dim=(0, 2, 3)).tolist(),
+        "spectrum": {"latents": (radial_spectrum(latents) / len(latents)).tolist()},
+    }

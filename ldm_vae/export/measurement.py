@@ -1,0 +1,116 @@
+"""Measure a VAE's latents: over batches of pixels, over images of any source, or as a latent store has them already.
+
+Legend: B batch, C image channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.model import (
+    check_resolution,
+    downsampling_factor,
+    encoder_fingerprint,
+    load_autoencoder,
+)
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.data.preparation import Preparation, check_same, preparation_of
+from ldm_vae.data.preprocessing import recorded
+from ldm_vae.data.quarantine import Quarantine
+from ldm_vae.data.transforms import decoding_of, to_pixels
+from ldm_vae.latent_store.format.manifest import MANIFEST, read_manifest
+from ldm_vae.latent_store.format.statistics import LatentStatistics
+from ldm_vae.latent_store.write.finalize import with_intervals
+from ldm_vae.metrics.batches import ImageBatch, image_batches, spread
+
+
+@torch.no_grad()
+def measure(vae: Any, pixel_batches: Iterable[torch.Tensor], device: torch.device | str) -> LatentStatistics:
+    """Statistics of the latents of pixels [B, C, H, W] in [-1, 1], summed in fp64, with intervals over images.
+
+    Raises:
+        WorkError: there was no image, or the encoder gives NaN or Inf.
+    """
+    statistics = LatentStatistics()
+    for pixels in tqdm(pixel_batches, desc="measure latents", unit="batch", disable=None, leave=False):
+        statistics.update(finite.encode(vae, pixels.to(device=device, dtype=vae.dtype)))
+    if not statistics.images:
+        raise WorkError("measuring the latents: there was no usable image")
+    return statistics
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of DATA as an export uses them: whole, centre-cropped, at most `limit` of them, spread over the source."""
+
+    data: str
+    resolution: int
+    batch_size: int = 8
+    limit: int | None = None
+    preparation: Preparation | None = None
+    """Their decoding; as the VAE records by default."""
+
+    def batches(self, vae: Any) -> Iterator[torch.Tensor]:
+        """Pixels [B, C, H, W] in [-1, 1] for this VAE. Raises UsageError when the resolution does not fit f."""
+        return (to_pixels(batch.pixels) for batch in self.image_batches(vae))
+
+    def image_batches(self, vae: Any) -> Iterator[ImageBatch]:
+        """The same as metrics take them."""
+        check_resolution(self.resolution, downsampling_factor(vae))
+        source = (self.preparation or preparation_of({"": vae})).open(self.data)
+        indices = spread(len(source), self.limit or len(source))
+        quarantine = Quarantine(len(source))
+        return image_batches(source, indices, self.resolution, batch_size=self.batch_size, quarantine=quarantine)
+
+
+def is_store(stats: str) -> bool:
+    """Whether what `--stats` names is a latent store rather than images."""
+    return (Path(stats) / MANIFEST).is_file()
+
+
+def normalisation_of(base: str, latent_channels: int) -> Normalisation:
+    """The normalisation that another VAE's config names: a fine-tuned decoder keeps it, since the diffusion model that
+    it serves was trained on latents so normalised.
+
+    Raises:
+        UsageError: there is no such VAE, its config names two normalisations or none that can be divided by, or its
+            latents have another number of channels.
+    """
+    config = load_autoencoder(base).config
+    if int(config.latent_channels) != latent_channels:
+        came = f"{config.latent_channels} latent channels, this VAE {latent_channels}"
+        raise UsageError(f"normalisation_from {base}: expected a VAE with the same latents, it has {came}")
+    return Normalisation.from_config(config, f"normalisation_from {base}")
+
+
+def statistics_of_store(vae: Any, store: str, preparation: Preparation | None = None) -> LatentStatistics:
+    """As they were measured when the store was made.
+
+    Args:
+        preparation: how the images must have been decoded, flags included; as the VAE records by default.
+
+    Raises:
+        UsageError: another encoder made it, or from images that were decoded in another way than is recorded.
+    """
+    manifest = read_manifest(Path(store))
+    if manifest.statistics is None:
+        raise UsageError(f"stats {store}: the store is not finished and has no statistics yet")
+    if manifest.identity.encoder != encoder_fingerprint(vae):
+        raise UsageError(f"stats {store}: the store was made with another encoder ({manifest.recorded.vae})")
+    if manifest.identity.codes is not None:
+        raise UsageError(f"stats {store}: the store holds indices of codes, which have no mean and variance")
+    stored, preparation = decoding_of(manifest.identity.preprocessing), preparation or preparation_of({"": vae})
+    if stored is not None and (recorded(vae) is not None or preparation.flags.decide):
+        check_same(
+            "the VAE records", preparation.decoding, f"the store {store}", stored, {},
+            "give the store's as a flag if it is meant, or another store",
+        )  # fmt: skip
+    return LatentStatistics.from_json(with_intervals(store, manifest).statistics or {})

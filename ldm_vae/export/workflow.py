@@ -1,0 +1,338 @@
+"""One export from end to end: load, decide the normalisation, write, read back, compare, and say what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from ldm_vae.autoencoder.latents import Normalisation, NormalisationKind
+from ldm_vae.autoencoder.model import (
+    downsampling_factor,
+    load_autoencoder,
+    only_kl,
+    sample_size,
+)
+from ldm_vae.autoencoder.single_file import SD_SCALING, is_sd_shape, load_single_file
+from ldm_vae.core import atomic_io, intervals
+from ldm_vae.core.errors import UsageError
+from ldm_vae.core.ownership import own_name
+from ldm_vae.data.flags import NO_FLAGS, DataFlags
+from ldm_vae.data.preparation import Preparation, preparation_of
+from ldm_vae.data.preprocessing import record, recorded
+from ldm_vae.export import hub
+from ldm_vae.export.card import Card, card_name
+from ldm_vae.export.diffusers_folder import STATISTICS, configured_copy, read_statistics, write_configured
+from ldm_vae.export.drift import measure_drift
+from ldm_vae.export.fp16.audit import audit
+from ldm_vae.export.fp16.probes import make_probes
+from ldm_vae.export.measurement import (
+    Images,
+    is_store,
+    measure,
+    normalisation_of,
+    statistics_of_store,
+)
+from ldm_vae.export.picture import PICTURE, reconstruction_sheet
+from ldm_vae.export.preview import FILE as PREVIEW
+from ldm_vae.export.preview import Preview, fit_preview, pairs_of_images, pairs_of_store
+from ldm_vae.export.recipe import read_recipe
+from ldm_vae.export.replacement import check_replaceable
+from ldm_vae.export.targets import TARGETS, Target, warnings_for, warnings_for_pipelines, write_target
+from ldm_vae.latent_store.format.statistics import LatentStatistics
+
+AUDIT_SIDE = 64  # pixels on a CPU, where the audit of an SD-sized VAE would take minutes at its own size
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `ldm-vae export` was asked for; the fields are its flags."""
+
+    source: str
+    out: Path
+    target: str = "diffusers"
+    config: str | None = None
+    stats: str | None = None
+    normalisation: NormalisationKind | None = None
+    normalisation_from: str | None = None
+    resolution: int | None = None
+    batch_size: int = 8
+    stats_images: int | None = None
+    preview: bool = False
+    half: bool = False
+    max_shard_size: str = "10GB"
+    push_to_hub: str | None = None
+    private: bool = False
+    pipeline: bool = False
+    license: str | None = None
+    base_model: str | None = None
+    drift_from: str | None = None
+    allow_pickle: bool = False
+    flags: DataFlags = NO_FLAGS
+
+
+@dataclass
+class Done:
+    """What was written, line by line, and what the user must know."""
+
+    lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def export(request: Request) -> Done:
+    """Do it. Raises UsageError for a wrong request, WorkError when what was written does not read back."""
+    done = Done()
+    _check(request)
+    vae = _load(request, done)
+    base = None if request.drift_from is None else load_autoencoder(request.drift_from).to(vae.device)
+    preparation = _preparation(request, vae, base, done)
+    statistics = _statistics(request, vae, preparation)
+    normalisation = _normalisation(request, vae, statistics, done)
+    card, files = _card(request, statistics), {}
+    if request.preview:
+        preview = _preview(request, vae, normalisation, preparation)
+        done.lines += preview.lines()
+        files[PREVIEW] = preview.to_json().encode()
+    if request.stats is not None and not is_store(request.stats):
+        first = next(_images(request, vae, preparation).batches(vae))
+        files[PICTURE] = reconstruction_sheet(vae, first[:4])
+        card.sections = {"Pictures": f"Originals above, reconstructions below.\n\n![]({PICTURE})"} | card.sections
+    if base is not None:
+        card.sections["Drift"] = _drift(request, vae, base, preparation, done)
+    if request.target != "diffusers":
+        only_kl(vae, f"--target {request.target}")
+    if request.target == "diffusers":
+        _write_folder(vae, request, normalisation, preparation, card, files, done)
+        load = f'{type(vae).__name__}.from_pretrained("{request.out}")'
+    else:
+        load = f'ldm_vae.load_autoencoder("{_write_file(vae, request, normalisation, card, files, done)}")'
+    done.lines += [_describe(normalisation, statistics, request.normalisation_from), f"load it: {load}"]
+    if request.push_to_hub is not None:
+        done.lines.append(f"uploaded to {_push(request)}")
+    return done
+
+
+def _push(request: Request) -> str:
+    assert request.push_to_hub is not None
+    return hub.push(request.out, request.push_to_hub, private=request.private, path="vae" if request.pipeline else "")
+
+
+def _check(request: Request) -> None:
+    """What can be refused before anything is loaded."""
+    if request.preview and request.stats is None:
+        raise UsageError("--preview: needs images to fit the colours; give --stats STORE or --stats DATA")
+    if request.drift_from is not None and (request.stats is None or is_store(request.stats)):
+        raise UsageError("--drift_from: needs images to compare the two over; give --stats DATA")
+    if request.normalisation_from is not None and request.normalisation is not None:
+        raise UsageError(f"--normalisation {request.normalisation}: --normalisation_from names the kind already")
+    if request.push_to_hub is not None:
+        hub.check_name(request.push_to_hub)
+    if request.target != "diffusers" and request.push_to_hub and request.out.suffix == ".safetensors":
+        raise UsageError(f"--push_to_hub: uploads a folder; give OUT without .safetensors, got {request.out}")
+    if not request.out.name:
+        raise UsageError(f"OUT {request.out}: expected a new folder or an older export")
+    if request.target == "diffusers" or request.out.suffix != ".safetensors":
+        check_replaceable(request.out)
+    elif request.out.is_dir():
+        raise UsageError(f"OUT {request.out}: expected a file to write, found a folder")
+
+
+def _load(request: Request, done: Done) -> AutoencoderKL:
+    if Path(request.source).is_file() and request.allow_pickle:
+        config = None if request.config is None else Path(request.config)
+        vae = load_single_file(Path(request.source), config, allow_pickle=True).float()
+        done.lines.append(f"read {request.source} as a pickle, with weights_only: tensors alone, no code was run")
+    else:
+        vae = load_autoencoder(request.source, request.config)
+    return vae.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _preparation(request: Request, vae: AutoencoderKL, base: AutoencoderKL | None, done: Done) -> Preparation:
+    """Decoding of images for SRC; flags about it are recorded with OUT."""
+    both = {request.source: vae} | ({} if base is None or request.drift_from is None else {request.drift_from: base})
+    preparation = preparation_of(both, request.flags)
+    if recorded(vae) is not None or request.flags.decide:
+        record(vae, preparation.kept)
+        done.lines += preparation.notes
+        done.lines.append(f"images are decoded as `{preparation.identity}`, which is recorded with the weights")
+    return preparation
+
+
+def _images(request: Request, vae: AutoencoderKL, preparation: Preparation) -> Images:
+    assert request.stats is not None
+    side = request.resolution or sample_size(vae)
+    return Images(request.stats, side, request.batch_size, request.stats_images, preparation)
+
+
+# --- the normalisation ------------------------------------------------------------------------------------------------
+
+
+def _statistics(request: Request, vae: AutoencoderKL, preparation: Preparation) -> LatentStatistics | None:
+    """Measured now if asked; else as they were measured when SRC was written."""
+    if request.stats is None:
+        places = (Path(request.source) / STATISTICS, Path(request.source) / "vae" / STATISTICS)
+        return next((read_statistics(place) for place in places if place.is_file()), None)
+    if is_store(request.stats):
+        return statistics_of_store(vae, request.stats, preparation)
+    return measure(vae, _images(request, vae, preparation).batches(vae), vae.device)
+
+
+def _normalisation(
+    request: Request, vae: AutoencoderKL, statistics: LatentStatistics | None, done: Done
+) -> Normalisation:
+    """The one that is written: a base's, or measured in this call, or SRC's own or of another kind."""
+    if request.normalisation_from is not None:
+        return normalisation_of(request.normalisation_from, int(vae.config.latent_channels))
+    try:
+        own = Normalisation.from_config(vae.config, f"SRC {request.source}")
+    except UsageError:
+        if request.stats is None:
+            raise
+        own = Normalisation(1.0)  # and is measured
+    kind = request.normalisation or own.kind
+    if statistics is not None and (request.stats is not None or kind != own.kind):
+        return statistics.normalisation(kind)
+    if kind != own.kind:
+        raise UsageError(
+            f"--normalisation {kind}: {request.source} names `{own.kind}` only; give --stats to measure it"
+        )
+    if own == Normalisation(SD_SCALING) and not is_sd_shape(vae.config):
+        raise UsageError(
+            f"SRC {request.source}: its scaling_factor {SD_SCALING} is diffusers' default and Stable Diffusion's, and "
+            "this is another VAE; give --stats STORE or --stats DATA to measure it"
+        )
+    if own == Normalisation(1.0) and not isinstance(vae, AutoencoderTiny):  # a distilled one's is 1
+        done.warnings.append("scaling_factor is 1, not measured: give --stats STORE or --stats DATA")
+    return own
+
+
+def _describe(normalisation: Normalisation, statistics: LatentStatistics | None, base: str | None) -> str:
+    known = statistics.intervals if statistics is not None and base is None else None
+    parts = []
+    for key, value in normalisation.to_config().items():
+        if isinstance(value, list):
+            parts.append(f"{key} [{', '.join(f'{item:.4g}' for item in value)}]")
+        elif value is not None and normalisation.kind == "channel":
+            parts.append(f"{key} {value:g}")
+        elif value is not None:
+            low, high = (known or {}).get(key, (None, None))
+            parts.append(f"{key} {value:.5g}" + ("" if low is None else f" (95 % interval {low:.5g} to {high:.5g})"))
+    over = ", as SRC has it"
+    if statistics is not None:
+        why = "" if known is not None else f" ({intervals.why_none(statistics.images)})"
+        over = f", measured over {statistics.images:,} images{why}"
+    over = over if base is None else f", as {base} has it"
+    return f"normalisation `{normalisation.kind}`: {', '.join(parts)}{over}"
+
+
+# --- what goes with the weights ---------------------------------------------------------------------------------------
+
+
+def _card(request: Request, statistics: LatentStatistics | None) -> Card:
+    recipe = read_recipe(Path(request.source))
+    asked = {"license": request.license, "base_model": request.base_model}
+    metadata = recipe.metadata | {key: value for key, value in asked.items() if value is not None}
+    return Card(card_name(request.out), statistics, recipe.results, metadata, dict(recipe.sections))
+
+
+def _preview(request: Request, vae: AutoencoderKL, normalisation: Normalisation, preparation: Preparation) -> Preview:
+    assert request.stats is not None
+    pairs: Iterator[Any] = (
+        pairs_of_store(vae, Path(request.stats), normalisation)
+        if is_store(request.stats)
+        else pairs_of_images(vae, _images(request, vae, preparation).batches(vae), normalisation)
+    )
+    return fit_preview(pairs)
+
+
+def _drift(request: Request, vae: AutoencoderKL, base: AutoencoderKL, preparation: Preparation, done: Done) -> str:
+    """Against the base that a diffusion model was trained with, over the images of --stats."""
+    images = _images(request, vae, preparation)
+    found = measure_drift(base, vae, images.image_batches(vae), resolution=images.resolution)
+    done.lines.append(f"drift from {request.drift_from}: {found.verdict}")
+    return "\n".join(f"- {line}" for line in found.lines())
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _write_folder(
+    vae: AutoencoderKL,
+    request: Request,
+    normalisation: Normalisation,
+    preparation: Preparation,
+    card: Card,
+    files: dict[str, bytes],
+    done: Done,
+) -> None:
+    """The diffusers folder; force_upcast is what an audit of the activations says (of an AutoencoderKL)."""
+    upcast, verdict = None, f"force_upcast is left as it is: a {type(vae).__name__} is not audited"
+    if isinstance(vae, AutoencoderKL):
+        upcast, verdict = _audit(vae, request, preparation, card)
+    ready = configured_copy(vae, normalisation, sample_size=request.resolution, force_upcast=upcast)
+    done.warnings += warnings_for_pipelines(ready.config)
+    write_configured(
+        ready,
+        request.out,
+        card=card.text(ready),
+        statistics=card.statistics,
+        half=request.half,
+        max_shard_size=request.max_shard_size,
+        files=files,
+    )
+    done.lines.append(f"wrote {request.out} (diffusers), read back: weights equal to the bit, decode equal")
+    done.lines.append(verdict)
+
+
+def _audit(vae: AutoencoderKL, request: Request, preparation: Preparation, card: Card) -> tuple[bool | None, str]:
+    """force_upcast, and the sentence that says why; the card gets it too."""
+    data = None if request.stats is None or is_store(request.stats) else request.stats
+    side = request.resolution or sample_size(vae)
+    if vae.device.type == "cpu":  # GroupNorm's statistics hardly change with the size; the time does
+        side = min(side, AUDIT_SIDE) // downsampling_factor(vae) * downsampling_factor(vae)
+    probes = make_probes(vae, data, preparation, resolution=max(side, downsampling_factor(vae)))
+    found = audit(vae, probes)
+    verdict = f"force_upcast {str(not found.safe).lower()}: {found.describe()}"
+    card.sections["Half precision"] = f"{verdict}; fp32 activations over {probes.describe()}."
+    return not found.safe, verdict
+
+
+def _write_file(
+    vae: AutoencoderKL,
+    request: Request,
+    normalisation: Normalisation,
+    card: Card,
+    files: dict[str, bytes],
+    done: Done,
+) -> Path:
+    """OUT.safetensors with its card beside it, or a folder that holds both."""
+    ready = configured_copy(vae, normalisation, sample_size=request.resolution)
+    target = TARGETS[request.target]
+    done.warnings += warnings_for(target, ready.config)
+    card.sections[f"For {target.title}"] = _for_target(done.warnings)
+    alone = request.out.suffix == ".safetensors"
+    if alone:
+        with own_name(request.out):
+            difference = write_target(ready, request.out, half=request.half)
+            atomic_io.replace(request.out.with_suffix(".md"), atomic_io.data(card.text(ready).encode()))
+    else:
+        with atomic_io.whole(request.out, check_replaceable) as folder:
+            difference = write_target(ready, folder / f"{card.name}.safetensors", half=request.half)
+            for name, content in ({"README.md": card.text(ready).encode()} | files).items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(content)
+    path = request.out if alone else request.out / f"{card.name}.safetensors"
+    done.lines.append(_written(path, target, difference))
+    return path
+
+
+def _written(path: Path, target: Target, difference: float) -> str:
+    return f"wrote {path} ({target.title}), read by LDM's names: encode and decode differ by {difference:.1g} at most"
+
+
+def _for_target(warnings: list[str]) -> str:
+    return "\n".join(f"- {warning}" for warning in warnings) or "Loads as it is; nothing in it is ignored."

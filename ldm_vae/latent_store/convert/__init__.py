@@ -1,0 +1,1 @@
+"""Conversion of stores to other programs' formats and back."""

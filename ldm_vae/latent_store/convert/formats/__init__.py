@@ -1,0 +1,131 @@
+"""Other programs' formats for latents: one file each, the file name is the name on the command line.
+
+A format is a module with four functions:
+
+    cannot_carry(manifest, options)               what it has no place for, one sentence each
+    write(folder, manifest, pieces, options)      a store's rows => files in an empty folder
+    carried(path)                                 what `write` left beside the latents, or None in a stranger's folder
+    read(path, told)                              => `Found`; told is what `carried` gave, or what the user claims
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from ldm_vae.core import config
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.latent_store.convert.import_rows import Claim, ForeignPiece, Load
+from ldm_vae.latent_store.convert.sidecar import Carried
+from ldm_vae.latent_store.format.layout import (
+    CORNERS,
+    FLIP,
+    PIXELS,
+    TENSOR_NAMES,
+    tensor_name,
+)
+from ldm_vae.latent_store.format.manifest import Identity, Manifest
+from ldm_vae.latent_store.format.publication import Group
+from ldm_vae.latent_store.maintain.merge_split import StoredPiece
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a format may want to know besides the store."""
+
+    model: str | None = None
+    """kohya: the diffusion model that the latents are for."""
+    names: str = "sized"
+    """kohya: how files and arrays are called, which is what a version of sd-scripts finds them by."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Latents of another format: their pieces in order, and what was noticed on the way, one sentence each."""
+
+    identity: Identity
+    pieces: Sequence[ForeignPiece]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a file says of its latents before they are read: a piece to be, once the identity is known."""
+
+    where: object
+    keys: Sequence[str]
+    shape: tuple[int, ...]
+    group: Group
+    dtypes: Mapping[str, np.dtype[Any]]
+    """Of its tensors, by the names that a store has for them."""
+    load: Load
+
+
+def found(path: Path, told: Carried | Claim, sketches: Sequence[Sketch], notes: Sequence[str] = ()) -> Found:
+    """Pieces of the identity that was carried, or of the one that fits what the user claims.
+
+    Raises:
+        UsageError: the latents have another number of channels than those of the VAE that is claimed.
+        WorkError: there is nothing, or the files do not hold tensors of one kind and type.
+    """
+    if not sketches:
+        raise WorkError(f"SRC {path}: no latents in it")
+    if isinstance(told, Carried):
+        identity = told.manifest.identity
+    else:
+        kinds = {(tuple(sketch.dtypes), tuple(set(sketch.dtypes.values()))) for sketch in sketches}
+        for sketch in sketches:
+            told.check_channels(sketch.where, sketch.shape)
+        (names, dtypes), *others = kinds
+        if others or len(dtypes) > 1:
+            raise WorkError(f"SRC {path}: its files do not all hold the same tensors in one type")
+        identity = told.identity(names, dtypes[0], [sketch.group for sketch in sketches])
+    pieces = [ForeignPiece(s.where, identity, s.keys, s.group, s.shape, s.load) for s in sketches]
+    return Found(identity, pieces, tuple(notes))
+
+
+def stored_name(name: str) -> str:
+    """What a store calls a tensor: other programs' `latents` are samples."""
+    tensor, _, view = name.partition(".")
+    return tensor_name("sample" if tensor == "latents" else tensor, view)
+
+
+def is_tensor(name: str) -> bool:
+    """Whether a column or member of this name holds latents or pixels."""
+    tensor, _, view = name.partition(".")
+    known = {"latents", PIXELS, *(name for names in TENSOR_NAMES.values() for name in names)}
+    views = {"", FLIP, *CORNERS, *(f"{corner}.{FLIP}" for corner in CORNERS)}
+    return tensor in known and view in views
+
+
+class Format(Protocol):
+    """The module of a format."""
+
+    def cannot_carry(self, manifest: Manifest, options: Options) -> list[str]:
+        """Raises UsageError when nothing of the store has a place in it."""
+
+    def write(self, folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], options: Options) -> None:
+        """Fill a folder that is given its name afterwards."""
+
+    def carried(self, path: Path) -> Carried | None:
+        """Raises UsageError when there is nothing of this format, WorkError when it is damaged."""
+
+    def read(self, path: Path, told: Carried | Claim) -> Found:
+        """Raises WorkError for files that are damaged, or not what is told of them."""
+
+
+def names() -> list[str]:
+    """All formats."""
+    return config.options(__name__)
+
+
+def load(name: str) -> Format:
+    """A format by its name. Raises UsageError when there is none."""
+    if name not in names():
+        raise UsageError(f"format: unknown {name!r}; there are {', '.join(names())}")
+    return cast(Format, importlib.import_module(f"{__name__}.{name}"))

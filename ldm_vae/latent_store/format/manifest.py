@@ -1,0 +1,298 @@
+"""manifest.json: what a latent store is, what it was made with, and where its rows are.
+
+*Identity* is compared whenever something is added: another encoder, preprocessing, resolution or dtype is refused with
+the difference named. What is *recorded* is never compared: a decoder-only fine-tune or a new version of this tool keeps
+every store valid. docs/latent_store.md describes each field for readers in other languages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, ValidationError, model_validator
+
+from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.core import atomic_io
+from ldm_vae.core.config import Section
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.validation import (
+    HEAD,
+    check_model_config,
+    disguise,
+    parse_json,
+)
+from ldm_vae.latent_store.format.layout import (
+    EXTENSIONS,
+    FORMAT,
+    VERSION,
+    ComputeDtype,
+    StorageDtype,
+    StoreKind,
+)
+from ldm_vae.latent_store.format.layout import MANIFEST as MANIFEST  # part of this module's interface
+from ldm_vae.latent_store.storage.file_record import FileRecord
+
+LARGEST = 2**31  # rows of a shard, sides, channels: what is beyond it was not made by an encoder
+
+
+class Identity(Section):
+    """What must be equal for two samples to live in one store."""
+
+    encoder: str
+    """SHA-256 of the encoder's and quant_conv's tensors."""
+    preprocessing: str
+    """Version of resize, crop and scaling to [-1, 1]."""
+    resolution: tuple[int, ...]
+    """Side of the square crops in pixels; several give several shapes."""
+    store: StoreKind
+    """Which tensors: mean and logvar, mean alone, one sample, or indices of codes."""
+    dtype: StorageDtype
+    """How a value is stored."""
+    mixed_precision: ComputeDtype
+    """How the encoder computed; `no` is fp32."""
+    shard_size: int = Field(gt=0)
+    """Source samples per work unit."""
+    views: tuple[str, ...] = ("",)
+    """View suffixes; the empty one is the centre crop as it is."""
+    bucket_step: int | None = None
+    """Aspect buckets with sides in steps of this; None is one square."""
+    tile: tuple[int, int] | None = None
+    """Tile and overlap in pixels, where larger images are encoded in tiles."""
+    pixels: bool = False
+    """Whether the crops are stored too, as uint8."""
+    codes: int | None = None
+    """Codes in the codebook, where indices are stored."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the fields that are not at their default, so that a new field with a default changes nothing."""
+        tree = self.model_dump(mode="json", exclude_defaults=True)
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+class SourceIdentity(Section):
+    """What was encoded: the number of samples and SHA-256 over their keys, in order, each followed by a newline."""
+
+    samples: int = Field(ge=0)
+    keys: str
+
+
+class Settings(Section):
+    """How units were computed: byte identity is promised at equal settings, equality to rounding otherwise."""
+
+    batch_size: int
+    threads: int
+    device: str
+    memory_format: str
+    torch: str
+
+
+class Recorded(Section):
+    """Provenance that a reader uses or shows and nothing compares."""
+
+    vae: str
+    """The VAE as it was named on the command line."""
+    data: str
+    """The data as they were named on the command line."""
+    decoder: str
+    """SHA-256 of the decoder's and post_quant_conv's tensors."""
+    normalisation: dict[str, Any]
+    """The four keys of the VAE's config.json that say how z becomes latents."""
+    tool: str
+    """Version of ldm-vae that began the store."""
+    claimed: bool = False
+    """The latents came from another program without an identity; that they are of this VAE is what the user said."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Recorded:
+        mean = self.normalisation.get("latents_mean")
+        check_model_config(self.normalisation | {"latent_channels": len(mean) if isinstance(mean, list) else 0})
+        Normalisation.from_config(self.normalisation, "normalisation")
+        return self
+
+
+class ShardRecord(Section):
+    """Rows of one unit that share one latent shape; the files are shards/NAME.EXTENSION."""
+
+    name: str = Field(pattern=r"^[0-9]{8}(-[0-9]+-[0-9]+x[0-9]+)?$")
+    unit: int
+    rows: int
+    shape: tuple[int, ...]
+    """Latent shape c, h, w."""
+    resolution: int
+    """The resolution it was made for."""
+    size: tuple[int, int]
+    """Height and width of its crops in pixels."""
+    files: dict[str, FileRecord]
+    """By extension: safetensors, parquet, arrow."""
+    removed: tuple[int, ...] = ()
+    """Rows that an update has taken out, ascending."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ShardRecord:
+        if set(self.files) != {*EXTENSIONS}:
+            raise ValueError(f"shard {self.name}: expected the files {', '.join(EXTENSIONS)}")
+        numbers = (self.rows, *self.shape, *self.size, self.resolution)
+        if not all(0 < number < LARGEST for number in numbers) or not 2 <= len(self.shape) <= 3 or self.unit < 0:
+            raise ValueError(f"shard {self.name}: no shard has {self.rows} rows of shape {self.shape}")
+        if any(a >= b for a, b in itertools.pairwise((-1, *self.removed, self.rows))):
+            raise ValueError(f"shard {self.name}: removed rows are ascending and below {self.rows}")
+        return self
+
+    @property
+    def live(self) -> int:
+        """How many rows are still part of the store."""
+        return self.rows - len(self.removed)
+
+    @property
+    def live_rows(self) -> npt.NDArray[np.int64]:
+        """The rows that are still part of the store, ascending."""
+        return np.setdiff1d(np.arange(self.rows), self.removed)
+
+    def without(self, rows: Sequence[int]) -> ShardRecord:
+        """The same shard, these rows taken out too."""
+        return self.model_copy(update={"removed": tuple(sorted({*self.removed, *rows}))}) if rows else self
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all its files."""
+        return sum(file.bytes for file in self.files.values())
+
+
+class Manifest(Section):
+    """The whole of manifest.json."""
+
+    format: Literal["ldm-vae latent store"] = "ldm-vae latent store"
+    version: int = VERSION
+    complete: bool = False
+    identity: Identity
+    source: SourceIdentity
+    recorded: Recorded
+    settings: tuple[Settings, ...] = ()
+    units: int = 0
+    """Units so far: the number of the next one."""
+    samples: int = 0
+    quarantined: int = 0
+    columns: dict[str, str] = Field(default_factory=dict)
+    statistics: dict[str, Any] | None = None
+    shards: tuple[ShardRecord, ...] = ()
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """The one normalisation that the VAE's config.json named when the store was made."""
+        return Normalisation.from_config(self.recorded.normalisation, "the store's recorded.normalisation")
+
+    def to_bytes(self) -> bytes:
+        """JSON with one line per shard, so that a manifest of thousands of shards can still be read and compared."""
+        tree = self.model_dump(mode="json")
+        shards = tree.pop("shards")
+        head = json.dumps(tree, indent=2, ensure_ascii=False)
+        lines = ",\n    ".join(json.dumps(shard, ensure_ascii=False) for shard in shards)
+        body = f"[\n    {lines}\n  ]" if shards else "[]"
+        return f'{head[:-2]},\n  "shards": {body}\n}}\n'.encode()
+
+
+def manifest_path(store: Path) -> Path:
+    """Where a store's manifest is."""
+    return store / MANIFEST
+
+
+def read_manifest(store: str | Path) -> Manifest:
+    """Read and check STORE/manifest.json, of a folder or of a URL.
+
+    Raises:
+        UsageError: there is no store, or a newer version of this tool wrote it.
+        WorkError: the manifest is damaged, or its URL cannot be read.
+    """
+    place = place_of(store)
+    content = _local(place) if isinstance(place, Path) else _remote(place)
+    try:
+        tree = parse_json(content)
+    except ValueError as error:
+        what = disguise(content[:HEAD])
+        raise WorkError(f"store {store}: manifest.json cannot be read: {f'it {what}' if what else error}") from error
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise UsageError(f"store {store}: manifest.json is not that of a latent store")
+    if tree.get("version") != VERSION:
+        raise UsageError(
+            f"store {store}: format version {tree.get('version')}, this program reads version {VERSION}; "
+            "use the version of ldm-vae that wrote it, or a newer one"
+        )
+    try:
+        return Manifest.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise WorkError(f"store {store}: manifest.json is damaged: `{where}`: {first['msg']}") from error
+
+
+def read_finished(store: str | Path) -> Manifest:
+    """As `read_manifest`, of a store that was finished: only such a one is read, copied, checked or sent anywhere.
+
+    Raises:
+        UsageError: as `read_manifest`, and where the encode that began it has not ended.
+    """
+    manifest = read_manifest(store)
+    if not manifest.complete:
+        raise UsageError(f"store {store}: not finished; run the `ldm-vae encode` command that began it again")
+    return manifest
+
+
+def place_of(store: str | Path) -> str | Path:
+    """A folder as a Path (`file://` as well), a store elsewhere as its URL."""
+    if not isinstance(store, str) or "://" not in store:
+        return Path(store)
+    if store.startswith("file://"):
+        return Path(unquote(urlsplit(store).path))
+    return store.rstrip("/")
+
+
+def _local(store: Path) -> bytes:
+    try:
+        return manifest_path(store).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(
+            f"store {store}: no manifest.json there; `ldm-vae encode VAE DATA {store}` makes one"
+        ) from error
+    except OSError as error:
+        raise WorkError(f"store {store}: manifest.json cannot be read: {error}") from error
+
+
+def _remote(store: str) -> bytes:
+    from ldm_vae.latent_store.storage import fsspec_files  # fsspec, which readers of folders have no need of
+
+    try:
+        return fsspec_files.read(f"{store}/{MANIFEST}")
+    except fsspec_files.AbsentError as error:
+        raise UsageError(f"store {store}: no manifest.json there; `ldm-vae store push` puts one on a hub") from error
+
+
+def write_manifest(store: Path, manifest: Manifest) -> None:
+    """Replace STORE/manifest.json in one step."""
+    atomic_io.replace(manifest_path(store), atomic_io.data(manifest.to_bytes()))
+
+
+def check_identity(store: Path, existing: Identity, wanted: Identity) -> None:
+    """Raises UsageError naming what differs between a store and what would be added to it."""
+    before, after = existing.model_dump(mode="json"), wanted.model_dump(mode="json")
+    differing = [
+        f"{name} is {_short(before[name])}, not {_short(after[name])}" for name in before if before[name] != after[name]
+    ]
+    if differing:
+        raise UsageError(
+            f"OUT {store}: already holds a latent store of another identity: {'; '.join(differing)}; "
+            "choose another OUT, or repeat the settings it was begun with"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 else text  # a SHA-256

@@ -1,0 +1,46 @@
+"""Publication of a shard: spooled rows and their columns become its three files and its record.
+
+Encoding, merging, splitting and every conversion publish by this one function, so equal rows give equal bytes whatever
+made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_vae.latent_store.format import rows, shards
+from ldm_vae.latent_store.format.layout import TENSORS, shard_path
+from ldm_vae.latent_store.format.manifest import Identity, ShardRecord
+
+Group = tuple[int, int, int]  # resolution, height, width: what rows of one shard share
+
+
+def publish_shard(
+    store: Path, identity: Identity, unit: int, group: Group, spool: shards.Spool, samples: Sequence[Mapping[str, Any]]
+) -> tuple[ShardRecord, dict[str, str]]:
+    """Publish the rows of one group of a unit; the shard's record, and the Arrow type of each column.
+
+    Args:
+        spool: the tensors of the rows, at least one.
+        samples: the columns of each row, among them `key`.
+    """
+    resolution, height, width = group
+    one_group = len(identity.resolution) == 1 and identity.bucket_step is None
+    name = f"{unit:08d}" if one_group else f"{unit:08d}-{resolution}-{height}x{width}"
+    table = shards.to_table(samples)
+    sums = rows.statistics(identity, spool.read, [sample["key"] for sample in samples])
+    metadata = {"encoder": identity.encoder, "unit": str(unit)}
+    files = {TENSORS: shards.write_tensors(shard_path(store, name, TENSORS), spool, sums, metadata)}
+    files |= shards.write_rows(shard_path(store, name), table)
+    record = ShardRecord(
+        name=name,
+        unit=unit,
+        rows=spool.rows,
+        shape=spool.specs[0].shape,
+        resolution=resolution,
+        size=(height, width),
+        files=files,
+    )
+    return record, {field.name: str(field.type) for field in table.schema}

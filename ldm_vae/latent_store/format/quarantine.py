@@ -1,0 +1,26 @@
+"""quarantine.jsonl: the images that are not in a store, each with its reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm_vae.core import atomic_io
+from ldm_vae.latent_store.format.layout import QUARANTINE
+from ldm_vae.latent_store.format.work_units import BadSample
+
+
+def write_quarantine(store: Path, bad: Sequence[BadSample]) -> None:
+    """Replace quarantine.jsonl; one entry a line, in the order given."""
+    lines = [json.dumps(entry.model_dump(mode="json"), ensure_ascii=False) + "\n" for entry in bad]
+    atomic_io.replace(store / QUARANTINE, atomic_io.data("".join(lines).encode()))
+
+
+def read_quarantine(store: Path) -> list[BadSample]:
+    """The entries of quarantine.jsonl; none where there is no such file."""
+    try:
+        lines = (store / QUARANTINE).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    return [BadSample.model_validate_json(line) for line in lines]

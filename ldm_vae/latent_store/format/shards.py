@@ -1,0 +1,316 @@
+"""The files of one shard: NAME.safetensors holds the tensors, NAME.parquet the rows, NAME.arrow the rows once more.
+
+There is one writer, and its bytes depend on the rows alone: no timestamp, host or process count. Rows arrive in pieces
+and are spooled to an unnamed file, so a unit of large latents needs no memory; the header comes first in the final file
+and the tensors follow in one pass that also takes the checksum.
+
+`.arrow` is the parquet's table as an uncompressed Arrow IPC file: parquet cannot be read at random, a mapped Arrow file
+can. It is derived; a reader that misses it falls back to the parquet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from ldm_vae.core import atomic_io
+from ldm_vae.core.errors import WorkError
+from ldm_vae.core.validation import why_unreadable
+from ldm_vae.latent_store.format.layout import MAPPED_ROWS, ROWS, STATISTICS
+from ldm_vae.latent_store.storage.file_record import FileRecord, checksum
+
+HEADER_ALIGNMENT = 4096  # tensors begin on a page
+CHUNK_ROWS = 256
+
+# safetensors' name of a dtype => bytes per value and the numpy dtype that holds it (numpy has no bfloat16)
+STORAGE: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype("u1"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "BF16": np.dtype("<u2"),
+    "F64": np.dtype("<f8"),
+    "U16": np.dtype("<u2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a shard: its name, safetensors dtype and the shape of one row."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(np.prod(self.shape)) * STORAGE[self.dtype].itemsize
+
+
+class Spool:
+    """Rows of a shard that is being made, in a file without a name: a kill leaves nothing behind."""
+
+    def __init__(self, folder: Path, specs: Sequence[TensorSpec]) -> None:
+        self.specs = tuple(specs)
+        self.rows = 0
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by `close`)
+
+    def append(self, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Add rows: one array [n, *shape] per spec, in storage dtype."""
+        pieces = [np.ascontiguousarray(tensors[spec.name]) for spec in self.specs]
+        count = len(pieces[0])
+        if count:
+            self._file.write(np.concatenate([piece.view(np.uint8).reshape(count, -1) for piece in pieces], 1).data)
+            self.rows += count
+
+    def read(self, name: str, first: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [first, stop) of one tensor, [n, *shape]."""
+        position = [spec.name for spec in self.specs].index(name)
+        spec = self.specs[position]
+        start = sum(other.row_bytes for other in self.specs[:position])
+        raw = self._mapped()[first:stop, start : start + spec.row_bytes]
+        values: npt.NDArray[Any] = np.ascontiguousarray(raw).view(STORAGE[spec.dtype])
+        return values.reshape(-1, *spec.shape)
+
+    def _mapped(self) -> npt.NDArray[np.uint8]:
+        self._file.flush()
+        width = sum(spec.row_bytes for spec in self.specs)
+        return np.memmap(self._file, dtype=np.uint8, mode="r", shape=(self.rows, width))
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        with contextlib.suppress(OSError):  # a full disk: what is still buffered is not wanted any more
+            self._file.close()
+
+
+class _Hashed:
+    """A file that takes the checksum and the size of what goes through it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self._digest.update(view)
+        self._bytes += len(view)
+
+    @property
+    def record(self) -> FileRecord:
+        return FileRecord(bytes=self._bytes, sha256=self._digest.hexdigest())
+
+
+def write_tensors(
+    path: Path, spool: Spool, statistics: npt.NDArray[np.float64] | None, metadata: Mapping[str, str]
+) -> FileRecord:
+    """Publish PATH with the spooled rows and the table of sums, if there is one; safetensors format."""
+    header = _header(spool, None if statistics is None else statistics.shape, metadata)
+    record: list[FileRecord] = []
+
+    def write(file: BinaryIO) -> None:
+        out = _Hashed(file)
+        out.write(len(header).to_bytes(8, "little") + header)
+        if statistics is not None:
+            out.write(np.ascontiguousarray(statistics, dtype="<f8"))
+        for spec in spool.specs:
+            for first in range(0, spool.rows, CHUNK_ROWS):
+                out.write(spool.read(spec.name, first, min(first + CHUNK_ROWS, spool.rows)))
+        record.append(out.record)
+
+    publish_once(path, write, record)
+    return record[0]
+
+
+def _header(spool: Spool, statistics: tuple[int, ...] | None, metadata: Mapping[str, str]) -> bytes:
+    """The JSON header. The sums come first: 8-byte values need an 8-byte offset, rows may be of odd length."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 0
+    if statistics is not None:
+        offset = 8 * int(np.prod(statistics))
+        entries[STATISTICS] = {"dtype": "F64", "shape": list(statistics), "data_offsets": [0, offset]}
+    for spec in spool.specs:
+        end = offset + spool.rows * spec.row_bytes
+        entries[spec.name] = {"dtype": spec.dtype, "shape": [spool.rows, *spec.shape], "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    return text + b" " * (-(8 + len(text)) % HEADER_ALIGNMENT)
+
+
+def write_rows(stem: Path, table: pa.Table) -> dict[str, FileRecord]:
+    """Publish STEM.parquet and STEM.arrow, one row per sample."""
+    return {ROWS: write_parquet(stem, table), MAPPED_ROWS: write_mapped_rows(stem, table)}
+
+
+def write_parquet(stem: Path, table: pa.Table) -> FileRecord:
+    """Publish STEM.parquet."""
+    return _publish_buffer(stem.with_name(f"{stem.name}.{ROWS}"), _as_parquet(table))
+
+
+def _as_parquet(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", version="2.6", row_group_size=1 << 20, store_schema=False)
+    return sink.getvalue()
+
+
+def write_mapped_rows(stem: Path, table: pa.Table) -> FileRecord:
+    """Publish STEM.arrow: one record batch, uncompressed."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return _publish_buffer(stem.with_name(f"{stem.name}.{MAPPED_ROWS}"), sink.getvalue())
+
+
+def _publish_buffer(path: Path, buffer: pa.Buffer) -> FileRecord:
+    record: list[FileRecord] = []
+
+    def write(file: BinaryIO) -> None:
+        out = _Hashed(file)
+        out.write(buffer)
+        record.append(out.record)
+
+    publish_once(path, write, record)
+    return record[0]
+
+
+def to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows as a table; a column whose values do not share a type is kept as JSON text."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {}
+    for name in names:
+        values = [_plain(row.get(name)) for row in rows]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+            columns[name] = pa.array([json.dumps(value, default=str, sort_keys=True) for value in values])
+    # as it comes back from a parquet file (names of list elements, ...), so that either copy gives the other's bytes
+    return pq.read_table(pa.BufferReader(_as_parquet(pa.table(columns))))
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and arrays as Python values, which pyarrow takes in any nesting."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
+def publish_once(path: Path, write: Any, record: Sequence[FileRecord]) -> None:
+    """Publish PATH; a file of that name that is not the same (left by a killed run, damaged since) is replaced."""
+    if not atomic_io.create(path, write) and checksum(path) != record[0]:
+        atomic_io.replace(path, write)
+
+
+def to_float(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Stored values as numbers: bfloat16 bits become float32, the others are numbers already."""
+    return (values.astype("<u4") << 16).view("<f4") if dtype == "BF16" else values
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def map_file(path: Path) -> npt.NDArray[np.uint8]:
+    """The bytes of a file, mapped, read-only. torch's mapping holds no file descriptor (numpy's does): a process that
+    reads a store of thousands of shards stays below the usual limit of 1,024."""
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError("the file is empty")
+    raw: npt.NDArray[np.uint8] = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    raw.flags.writeable = False
+    return raw
+
+
+def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The tensors of a shard as read-only arrays that are mapped, not read; bfloat16 comes as its 16 bits (uint16).
+
+    Raises:
+        WorkError: the file is missing, truncated or not a shard.
+    """
+    try:
+        raw = map_file(path)
+        length = int.from_bytes(raw[:8].tobytes(), "little")
+        if not 2 <= length <= min(len(raw) - 8, 100_000_000):
+            raise ValueError("no safetensors header")
+        header = json.loads(raw[8 : 8 + length].tobytes())
+        header.pop("__metadata__", None)
+        return {name: _view(raw[8 + length :], entry) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise WorkError(
+            f"shard {path}: cannot be read: {why_unreadable(path, error)}; `ldm-vae store verify` tells what is damaged"
+        ) from error
+
+
+def _view(data: npt.NDArray[np.uint8], entry: Mapping[str, Any]) -> npt.NDArray[Any]:
+    first, stop = entry["data_offsets"]
+    dtype, shape = STORAGE[entry["dtype"]], tuple(entry["shape"])
+    if not 0 <= first <= stop <= len(data) or stop - first != int(np.prod(shape)) * dtype.itemsize:
+        raise ValueError("truncated, or its header does not fit its size")
+    values: npt.NDArray[Any] = np.asarray(data[first:stop]).view(dtype)
+    return values.reshape(shape)
+
+
+def map_rows(stem: Path, rows: int | None = None) -> pa.Table:
+    """The table of a shard: mapped from .arrow, or read from .parquet where that is missing.
+
+    Raises:
+        WorkError: the file is damaged, or has not the number of `rows`.
+    """
+    mapped = stem.with_name(f"{stem.name}.{MAPPED_ROWS}")
+    if not mapped.exists():
+        return read_rows(stem, rows=rows)
+    with _readable(mapped):
+        table = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(map_file(mapped)))).read_all()
+        table.validate(full=True)  # offsets are believed later on: those of a tampered file lead out of its memory
+        return _of_rows(table, rows)
+
+
+def read_rows(
+    stem: Path, columns: Sequence[str] | None = None, rows: int | None = None, optional: Sequence[str] = ()
+) -> pa.Table:
+    """The table of a shard from its .parquet; beside `columns` those of the `optional` that are there.
+
+    Raises:
+        WorkError: as `map_rows`; one of the `columns` is not there.
+    """
+    path = stem.with_name(f"{stem.name}.{ROWS}")
+    with _readable(path):
+        head = pq.read_metadata(path)
+        _of_rows(head, rows)  # before it is unpacked: a few bytes can stand for 10^9 equal rows
+        if columns is not None and optional:
+            there = head.schema.to_arrow_schema().names
+            columns = [*columns, *(name for name in optional if name in there)]
+        return pq.read_table(path, columns=None if columns is None else list(columns))
+
+
+def row_columns(stem: Path) -> list[str]:
+    """The names of a shard's columns. Raises WorkError as `map_rows`."""
+    path = stem.with_name(f"{stem.name}.{ROWS}")
+    with _readable(path):
+        names: list[str] = pq.read_schema(path).names
+        return names
+
+
+def _of_rows(table: Any, rows: int | None) -> Any:
+    if rows is not None and table.num_rows != rows:
+        raise ValueError(f"has {table.num_rows:,} rows, the manifest says {rows:,}")
+    return table
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+        raise WorkError(
+            f"shard {path}: cannot be read: {why_unreadable(path, error)}; `ldm-vae store verify` tells more"
+        ) from error

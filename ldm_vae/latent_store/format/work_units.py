@@ -1,0 +1,184 @@
+"""Work units: fixed slices of the source's index, each with its own record once its shards are on disk.
+
+The record is published last, so a unit is done exactly when its record exists; everything else in the folder is either
+named by a record or a leftover. Which process does a unit, and how often, does not change its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, ValidationError, model_validator
+from tqdm import tqdm
+
+from ldm_vae.core import atomic_io
+from ldm_vae.core.config import Section
+from ldm_vae.data.source import Source
+from ldm_vae.latent_store.format.layout import PLAN, UNITS, shard_path
+from ldm_vae.latent_store.format.manifest import (
+    Identity,
+    Settings,
+    ShardRecord,
+    SourceIdentity,
+)
+
+
+class BadSample(Section):
+    """A source sample that is not in the store, and why."""
+
+    index: int
+    key: str
+    reason: str
+    image_sha256: str | None = None
+    """Checksum of its bytes, where they could be had: an update tries it again only when they have changed."""
+
+
+class UnitRecord(Section):
+    """What became of one unit."""
+
+    unit: int
+    samples: int
+    """Source samples in the unit, the bad ones included."""
+    work: str
+    """Digest of the store's identity and the plan that the unit is of: a record of another does not count."""
+    settings: Settings
+    shards: tuple[ShardRecord, ...]
+    bad: tuple[BadSample, ...] = ()
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Arrow type of each column of the parquet."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Unit `number`: these indices of the source, in this order."""
+
+    number: int
+    indices: Sequence[int]
+
+    @property
+    def name(self) -> str:
+        """How its files begin."""
+        return f"{self.number:08d}"
+
+
+class Plan(Section):
+    """What is to be encoded next: a fresh store is the plan that appends the whole source to nothing.
+
+    A plan that adds to a finished store is kept in plan.json until its units are merged, so that it can be stopped too.
+    """
+
+    source: SourceIdentity
+    first_unit: int
+    ranges: tuple[tuple[int, int], ...]
+    """Source indices [first, stop) to append, in order."""
+    removed: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """By shard name, rows that the store loses."""
+    bad: tuple[BadSample, ...] = ()
+    """Entries of the quarantine that stay."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Plan:
+        places = [place for pair in self.ranges for place in pair]
+        if sorted(places) != places or not all(0 <= place <= self.source.samples for place in places):
+            raise ValueError("ranges: expected ascending indices of the source")
+        return self
+
+    def work(self, identity: Identity) -> str:
+        """What its records say that they belong to."""
+        return hashlib.sha256(f"{identity.digest} {self.model_dump_json()}".encode()).hexdigest()
+
+    @property
+    def samples(self) -> int:
+        """How many samples it appends."""
+        return sum(stop - first for first, stop in self.ranges)
+
+    def units(self, size: int) -> list[Unit]:
+        """Slices of `size` samples: units first_unit, first_unit + 1, ..."""
+        if len(self.ranges) == 1:
+            indices: Sequence[int] = range(*self.ranges[0])
+        else:
+            indices = [index for first, stop in self.ranges for index in range(first, stop)]
+        return [
+            Unit(self.first_unit + number, indices[first : first + size])
+            for number, first in enumerate(range(0, len(indices), size))
+        ]
+
+
+def fresh_plan(source: SourceIdentity) -> Plan:
+    """Everything, from nothing."""
+    return Plan(source=source, first_unit=0, ranges=((0, source.samples),))
+
+
+def read_plan(store: Path, units_so_far: int) -> Plan | None:
+    """The update that is under way; None when there is none, or when it was merged and only its file is left."""
+    try:
+        plan = Plan.model_validate_json((store / PLAN).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return plan if plan.first_unit >= units_so_far else None
+
+
+def write_plan(store: Path, plan: Plan) -> None:
+    """Keep a plan until it is merged."""
+    atomic_io.replace(store / PLAN, atomic_io.data(plan.model_dump_json().encode() + b"\n"))
+
+
+def record_path(store: Path, unit: int) -> Path:
+    """Where a unit's record is."""
+    return store / UNITS / f"{unit:08d}.json"
+
+
+def read_record(store: Path, unit: int, work: str) -> UnitRecord | None:
+    """A unit's record; None when the unit is to be done: there is none, it is damaged, or of other work."""
+    try:
+        record = UnitRecord.model_validate_json(record_path(store, unit).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return record if record.work == work else None
+
+
+def is_done(store: Path, unit: int, work: str) -> bool:
+    """Whether a unit has its record, and its files are there with the sizes that the record says."""
+    record = read_record(store, unit, work)
+    return record is not None and all(
+        _size(shard_path(store, shard.name, extension)) == file.bytes
+        for shard in record.shards
+        for extension, file in shard.files.items()
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def write_record(store: Path, record: UnitRecord) -> None:
+    """Publish a unit's record: from here on the unit is done.
+
+    A record that is there already came from another process; where it does not describe the same files (an orphan with
+    other settings), ours replaces it, since ours are the files that were published last.
+    """
+    path = record_path(store, record.unit)
+    data = json.dumps(record.model_dump(mode="json"), ensure_ascii=False).encode() + b"\n"
+    if not atomic_io.create(path, atomic_io.data(data)) and path.read_bytes() != data:
+        atomic_io.replace(path, atomic_io.data(data))
+
+
+def source_identity(source: Source) -> SourceIdentity:
+    """Length and keys of a source: what the slices were cut from."""
+    digest = hashlib.sha256()
+    count = len(source)
+    for index in tqdm(range(count), desc="keys", unit="keys", disable=None if count > 1_000_000 else True, leave=False):
+        digest.update(f"{storable(source.key(index))}\n".encode())
+    return SourceIdentity(samples=count, keys=digest.hexdigest())
+
+
+def storable(text: str) -> str:
+    """A key as it can be stored: file names that are not UTF-8 come as surrogates, which are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()

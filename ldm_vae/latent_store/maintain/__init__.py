@@ -1,0 +1,1 @@
+"""Maintenance of finished stores: verify, repair, merge, split, describe."""

@@ -1,0 +1,101 @@
+"""What the chosen storage costs in pictures: rounding to the storage dtype, and the seams of tiles."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.model import downsampling_factor
+from ldm_vae.data.source import Source
+from ldm_vae.data.transforms import to_pixels, to_uint8
+from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.layout import (
+    SAFETENSORS_DTYPES,
+    TENSOR_NAMES,
+    TENSORS,
+    shard_path,
+)
+from ldm_vae.latent_store.format.manifest import Manifest
+from ldm_vae.latent_store.format.work_units import Unit
+from ldm_vae.latent_store.write import sample_stream
+from ldm_vae.latent_store.write.crops import cutting_of
+from ldm_vae.latent_store.write.encoder import Encoder
+from ldm_vae.latent_store.write.tiled_encode import seam_error
+
+MOST_PIXELS = 8 * 256 * 256  # measured on about as many images as this holds: a minute for the SD decoder on two cores
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Mean PSNR in dB against the images, decoded from what the encoder gave and from what is stored; the largest
+    difference of the two in grey levels; over how many samples; the error of tiles (see `seam_error`) if there are."""
+
+    dtype: str
+    psnr_exact: float
+    psnr_stored: float
+    worst: int
+    samples: int
+    seams: tuple[float, float] | None
+
+
+@torch.no_grad()
+def measure_costs(store: Path, manifest: Manifest, vae: Any, source: Source) -> Costs:
+    """Decode a few samples of the newest shard with and without the rounding of the storage dtype."""
+    identity, shard = manifest.identity, manifest.shards[-1]
+    count = min(shard.rows, max(1, MOST_PIXELS // (shard.size[0] * shard.size[1])))
+    indices = shards.read_rows(shard_path(store, shard.name), ["source_index"]).column(0)[:count].to_pylist()
+    exact = identity.model_copy(update={"resolution": (shard.resolution,)})
+    if identity.codes is None:
+        exact = exact.model_copy(update={"dtype": "fp32"})
+    encoder = Encoder(vae, exact, batch_size=manifest.settings[-1].batch_size, device=vae.device)
+    stream = sample_stream.samples(source, "", cutting_of(exact, vae), [Unit(0, indices)], encoder.batch_size, 0)
+    ready = [item for dealt in stream for item in dealt.ready]
+    name = TENSOR_NAMES[identity.store][0]
+    mapped = shards.map_tensors(shard_path(store, shard.name, TENSORS))[name][: len(ready)]
+    stored = shards.to_float(mapped, SAFETENSORS_DTYPES[identity.dtype])
+    psnr, worst = [], 0
+    for sample, z, rounded in zip(ready, encoder(ready)[0][name], stored, strict=True):
+        pictures = [_picture(vae, value) for value in (z, rounded)]
+        psnr.append([_psnr(picture, sample.crops[""]) for picture in pictures])
+        worst = max(worst, int((pictures[0].int() - pictures[1].int()).abs().max()))
+    seams = None
+    if identity.tile is not None and max(shard.size) > identity.tile[0]:
+        image = to_pixels(ready[0].crops[""]).to(vae.device)[None]
+        seams = seam_error(vae, image, *identity.tile, downsampling_factor(vae))
+    before, after = np.mean(psnr, axis=0).tolist()
+    return Costs(identity.dtype, before, after, worst, len(ready), seams)
+
+
+def describe_costs(costs: Costs) -> str:
+    """A line or two for the end of `ldm-vae encode`."""
+    lines = [
+        f"  storage as {costs.dtype}: {costs.psnr_stored:.3f} dB PSNR decoded, {costs.psnr_exact:.3f} dB before "
+        f"rounding ({costs.psnr_stored - costs.psnr_exact:+.4f} dB, at most {costs.worst} of 255 grey levels, "
+        f"{costs.samples} samples)"
+    ]
+    if costs.seams is not None:
+        rms, largest = costs.seams
+        lines.append(
+            f"  tiles against the whole image: {rms:.3f} standard deviations root mean square, {largest:.2f} at most"
+        )
+    return "\n".join(lines)
+
+
+def _picture(vae: Any, z: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Stored values [c, h, w], or indices [h, w] => uint8 [C, H, W]."""
+    if z.ndim == 2:
+        pixels = finite.decode_indices(vae, torch.from_numpy(z.astype(np.int64))[None].to(vae.device))
+    else:
+        pixels = finite.decode(vae, torch.from_numpy(z.astype(np.float32))[None].to(vae.device))
+    return to_uint8(pixels)[0].cpu()
+
+
+def _psnr(picture: torch.Tensor, image: torch.Tensor) -> float:
+    error = float((picture.double() - image.double()).square().mean())
+    return 100.0 if error == 0 else 10.0 * math.log10(255.0**2 / error)

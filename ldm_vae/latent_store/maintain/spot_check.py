@@ -1,0 +1,144 @@
+"""The last doubt: encode a random few of a store's samples again and compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm_vae.core import rng
+from ldm_vae.data.source import Source
+from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.layout import (
+    SHARDS,
+    TENSOR_NAMES,
+    TENSORS,
+    shard_path,
+)
+from ldm_vae.latent_store.format.manifest import Manifest
+from ldm_vae.latent_store.format.work_units import Unit
+from ldm_vae.latent_store.maintain.provenance import indices_of
+from ldm_vae.latent_store.maintain.verify import Problem
+from ldm_vae.latent_store.write import sample_stream
+from ldm_vae.latent_store.write.crops import cutting_of
+from ldm_vae.latent_store.write.encoder import Encoder
+
+# largest difference that rounding explains, in standard deviations of the channel (of indices: share of positions that
+# tip over to another code): other devices, batch sizes, threads
+TOLERANCE = {"no": 0.01, "bf16": 0.15, "fp16": 0.05}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many samples were encoded again, how many gave the same bits, the largest difference in standard deviations
+    of its channel (of indices: the largest share of positions with another code), and what is wrong."""
+
+    samples: int
+    identical: int
+    worst: float
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    shard: int
+    row: int
+    image_sha256: str
+
+
+def reencode(
+    store: Path,
+    manifest: Manifest,
+    vae: Any,
+    source: Source,
+    count: int,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Comparison:
+    """Encode `count` random samples of a store again, in the batch shape it was made with, and compare what is stored.
+
+    A sample whose image is gone or has changed is a problem too: the store is stale there (`encode --update`).
+    """
+    chosen = _choose(store, manifest, count, seed)
+    places = indices_of(source, (key for key, _ in chosen))
+    problems = [
+        _problem(manifest, stored, f"row {stored.row} ({key}): its image is not in the data any more")
+        for (key, _), stored in chosen.items()
+        if key not in places
+    ]
+    cutting = cutting_of(manifest.identity, vae)
+    encoder = Encoder(vae, manifest.identity, batch_size=manifest.settings[-1].batch_size, device=device)
+    unit = Unit(0, sorted(set(places.values())))
+    std = None if manifest.identity.codes is not None else np.sqrt((manifest.statistics or {})["variance"])
+    compared = identical = 0
+    worst = 0.0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for dealt in sample_stream.samples(source, "", cutting, [unit], encoder.batch_size, 0) if unit.indices else ():
+            for ready in dealt.ready:
+                stored = chosen.get((ready.row["key"], int(ready.row["resolution"])))
+                if stored is None:
+                    continue
+                if ready.row["image_sha256"] != stored.image_sha256:
+                    problems.append(
+                        _problem(manifest, stored, f"row {stored.row} ({ready.row['key']}): image has changed")
+                    )
+                    continue
+                same, difference = _compare(store, manifest, stored, encoder([ready])[0], std)
+                compared, identical, worst = compared + 1, identical + same, max(worst, difference)
+                if difference > TOLERANCE[manifest.identity.mixed_precision]:
+                    what = (
+                        f"row {stored.row} ({ready.row['key']}): {difference:.3f} {unit_of(manifest)} from its image's"
+                    )
+                    problems.append(_problem(manifest, stored, what))
+    finally:
+        torch.set_num_threads(threads)
+    return Comparison(compared, identical, worst, tuple(problems))
+
+
+def _choose(store: Path, manifest: Manifest, count: int, seed: int) -> dict[tuple[str, int], _Stored]:
+    """Random live rows by key and resolution."""
+    live = np.array([shard.live for shard in manifest.shards])
+    picks = rng.generator(seed, "verify").choice(live.sum(), size=min(count, int(live.sum())), replace=False)
+    stops = np.cumsum(live)
+    chosen = {}
+    for number in np.unique(np.searchsorted(stops, picks, side="right")).tolist():
+        shard = manifest.shards[number]
+        table = shards.read_rows(shard_path(store, shard.name), ["key", "image_sha256"])
+        rows = shard.live_rows
+        own = picks[(picks < stops[number]) & (picks >= stops[number] - live[number])] - (stops[number] - live[number])
+        for row in rows[np.sort(own)].tolist():
+            entry = {name: table.column(name)[row].as_py() for name in table.column_names}
+            chosen[entry["key"], shard.resolution] = _Stored(number, row, entry["image_sha256"])
+    return chosen
+
+
+def _compare(
+    store: Path, manifest: Manifest, stored: _Stored, rows: dict[str, Any], std: np.ndarray[Any, Any] | None
+) -> tuple[bool, float]:
+    """Whether all tensors have the same bits, and how far the first one (mean, sample or indices) is off."""
+    mapped = shards.map_tensors(shard_path(store, manifest.shards[stored.shard].name, TENSORS))
+    same = all(value[0].tobytes() == mapped[name][stored.row].tobytes() for name, value in rows.items())
+    name = TENSOR_NAMES[manifest.identity.store][0]
+    if std is None:
+        return same, float((rows[name][0] != mapped[name][stored.row]).mean())
+    dtype = "BF16" if manifest.identity.dtype == "bf16" else "F32"
+    new, old = (
+        shards.to_float(v.view(np.uint16) if dtype == "BF16" else v, dtype)
+        for v in (rows[name][0], mapped[name][stored.row])
+    )
+    return same, float((np.abs(new.astype(np.float64) - old) / std[:, None, None]).max())
+
+
+def unit_of(manifest: Manifest) -> str:
+    """What differences are counted in."""
+    return "standard deviations" if manifest.identity.codes is None else "of the positions"
+
+
+def _problem(manifest: Manifest, stored: _Stored, what: str) -> Problem:
+    return Problem(f"{SHARDS}/{manifest.shards[stored.shard].name}.{TENSORS}", what)

@@ -1,0 +1,84 @@
+"""What is in a store, in words a person reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm_vae.core import intervals
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.latent_store.format.manifest import Manifest, read_manifest
+from ldm_vae.latent_store.write.finalize import with_intervals
+
+
+def units_in(store: str | Path) -> int:
+    """How many finished units a store has; 0 where there is none yet."""
+    try:
+        return read_manifest(store).units
+    except (UsageError, WorkError):  # whoever writes to it says what is wrong
+        return 0
+
+
+def describe(store: str | Path, manifest: Manifest) -> str:
+    """The lines that `ldm-vae encode` ends with and `ldm-vae store stats` prints."""
+    identity = manifest.identity
+    shapes = sorted({shard.shape for shard in manifest.shards})
+    size = sum(shard.stored_bytes for shard in manifest.shards)
+    precision = "fp32" if identity.mixed_precision == "no" else identity.mixed_precision
+    lines = [
+        f"{store}: {manifest.samples:,} samples in {_shards(len(manifest.shards))}, {size / 1e6:,.1f} MB"
+        + ("" if manifest.complete else "  (not finished: run the same `ldm-vae encode` command again)"),
+        f"  tensors      {identity.store} in {identity.dtype}, encoded in {precision} "
+        f"at {_sides(identity.resolution)}, "
+        f"latent shape {', '.join('x'.join(map(str, shape)) for shape in shapes) or 'none yet'}",
+        f"  encoder      {identity.encoder[:16]}  ({'claimed to be' if manifest.recorded.claimed else 'from'} "
+        f"{manifest.recorded.vae or 'memory'})",
+        f"  columns      {', '.join(manifest.columns)}",
+        f"  quarantined  {manifest.quarantined:,}" + (" (quarantine.jsonl says why)" if manifest.quarantined else ""),
+    ]
+    if manifest.statistics is not None:
+        lines += _statistics(with_intervals(store, manifest))
+    return "\n".join(lines)
+
+
+def _shards(count: int) -> str:
+    return f"{count:,} shard" if count == 1 else f"{count:,} shards"
+
+
+def _sides(resolution: tuple[int, ...]) -> str:
+    return ", ".join(f"{side} px" for side in resolution)
+
+
+def _statistics(manifest: Manifest) -> list[str]:
+    if manifest.identity.codes is not None:
+        return _usage(manifest)
+    measured = manifest.statistics or {}
+    known = intervals.recorded(measured)
+
+    def interval(name: str, position: int | None = None) -> str:
+        if known is None:
+            return ""
+        low, high = known[name] if position is None else (end[position] for end in known[name])
+        return f"  [{low:.4f}, {high:.4f}]"
+
+    used = manifest.normalisation
+    lines = [
+        f"  measured over {measured['images']:,} latents, "
+        f"{'95 % intervals over images' if known is not None else intervals.why_none(measured['images'])}:",
+        f"    scaling_factor {measured['scaling_factor']:9.5f}{interval('scaling_factor')}",
+        f"    shift_factor   {measured['shift_factor']:9.5f}{interval('shift_factor')}",
+    ]
+    for channel, (mean, std) in enumerate(zip(measured["latents_mean"], measured["latents_std"], strict=True)):
+        lines.append(
+            f"    channel {channel:<3d}    mean {mean:9.5f}{interval('latents_mean', channel)}   "
+            f"std {std:9.5f}{interval('latents_std', channel)}"
+        )
+    lines.append(f"  read with the VAE's own normalisation: {used.kind}, scaling_factor {used.scaling_factor:.5f}")
+    return lines
+
+
+def _usage(manifest: Manifest) -> list[str]:
+    measured = manifest.statistics or {}
+    return [
+        f"  codes        {measured['used']:,} of {measured['codes']:,} used in {measured['count']:,} positions, "
+        f"perplexity {measured['perplexity']:,.1f}, {measured['entropy_bits']:.2f} bits a position"
+    ]

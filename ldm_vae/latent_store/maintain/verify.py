@@ -1,0 +1,123 @@
+"""Verification: every file is read again and compared with the manifest; nothing is changed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm_vae.core.errors import WorkError
+from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.layout import (
+    EXTENSIONS,
+    MAPPED_ROWS,
+    ROWS,
+    SAFETENSORS_DTYPES,
+    SHARDS,
+    TENSOR_NAMES,
+    TENSORS,
+    shard_file,
+    shard_path,
+    tensor_name,
+)
+from ldm_vae.latent_store.format.manifest import (
+    Manifest,
+    ShardRecord,
+    place_of,
+    read_finished,
+)
+from ldm_vae.latent_store.format.shards import CHUNK_ROWS
+from ldm_vae.latent_store.storage.file_record import checksum
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with which file (relative to the store)."""
+
+    file: str
+    what: str
+
+
+def verify(store: str | Path) -> list[Problem]:
+    """Read every shard again: checksums, rows, columns, finite values. An empty list means that all is well. Of a URL
+    every file is downloaded, past the cache.
+
+    Raises:
+        UsageError: there is no store, or it is not finished.
+        WorkError: the manifest itself is damaged.
+    """
+    place = place_of(store)
+    manifest = read_finished(place)
+    bar = tqdm(manifest.shards, desc="verify", unit="shards", disable=None, leave=False)
+    problems: list[Problem] = []
+    for shard in bar:
+        problems += (
+            check_shard(place, manifest, shard) if isinstance(place, Path) else _check_at(place, manifest, shard)
+        )
+    rows = sum(shard.live for shard in manifest.shards)
+    if rows != manifest.samples:
+        problems.append(Problem("manifest.json", f"says {manifest.samples} samples, its shards have {rows}"))
+    return problems
+
+
+def check_shard(store: Path, manifest: Manifest, shard: ShardRecord) -> Iterator[Problem]:
+    """What is wrong with one shard."""
+    stem = shard_path(store, shard.name)
+    sound = True
+    for extension in EXTENSIONS:
+        file = shard_file(shard.name, extension)
+        expected, found = shard.files[extension], checksum(store / file)
+        if found != expected:
+            sound = False
+            if found.bytes < 0:
+                yield Problem(file, "is missing or cannot be read")
+            elif found.bytes != expected.bytes:
+                yield Problem(file, f"has {found.bytes:,} bytes, the manifest says {expected.bytes:,}")
+            else:
+                yield Problem(file, "its checksum is not the manifest's: bits have changed")
+    if not sound:
+        return
+    try:
+        yield from _check_rows(manifest, shard, stem)
+    except WorkError as error:
+        yield Problem(shard_file(shard.name), str(error))
+
+
+def _check_at(url: str, manifest: Manifest, shard: ShardRecord) -> Iterator[Problem]:
+    from ldm_vae.latent_store.remote.store import file_url
+    from ldm_vae.latent_store.storage.fsspec_files import download  # fsspec, which a folder has no need of
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / SHARDS).mkdir()
+        problems = []
+        for extension in EXTENSIONS:
+            file = shard_file(shard.name, extension)
+            try:
+                download(file_url(url, shard, extension), Path(folder) / file, shard.files[extension])
+            except WorkError as error:
+                problems.append(Problem(file, str(error)))
+        yield from problems or check_shard(Path(folder), manifest, shard)
+
+
+def _check_rows(manifest: Manifest, shard: ShardRecord, stem: Path) -> Iterator[Problem]:
+    table = shards.read_rows(stem)
+    if table.num_rows != shard.rows:
+        yield Problem(shard_file(shard.name, ROWS), f"has {table.num_rows} rows, not {shard.rows}")
+    if not table.equals(shards.map_rows(stem)):
+        yield Problem(shard_file(shard.name, MAPPED_ROWS), "does not hold the rows of the parquet")
+    file = shard_file(shard.name, TENSORS)
+    mapped = shards.map_tensors(stem.with_name(f"{shard.name}.{TENSORS}"))
+    dtype = SAFETENSORS_DTYPES[manifest.identity.dtype]
+    names = [tensor_name(t, v) for v in manifest.identity.views for t in TENSOR_NAMES[manifest.identity.store]]
+    for name in names:
+        if name not in mapped or mapped[name].shape != (shard.rows, *shard.shape):
+            yield Problem(file, f"tensor {name} is missing or not of shape {[shard.rows, *shard.shape]}")
+            continue
+        for first in range(0, shard.rows, CHUNK_ROWS):
+            if not np.isfinite(shards.to_float(mapped[name][first : first + CHUNK_ROWS], dtype)).all():
+                yield Problem(file, f"tensor {name} holds NaN or infinity in rows {first} to {first + CHUNK_ROWS}")
+                break

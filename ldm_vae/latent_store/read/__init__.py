@@ -1,0 +1,1 @@
+"""Reading of a store: datasets, loaders, pictures."""

@@ -1,0 +1,319 @@
+"""LatentDataset: a latent store as a map-style torch dataset, memory-mapped, at memory speed.
+
+    data = LatentDataset("latents")
+    data[0]["latents"]                    # scaled [c, h, w], fp32: what a diffusion model sees
+    data[0]["caption"]                    # and every other column of the store
+    data.decode(data[0]["latents"], vae)  # back to pixels [C, H, W]
+    for batch in data.loader(64): ...     # shuffled batches of an epoch; new noise each epoch
+
+No file is opened per sample: each shard is mapped once per process, when it is first touched, and its pages are shared
+between workers (`mapping.py`). Rows go straight from the map into the batch's buffer.
+
+Legend: B batch, c latent channels, h w latent positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.latents import Moments, Normalisation, NormalisationKind
+from ldm_vae.core import rng
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.layout import (
+    PIXELS,
+    SAFETENSORS_DTYPES,
+    TENSOR_NAMES,
+    crop_of,
+    is_flipped,
+    tensor_name,
+)
+from ldm_vae.latent_store.format.manifest import (
+    Manifest,
+    ShardRecord,
+    place_of,
+    read_finished,
+)
+from ldm_vae.latent_store.format.statistics import LatentStatistics
+from ldm_vae.latent_store.read.batch import Item, Rows
+from ldm_vae.latent_store.read.mapped_files import Maps, open_files
+
+if TYPE_CHECKING:
+    from ldm_vae.latent_store.read.loader import LatentLoader
+
+Integers = npt.NDArray[np.int64]
+
+
+class LatentDataset(Dataset[Item]):
+    """Map-style dataset of a latent store.
+
+    Items hold `latents` [c, h, w] fp32, sampled anew each epoch and normalised as the VAE's config.json says (of a
+    VQModel's store: `indices` [h, w] int64), `index`, and the columns. Works with any torch DataLoader and sampler;
+    `loader` is the fast way.
+
+    Args:
+        path: the store's folder, or a URL of any file system that fsspec knows (`remote.py`).
+        raw: give the stored tensors instead (`mean` and `logvar`, or what the store has), unscaled, fp32; or the name
+            of one of them, which is then given as it is stored.
+        sample: z = mean + sigma * noise; False gives the mean. Noise is keyed by (seed, epoch, index).
+        seed: of the noise and of random views.
+        columns: which columns to give; None is all (of `loader`: caption and label, where they exist).
+        normalisation: one of your own, or `scale`, `shift`, `channel` from the store's measured statistics; None is the
+            one that the VAE's config.json named.
+        view: which view (`""`, `flip`, `top_left`, ...), or `random`: another one each epoch, keyed as the noise is.
+        resolution: only samples of this resolution; None is all.
+        pixels: also give `pixels`, uint8 [C, H, W], of a store that was made with them.
+        cache_bytes: of a URL, the most that its cache may hold (default: $LDM_VAE_STORE_CACHE, else 50 GB or half of
+            what is free); smaller than the store it makes shuffled reading download shards again and again.
+
+    Raises:
+        UsageError: no store there, one of another format version, an incomplete one; an unknown column, view or
+            resolution; a normalisation of indices.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        raw: bool | str = False,
+        sample: bool = True,
+        seed: int = 0,
+        columns: Sequence[str] | None = None,
+        normalisation: Normalisation | NormalisationKind | None = None,
+        view: str = "",
+        resolution: int | None = None,
+        pixels: bool = False,
+        cache_bytes: float | None = None,
+    ) -> None:
+        self.path = place_of(path)
+        self.manifest: Manifest = read_finished(self.path)
+        self.raw, self.sample, self.seed, self.epoch = raw, sample, seed, 0
+        identity = self.manifest.identity
+        _known("view", view, (*identity.views, "random"))
+        self._view = view
+        if resolution is not None:
+            _known("resolution", resolution, identity.resolution)
+        if pixels and not identity.pixels:
+            raise UsageError("pixels: the store has none; make one with `ldm-vae encode --pixels`")
+        self.columns = tuple(self.manifest.columns if columns is None else columns)
+        for name in self.columns:
+            _known("columns", name, tuple(self.manifest.columns))
+        usual = tuple(name for name in ("caption", "label") if name in self.manifest.columns)
+        self.batch_columns = usual if columns is None else self.columns
+        self.normalisation = self._choose(normalisation)
+        self._names = TENSOR_NAMES[identity.store]
+        if isinstance(raw, str):
+            _known("raw", raw, self._names)
+            self._names = (raw,)
+        self._pixels = pixels
+        self._dtype = SAFETENSORS_DTYPES[identity.dtype]
+        self.shards: tuple[ShardRecord, ...] = tuple(
+            shard for shard in self.manifest.shards if resolution in (None, shard.resolution)
+        )
+        live = np.array([shard.live for shard in self.shards], dtype=np.int64)
+        self._stops: Integers = np.cumsum(live)
+        self._starts: Integers = self._stops - live
+        # of a shard that has lost rows: how many live ones come before each of those
+        self._before_removed: dict[int, Integers] = {
+            number: np.asarray(shard.removed, dtype=np.int64) - np.arange(len(shard.removed))
+            for number, shard in enumerate(self.shards)
+            if shard.removed
+        }
+        self._several_shapes = len({shard.shape for shard in self.shards}) > 1
+        names = [tensor_name(name, view) for view in identity.views for name in self._names]
+        self.files = open_files(self.path, self.manifest, cache_bytes)
+        self._maps = Maps(self.files, self.shards, names)
+
+    def _choose(self, normalisation: Normalisation | NormalisationKind | None) -> Normalisation:
+        if normalisation is not None and self.manifest.identity.codes is not None:
+            raise UsageError("normalisation: the store holds indices of codes, which are not scaled")
+        if isinstance(normalisation, str):
+            return self.statistics.normalisation(normalisation)
+        return self.manifest.normalisation if normalisation is None else normalisation
+
+    @property
+    def statistics(self) -> LatentStatistics:
+        """Measured when the store was made. Raises UsageError for indices: `manifest.statistics` has their usage."""
+        if self.manifest.identity.codes is not None:
+            raise UsageError(
+                "statistics: the store holds indices of codes, which have no mean; see manifest.statistics"
+            )
+        try:
+            return LatentStatistics.from_json(self.manifest.statistics or {})
+        except (ValueError, KeyError, TypeError) as error:
+            raise WorkError(f"store {self.path}: manifest.json is damaged: statistics: {error}") from error
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that noise and random views are keyed by (`loader` does it by itself)."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return int(self._stops[-1]) if len(self._stops) else 0
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Latent shape (c, h, w) of one sample; a store of one resolution without buckets has one shape."""
+        checked = self._checked(np.asarray([index], dtype=np.int64))
+        return self.shards[int(np.searchsorted(self._stops, checked, side="right")[0])].shape
+
+    def shapes(self) -> dict[tuple[int, ...], Sequence[int] | Integers]:
+        """The latent shapes in the store, each with the indices of its samples."""
+        if len({shard.shape for shard in self.shards}) == 1:
+            return {self.shards[0].shape: range(len(self))}
+        found: dict[tuple[int, ...], list[Integers]] = {}
+        for number, shard in enumerate(self.shards):
+            found.setdefault(shard.shape, []).append(np.arange(self._starts[number], self._stops[number]))
+        return {shape: np.concatenate(parts) for shape, parts in found.items()}
+
+    def loader(self, batch_size: int, **options: Any) -> LatentLoader:
+        """Batches of this dataset, shuffled, sharded over ranks, resumable: see `LatentLoader`."""
+        from ldm_vae.latent_store.read.loader import LatentLoader
+
+        return LatentLoader(self, batch_size, **options)
+
+    # --- items --------------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, index: int) -> Item:
+        item: Item = self.__getitems__([index])[0]
+        return item
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[Item]:
+        """A whole batch at once: the way torch's DataLoader asks for it."""
+        checked = self._checked(np.asarray(indices, dtype=np.int64))
+        if self._several_shapes:
+            shard, _ = self._places(checked)
+            if len({self.shards[number].shape for number in set(shard)}) > 1:
+                return [self[index] for index in checked.tolist()]  # one buffer cannot hold them: single items
+        return Rows(self.read(checked.tolist(), [self.epoch] * len(checked), self.columns), len(checked))
+
+    def _checked(self, indices: Integers) -> Integers:
+        """Non-negative indices. Raises IndexError for the first that is outside of the store."""
+        outside = (indices < -len(self)) | (indices >= len(self))
+        if outside.any():
+            raise IndexError(f"index {indices[outside][0]} of a store of {len(self)} samples")
+        return np.where(indices < 0, indices + len(self), indices)
+
+    def read(self, indices: Sequence[int], epochs: Sequence[int], columns: Sequence[str]) -> Item:
+        """One batch of samples that share a latent shape, each of its own epoch: tensors [B, ...], columns as lists."""
+        shard, row = self._places(np.asarray(indices, dtype=np.int64))
+        shape = self.shards[shard[0]].shape
+        views = self._view if self._view != "random" else self.views(indices, epochs)
+        stored = {name: self._gather(name, views, shard, row, shape) for name in self._names}
+        batch: Item = {}
+        if self.raw:
+            as_stored = isinstance(self.raw, str)
+            batch |= stored if as_stored else {name: _widened(value) for name, value in stored.items()}
+        elif "indices" in stored:
+            batch["indices"] = _widened(stored["indices"])
+        else:
+            z = stored[self._names[0]].float()
+            if "logvar" in stored and self.sample:
+                noise = rng.normal(self.seed, "latent store", zip(epochs, indices, strict=True), shape)
+                z = Moments(z, stored["logvar"].float()).sample(noise)
+            batch["latents"] = self.normalisation.apply(z)
+        if self._pixels:
+            batch[PIXELS] = self._gather_pixels(views, shard, row)
+        batch["index"] = torch.tensor(indices)
+        for name in columns:
+            batch[name] = [self._value(s, r, name) for s, r in zip(shard, row, strict=True)]
+        return batch
+
+    def _places(self, indices: Integers) -> tuple[list[int], list[int]]:
+        """Where samples lie: shards, and rows of their files."""
+        shard = np.searchsorted(self._stops, indices, side="right")
+        row = indices - self._starts[shard]
+        if self._before_removed:
+            for number in np.unique(shard).tolist():
+                if (before := self._before_removed.get(number)) is not None:
+                    own = shard == number
+                    row[own] += np.searchsorted(before, row[own], side="right")
+        return shard.tolist(), row.tolist()
+
+    def row(self, index: int, columns: Sequence[str]) -> Item:
+        """Columns of one sample, without its tensors."""
+        shard, row = self._places(self._checked(np.asarray([index], dtype=np.int64)))
+        return {name: self._value(shard[0], row[0], name) for name in columns}
+
+    def shards_of(self, indices: Sequence[int]) -> list[ShardRecord]:
+        """The shards that hold some samples, each once."""
+        shard, _ = self._places(np.asarray(indices, dtype=np.int64))
+        return [self.shards[number] for number in dict.fromkeys(shard)]
+
+    def column(self, name: str) -> list[Any]:
+        """A column of all samples, in their order. Raises UsageError for one that the store does not have."""
+        _known("column", name, tuple(self.manifest.columns))
+        values: list[Any] = []
+        for number, shard in enumerate(self.shards):
+            found = self._maps.columns(number).get(name)
+            rows = [None] * shard.rows if found is None else found.to_pylist()
+            values += [rows[row] for row in shard.live_rows.tolist()]
+        return values
+
+    def views(self, indices: Sequence[int], epochs: Sequence[int]) -> list[str]:
+        """Which view of each sample is given in its epoch."""
+        if self._view != "random":
+            return [self._view] * len(indices)
+        views = self.manifest.identity.views
+        keys = zip(epochs, indices, strict=True)
+        return [views[int(rng.generator(self.seed, "view", *key).integers(len(views)))] for key in keys]
+
+    def _gather(
+        self, name: str, views: list[str] | str, shard: list[int], row: list[int], shape: Sequence[int]
+    ) -> torch.Tensor:
+        """Stored rows => [B, c, h, w] in storage dtype, copied once."""
+        dtype: np.dtype[Any] = shards.STORAGE[self._dtype]
+        out = np.empty((len(shard), *shape), dtype=dtype)
+        if isinstance(views, str):
+            one = tensor_name(name, views)
+            arrays = {s: self._maps.tensors(s)[one] for s in set(shard)}
+            for position, (s, r) in enumerate(zip(shard, row, strict=True)):
+                out[position] = arrays[s][r]
+        else:
+            for position, (s, r, view) in enumerate(zip(shard, row, views, strict=True)):
+                out[position] = self._maps.tensors(s)[tensor_name(name, view)][r]
+        return torch.from_numpy(out) if self._dtype != "BF16" else torch.from_numpy(out).view(torch.bfloat16)
+
+    def _gather_pixels(self, views: list[str] | str, shard: list[int], row: list[int]) -> torch.Tensor:
+        """Stored crops => uint8 [B, C, H, W], mirrored where the view is."""
+        each = [views] * len(shard) if isinstance(views, str) else views
+        crops = []
+        for s, r, view in zip(shard, row, each, strict=True):
+            crop = self._maps.tensors(s)[tensor_name(PIXELS, crop_of(view))][r]
+            crops.append(crop[:, :, ::-1] if is_flipped(view) else crop)
+        return torch.from_numpy(np.stack(crops))
+
+    def _value(self, shard: int, row: int, name: str) -> Any:
+        column = self._maps.columns(shard).get(name)
+        return None if column is None else column[row].as_py()
+
+    # --- back to pixels -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def decode(self, scaled: torch.Tensor, vae: Any) -> torch.Tensor:
+        """latents [c, h, w] or [B, c, h, w], or indices [h, w] or [B, h, w], as this dataset gives them => pixels, fp32
+        and not clamped."""
+        if self.manifest.identity.codes is not None:
+            single = scaled.ndim == 2
+            pixels = finite.decode_indices(vae, (scaled[None] if single else scaled).to(vae.device))
+            return pixels[0] if single else pixels
+        single = scaled.ndim == 3
+        z = self.normalisation.undo(scaled[None] if single else scaled)
+        pixels = finite.decode(vae, z.to(vae.device))
+        return pixels[0] if single else pixels
+
+
+def _widened(stored: torch.Tensor) -> torch.Tensor:
+    """fp32 of any float, int64 of any integer."""
+    return stored.float() if stored.is_floating_point() else stored.long()
+
+
+def _known(what: str, name: Any, exist: Sequence[Any]) -> None:
+    if name not in exist:
+        raise UsageError(f"{what}: the store has no {name!r}; it has {', '.join(map(repr, exist))}")

@@ -1,0 +1,133 @@
+"""The files of shards, mapped when they are first touched: once per process, their pages shared between processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy.typing as npt
+import pyarrow as pa
+
+from ldm_vae.core.errors import WorkError
+from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.layout import (
+    MAPPED_ROWS,
+    ROWS,
+    TENSORS,
+    shard_path,
+)
+from ldm_vae.latent_store.format.manifest import Manifest, ShardRecord
+
+MOST_MAPS = 30_000  # the kernel allows a process 65,530 mappings; stores of more shards give up the oldest ones
+LOOK_EVERY = 5.0  # seconds between looks for maps whose file has left the cache
+
+
+class Files(Protocol):
+    """Where shards come from: a local folder, or a URL by way of a cache (`remote.RemoteFiles`)."""
+
+    def tensors(self, shard: ShardRecord) -> dict[str, npt.NDArray[Any]]:
+        """Its tensors, mapped. Raises WorkError."""
+
+    def rows(self, shard: ShardRecord) -> pa.Table:
+        """Its table, mapped. Raises WorkError."""
+
+    def has_left(self, shard: ShardRecord) -> bool:
+        """Whether its file is gone, so that a map only keeps its disk space."""
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """The shards of a store in a folder."""
+
+    store: Path
+
+    def tensors(self, shard: ShardRecord) -> dict[str, npt.NDArray[Any]]:
+        """Its tensors, mapped."""
+        return shards.map_tensors(self._inside(shard, TENSORS))
+
+    def rows(self, shard: ShardRecord) -> pa.Table:
+        """Its table: mapped from .arrow, or read from .parquet where that is missing."""
+        self._inside(shard, ROWS)
+        return shards.map_rows(self._inside(shard, MAPPED_ROWS).with_suffix(""), shard.rows)
+
+    def has_left(self, shard: ShardRecord) -> bool:
+        """Never: the folder is the user's."""
+        return False
+
+    def _inside(self, shard: ShardRecord, extension: str) -> Path:
+        """The path of a shard's file. Raises WorkError for a link that leads out of the store."""
+        path = shard_path(self.store, shard.name, extension)
+        if path.is_symlink() and not path.resolve().is_relative_to(self.store.resolve()):
+            raise WorkError(f"shard {path}: is a link that leads out of the store")
+        return path
+
+
+def open_files(place: str | Path, manifest: Manifest, cache_bytes: float | None = None) -> Files:
+    """The shards of a store in a folder, or at a URL."""
+    if isinstance(place, Path):
+        return LocalFiles(place)
+    from ldm_vae.latent_store.remote.store import open_remote  # fsspec, which readers of folders have no need of
+
+    return open_remote(place, manifest, cache_bytes)
+
+
+class Maps:
+    """What this process has mapped of a store.
+
+    Args:
+        records: the shards, which are then named by their place in this list.
+        names: the tensors that each of them must have.
+    """
+
+    def __init__(self, files: Files, records: Sequence[ShardRecord], names: Sequence[str]) -> None:
+        self.files, self._records, self._names = files, records, names
+        self._tensors: dict[int, dict[str, npt.NDArray[Any]]] = {}
+        self._columns: dict[int, dict[str, Any]] = {}
+        self._next_look = 0.0
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def tensors(self, shard: int) -> dict[str, npt.NDArray[Any]]:
+        """All tensors of a shard. Raises WorkError for one that is not as the manifest says."""
+        mapped = self._tensors.get(shard)
+        if mapped is None:
+            record = self._records[shard]
+            mapped = self.files.tensors(record)
+            for name in self._names:
+                if name not in mapped or mapped[name].shape != (record.rows, *record.shape):
+                    raise WorkError(f"shard {record.name}: is not as the manifest says; run `ldm-vae store verify`")
+            self._give_up_what_left()
+            _make_room(self._tensors)
+            self._tensors[shard] = mapped
+        return mapped
+
+    def _give_up_what_left(self) -> None:
+        """A map keeps the disk space of a file that was evicted: another look every few seconds."""
+        if time.monotonic() >= self._next_look:
+            for number in [number for number in self._tensors if self.files.has_left(self._records[number])]:
+                del self._tensors[number]
+            self._next_look = time.monotonic() + LOOK_EVERY
+
+    def columns(self, shard: int) -> dict[str, Any]:
+        """The columns of a shard, each as one Arrow array. Raises WorkError."""
+        columns = self._columns.get(shard)
+        if columns is None:
+            table = self.files.rows(self._records[shard]).combine_chunks()
+            columns = {name: table.column(name).chunk(0) for name in table.column_names}
+            _make_room(self._columns)
+            self._columns[shard] = columns
+        return columns
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers map the files themselves: maps are not sent, their pages are shared anyway."""
+        return {**self.__dict__, "_tensors": {}, "_columns": {}}
+
+
+def _make_room(maps: dict[int, Any]) -> None:
+    """Give up the oldest mapping when there are too many."""
+    if len(maps) >= MOST_MAPS:
+        del maps[next(iter(maps))]

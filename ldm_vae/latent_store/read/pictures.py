@@ -1,0 +1,79 @@
+"""Latents => PNG files, or one sheet of them: the first look at a store."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ldm_vae.core import atomic_io
+from ldm_vae.core.ownership import own
+from ldm_vae.data.transforms import to_uint8
+from ldm_vae.latent_store.read.batch import Item
+from ldm_vae.latent_store.read.dataset import LatentDataset
+
+
+def decode_to_png(
+    dataset: LatentDataset, vae: Any, out: str | Path, indices: Sequence[int], batch_size: int = 8
+) -> int:
+    """Decode samples into OUT/INDEX-KEY.png; returns how many.
+
+    Raises:
+        UsageError: another launch is at work on OUT.
+        WorkError: OUT cannot be written.
+    """
+    folder = Path(out)
+    with own(folder, "OUT"), tqdm(total=len(indices), desc="decode", unit="img", disable=None) as bar:
+        for chunk in _of_one_shape(dataset, indices, batch_size):
+            for item, picture in _decoded(dataset, vae, chunk):
+                stem = re.sub(r"[^\w.-]+", "_", Path(item["key"]).stem).strip("._")[-80:]
+                buffer = io.BytesIO()
+                _to_image(picture).save(buffer, "PNG")
+                atomic_io.replace(folder / f"{int(item['index']):08d}-{stem}.png", atomic_io.data(buffer.getvalue()))
+            bar.update(len(chunk))
+    return len(indices)
+
+
+def contact_sheet(dataset: LatentDataset, vae: Any, count: int = 16, columns: int = 4, side: int = 128) -> bytes:
+    """Samples from all over a dataset, decoded, each within side x side pixels: one PNG."""
+    chosen = [place * len(dataset) // count for place in range(count)] if len(dataset) > count else range(len(dataset))
+    sheet = Image.new("RGB", (side * min(columns, len(chosen)), side * -(-len(chosen) // columns)))
+    for place, index in enumerate(chosen):
+        ((_, picture),) = _decoded(dataset, vae, [index])
+        image = _to_image(picture).convert("RGB")
+        image.thumbnail((side, side))
+        sheet.paste(image, (place % columns * side, place // columns * side))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _decoded(dataset: LatentDataset, vae: Any, indices: Sequence[int]) -> list[tuple[Item, torch.Tensor]]:
+    """Items of one shape, each with its picture, uint8 [C, H, W]."""
+    items = [dataset[index] for index in indices]
+    name = "latents" if dataset.manifest.identity.codes is None else "indices"
+    pictures = to_uint8(dataset.decode(torch.stack([item[name] for item in items]), vae)).cpu()
+    return list(zip(items, pictures, strict=True))
+
+
+def _of_one_shape(dataset: LatentDataset, indices: Sequence[int], size: int) -> list[list[int]]:
+    chunks: list[list[int]] = []
+    for index in indices:
+        if chunks and len(chunks[-1]) < size and dataset.shape(chunks[-1][0]) == dataset.shape(index):
+            chunks[-1].append(index)
+        else:
+            chunks.append([index])
+    return chunks
+
+
+def _to_image(picture: torch.Tensor) -> Image.Image:
+    """uint8 [C, H, W] => a Pillow image; of more than four channels the first three."""
+    channels = picture.shape[0] if picture.shape[0] in (1, 3, 4) else 3
+    array = picture[:channels].permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(array[..., 0] if channels == 1 else array)

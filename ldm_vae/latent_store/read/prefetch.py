@@ -1,0 +1,100 @@
+"""Reading ahead in a store at a URL: a loader knows its order, so the shards of its next batches are on their way.
+
+A few threads of the process that hands out the batches bring files into the cache that all readers share; who needs one
+that is still coming waits for it (`cache.py`). How far ahead is bounded in shards, batches and bytes: what was brought
+must not push out what is needed before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm_vae.core.errors import WorkError
+from ldm_vae.latent_store.format.manifest import ShardRecord
+
+if TYPE_CHECKING:
+    from ldm_vae.latent_store.read.dataset import LatentDataset
+    from ldm_vae.latent_store.remote.store import RemoteFiles
+
+Tasks = list[tuple[int, int]]
+Jobs = queue.SimpleQueue[ShardRecord | None]  # None: no more
+
+THREADS = 4
+SHARDS = 8  # that are asked for beyond the next batches
+FEWEST_BATCHES, MOST_BATCHES = 2, 1024
+
+
+def ahead(dataset: LatentDataset, batches: Iterable[Tasks]) -> Iterator[Tasks]:
+    """The same batches of (index, epoch); of a remote store, while the files of the ones behind them are fetched."""
+    files = _remote(dataset)
+    if files is None:
+        yield from batches
+        return
+    columns = bool(dataset.batch_columns)
+    coming: deque[tuple[Tasks, list[ShardRecord]]] = deque()
+    window: Counter[str] = Counter()  # the shards of `coming`
+    size = 0
+    jobs, ended = Jobs(), threading.Event()
+    for _ in range(THREADS):
+        threading.Thread(target=_bring, args=(files, columns, jobs, ended), daemon=True).start()
+    try:
+        for tasks in batches:
+            shards = dataset.shards_of([index for index, _ in tasks])
+            coming.append((tasks, shards))
+            for shard in shards:
+                window[shard.name] += 1
+                if window[shard.name] == 1:
+                    size += shard.stored_bytes
+                    jobs.put(shard)
+            while len(coming) > 1 and (
+                size > files.cache.limit // 2
+                or (len(coming) > FEWEST_BATCHES and (len(window) > SHARDS or len(coming) > MOST_BATCHES))
+            ):
+                tasks, shards = coming.popleft()
+                yield tasks
+                for shard in shards:
+                    window[shard.name] -= 1
+                    if not window[shard.name]:
+                        del window[shard.name]
+                        size -= shard.stored_bytes
+        for tasks, _ in coming:
+            yield tasks
+    finally:
+        ended.set()
+        for _ in range(THREADS):
+            jobs.put(None)
+
+
+def _bring(files: RemoteFiles, columns: bool, jobs: Jobs, ended: threading.Event) -> None:
+    while (shard := jobs.get()) is not None and not ended.is_set():
+        with contextlib.suppress(WorkError):  # one attempt: who needs it tries again, and says what is wrong
+            files.bring(shard, columns, attempts=1)
+
+
+def warn_if_small(dataset: LatentDataset) -> None:
+    """Warn when the cache cannot hold the store, which is about to be read in random order."""
+    files = _remote(dataset)
+    size = sum(shard.stored_bytes for shard in dataset.shards)
+    if files is not None and size > files.cache.limit:
+        warnings.warn(
+            f"store {files.url}: has {size / 1e9:,.1f} GB, its cache holds {files.cache.limit / 1e9:,.1f} GB: shuffled "
+            "reading will download shards again and again; a larger cache_bytes, `shuffle=False` or `ldm-vae store "
+            "pull` avoids it",
+            stacklevel=3,
+        )
+
+
+def _remote(dataset: LatentDataset) -> RemoteFiles | None:
+    if isinstance(dataset.path, Path):
+        return None
+    from ldm_vae.latent_store.remote.store import RemoteFiles
+
+    assert isinstance(dataset.files, RemoteFiles)
+    return dataset.files

@@ -1,0 +1,1 @@
+"""Stores at a URL: the local cache and a whole copy."""

@@ -1,0 +1,89 @@
+"""A store at a URL: its manifest as it is there now, its shards by way of the local cache.
+
+    LatentDataset("s3://bucket/latents")
+    LatentDataset("hf://datasets/USER/NAME")
+    LatentDataset("https://example.org/latents", cache_bytes=200e9)
+
+The manifest is read anew whenever the store is opened and is never kept; files are asked for by its checksums. So a
+store that was replaced is read as it is now, and what both versions share is not fetched twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy.typing as npt
+import pyarrow as pa
+
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.layout import (
+    MAPPED_ROWS,
+    ROWS,
+    TENSORS,
+    shard_file,
+)
+from ldm_vae.latent_store.format.manifest import Manifest, ShardRecord
+from ldm_vae.latent_store.remote.cache import Cache, open_cache
+from ldm_vae.latent_store.storage.fsspec_files import AbsentError
+
+T = TypeVar("T")
+
+
+def file_url(store: str, shard: ShardRecord, extension: str) -> str:
+    """Where a file of a shard is."""
+    return f"{store}/{shard_file(shard.name, extension)}"
+
+
+@dataclass(frozen=True)
+class RemoteFiles:
+    """The shards of the store at `url`. As `mapping.Files`: what is not in the cache is downloaded first."""
+
+    url: str
+    cache: Cache
+
+    def tensors(self, shard: ShardRecord) -> dict[str, npt.NDArray[Any]]:
+        """Its tensors, mapped."""
+        return self._opened(shard, TENSORS, shards.map_tensors)
+
+    def rows(self, shard: ShardRecord) -> pa.Table:
+        """Its table: mapped from .arrow, or read from .parquet where that is missing."""
+        try:
+            return self._opened(shard, MAPPED_ROWS, lambda path: shards.map_rows(path.with_suffix(""), shard.rows))
+        except AbsentError:
+            return self._opened(shard, ROWS, lambda path: shards.map_rows(path.with_suffix(""), shard.rows))
+
+    def has_left(self, shard: ShardRecord) -> bool:
+        """Whether its tensors have left the cache since they were mapped."""
+        return not self.cache.holds(shard.files[TENSORS], TENSORS)
+
+    def bring(self, shard: ShardRecord, columns: bool, *, attempts: int) -> None:
+        """Download what is missing of it, without opening it. Raises WorkError."""
+        for extension in (TENSORS, MAPPED_ROWS) if columns else (TENSORS,):
+            self._fetch(shard, extension, attempts=attempts)
+
+    def _fetch(self, shard: ShardRecord, extension: str, **options: int) -> Path:
+        return self.cache.fetch(file_url(self.url, shard, extension), shard.files[extension], extension, **options)
+
+    def _opened(self, shard: ShardRecord, extension: str, opened: Callable[[Path], T]) -> T:
+        while True:
+            path = self._fetch(shard, extension)
+            try:
+                return opened(path)
+            except WorkError:
+                if self.cache.holds(shard.files[extension], extension):
+                    raise  # otherwise another process has evicted it between the two lines
+
+
+def open_remote(url: str, manifest: Manifest, cache_bytes: float | None) -> RemoteFiles:
+    """The shards of a store at a URL. Raises UsageError when the cache could not hold one of them."""
+    files = RemoteFiles(url, open_cache(cache_bytes))
+    largest = max((file.bytes for shard in manifest.shards for file in shard.files.values()), default=0)
+    if largest > files.cache.limit:
+        raise UsageError(
+            f"cache_bytes: {files.cache.limit:,} bytes cannot hold a file of {largest:,}, the largest of {url}"
+        )
+    return files

@@ -1,0 +1,134 @@
+"""Finishing: the unit records become the manifest and quarantine.jsonl. Doing it again gives the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm_vae.core import atomic_io, intervals
+from ldm_vae.core.errors import WorkError
+from ldm_vae.latent_store.format import rows, shards, work_units
+from ldm_vae.latent_store.format.codes import CodeStatistics
+from ldm_vae.latent_store.format.layout import (
+    PLAN,
+    QUARANTINE,
+    SHARDS,
+    STATISTICS,
+    TENSORS,
+    UNITS,
+    shard_path,
+)
+from ldm_vae.latent_store.format.manifest import Manifest, ShardRecord, write_manifest
+from ldm_vae.latent_store.format.quarantine import write_quarantine
+from ldm_vae.latent_store.format.statistics import LatentStatistics
+from ldm_vae.latent_store.format.work_units import BadSample, Plan, UnitRecord
+
+
+def finish(store: Path, manifest: Manifest, plan: Plan, *, max_bad: float = 1.0, partly: bool = False) -> Manifest:
+    """Merge the records of a plan's units into the manifest, and remove what killed processes left. A plan that is
+    merged already changes nothing. The store is the caller's (`ownership`).
+
+    Args:
+        partly: units without a record are left out: what they would have held is not in the store.
+
+    Raises:
+        WorkError: a unit has no record yet, nothing is usable, or more than `max_bad` of the images is bad; another
+            plan was merged in this one's place.
+    """
+    if manifest.units > plan.first_unit:  # units are counted on: these numbers are in the manifest
+        if manifest.source != plan.source:
+            raise WorkError(f"store {store}: was changed by another launch meanwhile; run the same command again")
+        return manifest
+    planned, work = plan.units(manifest.identity.shard_size), plan.work(manifest.identity)
+    records = [
+        record
+        for unit in tqdm(planned, desc="merge", unit="units", disable=None, leave=False)
+        if (record := _record(store, unit.number, work, partly)) is not None
+    ]
+    bad = sorted([*plan.bad, *(entry for record in records for entry in record.bad)], key=lambda entry: entry.index)
+    before = [shard.without(plan.removed.get(shard.name, ())) for shard in manifest.shards]
+    entries = [*before, *(shard for record in records for shard in record.shards)]
+    write_quarantine(store, bad)
+    live = sum(shard.live for shard in entries)
+    _check_usable(store, plan, live, bad, max_bad)
+    columns = dict(manifest.columns)
+    for record in records:
+        columns |= {name: kind for name, kind in record.columns.items() if columns.get(name, "null") == "null"}
+    complete = manifest.model_copy(
+        update={
+            "complete": True,
+            "source": plan.source,
+            "settings": tuple(dict.fromkeys([*manifest.settings, *(record.settings for record in records)])),
+            "units": plan.first_unit + len(planned),
+            "samples": live,
+            "quarantined": len(bad),
+            "columns": columns,
+            "statistics": merged_statistics(store, manifest, entries).to_json(),
+            "shards": tuple(entries),
+        }
+    )
+    write_manifest(store, complete)
+    (store / PLAN).unlink(missing_ok=True)
+    remove_leftovers(store)
+    return complete
+
+
+def _record(store: Path, unit: int, work: str, partly: bool) -> UnitRecord | None:
+    record = work_units.read_record(store, unit, work)
+    if record is None and not partly:
+        raise WorkError(f"store {store}: unit {unit} is not done; run the same `ldm-vae encode` command again")
+    return record
+
+
+def _check_usable(store: Path, plan: Plan, live: int, bad: Sequence[BadSample], max_bad: float) -> None:
+    total = plan.source.samples
+    if live == 0:
+        first = f", the first is {bad[0].key}: {bad[0].reason}" if bad else ""
+        raise WorkError(f"no usable image among {total:,}; see {store / QUARANTINE}{first}")
+    if len(bad) > max_bad * total:
+        raise WorkError(
+            f"{len(bad):,} of {total:,} images are unusable, more than max_bad {max_bad:g} allows; "
+            f"see {store / QUARANTINE}"
+        )
+
+
+def merged_statistics(
+    store: Path, manifest: Manifest, entries: Sequence[ShardRecord]
+) -> LatentStatistics | CodeStatistics:
+    """The sums of all shards, in their order; of a shard that has lost rows, taken anew from the others."""
+    total = rows.accumulator(manifest.identity)
+    for shard in entries:
+        if shard.live == 0:
+            continue
+        mapped = shards.map_tensors(shard_path(store, shard.name, TENSORS))
+        if shard.removed:
+            total.add(rows.live_statistics(store, manifest.identity, shard, mapped))
+        else:
+            total.add(np.array(mapped[STATISTICS]))
+    return total
+
+
+def with_intervals(store: str | Path, manifest: Manifest) -> Manifest:
+    """The manifest of a local store; of one that an older version made, with the intervals taken anew from the sums in
+    its shards, where those can be read."""
+    measured = manifest.statistics
+    if measured is None or manifest.identity.codes is not None or measured.get("ci95_method") == intervals.METHOD:
+        return manifest
+    try:
+        anew = merged_statistics(Path(store), manifest, manifest.shards).to_json()
+    except WorkError:  # a URL, or damaged: `verify` says what
+        return manifest
+    return manifest.model_copy(update={"statistics": measured | {key: anew[key] for key in ("ci95", "ci95_method")}})
+
+
+def remove_leftovers(store: Path) -> None:
+    """Temporary files of killed processes: the store is the caller's and every unit is done, so nobody needs them."""
+    for folder in (store, store / SHARDS, store / UNITS):
+        for path in folder.iterdir():
+            if atomic_io.is_temporary(path):
+                with contextlib.suppress(OSError):
+                    path.unlink()

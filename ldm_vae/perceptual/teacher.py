@@ -1,0 +1,39 @@
+"""Another VAE that is looked at and never trained: its latents, encoded once per batch for all who ask.
+
+Legend: B batch, C image channels, H W pixels, c latent channels, h w latent positions.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.core.frozen_module import Frozen
+
+
+class Teacher(Frozen):
+    """A loaded VAE, frozen and in fp32."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(load_autoencoder(source))
+        self.normalisation = Normalisation.from_config(self.network.config, f"VAE {source}")
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor, *, normalised: bool = False) -> torch.Tensor:
+        """images [B, C, H, W] => the mean of its posterior [B, c, h, w], raw or as a diffusion model sees it."""
+        if self._last is None or self._last[0] is not images:  # a term and a perturbation ask for the same batch
+            with torch.autocast(images.device.type, enabled=False):
+                self._last = (images, latents.encode(self.network, images.to(self.network.dtype)).mean)
+        mean = self._last[1].to(images.dtype)
+        return self.normalisation.apply(mean) if normalised else mean
+
+
+@cache
+def teacher(source: str) -> Teacher:
+    """The teacher of that name, loaded once. Raises UsageError when it cannot be loaded."""
+    return Teacher(source)

@@ -1,0 +1,172 @@
+"""Checkpoints: a directory with every tensor in safetensors and everything else in JSON. No pickle.
+
+    checkpoints/images-000012345/
+        state.json            the objects' state as a JSON tree, tensors by name
+        tensors.safetensors   the tensors
+        config.yaml           the resolved config
+        checksums.json        SHA-256 of each file above; written last
+
+A checkpoint is written beside its final name, fsynced and renamed, so what has the name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ldm_vae.core import atomic_io
+from ldm_vae.core.errors import WorkError
+from ldm_vae.core.validation import first_line, parse_json
+
+PREFIX = "images-"
+FILES = ("config.yaml", "state.json", "tensors.safetensors")
+CHECKSUMS = "checksums.json"
+
+
+class Stateful(Protocol):
+    """Anything that can be saved: networks, optimisers, averages."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+# --- state <=> JSON tree and tensors ----------------------------------------------------------------------------------
+
+
+def pack(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
+    """A JSON tree of `value`; its tensors go to `tensors` by name. Keys of dicts keep their type (Adam's are ints)."""
+    if isinstance(value, torch.Tensor):
+        # a clone: safetensors refuses tensors that share memory
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        return {"dict": [[key, pack(inner, tensors, f"{path}.{key}")] for key, inner in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [pack(inner, tensors, f"{path}.{index}") for index, inner in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"state {path}: {type(value).__name__} cannot be saved without pickle")
+
+
+def unpack(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The inverse of `pack`."""
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: unpack(inner, tensors) for key, inner in content}
+    return (tuple if kind == "tuple" else list)(unpack(inner, tensors) for inner in content)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def name(images_seen: int) -> str:
+    """The checkpoint's folder name."""
+    return f"{PREFIX}{images_seen:09d}"
+
+
+def images_of(checkpoint: Path) -> int:
+    """The images seen that a folder's name tells."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def save(folder: Path, images_seen: int, objects: Mapping[str, Stateful], config: str, info: Mapping[str, Any]) -> Path:
+    """Write `folder`/images-N with the state of the named objects, the config's text and a few plain values.
+
+    Raises:
+        WorkError: it cannot be written (a full disk, no permission); older checkpoints stay as they are.
+    """
+    final = folder / name(images_seen)
+    beside: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = atomic_io.beside(final)
+        tensors: dict[str, torch.Tensor] = {}
+        state = {key: pack(thing.state_dict(), tensors, key) for key, thing in objects.items()}
+        save_file(tensors, beside / "tensors.safetensors")
+        (beside / "state.json").write_text(json.dumps({"info": dict(info), "objects": state}))
+        (beside / "config.yaml").write_text(config, encoding="utf-8")
+        sums = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
+        (beside / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+        atomic_io.put(beside, final)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+        last = newest(folder)
+        kept = f"the last good one is {last.name}" if last else "there is none yet"
+        raise WorkError(f"checkpoint {final.name} could not be written ({error}); {kept}") from error
+    return final
+
+
+def load(checkpoint: Path, objects: Mapping[str, Stateful]) -> dict[str, Any]:
+    """Restore the named objects from `checkpoint`; returns the plain values saved with them.
+
+    Raises:
+        WorkError: it is whole, and still not the state of these objects.
+    """
+    try:
+        tensors = load_file(checkpoint / "tensors.safetensors")
+        state = parse_json((checkpoint / "state.json").read_bytes())
+        for key, thing in objects.items():
+            thing.load_state_dict(unpack(state["objects"][key], tensors))
+        info: dict[str, Any] = dict(state["info"])
+        if not isinstance(info["images_seen"], int):
+            raise TypeError(f"images_seen is {info['images_seen']!r}")
+    except Exception as error:  # of another version, or made by hand: whatever the objects make of it
+        raise WorkError(
+            f"checkpoint {checkpoint}: cannot be restored ({type(error).__name__}: {first_line(error)}); delete it to "
+            "go on from the one before it"
+        ) from error
+    return info
+
+
+def newest(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
+    """The newest whole checkpoint; older ones are not read unless it is damaged."""
+    for checkpoint in _newest_first(folder):
+        if not (damage := _damage(checkpoint)):
+            return checkpoint
+        say(f"checkpoint {checkpoint.name} is damaged ({damage}): the one before it is used")
+    return None
+
+
+def prune(folder: Path, keep: int | None, best: str | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best, and what killed processes left half-written."""
+    checkpoints = _newest_first(folder)
+    for checkpoint in checkpoints[keep:] if keep is not None else []:
+        if checkpoint.name != best:
+            shutil.rmtree(checkpoint)
+    for leftover in filter(atomic_io.is_temporary, folder.iterdir()):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """What is named as checkpoints are; a copy that somebody has put aside is none."""
+    named = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(named, key=images_of, reverse=True)
+
+
+def _damage(checkpoint: Path) -> str | None:
+    try:
+        sums = parse_json((checkpoint / CHECKSUMS).read_bytes())
+        wrong = [file for file in FILES if _sha256(checkpoint / file) != sums.get(file)]
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{wrong[0]} does not match its checksum" if wrong else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

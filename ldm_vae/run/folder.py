@@ -1,0 +1,217 @@
+"""What every training run shares, whatever it trains: its knobs, its folder, what is due when, saving and going on.
+
+The loops are train/autoencoder.py and train/diffusion.py; what only one of them has is declared where it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field, model_validator
+from torch import nn
+
+from ldm_vae.core import atomic_io, config
+from ldm_vae.core.config import Section
+from ldm_vae.core.errors import UsageError
+from ldm_vae.core.launch import DDP_TIMEOUT, check_ranks_agree, check_same
+from ldm_vae.core.ownership import own
+from ldm_vae.kernels.group_norm import fuse_norms
+from ldm_vae.run import checkpoint
+from ldm_vae.run.metrics_log import Averages
+from ldm_vae.run.trackers import start_tracker
+
+RunType = TypeVar("RunType", bound="RunConfig")
+
+
+class RunConfig(Section):
+    """The knobs of any run."""
+
+    output_dir: Path
+    """The run folder; an existing one of the same config is resumed."""
+    seed: int = 0
+    """Of the weights, the order of the data and all noise; each draw is keyed."""
+    train_batch_size: int = Field(8, gt=0)
+    """Images per process and micro-batch."""
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    """Micro-batches per update; an adversary's adaptive weight is computed in each."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the forward passes; weights stay fp32. fp16 needs a GPU."""
+    max_train_images: int = Field(1_000_000, gt=0)
+    """The run ends when so many images have been seen."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Absolute (latent-diffusion multiplies 4.5e-6 by the global batch)."""
+    lr_warmup_images: int = 0
+    """Linear warm-up."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up."""
+    max_grad_norm: float | None = None
+    """Clip each network's gradient to this norm."""
+    ema_halflife_images: int = 500_000
+    """Half-life of the averaged weights, at most 5 % of the images seen; they are what is measured and exported."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, more time, the same result."""
+    channels_last: bool = False
+    """Lay convolutions out channels last, each norm fused with the SiLU behind it: for GPUs with tensor cores; the same
+    result to rounding."""
+    torch_compile: bool = False
+    """Compile the networks in place: names in checkpoints and exports stay clean. The first step takes minutes."""
+    torch_compile_backend: str = "inductor"
+    """Of torch.compile; aot_eager shows whether a failure is the compiler's."""
+    log_every_images: int = Field(10_000, gt=0)
+    """One line of averages in metrics.jsonl."""
+    checkpoint_every_images: int = Field(100_000, gt=0)
+    """A checkpoint that resume starts from."""
+    checkpoints_total_limit: int | None = Field(2, gt=0)
+    """How many checkpoints are kept; a best one, where there is such a thing, is kept beside them."""
+    dataloader_num_workers: int = Field(2, ge=0)
+    """Processes that read the data, per training process; the result does not depend on it."""
+    ddp_timeout: int = Field(DDP_TIMEOUT, gt=0)
+    """Seconds that a process waits for another one which hangs before the run ends (one that died is noticed at once).
+    Longer than what the main process does alone: pictures, the final measurement of the scaling."""
+    report_to: str | None = None
+    """A tracker of Accelerate: tensorboard, wandb, ...; metrics.jsonl is always written."""
+
+    @model_validator(mode="after")
+    def _check_backend(self) -> RunConfig:
+        if self.torch_compile and self.torch_compile_backend not in torch.compiler.list_backends(exclude_tags=()):
+            exist = ", ".join(torch.compiler.list_backends(exclude_tags=()))
+            raise ValueError(f"torch_compile_backend: expected one of {exist}, got {self.torch_compile_backend}")
+        return self
+
+
+# a resumed run may change how long it goes on, what it keeps and tells, and on how many processes it runs
+MAY_CHANGE = (
+    "train_batch_size",  # with another number of processes the same global batch is another batch of each
+    "max_train_images",
+    "log_every_images",
+    "checkpoint_every_images",
+    "checkpoints_total_limit",
+    "dataloader_num_workers",
+    "ddp_timeout",
+    "report_to",
+    "torch_compile",
+    "torch_compile_backend",
+    "channels_last",
+)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def start_from_command_line(
+    section: type[RunType],
+    program: str,
+    manual: str | None,
+    describe: Callable[[RunType, int], str],
+    train: Callable[[RunType], None],
+) -> None:
+    """`PROGRAM CONFIG [--section.key value]`: print the manual, the plan (--dry_run), or train."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(manual)
+        return
+    flags = [flag for flag in arguments[1:] if flag not in ("--dry_run", "--dry-run")]
+    settings = config.load(section, arguments[0], flags, program=f"{program} {arguments[0]}")
+    main = os.environ.get("RANK", "0") == "0"
+    if len(flags) < len(arguments) - 1:
+        if main:
+            print(describe(settings, int(os.environ.get("WORLD_SIZE", "1"))), end="")
+    else:
+        with own(settings.output_dir, "output_dir") if main else contextlib.nullcontext():
+            train(settings)
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def prepare_run_folder(settings: RunConfig, accelerator: Accelerator, may_change: Collection[str] = MAY_CHANGE) -> None:
+    """Write RUN/config.yaml; refuse a folder that holds a run of another config."""
+    path = settings.output_dir / "config.yaml"
+    if path.exists():
+        before = config.load(type(settings), path)
+        changed = {key: values for key, values in config.differences(before, settings).items() if key not in may_change}
+        if changed:
+            listed = ", ".join(f"{key} (was {old}, now {new})" for key, (old, new) in changed.items())
+            raise UsageError(f"output_dir: {settings.output_dir} holds a run of another config: {listed}")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        settings.output_dir.mkdir(parents=True, exist_ok=True)
+        atomic_io.replace(path, atomic_io.data(config.dump(settings).encode()))
+    if settings.report_to is not None:
+        start_tracker(accelerator, config.flatten(settings))
+
+
+def global_batch(settings: RunConfig, accelerator: Accelerator) -> int:
+    """Images of one update, over all processes and micro-batches."""
+    return int(settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps)
+
+
+def resume(
+    settings: RunConfig, accelerator: Accelerator, stateful: Mapping[str, Any]
+) -> tuple[Path, dict[str, Any]] | None:
+    """Load the newest whole checkpoint into `stateful`; its path and the plain values saved with it."""
+    newest = checkpoint.newest(settings.output_dir / "checkpoints", accelerator.print)
+    check_same(accelerator, "checkpoints", -1 if newest is None else checkpoint.images_of(newest))
+    if newest is None:
+        return None
+    info = checkpoint.load(newest, stateful)
+    accelerator.print(f"resumed from {newest} at {info['images_seen']:,} images")
+    before, now = info["global_batch"], global_batch(settings, accelerator)
+    if before != now:
+        accelerator.print(f"the global batch was {before}, now it is {now}: the order of images is kept")
+    return newest, info
+
+
+def save(
+    settings: RunConfig,
+    accelerator: Accelerator,
+    images_seen: int,
+    stateful: Mapping[str, Any],
+    networks: Mapping[str, nn.Module],
+    averages: Averages,
+    best: Mapping[str, Any] | None = None,
+) -> Path:
+    """A checkpoint of all that is `stateful`, after the ranks' `networks` were found equal; older ones are pruned.
+
+    Raises:
+        WorkError: the ranks diverged, or it cannot be written.
+    """
+    folder = settings.output_dir / "checkpoints"
+    check_ranks_agree(accelerator, networks)
+    averages.synchronise(accelerator)
+    if accelerator.is_main_process:
+        info = {"images_seen": images_seen, "best": best, "global_batch": global_batch(settings, accelerator)}
+        checkpoint.save(folder, images_seen, stateful, config.dump(settings), info)
+        checkpoint.prune(folder, settings.checkpoints_total_limit, None if best is None else best["checkpoint"])
+    accelerator.wait_for_everyone()
+    return folder / checkpoint.name(images_seen)
+
+
+# --- in the loop ------------------------------------------------------------------------------------------------------
+
+
+def arrange(network: nn.Module, settings: RunConfig) -> None:
+    """Memory layout and compilation of a network that is about to train, in place."""
+    if settings.channels_last:
+        network.to(memory_format=torch.channels_last)
+        fuse_norms(network)
+    if settings.torch_compile:
+        # torch.compile(network) would put `_orig_mod.` into every name, and encode and decode would go past it
+        network.compile(backend=settings.torch_compile_backend)
+
+
+def what_is_due(settings: RunConfig, images_seen: int, batch: int, **every: int | None) -> dict[str, bool]:
+    """Which events come now, the last update having brought `batch` images: each when a multiple of its interval has
+    been crossed (None: never), and all at the end of the run."""
+    ends = images_seen >= settings.max_train_images
+    return {
+        name: interval is not None and (ends or images_seen // interval > (images_seen - batch) // interval)
+        for name, interval in every.items()
+    }

@@ -1,0 +1,113 @@
+"""The run's diary: averages over an interval, `metrics.jsonl`, trackers, and the check that numbers are numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ldm_vae.core import atomic_io
+from ldm_vae.core.errors import WorkError
+
+
+class Averages:
+    """Sums of named scalars on the device: nothing waits for the device until `means`. A vector (the KL of each
+    channel) counts as a scalar for each of its entries, by number: name/0, name/1, ...
+
+    With `skip_nan` a value that is NaN or infinite does not count; otherwise it shows in the mean.
+    """
+
+    def __init__(self, skip_nan: bool = False) -> None:
+        self.skip_nan = skip_nan
+        self.sums: dict[str, torch.Tensor] = {}  # [2, ...]: sum and count
+
+    def update(self, logs: Mapping[str, torch.Tensor]) -> None:
+        for name, value in logs.items():
+            counts = torch.isfinite(value) if self.skip_nan else torch.ones_like(value, dtype=torch.bool)
+            entry = torch.stack([torch.where(counts, value, 0.0).double(), counts.double()])
+            # a resumed sum comes from a file, hence from the CPU
+            self.sums[name] = self.sums[name].to(entry.device) + entry if name in self.sums else entry
+
+    def synchronise(self, accelerator: Accelerator) -> None:
+        """Make the sums of an unfinished interval the same on all ranks, so that rank 0's can be saved for all."""
+        self.sums = {name: accelerator.reduce(value, "mean") for name, value in sorted(self.sums.items())}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.sums
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.sums = dict(state)
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """The mean of each over the interval so far and over all ranks, in one collective."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        sums = accelerator.reduce(torch.cat([self.sums[name].reshape(2, -1) for name in names], dim=1), "mean")
+        labels = [
+            f"{name}/{entry}" if self.sums[name].ndim > 1 else name
+            for name in names
+            for entry in range(self.sums[name][0].numel())
+        ]
+        found = zip(labels, *sums.tolist(), strict=True)
+        return {label: total / count for label, total, count in found if count > 0}
+
+    def reset(self) -> None:
+        """Start a new interval."""
+        self.sums = {}
+
+
+def check_finite(means: Mapping[str, float], since: int, until: int, kept: str) -> None:
+    """Raises WorkError when a logged value is NaN or infinite: names it, the interval, and what was kept."""
+    bad = [name for name, value in means.items() if not math.isfinite(value)]
+    if bad:
+        raise WorkError(
+            f"{', '.join(bad)} became NaN or infinite between {since:,} and {until:,} images; stopped, {kept}"
+        )
+
+
+class Logbook:
+    """One JSON object a line in `metrics.jsonl`, and the same to the trackers that `report_to` names."""
+
+    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+        self.path = path
+        self.accelerator = accelerator
+        self.lines: list[dict[str, Any]] = []
+        self._since = time.monotonic()
+        self._before = 0.0
+
+    def cut_back(self, images_seen: int) -> None:
+        """Drop the lines behind a checkpoint (resume) or all (a fresh start), so that each interval stands once."""
+        if not (self.accelerator.is_main_process and self.path.exists()):
+            return
+        lines = [line for line in self.path.read_text().splitlines(keepends=True) if _is_until(line, images_seen)]
+        atomic_io.replace(self.path, atomic_io.data("".join(lines).encode()))
+        self.lines = [json.loads(line) for line in lines]
+        self._before = float(self.lines[-1].get("seconds", 0.0)) if self.lines else 0.0
+
+    def write(self, images_seen: int, values: Mapping[str, float], warnings: Mapping[str, str] | None = None) -> None:
+        """One line with the values, and the sentences that a monitor has for this interval, by name; `seconds` is what
+        the run took so far, the time that a kill lost left out."""
+        if not self.accelerator.is_main_process:
+            return
+        first = {} if self.lines else {"num_processes": self.accelerator.num_processes}
+        seconds = round(self._before + time.monotonic() - self._since, 1)
+        line = {"images": images_seen, "seconds": seconds, **first, **values}
+        line |= {"warnings": dict(warnings)} if warnings else {}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.lines.append(line)
+        self.accelerator.log(dict(values), step=images_seen)
+
+
+def _is_until(line: str, images_seen: int) -> bool:
+    try:
+        return int(json.loads(line)["images"]) <= images_seen
+    except (ValueError, KeyError, TypeError):  # a line that a kill cut short
+        return False

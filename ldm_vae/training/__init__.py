@@ -1,0 +1,1 @@
+"""Training of an autoencoder: the step, its objective and adversary, its config and data."""

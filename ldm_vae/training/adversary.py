@@ -1,0 +1,123 @@
+"""The adversarial game: the losses of both sides, when each of them plays, and what keeps the discriminator tame.
+
+Two methods, not a mode flag. `generator_loss` is what the autoencoder minimises, `discriminator_loss` what the
+discriminator does. Legend: B batch, C image channels, H W pixels, H' W' patches; logits are [B, 1, H', W'].
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from ldm_vae.autoencoder.latents import at_least_fp32
+from ldm_vae.core import distributed
+from ldm_vae.core.config import Section
+from ldm_vae.core.micro_batches import Pending
+
+
+class AdversaryConfig(Section):
+    """The adversarial term."""
+
+    weight: float = 0.5
+    """Factor of the generator loss; with `adaptive`, relative to the pixel terms' gradient (0: no adversary)."""
+    adaptive: bool = True
+    """Balance the gradients of pixel terms and adversary at the last layer (Esser et al. 2021, eq. 7). A fixed weight
+    is on the scale of per-pixel means: latent-diffusion's divided by C * H * W."""
+    loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    """Hinge (Lim & Ye 2017), vanilla (Goodfellow et al. 2014, with the linear generator loss of latent-diffusion), or
+    non-saturating."""
+    start_images: int = 0
+    """Images seen before the autoencoder is trained against the discriminator."""
+    warmup_images: int = 0
+    """Images before start_images in which the discriminator already learns, unseen by the autoencoder."""
+    r1_weight: float = Field(0.0, ge=0)
+    """gamma of R1, the discriminator's squared gradient on real images (Mescheder et al. 2018, eq. 9); 0: none."""
+    r1_every: int = Field(16, gt=0)
+    """R1 in one of so many updates, over its whole batch and times as much (lazy regularisation, Karras et al. 2020,
+    section 3.1)."""
+    lecam_weight: float = Field(0.0, ge=0)
+    """lambda of LeCAM, which holds real logits near the average of the fake ones and the reverse: for small data (Tseng
+    et al. 2021, eq. 4); 0: none."""
+    lecam_halflife_images: int = Field(20_000, gt=0)
+    """Half-life of those averages, which move once per update; the paper's decay of 0.999 at batch 32 is 22,000."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.weight > 0
+
+
+class Adversary(nn.Module):
+    """The rules of the game. Its state, in the checkpoint: LeCAM's averages of the real and of the fake logits."""
+
+    averages: torch.Tensor
+    updates: torch.Tensor
+
+    def __init__(self, config: AdversaryConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.logits = Pending()
+        self.images = 0  # of the update under way, over all processes
+        self.register_buffer("averages", torch.zeros(2))
+        self.register_buffer("updates", torch.zeros(()))
+
+    def generator_plays(self, images_seen: int) -> bool:
+        return self.config.enabled and images_seen >= self.config.start_images
+
+    def discriminator_plays(self, images_seen: int) -> bool:
+        return self.config.enabled and images_seen >= self.config.start_images - self.config.warmup_images
+
+    def generator_loss(self, fake_logits: torch.Tensor) -> torch.Tensor:
+        """What the autoencoder minimises, from the logits of its reconstructions."""
+        if self.config.loss == "non_saturating":
+            return F.softplus(-fake_logits).mean()
+        return -fake_logits.mean()
+
+    def discriminator_loss(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+        """What the discriminator minimises; 1.0 (hinge) or ln 2 (others) means that it knows nothing."""
+        if self.config.loss == "hinge":
+            return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
+        return 0.5 * (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean())
+
+    # --- regularisers of the discriminator ----------------------------------------------------------------------------
+
+    def r1_due(self, images_seen: int, global_batch: int) -> bool:
+        """Tell whether this update, of so many images over all processes and micro-batches, pays R1: all or nothing."""
+        return self.config.r1_weight > 0 and images_seen // global_batch % self.config.r1_every == 0
+
+    def r1(self, real: torch.Tensor, real_logits: torch.Tensor) -> torch.Tensor:
+        """gamma / 2 * E |grad_x D(x)|^2 times r1_every; D(x) is the mean logit of an image, real [B, C, H, W] requires
+        a gradient."""
+        # the sum of the logits, divided afterwards in fp32: the cotangent of a mean is subnormal in fp16
+        (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
+        gradient = at_least_fp32(gradient) / real_logits[0].numel()
+        squared = gradient.square().sum(dim=(1, 2, 3)).mean()
+        return 0.5 * self.config.r1_weight * self.config.r1_every * squared
+
+    def lecam(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+        """lambda * (E relu(D(x) - fake average)^2 + E relu(real average - D(G))^2) of a micro-batch, with the averages
+        of the updates before it; 0 in the first update, which has none."""
+        self.logits.add(torch.stack([real_logits.detach().mean(), fake_logits.detach().mean()]))
+        self.images += len(real_logits) * distributed.world_size()
+        real_average, fake_average = self.averages.unbind()
+        distance = F.relu(real_logits - fake_average).square() + F.relu(real_average - fake_logits).square()
+        return torch.where(self.updates > 0, self.config.lecam_weight * distance.mean(), 0.0)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Move LeCAM's averages by all micro-batches and ranks of an update that was taken."""
+        if not self.images:
+            return
+        self.updates += 1
+        keep = 0.5 ** (self.images / self.config.lecam_halflife_images)
+        # bias-corrected as Adam's moments: the first average is the first update's, not a thousandth of it
+        self.averages.lerp_(self.logits.mean().to(self.averages), (1.0 - keep) / (1.0 - keep**self.updates))
+        self.images = 0
+
+    def leave_out(self) -> None:
+        """Forget an update that was not taken."""
+        self.logits.clear()
+        self.images = 0

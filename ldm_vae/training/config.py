@@ -1,0 +1,217 @@
+"""What a training run is made of: all its knobs, and the networks they describe. The loop is train/autoencoder.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from ldm_vae.autoencoder.fine_tuning import resize_channels, set_trainable
+from ldm_vae.autoencoder.model import AutoencoderConfig, TrainableAutoencoder, load_autoencoder
+from ldm_vae.core.config import choice, choices
+from ldm_vae.core.errors import UsageError
+from ldm_vae.core.rng import seeded
+from ldm_vae.data.buckets import BucketConfig
+from ldm_vae.data.preparation import check_same, shown
+from ldm_vae.data.preprocessing import recorded
+from ldm_vae.data.source import SourceConfig
+from ldm_vae.data.transforms import TransformConfig
+from ldm_vae.perceptual.teacher import teacher
+from ldm_vae.run.folder import MAY_CHANGE as ANY_RUN_MAY_CHANGE
+from ldm_vae.run.folder import RunConfig
+from ldm_vae.run.optim import OptimizerConfig
+from ldm_vae.training.adversary import AdversaryConfig
+from ldm_vae.training.objective import Objective
+
+ValidationMetric = Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg", "delta_e"]
+
+
+class Training(RunConfig):
+    """All knobs of a run. Losses are per-pixel means, so the norms that max_grad_norm clips are small."""
+
+    resolution: int = 256
+    """Side of the training crops in pixels; a multiple of f."""
+    discriminator_learning_rate: float | None = None
+    """Of the discriminator; default: the same."""
+    init: Literal["noise", "linear"] = "noise"
+    """Of a network from scratch. noise: random weights. linear: the first forward is the linear code of the model's own
+    size, principal components of patches of the training crops (`autoencoder/linear_init.py`); model.kind kl or vq."""
+    init_images: int = Field(1024, gt=0)
+    """Training crops that the linear code is fitted on."""
+    init_from: str | None = None
+    """Start from these weights: a diffusers folder, a hub id, a single file or a run."""
+    ignore_mismatched_sizes: bool = False
+    """With init_from: model.latent_channels and model.in_channels may be others than there; what fits is kept."""
+    ignore_preprocessing: bool = False
+    """data.value_range, data.background and transform.resize may be others than init_from or a teacher records."""
+    latent_store: str | None = None
+    """Train the decoder alone, from the moments of this store: the encoder, that of init_from, is neither run nor held.
+    Its crops are taken as they are (of `transform` only `resize` has a part: it must be the store's); pixels come from
+    the store (`ldm-vae encode --pixels`), or from `data` by key, the checksum of each image compared."""
+    trainable: tuple[str, ...] = ("*",)
+    """Patterns of the parameters that learn, in diffusers' names; later ones win, a leading ! freezes. The decoder
+    alone: ["decoder.*", "post_quant_conv.*"]; the encoder then runs without a graph and stays as it is."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """stop: a NaN or infinite loss or gradient ends the run, the last good checkpoint stays. skip: the update is left
+    out and counted (skipped/autoencoder, skipped/discriminator); waits for the device at every step."""
+    validate_every_images: int | None = Field(None, gt=0)
+    """Metrics of the averaged weights on validation_data."""
+    validation_images: int = Field(256, gt=0)
+    """At most so many images of validation_data are used."""
+    validation_metrics: tuple[ValidationMetric, ...] = ("psnr", "ssim", "lpips_alex")
+    """What is measured then."""
+    best_metric: ValidationMetric = "lpips_alex"
+    """The checkpoint with the best of these is kept beside the newest; one of validation_metrics."""
+    normalisation: Literal["scale", "shift", "channel"] = "scale"
+    """The one normalisation measured and written into vae/config.json (scale: Stable Diffusion; shift: SD3, FLUX)."""
+    normalisation_from: str | None = None
+    """Write this VAE's normalisation instead: for a fine-tuned decoder, whose diffusion model knows the base's latents.
+    What is measured still stands beside the weights."""
+    normalisation_images: int = Field(1024, gt=0)
+    """Training images that it is measured on."""
+    model: choice("ldm_vae.models", default="kl") = AutoencoderConfig()  # type: ignore[valid-type]
+    perturbations: choices("ldm_vae.perturbations") = Field(default_factory=dict)  # type: ignore[valid-type]
+    losses: choices("ldm_vae.losses")  # type: ignore[valid-type]
+    adversary: AdversaryConfig = AdversaryConfig(weight=0.0)
+    discriminator: choice("ldm_vae.discriminators") | None = None  # type: ignore[valid-type]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: choice("ldm_vae.data.sources")  # type: ignore[valid-type]
+    transform: TransformConfig = TransformConfig()
+    buckets: BucketConfig | None = None
+    """Aspect-ratio buckets: crops of several shapes, one shape a batch; `{step: 64}` or `{shapes: [[H, W], ...]}`."""
+    validation_data: choice("ldm_vae.data.sources") | None = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _check(self) -> Training:
+        if self.best_metric not in self.validation_metrics:
+            raise ValueError(f"best_metric: expected one of validation_metrics, got {self.best_metric}")
+        if self.latent_store is not None and self.init_from is None:
+            raise ValueError("latent_store: needs init_from, the autoencoder whose encoder made it")
+        if self.latent_store is not None and self.buckets is not None:
+            raise ValueError("latent_store: its crops are what was encoded; expected no buckets")
+        quantizer = getattr(self.model, "quantizer", None)
+        if self.init == "linear":
+            if self.init_from is not None:
+                raise ValueError("init: linear is for a network from scratch; expected no init_from, or init: noise")
+            if self.model.kind not in ("kl", "vq"):
+                raise ValueError(f"init: linear is for model.kind kl or vq, got {self.model.kind}")
+            if quantizer is not None and (quantizer.kind, getattr(quantizer, "distance", "")) != ("vq", "euclidean"):
+                raise ValueError("init: linear needs model.quantizer.kind vq with distance euclidean, or init: noise")
+        if getattr(quantizer, "codebook", None) == "learned" and not any(
+            part.kind == "codebook" for part in self.losses.values()
+        ):
+            raise ValueError("model.quantizer.codebook: learned needs the term losses.codebook")
+        if self.gradient_checkpointing and self.model.kind == "vq":
+            raise ValueError("gradient_checkpointing: diffusers' VQModel has none; expected false")
+        if isinstance(self.data, SourceConfig) and isinstance(self.validation_data, SourceConfig):
+            for name in ("value_range", "background"):
+                ours, theirs = getattr(self.data, name), getattr(self.validation_data, name)
+                files_differ = name == "value_range" and ours is not None and theirs is not None
+                if ours != theirs and not files_differ:
+                    raise ValueError(f"validation_data.{name}: expected data.{name} {shown(ours)}, got {shown(theirs)}")
+        for name, part in (("data", self.data), ("validation_data", self.validation_data)):
+            channels = getattr(part, "channels", self.model.in_channels)
+            if channels != self.model.in_channels:
+                raise ValueError(
+                    f"{name}.channels: expected model.in_channels {self.model.in_channels}, got {channels}"
+                )
+        return self
+
+
+# what a resumed run may change besides
+MAY_CHANGE = (
+    *ANY_RUN_MAY_CHANGE,
+    "validate_every_images",
+    "validation_images",
+    "validation_metrics",
+    "normalisation",
+    "normalisation_from",
+    "normalisation_images",
+    "on_nan",
+    "ignore_preprocessing",
+)
+
+
+def build_autoencoder(settings: Training) -> Any:
+    """From `init_from` when it is named, else random weights drawn by the seed; `trainable` is applied.
+
+    Raises:
+        UsageError: the shape of `init_from` is not `model`, it records another preprocessing, or `trainable` names
+            nothing.
+    """
+    with seeded(settings.seed):
+        vae = settings.model.build()
+    if settings.init_from is not None:
+        base = load_autoencoder(settings.init_from)
+        may_differ = ("latent_channels", "in_channels") if settings.ignore_mismatched_sizes else ()
+        if type(base) is not type(vae):
+            raise UsageError(
+                f"init_from {settings.init_from}: expected the class of model.kind {settings.model.kind}, "
+                f"{type(vae).__name__}, got {type(base).__name__}"
+            )
+        for name, value in settings.model.shape().items():
+            value = list(value) if isinstance(value, tuple) else value
+            came = list(base.config[name]) if isinstance(base.config[name], tuple | list) else base.config[name]
+            if came != value and name not in may_differ:
+                hint = "; ignore_mismatched_sizes keeps what fits" if name in ("latent_channels", "in_channels") else ""
+                raise UsageError(f"model.{name}: the config says {value}, {settings.init_from} has {came}{hint}")
+        check_preprocessing(settings, base, f"init_from {settings.init_from}")
+        vae = resize_channels(base, vae)
+    set_trainable(vae, settings.trainable)
+    return vae.train()
+
+
+def check_preprocessing(settings: Training, network: Any, name: str) -> None:
+    """Raises UsageError where images are prepared in another way than a network that is fed them records.
+
+    name: of the network in the config, with its place.
+    """
+    known = recorded(network)
+    if known is None or settings.ignore_preprocessing or not isinstance(settings.data, SourceConfig):
+        return
+    ours = replace(settings.data.decoding(), resize=settings.transform.resize)
+    names = {"value_range": "data.value_range", "background": "data.background", "resize": "transform.resize"}
+    check_same("the config says", ours, name, known, names, "set that, or ignore_preprocessing: true")
+
+
+def check_teachers(settings: Training) -> None:
+    """Raises UsageError where a teacher, which sees the training's images, records another preprocessing."""
+    for section in ("losses", "perturbations"):
+        for name, part in getattr(settings, section).items():
+            if isinstance(source := getattr(part, "teacher", None), str):
+                check_preprocessing(settings, teacher(source).network, f"{section}.{name}.teacher {source}")
+
+
+def build_network(settings: Training, vae: Any, outline: bool = False) -> TrainableAutoencoder:
+    """The one forward of training: the model's bottleneck, and the perturbations in the order of the config.
+
+    outline: without the weights that a perturbation would load, to count its cost.
+    """
+    with seeded(settings.seed):
+        bottleneck = settings.model.bottleneck(vae)
+    parts = settings.perturbations.values()
+    perturbations = [part.outline(settings.seed) if outline else part.build(settings.seed) for part in parts]
+    return TrainableAutoencoder(vae, bottleneck, perturbations)
+
+
+def build_objective(settings: Training, outline: bool = False) -> Objective:
+    """The terms; what they own (a projection) is drawn by the seed, alike on every rank.
+
+    outline: without the weights that a term would load, to count its cost.
+    """
+    with seeded(settings.seed + 2):
+        return Objective(settings.losses, outline)
+
+
+def build_discriminator(settings: Training) -> nn.Module | None:
+    if not settings.adversary.enabled:
+        return None
+    if settings.discriminator is None:
+        raise UsageError(
+            "discriminator: is missing although adversary.weight > 0; e.g. `discriminator: {kind: patchgan}`"
+        )
+    with seeded(settings.seed + 1):
+        network: nn.Module = settings.discriminator.build(settings.model.in_channels)
+        return network.train()

@@ -1,0 +1,188 @@
+"""Training the decoder from a latent store: batches of stored moments and the pixels that they were made from.
+
+The encoder is not run and not held. Pixels come from the store (`encode --pixels`), or are read again from the images:
+by key, cut as the store cut them, the checksum of their bytes compared.
+
+Legend: B batch, C image channels, c latent channels, H W pixels, h w latent positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.data import Dataset
+
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.model import encoder_fingerprint, load_autoencoder, only_kl
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.data import sampler
+from ldm_vae.data.dataset import PATIENCE
+from ldm_vae.data.decoding import read_image
+from ldm_vae.data.preprocessing import Preprocessing
+from ldm_vae.data.quarantine import Bad, BadImage
+from ldm_vae.data.sampler import Work
+from ldm_vae.data.source import Source, image_checksum
+from ldm_vae.data.stream import Stream
+from ldm_vae.data.transforms import decoding_of, preprocessing_identity
+from ldm_vae.data.workers import load
+from ldm_vae.latent_store.format.layout import (
+    PIXELS,
+    crop_of,
+    crops_of,
+    is_flipped,
+)
+from ldm_vae.latent_store.format.manifest import read_manifest
+from ldm_vae.latent_store.format.work_units import storable
+from ldm_vae.latent_store.read.dataset import LatentDataset
+from ldm_vae.latent_store.write.crops import Cutting, resize_of
+from ldm_vae.training.config import Training
+
+COLUMNS = ("key", "source_index", "image_sha256")
+
+
+@dataclass
+class StoredBatch:
+    """One rank's part of a global batch: moments [B, c, h, w], pixels uint8 [B, C, H, W] they belong to, positions in
+    the stream of all images int64 [B], keys, and the images that could not be read again on the way."""
+
+    moments: Moments
+    pixels: torch.Tensor
+    positions: torch.Tensor
+    keys: list[str]
+    bad: list[Bad]
+
+    def pin_memory(self) -> StoredBatch:
+        """Called by DataLoader: only the pixels are worth a page-locked buffer."""
+        return replace(self, pixels=self.pixels.pin_memory())
+
+
+class StoredPairs(Dataset[StoredBatch]):
+    """Work => batches, in the worker. `source` is None where the store holds the pixels."""
+
+    def __init__(self, latents: LatentDataset, source: Source | None) -> None:
+        identity = latents.manifest.identity
+        self.latents, self.source = latents, source
+        self.crops = crops_of(identity.views)
+        self.cutting = Cutting((latents.shards[0].resolution,), self.crops, resize=resize_of(identity))
+        self._known_bad: set[int] = set()
+        self._places: dict[str, int] | None = None
+
+    def __getitems__(self, work: Work) -> StoredBatch:
+        bad: list[Bad] = []
+        found = [self._usable(task.index, task.epoch, bad) for task in work.tasks]
+        batch = self.latents.read([index for index, _ in found], [task.epoch for task in work.tasks], ("key",))
+        pixels = batch[PIXELS] if self.source is None else torch.stack([crop for _, crop in found if crop is not None])
+        positions = torch.tensor([task.position for task in work.tasks])
+        return StoredBatch(Moments(batch["mean"], batch["logvar"]), pixels, positions, batch["key"], bad)
+
+    def _usable(self, index: int, epoch: int, bad: list[Bad]) -> tuple[int, torch.Tensor | None]:
+        """This sample, or the next whose image can still be had; its pixels where the store does not hold them."""
+        if self.source is None:
+            return index, None
+        count = len(self.latents)
+        for candidate in ((index + step) % count for step in range(min(count, PATIENCE))):
+            if candidate in self._known_bad:
+                continue
+            row = self.latents.row(candidate, COLUMNS)
+            try:
+                return candidate, self._pixels(candidate, epoch, row)
+            except BadImage as error:
+                self._known_bad.add(candidate)
+                bad.append(Bad(row["key"], error.reason))
+        raise WorkError(
+            f"latent_store {self.latents.path}: none of its images can be read again; first: {bad[0].reason}"
+        )
+
+    def _pixels(self, index: int, epoch: int, row: dict[str, Any]) -> torch.Tensor:
+        assert self.source is not None
+        record = self.source[self._place(row["key"], row["source_index"])]
+        if image_checksum(record.image) != row["image_sha256"]:
+            raise BadImage("the image has changed since it was encoded; `ldm-vae encode --update` takes it up")
+        image = read_image(record.image, self.source.decoding, self.cutting.at_least)
+        (view,) = self.latents.views([index], [epoch])
+        crop = self.cutting(image.pixels, image.original_size)[self.crops.index(crop_of(view))].pixels
+        return crop.flip(2) if is_flipped(view) else crop
+
+    def _place(self, key: str, index: int) -> int:
+        """Where the image is now: usually where it was."""
+        assert self.source is not None
+        if index < len(self.source) and storable(self.source.key(index)) == key:
+            return index
+        if self._places is None:
+            self._places = {storable(self.source.key(place)): place for place in range(len(self.source))}
+        if key not in self._places:
+            raise BadImage("the image is not in the data any more; `ldm-vae encode --update` drops it")
+        return self._places[key]
+
+
+def open_pairs(settings: Training, vae: AutoencoderKL, source: Source | Stream) -> StoredPairs:
+    """The pairs of `settings.latent_store`.
+
+    Args:
+        vae: what init_from gave, its encoder included.
+        source: where pixels are read again, unless the store holds them.
+
+    Raises:
+        UsageError: another encoder made the store, its kind or shape does not do, or the images are prepared in
+            another way than it was made with.
+    """
+    only_kl(vae, "latent_store")
+    path = settings.latent_store
+    assert path is not None
+    identity = read_manifest(path).identity
+    latents = LatentDataset(
+        path, raw=True, seed=settings.seed, columns=COLUMNS, view="random", resolution=settings.resolution,
+        pixels=identity.pixels,
+    )  # fmt: skip
+    if identity.encoder != encoder_fingerprint(vae):
+        raise UsageError(
+            f"latent_store {path}: was made by another encoder than that of init_from {settings.init_from}"
+        )
+    if identity.store != "moments":
+        raise UsageError(f"latent_store {path}: expected moments, it holds {identity.store}")
+    if len(latents.shapes()) > 1 or identity.bucket_step is not None:
+        raise UsageError(f"latent_store {path}: expected latents of one shape, it has aspect buckets")
+    if identity.pixels:
+        return StoredPairs(latents, None)
+    if isinstance(source, Stream):
+        raise UsageError("data: can only be read in order; expected images that can be read again by key, or a store "
+                         "with pixels")  # fmt: skip
+    ours = preprocessing_identity(source.decoding)
+    if identity.preprocessing != ours:
+        raise UsageError(
+            f"data: is prepared as `{ours}`, the store {path} was made as `{identity.preprocessing}`; set data and "
+            "transform.resize so"
+        )
+    return StoredPairs(latents, source)
+
+
+def prepared_as(source: Source | Stream, pairs: StoredPairs | None) -> Preprocessing:
+    """The preparation of a training's images: those of a store that holds its pixels as the store's were."""
+    stored = pairs and pairs.source is None and decoding_of(pairs.latents.manifest.identity.preprocessing)
+    return Preprocessing.of(stored or source.decoding)
+
+
+def stored_loader(
+    pairs: StoredPairs, *, seed: int, num_workers: int = 0, pin_memory: bool = False, **layout: int
+) -> Iterator[StoredBatch]:
+    """The endless stream of this rank's batches: order and arguments are those of `training_loader`."""
+    yield from load(pairs, sampler.batches(seed, len(pairs.latents), **layout), num_workers, pin_memory)
+
+
+def drop_encoder(vae: AutoencoderKL) -> None:
+    """Take what is in front of the latents out of memory; `whole` puts it back."""
+    vae.encoder = vae.quant_conv = None
+
+
+def whole(vae: Any, settings: Training) -> Any:
+    """For validation and export: `vae`, with the encoder of init_from, which made the store, where it has none."""
+    if settings.latent_store is None:
+        return vae
+    assert settings.init_from is not None
+    complete = load_autoencoder(settings.init_from)
+    complete.load_state_dict(vae.state_dict(), strict=False)
+    return complete.to(vae.device)

@@ -1,0 +1,233 @@
+"""What a run will cost, told before it is started: `--dry_run`. Nothing is computed or fetched, of the data only the
+list is read: the real training step runs on tensors without content, its operations and memory are counted.
+
+Legend: B batch, C image channels, H W pixels, c latent channels, h w latent positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ldm_vae.autoencoder.fine_tuning import set_trainable
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.model import check_resolution, count_parameters, downsampling_factor
+from ldm_vae.core import config
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.flop_counter import Cost, gpu_autocast
+from ldm_vae.core.frozen_module import Frozen
+from ldm_vae.data.stream import length
+from ldm_vae.kernels.group_norm import fuse_norms
+from ldm_vae.run.optim import learning
+from ldm_vae.training.adversary import Adversary
+from ldm_vae.training.config import (
+    Training,
+    build_autoencoder,
+    build_discriminator,
+    build_network,
+    build_objective,
+)
+from ldm_vae.training.decoder_only import drop_encoder
+from ldm_vae.training.step import TrainingStep
+
+GB = 1e9
+# resident memory of a process on a CPU over what its tensors hold, beside LIBRARIES: 1.42 to 1.43 in trainings of 0.2
+# to 0.4 GB; with MALLOC_MMAP_THRESHOLD_=65536, where the C library's heap keeps nothing, 1.12: convolutions' workspace
+RESIDENT = 1.5
+LIBRARIES = 0.9e9  # torch and what else is imported
+
+
+@dataclass(frozen=True)
+class Plan:
+    """parameters by network; GFLOP an image of each forward pass, and of a whole step with the adversary active;
+    bytes of the tensors of a process by what holds them (a teacher's network, which is not loaded, left out)."""
+
+    parameters: dict[str, int]
+    forward_gflop: dict[str, float]
+    step_gflop: float
+    bytes: dict[str, int]
+
+
+def plan(settings: Training, processes: int = 1) -> Plan:
+    """Count a step of this config: shapes alone, on any machine, in seconds.
+
+    Raises:
+        UsageError: the config cannot be built.
+    """
+    accelerator = Accelerator(cpu=True)
+    # gradients that wait for the next micro-batch lie beside its activations: two show what any number holds
+    micro_batches = accelerator.gradient_accumulation_steps = min(2, settings.gradient_accumulation_steps)
+    with FakeTensorMode(), gpu_autocast(settings.mixed_precision):
+        # the base's own weights are not wanted here, its shape is `model`
+        vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
+        if settings.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        network = build_network(settings, vae, outline=True)
+        if settings.channels_last:
+            fuse_norms(network)
+        objective = build_objective(settings, outline=True)
+        objective.attach(network)
+        critic = build_discriminator(settings)
+        size = settings.resolution
+        images = torch.empty(settings.train_batch_size, settings.model.in_channels, size, size)
+        noise = torch.empty(len(images), *network.noise_shape(size, size))
+        latents = torch.empty(len(images), *network.latent_shape(size, size))
+        parts: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
+            "encoder": (vae.encode, (images,)),
+            "decoder": (vae.decode, (latents,)),
+        }
+        stored = None
+        if settings.latent_store is not None:
+            drop_encoder(vae)
+            del parts["encoder"]
+            stored = Moments(latents, latents)
+        parts |= {name: (term, (images, images)) for name, term in objective.terms.items() if term.domain == "pixels"}
+        parts |= {} if critic is None else {"discriminator": (critic, (images,))}
+        forward = {
+            name: _flops(function, arguments) / len(images) / 1e9 for name, (function, arguments) in parts.items()
+        }
+        optimizer = settings.optimizer.build(learning([network, objective]), settings.learning_rate)
+        critic_optimizer = None if critic is None else settings.optimizer.build(learning([critic]), 1e-4)
+        step = TrainingStep(
+            accelerator, network, objective, optimizer, Adversary(settings.adversary), critic, critic_optimizer,
+            settings.max_grad_norm,
+        )  # fmt: skip
+        costs = []
+        for _ in range(2):  # the first makes Adam's moments
+            with Cost() as cost:
+                for _ in range(micro_batches):
+                    step(images, noise, settings.adversary.start_images, stored)
+            costs.append(cost)
+        first, second = costs
+    moments = sum(
+        value.untyped_storage().nbytes()
+        for one in (optimizer, critic_optimizer)
+        if one is not None
+        for state in one.state.values()
+        for value in state.values()
+    )
+    held = [vae] if critic is None else [vae, critic]
+    weights = sum(_bytes(module) for module in held)
+    looked_through = {id(part.network): part.network for root in (network, objective) for part in root.modules()
+                      if isinstance(part, Frozen)}  # fmt: skip
+    frozen = sum(_bytes(module) for module in looked_through.values())
+    return Plan(
+        parameters={"autoencoder": count_parameters(vae.parameters())}
+        | ({} if critic is None else {"discriminator": count_parameters(critic.parameters())}),
+        forward_gflop=forward,
+        step_gflop=second.flops / len(images) / micro_batches / 1e9,
+        bytes={
+            "weights": weights,
+            "averaged weights": _bytes(vae),
+            # beside the gradients themselves
+            **({"buckets of DDP": 4 * count_parameters(learning([network, *held[1:]]))} if processes > 1 else {}),
+            **({"networks that losses look through": frozen} if frozen else {}),
+            "Adam's moments": moments,
+            "activations and gradients": max(second.peak_bytes, first.peak_bytes - moments),
+        },
+    )
+
+
+def _flops(function: Any, arguments: tuple[torch.Tensor, ...]) -> int:
+    with Cost() as cost, torch.no_grad():
+        function(*arguments)
+    return int(cost.flops)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+
+def describe(settings: Training, processes: int = 1) -> str:
+    """What `--dry_run` prints: the resolved config as YAML, then the plan as comments. Data and base weights that are
+    not on this machine are said to be so.
+
+    Raises:
+        UsageError: the config does not hold together.
+    """
+    vae = _outline(settings)
+    check_resolution(settings.resolution, downsampling_factor(vae))
+    found = plan(settings, processes)
+    global_batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
+    latent = build_network(settings, vae, outline=True).latent_shape(settings.resolution, settings.resolution)
+    millions = {name: f"{count / 1e6:.2f} M" for name, count in found.parameters.items()}
+    forward = {name: f"{count:.3g}" for name, count in found.forward_gflop.items() if count}
+    memory = {name: f"{count / GB:.2f}" for name, count in found.bytes.items()}
+    peak = sum(found.bytes.values())
+    batch = f"{settings.train_batch_size} images of {settings.resolution} px"
+    lines = {
+        "parameters": f"{_listed(millions)}; f {downsampling_factor(vae)}, latents {' x '.join(map(str, latent))}",
+        "GFLOP an image": f"forward {_listed(forward)}; a training step with all that plays {found.step_gflop:.4g}",
+        "memory, GB": f"{_listed(memory)}; peak about {peak / GB:.1f} in a process with {batch}",
+        "on a CPU": "" if torch.cuda.is_available() else _on_a_cpu(peak),
+        "init_from": _found_base(settings),
+        "data": _found_data(settings.data, global_batch, settings.max_train_images),
+        "validation_data": _found_data(settings.validation_data),
+    }
+    comments = "".join(f"# {name + ':':16} {text}\n" for name, text in lines.items() if text)
+    return f"{config.dump(settings)}{comments}"
+
+
+def _on_a_cpu(peak: int) -> str:
+    return (
+        f"resident up to about {(RESIDENT * peak + LIBRARIES) / GB:.1f} GB: {RESIDENT} times, as the C library keeps "
+        f"part of what tensors gave back, and {LIBRARIES / GB} of libraries, which each data worker takes again"
+    )
+
+
+def _outline(settings: Training) -> Any:
+    with torch.device("meta"):
+        vae = settings.model.build()
+    set_trainable(vae, settings.trainable)
+    return vae
+
+
+def _listed(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _found_base(settings: Training) -> str:
+    if settings.init_from is None:
+        return ""
+    if Path(settings.init_from).exists():
+        build_autoencoder(settings)  # raises where its shape is not `model`
+        return f"{settings.init_from}, whose shape is `model`"
+    cached = [_cached(settings.init_from, name) for name in ("config.json", "vae/config.json")]
+    return f"{settings.init_from}, in the hub's cache" if any(cached) else f"not found here: {settings.init_from}"
+
+
+def _cached(hub_id: str, name: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(hub_id, name), str)
+    except ValueError:  # not a hub id
+        return False
+
+
+def _found_data(data: Any, global_batch: int = 0, max_images: int = 0) -> str:
+    if data is None:
+        return ""
+    if data.kind == "hub" and not Path(data.path).exists():
+        return f"not looked for: {data.path} is a hub id"
+    try:
+        count = length(data.build())
+    except (UsageError, WorkError):
+        return f"not found here: {data.path}"
+    if count is None:
+        return f"read in order, its length is unknown: {data.path}"
+    if not global_batch:
+        return f"{count:,} images in {data.path}"
+    return (
+        f"{count:,} images in {data.path}; an epoch is {count / global_batch:.4g} updates of {global_batch}, the run "
+        f"{max_images / count:.3g} epochs, {max_images // global_batch:,} updates"
+    )

@@ -1,0 +1,120 @@
+"""Health of a training: statistics of the logits, and plain sentences when the adversary saturates, collapses or runs
+away, or when a linear code beats the network.
+
+The sentences are a function of the lines of metrics.jsonl alone, so a resumed run says what an undisturbed one says.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ldm_vae.training.adaptive_weight import LARGEST
+from ldm_vae.training.adversary import AdversaryConfig
+
+PATIENCE = 3  # log intervals in a row before a state is called one: single intervals of a healthy game look like any
+WON = 0.98  # accuracy on both sides; healthy runs of the demo stay below 0.9
+LOST = 0.35  # mean accuracy: wrong more often than right
+BLIND = 0.015  # mean accuracy within this of a half
+JUMP = 20.0  # a gradient norm over the median of those before, of which there are at least so many:
+HISTORY = 10
+START = 15  # intervals that a discriminator may be blind for: the demo's needs a dozen
+
+Line = Mapping[str, Any]
+
+
+def logit_statistics(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Share of real and of fake patches that the discriminator gets right, and the margin between the two means.
+
+    Both shares near 1 and a growing margin: the discriminator has won, and its gradient says nothing more. Both near
+    0.5: it has learned nothing yet.
+    """
+    real, fake = real_logits.detach(), fake_logits.detach()
+    return {
+        "health/real_accuracy": (real > 0).float().mean(),
+        "health/fake_accuracy": (fake < 0).float().mean(),
+        "health/logit_margin": real.mean() - fake.mean(),
+    }
+
+
+def diagnose(log: Sequence[Line], config: AdversaryConfig) -> dict[str, str]:
+    """What is wrong with the game in the last interval of `log` (lines of metrics.jsonl, oldest first): a name and a
+    sentence with the remedy for each; empty when all is well or the discriminator does not play yet."""
+    played = [line for line in log if "health/logit_margin" in line]
+    averages = [line for line in log if "loss/total" in line]
+    if not averages:
+        return {}
+    found = _gradient_jumps(averages)
+    recent = played[-PATIENCE:]
+    if len(recent) < PATIENCE or recent[-1] is not averages[-1]:
+        return found
+    last = recent[-1]
+    real, fake, margin = (last[f"health/{name}"] for name in ("real_accuracy", "fake_accuracy", "logit_margin"))
+    seen = f"it gets {real:.0%} of the original and {fake:.0%} of the reconstructed patches right, margin {margin:.2g}"
+    accuracies = [(line["health/real_accuracy"], line["health/fake_accuracy"]) for line in recent]
+    if all(min(pair) > WON for pair in accuracies):
+        found["saturated"] = (
+            f"the discriminator has won ({seen}): its gradient says little about pictures; lower "
+            "discriminator_learning_rate, or set adversary.r1_weight (10) or, on small data, adversary.lecam_weight"
+        )
+    elif all(abs(sum(pair) / 2 - 0.5) < BLIND for pair in accuracies) and _started(played):
+        found["blind"] = (
+            f"the discriminator tells nothing apart ({seen}): raise discriminator_learning_rate, give it a start with "
+            "adversary.warmup_images, or lower adversary.r1_weight"
+        )
+    elif all(sum(pair) / 2 < LOST for pair in accuracies):
+        found["fooled"] = (
+            f"the discriminator is wrong more often than right ({seen}): the autoencoder outruns it; lower "
+            "adversary.weight or raise discriminator_learning_rate"
+        )
+    if config.adaptive and all(_at_ceiling(line, config) for line in recent):
+        found["ceiling"] = (
+            "the adaptive weight stands at its ceiling: the adversary's gradient has all but vanished at the last "
+            "layer; set adversary.r1_weight, or use `adversary.loss: non_saturating`"
+        )
+    return found
+
+
+def below_linear(scores: Line) -> dict[str, str]:
+    """A name and a sentence where a validation stands below the linear code of the same size in PSNR and in LPIPS."""
+    if not {"linear_code/psnr", "linear_code/lpips_alex"} <= scores.keys():
+        return {}
+    (psnr, psnr_floor), (lpips, lpips_floor) = (
+        (scores[f"validation/{name}"], scores[f"linear_code/{name}"]) for name in ("psnr", "lpips_alex")
+    )
+    if psnr >= psnr_floor or lpips <= lpips_floor:
+        return {}
+    sentence = (
+        f"the network reconstructs worse than a linear code of its size (PSNR {psnr:.2f} against {psnr_floor:.2f} dB, "
+        f"LPIPS {lpips:.3f} against {lpips_floor:.3f}): train on, or start from that code with `init: linear`"
+    )
+    return {"below_linear": sentence}
+
+
+def _started(played: Sequence[Line]) -> bool:
+    """Its first intervals are blind in every run."""
+    return len(played) > START
+
+
+def _at_ceiling(line: Line, config: AdversaryConfig) -> bool:
+    return bool(line.get("adversary/weight_on_sums", 0.0) > 0.99 * LARGEST * config.weight)
+
+
+def _gradient_jumps(averages: Sequence[Line]) -> dict[str, str]:
+    found = {}
+    for side in ("autoencoder", "discriminator"):
+        norms = [line[f"gradient_norm/{side}"] for line in averages if f"gradient_norm/{side}" in line]
+        before = [norm for norm in norms[:-1] if math.isfinite(norm)]
+        if len(before) < HISTORY or f"gradient_norm/{side}" not in averages[-1]:
+            continue
+        usual = statistics.median(before)
+        if usual > 0 and norms[-1] > max(JUMP * usual, *before):  # a vanishing norm flickers by more
+            found[f"jump_{side}"] = (
+                f"the gradient norm of the {side} jumped to {norms[-1]:.2g}, its median is {usual:.2g}: set "
+                "max_grad_norm near that median's tenfold, or lower the learning rate"
+            )
+    return found

@@ -1,0 +1,136 @@
+"""The objective: named terms times their weights. The dict that is summed is the dict that is logged.
+
+Legend: B batch, C image channels, H W pixels, c latent channels, h w latent positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.model import Reconstruction, TrainableAutoencoder
+from ldm_vae.core import distributed
+from ldm_vae.core.errors import UsageError
+from ldm_vae.losses import TermConfig
+
+Logs = dict[str, torch.Tensor]
+
+ACTIVE = 0.01  # variance of the posterior mean over the data above which a unit is active (Burda et al., ICLR 2016)
+
+
+class Objective(nn.Module):
+    """Terms on pixels (their gradient stops at the reconstruction) and terms on latents (it reaches the encoder).
+
+    One module, so that the few parameters a term may own (a learned log-variance, a projection) and its state (a
+    controller's) are in the optimiser, averaged, and in the checkpoint.
+    """
+
+    def __init__(self, terms: Mapping[str, TermConfig], outline: bool = False) -> None:
+        """`outline`: without the weights that a term would load, to count its cost."""
+        super().__init__()
+        self.configs = dict(terms)
+        built = {name: config.outline() if outline else config.build() for name, config in terms.items()}
+        self.terms = nn.ModuleDict(built)
+        if not any(term.domain == "pixels" for term in self.terms.values()):
+            raise UsageError(f"losses: expected at least one term on pixels, got {', '.join(terms) or 'none'}")
+
+    def attach(self, network: TrainableAutoencoder) -> None:
+        """Tell the terms what they will see; raises UsageError when one needs what the model does not give."""
+        gives = network.bottleneck.gives
+        for name, term in self.terms.items():
+            needs = getattr(term, "needs", gives)
+            if needs != gives:
+                kinds = {"posterior": "kl", "codes": "vq", "point": "tiny"}
+                raise UsageError(f"losses.{name}: expected model.kind {kinds[needs]}, got {kinds[gives]}")
+            if hasattr(term, "attach"):
+                self._term(name).attach(network)
+
+    def pixel_terms(
+        self, pixels: torch.Tensor, target: torch.Tensor, images_seen: int = 0
+    ) -> tuple[torch.Tensor, Logs]:
+        """Weighted sum of the terms on pixels [B, C, H, W] (fp32, in [-1, 1]), and each term by name."""
+        losses = {name: term(pixels, target) for name, term in self.terms.items() if term.domain == "pixels"}
+        return self._sum(losses, images_seen, pixels)
+
+    def latent_terms(self, reconstruction: Reconstruction, images_seen: int = 0) -> tuple[torch.Tensor, Logs]:
+        """Weighted sum of the terms on latents, and each term by name; what the latent carries."""
+        losses = {name: term(reconstruction) for name, term in self.terms.items() if term.domain == "latents"}
+        total, logs = self._sum(losses, images_seen, reconstruction.pixels)
+        if not reconstruction.moments.is_point:
+            logs |= rate(reconstruction.moments, reconstruction.images)
+        return total, logs
+
+    def after_update(self) -> None:
+        """Move the state of the terms that have one, by all micro-batches of an update that was taken."""
+        self._tell("after_update")
+
+    def leave_out(self) -> None:
+        """Forget an update that was not taken."""
+        self._tell("leave_out")
+
+    def _tell(self, hook: str) -> None:
+        for term in self.terms.values():
+            if hasattr(term, hook):
+                getattr(term, hook)()
+
+    @torch.no_grad()
+    def bound(self, logs: Logs, images: torch.Tensor) -> Logs:
+        """The evidence lower bound, where a likelihood is among the terms and the latent has a rate, from what they
+        logged: nats per image, and its negative in bits per dimension (pixel value)."""
+        name = self.likelihood
+        if name is None or "kl_nats_per_image" not in logs:
+            return {}
+        values = images[0].numel()
+        nats = self._term(name).nats_per_value(logs[f"loss/{name}"])
+        cost = nats * values + logs["kl_nats_per_image"]
+        return {"elbo/nats_per_image": -cost, "elbo/bits_per_dimension": cost / values / math.log(2)}
+
+    @property
+    def likelihood(self) -> str | None:
+        """The name of the one term that is a likelihood; None where there is none, or more than one."""
+        found = [name for name, term in self.terms.items() if getattr(term, "likelihood", False)]
+        return found[0] if len(found) == 1 else None
+
+    def _term(self, name: str) -> Any:
+        return self.terms[name]
+
+    def _sum(self, losses: Logs, images_seen: int, like: torch.Tensor) -> tuple[torch.Tensor, Logs]:
+        total = like.new_zeros(())
+        logs: Logs = {}
+        for name, loss in losses.items():
+            weight = self.configs[name].weight_at(images_seen)
+            total = total + weight * loss
+            logs[f"loss/{name}"] = loss.detach()
+            if self.configs[name].schedule is not None:
+                logs[f"weight/{name}"] = loss.new_full((), weight)
+            if hasattr(self.terms[name], "figures"):
+                own: Logs = self._term(name).figures()
+                logs |= {f"{name}/{figure}": value.detach() for figure, value in own.items()}
+        return total, logs
+
+
+@torch.no_grad()
+def rate(moments: Moments, images: torch.Tensor) -> Logs:
+    """What the latent of images [B, C, H, W] costs and which of its channels carry anything, from moments [B, c, h, w].
+
+    An active unit is a channel whose posterior mean has a variance above 0.01 over images and positions; in one batch
+    of a few images that is an estimate.
+    """
+    channels = moments.kl().sum(dim=(2, 3)).mean(dim=0)  # [c] nats per image
+    pixels = images.shape[2] * images.shape[3]
+    # the variance over the global batch: that of each rank's own would count other units as active
+    # in fp64: fp32 gives a channel that always is 1,000 the variance of a live one
+    rows = moments.mean.double().transpose(0, 1).flatten(1)
+    mean, square = distributed.mean(torch.stack([rows.mean(dim=1), rows.square().mean(dim=1)]))
+    active = square - mean.square() > ACTIVE
+    return {
+        "kl_nats_per_image": channels.sum(),
+        "kl_nats_per_channel": channels,
+        "bits_per_pixel": channels.sum() / pixels / math.log(2),
+        "active_units": active.sum().to(channels.dtype),
+    }

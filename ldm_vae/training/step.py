@@ -1,0 +1,182 @@
+"""THE training step: one forward of the autoencoder, shared by generator and discriminator.
+
+The graph is cut at the reconstruction. Pixel terms and the adversary each give a cotangent there (their own graphs are
+freed before the autoencoder's backward), the two are balanced at the last layer, and one backward carries their sum
+through decoder and encoder. An f8 network (widths 64 to 256, two images of 128 px) costs 419 GFLOP a step so;
+latent-diffusion's two forwards and two retained backwards cost 596.
+
+Legend: B batch, C image channels, H W pixels, c latent channels, h w latent positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.model import Reconstruction, TrainableAutoencoder
+from ldm_vae.run.optim import learning
+from ldm_vae.training.adaptive_weight import adaptive_ratio
+from ldm_vae.training.adversary import Adversary
+from ldm_vae.training.monitor import logit_statistics
+from ldm_vae.training.objective import Logs, Objective
+
+
+@dataclass
+class TrainingStep:
+    """model and discriminator are what `accelerator.prepare` returned, and so are the optimisers."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    objective: Objective
+    optimizer: Any
+    adversary: Adversary
+    discriminator: nn.Module | None = None
+    discriminator_optimizer: Any = None
+    max_grad_norm: float | None = None
+    skip_nan: bool = False
+
+    def __call__(
+        self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0, stored: Moments | None = None
+    ) -> Logs:
+        """images [B, C, H, W] in [-1, 1] and keyed noise [B, n, h, w] of this process => detached scalars by name.
+
+        stored: the images' moments, where the decoder alone is trained.
+
+        With gradient accumulation each call is one micro-batch, all of an update with the same `images_seen`; weights,
+        and whatever else moves, move at the last of them.
+        """
+        networks = [self.model] if self.discriminator is None else [self.model, self.discriminator]
+        with self.accelerator.accumulate(*networks):
+            reconstruction = self.model(images, noise, images_seen, stored)
+            logs = self._autoencoder(reconstruction, images_seen)
+            if self.adversary.discriminator_plays(images_seen):
+                # the last use of the reconstruction: from here on only its values
+                logs |= self._discriminator(reconstruction.target, reconstruction.pixels.detach(), images_seen)
+        return logs
+
+    # --- the step -----------------------------------------------------------------------------------------------------
+
+    def _autoencoder(self, reconstruction: Reconstruction, images_seen: int) -> Logs:
+        pixels = reconstruction.pixels.detach().requires_grad_()
+        pixel_total, logs = self.objective.pixel_terms(pixels, reconstruction.target, images_seen)
+        own = learning([self.objective])
+        cotangent, *own_gradients = torch.autograd.grad(pixel_total, [pixels, *own], materialize_grads=True)
+        logs["loss/pixels"] = pixel_total.detach()
+
+        if self.adversary.generator_plays(images_seen):
+            weighted, adversary_logs = self._adversary_cotangent(pixels, cotangent, reconstruction.last_hidden)
+            cotangent = cotangent + weighted
+            logs |= adversary_logs
+
+        latent_total, latent_logs = self.objective.latent_terms(reconstruction, images_seen)
+        logs |= latent_logs
+        logs |= self.objective.bound(logs, reconstruction.images)
+        logs["loss/total"] = logs["loss/pixels"] + latent_total.detach()
+        # a surrogate with the gradients found above: DDP, accumulation and the fp16 scaler see an ordinary loss
+        surrogate = (reconstruction.pixels * cotangent).sum() + latent_total
+        surrogate = surrogate + sum((p * gradient).sum() for p, gradient in zip(own, own_gradients, strict=True))
+        self.accelerator.backward(surrogate)
+        if self.accelerator.sync_gradients:  # the objective is no DDP module: its terms run on a cut graph
+            for parameter in own:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        if not self.accelerator.sync_gradients:
+            return logs
+        taken, update_logs = self._update(self.optimizer, "autoencoder", learning([self.model, self.objective]))
+        bottleneck = self._network.bottleneck
+        if taken:
+            self.objective.after_update()
+            update_logs |= bottleneck.after_update(self._network.vae)
+        else:
+            self.objective.leave_out()
+            bottleneck.leave_out()
+        return logs | update_logs
+
+    def _adversary_cotangent(
+        self, pixels: torch.Tensor, pixel_cotangent: torch.Tensor, last_hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, Logs]:
+        # with respect to the pixels only: no gradient reaches the discriminator's weights, and unwrapped, so that DDP
+        # does not wait for any
+        loss = self.adversary.generator_loss(self.accelerator.unwrap_model(self.discriminator)(pixels))
+        (cotangent,) = torch.autograd.grad(loss, pixels)
+        weight = loss.new_full((), self.adversary.config.weight)  # no copy from the host
+        if self.adversary.config.adaptive:
+            layer = self._network.last_layer
+            weight = weight * adaptive_ratio(self.accelerator, layer, last_hidden, pixel_cotangent, cotangent)
+        logs = {
+            "adversary/generator": loss.detach(),
+            "adversary/weight": weight,
+            "adversary/weight_on_sums": weight * pixels[0].numel(),  # compares with the logs of latent-diffusion
+        }
+        return weight * cotangent, logs
+
+    def _discriminator(self, real: torch.Tensor, fake: torch.Tensor, images_seen: int) -> Logs:
+        assert self.discriminator is not None
+        micro_batches = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
+        r1_due = self.adversary.r1_due(images_seen, len(real) * micro_batches)
+        real = real.detach().requires_grad_(r1_due)
+        # one forward over both halves: DDP allows one per backward, and the default group norm does not mix images
+        real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
+        loss = self.adversary.discriminator_loss(real_logits, fake_logits)
+        logs = {"adversary/discriminator": loss.detach()} | logit_statistics(real_logits, fake_logits)
+        if r1_due:
+            penalty = self.adversary.r1(real, real_logits)
+            loss, logs = loss + penalty, logs | {"adversary/r1": penalty.detach()}
+        if self.adversary.config.lecam_weight > 0:
+            penalty = self.adversary.lecam(real_logits, fake_logits)
+            loss, logs = loss + penalty, logs | {"adversary/lecam": penalty.detach()}
+        self.accelerator.backward(loss)
+        if not self.accelerator.sync_gradients:
+            return logs
+        parameters = learning([self.discriminator])
+        taken, update_logs = self._update(self.discriminator_optimizer, "discriminator", parameters)
+        if taken:
+            self.adversary.after_update()
+            critic = self.accelerator.unwrap_model(self.discriminator)
+            if hasattr(critic, "after_update"):
+                critic.after_update()
+        else:
+            self.adversary.leave_out()
+        return logs | update_logs
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _update(self, optimizer: Any, name: str, parameters: list[nn.Parameter]) -> tuple[bool, Logs]:
+        """End an update: whether the weights moved, or the update was left out; its logs."""
+        # of this optimiser alone: accelerator.clip_grad_norm_ unscales all of them, and the discriminator's earlier
+        # micro-batches would be divided twice
+        self.accelerator.unscale_gradients(optimizer)
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(parameters, limit).detach()
+        logs: Logs = {}
+        taken = True
+        if self.skip_nan:  # gradients are averaged over the ranks, so all of them skip or none does
+            taken = bool(torch.isfinite(norm))
+            if not taken:
+                optimizer.zero_grad()
+            logs[f"skipped/{name}"] = norm.new_tensor(float(not taken))
+        self._optimizer_step(optimizer)
+        if getattr(optimizer, "step_was_skipped", False):  # the fp16 scaler looks for its scale: no norm to speak of
+            return False, logs
+        return taken, logs | {f"gradient_norm/{name}": norm}
+
+    def _optimizer_step(self, optimizer: Any) -> None:
+        scaler = self.accelerator.scaler
+        before = None if scaler is None else scaler.get_scale()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scaler is not None and (ratio := scaler.get_scale() / before) != 1 and self.discriminator is not None:
+            # its earlier micro-batches hold gradients times the scale that was
+            for parameter in learning([self.discriminator]):
+                if parameter.grad is not None:
+                    parameter.grad *= ratio
+
+    @property
+    def _network(self) -> TrainableAutoencoder:
+        network = self.accelerator.unwrap_model(self.model)
+        assert isinstance(network, TrainableAutoencoder)
+        return network
