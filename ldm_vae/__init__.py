@@ -8,9 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ldm_vae.core import (
-    parent_process as parent_process,  # first: it asks who started this process before torch is imported
-)
+# first: it asks who started this process before torch is imported
+from ldm_vae.core import parent_process as parent_process
 
 if TYPE_CHECKING:
     from ldm_vae.autoencoder.model import load_autoencoder

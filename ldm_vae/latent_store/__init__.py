@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["LatentDataset", "LatentStatistics", "Manifest", "Problem", "read_manifest", "verify", "write_store"]
 
 _HOMES = {
-    "LatentDataset": "reading",
-    "LatentStatistics": "statistics",
-    "Manifest": "manifest",
-    "Problem": "verifying",
-    "read_manifest": "manifest",
-    "verify": "verifying",
-    "write_store": "writing",
+    "LatentDataset": "read.dataset",
+    "LatentStatistics": "format.statistics",
+    "Manifest": "format.manifest",
+    "Problem": "maintain.verify",
+    "read_manifest": "format.manifest",
+    "verify": "maintain.verify",
+    "write_store": "write.writer",
 }
 
 

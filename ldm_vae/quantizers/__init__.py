@@ -1,8 +1,8 @@
 """How a codebook is trained, one file each; the file name is the name under `model.quantizer.kind`.
 
 A file holds `Config(Part)` whose `build(vae)` gives a Bottleneck (`autoencoder/bottleneck.py`) for a diffusers VQModel.
-The codebook is the VQModel's own `quantize.embedding`, so what is trained is what is exported; at inference VQModel takes
-the nearest row. Its losses are terms of the objective (losses/codebook.py, commitment.py, code_kl.py).
+The codebook is the VQModel's own `quantize.embedding`, so what is trained is what is exported; at inference VQModel
+takes the nearest row. Its losses are terms of the objective (losses/codebook.py, commitment.py, code_kl.py).
 
 Legend: N vectors, c their channels, K codes.
 """
