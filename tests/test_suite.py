@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import zlib
 from pathlib import Path
 
@@ -128,3 +129,14 @@ def test_every_mutation_has_its_place_and_its_test(trees: dict[Path, ast.Module]
         where, _, name = test.partition("::")
         assert not name or name in functions(trees[ROOT / "tests" / where]), test
     assert len({(file, old, new) for file, old, new, _ in listed}) == len(listed)
+
+
+def test_documents_name_files_that_exist() -> None:
+    named = re.compile(r"`((?:ldm_vae|train|eval|tests|configs|docs)/[\w./-]*)`|\]\(((?!https?:)[\w./-]+)")
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+    links = [(page, *found.groups()) for page in pages for found in named.finditer(page.read_text(encoding="utf-8"))]
+    assert len(links) > 100
+    new = "ldm_vae/losses/tv.py"  # the file that the README's reader writes
+    absent = [f"{page.name}: {path or link}" for page, path, link in links
+              if path != new and not (ROOT / path if path else page.parent / link).exists()]  # fmt: skip
+    assert absent == []
