@@ -14,10 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from ldm_vae.core.errors import Stopped, run_program
-from ldm_vae.core.launch import StopSignal, build_accelerator
+from ldm_vae.core.launch import StopSignal
 from ldm_vae.diffusion.config import (
     MAY_CHANGE,
     DiffusionTraining,
@@ -40,15 +39,17 @@ from ldm_vae.run.folder import (
     arrange,
     global_batch,
     prepare_run_folder,
+    progress_bar,
     resume,
     save,
+    start,
     start_from_command_line,
     what_is_due,
 )
 from ldm_vae.run.inputs import compare_store
 from ldm_vae.run.metrics_log import Averages, Logbook, check_finite
 from ldm_vae.run.optim import learning, schedule, set_learning_rate
-from ldm_vae.run.trackers import check_tracker, log_picture
+from ldm_vae.run.trackers import log_picture
 
 
 def main() -> None:
@@ -56,14 +57,7 @@ def main() -> None:
 
 
 def train(settings: DiffusionTraining) -> None:
-    check_tracker(settings.report_to)
-    accelerator = build_accelerator(
-        settings.mixed_precision,
-        ddp_timeout=settings.ddp_timeout,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        log_with=settings.report_to,
-        project_dir=str(settings.output_dir),
-    )
+    accelerator = start(settings)
     run, say = settings.output_dir, accelerator.print
 
     # --- the store, and the VAE that decodes samples: opened first, since a wrong path should cost seconds ------------
@@ -110,10 +104,7 @@ def train(settings: DiffusionTraining) -> None:
     # --- the loop -----------------------------------------------------------------------------------------------------
     signals = StopSignal()
     logged_at = images_seen
-    bar = tqdm(
-        total=settings.max_train_images, initial=images_seen, unit="img", desc="train",
-        disable=None if accelerator.is_main_process else True,
-    )  # fmt: skip
+    bar = progress_bar(settings, accelerator, images_seen)
     for clean, labels, positions in latents.batches(loader, images_seen):
         if images_seen >= settings.max_train_images:
             break

@@ -59,6 +59,9 @@ class Batch:
     bad: list[Bad] = field(default_factory=list)
     values: list[Values] = field(default_factory=list)
 
+    def moments_on(self, _: torch.device) -> None:
+        """None: an encoder makes them; batches of a latent store have them."""
+
     def pin_memory(self) -> Batch:
         """Called by DataLoader: only the pixels are worth a page-locked buffer."""
         return replace(self, pixels=self.pixels.pin_memory())

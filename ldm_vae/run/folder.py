@@ -16,16 +16,17 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field, model_validator
 from torch import nn
+from tqdm.auto import tqdm
 
 from ldm_vae.core import atomic_io, config
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError
-from ldm_vae.core.launch import DDP_TIMEOUT, check_ranks_agree, check_same
+from ldm_vae.core.launch import DDP_TIMEOUT, build_accelerator, check_ranks_agree, check_same
 from ldm_vae.core.ownership import own
 from ldm_vae.kernels.group_norm import fuse_norms
 from ldm_vae.run import checkpoint
 from ldm_vae.run.metrics_log import Averages
-from ldm_vae.run.trackers import start_tracker
+from ldm_vae.run.trackers import check_tracker, start_tracker
 
 RunType = TypeVar("RunType", bound="RunConfig")
 
@@ -128,6 +129,18 @@ def start_from_command_line(
             train(settings)
 
 
+def start(settings: RunConfig) -> Accelerator:
+    """The Accelerator of a run; an absent tracker or a launch that is not what it seems ends here, in seconds."""
+    check_tracker(settings.report_to)
+    return build_accelerator(
+        settings.mixed_precision,
+        ddp_timeout=settings.ddp_timeout,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        log_with=settings.report_to,
+        project_dir=str(settings.output_dir),
+    )
+
+
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +218,14 @@ def arrange(network: nn.Module, settings: RunConfig) -> None:
     if settings.torch_compile:
         # torch.compile(network) would put `_orig_mod.` into every name, and encode and decode would go past it
         network.compile(backend=settings.torch_compile_backend)
+
+
+def progress_bar(settings: RunConfig, accelerator: Accelerator, images_seen: int) -> Any:
+    """Images seen of `max_train_images`; the main process shows it."""
+    return tqdm(
+        total=settings.max_train_images, initial=images_seen, unit="img", desc="train",
+        disable=None if accelerator.is_main_process else True,
+    )  # fmt: skip
 
 
 def what_is_due(settings: RunConfig, images_seen: int, batch: int, **every: int | None) -> dict[str, bool]:

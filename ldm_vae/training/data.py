@@ -1,4 +1,4 @@
-"""The data of a training run: what its sources must be able to do, its buckets, what the scaling is measured on.
+"""The data of a training run: its sources, its feed of batches, and the start from the linear code.
 
 Legend: B batch, C image channels, R side of a crop.
 """
@@ -21,13 +21,17 @@ from ldm_vae.core import distributed, rng
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.rng import seeded
 from ldm_vae.data.buckets import Assignment, Shape, assign
-from ldm_vae.data.dataset import training_loader
-from ldm_vae.data.quarantine import Bad
+from ldm_vae.data.dataset import Batch, training_loader
+from ldm_vae.data.preprocessing import Preprocessing
+from ldm_vae.data.quarantine import Bad, Quarantine
 from ldm_vae.data.sizes import shared_sizes
 from ldm_vae.data.source import Source, with_resize
 from ldm_vae.data.stream import Stream
 from ldm_vae.data.transforms import to_pixels
+from ldm_vae.export.measurement import measure
+from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.metrics.batches import image_batches, some_of
+from ldm_vae.run.inputs import compare_images
 from ldm_vae.training.config import Training
 
 
@@ -35,17 +39,16 @@ def open_sources(settings: Training) -> tuple[Source | Stream, Source | None]:
     """The images to train and to validate on; whole ones are brought to the resolution as `transform.resize` says.
 
     Raises:
-        UsageError: nothing is there.
+        UsageError: nothing is there, or a source cannot do what this run asks of it.
     """
     resize, held_out = settings.transform.resize, settings.validation_data
-    return (
-        with_resize(settings.data.build(), resize),
-        None if held_out is None else with_resize(held_out.build(), resize),
-    )
+    source = with_resize(settings.data.build(), resize)
+    validation_source = None if held_out is None else with_resize(held_out.build(), resize)
+    _check_sources(source, validation_source, settings)
+    return source, validation_source
 
 
-def check_sources(source: Source | Stream, validation_source: Source | None, settings: Training) -> None:
-    """Raises UsageError for what a source cannot do in this run, before anything is computed."""
+def _check_sources(source: Source | Stream, validation_source: Source | None, settings: Training) -> None:
     if settings.buckets is not None and isinstance(source, Stream):
         raise UsageError("buckets: need the size of every image beforehand, and data can only be read in order")
     if isinstance(validation_source, Stream):
@@ -54,31 +57,81 @@ def check_sources(source: Source | Stream, validation_source: Source | None, set
         raise UsageError("validation_data.jpeg_draft: for training only; measured pixels are decoded exactly")
 
 
-def assign_buckets(
-    source: Source, shapes: Sequence[Shape], settings: Training, accelerator: Accelerator
-) -> tuple[Assignment, list[Bad]]:
-    """Which bucket each image trains in, the same on every rank; the images that this rank could not read."""
-    sizes, unreadable = shared_sizes(
-        source, settings.output_dir / "image_sizes.safetensors",
-        rank=accelerator.process_index, world_size=accelerator.num_processes,
-        add_up=lambda part: accelerator.reduce(part.to(accelerator.device), "sum"),
-        num_workers=settings.dataloader_num_workers,
-    )  # fmt: skip
-    return assign(shapes, sizes), unreadable
+def layout_of(settings: Training, accelerator: Accelerator, images_seen: int) -> dict[str, Any]:
+    """Which part of the stream this rank reads, from where on, and by how many workers."""
+    return {
+        "seed": settings.seed, "batch_size": settings.train_batch_size, "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes, "start_position": images_seen,
+        "num_workers": settings.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda",
+    }  # fmt: skip
 
 
-def normalisation_pixels(settings: Training) -> Iterator[torch.Tensor]:
-    """Training images [B, C, R, R] in [-1, 1], decoded exactly, as encoding will, whatever jpeg_draft says."""
-    source = settings.data.model_copy(update={"jpeg_draft": False} if settings.data.jpeg_draft else {}).build()
-    source = with_resize(source, settings.transform.resize)
-    chosen = some_of(source, settings.normalisation_images)
-    batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size)
-    left = settings.normalisation_images
-    for batch in batches:
-        yield to_pixels(batch.pixels)
-        left -= settings.train_batch_size
-        if left <= 0:
-            return
+class ImageFeed:
+    """Batches of images, cropped anew in each epoch, all of one shape or of one bucket each.
+
+    Args:
+        vae: what is trained on them.
+    """
+
+    def __init__(self, settings: Training, vae: Any, source: Source | Stream) -> None:
+        self.settings, self.source = settings, source
+        self._shapes = settings.buckets and settings.buckets.choose(settings.resolution, downsampling_factor(vae))
+
+    @property
+    def prepared(self) -> Preprocessing:
+        """How the images are decoded."""
+        return Preprocessing.of(self.source.decoding)
+
+    def compare(self, accelerator: Accelerator, *, resumed: bool) -> None:
+        """Say whether the images are others than those that the run began with."""
+        compare_images(self.settings.output_dir, "data", self.source, accelerator, resumed=resumed)
+
+    def batches(self, accelerator: Accelerator, images_seen: int, quarantine: Quarantine) -> Iterator[Batch]:
+        """The endless stream of this rank's batches, from `images_seen` on, in an order that the seed decides; images
+        whose size cannot be read go to the quarantine."""
+        assignment, settings = None, self.settings
+        if self._shapes:
+            assert not isinstance(self.source, Stream)
+            assignment, unreadable = self._assign(self.source, self._shapes, accelerator)
+            quarantine.add(unreadable)
+            readable = f"{sum(assignment.counts()):,} of {len(self.source):,} images"
+            accelerator.print(f"aspect buckets (height x width) of {readable}:", *assignment.lines(), sep="\n")
+        layout = layout_of(settings, accelerator, images_seen)
+        return training_loader(self.source, settings.transform, settings.resolution, buckets=assignment, **layout)
+
+    def _assign(
+        self, source: Source, shapes: Sequence[Shape], accelerator: Accelerator
+    ) -> tuple[Assignment, list[Bad]]:
+        """Which bucket each image trains in, the same on every rank; the images that this rank could not read."""
+        sizes, unreadable = shared_sizes(
+            source, self.settings.output_dir / "image_sizes.safetensors",
+            rank=accelerator.process_index, world_size=accelerator.num_processes,
+            add_up=lambda part: accelerator.reduce(part.to(accelerator.device), "sum"),
+            num_workers=self.settings.dataloader_num_workers,
+        )  # fmt: skip
+        return assign(shapes, sizes), unreadable
+
+    def statistics(self, vae: Any, device: torch.device) -> LatentStatistics:
+        """Of the latents that `vae` gives of some training images."""
+        return measure(vae, self._measured(), device)
+
+    def _measured(self) -> Iterator[torch.Tensor]:
+        """Training images [B, C, R, R] in [-1, 1], decoded exactly, as encoding will, whatever jpeg_draft says."""
+        settings = self.settings
+        source = settings.data.model_copy(update={"jpeg_draft": False} if settings.data.jpeg_draft else {}).build()
+        source = with_resize(source, settings.transform.resize)
+        chosen = some_of(source, settings.normalisation_images)
+        batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size)
+        left = settings.normalisation_images
+        for batch in batches:
+            yield to_pixels(batch.pixels)
+            left -= settings.train_batch_size
+            if left <= 0:
+                return
+
+    def complete(self, vae: Any) -> Any:
+        """For validation and export: `vae`, which has all its parts."""
+        return vae
 
 
 # --- init: linear -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
@@ -23,7 +24,7 @@ from ldm_vae.data import sampler
 from ldm_vae.data.dataset import PATIENCE
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.preprocessing import Preprocessing
-from ldm_vae.data.quarantine import Bad, BadImage
+from ldm_vae.data.quarantine import Bad, BadImage, Quarantine
 from ldm_vae.data.sampler import Work
 from ldm_vae.data.source import Source, image_checksum
 from ldm_vae.data.stream import Stream
@@ -36,10 +37,13 @@ from ldm_vae.latent_store.format.layout import (
     is_flipped,
 )
 from ldm_vae.latent_store.format.manifest import read_manifest
+from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.latent_store.format.work_units import storable
 from ldm_vae.latent_store.read.dataset import LatentDataset
 from ldm_vae.latent_store.write.crops import Cutting, resize_of
+from ldm_vae.run.inputs import compare_images, compare_store
 from ldm_vae.training.config import Training
+from ldm_vae.training.data import layout_of
 
 COLUMNS = ("key", "source_index", "image_sha256")
 
@@ -54,6 +58,10 @@ class StoredBatch:
     positions: torch.Tensor
     keys: list[str]
     bad: list[Bad]
+
+    def moments_on(self, device: torch.device) -> Moments:
+        """The moments, where the networks are."""
+        return self.moments.to(device)
 
     def pin_memory(self) -> StoredBatch:
         """Called by DataLoader: only the pixels are worth a page-locked buffer."""
@@ -160,29 +168,52 @@ def open_pairs(settings: Training, vae: AutoencoderKL, source: Source | Stream) 
     return StoredPairs(latents, source)
 
 
-def prepared_as(source: Source | Stream, pairs: StoredPairs | None) -> Preprocessing:
-    """The preparation of a training's images: those of a store that holds its pixels as the store's were."""
-    stored = pairs and pairs.source is None and decoding_of(pairs.latents.manifest.identity.preprocessing)
-    return Preprocessing.of(stored or source.decoding)
-
-
-def stored_loader(
-    pairs: StoredPairs, *, seed: int, num_workers: int = 0, pin_memory: bool = False, **layout: int
-) -> Iterator[StoredBatch]:
-    """The endless stream of this rank's batches: order and arguments are those of `training_loader`."""
-    yield from load(pairs, sampler.batches(seed, len(pairs.latents), **layout), num_workers, pin_memory)
-
-
 def drop_encoder(vae: AutoencoderKL) -> None:
-    """Take what is in front of the latents out of memory; `whole` puts it back."""
+    """Take what is in front of the latents out of memory; `StoredFeed.complete` puts it back."""
     vae.encoder = vae.quant_conv = None
 
 
-def whole(vae: Any, settings: Training) -> Any:
-    """For validation and export: `vae`, with the encoder of init_from, which made the store, where it has none."""
-    if settings.latent_store is None:
-        return vae
-    assert settings.init_from is not None
-    complete = load_autoencoder(settings.init_from)
-    complete.load_state_dict(vae.state_dict(), strict=False)
-    return complete.to(vae.device)
+class StoredFeed:
+    """Batches of a latent store with their pixels: the decoder alone learns, and `vae` loses its encoder.
+
+    Args:
+        vae: what init_from gave, its encoder included.
+        source: where pixels are read again, unless the store holds them.
+    """
+
+    def __init__(self, settings: Training, vae: AutoencoderKL, source: Source | Stream) -> None:
+        self.settings, self.source = settings, source
+        self.pairs = open_pairs(settings, vae, source)
+        drop_encoder(vae)
+
+    @property
+    def prepared(self) -> Preprocessing:
+        """How the images were decoded: those of a store that holds its pixels as the store's were."""
+        stored = self.pairs.source is None and decoding_of(self.pairs.latents.manifest.identity.preprocessing)
+        return Preprocessing.of(stored or self.source.decoding)
+
+    def compare(self, accelerator: Accelerator, *, resumed: bool) -> None:
+        """Say whether the store, and the images where they are read, are others than those that the run began with."""
+        run = self.settings.output_dir
+        compare_store(run, "latent_store", self.pairs.latents.manifest, accelerator, resumed=resumed)
+        if self.pairs.source is not None:
+            compare_images(run, "data", self.source, accelerator, resumed=resumed)
+
+    def batches(self, accelerator: Accelerator, images_seen: int, quarantine: Quarantine) -> Iterator[StoredBatch]:
+        """The endless stream of this rank's batches, from `images_seen` on, in an order that the seed decides."""
+        layout = layout_of(self.settings, accelerator, images_seen)
+        workers, pinned = layout.pop("num_workers"), layout.pop("pin_memory")
+        work = sampler.batches(layout.pop("seed"), len(self.pairs.latents), **layout)
+        return load(self.pairs, work, workers, pinned)
+
+    def statistics(self, vae: Any, device: torch.device) -> LatentStatistics:
+        """Those of the store: the latents are what they were."""
+        assert isinstance(self.pairs.latents.statistics, LatentStatistics)
+        return self.pairs.latents.statistics
+
+    def complete(self, vae: Any) -> Any:
+        """For validation and export: `vae` with the encoder of init_from, which made the store."""
+        assert self.settings.init_from is not None
+        complete = load_autoencoder(self.settings.init_from)
+        complete.load_state_dict(vae.state_dict(), strict=False)
+        return complete.to(vae.device)
