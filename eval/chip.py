@@ -22,7 +22,7 @@ from typing import Any
 
 from ldm_vae.core.errors import UsageError, run_program
 
-from .timing import machine
+from .speed.timing import machine
 
 TESTS = ("-m", "pytest", "-q", "-m", "gpu or not slow", "-p", "no:cacheprovider", "-o", "filterwarnings=ignore")
 # name => (seconds at most, arguments of Python); `eval.speed` unless they are given; in the order in which they run

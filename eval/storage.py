@@ -34,7 +34,7 @@ from ldm_vae.core.errors import UsageError, run_program
 from ldm_vae.denoisers.dit import Config as DiT
 from ldm_vae.diffusion.flow import Denoiser, FlowConfig, draw_flow
 
-from .timing import interleave, machine, row
+from .speed.timing import interleave, machine, row
 
 LEVELS = 255  # steps of an 8-bit logvar
 HELD_OUT = 4  # every fourth image

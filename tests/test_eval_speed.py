@@ -16,21 +16,10 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from eval import (
-    speed,
-    speed_data,
-    speed_encode,
-    speed_gpu,
-    speed_grow,
-    speed_plot,
-    speed_quality,
-    speed_start,
-    speed_store,
-    speed_variants,
-    timing,
-)
-from eval.recipes import Work
-from eval.synthetic_store import write_empty, write_sparse, write_synthetic
+from eval.speed import __main__ as speed
+from eval.speed import data, encode, gpu, grow, plot, quality, start, store, timing, variants
+from eval.speed.recipes import Work
+from eval.speed.synthetic_store import write_empty, write_sparse, write_synthetic
 from ldm_vae import LatentDataset
 from ldm_vae.core.errors import UsageError, WorkError
 
@@ -66,9 +55,9 @@ def test_a_ratio_above_one_means_faster() -> None:
 def test_speed_data_writes_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(speed_data, "SIZES", {"": (96, 64)})
-    monkeypatch.setattr(speed_data, "BATCH", 2)
-    monkeypatch.setattr(speed_data, "RESOLUTION", 16)
+    monkeypatch.setattr(data, "SIZES", {"": (96, 64)})
+    monkeypatch.setattr(data, "BATCH", 2)
+    monkeypatch.setattr(data, "RESOLUTION", 16)
     monkeypatch.setattr(sys, "argv", ["eval.speed", "data", "--output", str(tmp_path / "out"), "--rounds", "2"])
     speed.main()
     found = json.loads((tmp_path / "out" / "speed.json").read_text())
@@ -93,13 +82,13 @@ def test_rounds_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_speed_encode_writes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed_encode, "RESOLUTION", 32)
-    monkeypatch.setattr(speed_encode, "WAITING_IMAGES", 64)
+    monkeypatch.setattr(encode, "RESOLUTION", 32)
+    monkeypatch.setattr(encode, "WAITING_IMAGES", 64)
     for name, value in {"BATCH": 4, "PHOTOGRAPHS": 8, "SCRIPT_IMAGES": 8, "SIZE": (96, 64)}.items():
-        monkeypatch.setattr(speed_encode, name, value)
+        monkeypatch.setattr(encode, name, value)
     waits: list[float] = []
     clock = SimpleNamespace(sleep=waits.append, perf_counter=time.perf_counter)
-    monkeypatch.setattr(speed_encode, "time", clock)
+    monkeypatch.setattr(encode, "time", clock)
     monkeypatch.setattr(sys, "argv", ["eval.speed", "encode", "--output", str(tmp_path / "out"), "--rounds", "1"])
     speed.main()
     rows = json.loads((tmp_path / "out" / "speed.json").read_text())["results"]
@@ -155,15 +144,15 @@ def test_a_sparse_store_is_a_store_of_zeros(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_equal_minutes_from_equal_weights_on_equal_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first: dict[str, list[Any]] = {}  # by start: the first batch and the weights before it
-    latents = speed_quality.latents
+    latents = quality.latents
 
     def photographs(demo: Path) -> None:
         write_images(demo / "train" / "one", 6, (40, 40))
         write_images(demo / "photographs" / "heldout", 2, (56, 48))
 
-    monkeypatch.setattr(speed_quality, "prepare_demo", photographs)
+    monkeypatch.setattr(quality, "prepare_demo", photographs)
 
-    class Spy(speed_quality.Contender):
+    class Spy(quality.Contender):
         def __init__(self, name: str, *given: Any) -> None:
             super().__init__(name, *given)
             start = name.removeprefix("train_step").rpartition("_")[2]
@@ -176,7 +165,7 @@ def test_equal_minutes_from_equal_weights_on_equal_crops(tmp_path: Path, monkeyp
 
             self.step = watched
 
-    monkeypatch.setattr(speed_quality, "Contender", Spy)
+    monkeypatch.setattr(quality, "Contender", Spy)
     # a photograph is measured as it is, its crops are what is trained on
     sizes = []
     monkeypatch.setattr(latents, "encode", lambda vae, x, f=latents.encode: sizes.append(x.shape[2:]) or f(vae, x))
@@ -191,27 +180,27 @@ def test_equal_minutes_from_equal_weights_on_equal_crops(tmp_path: Path, monkeyp
         critic_layers=1,
     )
     for name, value in {"WORKS": {"f2": tiny}, "TURNS": 2, "LAST": 1, "FITTED": 4}.items():
-        monkeypatch.setattr(speed_quality, name, value)
-    rows = speed_quality.run(argparse.Namespace(minutes=2e-3, seeds=1))
+        monkeypatch.setattr(quality, name, value)
+    rows = quality.run(argparse.Namespace(minutes=2e-3, seeds=1))
     assert {start: len(seen) for start, seen in first.items()} == {"noise": 5, "zero": 1, "linear": 6}
     for seen in first.values():
         for images, weights in seen:
             assert torch.equal(images, first["noise"][0][0]) and all(map(torch.equal, weights, seen[0][1]))
     assert set(sizes) == {(32, 32), (56, 48)}
     named = {row["name"]: row for row in rows if "curve" in row}
-    assert named.keys() == {f"quality_f2_{name}" for name in speed_quality.CONTENDERS}
+    assert named.keys() == {f"quality_f2_{name}" for name in quality.CONTENDERS}
     for row in named.values():
         start, halfway, end = row["curve"]
         assert start["images"] == 0 and halfway["minutes"] >= 1e-3 and end["images"] >= halfway["images"]
         assert row["value"] == end["lpips_alex"] > 0 and row["psnr"] == end["psnr"] > 0 and end["delta_e"] > 0
-        reached = [point["minutes"] for point in row["curve"] if point["lpips_alex"] <= speed_quality.REACHED]
+        reached = [point["minutes"] for point in row["curve"] if point["lpips_alex"] <= quality.REACHED]
         assert row["minutes"] == (reached[0] if reached else None)
     starts = {name: row["curve"][0]["psnr"] for name, row in named.items()}
     assert starts["quality_f2_train_step_linear"] > starts["quality_f2_train_step"] + 5
     ratios = {row["ratio"]["to"]: row["ratio"]["median"] for row in rows if row["name"] == "quality_f2_images"}
     images = {name: row["images"] for name, row in named.items()}
     assert ratios["latent_diffusion"] == images["quality_f2_train_step"] / images["quality_f2_latent_diffusion"]
-    speed_plot.draw(rows, tmp_path / "speed.png")
+    plot.draw(rows, tmp_path / "speed.png")
     assert picture_size(tmp_path / "speed.png")[0] == 900
 
 
@@ -221,7 +210,7 @@ def test_equal_minutes_from_equal_weights_on_equal_crops(tmp_path: Path, monkeyp
 @pytest.mark.slow
 def test_a_step_of_two_processes() -> None:
     tiny = Work(widths=(8, 8), resolution=32, batch=1, net="alex", critic_width=8, groups=4)
-    (row,) = speed_grow._steps("processes", {2: (tiny, 2)}, 1)
+    (row,) = grow._steps("processes", {2: (tiny, 2)}, 1)
     assert (row["name"], row["against"], row["at"]) == ("grow_processes", "processes", 2)
     assert row["images_per_s"] == pytest.approx(2 / row["median_s"]) and row["memory_mb"] > 10
 
@@ -229,8 +218,8 @@ def test_a_step_of_two_processes() -> None:
 def test_a_store_grows_and_its_books_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"STEPS": 2, "LARGEST_RESIDENT": 50, "MANIFESTS": (), "IMAGES": (4,), "FILES": 3, "STORES": (50, 90)}
     for name, value in {**values, "UNIT": 20}.items():
-        monkeypatch.setattr(speed_store, name, value)
-    rows = speed_store.run(argparse.Namespace(rounds=1))
+        monkeypatch.setattr(store, name, value)
+    rows = store.run(argparse.Namespace(rounds=1))
     assert [(row["name"], row["at"], row.get("ratio", {}).get("to")) for row in rows] == [
         ("index_select", 50, None),
         ("read", 50, "index_select 50"),
@@ -241,13 +230,13 @@ def test_a_store_grows_and_its_books_are_kept(tmp_path: Path, monkeypatch: pytes
         *((name, at, None) for at in (50, 90) for name in ("keys", "again", "finish")),
     ]
     assert all(row["median_s"] > 0 for row in rows)
-    speed_plot.draw(rows, tmp_path / "speed.png")
+    plot.draw(rows, tmp_path / "speed.png")
     assert picture_size(tmp_path / "speed.png") == (900, 2 * 340 + 112)  # against samples, against images; one bar
 
 
 def test_nothing_is_held_per_sample(tmp_path: Path) -> None:
     write_empty(tmp_path / "large", 10_000_000)
-    found = speed_store.open_store(tmp_path / "large")
+    found = store.open_store(tmp_path / "large")
     assert found["open"][1] < 300e6 and found["manifest_write"][0] > 0
     data = LatentDataset(tmp_path / "large")
     assert sum(value.nbytes for value in (data._stops, data._starts)) == 2 * 8 * len(data.shards)
@@ -257,7 +246,7 @@ def test_nothing_is_held_per_sample(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_process_that_dies_is_said_to_have_died() -> None:
     with (
-        speed_grow.Group(Work(net="none"), 1) as group,
+        grow.Group(Work(net="none"), 1) as group,
         pytest.raises(WorkError, match="a training process died"),
     ):
         group.step()
@@ -267,9 +256,9 @@ def test_a_process_that_dies_is_said_to_have_died() -> None:
 def test_the_first_step_is_waited_for_and_a_run_that_takes_none_is_reported(tmp_path: Path) -> None:
     write_images(tmp_path / "demo" / "train", 4)
     with pytest.raises(WorkError, match=r"the smoke run took no step: .*heldout"):
-        speed_start.first_step(tmp_path / "demo", tmp_path)
+        start.first_step(tmp_path / "demo", tmp_path)
     write_images(tmp_path / "demo" / "heldout", 4)
-    speed_start.first_step(tmp_path / "demo", tmp_path)
+    start.first_step(tmp_path / "demo", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]  # the run is gone with its folder
 
 
@@ -278,8 +267,8 @@ def test_the_first_step_is_waited_for_and_a_run_that_takes_none_is_reported(tmp_
 
 @pytest.mark.slow
 def test_each_variant_trains_and_costs_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed_variants, "WORK", replace(SMALL_WORK, resolution=64))
-    rows = {row["name"]: row for row in speed_variants.run(argparse.Namespace(rounds=1))}
+    monkeypatch.setattr(variants, "WORK", replace(SMALL_WORK, resolution=64))
+    rows = {row["name"]: row for row in variants.run(argparse.Namespace(rounds=1))}
     assert rows["adam_fused"]["ratio"]["to"] == "step" and "ratio" not in rows["step"]
     gflop = {name: row["gflop"] for name, row in rows.items()}
     changed = {"lpips_half", "lpips_crop"}
@@ -289,6 +278,6 @@ def test_each_variant_trains_and_costs_what_it_should(monkeypatch: pytest.Monkey
 
 def test_without_a_gpu_its_benchmarks_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for run in (speed_gpu.training, speed_gpu.compiled, speed_gpu.encoding):
+    for run in (gpu.training, gpu.compiled, gpu.encoding):
         with pytest.raises(UsageError, match="expected a CUDA device"):
             run(argparse.Namespace(rounds=1))

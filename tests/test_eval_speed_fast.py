@@ -11,32 +11,37 @@ import pytest
 import torch
 from conftest import ROOT
 
-from eval import chip, speed, speed_fast, speed_roofline
-from eval.recipes import Networks, Work
-from eval.speed_roofline import Ledger, Peaks, kind_of, profiled
+from eval import chip
+from eval.speed import __main__ as speed
+from eval.speed import fast, roofline
+from eval.speed.recipes import Networks, Work
+from eval.speed.roofline import (
+    Ledger,
+    Peaks,
+    kind_of,
+    profiled,
+)
 from ldm_vae.core.errors import UsageError
 from ldm_vae.denoisers.dit import Config as DiTConfig
 
 SMALL = Work(widths=(8, 16), resolution=32, net="alex", critic_width=8, groups=4)
 BEST = Peaks({torch.float32: 1e12, torch.bfloat16: 4e12}, 1e9)
-CPU_STAGES = {name: changes for name, changes in speed_fast.STAGES.items() if "graph" not in changes}
+CPU_STAGES = {name: changes for name, changes in fast.STAGES.items() if "graph" not in changes}
 
 
 @pytest.mark.slow
 def test_every_change_leaves_the_step_a_step() -> None:
-    rows = speed_fast.rows(
-        "gpu", {name: lambda c=c: speed_fast.begin(SMALL, c) for name, c in CPU_STAGES.items()}, 2, 1
-    )
+    rows = fast.rows("gpu", {name: lambda c=c: fast.begin(SMALL, c) for name, c in CPU_STAGES.items()}, 2, 1)
     assert [row["name"] for row in rows] == [f"gpu_{name}" for name in CPU_STAGES]
     assert rows[-1]["ratio"]["to"] == "step" and rows[-1]["images_per_s"] > 0
 
 
 def test_a_contender_that_cannot_run_is_a_row_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    def broken() -> speed_fast.Begun:
+    def broken() -> fast.Begun:
         raise RuntimeError("out\nof it")
 
-    begun = speed_fast.Begun(lambda: None)
-    rows = speed_fast.rows("gpu", {"step": lambda: begun, "broken": broken, "other": lambda: begun}, 2, 1)
+    begun = fast.Begun(lambda: None)
+    rows = fast.rows("gpu", {"step": lambda: begun, "broken": broken, "other": lambda: begun}, 2, 1)
     assert [row["name"] for row in rows] == ["gpu_broken", "gpu_step", "gpu_other"]
     assert rows[0]["failed"] == "RuntimeError: out of it"
     assert "Traceback" in capsys.readouterr().err and "failed: RuntimeError" in speed.table(rows)
@@ -45,26 +50,26 @@ def test_a_contender_that_cannot_run_is_a_row_and_the_others_go_on(capsys: pytes
 def test_changes_compose() -> None:
     networks = Networks(SMALL)
     for name in ("fused_norm", "lpips_bf16", "critic_channels_last", "adam_fused"):
-        speed_fast.CHANGES[name](networks)
+        fast.CHANGES[name](networks)
     assert networks.lpips.network.net.slice1[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert networks.optimizer.param_groups[0]["fused"]
-    assert any(isinstance(module, speed_fast.FusedResnetBlock) for module in networks.network.modules())
+    assert any(isinstance(module, fast.FusedResnetBlock) for module in networks.network.modules())
 
 
 def test_the_encoder_is_compared_with_fp32() -> None:
-    rows = speed_fast.encoders(SMALL, 2, 1, {"encoder": (), "encoder_fused_norm": ("fused_norm",)})
+    rows = fast.encoders(SMALL, 2, 1, {"encoder": (), "encoder_fused_norm": ("fused_norm",)})
     assert rows[0]["difference"] == 0 and 0 < rows[1]["difference"] < 1e-5
 
 
 def test_the_gradient_of_lpips_in_half_precision() -> None:
-    plain, half = speed_fast.lpips_gradient(SMALL)
+    plain, half = fast.lpips_gradient(SMALL)
     assert plain["value"] < 1e-5 < half["value"] < 0.3
 
 
 def test_the_denoisers_operations_are_counted_once() -> None:
     shape = DiTConfig(num_layers=1, num_attention_heads=1)
-    (row,) = speed_fast.denoisers(SMALL, shape, 2, (4, 8, 8), 1e12, 1, {"step": ()})
-    (twice,) = speed_fast.denoisers(SMALL, shape, 4, (4, 8, 8), 1e12, 1, {"step": ()})
+    (row,) = fast.denoisers(SMALL, shape, 2, (4, 8, 8), 1e12, 1, {"step": ()})
+    (twice,) = fast.denoisers(SMALL, shape, 4, (4, 8, 8), 1e12, 1, {"step": ()})
     assert twice["mfu"] * twice["median_s"] == pytest.approx(2 * row["mfu"] * row["median_s"], rel=0.02)
 
 
@@ -94,9 +99,9 @@ def test_the_ledger_counts_operations_and_bytes() -> None:
     with Ledger(BEST) as ledger:
         c = (a @ b).T.relu()
         c += 1
-    assert ledger.flop == {"matrix product": 2 * 64 * 32 * 16, speed_roofline.OTHER: 0}
+    assert ledger.flop == {"matrix product": 2 * 64 * 32 * 16, roofline.OTHER: 0}
     assert ledger.bytes["matrix product"] == 4 * (64 * 32 + 32 * 16 + 64 * 16)
-    assert ledger.bytes[speed_roofline.OTHER] == 4 * (2 + 2) * 64 * 16  # a view is free, in place is read and written
+    assert ledger.bytes[roofline.OTHER] == 4 * (2 + 2) * 64 * 16  # a view is free, in place is read and written
     assert ledger.floor["matrix product"] == pytest.approx(ledger.bytes["matrix product"] / 1e9)
 
 
@@ -115,9 +120,9 @@ def test_the_profile_has_the_time_of_every_kind() -> None:
 
 @pytest.mark.slow
 def test_the_roofline_of_a_small_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed_roofline, "WORK", SMALL)
-    monkeypatch.setattr(speed_roofline, "peaks", lambda device: BEST)
-    rows = speed_roofline.run(argparse.Namespace(rounds=1))
+    monkeypatch.setattr(roofline, "WORK", SMALL)
+    monkeypatch.setattr(roofline, "peaks", lambda device: BEST)
+    rows = roofline.run(argparse.Namespace(rounds=1))
     whole = {row["name"]: row for row in rows if row["name"].endswith(": all")}
     assert len(whole) == 2 * 8
     assert whole["plain step: all"]["flop"] > whole["plain autoencoder: all"]["flop"] > 0
@@ -159,6 +164,6 @@ def test_every_part_is_a_benchmark_or_names_tests_that_exist() -> None:
 def test_benchmarks_of_a_gpu_say_that_there_is_none() -> None:
     if torch.cuda.is_available():
         return
-    for run in (speed_fast.training, speed_fast.regions, speed_fast.batches, speed_fast.encoder, speed_fast.denoiser):
+    for run in (fast.training, fast.regions, fast.batches, fast.encoder, fast.denoiser):
         with pytest.raises(UsageError, match="gpu"):
             run(argparse.Namespace(rounds=1))

@@ -7,10 +7,10 @@ import argparse
 import pytest
 import torch
 
-from eval import speed_compiled, speed_train
-from eval.recipes import RECIPES, Networks, Work
-from eval.speed_compiled import count_compiled
-from eval.speed_train import count_operations, ideal_operations
+from eval.speed import compiled, train
+from eval.speed.compiled import count_compiled
+from eval.speed.recipes import RECIPES, Networks, Work
+from eval.speed.train import count_operations, ideal_operations
 from ldm_vae.core.flop_counter import Cost
 
 # GFLOP of an f8 network of widths 64 to 256, two images of 128 px, LPIPS-vgg and the published PatchGAN
@@ -56,8 +56,8 @@ def test_compiled_graphs_are_the_ideal_too() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look at it
 def test_the_whole_benchmark_of_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"COUNTED": SMALL, "TIMED": SMALL, "DEFAULT": "aot_eager"}.items():
-        monkeypatch.setattr(speed_compiled, name, value)
-    rows = speed_compiled.run(argparse.Namespace(rounds=1))
+        monkeypatch.setattr(compiled, name, value)
+    rows = compiled.run(argparse.Namespace(rounds=1))
     counted = {row["ratio"]["to"]: row["ratio"]["median"] for row in rows if "of" in row}
     assert counted["ideal"] <= 1 < counted["latent_diffusion"] < counted["diffusers_repaired"]
     timed = {row["ratio"]["to"]: row["ratio"]["median"] for row in rows if "of" not in row}
@@ -92,8 +92,8 @@ def test_memory_of_ours_is_below_the_recipe_that_keeps_its_graphs() -> None:
 @pytest.mark.slow
 def test_the_whole_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"TIMED": SMALL, "MEMORY": SMALL, "REFERENCES": ("latent_diffusion",), "VARIANTS": ()}.items():
-        monkeypatch.setattr(speed_train, name, value)
-    rows = speed_train.run(argparse.Namespace(rounds=1))
+        monkeypatch.setattr(train, name, value)
+    rows = train.run(argparse.Namespace(rounds=1))
     assert [row["name"] for row in rows] == [
         "train_step", "latent_diffusion", *["train_step_flops"] * 2, "train_step_memory", "train_step_memory_counted"
     ]  # fmt: skip

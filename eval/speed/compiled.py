@@ -18,8 +18,13 @@ from tqdm.auto import tqdm
 from ldm_vae.core.flop_counter import Cost
 
 from .recipes import RECIPES, Networks, Work
-from .speed_train import bound, count_operations, counted, ideal_operations
 from .timing import interleave, row
+from .train import (
+    bound,
+    count_operations,
+    counted,
+    ideal_operations,
+)
 
 COUNTED = Work(batch=1, resolution=64)  # compiled graphs are run to be counted, so it is kept small
 TIMED = Work(batch=4, widths=(32, 64), resolution=64, net="alex", critic_width=32)

@@ -1,7 +1,7 @@
 """`eval.speed roofline`: where the time of a step goes, by kind of operation, beside what this device could do at best.
 
 The training step as a whole, then its parts each for themselves (autoencoder, LPIPS, discriminator, adaptive weight,
-update), then the encoder and a step of the diffusion trainer; plain, and with what eval/speed_fast.py changes (CUDA
+update), then the encoder and a step of the diffusion trainer; plain, and with what eval/speed/fast.py changes (CUDA
 graphs apart). A row is one kind of operation in one part:
 
 - `median_s`: of torch's profiler, the kernels that operations of this kind launched (on a CPU, their own time);
@@ -37,10 +37,16 @@ from ldm_vae.kernels.group_norm import fuse_norms
 from ldm_vae.run.optim import learning
 from ldm_vae.training.adaptive_weight import adaptive_ratio
 
-from . import speed_encode
+from . import encode
+from .fast import (
+    CHANGES,
+    EAGER,
+    ENCODED_BATCH,
+    LATENTS,
+    denoiser_step,
+)
+from .gpu import WORK as GPU_WORK
 from .recipes import Networks, Work, ours
-from .speed_fast import CHANGES, EAGER, ENCODED_BATCH, LATENTS, denoiser_step
-from .speed_gpu import WORK as GPU_WORK
 
 WORK = Work(widths=(32, 64, 64, 64), resolution=64, batch=1)  # a minute or two of two cores
 OTHER, LAYOUT = "elementwise and sums", "layout changes"
@@ -176,7 +182,7 @@ def parts(work: Work, changes: tuple[str, ...]) -> dict[str, Part]:
             torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
             optimizer.step()
 
-    vae = speed_encode.network(work.widths, work.groups).to(work.device)
+    vae = encode.network(work.widths, work.groups).to(work.device)
     pixels = replace(work, batch=ENCODED_BATCH if work.device == "cuda" else work.batch).images()
     if "fused_norm" in changes:
         vae.to(memory_format=torch.channels_last)

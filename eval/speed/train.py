@@ -1,6 +1,6 @@
 """`eval.speed train`: one generator and one discriminator update, beside published recipes on the same work.
 
-- `train_step`: seconds, in turns (eval/recipes.py says what each recipe does);
+- `train_step`: seconds, in turns (eval/speed/recipes.py says what each recipe does);
 - `train_step_flops`: operations, counted on tensors without content. `ideal` is what no recipe can leave out: forward
   and backward of the autoencoder once, LPIPS forward on both images and its input gradient once, discriminator forward
   three times, its input gradient once and its backward once (`eval.speed compiled`: of compiled graphs);
@@ -20,7 +20,12 @@ from tqdm.auto import tqdm
 
 from ldm_vae.core.flop_counter import Cost
 
-from .recipes import RECIPES, Networks, Step, Work
+from .recipes import (
+    RECIPES,
+    Networks,
+    Step,
+    Work,
+)
 from .timing import PeakMemory, interleave, row
 
 TIMED = Work()

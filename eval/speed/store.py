@@ -35,8 +35,13 @@ from ldm_vae.latent_store.format.manifest import read_manifest, write_manifest
 from ldm_vae.latent_store.format.work_units import is_done, source_identity
 from ldm_vae.latent_store.write.finalize import finish
 
-from .speed_encode import WIDTHS, WaitingEncoder, network
-from .synthetic_store import key, unfinish, write_empty, write_sparse
+from .encode import WIDTHS, WaitingEncoder, network
+from .synthetic_store import (
+    key,
+    unfinish,
+    write_empty,
+    write_sparse,
+)
 from .timing import PeakMemory, interleave, row
 
 BATCH, STEPS = 64, 100

@@ -21,108 +21,93 @@ import torch
 
 from ldm_vae.core.errors import UsageError, run_program
 
-from . import (
-    speed_compiled,
-    speed_data,
-    speed_encode,
-    speed_fast,
-    speed_gpu,
-    speed_grow,
-    speed_plot,
-    speed_quality,
-    speed_read,
-    speed_roofline,
-    speed_start,
-    speed_store,
-    speed_train,
-    speed_variants,
-)
+from . import compiled, data, encode, fast, gpu, grow, plot, quality, read, roofline, start, store, train, variants
 from .timing import machine
 
 # name => (one line of help, what it runs); each lives in a file of its own
 BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], list[dict[str, Any]]]]] = {
     "train": (
         "one generator and one discriminator update: seconds, operations and memory, beside published recipes",
-        speed_train.run,
+        train.run,
     ),
     "gpu": (
         "the same on one CUDA device, at Stable Diffusion's width and 256 px, in bfloat16",
-        speed_gpu.training,
+        gpu.training,
     ),
     "gpu_compiled": (
         "the same by torch.compile",
-        speed_gpu.compiled,
+        gpu.compiled,
     ),
     "gpu_encode": (
         "photographs into a latent store there, beside the encoder alone",
-        speed_gpu.encoding,
+        gpu.encoding,
     ),
     "gpu_fast": (
         "our step there as it is and made faster, one thing after the other",
-        speed_fast.training,
+        fast.training,
     ),
     "gpu_regions": (
         "the same with torch.compile of its blocks",
-        speed_fast.regions,
+        fast.regions,
     ),
     "gpu_batch": (
         "both at batch 1 to 32",
-        speed_fast.batches,
+        fast.batches,
     ),
     "gpu_encoder": (
         "the encoder alone, as it is and made faster",
-        speed_fast.encoder,
+        fast.encoder,
     ),
     "gpu_denoiser": (
         "a step of the diffusion trainer",
-        speed_fast.denoiser,
+        fast.denoiser,
     ),
     "roofline": (
         "where the time of a step goes by kind of operation, beside what the device could do at best",
-        speed_roofline.run,
+        roofline.run,
     ),
     "variants": (
         "our step with one thing changed: precision and size of LPIPS, optimisers, memory formats, averages",
-        speed_variants.run,
+        variants.run,
     ),
     "compiled": (
         "operations and seconds of our step and of published ones under torch.compile",
-        speed_compiled.run,
+        compiled.run,
     ),
     "quality": (
         "the same minutes for our step and for published recipes: LPIPS and PSNR on held-out photographs",
-        speed_quality.run,
+        quality.run,
     ),
     "encode": (
         "a folder of photographs into a store, beside the encoder alone and beside the usual script",
-        speed_encode.run,
+        encode.run,
     ),
     "read": (
         "random batches of latents from a store, beside memory and other readers",
-        speed_read.run,
+        read.run,
     ),
     "data": (
         "images decoded, cropped and batched per core, beside a plain datasets + DataLoader pipeline",
-        speed_data.run,
+        data.run,
     ),
     "grow": (
         "a training step as resolution, batch and processes grow: seconds and memory",
-        speed_grow.run,
+        grow.run,
     ),
     "store": (
         "a latent store as it grows: reading, opening, writing, and its books",
-        speed_store.run,
+        store.run,
     ),
     "start": (
         "from launch to `ldm-vae --help` and to the first update of the smoke config",
-        speed_start.run,
+        start.run,
     ),
 }
 
 
 def main() -> None:
     options = arguments()
-    speed_plot.pyplot()  # what is missing is said now and not after an hour
+    plot.pyplot()  # what is missing is said now and not after an hour
     options.output.mkdir(parents=True, exist_ok=True)
     place = options.output / "speed.json"
     results = []
@@ -130,7 +115,7 @@ def main() -> None:
     for name in here if options.what == "all" else [options.what]:
         results += BENCHMARKS[name][1](options)
         place.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n", encoding="utf-8")
-    speed_plot.draw(results, place.with_suffix(".png"))
+    plot.draw(results, place.with_suffix(".png"))
     print(table(results))
     print(f"\n{place}, {place.with_suffix('.png')}")
 

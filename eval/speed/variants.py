@@ -28,7 +28,13 @@ from ldm_vae.core.flop_counter import Cost
 from ldm_vae.perceptual.lpips import LPIPS
 from ldm_vae.run.ema import Ema
 
-from .recipes import Networks, Recipe, Step, Work, ours
+from .recipes import (
+    Networks,
+    Recipe,
+    Step,
+    Work,
+    ours,
+)
 from .timing import interleave, row
 
 WORK = Work(resolution=64, batch=1)

@@ -39,7 +39,7 @@ from ldm_vae.data.transforms import to_pixels
 from ldm_vae.latent_store import write_store
 from ldm_vae.latent_store.write.encoder import default_threads
 
-from .speed_data import write_photographs
+from .data import write_photographs
 from .timing import interleave, row
 
 RESOLUTION, BATCH = 256, 8

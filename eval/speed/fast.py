@@ -1,5 +1,5 @@
 """`eval.speed gpu_fast | gpu_regions | gpu_batch | gpu_encoder | gpu_denoiser`: what makes a step faster on a CUDA
-device, one thing after the other, each beside the plain one in turns. Shapes and precision are eval/speed_gpu.py's.
+device, one thing after the other, each beside the plain one in turns. Shapes and precision are eval/speed/gpu.py's.
 
 - gpu_fast: our training step as it is, then with one change added to those before it: `fused_norm` (channels last, each
   norm and its SiLU one kernel), `lpips_bf16` (LPIPS in bfloat16, channels last; `lpips_gradient`: what that does to its
@@ -37,11 +37,16 @@ from ldm_vae.kernels.group_norm import FusedResnetBlock, fuse_norms
 from ldm_vae.perceptual.lpips import LPIPS
 from ldm_vae.run.optim import OptimizerConfig
 
-from . import speed_encode
-from .recipes import Networks, Step, Work, ours
-from .speed_gpu import WORK, need_a_gpu, synchronised
-from .speed_variants import Bfloat16
+from . import encode
+from .gpu import WORK, need_a_gpu, synchronised
+from .recipes import (
+    Networks,
+    Step,
+    Work,
+    ours,
+)
 from .timing import interleave, row
+from .variants import Bfloat16
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 ENCODED_BATCH = 32
@@ -296,7 +301,7 @@ def _encoded(
     work: Work, changes: tuple[str, ...], pixels: torch.Tensor, precision: str
 ) -> tuple[Callable[[], None], Callable[[], torch.Tensor]]:
     """(the encoder at work, the means that it last gave)."""
-    vae = speed_encode.network(work.widths, work.groups).to(work.device)
+    vae = encode.network(work.widths, work.groups).to(work.device)
     dtype = {"bf16": torch.bfloat16, "no": torch.float32}[precision]
     if "fused_norm" in changes:
         vae.to(memory_format=torch.channels_last)
@@ -324,7 +329,7 @@ def _encoded(
 
 def denoiser(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json."""
-    from .speed_roofline import peaks
+    from .roofline import peaks
 
     need_a_gpu()
     peak = peaks(WORK.device).flops[torch.bfloat16]

@@ -1,7 +1,7 @@
 """`eval.speed gpu | gpu_compiled | gpu_encode`: one CUDA device, Stable Diffusion's width, 256 px, bfloat16.
 
-- gpu: `gpu_train_step` beside each published recipe (eval/recipes.py); `gpu_autoencoder_only` is the floor; ours with
-  one thing changed (eval/speed_variants.py), from a latent store, and with the small-GPU profile;
+- gpu: `gpu_train_step` beside each published recipe (recipes.py); `gpu_autoencoder_only` is the floor; ours with
+  one thing changed (variants.py), from a latent store, and with the small-GPU profile;
 - gpu_compiled: ours as torch.compile's default backend makes it, channels-last too;
 - gpu_encode: a folder of photographs into a store with that encoder, beside `gpu_bare_encoder`, which finds its batches
   on the device.
@@ -28,12 +28,17 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.data.source import open_source
 from ldm_vae.latent_store.write.encoder import default_threads
 
-from . import speed_encode
-from .recipes import RECIPES, Networks, Recipe, Work
-from .speed_data import write_photographs
-from .speed_train import REFERENCES, VARIANTS
-from .speed_variants import variants
+from . import encode
+from .data import write_photographs
+from .recipes import (
+    RECIPES,
+    Networks,
+    Recipe,
+    Work,
+)
 from .timing import interleave, row
+from .train import REFERENCES, VARIANTS
+from .variants import variants
 
 WORK = Work(widths=(128, 256, 512, 512), resolution=256, batch=8, device="cuda", precision="bf16")
 CHANGED = ("channels_last", "lpips_bf16", "adam_fused")
@@ -111,7 +116,7 @@ def _begun(work: Work, recipe: Recipe) -> tuple[Callable[[], None], int]:
 def encoding(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json."""
     need_a_gpu()
-    vae = speed_encode.network(WORK.widths).to(WORK.device)
+    vae = encode.network(WORK.widths).to(WORK.device)
     pixels = torch.rand(ENCODED_BATCH, 3, WORK.resolution, WORK.resolution, device=WORK.device) * 2 - 1
 
     @torch.no_grad()
@@ -121,8 +126,8 @@ def encoding(options: argparse.Namespace) -> list[dict[str, Any]]:
                 vae.encode(pixels)
 
     with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder) / "photographs", speed_encode.PHOTOGRAPHS, speed_encode.SIZE)
-        source = speed_encode.Repeated(open_source(Path(folder) / "photographs"), ENCODED)
+        write_photographs(Path(folder) / "photographs", encode.PHOTOGRAPHS, encode.SIZE)
+        source = encode.Repeated(open_source(Path(folder) / "photographs"), ENCODED)
         how = {
             "resolution": WORK.resolution, "batch_size": ENCODED_BATCH, "device": WORK.device,
             "mixed_precision": WORK.precision, "num_workers": max(1, (os.cpu_count() or 1) - 2),
@@ -130,7 +135,7 @@ def encoding(options: argparse.Namespace) -> list[dict[str, Any]]:
         }  # fmt: skip
         contenders = {
             "gpu_bare_encoder": synchronised(bare),
-            "gpu_encode": lambda: speed_encode.write(vae, source, Path(folder), **how),
+            "gpu_encode": lambda: encode.write(vae, source, Path(folder), **how),
         }
         times = interleave(contenders, min(options.rounds, 3), "gpu encode")
     rate = {name: {"images_per_s": ENCODED / statistics.median(values)} for name, values in times.items()}
