@@ -35,6 +35,13 @@ class Moments:
 
     is_point: the network gives no variance (VQModel, AutoencoderTiny); logvar is then the smallest that there is, and a
     KL would mean nothing.
+
+    >>> import torch
+    >>> from ldm_vae import Moments
+    >>> moments = Moments(mean=torch.zeros(1, 4, 8, 8), logvar=torch.zeros(1, 4, 8, 8))
+    >>> z = moments.sample(torch.randn(1, 4, 8, 8))
+    >>> moments.kl().sum().item()  # N(0, I) is the prior
+    0.0
     """
 
     mean: torch.Tensor
@@ -70,6 +77,13 @@ def encode(vae: Any, pixels: torch.Tensor) -> Moments:
     """pixels [B, C, H, W] => moments [B, c, h, w], with a diffusers autoencoder.
 
     A VQModel's are its vectors before the codebook: `decode` quantises them, as latent diffusion on its latents does.
+
+    >>> import torch
+    >>> from ldm_vae import encode, load_autoencoder
+    >>> with torch.no_grad():
+    ...     moments = encode(load_autoencoder("my-vae"), torch.zeros(2, 3, 32, 32))
+    >>> moments.mean.shape, moments.logvar.shape
+    (torch.Size([2, 4, 16, 16]), torch.Size([2, 4, 16, 16]))
     """
     encoded = vae.encode(pixels)
     if hasattr(encoded, "latent_dist"):
@@ -78,7 +92,13 @@ def encode(vae: Any, pixels: torch.Tensor) -> Moments:
 
 
 def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:
-    """unscaled z [B, c, h, w] => pixels [B, C, H, W], fp32 and not clamped."""
+    """unscaled z [B, c, h, w] => pixels [B, C, H, W], fp32 and not clamped.
+
+    >>> import torch
+    >>> from ldm_vae import decode, load_autoencoder
+    >>> decode(load_autoencoder("my-vae"), torch.zeros(2, 4, 16, 16)).shape
+    torch.Size([2, 3, 32, 32])
+    """
     pixels: torch.Tensor = vae.decode(z.to(vae.dtype)).sample
     return at_least_fp32(pixels)
 
@@ -111,6 +131,12 @@ class Normalisation:
     - shift:   (z - shift_factor) * scaling_factor (SD3, FLUX);
     - channel: (z - latents_mean) * scaling_factor / latents_std, the inverse of SDXL's
       z * latents_std / scaling_factor + latents_mean.
+
+    >>> import torch
+    >>> from ldm_vae import Normalisation
+    >>> sd = Normalisation(scaling_factor=0.18215)
+    >>> sd.kind, sd.undo(sd.apply(torch.ones(1, 4, 8, 8))).mean().item()
+    ('scale', 1.0)
     """
 
     scaling_factor: float

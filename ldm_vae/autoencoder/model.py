@@ -37,7 +37,13 @@ from ldm_vae.data.preprocessing import read_beside, read_hub, record
 
 
 class AutoencoderConfig(Part):
-    """Shape of a KL autoencoder, in diffusers' names; f = 2 ** (number of widths - 1)."""
+    """Shape of a KL autoencoder, in diffusers' names; f = 2 ** (number of widths - 1).
+
+    >>> from ldm_vae import AutoencoderConfig
+    >>> shape = AutoencoderConfig(block_out_channels=(16, 32, 32), latent_channels=8, norm_num_groups=8)  # f4
+    >>> shape.build().config.latent_channels
+    8
+    """
 
     kind: Literal["kl"] = "kl"
     in_channels: int = 3
@@ -103,6 +109,11 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
     Raises:
         UsageError: `source` is none of these, or not whole, or its weights hold NaN or infinity, or its record is
             damaged or too new; the sentence names the file or the tensors.
+
+    >>> from ldm_vae import load_autoencoder
+    >>> vae = load_autoencoder("my-vae")
+    >>> type(vae).__name__, vae.config.latent_channels
+    ('AutoencoderKL', 4)
     """
     path, place = Path(source), f"VAE {source}"
     if path.is_file():

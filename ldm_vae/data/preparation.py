@@ -77,6 +77,34 @@ def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Prep
     return _settle(records, wanted, f"VAE {name}", flags)
 
 
+def open_images(
+    data: str | Path,
+    vae: Any,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split: str = "train",
+    kind: str | None = None,
+) -> Source:
+    """Open images as `vae` takes them: its channels, and decoded as its record says (value range, background, resize).
+
+    Args:
+        data: a folder, zip, list file, parquet or arrow files, tar shards, or a hub dataset: see `open_source`.
+        vae: what `load_autoencoder` gave.
+
+    Raises:
+        UsageError: nothing is there, or it is none of these.
+        WorkError: it holds no image.
+
+    >>> from ldm_vae import load_autoencoder, open_images
+    >>> photos = open_images("photos", load_autoencoder("my-vae"))
+    >>> len(photos), photos.key(0)
+    (12, 'img_0000.png')
+    """
+    flags = DataFlags(image_column=image_column, caption_column=caption_column, split=split, kind=kind)
+    return preparation_of({"": vae}, flags).open(data)
+
+
 def preparation_of_store(identity: str, vae: Any, flags: DataFlags = NO_FLAGS) -> Preparation:
     """The preparation that decodes a latent store's images again: as its identity says, unless flags say otherwise.
     Where the network records something else than the store, that is among the notes.

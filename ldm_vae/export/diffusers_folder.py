@@ -60,6 +60,13 @@ def write_vae(
     Raises:
         UsageError: `out` is somebody else's folder, or the model's config names two normalisations at once.
         WorkError: what was read back is not what was written; `out` is as it was before.
+
+    >>> from pathlib import Path
+    >>> from diffusers import AutoencoderKL
+    >>> from ldm_vae import Normalisation, load_autoencoder, write_vae
+    >>> out = write_vae(load_autoencoder("my-vae"), Path("exported"), Normalisation(0.9))
+    >>> AutoencoderKL.from_pretrained("exported").config.scaling_factor
+    0.9
     """
     copy = configured_copy(vae, normalisation, sample_size=sample_size, force_upcast=force_upcast)
     return write_configured(

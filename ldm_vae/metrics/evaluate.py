@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,16 +16,21 @@ import torch
 
 from ldm_vae.autoencoder import finite, latents
 from ldm_vae.autoencoder.latents import Moments
-from ldm_vae.autoencoder.model import downsampling_factor
+from ldm_vae.autoencoder.model import check_resolution, downsampling_factor
 from ldm_vae.core.errors import WorkError
+from ldm_vae.data.quarantine import Quarantine
+from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels
-from ldm_vae.metrics.batches import ImageBatch
+from ldm_vae.metrics.batches import ImageBatch, image_batches
 from ldm_vae.metrics.linear import LinearFloor
 from ldm_vae.metrics.metric import ImageMetric, Metric
 from ldm_vae.metrics.profile import Profile
 from ldm_vae.metrics.protocol import PINNED, Pair, Protocol
 from ldm_vae.metrics.ranks import gather
 from ldm_vae.metrics.running import Summary
+from ldm_vae.metrics.select import build_metrics
+
+logger = logging.getLogger(__name__)
 
 WORST = 10  # how many of the poorest images are kept
 
@@ -42,6 +48,46 @@ class Evaluation:
     worst: list[tuple[int, float]]
     latents: dict[str, Any]
     linear: dict[str, Summary] = field(default_factory=dict)
+
+
+def evaluate(
+    vae: Any,
+    source: Source,
+    *,
+    resolution: int,
+    metrics: Sequence[str] = ("psnr", "ssim", "lpips_alex"),
+    batch_size: int = 8,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Measure how a VAE reconstructs images, by the pinned protocol (docs/evaluation.md).
+
+    Args:
+        vae: what `load_autoencoder` gave.
+        source: what `open_images` gave; each image is resized and its centre cropped to `resolution`. What cannot be
+            read is left out, with a warning for each.
+        metrics: names of `ldm_vae.metrics.select.NAMES`.
+
+    Raises:
+        UsageError: a metric does not exist, or the resolution is no multiple of f.
+        WorkError: no image can be read, weights that a metric needs cannot be had, or the network gives NaN.
+
+    >>> from ldm_vae import evaluate, load_autoencoder, open_images
+    >>> vae = load_autoencoder("my-vae")
+    >>> result = evaluate(vae, open_images("photos", vae), resolution=32, metrics=["psnr"])
+    >>> result.images, result.metrics["psnr"].mean > 0
+    (12, True)
+    """
+    device = torch.device(device)
+    check_resolution(resolution, downsampling_factor(vae))
+    bad = Quarantine(len(source))
+    batches = image_batches(source, None, resolution, batch_size=batch_size, num_workers=num_workers, quarantine=bad)
+    chosen = build_metrics(metrics, device, resolution)
+    vae = vae.to(device)
+    result = evaluate_reconstruction(vae, batches, chosen, device, resolution=resolution, batch_size=batch_size)
+    for key, reason in bad.bad.items():
+        logger.warning("%s is left out: %s", key, reason)
+    return result
 
 
 @torch.inference_mode()

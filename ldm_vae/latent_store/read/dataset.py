@@ -7,7 +7,7 @@
     for batch in data.loader(64): ...     # shuffled batches of an epoch; new noise each epoch
 
 No file is opened per sample: each shard is mapped once per process, when it is first touched, and its pages are shared
-between workers (`mapping.py`). Rows go straight from the map into the batch's buffer.
+between workers (`mapped_files.py`). Rows go straight from the map into the batch's buffer.
 
 Legend: B batch, c latent channels, h w latent positions.
 """
@@ -60,7 +60,7 @@ class LatentDataset(Dataset[Item]):
     `loader` is the fast way.
 
     Args:
-        path: the store's folder, or a URL of any file system that fsspec knows (`remote.py`).
+        path: the store's folder, or a URL of any file system that fsspec knows (`remote/`).
         raw: give the stored tensors instead (`mean` and `logvar`, or what the store has), unscaled, fp32; or the name
             of one of them, which is then given as it is stored.
         sample: z = mean + sigma * noise; False gives the mean. Noise is keyed by (seed, epoch, index).
@@ -77,6 +77,15 @@ class LatentDataset(Dataset[Item]):
     Raises:
         UsageError: no store there, one of another format version, an incomplete one; an unknown column, view or
             resolution; a normalisation of indices.
+
+    >>> from ldm_vae import LatentDataset, load_autoencoder, open_images, write_store
+    >>> vae = load_autoencoder("my-vae")
+    >>> _ = write_store(vae, open_images("photos", vae), "my-latents", resolution=32)
+    >>> latents = LatentDataset("my-latents")
+    >>> latents[0]["latents"].shape  # scaled as the VAE's config.json says
+    torch.Size([4, 16, 16])
+    >>> latents.decode(latents[0]["latents"][None], vae).shape
+    torch.Size([1, 3, 32, 32])
     """
 
     def __init__(
@@ -226,7 +235,7 @@ class LatentDataset(Dataset[Item]):
         return batch
 
     def _places(self, indices: Integers) -> tuple[list[int], list[int]]:
-        """Where samples lie: shards, and rows of their files."""
+        """Shard number of each sample, and its row in the shard's files."""
         shard = np.searchsorted(self._stops, indices, side="right")
         row = indices - self._starts[shard]
         if self._before_removed:
@@ -257,7 +266,7 @@ class LatentDataset(Dataset[Item]):
         return values
 
     def views(self, indices: Sequence[int], epochs: Sequence[int]) -> list[str]:
-        """Which view of each sample is given in its epoch."""
+        """View of each sample in its epoch."""
         if self._view != "random":
             return [self._view] * len(indices)
         views = self.manifest.identity.views

@@ -126,6 +126,12 @@ def write_store(
         UsageError: OUT holds something else, a store of another identity (the difference is named), or one of other
             images than there are now; another launch is at work on it.
         WorkError: nothing usable, too many bad images, disk full: what was finished is kept.
+
+    >>> from ldm_vae import load_autoencoder, open_images, write_store
+    >>> vae = load_autoencoder("my-vae")
+    >>> manifest = write_store(vae, open_images("photos", vae), "my-latents", resolution=32)
+    >>> manifest.samples, manifest.identity.store
+    (12, 'moments')
     """
     out, processes = Path(out), processes or Processes()
     factor = downsampling_factor(vae)
@@ -192,7 +198,7 @@ def _write(work: _Work, encoder: Encoder, update: bool, retry_quarantined: bool)
 
 @dataclass(frozen=True)
 class _Work:
-    """What the processes do together: everyone its units, and one of them what only one can do."""
+    """Work that the processes share: each encodes its own units, and process 0 does what only one may do."""
 
     out: Path
     wanted: Manifest
@@ -244,7 +250,7 @@ def _plan(work: _Work, manifest: Manifest, retry: bool) -> None:
 
 
 def _refresh(out: Path, wanted: Manifest) -> None:
-    """A store takes over the decoder and normalisation of the VAE at hand: they are recorded, not compared."""
+    """Record the decoder and normalisation of the VAE at hand; they are recorded, not compared."""
     manifest = read_manifest(out)
     recorded = wanted.recorded.model_copy(update={"tool": manifest.recorded.tool})
     if recorded != manifest.recorded:
