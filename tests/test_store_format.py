@@ -1,4 +1,4 @@
-"""docs/latent_store.md is enough: a reader written from that page alone, without a line of this project, reads what
+"""docs/latent_store_format.md is enough: a reader written from it alone, without a line of this project, reads what
 `LatentDataset` reads."""
 
 from __future__ import annotations

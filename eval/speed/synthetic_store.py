@@ -1,4 +1,4 @@
-"""Latent stores of any size without an encoder, in the format of docs/latent_store.md."""
+"""Latent stores of any size without an encoder, in the format of docs/latent_store_format.md."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The latent store: moments of a whole dataset, written exactly once, never stale, read at memory speed.
 
-The format is described in docs/latent_store.md. Names are loaded on first use: a worker that reads latents has no need
-of diffusers, which takes seconds to import.
+The format is described in docs/latent_store_format.md. Names are loaded on first use: a worker that reads latents has
+no need of diffusers, which takes seconds to import.
 """
 
 from __future__ import annotations

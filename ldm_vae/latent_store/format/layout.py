@@ -1,4 +1,4 @@
-"""Names in a store: folders, files, tensors and views. docs/latent_store.md describes the same in prose.
+"""Names in a store: folders, files, tensors and views. docs/latent_store_format.md describes the same in prose.
 
 A view is a crop and whether it is mirrored. The centre crop has no name; `flip` is its mirror image, `top_left` and
 `top_left.flip` are a corner and its mirror image.

@@ -2,7 +2,7 @@
 
 *Identity* is compared whenever something is added: another encoder, preprocessing, resolution or dtype is refused with
 the difference named. What is *recorded* is never compared: a decoder-only fine-tune or a new version of this tool keeps
-every store valid. docs/latent_store.md describes each field for readers in other languages.
+every store valid. docs/latent_store_format.md describes each field for readers in other languages.
 """
 
 from __future__ import annotations
