@@ -6,9 +6,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
+import sys
 
 from ldm_vae import __version__, commands
 from ldm_vae.core.errors import run_program
+from ldm_vae.core.request import add_actions, add_request
 
 ORDER = (
     "assets", "inspect", "config", "train", "export", "encode", "store", "evaluate", "latent_space", "report",
@@ -48,16 +50,19 @@ def parser() -> argparse.ArgumentParser:
             add_help=getattr(command, "ADD_HELP", True),
             prefix_chars=getattr(command, "PREFIX_CHARS", "-"),
         )
-        command.add_arguments(verb)
-        verb.set_defaults(run=command.run)
+        if hasattr(command, "ACTIONS"):
+            add_actions(verb, command.ACTIONS)
+        else:
+            add_request(verb, command.Request, command.run)
     return top
+
+
+def call(*words: str) -> None:
+    """Run a command line in this process; what goes wrong is raised, not printed."""
+    arguments = parser().parse_args(words)
+    arguments.run(arguments)
 
 
 def main() -> None:
     """Entry point of the console script."""
-
-    def run() -> None:
-        arguments = parser().parse_args()
-        arguments.run(arguments)
-
-    run_program(run)
+    run_program(lambda: call(*sys.argv[1:]))

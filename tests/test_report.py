@@ -17,8 +17,8 @@ from conftest import write_images
 from PIL import Image
 
 from eval import reconstruction
+from ldm_vae import cli
 from ldm_vae.autoencoder.model import AutoencoderConfig
-from ldm_vae.commands import report as command
 from ldm_vae.core import intervals
 from ldm_vae.core.errors import UsageError
 from ldm_vae.report import build_report
@@ -247,12 +247,8 @@ def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_rebuilds_each(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import argparse
-
     (tmp_path / "metrics.jsonl").write_text('{"images": 5, "loss/total": 1.0}\n')
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    command.run(parser.parse_args([str(run), str(tmp_path)]))
+    cli.call("report", str(run), str(tmp_path))
     assert capsys.readouterr().out.split() == [str(folder / "report" / "index.html") for folder in (run, tmp_path)]
 
 

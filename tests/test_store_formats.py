@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import numpy as np
@@ -21,7 +21,7 @@ from test_store_writing import SETTINGS, Pictures, tree
 
 from ldm_vae import load_autoencoder
 from ldm_vae.autoencoder.model import AutoencoderConfig
-from ldm_vae.commands.store import FORMATS, MODELS, NAMES
+from ldm_vae.commands.store import Format, Model, Names
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latent_store.convert.conversion import convert_from, convert_to
@@ -262,4 +262,5 @@ def test_as_a_user_calls_it(tiny_vae: AutoencoderKL, tmp_path: Path, capsys: pyt
     assert run_cli("store", "convert", tmp_path / "k", tmp_path / "b", "--from", "kohya") == 0
     assert "8 samples in 1 shards" in capsys.readouterr().out
     assert run_cli("store", "convert", tmp_path / "s", tmp_path / "x") == 2
-    assert sorted(FORMATS) == names() and MODELS == kohya.MODELS and NAMES == kohya.NAMES
+    assert sorted(get_args(Format)) == names()
+    assert get_args(Model) == kohya.MODELS and get_args(Names) == kohya.NAMES

@@ -11,7 +11,6 @@ from diffusers import AutoencoderKL
 from test_store_formats import KOHYA, shard_files
 from test_store_writing import SETTINGS, Pictures
 
-from ldm_vae.commands.store import MODELS
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, write_store
 from ldm_vae.latent_store.convert.conversion import convert_from, convert_to
@@ -71,7 +70,7 @@ def sd_scripts_reads(
     return None
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", kohya.MODELS)
 @pytest.mark.parametrize("names", kohya.NAMES)
 def test_the_versions_that_are_named_find_the_cache_and_no_others(
     names: str, model: str, tiny_vae: AutoencoderKL, tmp_path: Path

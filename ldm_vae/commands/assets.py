@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from ldm_vae.core.request import Action, argument, flag
 
 HELP = "fetch the LPIPS trunk, the demo's photographs, or digits for a textbook VAE"
 DESCRIPTION = """\
@@ -15,31 +18,44 @@ Fetch what a run needs and does not bring along, before it needs it:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="asset", metavar="ASSET", required=True)
-    lpips = kinds.add_parser("lpips", help="the ImageNet trunk of LPIPS, into $XDG_CACHE_HOME/ldm-vae")
-    lpips.add_argument("--net", nargs="+", choices=("alex", "vgg"), default=("alex", "vgg"), help="default: both")
-    demo = kinds.add_parser("demo", help="photographs that scikit-image and scikit-learn ship, cut into crops")
-    demo.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    digits = kinds.add_parser("digits", help="the handwritten digits of scikit-learn, as PNGs of 8 px")
-    digits.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+@dataclass(frozen=True, kw_only=True)
+class Lpips:
+    """Trunks to fetch."""
+
+    net: tuple[Literal["alex", "vgg"], ...] = flag("default: both", ("alex", "vgg"), nargs="+")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    if arguments.asset == "demo":
-        from ldm_vae.demo.photographs import prepare_demo
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Images to write."""
 
-        print(prepare_demo(arguments.out))
-        return
-    if arguments.asset == "digits":
-        from ldm_vae.demo.digits import prepare_digits
+    out: Path = argument("OUT", "folder to write")
 
-        print(prepare_digits(arguments.out))
-        return
+
+def _lpips(request: Lpips) -> None:
     from ldm_vae.core.paths import cache_dir
     from ldm_vae.perceptual.pretrained import lpips_trunk
 
-    for net in arguments.net:
+    for net in request.net:
         tensors = lpips_trunk(net)
         count = sum(tensor.numel() for tensor in tensors.values())
         print(f"LPIPS-{net}: trunk of {count / 1e6:.1f} M parameters, cache {cache_dir()}")
+
+
+def _demo(request: Images) -> None:
+    from ldm_vae.demo.photographs import prepare_demo
+
+    print(prepare_demo(request.out))
+
+
+def _digits(request: Images) -> None:
+    from ldm_vae.demo.digits import prepare_digits
+
+    print(prepare_digits(request.out))
+
+
+ACTIONS = {
+    "lpips": Action("the ImageNet trunk of LPIPS, into $XDG_CACHE_HOME/ldm-vae", Lpips, _lpips),
+    "demo": Action("photographs that scikit-image and scikit-learn ship, cut into crops", Images, _demo),
+    "digits": Action("the handwritten digits of scikit-learn, as PNGs of 8 px", Images, _digits),
+}

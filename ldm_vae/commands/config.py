@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+
+from ldm_vae.core.request import argument
 
 HELP = "list the configs that ship with the project, or print one"
 DESCRIPTION = """\
@@ -14,15 +16,18 @@ copied and changed:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a shipped config, or a path")
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The command line."""
+
+    name: str | None = argument("NAME", "a shipped config, or a path", nargs="?")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(request: Request) -> None:
     from ldm_vae.core import programs
 
-    if arguments.name is not None:
-        print(programs.find_config(arguments.name).read_text(encoding="utf-8"), end="")
+    if request.name is not None:
+        print(programs.find_config(request.name).read_text(encoding="utf-8"), end="")
         return
     for name, path in programs.shipped_configs().items():
         print(f"{name:22} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")

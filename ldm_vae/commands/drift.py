@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 
-from ldm_vae.data.flags import DataFlags, add_data_arguments
+from ldm_vae.core.request import argument, flag
+from ldm_vae.data.flags import DataFlags, data_flags
 
 HELP = "compare a fine-tuned VAE with its base: is a diffusion model of the base still right?"
 DESCRIPTION = """\
@@ -16,19 +17,22 @@ the other (PSNR, LPIPS), and a verdict in a sentence.
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", help="the VAE that the diffusion model was trained with")
-    parser.add_argument("tuned", metavar="TUNED", help="the VAE that shall take its place")
-    parser.add_argument("data", metavar="DATA", help="images: folder, dataset, list file, zip, tar shards, hub id")
-    parser.add_argument("--resolution", type=int, help="side of the centre crop (default: BASE's sample_size)")
-    parser.add_argument("--images", type=int, default=64, metavar="N", help="images, spread over DATA (default 64)")
-    parser.add_argument("--batch_size", type=int, default=8, help="images per forward pass (default 8)")
-    parser.add_argument("--no_lpips", action="store_true", help="PSNR only: no network weights are needed")
-    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
-    add_data_arguments(parser)
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The command line."""
+
+    base: str = argument("BASE", "the VAE that the diffusion model was trained with")
+    tuned: str = argument("TUNED", "the VAE that shall take its place")
+    data: str = argument("DATA", "images: folder, dataset, list file, zip, tar shards, hub id")
+    resolution: int | None = flag("side of the centre crop (default: BASE's sample_size)")
+    images: int = flag("images, spread over DATA (default 64)", 64, metavar="N")
+    batch_size: int = flag("images per forward pass (default 8)", 8)
+    no_lpips: bool = flag("PSNR only: no network weights are needed", False)
+    json: bool = flag("as JSON, for programs", False)
+    flags: DataFlags = data_flags()
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(request: Request) -> None:
     import json
 
     import torch
@@ -44,15 +48,15 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm_vae.metrics.batches import image_batches, spread
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base, tuned = (load_autoencoder(vae).to(device) for vae in (arguments.base, arguments.tuned))
-    resolution = arguments.resolution or sample_size(base)
+    base, tuned = (load_autoencoder(vae).to(device) for vae in (request.base, request.tuned))
+    resolution = request.resolution or sample_size(base)
     check_resolution(resolution, downsampling_factor(base))
-    preparation = preparation_of({arguments.base: base, arguments.tuned: tuned}, DataFlags.of(arguments))
+    preparation = preparation_of({request.base: base, request.tuned: tuned}, request.flags)
     for note in preparation.notes:
         print(note, file=sys.stderr)
-    source = preparation.open(arguments.data)
-    chosen = spread(len(source), arguments.images)
-    batches = image_batches(source, chosen, resolution, batch_size=arguments.batch_size)
-    total = -(-len(chosen) // arguments.batch_size)
-    found = measure_drift(base, tuned, batches, resolution=resolution, lpips=not arguments.no_lpips, total=total)
-    print(json.dumps(found.to_json(), indent=1) if arguments.json else "\n".join(found.lines()))
+    source = preparation.open(request.data)
+    chosen = spread(len(source), request.images)
+    batches = image_batches(source, chosen, resolution, batch_size=request.batch_size)
+    total = -(-len(chosen) // request.batch_size)
+    found = measure_drift(base, tuned, batches, resolution=resolution, lpips=not request.no_lpips, total=total)
+    print(json.dumps(found.to_json(), indent=1) if request.json else "\n".join(found.lines()))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from typing import Any
 
-from ldm_vae.data.flags import DataFlags, add_data_arguments
+from ldm_vae.core.request import Action, argument, flag
+from ldm_vae.data.flags import DataFlags, data_flags
 
 HELP = "find what overflows in fp16, and rescale it away without retraining"
 DESCRIPTION = """\
@@ -19,53 +20,59 @@ synthetic extremes are tried, and the card says so.
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    audit = actions.add_parser("audit", help="record the largest activation of every layer")
-    fix = actions.add_parser("fix", help="write a VAE whose activations fit fp16")
-    for action in (audit, fix):
-        action.add_argument("vae", metavar="VAE", help="diffusers folder, run folder, hub id or single file")
-        if action is fix:
-            action.add_argument("out", metavar="OUT", help="diffusers folder to write")
-        action.add_argument("data", metavar="DATA", nargs="?", help="images to run it over, besides synthetic extremes")
-        action.add_argument(
-            "--resolution", type=int, help="side in pixels (default: the VAE's sample_size, at most 512)"
-        )
-        action.add_argument("--images", type=int, default=8, metavar="N", help="images of DATA (default 8)")
-        action.add_argument("--config", metavar="FOLDER", help="for a single-file VAE: folder with its config.json")
-        add_data_arguments(action)
-    audit.add_argument("--all", action="store_true", help="print every layer, not the ten largest of each half")
-    audit.add_argument("--json", action="store_true", help="print every layer as JSON, for programs")
+@dataclass(frozen=True, kw_only=True)
+class _Probed:
+    """How a VAE is run."""
+
+    resolution: int | None = flag("side in pixels (default: the VAE's sample_size, at most 512)")
+    images: int = flag("images of DATA (default 8)", 8, metavar="N")
+    config: str | None = flag("for a single-file VAE: folder with its config.json", metavar="FOLDER")
+    flags: DataFlags = data_flags()
 
 
-def run(arguments: argparse.Namespace) -> None:
-    {"audit": _audit, "fix": _fix}[arguments.action](arguments)
+@dataclass(frozen=True, kw_only=True)
+class Audit(_Probed):
+    """A VAE to look at."""
+
+    vae: str = argument("VAE", "diffusers folder, run folder, hub id or single file")
+    data: str | None = argument("DATA", "images to run it over, besides synthetic extremes", nargs="?")
+    all: bool = flag("print every layer, not the ten largest of each half", False)
+    json: bool = flag("print every layer as JSON, for programs", False)
 
 
-def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Fix(_Probed):
+    """A VAE to rescale."""
+
+    vae: str = argument("VAE", "diffusers folder, run folder, hub id or single file")
+    out: str = argument("OUT", "diffusers folder to write")
+    data: str | None = argument("DATA", "images to run it over, besides synthetic extremes", nargs="?")
+
+
+def _prepare(request: Audit | Fix) -> tuple[Any, Any]:
     import torch
 
     from ldm_vae.autoencoder.model import load_autoencoder, only_kl
     from ldm_vae.data.preparation import preparation_of
     from ldm_vae.export.fp16.probes import make_probes
 
-    vae = load_autoencoder(arguments.vae, arguments.config).to("cuda" if torch.cuda.is_available() else "cpu")
+    vae = load_autoencoder(request.vae, request.config).to("cuda" if torch.cuda.is_available() else "cpu")
     only_kl(vae, "fp16")
-    preparation = preparation_of({arguments.vae: vae}, DataFlags.of(arguments))
+    preparation = preparation_of({request.vae: vae}, request.flags)
     for note in preparation.notes:
         print(note, file=sys.stderr)
-    probes = make_probes(vae, arguments.data, preparation, resolution=arguments.resolution, count=arguments.images)
+    probes = make_probes(vae, request.data, preparation, resolution=request.resolution, count=request.images)
     return vae, probes
 
 
-def _audit(arguments: argparse.Namespace) -> None:
+def _audit(request: Audit) -> None:
     import json
 
     from ldm_vae.export.fp16.audit import LARGEST, audit
 
-    vae, probes = _prepare(arguments)
+    vae, probes = _prepare(request)
     found = audit(vae, probes)
-    if arguments.json:
+    if request.json:
         headroom = {side: found.headroom(side) for side in ("encoder", "decoder")}
         print(json.dumps({"safe": found.safe, "headroom": headroom, "largest": found.largest}, indent=1))
         return
@@ -73,12 +80,12 @@ def _audit(arguments: argparse.Namespace) -> None:
     for side in ("encoder", "decoder"):
         rows = sorted(found.of(side).items(), key=lambda row: -row[1])
         print(f"\n{side}: headroom {found.headroom(side):,.3g}")
-        for name, value in rows if arguments.all else rows[:10]:
+        for name, value in rows if request.all else rows[:10]:
             print(f"  {value:>12,.4g}  {LARGEST / max(value, 1e-30):>10,.3g} x  {name}")
     print(f"\n{'safe in fp16' if found.safe else 'NOT safe in fp16: `ldm-vae fp16 fix` rescales it'}")
 
 
-def _fix(arguments: argparse.Namespace) -> None:
+def _fix(request: Fix) -> None:
     from pathlib import Path
 
     from ldm_vae.core.errors import WorkError
@@ -89,17 +96,23 @@ def _fix(arguments: argparse.Namespace) -> None:
     from ldm_vae.export.fp16.rescale import rescale
     from ldm_vae.export.replacement import check_replaceable
 
-    out = Path(arguments.out)
+    out = Path(request.out)
     check_replaceable(out)  # before the work, not after it
-    vae, probes = _prepare(arguments)
+    vae, probes = _prepare(request)
     before = audit(vae, probes)
     rescaling = rescale(vae, before)
     certificate = certify(vae, probes, rescaling, before)
     if not certificate.passed:
         print("\n".join(certificate.lines()), file=sys.stderr)
         reason = certificate.limits[0] if certificate.limits else "fp16 is too far from fp32"
-        raise WorkError(f"{arguments.vae}: rescaling does not make it safe in fp16 ({reason}); {out} was not written")
+        raise WorkError(f"{request.vae}: rescaling does not make it safe in fp16 ({reason}); {out} was not written")
     sections = {"Half precision": "\n".join(f"- {line}" for line in certificate.lines())}
     card = Card(card_name(out), sections=sections).text(rescaling.vae)
     write_vae(rescaling.vae, out, None, card=card, force_upcast=False)
     print("\n".join([f"wrote {out}: force_upcast is false", *certificate.lines()]))
+
+
+ACTIONS = {
+    "audit": Action("record the largest activation of every layer", Audit, _audit),
+    "fix": Action("write a VAE whose activations fit fp16", Fix, _fix),
+}

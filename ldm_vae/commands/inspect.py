@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-from ldm_vae.data.flags import DataFlags, add_data_arguments
+from ldm_vae.core.request import argument, flag
+from ldm_vae.data.flags import DataFlags, data_flags
 
 HELP = "look at a dataset: sizes, formats, broken files, captions, buckets, thumbnails"
 DESCRIPTION = """\
@@ -21,19 +22,20 @@ save_to_disk, tar shards (file, folder, glob, {000..099} or URL) or a dataset of
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", help="folder, zip, list file, dataset, tar shards or hub id")
-    parser.add_argument("--resolution", type=int, default=256, help="side of the crops you have in mind (256)")
-    parser.add_argument(
-        "--bucket_step", type=int, metavar="N", help="sides of aspect buckets in steps of N (resolution / 16)"
-    )
-    parser.add_argument("--max_images", type=int, default=10_000, metavar="N", help="look at N of them (10000; 0: all)")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that decode (2)")
-    parser.add_argument("--thumbnails", type=Path, default=Path("inspect.png"), metavar="PNG", help="(inspect.png)")
-    add_data_arguments(parser, resize=False, recorded=None)
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The command line."""
+
+    data: str = argument("DATA", "folder, zip, list file, dataset, tar shards or hub id")
+    resolution: int = flag("side of the crops you have in mind (256)", 256)
+    bucket_step: int | None = flag("sides of aspect buckets in steps of N (resolution / 16)", metavar="N")
+    max_images: int = flag("look at N of them (10000; 0: all)", 10000, metavar="N")
+    num_workers: int = flag("processes that decode (2)", 2)
+    thumbnails: Path = flag("(inspect.png)", Path("inspect.png"), metavar="PNG")
+    flags: DataFlags = data_flags(resize=False, recorded=None)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(request: Request) -> None:
     from ldm_vae.core.errors import UsageError, WorkError
     from ldm_vae.data import buckets
     from ldm_vae.data.preparation import plain
@@ -41,20 +43,20 @@ def run(args: argparse.Namespace) -> None:
     from ldm_vae.data.survey import lines, survey, thumbnails
 
     for name, least in (("resolution", 1), ("max_images", 0), ("num_workers", 0)):
-        if getattr(args, name) < least:
-            raise UsageError(f"{name}: expected at least {least}, got {getattr(args, name)}")
-    if not args.thumbnails.parent.is_dir():
-        raise UsageError(f"thumbnails {args.thumbnails}: there is no folder {args.thumbnails.parent}")
+        if getattr(request, name) < least:
+            raise UsageError(f"{name}: expected at least {least}, got {getattr(request, name)}")
+    if not request.thumbnails.parent.is_dir():
+        raise UsageError(f"thumbnails {request.thumbnails}: there is no folder {request.thumbnails.parent}")
     # 64 is usual at 1024 px; a smaller resolution needs finer steps for the same shapes, a VAE multiples of 8
-    step = args.bucket_step or max(8, args.resolution // 16 // 8 * 8)
-    shapes = buckets.generate(args.resolution**2, step)
-    source = plain(DataFlags.of(args)).open(args.data)
-    found = survey(source, args.max_images or None, args.num_workers)
-    print("\n".join(lines(found, args.resolution, shapes)))
+    step = request.bucket_step or max(8, request.resolution // 16 // 8 * 8)
+    shapes = buckets.generate(request.resolution**2, step)
+    source = plain(request.flags).open(request.data)
+    found = survey(source, request.max_images or None, request.num_workers)
+    print("\n".join(lines(found, request.resolution, shapes)))
     if not found.good:
         reason = f": {found.bad[0].reason}" if found.bad else ""
-        raise WorkError(f"data {args.data}: no usable image{reason}")
+        raise WorkError(f"data {request.data}: no usable image{reason}")
     if isinstance(source, Stream):
         print("\nread in order: length unknown, no thumbnails; training works, encoding needs it downloaded")
     else:
-        print(f"\n{thumbnails(source, found, args.thumbnails)} of them: {args.thumbnails}")
+        print(f"\n{thumbnails(source, found, request.thumbnails)} of them: {request.thumbnails}")

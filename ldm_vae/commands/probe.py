@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
+from ldm_vae.commands.train import ADD_HELP, PREFIX_CHARS, Request
 
-from ldm_vae.commands.train import ADD_HELP, PREFIX_CHARS, add_arguments
-
-__all__ = ["ADD_HELP", "DESCRIPTION", "HELP", "PREFIX_CHARS", "add_arguments", "run"]
+__all__ = ["ADD_HELP", "DESCRIPTION", "HELP", "PREFIX_CHARS", "Request", "run"]
 
 HELP = "train the same small diffusion model on the latents of several VAEs"
 DESCRIPTION = ""  # the program's own help is shown
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(request: Request) -> None:
     from ldm_vae.core import programs
 
-    programs.run("eval/diffusability.py", arguments.arguments or ["--help"])
+    programs.run("eval/diffusability.py", [*request.arguments] or ["--help"])

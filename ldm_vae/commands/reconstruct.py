@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_vae.data.flags import DataFlags, add_decoding_arguments
+from ldm_vae.core.request import argument, flag
+from ldm_vae.data.flags import DataFlags, decoding_flags
 
 if TYPE_CHECKING:
     import torch
@@ -25,37 +26,40 @@ side; PSNR is printed. Without --resolution an image keeps its size, less what d
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("vae", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="image files")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the pictures")
-    parser.add_argument("--resolution", type=int, help="resize by the short side and crop the centre to this side")
-    parser.add_argument("--config", metavar="FOLDER", help="config.json of a single-file VAE of a shape of its own")
-    add_decoding_arguments(parser)
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The command line."""
+
+    vae: str = argument("VAE", "a diffusers folder, a run folder, a hub id or a single file")
+    images: tuple[Path, ...] = argument("IMAGE", "image files", nargs="+")
+    out: Path = argument("OUT", "folder for the pictures")
+    resolution: int | None = flag("resize by the short side and crop the centre to this side")
+    config: str | None = flag("config.json of a single-file VAE of a shape of its own", metavar="FOLDER")
+    flags: DataFlags = decoding_flags()
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(request: Request) -> None:
     from ldm_vae.autoencoder.model import check_resolution, downsampling_factor, load_autoencoder
     from ldm_vae.core.errors import UsageError
     from ldm_vae.core.ownership import own
     from ldm_vae.data.preparation import preparation_of
 
-    vae = load_autoencoder(arguments.vae, arguments.config)
+    vae = load_autoencoder(request.vae, request.config)
     factor = downsampling_factor(vae)
-    if arguments.resolution is not None:
-        check_resolution(arguments.resolution, factor)
+    if request.resolution is not None:
+        check_resolution(request.resolution, factor)
     # every image is read before the first is reconstructed: a mistyped name costs nothing
-    preparation = preparation_of({arguments.vae: vae}, DataFlags.of(arguments))
-    images = [(path, _read(path, preparation.decoding)) for path in arguments.images]
+    preparation = preparation_of({request.vae: vae}, request.flags)
+    images = [(path, _read(path, preparation.decoding)) for path in request.images]
     for path, image in images:
-        if arguments.resolution is None and min(image.shape[1:]) < factor:
+        if request.resolution is None and min(image.shape[1:]) < factor:
             raise UsageError(f"image {path}: its sides must be at least f = {factor} pixels, it is {_size(image)}")
-    with own(arguments.out, "OUT"):
-        _reconstruct(vae, images, preparation, arguments)
+    with own(request.out, "OUT"):
+        _reconstruct(vae, images, preparation, request)
 
 
 def _reconstruct(
-    vae: Any, images: Sequence[tuple[Path, torch.Tensor]], preparation: Preparation, arguments: argparse.Namespace
+    vae: Any, images: Sequence[tuple[Path, torch.Tensor]], preparation: Preparation, request: Request
 ) -> None:
     """Write each image's reconstruction, and the two side by side."""
     import torch
@@ -74,20 +78,20 @@ def _reconstruct(
     vae.to(device)
     taken: set[str] = set()
     for path, image in images:
-        if arguments.resolution is None:
+        if request.resolution is None:
             height, width = (side // factor * factor for side in image.shape[1:])
             top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
             crop = image[:, top : top + height, left : left + width]
         else:
-            crop = centre_crop(image, arguments.resolution, resize=preparation.decoding.resize).pixels
+            crop = centre_crop(image, request.resolution, resize=preparation.decoding.resize).pixels
         _, pair = reconstruct(vae, ImageBatch([0], [str(path)], crop[None]), device)
         name = path.stem if path.stem not in taken else f"{path.stem}-{len(taken) + 1}"
         taken.add(name)
-        save(pair.reconstruction[0], arguments.out / f"{name}.png")
+        save(pair.reconstruction[0], request.out / f"{name}.png")
         side_by_side = torch.cat([pair.original[0], pair.reconstruction[0]], dim=2)
-        save(side_by_side, arguments.out / f"{name}.before-after.png")
+        save(side_by_side, request.out / f"{name}.before-after.png")
         decibel = psnr(pair.original, pair.reconstruction).item()
-        print(f"{path}  {_size(crop)}  PSNR {decibel:.2f} dB  {arguments.out / name}.before-after.png")
+        print(f"{path}  {_size(crop)}  PSNR {decibel:.2f} dB  {request.out / name}.before-after.png")
 
 
 def _read(path: Path, decoding: Decoding) -> torch.Tensor:

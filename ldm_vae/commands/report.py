@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+
+from ldm_vae.core.request import argument
 
 HELP = "write the page that shows a run or an evaluation"
 DESCRIPTION = """\
@@ -14,12 +16,15 @@ no network. RUN is a run folder, or what `ldm-vae evaluate ... --output RUN` has
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder or an evaluation's output")
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The command line."""
+
+    runs: tuple[Path, ...] = argument("RUN", "a run folder or an evaluation's output", nargs="+")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(request: Request) -> None:
     from ldm_vae.report import build_report
 
-    for folder in arguments.runs:
+    for folder in request.runs:
         print(build_report(folder))

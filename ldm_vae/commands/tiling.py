@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 
-from ldm_vae.data.flags import DataFlags, add_decoding_arguments
+from ldm_vae.core.request import argument, flag
+from ldm_vae.data.flags import DataFlags, decoding_flags
 
 HELP = "measure what enable_tiling changes in an image"
 DESCRIPTION = """\
@@ -16,17 +17,20 @@ Decodes the image whole and in tiles and says how far apart they are, at the sea
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("vae", metavar="VAE", help="diffusers folder, run folder, hub id or single file")
-    parser.add_argument("image", metavar="IMAGE", help="an image file larger than a tile")
-    parser.add_argument("--tile", type=int, help="side of a tile in pixels (default: the VAE's sample_size)")
-    parser.add_argument("--overlap", type=float, nargs="+", default=[0.25, 0.5], help="shares of a tile")
-    parser.add_argument("--config", metavar="FOLDER", help="for a single-file VAE: folder with its config.json")
-    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
-    add_decoding_arguments(parser, resize=False)
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The command line."""
+
+    vae: str = argument("VAE", "diffusers folder, run folder, hub id or single file")
+    image: str = argument("IMAGE", "an image file larger than a tile")
+    tile: int | None = flag("side of a tile in pixels (default: the VAE's sample_size)")
+    overlap: tuple[float, ...] = flag("shares of a tile", (0.25, 0.5), nargs="+")
+    config: str | None = flag("for a single-file VAE: folder with its config.json", metavar="FOLDER")
+    json: bool = flag("as JSON, for programs", False)
+    flags: DataFlags = decoding_flags(resize=False)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(request: Request) -> None:
     import json
     from dataclasses import asdict
     from pathlib import Path
@@ -41,14 +45,14 @@ def run(arguments: argparse.Namespace) -> None:
     from ldm_vae.data.transforms import to_pixels
     from ldm_vae.export.tiling import measure_tiling
 
-    vae = load_autoencoder(arguments.vae, arguments.config).to("cuda" if torch.cuda.is_available() else "cpu")
+    vae = load_autoencoder(request.vae, request.config).to("cuda" if torch.cuda.is_available() else "cpu")
     only_kl(vae, "tiling")
-    path, factor = Path(arguments.image), downsampling_factor(vae)
+    path, factor = Path(request.image), downsampling_factor(vae)
     if not path.is_file():
         raise UsageError(f"IMAGE {path}: no such file")
-    if not all(0 < share < 1 for share in arguments.overlap):
-        raise UsageError(f"--overlap: expected shares between 0 and 1, got {arguments.overlap}")
-    preparation = preparation_of({arguments.vae: vae}, DataFlags.of(arguments))
+    if not all(0 < share < 1 for share in request.overlap):
+        raise UsageError(f"--overlap: expected shares between 0 and 1, got {request.overlap}")
+    preparation = preparation_of({request.vae: vae}, request.flags)
     for note in preparation.notes:
         print(note, file=sys.stderr)
     try:
@@ -57,8 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(f"IMAGE {path}: {error.reason}") from error
     height, width = (side // factor * factor for side in image.shape[1:])
     pixels = to_pixels(image[:, :height, :width])[None].to(vae.device)
-    found = [measure_tiling(vae, pixels, tile=arguments.tile, overlap=overlap) for overlap in arguments.overlap]
-    if arguments.json:
+    found = [measure_tiling(vae, pixels, tile=request.tile, overlap=overlap) for overlap in request.overlap]
+    if request.json:
         print(json.dumps([asdict(one) for one in found], indent=1))
         return
     print(f"{path}: {width} x {height} px in tiles of {found[0].tile} px, against the whole image")

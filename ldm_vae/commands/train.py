@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
+
+from ldm_vae.core.request import argument
 
 HELP = "train or fine-tune an autoencoder"
 DESCRIPTION = ""  # the program's own docstring is the help
@@ -12,11 +15,14 @@ ADD_HELP = False
 PREFIX_CHARS = "\0"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the program is called with."""
+
+    arguments: tuple[str, ...] = argument("ARGUMENT", "of the program", nargs=argparse.REMAINDER)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(request: Request) -> None:
     from ldm_vae.core import programs
 
-    programs.run_with_config("train/autoencoder.py", arguments.arguments)
+    programs.run_with_config("train/autoencoder.py", [*request.arguments])

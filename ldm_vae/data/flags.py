@@ -7,11 +7,13 @@ its weights then holds (ldm_vae/data/preprocessing.py).
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.request import shared
 
 Resize = Literal["short_side", "none"]
 
@@ -97,3 +99,13 @@ def add_data_arguments(
     add("--caption_column", metavar="NAME", help="column that is called `caption`; of a folder also an extension (txt)")
     add("--split", default="train", metavar="NAME", help="split of a dataset (train)")
     add("--kind", choices=KINDS, help="what DATA is (default: found by looking at it)")
+
+
+def data_flags(**options: Any) -> Any:
+    """The field of a request that holds these flags; `options` are those of `add_data_arguments`."""
+    return shared(functools.partial(add_data_arguments, **options), DataFlags.of)
+
+
+def decoding_flags(**options: Any) -> Any:
+    """The same of the flags for decoding alone."""
+    return shared(functools.partial(add_decoding_arguments, **options), DataFlags.of)

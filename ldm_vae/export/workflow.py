@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from ldm_vae.autoencoder.latents import Normalisation, NormalisationKind
+from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.autoencoder.model import (
     downsampling_factor,
     load_autoencoder,
@@ -21,7 +21,6 @@ from ldm_vae.autoencoder.single_file import SD_SCALING, is_sd_shape, load_single
 from ldm_vae.core import atomic_io, intervals
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.ownership import own_name
-from ldm_vae.data.flags import NO_FLAGS, DataFlags
 from ldm_vae.data.preparation import Preparation, preparation_of
 from ldm_vae.data.preprocessing import record, recorded
 from ldm_vae.export import hub
@@ -42,37 +41,11 @@ from ldm_vae.export.preview import FILE as PREVIEW
 from ldm_vae.export.preview import Preview, fit_preview, pairs_of_images, pairs_of_store
 from ldm_vae.export.recipe import read_recipe
 from ldm_vae.export.replacement import check_replaceable
+from ldm_vae.export.request import Request
 from ldm_vae.export.targets import TARGETS, Target, warnings_for, warnings_for_pipelines, write_target
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 
 AUDIT_SIDE = 64  # pixels on a CPU, where the audit of an SD-sized VAE would take minutes at its own size
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `ldm-vae export` was asked for; the fields are its flags."""
-
-    source: str
-    out: Path
-    target: str = "diffusers"
-    config: str | None = None
-    stats: str | None = None
-    normalisation: NormalisationKind | None = None
-    normalisation_from: str | None = None
-    resolution: int | None = None
-    batch_size: int = 8
-    stats_images: int | None = None
-    preview: bool = False
-    half: bool = False
-    max_shard_size: str = "10GB"
-    push_to_hub: str | None = None
-    private: bool = False
-    pipeline: bool = False
-    license: str | None = None
-    base_model: str | None = None
-    drift_from: str | None = None
-    allow_pickle: bool = False
-    flags: DataFlags = NO_FLAGS
 
 
 @dataclass
@@ -107,7 +80,7 @@ def export(request: Request) -> Done:
         only_kl(vae, f"--target {request.target}")
     if request.target == "diffusers":
         _write_folder(vae, request, normalisation, preparation, card, files, done)
-        load = f'{type(vae).__name__}.from_pretrained("{request.out}")'
+        load = f'{type(vae).__name__}.from_pretrained("{request.place}")'
     else:
         load = f'ldm_vae.load_autoencoder("{_write_file(vae, request, normalisation, card, files, done)}")'
     done.lines += [_describe(normalisation, statistics, request.normalisation_from), f"load it: {load}"]
@@ -118,7 +91,7 @@ def export(request: Request) -> Done:
 
 def _push(request: Request) -> str:
     assert request.push_to_hub is not None
-    return hub.push(request.out, request.push_to_hub, private=request.private, path="vae" if request.pipeline else "")
+    return hub.push(request.place, request.push_to_hub, private=request.private, path="vae" if request.pipeline else "")
 
 
 def _check(request: Request) -> None:
@@ -131,18 +104,18 @@ def _check(request: Request) -> None:
         raise UsageError(f"--normalisation {request.normalisation}: --normalisation_from names the kind already")
     if request.push_to_hub is not None:
         hub.check_name(request.push_to_hub)
-    if request.target != "diffusers" and request.push_to_hub and request.out.suffix == ".safetensors":
-        raise UsageError(f"--push_to_hub: uploads a folder; give OUT without .safetensors, got {request.out}")
-    if not request.out.name:
-        raise UsageError(f"OUT {request.out}: expected a new folder or an older export")
-    if request.target == "diffusers" or request.out.suffix != ".safetensors":
-        check_replaceable(request.out)
-    elif request.out.is_dir():
-        raise UsageError(f"OUT {request.out}: expected a file to write, found a folder")
+    if request.target != "diffusers" and request.push_to_hub and request.place.suffix == ".safetensors":
+        raise UsageError(f"--push_to_hub: uploads a folder; give OUT without .safetensors, got {request.place}")
+    if not request.place.name:
+        raise UsageError(f"OUT {request.place}: expected a new folder or an older export")
+    if request.target == "diffusers" or request.place.suffix != ".safetensors":
+        check_replaceable(request.place)
+    elif request.place.is_dir():
+        raise UsageError(f"OUT {request.place}: expected a file to write, found a folder")
 
 
 def _load(request: Request, done: Done) -> AutoencoderKL:
-    if Path(request.source).is_file() and request.allow_pickle:
+    if Path(request.source).is_file() and request.weights_only_pickle:
         config = None if request.config is None else Path(request.config)
         vae = load_single_file(Path(request.source), config, allow_pickle=True).float()
         done.lines.append(f"read {request.source} as a pickle, with weights_only: tensors alone, no code was run")
@@ -236,7 +209,7 @@ def _card(request: Request, statistics: LatentStatistics | None) -> Card:
     recipe = read_recipe(Path(request.source))
     asked = {"license": request.license, "base_model": request.base_model}
     metadata = recipe.metadata | {key: value for key, value in asked.items() if value is not None}
-    return Card(card_name(request.out), statistics, recipe.results, metadata, dict(recipe.sections))
+    return Card(card_name(request.place), statistics, recipe.results, metadata, dict(recipe.sections))
 
 
 def _preview(request: Request, vae: AutoencoderKL, normalisation: Normalisation, preparation: Preparation) -> Preview:
@@ -277,14 +250,14 @@ def _write_folder(
     done.warnings += warnings_for_pipelines(ready.config)
     write_configured(
         ready,
-        request.out,
+        request.place,
         card=card.text(ready),
         statistics=card.statistics,
         half=request.half,
         max_shard_size=request.max_shard_size,
         files=files,
     )
-    done.lines.append(f"wrote {request.out} (diffusers), read back: weights equal to the bit, decode equal")
+    done.lines.append(f"wrote {request.place} (diffusers), read back: weights equal to the bit, decode equal")
     done.lines.append(verdict)
 
 
@@ -314,18 +287,18 @@ def _write_file(
     target = TARGETS[request.target]
     done.warnings += warnings_for(target, ready.config)
     card.sections[f"For {target.title}"] = _for_target(done.warnings)
-    alone = request.out.suffix == ".safetensors"
+    alone = request.place.suffix == ".safetensors"
     if alone:
-        with own_name(request.out):
-            difference = write_target(ready, request.out, half=request.half)
-            atomic_io.replace(request.out.with_suffix(".md"), atomic_io.data(card.text(ready).encode()))
+        with own_name(request.place):
+            difference = write_target(ready, request.place, half=request.half)
+            atomic_io.replace(request.place.with_suffix(".md"), atomic_io.data(card.text(ready).encode()))
     else:
-        with atomic_io.whole(request.out, check_replaceable) as folder:
+        with atomic_io.whole(request.place, check_replaceable) as folder:
             difference = write_target(ready, folder / f"{card.name}.safetensors", half=request.half)
             for name, content in ({"README.md": card.text(ready).encode()} | files).items():
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(content)
-    path = request.out if alone else request.out / f"{card.name}.safetensors"
+    path = request.place if alone else request.place / f"{card.name}.safetensors"
     done.lines.append(_written(path, target, difference))
     return path
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from typing import Literal
 
 from ldm_vae.commands.store import sharing
-from ldm_vae.data.flags import DataFlags, add_data_arguments
+from ldm_vae.core.request import Action, argument, flag
+from ldm_vae.data.flags import DataFlags, data_flags
 
 HELP = "verify, repair, merge, split, convert or share latent stores, or print their statistics"
 DESCRIPTION = f"""\
@@ -22,78 +24,97 @@ DESCRIPTION = f"""\
   ldm-vae store convert out my-latents --from parquet
 {sharing.DESCRIPTION}"""
 
-FORMATS = ("parquet", "webdataset", "lightningdit", "kohya")  # the files of latent_store/formats, without importing it
-MODELS = ("sd", "sdxl", "sd3", "flux")
-NAMES = ("sized", "plain", "old")  # of formats/kohya.py
+Format = Literal["parquet", "webdataset", "lightningdit", "kohya"]  # the files of latent_store/convert/formats
+Model = Literal["sd", "sdxl", "sd3", "flux"]  # of formats/kohya.py, and the next
+Names = Literal["sized", "plain", "old"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    verify = actions.add_parser("verify", help="read everything again and compare with the manifest")
-    stats = actions.add_parser("stats", help="print what is in it and its statistics")
-    repair = actions.add_parser("repair", help="make again what is damaged")
-    for action in (verify, repair):
-        action.add_argument("--vae", metavar="VAE", help="the store's VAE (default: where the manifest says it was)")
-        action.add_argument("--data", metavar="DATA", help="the store's images (default: where they were)")
-        add_data_arguments(action, recorded="the store")
-    verify.add_argument("--reencode", type=int, metavar="N", help="encode N random images again and compare")
-    for action, where in ((verify, "folder or URL"), (repair, "folder"), (stats, "folder or URL")):
-        action.add_argument("store", metavar="STORE", help=f"{where} of a latent store")
-    stats.add_argument("--json", action="store_true", help="as JSON, for programs")
-    merge = actions.add_parser("merge", help="one store of several, or of one without its removed rows")
-    merge.add_argument("stores", metavar="STORE", nargs="+", help="of one identity; VAE and data are the first one's")
-    split = actions.add_parser("split", help="some of a store's samples as stores of their own")
-    split.add_argument("store", metavar="STORE", help="folder of a latent store; it is not changed")
-    ways = split.add_mutually_exclusive_group(required=True)
-    ways.add_argument("--parts", type=int, metavar="N", help="N stores OUT/0, OUT/1, ... of consecutive whole units")
-    ways.add_argument("--rows", metavar="FIRST:STOP", help="these samples, STOP excluded")
-    ways.add_argument(
-        "--where",
-        metavar="COLUMN=VALUE",
-        action="append",
-        help="samples with this value (of a list: with this element); several must all hold",
+@dataclass(frozen=True, kw_only=True)
+class _Origins:
+    """Where the VAE and the images of a store are now."""
+
+    vae: str | None = flag("the store's VAE (default: where the manifest says it was)", metavar="VAE")
+    data: str | None = flag("the store's images (default: where they were)", metavar="DATA")
+    flags: DataFlags = data_flags(recorded="the store")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(_Origins):
+    """A store to read again."""
+
+    reencode: int | None = flag("encode N random images again and compare", metavar="N")
+    store: str = argument("STORE", "folder or URL of a latent store")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair(_Origins):
+    """A store to mend."""
+
+    store: str = argument("STORE", "folder of a latent store")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """A store to describe."""
+
+    store: str = argument("STORE", "folder or URL of a latent store")
+    json: bool = flag("as JSON, for programs", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Stores that become one."""
+
+    stores: tuple[str, ...] = argument("STORE", "of one identity; VAE and data are the first one's", nargs="+")
+    out: str = argument("OUT", "a folder that does not exist yet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A store, and which of its samples are taken."""
+
+    store: str = argument("STORE", "folder of a latent store; it is not changed")
+    parts: int | None = flag("N stores OUT/0, OUT/1, ... of consecutive whole units", one_of="ways", metavar="N")
+    rows: str | None = flag("these samples, STOP excluded", one_of="ways", metavar="FIRST:STOP")
+    where: tuple[str, ...] | None = flag(
+        "samples with this value (of a list: with this element); several must all hold",
+        one_of="ways", metavar="COLUMN=VALUE", action="append",
+    )  # fmt: skip
+    out: str = argument("OUT", "a folder that does not exist yet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Latents, and the format that they get or have."""
+
+    source: str = argument("SRC", "a latent store (--to), or latents in another format (--from)")
+    to_format: Format | None = flag("write SRC in this format", name="to", one_of="directions")
+    from_format: Format | None = flag("SRC is in this format, OUT becomes a store", name="from", one_of="directions")
+    model: Model | None = flag("--to kohya: the diffusion model that the cache is for")
+    names: Names | None = flag(
+        "--to kohya: as sd-scripts finds them: sized 0.10.2 and later (default), plain 0.10.0, old 0.7.0"
     )
-    convert = actions.add_parser("convert", help="a store in another program's format, or a store of such latents")
-    convert.add_argument("source", metavar="SRC", help="a latent store (--to), or latents in another format (--from)")
-    directions = convert.add_mutually_exclusive_group(required=True)
-    for flag, what in (("--to", "write SRC in this format"), ("--from", "SRC is in this format, OUT becomes a store")):
-        directions.add_argument(flag, choices=FORMATS, dest=flag.strip("-") + "_format", help=what)
-    convert.add_argument("--model", choices=MODELS, help="--to kohya: the diffusion model that the cache is for")
-    convert.add_argument(
-        "--names",
-        choices=NAMES,
-        help="--to kohya: as sd-scripts finds them: sized 0.10.2 and later (default), plain 0.10.0, old 0.7.0",
-    )
-    convert.add_argument("--vae", metavar="VAE", help="--from: the VAE of the latents, where they do not carry it")
-    convert.add_argument("--shard_size", type=int, default=2048, metavar="N", help="--from: samples per unit (2048)")
-    for action in (merge, split, convert):
-        action.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
-    sharing.add_arguments(actions)
+    vae: str | None = flag("--from: the VAE of the latents, where they do not carry it", metavar="VAE")
+    shard_size: int = flag("--from: samples per unit (2048)", 2048, metavar="N")
+    out: str = argument("OUT", "a folder that does not exist yet")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    verbs = {"verify": _verify, "repair": _repair, "stats": _stats}
-    verbs |= {"merge": _merge, "split": _split, "convert": _convert}
-    verbs |= {"push": sharing.push, "pull": sharing.pull}
-    verbs[arguments.action](arguments)
-
-
-def _verify(arguments: argparse.Namespace) -> None:
+def _verify(request: Verify) -> None:
     from ldm_vae.core.errors import WorkError
     from ldm_vae.latent_store import read_manifest, verify
 
-    problems = verify(arguments.store)
+    problems = verify(request.store)
     for problem in problems:
         print(f"{problem.file}: {problem.what}")
     if problems:
-        raise WorkError(f"store {arguments.store}: {len(problems)} problem(s), the first in {problems[0].file}")
-    manifest = read_manifest(arguments.store)
-    print(f"{arguments.store}: all {len(manifest.shards):,} shards with {manifest.samples:,} samples are sound")
-    if arguments.reencode is not None:
-        _reencode(arguments)
+        raise WorkError(f"store {request.store}: {len(problems)} problem(s), the first in {problems[0].file}")
+    manifest = read_manifest(request.store)
+    print(f"{request.store}: all {len(manifest.shards):,} shards with {manifest.samples:,} samples are sound")
+    if request.reencode is not None:
+        _reencode(request, request.reencode)
 
 
-def _reencode(arguments: argparse.Namespace) -> None:
+def _reencode(request: Verify, count: int) -> None:
     from pathlib import Path
 
     import torch
@@ -103,13 +124,13 @@ def _reencode(arguments: argparse.Namespace) -> None:
     from ldm_vae.latent_store.maintain.provenance import find_source, find_vae
     from ldm_vae.latent_store.maintain.spot_check import reencode, unit_of
 
-    if arguments.reencode < 1:
-        raise UsageError(f"--reencode: expected at least 1, got {arguments.reencode}")
-    store, manifest = Path(arguments.store), read_manifest(arguments.store)
-    vae = find_vae(store, manifest, arguments.vae)
-    source = find_source(manifest, vae, arguments.data, DataFlags.of(arguments))
+    if count < 1:
+        raise UsageError(f"--reencode: expected at least 1, got {count}")
+    store, manifest = Path(request.store), read_manifest(request.store)
+    vae = find_vae(store, manifest, request.vae)
+    source = find_source(manifest, vae, request.data, request.flags)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = reencode(store, manifest, vae, source, arguments.reencode, device=device)
+    found = reencode(store, manifest, vae, source, count, device=device)
     for problem in found.problems:
         print(f"{problem.file}: {problem.what}")
     print(
@@ -120,7 +141,7 @@ def _reencode(arguments: argparse.Namespace) -> None:
         raise WorkError(f"store {store}: {len(found.problems)} sample(s) are not what their images give")
 
 
-def _repair(arguments: argparse.Namespace) -> None:
+def _repair(request: Repair) -> None:
     from pathlib import Path
 
     import torch
@@ -130,18 +151,18 @@ def _repair(arguments: argparse.Namespace) -> None:
     from ldm_vae.latent_store.maintain.repair import repair
     from ldm_vae.latent_store.write.encoder import default_threads, default_workers
 
-    store, manifest = Path(arguments.store), read_manifest(arguments.store)
+    store, manifest = Path(request.store), read_manifest(request.store)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = []
 
     def vae() -> object:
-        loaded.append(find_vae(store, manifest, arguments.vae))
+        loaded.append(find_vae(store, manifest, request.vae))
         return loaded[0]
 
     done = repair(
         store,
         vae=vae,
-        source=lambda: find_source(manifest, loaded[0], arguments.data, DataFlags.of(arguments)),
+        source=lambda: find_source(manifest, loaded[0], request.data, request.flags),
         num_workers=default_workers(1),
         encode_threads=default_threads(1, device),
         device=device,
@@ -157,42 +178,42 @@ def _repair(arguments: argparse.Namespace) -> None:
     print(f"{store}: {'nothing to repair, ' if not (done.copied or done.encoded_units) else ''}{sound}")
 
 
-def _stats(arguments: argparse.Namespace) -> None:
+def _stats(request: Stats) -> None:
     import json
 
     from ldm_vae.latent_store import read_manifest
     from ldm_vae.latent_store.maintain.summary import describe
 
-    manifest = read_manifest(arguments.store)
-    if arguments.json:
+    manifest = read_manifest(request.store)
+    if request.json:
         print(json.dumps(manifest.model_dump(mode="json", exclude={"shards"}), indent=2))
     else:
-        print(describe(arguments.store, manifest))
+        print(describe(request.store, manifest))
 
 
-def _merge(arguments: argparse.Namespace) -> None:
+def _merge(request: Merge) -> None:
     from pathlib import Path
 
     from ldm_vae.latent_store.maintain.merge_split import merge
 
-    done = merge([Path(store) for store in arguments.stores], Path(arguments.out))
-    print(f"{arguments.out}: {done.samples:,} samples in {len(done.shards):,} shards, {done.quarantined:,} quarantined")
+    done = merge([Path(store) for store in request.stores], Path(request.out))
+    print(f"{request.out}: {done.samples:,} samples in {len(done.shards):,} shards, {done.quarantined:,} quarantined")
 
 
-def _split(arguments: argparse.Namespace) -> None:
+def _split(request: Split) -> None:
     from pathlib import Path
 
     from ldm_vae.latent_store import read_manifest
     from ldm_vae.latent_store.maintain.merge_split import split, take_samples, take_where
 
-    store, out = Path(arguments.store), Path(arguments.out)
+    store, out = Path(request.store), Path(request.out)
     made = [out]
-    if arguments.parts is not None:
-        made = split(store, out, arguments.parts)
-    elif arguments.rows is not None:
-        take_samples(store, out, *_range(arguments.rows))
+    if request.parts is not None:
+        made = split(store, out, request.parts)
+    elif request.rows is not None:
+        take_samples(store, out, *_range(request.rows))
     else:
-        take_where(store, out, [_condition(text) for text in arguments.where])
+        take_where(store, out, [_condition(text) for text in request.where or ()])
     for path in made:
         manifest = read_manifest(path)
         print(f"{path}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
@@ -200,7 +221,7 @@ def _split(arguments: argparse.Namespace) -> None:
         print(f"the {left:,} quarantined images stay with {store}")
 
 
-def _convert(arguments: argparse.Namespace) -> None:
+def _convert(request: Convert) -> None:
     from pathlib import Path
 
     from ldm_vae.autoencoder.model import load_autoencoder
@@ -208,24 +229,25 @@ def _convert(arguments: argparse.Namespace) -> None:
     from ldm_vae.latent_store.convert.conversion import convert_from, convert_to
     from ldm_vae.latent_store.convert.formats import Options, kohya
 
-    source, out = Path(arguments.source), Path(arguments.out)
-    for flag in ("model", "names"):
-        if arguments.to_format != "kohya" and getattr(arguments, flag) is not None:
-            raise UsageError(f"--{flag}: belongs to --to kohya")
-    if arguments.to_format is not None:
-        if arguments.vae is not None:
+    source, out = Path(request.source), Path(request.out)
+    for name in ("model", "names"):
+        if request.to_format != "kohya" and getattr(request, name) is not None:
+            raise UsageError(f"--{name}: belongs to --to kohya")
+    if request.to_format is not None:
+        if request.vae is not None:
             raise UsageError("--vae: belongs to --from; a store knows its VAE")
-        options = Options(model=arguments.model, names=arguments.names or NAMES[0])
-        lost = convert_to(source, out, arguments.to_format, options)
-        print(f"{out}: the latents of {source} as {arguments.to_format}; what it does not carry:")
+        options = Options(model=request.model, names=request.names or "sized")
+        lost = convert_to(source, out, request.to_format, options)
+        print(f"{out}: the latents of {source} as {request.to_format}; what it does not carry:")
         for phrase in lost:
             print(f"  {phrase}")
-        if arguments.to_format == "kohya":
+        if request.to_format == "kohya":
             print(kohya.readers(options))
         return
-    vae = None if arguments.vae is None else load_autoencoder(arguments.vae)
+    assert request.from_format is not None  # argparse asks for one of the two
+    vae = None if request.vae is None else load_autoencoder(request.vae)
     manifest, notes = convert_from(
-        source, out, arguments.from_format, vae=vae, vae_name=arguments.vae or "", shard_size=arguments.shard_size
+        source, out, request.from_format, vae=vae, vae_name=request.vae or "", shard_size=request.shard_size
     )
     for note in notes:
         print(note)
@@ -251,3 +273,14 @@ def _condition(text: str) -> tuple[str, str]:
     if not equals:
         raise UsageError(f"--where: expected COLUMN=VALUE, got {text!r}")
     return name, value
+
+
+ACTIONS = {
+    "verify": Action("read everything again and compare with the manifest", Verify, _verify),
+    "stats": Action("print what is in it and its statistics", Stats, _stats),
+    "repair": Action("make again what is damaged", Repair, _repair),
+    "merge": Action("one store of several, or of one without its removed rows", Merge, _merge),
+    "split": Action("some of a store's samples as stores of their own", Split, _split),
+    "convert": Action("a store in another program's format, or a store of such latents", Convert, _convert),
+    **sharing.ACTIONS,
+}

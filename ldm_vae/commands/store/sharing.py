@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from dataclasses import dataclass
+
+from ldm_vae.core.request import Action, argument, flag
 
 DESCRIPTION = """\
   ldm-vae store push my-latents me/my-latents       # to a dataset repository of the hub, with a card
@@ -11,36 +12,42 @@ DESCRIPTION = """\
 """
 
 
-def add_arguments(actions: Any) -> None:
-    push = actions.add_parser("push", help="send it to a dataset repository of the hub; again goes on")
-    push.add_argument("store", metavar="STORE", help="folder of a latent store")
-    push.add_argument("repo", metavar="REPO_ID", help="owner/name; made if it does not exist")
-    push.add_argument("--private", action="store_true", help="if it is made now, only its owner may see it")
-    push.add_argument("--license", metavar="NAME", help="of the data, for the card (cc0-1.0, ...)")
-    push.add_argument(
-        "--vae", metavar="VAE", help="decodes the card's picture (default: where the manifest says it was)"
-    )
-    pull = actions.add_parser("pull", help="copy it from a hub or a URL; again goes on, or fetches what was added")
-    pull.add_argument("place", metavar="REPO_ID|URL", help="owner/name of a dataset repository, or the URL of a store")
-    pull.add_argument("out", metavar="OUT", help="folder for the store")
-    for action in (push, pull):
-        action.add_argument("--revision", metavar="NAME", help="branch of the repository (pull: tag or commit as well)")
-        action.add_argument("--dry_run", action="store_true", help="only say what would be sent or fetched")
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """A store to send."""
+
+    store: str = argument("STORE", "folder of a latent store")
+    repo: str = argument("REPO_ID", "owner/name; made if it does not exist")
+    private: bool = flag("if it is made now, only its owner may see it", False)
+    license: str | None = flag("of the data, for the card (cc0-1.0, ...)", metavar="NAME")
+    vae: str | None = flag("decodes the card's picture (default: where the manifest says it was)", metavar="VAE")
+    revision: str | None = flag("branch of the repository", metavar="NAME")
+    dry_run: bool = flag("only say what would be sent", False)
 
 
-def push(arguments: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Pull:
+    """A store to fetch."""
+
+    place: str = argument("REPO_ID|URL", "owner/name of a dataset repository, or the URL of a store")
+    out: str = argument("OUT", "folder for the store")
+    revision: str | None = flag("branch, tag or commit of the repository", metavar="NAME")
+    dry_run: bool = flag("only say what would be fetched", False)
+
+
+def _push(request: Push) -> None:
     from pathlib import Path
 
     from ldm_vae.export.store_push import plan_push, push
 
-    plan = plan_push(Path(arguments.store), arguments.repo, arguments.revision)
-    print(f"{arguments.repo}: {plan}")
-    if not arguments.dry_run:
-        address = push(plan, private=arguments.private, license=arguments.license, vae=arguments.vae)
-        print(f'{arguments.store}: is at {address}; LatentDataset("hf://datasets/{arguments.repo}") reads it there')
+    plan = plan_push(Path(request.store), request.repo, request.revision)
+    print(f"{request.repo}: {plan}")
+    if not request.dry_run:
+        address = push(plan, private=request.private, license=request.license, vae=request.vae)
+        print(f'{request.store}: is at {address}; LatentDataset("hf://datasets/{request.repo}") reads it there')
 
 
-def pull(arguments: argparse.Namespace) -> None:
+def _pull(request: Pull) -> None:
     from pathlib import Path
     from urllib.parse import quote
 
@@ -48,13 +55,19 @@ def pull(arguments: argparse.Namespace) -> None:
     from ldm_vae.latent_store.maintain.summary import describe
     from ldm_vae.latent_store.remote.pull import plan_pull, pull
 
-    place = arguments.place
+    place = request.place
     if "://" not in place:
-        revision = f"@{quote(arguments.revision, safe='')}" if arguments.revision else ""
+        revision = f"@{quote(request.revision, safe='')}" if request.revision else ""
         place = f"hf://datasets/{place}{revision}"
-    elif arguments.revision:
+    elif request.revision:
         raise UsageError(f"--revision: goes with owner/name, not with the URL {place}")
-    plan = plan_pull(place, Path(arguments.out))
-    print(f"{arguments.out}: {plan}")
-    if not arguments.dry_run:
-        print(describe(arguments.out, pull(plan)))
+    plan = plan_pull(place, Path(request.out))
+    print(f"{request.out}: {plan}")
+    if not request.dry_run:
+        print(describe(request.out, pull(plan)))
+
+
+ACTIONS = {
+    "push": Action("send it to a dataset repository of the hub; again goes on", Push, _push),
+    "pull": Action("copy it from a hub or a URL; again goes on, or fetches what was added", Pull, _pull),
+}

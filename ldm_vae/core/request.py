@@ -1,0 +1,100 @@
+"""Typed requests: a dataclass is a command line. Each flag stands once, with its type, default and help.
+
+The type says what argparse does with a field: `bool` is a switch, a `Literal` gives the choices, a tuple takes several
+values, `X | None` may be absent. Nothing heavy is imported: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def argument(metavar: str, help: str, **options: Any) -> Any:
+    """A positional argument, shown as METAVAR; `options` are argparse's (nargs)."""
+    default = None if options.get("nargs") == "?" else dataclasses.MISSING
+    return dataclasses.field(default=default, metadata={"metavar": metavar, "help": help, **options})
+
+
+def flag(help: str, default: Any = None, *, name: str | None = None, one_of: str | None = None, **options: Any) -> Any:
+    """A flag.
+
+    Args:
+        name: of the flag, where it is another than the field's.
+        one_of: exactly one of the flags with this word is given.
+        options: argparse's (metavar, nargs, required, action).
+    """
+    metadata = {"help": help, "flag": name, "one_of": one_of, **options}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def shared(add: Callable[[argparse.ArgumentParser], None], read: Callable[[argparse.Namespace], Any]) -> Any:
+    """Flags that several requests share: `add` puts them into a parser, `read` makes the field's value."""
+    return dataclasses.field(metadata={"add": add, "read": read})
+
+
+@dataclasses.dataclass(frozen=True)
+class Action:
+    """One of the actions of a verb such as `store`: its line of help, its request and what runs it."""
+
+    help: str
+    request: type[Any]
+    run: Callable[[Any], None]
+
+
+def add_actions(parser: argparse.ArgumentParser, actions: Mapping[str, Action]) -> None:
+    """Give a parser a sub-command for each action."""
+    names = parser.add_subparsers(metavar="ACTION", required=True)
+    for name, action in actions.items():
+        add_request(names.add_parser(name, help=action.help), action.request, action.run)
+
+
+def add_request(parser: argparse.ArgumentParser, request: type[T], run: Callable[[T], None]) -> None:
+    """Give a parser the arguments of a request; its `run` takes what was parsed, and calls `run` with the request."""
+    hints = typing.get_type_hints(request)
+    groups: dict[str, Any] = {}
+    for one in dataclasses.fields(request):  # type: ignore[arg-type]
+        options = dict(one.metadata)
+        if "add" in options:
+            options["add"](parser)
+            continue
+        positional = "flag" not in options
+        name, group = options.pop("flag", None), options.pop("one_of", None)
+        of_type = _value_type(hints[one.name])
+        if of_type is bool:
+            options["action"] = "store_true"
+        elif typing.get_origin(of_type) is Literal:
+            options["choices"] = typing.get_args(of_type)
+        elif of_type is not str:
+            options["type"] = of_type
+        if positional:
+            parser.add_argument(one.name, **options)
+            continue
+        if of_type is not bool:
+            options["default"] = one.default
+        if group and group not in groups:
+            groups[group] = parser.add_mutually_exclusive_group(required=True)
+        target = groups[group] if group else parser
+        target.add_argument(f"--{name or one.name}", dest=one.name, **options)
+    parser.set_defaults(run=lambda arguments: run(_read(request, arguments)))
+
+
+def _read(request: type[T], arguments: argparse.Namespace) -> T:
+    values = {}
+    for one in dataclasses.fields(request):  # type: ignore[arg-type]
+        value = one.metadata["read"](arguments) if "read" in one.metadata else getattr(arguments, one.name)
+        values[one.name] = tuple(value) if isinstance(value, list) else value
+    return request(**values)
+
+
+def _value_type(hint: Any) -> Any:
+    """The type of one value: `X | None` and `tuple[X, ...]` => X."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        (hint,) = [one for one in typing.get_args(hint) if one is not type(None)]
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
