@@ -55,7 +55,7 @@ class ForeignPiece:
         """Other formats have no checksums: values are looked at when they are read."""
 
     def read(self, positions: Integers) -> Iterator[tuple[Tensors, Samples]]:
-        """In storage dtype. Raises WorkError for a row that no store may hold."""
+        """Yield the rows in storage dtype. Raises WorkError for a row that no store may hold."""
         first = 0
         for tensors, samples in self.load(positions):
             for position, row in zip(positions[first : first + len(samples)].tolist(), samples, strict=True):
@@ -111,7 +111,8 @@ def group_of(row: dict[str, Any], where: object) -> Group:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the user says of latents that carry no identity: which VAE made them. What is not known stays unknown."""
+    """The user's statement about latents that carry no identity: the VAE that made them. Unknown fields stay
+    unknown."""
 
     encoder: str
     """SHA-256 of its encoder."""

@@ -1,4 +1,4 @@
-"""What a store takes along into another format: its identity, columns as JSON, one sample of each posterior.
+"""Sidecar of a converted store: its identity, its columns as JSON, and one sample of each posterior.
 
 Legend: n rows, c latent channels, h w latent positions.
 """
@@ -69,12 +69,12 @@ def parse_carried(text: str | bytes, where: object) -> Carried:
 
 
 def write_carried(folder: Path, carried: Carried) -> None:
-    """FOLDER/store.json."""
+    """Write FOLDER/store.json."""
     atomic_io.replace(folder / STORE_JSON, atomic_io.data(carried.model_dump_json(indent=1).encode() + b"\n"))
 
 
 def read_carried(folder: Path) -> Carried | None:
-    """From FOLDER/store.json; None when there is none. Raises WorkError when it is damaged."""
+    """Read FOLDER/store.json; None when there is none. Raises WorkError when it is damaged."""
     path = folder / STORE_JSON
     if not path.is_file():
         return None
@@ -131,7 +131,7 @@ def _as_json(value: Any) -> Any:
 
 
 def row_from_json(data: bytes) -> dict[str, Any]:
-    """And back. Raises ValueError when it is not an object."""
+    """Parse what `row_to_json` wrote. Raises ValueError when it is not an object."""
     try:
         row = json.loads(data, object_hook=_from_json)
     except RecursionError as error:
@@ -146,7 +146,7 @@ def _from_json(tree: dict[str, Any]) -> Any:
 
 
 def becomes_text(manifest: Manifest) -> list[str]:
-    """What JSON cannot hold of the columns."""
+    """Describe the columns whose values JSON holds only as text."""
     odd = [name for name, kind in manifest.columns.items() if re.search("timestamp|date|time|duration|decimal", kind)]
     return [f"times and decimal numbers: the values of {', '.join(odd)} become text"] if odd else []
 
@@ -156,7 +156,7 @@ def _number(key: str) -> int:
 
 
 def loses_of_moments(identity: Identity) -> list[str]:
-    """What a format with one sample of each image cannot hold of a store. Raises UsageError for indices."""
+    """Parts of a store that a format with one sample per image cannot hold. Raises UsageError for indices."""
     if identity.store == "indices":
         raise UsageError("--to: the store holds indices of codes, which this format has no place for")
     lost = []

@@ -1,4 +1,4 @@
-"""Indices of a codebook in a store: what is stored of which VAE, and how often each code is used.
+"""Codebook indices in a store: the choice of what is stored of a VAE, and the usage of each code.
 
 Legend: B batch, h w latent positions, K codes.
 """
@@ -21,9 +21,9 @@ MOST_UINT16 = 1 << 16
 
 
 def choose(vae: Any, store: StoreKind | None, dtype: StorageDtype | None) -> tuple[StoreKind, StorageDtype, int | None]:
-    """What is stored of a VAE, as what, and the codes of its codebook where that is indices.
+    """Choose what a store holds of a VAE: the kind of tensors, their dtype, and for indices the number of codes.
 
-    None stands for what a reader will want: moments of an AutoencoderKL, indices of a VQModel, the mean of an
+    None selects what most readers need: moments of an AutoencoderKL, indices of a VQModel, the mean of an
     AutoencoderTiny (neither of the latter two has a variance); fp16, or the smallest integer that holds every index.
 
     Raises:
@@ -48,7 +48,7 @@ def choose(vae: Any, store: StoreKind | None, dtype: StorageDtype | None) -> tup
 
 
 class CodeStatistics:
-    """How often each of K codes is used; merging is addition. sums [1, 1 + K] fp64: images, then uses of each code."""
+    """Usage counts of K codes; merging is addition. sums [1, 1 + K] fp64: images, then uses of each code."""
 
     def __init__(self, codes: int) -> None:
         self.sums: Array = np.zeros((1, 1 + codes))

@@ -1,4 +1,4 @@
-"""What things are called in a store: folders, files, tensors and views. docs/latent_store.md is the prose of this file.
+"""Names in a store: folders, files, tensors and views. docs/latent_store.md describes the same in prose.
 
 A view is a crop and whether it is mirrored. The centre crop has no name; `flip` is its mirror image, `top_left` and
 `top_left.flip` are a corner and its mirror image.
@@ -68,7 +68,7 @@ def crop_of(view: str) -> str:
 
 
 def is_flipped(view: str) -> bool:
-    """Whether a view is a mirror image."""
+    """True for a view that is a mirror image."""
     return view.endswith(FLIP)
 
 
@@ -83,5 +83,5 @@ def passed_on(columns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_own(column: str) -> bool:
-    """Whether a column of a row is ours, not the source's."""
+    """True for a column that the store itself adds to a row, False for one of the source."""
     return column in OWN_COLUMNS or column.startswith("crop_box.")

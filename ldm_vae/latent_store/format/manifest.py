@@ -44,7 +44,7 @@ LARGEST = 2**31  # rows of a shard, sides, channels: what is beyond it was not m
 
 
 class Identity(Section):
-    """What must be equal for two samples to live in one store."""
+    """Properties that must be equal for two samples to live in one store."""
 
     encoder: str
     """SHA-256 of the encoder's and quant_conv's tensors."""
@@ -79,14 +79,15 @@ class Identity(Section):
 
 
 class SourceIdentity(Section):
-    """What was encoded: the number of samples and SHA-256 over their keys, in order, each followed by a newline."""
+    """Identity of the encoded source: the number of samples, and SHA-256 over their keys in order, each followed by a
+    newline."""
 
     samples: int = Field(ge=0)
     keys: str
 
 
 class Settings(Section):
-    """How units were computed: byte identity is promised at equal settings, equality to rounding otherwise."""
+    """Settings that units were computed with. Equal settings promise equal bytes, others equality to rounding."""
 
     batch_size: int
     threads: int
@@ -149,7 +150,7 @@ class ShardRecord(Section):
 
     @property
     def live(self) -> int:
-        """How many rows are still part of the store."""
+        """Number of rows that are still part of the store."""
         return self.rows - len(self.removed)
 
     @property
@@ -163,7 +164,7 @@ class ShardRecord(Section):
 
     @property
     def stored_bytes(self) -> int:
-        """Of all its files."""
+        """Size of all its files together."""
         return sum(file.bytes for file in self.files.values())
 
 
@@ -201,7 +202,7 @@ class Manifest(Section):
 
 
 def manifest_path(store: Path) -> Path:
-    """Where a store's manifest is."""
+    """Path of a store's manifest."""
     return store / MANIFEST
 
 

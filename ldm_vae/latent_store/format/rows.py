@@ -1,4 +1,4 @@
-"""Rows of a shard as they are stored, for those who need them all: statistics and comparisons."""
+"""Rows of a shard as they are stored, for code that needs all of them: statistics and comparisons."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def statistics(identity: Identity, read: ReadRows, keys: Sequence[str]) -> npt.N
 
 
 def accumulator(identity: Identity) -> LatentStatistics | CodeStatistics:
-    """What adds the tables of sums of a store's shards."""
+    """Empty accumulator for the tables of sums of a store's shards."""
     return LatentStatistics() if identity.codes is None else CodeStatistics(identity.codes)
 
 

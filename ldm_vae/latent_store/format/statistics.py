@@ -163,7 +163,8 @@ class LatentStatistics:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> LatentStatistics:
-        """Back from `to_json`; the replicates are not in it, so the intervals stay as they were until more is added."""
+        """Rebuild from `to_json`; the replicates are not in it, so the intervals stay as they were until more is
+        added."""
         mean, variance = np.asarray(tree["mean"], np.float64), np.asarray(tree["variance"], np.float64)
         posterior, count = np.asarray(tree["posterior_variance"], np.float64), float(tree["count"])
         squares = variance - posterior + mean**2
@@ -188,7 +189,7 @@ def _image_sums(mean: npt.NDArray[Any], variance: npt.NDArray[Any] | None) -> Ar
 
 
 def _weights(keys: Sequence[int]) -> Array:
-    """How often each image counts in each replicate [B, REPLICATES], drawn by the image's key."""
+    """Number of times that each image counts in each replicate [B, REPLICATES], drawn by the image's key."""
     draws = [rng.generator(0, "bootstrap", int(key)).poisson(1.0, REPLICATES) for key in keys]
     return np.asarray(draws, dtype=np.float64).reshape(len(draws), REPLICATES)
 

@@ -38,7 +38,7 @@ class BadSample(Section):
 
 
 class UnitRecord(Section):
-    """What became of one unit."""
+    """Record of one finished unit: its shards, its bad samples, and the settings it was computed with."""
 
     unit: int
     samples: int
@@ -61,12 +61,12 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """How its files begin."""
+        """Prefix of its files' names."""
         return f"{self.number:08d}"
 
 
 class Plan(Section):
-    """What is to be encoded next: a fresh store is the plan that appends the whole source to nothing.
+    """Plan of what to encode next; a fresh store is the plan that appends the whole source to an empty store.
 
     A plan that adds to a finished store is kept in plan.json until its units are merged, so that it can be stopped too.
     """
@@ -88,12 +88,12 @@ class Plan(Section):
         return self
 
     def work(self, identity: Identity) -> str:
-        """What its records say that they belong to."""
+        """Digest that its records carry, so that a record of another plan does not count."""
         return hashlib.sha256(f"{identity.digest} {self.model_dump_json()}".encode()).hexdigest()
 
     @property
     def samples(self) -> int:
-        """How many samples it appends."""
+        """Number of samples that it appends."""
         return sum(stop - first for first, stop in self.ranges)
 
     def units(self, size: int) -> list[Unit]:
@@ -109,7 +109,7 @@ class Plan(Section):
 
 
 def fresh_plan(source: SourceIdentity) -> Plan:
-    """Everything, from nothing."""
+    """Plan that encodes the whole source into an empty store."""
     return Plan(source=source, first_unit=0, ranges=((0, source.samples),))
 
 
@@ -128,7 +128,7 @@ def write_plan(store: Path, plan: Plan) -> None:
 
 
 def record_path(store: Path, unit: int) -> Path:
-    """Where a unit's record is."""
+    """Path of a unit's record."""
     return store / UNITS / f"{unit:08d}.json"
 
 
@@ -142,7 +142,7 @@ def read_record(store: Path, unit: int, work: str) -> UnitRecord | None:
 
 
 def is_done(store: Path, unit: int, work: str) -> bool:
-    """Whether a unit has its record, and its files are there with the sizes that the record says."""
+    """True if a unit has its record, and all its files have the sizes that the record says."""
     record = read_record(store, unit, work)
     return record is not None and all(
         _size(shard_path(store, shard.name, extension)) == file.bytes
@@ -171,7 +171,7 @@ def write_record(store: Path, record: UnitRecord) -> None:
 
 
 def source_identity(source: Source) -> SourceIdentity:
-    """Length and keys of a source: what the slices were cut from."""
+    """Length and keys of a source, from which the slices are cut."""
     digest = hashlib.sha256()
     count = len(source)
     for index in tqdm(range(count), desc="keys", unit="keys", disable=None if count > 1_000_000 else True, leave=False):

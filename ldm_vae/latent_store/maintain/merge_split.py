@@ -78,7 +78,7 @@ class StoredPiece:
 
 
 def pieces(store: Path, manifest: Manifest) -> Iterator[StoredPiece]:
-    """Everything that is live in a store, in the order of the samples."""
+    """All live rows of a store, in the order of the samples, one piece per shard."""
     for shard in manifest.shards:
         live = shard.live_rows
         if len(live):
@@ -93,7 +93,8 @@ def chosen(piece: StoredPiece, keep: npt.NDArray[np.bool_]) -> StoredPiece:
 
 
 def merge(stores: Sequence[Path], out: Path) -> Manifest:
-    """One store of several, or of one that is to lose its removed rows. An image that several hold is taken once.
+    """Merge stores into one, or rewrite a single one without its removed rows. An image that several hold is taken
+    once.
 
     Raises:
         UsageError: the stores are of different identities; a key names different images in two of them, or an image has
@@ -123,7 +124,7 @@ def check_same_identity(first: Path, one: Identity, second: Path, other: Identit
 
 
 def _unseen(piece: StoredPiece, earlier: Sequence[StoredImages]) -> StoredPiece:
-    """Without the images that an earlier store has. Raises UsageError for a key that names another image there."""
+    """Drop the rows of images that an earlier store has. Raises UsageError for a key that names another image there."""
     table = shards.read_rows(shard_path(piece.store, piece.shard.name), ["image_sha256"])
     images = shortened(table.column("image_sha256").take(piece.rows).to_pylist())
     saying = said_by_rows(piece.store, piece.shard) if earlier else ()
@@ -155,7 +156,7 @@ def _unseen(piece: StoredPiece, earlier: Sequence[StoredImages]) -> StoredPiece:
 
 
 def split(store: Path, out: Path, count: int) -> list[Path]:
-    """OUT/0, OUT/1, ...: the images of a store in `count` stores of consecutive whole units.
+    """Split a store into `count` stores OUT/0, OUT/1, ..., each of consecutive whole units.
 
     Raises:
         UsageError: there are fewer units than parts; OUT exists.
@@ -175,7 +176,7 @@ def split(store: Path, out: Path, count: int) -> list[Path]:
 
 
 def take_samples(store: Path, out: Path, first: int, stop: int) -> Manifest:
-    """Samples [first, stop), as LatentDataset counts them, as a store of their own."""
+    """Write samples [first, stop), as LatentDataset counts them, as a store of their own."""
     manifest = read_finished(store)
     if not 0 <= first < stop <= manifest.samples:
         raise UsageError(f"--rows: expected FIRST:STOP within 0:{manifest.samples}, got {first}:{stop}")
@@ -185,7 +186,8 @@ def take_samples(store: Path, out: Path, first: int, stop: int) -> Manifest:
 
 
 def take_where(store: Path, out: Path, wanted: Sequence[tuple[str, str]]) -> Manifest:
-    """The samples whose columns have these values as text; of a list, one of its elements."""
+    """Write the samples whose columns have these values as text, as a store of their own; of a list, one of its
+    elements."""
     manifest = read_finished(store)
     for name, _ in wanted:
         if name not in manifest.columns:

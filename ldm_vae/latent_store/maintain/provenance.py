@@ -1,4 +1,4 @@
-"""Where a store came from: its VAE and its images, found again by the names that the manifest has, or by new ones."""
+"""Provenance of a store: its VAE and its images, found by the names in the manifest or by new ones."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def find_source(manifest: Manifest, vae: Any, named: str | None = None, flags: D
 
 
 def indices_of(source: Source, keys: Iterable[str]) -> dict[str, int]:
-    """Where keys (as stored) are in a source; a key that is not there is left out."""
+    """Source index of each key (as stored); a key that the source does not have is left out."""
     wanted = set(keys)
     found = {}
     for index in range(len(source)):

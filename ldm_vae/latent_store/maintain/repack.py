@@ -48,7 +48,7 @@ class Piece(Protocol):
 
     @property
     def keys(self) -> Sequence[str]:
-        """Of all its rows, in order."""
+        """Keys of all its rows, in order."""
 
     @property
     def group(self) -> Group:
@@ -134,7 +134,7 @@ def _source(keys: Sequence[str]) -> SourceIdentity:
 
 
 def image_ordinals(keys: Sequence[str]) -> Integers:
-    """Which image each row shows, counted in the order in which they first come."""
+    """Ordinal of the image that each row shows, counted in the order of first appearance."""
     _, first, inverse = np.unique(digests(keys), return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))

@@ -50,7 +50,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Repaired:
-    """What was done: files copied from their twin, units encoded again, keys that are not in the store any more."""
+    """Result of a repair: files copied from their twin, units encoded again, keys that are no longer in the store."""
 
     copied: tuple[str, ...] = ()
     encoded_units: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""What the chosen storage costs in pictures: rounding to the storage dtype, and the seams of tiles."""
+"""Cost of the chosen storage in decoded images: rounding to the storage dtype, and the seams of tiles."""
 
 from __future__ import annotations
 

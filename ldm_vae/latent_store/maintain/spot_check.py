@@ -1,4 +1,4 @@
-"""The last doubt: encode a random few of a store's samples again and compare."""
+"""Spot check: encode random samples of a store again and compare."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ TOLERANCE = {"no": 0.01, "bf16": 0.15, "fp16": 0.05}
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many samples were encoded again, how many gave the same bits, the largest difference in standard deviations
-    of its channel (of indices: the largest share of positions with another code), and what is wrong."""
+    """Result of a spot check: samples encoded again, those with the same bits, the largest difference in standard
+    deviations of its channel (of indices: the largest share of positions with another code), and the problems."""
 
     samples: int
     identical: int
@@ -121,7 +121,8 @@ def _choose(store: Path, manifest: Manifest, count: int, seed: int) -> dict[tupl
 def _compare(
     store: Path, manifest: Manifest, stored: _Stored, rows: dict[str, Any], std: np.ndarray[Any, Any] | None
 ) -> tuple[bool, float]:
-    """Whether all tensors have the same bits, and how far the first one (mean, sample or indices) is off."""
+    """Compare one row: True if all tensors have the same bits, and how far the first one (mean, sample or indices) is
+    off."""
     mapped = shards.map_tensors(shard_path(store, manifest.shards[stored.shard].name, TENSORS))
     same = all(value[0].tobytes() == mapped[name][stored.row].tobytes() for name, value in rows.items())
     name = TENSOR_NAMES[manifest.identity.store][0]
@@ -136,7 +137,7 @@ def _compare(
 
 
 def unit_of(manifest: Manifest) -> str:
-    """What differences are counted in."""
+    """Unit that differences are given in."""
     return "standard deviations" if manifest.identity.codes is None else "of the positions"
 
 

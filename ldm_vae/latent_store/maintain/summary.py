@@ -1,4 +1,4 @@
-"""What is in a store, in words a person reads."""
+"""Summary of a store's contents as lines of text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm_vae.latent_store.write.finalize import with_intervals
 
 
 def units_in(store: str | Path) -> int:
-    """How many finished units a store has; 0 where there is none yet."""
+    """Number of finished units in a store; 0 where there is none yet."""
     try:
         return read_manifest(store).units
     except (UsageError, WorkError):  # whoever writes to it says what is wrong

@@ -36,7 +36,7 @@ from ldm_vae.latent_store.storage.file_record import checksum
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with which file (relative to the store)."""
+    """One problem of a store: the file, relative to the store, and what is wrong with it."""
 
     file: str
     what: str
@@ -65,7 +65,7 @@ def verify(store: str | Path) -> list[Problem]:
 
 
 def check_shard(store: Path, manifest: Manifest, shard: ShardRecord) -> Iterator[Problem]:
-    """What is wrong with one shard."""
+    """Yield the problems of one shard."""
     stem = shard_path(store, shard.name)
     sound = True
     for extension in EXTENSIONS:

@@ -1,4 +1,4 @@
-"""What a dataset gives: single items, and whole batches that are items only when they are asked for them."""
+"""Items and batches of a dataset: a batch holds whole tensors, and single items are made on demand."""
 
 from __future__ import annotations
 

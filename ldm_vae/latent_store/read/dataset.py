@@ -7,7 +7,7 @@
     for batch in data.loader(64): ...     # shuffled batches of an epoch; new noise each epoch
 
 No file is opened per sample: each shard is mapped once per process, when it is first touched, and its pages are shared
-between workers (`mapping.py`). Rows go straight from the map into the batch's buffer.
+between workers (`mapped_files.py`). Rows go straight from the map into the batch's buffer.
 
 Legend: B batch, c latent channels, h w latent positions.
 """
@@ -60,7 +60,7 @@ class LatentDataset(Dataset[Item]):
     `loader` is the fast way.
 
     Args:
-        path: the store's folder, or a URL of any file system that fsspec knows (`remote.py`).
+        path: the store's folder, or a URL of any file system that fsspec knows (`remote/`).
         raw: give the stored tensors instead (`mean` and `logvar`, or what the store has), unscaled, fp32; or the name
             of one of them, which is then given as it is stored.
         sample: z = mean + sigma * noise; False gives the mean. Noise is keyed by (seed, epoch, index).
@@ -226,7 +226,7 @@ class LatentDataset(Dataset[Item]):
         return batch
 
     def _places(self, indices: Integers) -> tuple[list[int], list[int]]:
-        """Where samples lie: shards, and rows of their files."""
+        """Shard number of each sample, and its row in the shard's files."""
         shard = np.searchsorted(self._stops, indices, side="right")
         row = indices - self._starts[shard]
         if self._before_removed:
@@ -257,7 +257,7 @@ class LatentDataset(Dataset[Item]):
         return values
 
     def views(self, indices: Sequence[int], epochs: Sequence[int]) -> list[str]:
-        """Which view of each sample is given in its epoch."""
+        """View of each sample in its epoch."""
         if self._view != "random":
             return [self._view] * len(indices)
         views = self.manifest.identity.views

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Schedule:
-    """Which samples make which batch of one rank: lists of (index, epoch), from any global batch on."""
+    """Schedule of one rank's batches: lists of (index, epoch), from any global batch on."""
 
     def __init__(
         self, dataset: LatentDataset, batch_size: int, seed: int, shuffle: bool, rank: int, world_size: int
@@ -52,7 +52,7 @@ class Schedule:
         self._dataset = dataset
 
     def before(self, epoch: int) -> int:
-        """How many global batches begin before this epoch."""
+        """Number of global batches that begin before this epoch."""
         whole = self.batch_size * self.world_size
         if not self.shuffle:
             return epoch * sum(-(-len(indices) // whole) for indices in self._members)
@@ -152,7 +152,7 @@ class LatentLoader:
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where to go on: behind the last batch that was given."""
+        """Position behind the last batch that was given, and what the order depends on."""
         schedule = self.schedule
         return {
             "step": self._step,

@@ -1,4 +1,4 @@
-"""The files of shards, mapped when they are first touched: once per process, their pages shared between processes."""
+"""Memory-mapped files of shards: mapped on first access, once per process; their pages are shared between processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOOK_EVERY = 5.0  # seconds between looks for maps whose file has left the cache
 
 
 class Files(Protocol):
-    """Where shards come from: a local folder, or a URL by way of a cache (`remote.RemoteFiles`)."""
+    """Files of a store's shards: in a local folder, or at a URL through a cache (`remote.RemoteFiles`)."""
 
     def tensors(self, shard: ShardRecord) -> dict[str, npt.NDArray[Any]]:
         """Its tensors, mapped. Raises WorkError."""
@@ -35,7 +35,7 @@ class Files(Protocol):
         """Its table, mapped. Raises WorkError."""
 
     def has_left(self, shard: ShardRecord) -> bool:
-        """Whether its file is gone, so that a map only keeps its disk space."""
+        """True when its file is gone, so that a map only holds its disk space."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LocalFiles:
         return shards.map_rows(self._inside(shard, MAPPED_ROWS).with_suffix(""), shard.rows)
 
     def has_left(self, shard: ShardRecord) -> bool:
-        """Never: the folder is the user's."""
+        """Always False: nothing is evicted from the user's folder."""
         return False
 
     def _inside(self, shard: ShardRecord, extension: str) -> Path:
@@ -75,7 +75,7 @@ def open_files(place: str | Path, manifest: Manifest, cache_bytes: float | None 
 
 
 class Maps:
-    """What this process has mapped of a store.
+    """Memory maps of a store's shards in this process.
 
     Args:
         records: the shards, which are then named by their place in this list.

@@ -1,8 +1,9 @@
-"""Reading ahead in a store at a URL: a loader knows its order, so the shards of its next batches are on their way.
+"""Prefetching from a store at a URL: the loader's order is known, so the shards of its next batches are downloaded
+early.
 
-A few threads of the process that hands out the batches bring files into the cache that all readers share; who needs one
-that is still coming waits for it (`cache.py`). How far ahead is bounded in shards, batches and bytes: what was brought
-must not push out what is needed before it.
+A few threads of the process that hands out the batches download files into the cache that all readers share; a reader
+that needs a file still under way waits for it (`cache.py`). The window is bounded in shards, batches and bytes, so that
+what was prefetched does not evict what is needed before it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FEWEST_BATCHES, MOST_BATCHES = 2, 1024
 
 
 def ahead(dataset: LatentDataset, batches: Iterable[Tasks]) -> Iterator[Tasks]:
-    """The same batches of (index, epoch); of a remote store, while the files of the ones behind them are fetched."""
+    """Yield the same batches of (index, epoch); of a remote store, while the shards of later batches are downloaded."""
     files = _remote(dataset)
     if files is None:
         yield from batches

@@ -1,8 +1,8 @@
 """Files of remote stores on the local disk: named by their checksum, so never stale, and bounded in bytes.
 
 One folder for all stores, $XDG_CACHE_HOME/ldm-vae/stores. Of several processes that want a file one downloads it, the
-others wait. What was used longest ago leaves when room is needed; a process that has it mapped reads on, until it gives
-that map up (`mapping.py`).
+others wait. The least recently used file is evicted when room is needed; a process that has it mapped reads on, until
+it gives that map up (`read/mapped_files.py`).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Cache:
     limit: int
 
     def path(self, record: FileRecord, extension: str) -> Path:
-        """Where a file is, or would be."""
+        """Path of a file in the cache, whether or not it is there."""
         return self.folder / f"{record.sha256}.{extension}"
 
     def holds(self, record: FileRecord, extension: str) -> bool:
-        """Whether it is there, with as many bytes as it should have."""
+        """True if the file is there and has as many bytes as it should."""
         try:
             return self.path(record, extension).stat().st_size == record.bytes
         except OSError:
@@ -57,7 +57,7 @@ class Cache:
         if not self.holds(record, extension):
             try:
                 (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
-                # a few thousand locks for any number of files: who waits for another's file waits no longer than it
+                # 16^3 locks shared by hash prefix, for any number of files; a collision only delays a download
                 with FileLock(self.folder / LOCKS / record.sha256[:3]):
                     if not self.holds(record, extension):
                         for left in self.folder.glob(f".{path.name}.*{atomic_io.TEMPORARY_SUFFIX}"):  # by a killed one

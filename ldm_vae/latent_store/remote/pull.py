@@ -40,7 +40,7 @@ File = tuple[ShardRecord, str]
 
 @dataclass(frozen=True)
 class PullPlan:
-    """Which files of the store at `url` the folder `out` still needs, as (shard, extension)."""
+    """Plan of a pull: the files of the store at `url` that the folder `out` still needs, as (shard, extension)."""
 
     url: str
     out: Path
@@ -49,7 +49,7 @@ class PullPlan:
 
     @property
     def bytes(self) -> int:
-        """Of the files that are missing."""
+        """Size of the missing files together."""
         return sum(shard.files[extension].bytes for shard, extension in self.missing)
 
     def __str__(self) -> str:

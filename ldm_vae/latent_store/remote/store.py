@@ -34,13 +34,14 @@ T = TypeVar("T")
 
 
 def file_url(store: str, shard: ShardRecord, extension: str) -> str:
-    """Where a file of a shard is."""
+    """URL of one file of a shard."""
     return f"{store}/{shard_file(shard.name, extension)}"
 
 
 @dataclass(frozen=True)
 class RemoteFiles:
-    """The shards of the store at `url`. As `mapping.Files`: what is not in the cache is downloaded first."""
+    """The shards of the store at `url`, as `mapped_files.Files`: a file that is not in the cache is downloaded
+    first."""
 
     url: str
     cache: Cache
@@ -57,7 +58,7 @@ class RemoteFiles:
             return self._opened(shard, ROWS, lambda path: shards.map_rows(path.with_suffix(""), shard.rows))
 
     def has_left(self, shard: ShardRecord) -> bool:
-        """Whether its tensors have left the cache since they were mapped."""
+        """True when its tensors were evicted from the cache since they were mapped."""
         return not self.cache.holds(shard.files[TENSORS], TENSORS)
 
     def bring(self, shard: ShardRecord, columns: bool, *, attempts: int) -> None:

@@ -44,7 +44,7 @@ class AbsentError(WorkError):
 
 
 class _MismatchError(Exception):
-    """What came is not what the manifest has."""
+    """The downloaded file is not the one in the manifest."""
 
 
 def read(url: str) -> bytes:
@@ -146,7 +146,7 @@ def _patiently(url: str, work: Callable[[], T], attempts: int) -> T:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether another attempt cannot help: refused, forbidden, or not possible at all."""
+    """True for an error that another attempt cannot help: refused, forbidden, or not possible at all."""
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in _PASSING

@@ -1,4 +1,4 @@
-"""Views: what is cut from one decoded image. Mirror images are made where they are encoded: only crops travel.
+"""Views: the crops of one decoded image. Mirror images are made where they are encoded, so only crops travel.
 
 Legend: C channels, H W pixels of the image, R resolution.
 """
@@ -35,7 +35,7 @@ Shape = tuple[int, int]
 
 
 def cutting_of(identity: Identity, vae: Any) -> Cutting:
-    """What a store cuts from an image.
+    """The crops that a store takes of each image.
 
     Raises:
         UsageError: the aspect buckets do not suit the VAE, or a draft does not suit the resize.

@@ -80,7 +80,7 @@ class Encoder:
 
     @property
     def settings(self) -> Settings:
-        """What byte identity depends on besides the identity."""
+        """Settings that byte identity depends on besides the identity."""
         return Settings(
             batch_size=self.batch_size,
             threads=1,
@@ -200,7 +200,7 @@ class Encoder:
 
 
 def _not_finite(stored: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[B] bool."""
+    """Mark the samples that hold NaN or infinity, [B] bool."""
     finite = [torch.isfinite(value).flatten(1).all(dim=1) for value in stored.values()]
     return ~torch.stack(finite).all(dim=0)
 

@@ -62,7 +62,7 @@ class Findings:
     unreadable: int = 0
 
     def blame(self, key: str, what: str) -> None:
-        """One more."""
+        """Count one more stale image, and keep what is wrong with the first."""
         self.stale += 1
         self.first = self.first or f"{key} {what}"
 

@@ -28,12 +28,12 @@ Numbers = npt.NDArray[np.uint64]
 
 
 def sighting(stamp: int, checksum: str | None) -> int:
-    """Of an image with this stamp and SHA-256; 0 when there is nothing to remember."""
+    """Sighting of an image with this stamp and SHA-256; 0 when there is nothing to remember."""
     return stamp ^ int(checksum[:16], 16) if stamp and checksum else 0
 
 
 class Sightings:
-    """Those of one store."""
+    """The sightings of one store."""
 
     def __init__(self, store: Path) -> None:
         place = Path(os.path.abspath(store))
@@ -41,7 +41,7 @@ class Sightings:
         self._own = self.folder / f"{secrets.token_hex(8)}{SUFFIX}"
 
     def read(self) -> Numbers:
-        """All of them, ascending; none when they cannot be read."""
+        """All sightings, ascending; none when they cannot be read."""
         found = [np.empty(0, KIND)]
         for path in self._files():
             with contextlib.suppress(OSError):
@@ -50,7 +50,7 @@ class Sightings:
         return np.unique(np.concatenate(found)).astype(np.uint64)
 
     def add(self, found: Iterable[int]) -> None:
-        """Remember some more; what cannot be written is forgotten."""
+        """Add sightings; those that cannot be written are lost."""
         numbers = np.array([number for number in found if number], dtype=KIND)
         if len(numbers):
             with contextlib.suppress(OSError):
@@ -59,7 +59,7 @@ class Sightings:
                     file.write(numbers.tobytes())
 
     def keep(self, found: Numbers) -> None:
-        """These and no others."""
+        """Replace all sightings by these."""
         others = [path for path in self._files() if path != self._own]
         with contextlib.suppress(OSError, WorkError):
             self.folder.mkdir(exist_ok=True)

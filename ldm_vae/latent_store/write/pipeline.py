@@ -46,7 +46,7 @@ class _OpenUnit:
 
 
 class _Busy:
-    """How long at least one encode was under way."""
+    """Seconds during which at least one encode was under way."""
 
     def __init__(self) -> None:
         self.seconds, self._running, self._since, self._lock = 0.0, 0, 0.0, threading.Lock()
@@ -68,8 +68,8 @@ class Pipeline:
     """Encodes samples into units of the store OUT.
 
     Args:
-        work: what the records say that they belong to.
-        owner: asked before a unit is published whether OUT is still this job's.
+        work: digest of the plan, which the records carry.
+        owner: checked before a unit is published: OUT must still be this job's.
         threads: batches encoded at the same time.
         show: whether this process has the progress bar.
     """

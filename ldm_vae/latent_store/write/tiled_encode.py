@@ -1,4 +1,4 @@
-"""Encoding an image that is too large for the memory: in tiles that overlap, blended where they do.
+"""Tiled encoding of images that are too large for the memory: overlapping tiles, blended where they overlap.
 
 All tiles have one shape, the last of a row is moved inwards rather than cut short, so a convolution sees the same sizes
 everywhere. What tiling changes is what looks further than the overlap: group norms take their statistics per tile, and
@@ -63,7 +63,8 @@ def encode_tiled(
 
 
 def _starts(side: int, tile: int, overlap: int, factor: int) -> list[int]:
-    """Where tiles begin, in pixels: multiples of f, evenly spread from 0 to the end, overlapping at least so much."""
+    """Start of each tile in pixels: multiples of f, spread evenly from 0 to the end, overlapping by at least
+    `overlap`."""
     if side <= tile:
         return [0]
     count = -(-(side - overlap) // (tile - overlap))
@@ -83,7 +84,7 @@ def _window(size: tuple[int, int], overlap: int) -> torch.Tensor:
 
 @torch.no_grad()
 def seam_error(vae: Any, pixels: torch.Tensor, tile: int, overlap: int, factor: int) -> tuple[float, float]:
-    """How far tiled means [B, c, h, w] are from the whole image's: (root mean square, largest), both relative to the
+    """Deviation of tiled means [B, c, h, w] from the whole image's: (root mean square, largest), both relative to the
     standard deviation of the whole image's."""
     whole = finite.encode(vae, pixels).mean
     tiled = encode_tiled(lambda part: finite.encode(vae, part), pixels, tile, overlap, factor).mean

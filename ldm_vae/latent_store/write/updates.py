@@ -84,11 +84,11 @@ class StoredImages:
         self._said: dict[int, npt.NDArray[np.void]] = {}
 
     def find(self, keys: Digests) -> list[slice]:
-        """Where rows of each key are (several, if there are several resolutions); an empty slice if none."""
+        """Slice of the rows of each key (several, if there are several resolutions); an empty slice if none."""
         return [slice(a, b) for a, b in zip(*(ends.tolist() for ends in self.bounds(keys)), strict=True)]
 
     def bounds(self, keys: Digests) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The same as the first row of each key, and the one behind its last."""
+        """First row of each key, and one past its last."""
         return np.searchsorted(self._keys, keys, "left"), np.searchsorted(self._keys, keys, "right")
 
     def columns(self) -> set[str]:
@@ -166,7 +166,7 @@ def make_plan(
 
 
 def settle(store: Path, manifest: Manifest, wanted: Manifest) -> Manifest:
-    """A store that was not finished, and whose source has changed: the units that are done become all of it."""
+    """Finish a partial store whose source has changed: the units that are done become all of it."""
     planned = work_units.fresh_plan(manifest.source)
     work = planned.work(manifest.identity)
     done = any(work_units.read_record(store, unit.number, work) for unit in planned.units(manifest.identity.shard_size))
@@ -199,7 +199,7 @@ class Look(NamedTuple):
 
 
 class _Checksums:
-    """Looks at the source's images; in workers."""
+    """Reads the source's images in worker processes and returns a `Look` at each."""
 
     def __init__(self, source: Source) -> None:
         self._source = source

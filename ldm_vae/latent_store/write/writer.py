@@ -192,7 +192,7 @@ def _write(work: _Work, encoder: Encoder, update: bool, retry_quarantined: bool)
 
 @dataclass(frozen=True)
 class _Work:
-    """What the processes do together: everyone its units, and one of them what only one can do."""
+    """Work that the processes share: each encodes its own units, and process 0 does what only one may do."""
 
     out: Path
     wanted: Manifest
@@ -244,7 +244,7 @@ def _plan(work: _Work, manifest: Manifest, retry: bool) -> None:
 
 
 def _refresh(out: Path, wanted: Manifest) -> None:
-    """A store takes over the decoder and normalisation of the VAE at hand: they are recorded, not compared."""
+    """Record the decoder and normalisation of the VAE at hand; they are recorded, not compared."""
     manifest = read_manifest(out)
     recorded = wanted.recorded.model_copy(update={"tool": manifest.recorded.tool})
     if recorded != manifest.recorded:

@@ -1,4 +1,4 @@
-"""Other programs' formats for latents: one file each, the file name is the name on the command line.
+"""Formats of other programs for latents, one file each; the file name is the name on the command line.
 
 A format is a module with four functions:
 
@@ -36,7 +36,7 @@ from ldm_vae.latent_store.maintain.merge_split import StoredPiece
 
 @dataclass(frozen=True)
 class Options:
-    """What a format may want to know besides the store."""
+    """Options of a format beyond what the store itself says."""
 
     model: str | None = None
     """kohya: the diffusion model that the latents are for."""
@@ -55,7 +55,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Sketch:
-    """What a file says of its latents before they are read: a piece to be, once the identity is known."""
+    """Description of a file's latents before they are read; it becomes a piece once the identity is known."""
 
     where: object
     keys: Sequence[str]
@@ -90,13 +90,13 @@ def found(path: Path, told: Carried | Claim, sketches: Sequence[Sketch], notes: 
 
 
 def stored_name(name: str) -> str:
-    """What a store calls a tensor: other programs' `latents` are samples."""
+    """The store's name of a tensor; the `latents` of other programs are samples."""
     tensor, _, view = name.partition(".")
     return tensor_name("sample" if tensor == "latents" else tensor, view)
 
 
 def is_tensor(name: str) -> bool:
-    """Whether a column or member of this name holds latents or pixels."""
+    """True for the name of a column or member that holds latents or pixels."""
     tensor, _, view = name.partition(".")
     known = {"latents", PIXELS, *(name for names in TENSOR_NAMES.values() for name in names)}
     views = {"", FLIP, *CORNERS, *(f"{corner}.{FLIP}" for corner in CORNERS)}
@@ -120,7 +120,7 @@ class Format(Protocol):
 
 
 def names() -> list[str]:
-    """All formats."""
+    """Names of all formats."""
     return config.options(__name__)
 
 

@@ -101,7 +101,7 @@ def readers(options: Options) -> str:
 
 
 def cannot_carry(manifest: Manifest, options: Options) -> list[str]:
-    """What a folder of .npz has no place for."""
+    """Parts of a store that a folder of .npz files cannot hold, one phrase each."""
     if options.model not in MODELS:
         raise UsageError(
             f"--model: a cache is made for one kind of model; expected {', '.join(MODELS)}, got {options.model}"
@@ -181,7 +181,7 @@ def _crop_ltrb(bucket: Sequence[int], original: Sequence[int]) -> npt.NDArray[np
 
 
 def carried(path: Path) -> Carried | None:
-    """From the store.json at the top of the tree."""
+    """Read the store.json at the top of the tree."""
     if not path.is_dir():
         raise UsageError(f"SRC {path}: expected the folder of a latents cache")
     return read_carried(path)
@@ -263,7 +263,7 @@ def _sketch(root: Path, entries: list[_Entry], told: Carried | Claim) -> Sketch:
 
 
 def _latents(root: Path, entry: _Entry, told: Carried | Claim) -> Tensors:
-    """By the store's names, raw."""
+    """Tensors of one image by the store's names, as they are in the file."""
     read: Tensors = {}
     with _opened(root / entry.file) as archive:
         for stored in entry.dtypes:

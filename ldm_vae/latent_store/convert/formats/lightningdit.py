@@ -48,7 +48,7 @@ LATENTS, FLIPPED, LABELS = "latents", "latents_flip", "labels"
 
 
 def cannot_carry(manifest: Manifest, options: Options) -> list[str]:
-    """What its shards have no place for."""
+    """Parts of a store that LightningDiT's shards cannot hold, one phrase each."""
     identity = manifest.identity
     lost = loses_of_moments(identity)
     if len({shard.shape for shard in manifest.shards}) > 1:
@@ -105,13 +105,13 @@ def _files(path: Path) -> list[Path]:
 
 
 def carried(path: Path) -> Carried | None:
-    """From the store.json beside the shards."""
+    """Read the store.json beside the shards."""
     _files(path)
     return read_carried(path if path.is_dir() else path.parent)
 
 
 def read(path: Path, told: Carried | Claim) -> Found:
-    """A piece per file."""
+    """Find one piece per file."""
     return found(path, told, [_sketch(file, told) for file in _files(path)])
 
 

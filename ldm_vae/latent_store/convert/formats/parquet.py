@@ -50,7 +50,7 @@ MOST_BYTES = 1 << 33  # of one row group, unpacked
 
 
 def cannot_carry(manifest: Manifest, options: Options) -> list[str]:
-    """What parquet has no place for."""
+    """Parts of a store that parquet cannot hold, one phrase each."""
     lost = ["checksums and memory-mapped reading"]
     if manifest.identity.dtype == "bf16":
         lost.append("bf16: its values are written as float32, which holds them exactly")
@@ -60,7 +60,7 @@ def cannot_carry(manifest: Manifest, options: Options) -> list[str]:
 
 
 def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], options: Options) -> None:
-    """FOLDER/NAME.parquet, or FOLDER/SHAPE/NAME.parquet."""
+    """Write FOLDER/NAME.parquet, or FOLDER/SHAPE/NAME.parquet."""
     identity = manifest.identity
     types = _common_types(pieces)
     if taken := set(types) & set(tensors_of(identity)):
@@ -153,7 +153,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def carried(path: Path) -> Carried | None:
-    """From the metadata of the files, which must all say the same."""
+    """Read the sidecar from the metadata of the files, which must all say the same."""
     said: set[bytes | None] = set()
     quarantine = b"[]"
     for file in _files(path):
@@ -170,7 +170,7 @@ def carried(path: Path) -> Carried | None:
 
 
 def read(path: Path, told: Carried | Claim) -> Found:
-    """A piece per file."""
+    """Find one piece per file."""
     bar = tqdm(_files(path), desc="look", unit="files", disable=None, leave=False)
     return found(path, told, [sketch for file in bar if (sketch := _sketch(file, told)).keys])
 

@@ -58,7 +58,7 @@ Header = tuple[tuple[int, ...], np.dtype[Any]]  # shape and dtype
 
 
 def cannot_carry(manifest: Manifest, options: Options) -> list[str]:
-    """What tars have no place for."""
+    """Parts of a store that tars cannot hold, one phrase each."""
     lost = ["checksums and memory-mapped reading"]
     if manifest.identity.dtype == "bf16":
         lost.append("bf16: its values are written as float32, which holds them exactly")
@@ -66,7 +66,7 @@ def cannot_carry(manifest: Manifest, options: Options) -> list[str]:
 
 
 def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], options: Options) -> None:
-    """FOLDER/NAME.tar and FOLDER/store.json."""
+    """Write FOLDER/NAME.tar and FOLDER/store.json."""
     bare = manifest.model_copy(update={"shards": ()})
     write_carried(folder, Carried(manifest=bare, quarantine=tuple(read_quarantine(pieces[0].store))))
     for piece in tqdm(pieces, desc="convert", unit="shards", disable=None, leave=False):
@@ -95,7 +95,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def carried(path: Path) -> Carried | None:
-    """From the store.json beside the tars."""
+    """Read the store.json beside the tars."""
     _files(path)
     return read_carried(path if path.is_dir() else path.parent)
 
@@ -109,7 +109,7 @@ def _files(path: Path) -> list[Path]:
 
 @dataclass
 class _Places:
-    """Where the members of samples of one shape lie in a tar: for each tensor, and for `json`, offset and size."""
+    """Offset and size of the members in a tar, of samples of one shape: a list for each tensor, and one for `json`."""
 
     keys: list[str] = field(default_factory=list)
     of: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class _Places:
 
 
 def read(path: Path, told: Carried | Claim) -> Found:
-    """A piece per tar and latent shape."""
+    """Find one piece per tar and latent shape."""
     sketches: list[Sketch] = []
     for file in tqdm(_files(path), desc="look", unit="files", disable=None, leave=False):
         for shape, places in _look(file).items():
@@ -126,7 +126,7 @@ def read(path: Path, told: Carried | Claim) -> Found:
 
 
 def _look(path: Path) -> dict[tuple[int, ...], _Places]:
-    """By latent shape, where the samples of a tar lie. Samples without latents are left out."""
+    """Places of a tar's samples by latent shape. Samples without latents are left out."""
     by_shape: dict[tuple[int, ...], _Places] = {}
     try:
         with tarfile.open(path, "r:") as archive:
