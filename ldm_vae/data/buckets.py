@@ -97,7 +97,7 @@ def generate(area: int, step: int = 64, max_aspect: float = 2.0) -> list[Shape]:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which bucket every image belongs to: shapes (K of them), bucket int16 [N], -1 for an unreadable image."""
+    """Bucket of every image: shapes (K of them), bucket int16 [N], -1 for an unreadable image."""
 
     shapes: tuple[Shape, ...]
     bucket: Array
@@ -107,7 +107,7 @@ class Assignment:
         return [int((self.bucket == number).sum()) for number in range(len(self.shapes))]
 
     def lines(self) -> list[str]:
-        """What a person reads: the shapes that have images, and how many."""
+        """Lines of text: the shapes that have images, and how many."""
         counted = zip(self.shapes, self.counts(), strict=True)
         return [f"  {f'{height} x {width}':14}{count:>8,}" for (height, width), count in counted if count]
 
@@ -154,7 +154,7 @@ def batches(
 
 
 def _plan(counts: Sequence[int], seed: int, whole: int, step: int) -> Iterator[tuple[int, int]]:
-    """(bucket, how many batches of it came before) from global batch `step` on. Epoch e of the plan holds the batches
+    """Yield (bucket, number of batches of it before) from global batch `step` on. Epoch e of the plan holds the batches
     that start in epoch e of their bucket, in an order keyed by (seed, e)."""
 
     def before(epoch: int) -> int:

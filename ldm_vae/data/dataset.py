@@ -60,10 +60,10 @@ class Batch:
     values: list[Values] = field(default_factory=list)
 
     def moments_on(self, _: torch.device) -> None:
-        """None: an encoder makes them; batches of a latent store have them."""
+        """None: images have no stored moments, their encoder makes them; batches of a latent store have them."""
 
     def pin_memory(self) -> Batch:
-        """Called by DataLoader: only the pixels are worth a page-locked buffer."""
+        """Pin the pixels, for DataLoader; nothing else is worth page-locked memory."""
         return replace(self, pixels=self.pixels.pin_memory())
 
 
@@ -206,7 +206,7 @@ def training_loader(
 
 
 def _batches(loaded: Iterator[Batch | list[Bad]], watch: Watch) -> Iterator[Batch]:
-    """Carries the bad images of batches that had nothing else over to the next."""
+    """Yield batches; the bad images of a batch that had nothing else are carried over to the next."""
     waiting: list[Bad] = []
     for batch in loaded:
         if isinstance(batch, list):

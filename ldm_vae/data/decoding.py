@@ -1,4 +1,4 @@
-"""Bytes => pixels: one exact way from whatever a source holds to a uint8 tensor, and one exception for all that fails.
+"""Decoding: any image of a source becomes a uint8 tensor in one exact way, and every failure is one exception.
 
 Decoded with Pillow, from a list of formats that excludes those that start programs (EPS). Never raises anything but
 BadImage, whatever the bytes: tests/test_data_fuzz.py.
@@ -53,7 +53,8 @@ EXTENSIONS = frozenset(
 
 @dataclass(frozen=True)
 class Decoding:
-    """The way from bytes to pixels and to a crop of the resolution; part of a store's preprocessing identity."""
+    """Settings of the way from bytes to pixels and to a crop of the resolution; part of a store's preprocessing
+    identity."""
 
     channels: int = 3
     background: Background = WHITE
@@ -114,7 +115,7 @@ def decode(
 
 
 def read_image(image: RawImage, decoding: Decoding = DEFAULT, at_least: int | None = None) -> Decoded:
-    """As `decode`, with what is known about the image.
+    """Decode as `decode` does, and return what is known about the image with it.
 
     Args:
         at_least: with `decoding.jpeg_draft`, the short side that is enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of

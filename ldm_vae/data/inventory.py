@@ -30,8 +30,8 @@ TENSORS = ("keys", "stamps", "contents", "bytes")
 
 @dataclass
 class Inventory:
-    """Of N images: hashes of their keys, stamps (0: none), the first 8 bytes of their SHA-256 (0: not read), all
-    uint64; and sizes in bytes, int64 (-1: unknown)."""
+    """Inventory of N images: hashes of their keys, stamps (0: none), the first 8 bytes of their SHA-256 (0: not read),
+    all uint64; and sizes in bytes, int64 (-1: unknown)."""
 
     keys: Stamps
     stamps: Stamps
@@ -39,13 +39,13 @@ class Inventory:
     bytes: Sizes
 
     def save(self, path: Path) -> None:
-        """As safetensors."""
+        """Write as safetensors."""
         tensors = {name: torch.from_numpy(getattr(self, name).view(np.int64)) for name in TENSORS}
         atomic_io.replace(path, atomic_io.data(save(tensors)))
 
     @classmethod
     def load(cls, path: Path) -> Inventory | None:
-        """None when it is not there or damaged."""
+        """Read an inventory; None when it is absent or damaged."""
         try:
             tensors = {name: tensor.numpy() for name, tensor in load_file(path).items()}
             keys, stamps, contents = (tensors[name].view(np.uint64) for name in TENSORS[:3])
@@ -57,7 +57,7 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Difference:
-    """Between the images of a run when it began and now."""
+    """Difference between the images of a run when it began and now."""
 
     changed: int = 0
     """Of the same name, with other contents."""
@@ -82,7 +82,7 @@ class Difference:
 
 
 def take_inventory(source: Source) -> Inventory:
-    """Of the images as they are now."""
+    """Take the inventory of the images as they are now."""
     found = _look(source)
     budget = GIGABYTE
     with tqdm(total=len(source), desc="inventory", unit="images", disable=None, leave=False) as bar:

@@ -1,4 +1,4 @@
-"""Which image comes when: the global stream of images, the same whatever the processes, workers and resumes.
+"""Sampler: the global stream of images, the same whatever the processes, workers and resumes.
 
 Position p of the stream is image `permutation(seed, p // N)[p % N]` of epoch p // N. The global batch that starts at
 position P covers P ... P + GB - 1 (GB = world_size * batch_size), rank r the contiguous slice r * B ... (r + 1) * B - 1

@@ -1,4 +1,4 @@
-"""(H, W) of every image of a source, which aspect buckets need before the first step.
+"""Sizes (H, W) of all images of a source, which aspect buckets need before the first step.
 
 Only headers are parsed, but every file is read once, by the workers of all ranks together. What was found is kept in
 the run folder with the stamps of the files: a resumed run has the same buckets at once, whatever has vanished since.

@@ -1,4 +1,4 @@
-"""What a source of images is: a length, a stable key for every image, its bytes, and all other columns.
+"""Source of images: a length, a stable key for every image, its bytes, and all other columns.
 
 One file per kind of source in `ldm_vae.data.sources`; `open_source` tells which kind a path on a command line means.
 Sources are lazy and picklable: nothing but the list of keys is held, a file is opened when its image is asked for.
@@ -45,7 +45,7 @@ class Source(Protocol):
 
     @property
     def decoding(self) -> Decoding:
-        """How its images are to be decoded (`Decoding()` if nothing is special)."""
+        """Decoding of its images (`Decoding()` if nothing is special)."""
 
     def __len__(self) -> int: ...
 
@@ -57,7 +57,7 @@ class Source(Protocol):
 
 
 class SourceConfig(Part):
-    """What every kind of source has; `data: {kind: folder, path: photographs}` in a training config."""
+    """Knobs that every kind of source has; `data: {kind: folder, path: photographs}` in a training config."""
 
     path: str
     """Where the images are: a folder, file, glob or hub id, as the kind has it."""
@@ -105,7 +105,7 @@ def open_source(
     kind: str | None = None,
     **knobs: Any,
 ) -> Source:
-    """What DATA on a command line means.
+    """Open DATA of a command line as a source of the kind that its path means.
 
     A folder of images; a zip; a list file of paths (.txt, .lst); parquet or arrow files, or a folder of them; a folder
     written by `save_to_disk`; tar shards (file, folder, glob or braces); a hub id `owner/name`.

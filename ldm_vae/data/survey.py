@@ -1,4 +1,4 @@
-"""What is in a source, before an hour is spent on it: sizes, shapes, formats, damage, captions, thumbnails.
+"""Survey of a source before training: sizes, shapes, formats, damage, captions, thumbnails.
 
 `survey` looks at every image asked for (decoding it: damage shows only so), `Survey.lines` tells it to a person.
 
@@ -54,7 +54,7 @@ class Finding:
 
 @dataclass
 class Survey:
-    """What was found: images in the source (None: a stream), its columns, and the findings."""
+    """Result of a survey: images in the source (None: a stream), its columns, and the findings."""
 
     total: int | None
     columns: tuple[str, ...]

@@ -31,7 +31,7 @@ Box = tuple[int, int, int, int]
 
 
 def preprocessing_identity(decoding: Decoding = DEFAULT) -> str:
-    """What a latent store compares: two images prepared under the same identity have the same pixels."""
+    """Preprocessing identity that a latent store compares: equal identities mean equal pixels."""
     changed = [
         f"{name}={getattr(decoding, name)!r}"
         for name in decoding.__dataclass_fields__
@@ -63,7 +63,7 @@ class Crop:
 
 
 class TransformConfig(Section):
-    """How training crops are cut. The defaults show the model what `ldm-vae encode` will show it, whole images at the
+    """Settings of training crops. The defaults show the model what `ldm-vae encode` will show it, whole images at the
     resolution, with as much variation as that leaves."""
 
     crop: Literal["random", "centre"] = "random"

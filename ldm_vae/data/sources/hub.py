@@ -93,7 +93,8 @@ class HubSource:
 
 
 def _facts_of(dataset: Any, column: str) -> Facts | None:
-    """Of the files that the table is mapped from, as they were when it was opened; None when they do not hold all."""
+    """Facts of the files that the table is mapped from, as they were when it was opened; None when they do not hold
+    all."""
     known = [file_facts(file["filename"]) for file in dataset.cache_files]
     facts = [each for each in known if each is not None]
     if not facts or len(facts) < len(known) or not _holds_bytes(dataset, column):
