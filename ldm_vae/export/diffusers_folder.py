@@ -1,4 +1,4 @@
-"""Write a VAE as a diffusers folder: one normalisation in config.json, read back and compared before it is published.
+"""Export as a diffusers folder: one normalisation in config.json, read back and compared before it is published.
 
 Legend: c latent channels, h w latent positions.
 """
@@ -77,7 +77,7 @@ def write_configured(
     max_shard_size: str = "10GB",
     files: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """As `write_vae`, of what `configured_copy` gave, which is used up: it is in fp16 afterwards where `half` is asked
+    """Write what `configured_copy` gave, as `write_vae` does. It is used up: in fp16 afterwards where `half` is asked
     for."""
     everything = dict(files or {})
     if (found := preprocessing.recorded(copy)) is not None:
@@ -106,7 +106,7 @@ def _save(vae: Any, folder: Path, max_shard_size: str, **variant: str) -> None:
 
 
 def read_statistics(path: Path) -> LatentStatistics:
-    """What `write_vae` was given as `statistics`, from the latent_statistics.json that it wrote."""
+    """Read the `statistics` of an export from the latent_statistics.json that `write_vae` wrote."""
     try:
         return LatentStatistics.from_json(parse_json(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError) as error:

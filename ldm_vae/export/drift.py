@@ -1,4 +1,4 @@
-"""How far a fine-tuned VAE has moved from its base, for a diffusion model that was trained on the base's latents.
+"""Drift of a fine-tuned VAE from its base, for a diffusion model that was trained on the base's latents.
 
 Such a model hands base latents to the tuned decoder (text to image), and gets tuned latents from the tuned encoder
 (image to image). So both are measured: the latents against each other, and all four ways of encoding and decoding
@@ -81,13 +81,13 @@ class Drift:
         return text
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """All results as JSON, for programs."""
         metrics = {way: {name: one.to_json() for name, one in found.items()} for way, found in self.metrics.items()}
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "metrics"}
         return {"verdict": self.verdict, **plain, "metrics": metrics}
 
     def lines(self) -> list[str]:
-        """For the terminal and the card."""
+        """Lines for the terminal and the card."""
         rows = [
             f"encoder: {'identical' if self.same_encoder else 'changed'}; {self.images:,} images",
             f"latents: cosine {self.cosine:.5f}, RMS difference {self.rms:.4f} of the base's standard deviation",

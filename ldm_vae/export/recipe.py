@@ -1,4 +1,4 @@
-"""What a run folder says about how its VAE was made: for the model card."""
+"""Recipe of a VAE for the model card, from its run folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Recipe:
 
 
 def read_recipe(run: Path) -> Recipe:
-    """From RUN/config.yaml, metrics.jsonl and report/metrics.json; empty for a folder that is no run."""
+    """Read a recipe from RUN/config.yaml, metrics.jsonl and report/metrics.json; empty for a folder that is no run."""
     path = run / "config.yaml"
     if not path.is_file():
         return Recipe()

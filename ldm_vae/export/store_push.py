@@ -1,4 +1,4 @@
-"""A latent store to a dataset repository of a model hub, with its card.
+"""Upload of a latent store to a dataset repository of a model hub, with its card.
 
 Shards go first, in commits of a few hundred files, each compared with its checksum before it is sent; what the hub has
 already is not sent again, so an interrupted push goes on. The manifest comes with the last commit: until then a reader
@@ -42,7 +42,7 @@ MESSAGE = "Upload with ldm-vae"
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a repository still needs of a store. Files by their path in both."""
+    """Plan of an upload: the files of a store that a repository still needs, by their path in both."""
 
     store: Path
     repo: str

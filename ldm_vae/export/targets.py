@@ -1,4 +1,4 @@
-"""Where a VAE goes: what each program can load from one file, what it ignores, and the proof that it reads ours.
+"""Export targets: what each program can load from one file, what it ignores, and the proof that it reads ours.
 
 The facts were read in the programs' sources: ComfyUI `comfy/sd.py` (class VAE) and `comfy/latent_formats.py`; kohya
 sd-scripts `library/model_util.py` (load_vae) and its constants; A1111 `modules/sd_vae.py` (a strict load_state_dict
@@ -45,7 +45,7 @@ class Target:
 
 
 def warnings_for(target: Target, config: Config) -> list[str]:
-    """What the target cannot load or will ignore of a VAE of this config, a sentence each."""
+    """Parts of a VAE of this config that the target cannot load or will ignore, a sentence each."""
     found = []
     reason = target.why_not(config)
     if reason is not None:

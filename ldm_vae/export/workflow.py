@@ -1,4 +1,4 @@
-"""One export from end to end: load, decide the normalisation, write, read back, compare, and say what was done."""
+"""Export workflow: load, decide the normalisation, write, read back, compare, and report what was done."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ AUDIT_SIDE = 64  # pixels on a CPU, where the audit of an SD-sized VAE would tak
 
 @dataclass(frozen=True)
 class Request:
-    """What `ldm-vae export` was asked for; the fields are its flags."""
+    """Request of an export; the fields are the flags of `ldm-vae export`."""
 
     source: str
     out: Path
@@ -77,14 +77,14 @@ class Request:
 
 @dataclass
 class Done:
-    """What was written, line by line, and what the user must know."""
+    """Result of an export: what was written, line by line, and what the user must know."""
 
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
 def export(request: Request) -> Done:
-    """Do it. Raises UsageError for a wrong request, WorkError when what was written does not read back."""
+    """Export a VAE. Raises UsageError for a wrong request, WorkError when what was written does not read back."""
     done = Done()
     _check(request)
     vae = _load(request, done)
@@ -122,7 +122,7 @@ def _push(request: Request) -> str:
 
 
 def _check(request: Request) -> None:
-    """What can be refused before anything is loaded."""
+    """Refuse what can be refused before anything is loaded."""
     if request.preview and request.stats is None:
         raise UsageError("--preview: needs images to fit the colours; give --stats STORE or --stats DATA")
     if request.drift_from is not None and (request.stats is None or is_store(request.stats)):
@@ -172,7 +172,7 @@ def _images(request: Request, vae: AutoencoderKL, preparation: Preparation) -> I
 
 
 def _statistics(request: Request, vae: AutoencoderKL, preparation: Preparation) -> LatentStatistics | None:
-    """Measured now if asked; else as they were measured when SRC was written."""
+    """Statistics of the latents: measured now if asked, else as they were measured when SRC was written."""
     if request.stats is None:
         places = (Path(request.source) / STATISTICS, Path(request.source) / "vae" / STATISTICS)
         return next((read_statistics(place) for place in places if place.is_file()), None)
@@ -184,7 +184,7 @@ def _statistics(request: Request, vae: AutoencoderKL, preparation: Preparation) 
 def _normalisation(
     request: Request, vae: AutoencoderKL, statistics: LatentStatistics | None, done: Done
 ) -> Normalisation:
-    """The one that is written: a base's, or measured in this call, or SRC's own or of another kind."""
+    """The normalisation to write: a base's, or measured in this call, or SRC's own or of another kind."""
     if request.normalisation_from is not None:
         return normalisation_of(request.normalisation_from, int(vae.config.latent_channels))
     try:
@@ -250,7 +250,7 @@ def _preview(request: Request, vae: AutoencoderKL, normalisation: Normalisation,
 
 
 def _drift(request: Request, vae: AutoencoderKL, base: AutoencoderKL, preparation: Preparation, done: Done) -> str:
-    """Against the base that a diffusion model was trained with, over the images of --stats."""
+    """Measure the drift from the base that a diffusion model was trained with, over the images of --stats."""
     images = _images(request, vae, preparation)
     found = measure_drift(base, vae, images.image_batches(vae), resolution=images.resolution)
     done.lines.append(f"drift from {request.drift_from}: {found.verdict}")

@@ -1,4 +1,4 @@
-"""What a training run is made of: all its knobs, and the networks they describe. The loop is train/autoencoder.py."""
+"""Config of a training run: all its knobs, and the networks they describe. The loop is train/autoencoder.py."""
 
 from __future__ import annotations
 
@@ -135,7 +135,8 @@ MAY_CHANGE = (
 
 
 def build_autoencoder(settings: Training) -> Any:
-    """From `init_from` when it is named, else random weights drawn by the seed; `trainable` is applied.
+    """Build the network from `init_from` when it is named, else with random weights drawn by the seed; `trainable` is
+    applied.
 
     Raises:
         UsageError: the shape of `init_from` is not `model`, it records another preprocessing, or `trainable` names
@@ -185,7 +186,8 @@ def check_teachers(settings: Training) -> None:
 
 
 def build_network(settings: Training, vae: Any, outline: bool = False) -> TrainableAutoencoder:
-    """The one forward of training: the model's bottleneck, and the perturbations in the order of the config.
+    """Wrap `vae` in the one forward of training: the model's bottleneck, and the perturbations in the order of the
+    config.
 
     outline: without the weights that a perturbation would load, to count its cost.
     """
@@ -197,7 +199,7 @@ def build_network(settings: Training, vae: Any, outline: bool = False) -> Traina
 
 
 def build_objective(settings: Training, outline: bool = False) -> Objective:
-    """The terms; what they own (a projection) is drawn by the seed, alike on every rank.
+    """Build the terms; what they own (a projection) is drawn by the seed, alike on every rank.
 
     outline: without the weights that a term would load, to count its cost.
     """

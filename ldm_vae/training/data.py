@@ -58,7 +58,7 @@ def _check_sources(source: Source | Stream, validation_source: Source | None, se
 
 
 def layout_of(settings: Training, accelerator: Accelerator, images_seen: int) -> dict[str, Any]:
-    """Which part of the stream this rank reads, from where on, and by how many workers."""
+    """Layout of this rank's part of the stream: batch, rank, start and workers, as the loaders take them."""
     return {
         "seed": settings.seed, "batch_size": settings.train_batch_size, "rank": accelerator.process_index,
         "world_size": accelerator.num_processes, "start_position": images_seen,
@@ -79,7 +79,7 @@ class ImageFeed:
 
     @property
     def prepared(self) -> Preprocessing:
-        """How the images are decoded."""
+        """Record of the images' decoding."""
         return Preprocessing.of(self.source.decoding)
 
     def compare(self, accelerator: Accelerator, *, resumed: bool) -> None:
@@ -102,7 +102,7 @@ class ImageFeed:
     def _assign(
         self, source: Source, shapes: Sequence[Shape], accelerator: Accelerator
     ) -> tuple[Assignment, list[Bad]]:
-        """Which bucket each image trains in, the same on every rank; the images that this rank could not read."""
+        """Bucket that each image trains in, the same on every rank; and the images that this rank could not read."""
         sizes, unreadable = shared_sizes(
             source, self.settings.output_dir / "image_sizes.safetensors",
             rank=accelerator.process_index, world_size=accelerator.num_processes,
@@ -112,7 +112,7 @@ class ImageFeed:
         return assign(shapes, sizes), unreadable
 
     def statistics(self, vae: Any, device: torch.device) -> LatentStatistics:
-        """Of the latents that `vae` gives of some training images."""
+        """Measure the latents that `vae` gives of some training images."""
         return measure(vae, self._measured(), device)
 
     def _measured(self) -> Iterator[torch.Tensor]:
@@ -130,7 +130,7 @@ class ImageFeed:
                 return
 
     def complete(self, vae: Any) -> Any:
-        """For validation and export: `vae`, which has all its parts."""
+        """The whole VAE for validation and export: `vae` itself, which has all its parts."""
         return vae
 
 
@@ -189,6 +189,6 @@ def _patches_of(
 
 
 def keyed_places(seed: int, positions: Sequence[int], count: int, kept: int) -> torch.Tensor:
-    """Of each position of the stream, `kept` of `count` places, at most all: [B, kept]."""
+    """Draw for each position of the stream `kept` of `count` places, at most all: [B, kept]."""
     drawn = [rng.generator(seed, "patches", position).permutation(count)[:kept] for position in positions]
     return torch.from_numpy(np.stack(drawn))

@@ -1,4 +1,4 @@
-"""Training the decoder from a latent store: batches of stored moments and the pixels that they were made from.
+"""Decoder-only training from a latent store: batches of stored moments and the pixels that they were made from.
 
 The encoder is not run and not held. Pixels come from the store (`encode --pixels`), or are read again from the images:
 by key, cut as the store cut them, the checksum of their bytes compared.
@@ -60,11 +60,11 @@ class StoredBatch:
     bad: list[Bad]
 
     def moments_on(self, device: torch.device) -> Moments:
-        """The moments, where the networks are."""
+        """The moments, moved to the networks' device."""
         return self.moments.to(device)
 
     def pin_memory(self) -> StoredBatch:
-        """Called by DataLoader: only the pixels are worth a page-locked buffer."""
+        """Pin the pixels, for DataLoader; nothing else is worth page-locked memory."""
         return replace(self, pixels=self.pixels.pin_memory())
 
 
@@ -116,7 +116,7 @@ class StoredPairs(Dataset[StoredBatch]):
         return crop.flip(2) if is_flipped(view) else crop
 
     def _place(self, key: str, index: int) -> int:
-        """Where the image is now: usually where it was."""
+        """Index of the image in the source now: usually the one it had."""
         assert self.source is not None
         if index < len(self.source) and storable(self.source.key(index)) == key:
             return index
@@ -188,7 +188,7 @@ class StoredFeed:
 
     @property
     def prepared(self) -> Preprocessing:
-        """How the images were decoded: those of a store that holds its pixels as the store's were."""
+        """Record of the images' decoding: that of the store where it holds the pixels."""
         stored = self.pairs.source is None and decoding_of(self.pairs.latents.manifest.identity.preprocessing)
         return Preprocessing.of(stored or self.source.decoding)
 
@@ -207,12 +207,12 @@ class StoredFeed:
         return load(self.pairs, work, workers, pinned)
 
     def statistics(self, vae: Any, device: torch.device) -> LatentStatistics:
-        """Those of the store: the latents are what they were."""
+        """Statistics of the store: the latents are what they were."""
         assert isinstance(self.pairs.latents.statistics, LatentStatistics)
         return self.pairs.latents.statistics
 
     def complete(self, vae: Any) -> Any:
-        """For validation and export: `vae` with the encoder of init_from, which made the store."""
+        """The whole VAE for validation and export: `vae` with the encoder of init_from, which made the store."""
         assert self.settings.init_from is not None
         complete = load_autoencoder(self.settings.init_from)
         complete.load_state_dict(vae.state_dict(), strict=False)

@@ -1,5 +1,5 @@
-"""What a run will cost, told before it is started: `--dry_run`. Nothing is computed or fetched, of the data only the
-list is read: the real training step runs on tensors without content, its operations and memory are counted.
+"""Cost of a run before it is started: `--dry_run`. Nothing is computed or fetched, of the data only the list is read:
+the real training step runs on tensors without content, its operations and memory are counted.
 
 Legend: B batch, C image channels, H W pixels, c latent channels, h w latent positions.
 """
@@ -150,8 +150,8 @@ def _bytes(module: nn.Module) -> int:
 
 
 def describe(settings: Training, processes: int = 1) -> str:
-    """What `--dry_run` prints: the resolved config as YAML, then the plan as comments. Data and base weights that are
-    not on this machine are said to be so.
+    """Text that `--dry_run` prints: the resolved config as YAML, then the plan as comments. Data and base weights that
+    are not on this machine are said to be so.
 
     Raises:
         UsageError: the config does not hold together.

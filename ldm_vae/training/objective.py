@@ -116,7 +116,7 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def rate(moments: Moments, images: torch.Tensor) -> Logs:
-    """What the latent of images [B, C, H, W] costs and which of its channels carry anything, from moments [B, c, h, w].
+    """Rate of the latent of images [B, C, H, W] and its active channels, from moments [B, c, h, w].
 
     An active unit is a channel whose posterior mean has a variance above 0.01 over images and positions; in one batch
     of a few images that is an estimate.

@@ -1,4 +1,4 @@
-"""The proof that a VAE may run in fp16: headroom of every layer, and fp16 against fp32 on the same inputs."""
+"""Certificate that a VAE may run in fp16: headroom of every layer, and fp16 against fp32 on the same inputs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Certificate:
         return self.after.safe and all(value >= GOOD_PSNR for value in self.psnr.values())
 
     def lines(self) -> list[str]:
-        """For the terminal and, as a list, for the card."""
+        """Lines for the terminal and, as a list, for the card."""
         found = [f"measured over {self.probes}"]
         if self.before is not None:
             found.append(f"before, {self.before.describe()}")

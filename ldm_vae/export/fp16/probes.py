@@ -1,4 +1,4 @@
-"""What an audit feeds a VAE: the user's images, images at the ends of what a pixel can be, and latents to match.
+"""Probes of an audit: the user's images, images at the ends of what a pixel can be, and latents to match.
 
 Legend: N images, C image channels, R side, c latent channels, h w latent positions.
 """
@@ -28,7 +28,7 @@ class Probes:
     real: int
 
     def describe(self) -> str:
-        """For a card: what the numbers were measured over."""
+        """Description for a card: what the numbers were measured over."""
         side = self.images.shape[-1]
         real = f"{self.real} images and " if self.real else ""
         return f"{real}{len(self.images) - self.real} synthetic extremes of {side} px, {len(self.z)} latents"
