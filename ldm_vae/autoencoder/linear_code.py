@@ -58,7 +58,7 @@ class PatchMoments:
         self.products += rows.T @ rows
 
     def add_up(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Over the ranks; `total` sums a tensor over all of them."""
+        """Add up over the ranks; `total` sums a tensor over all of them."""
         self.products = total(self.products)
 
     def code(self, latent_channels: int) -> LinearCode:

@@ -1,4 +1,4 @@
-"""What a diffusion run is made of: its knobs, the store it reads, its network. The loop is train/diffusion.py.
+"""Config of a diffusion run: its knobs, the store it reads, its network. The loop is train/diffusion.py.
 
 Legend: B batch, c latent channels, h w latent positions.
 """
@@ -208,7 +208,7 @@ def count_step(
 
 
 def describe(settings: DiffusionTraining, processes: int = 1) -> str:
-    """What `--dry_run` prints: the resolved config as YAML, then what it will cost as comments.
+    """Text that `--dry_run` prints: the resolved config as YAML, then the cost as comments.
 
     Raises:
         UsageError: the config does not hold together, or the store is not there.

@@ -1,6 +1,6 @@
-"""How well a diffusion model learns the latents of a VAE: the same small network on the latents of each.
+"""Diffusability probe: the same small network learns the latents of each VAE, and its error compares them.
 
-What can be held equal between latent spaces of different shapes: the number of images, of tokens, and of operations. A
+Three things can be held equal between latent spaces of different shapes: images, tokens, and operations. A
 latent [c, h, w] is cut into patches so that each space gives equally many tokens; if operations still differ by more
 than the tolerance, the width of a head is moved until they do not. Denoising losses do not compare between spaces.
 
@@ -30,7 +30,8 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every probe is trained: AdamW, a cosine after the warm-up, averaged weights; shares are of train_images."""
+    """Training recipe of every probe: AdamW, a cosine after the warm-up, averaged weights; shares are of
+    train_images."""
 
     train_images: int = 32_000
     batch_size: int = 32

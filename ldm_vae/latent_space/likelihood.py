@@ -144,7 +144,7 @@ class LikelihoodBounds:
         }
 
     def figures(self) -> dict[str, Any]:
-        """How they came about, as plain JSON; spread_bits is the deviation of the repeats' means, by K."""
+        """Details of the bounds as plain JSON; spread_bits is the deviation of the repeats' means, by K."""
         return {
             "variance": self.variance,
             "images": int(self.effective.count) // self.repeats,

@@ -1,4 +1,4 @@
-"""Features of at most so many images, for distances that need them all at once: those whose keyed number is smallest.
+"""Sample of images' features, for distances that need all of them at once: those whose keyed number is smallest.
 
 They are the same images in any order and for any number of processes, and memory does not grow with N.
 

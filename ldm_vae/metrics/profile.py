@@ -1,4 +1,4 @@
-"""What passes through the latent: information per channel, and power spectra before and behind it.
+"""Profile of the latent: information per channel, and power spectra before and behind it.
 
 Legend: B batch, C channels, c latent channels, H W pixels, h w latent positions.
 """
@@ -71,8 +71,8 @@ class Profile:
             self.sums[name] += value.cpu()
 
     def compute(self) -> dict[str, Any]:
-        """Over all ranks: nats per image and channel (None where the encoder gives no variance), each channel's mean
-        and deviation, the three spectra."""
+        """Combine over all ranks: nats per image and channel (None where the encoder gives no variance), each channel's
+        mean and deviation, the three spectra."""
         images = int(gather(torch.tensor(self.images)).sum())
         total = {name: gather(value).sum(dim=0) / images for name, value in self.sums.items()}
         variance = (total["square"] - total["mean"].square()).clamp(min=0) + total["noise"]

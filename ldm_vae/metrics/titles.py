@@ -1,4 +1,4 @@
-"""How each metric is written: heading, unit, decimals, and which direction is better. It needs no torch."""
+"""Titles of metrics: heading, unit, decimals, and which direction is better. It needs no torch."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class VectorQuantizer(Bottleneck):
 
     @torch.no_grad()
     def _remember(self, codes: int, rows: torch.Tensor, indices: torch.Tensor, images_seen: int) -> None:
-        """One micro-batch: what it found of each code, and its vectors if some will be wanted."""
+        """Keep one micro-batch's counts and sums of each code, and its vectors if some will be wanted."""
         found = torch.zeros(codes, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device)
         self.pending.add(found.index_add_(0, indices, torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)))
         self.images_seen = images_seen
@@ -118,7 +118,8 @@ class VectorQuantizer(Bottleneck):
         return every is not None and images_seen // every != self.period
 
     def _restart(self, book: torch.Tensor) -> None:
-        """At the end of every `restart_images`, codes that were not used in them go to vectors of the global batch."""
+        """Restart dead codes at the end of every `restart_images`: those that were not used in them go to vectors of
+        the global batch."""
         assert self.config.restart_images is not None
         self.period = self.images_seen // self.config.restart_images
         dead = (self.uses == 0)[:, None]

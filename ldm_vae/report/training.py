@@ -118,7 +118,7 @@ def _chart(group: Group, series: dict[str, list[tuple[float, float]]], around: J
 
 
 def _around(log: Sequence[Json], config: Json) -> Json:
-    """What all charts share: where the adversary starts, and the range of images."""
+    """Settings that all charts share: where the adversary starts, and the range of images."""
     return {"mark": _adversary_mark(config), "x_range": (0.0, float(log[-1]["images"])) if log else (0.0, 1.0)}
 
 

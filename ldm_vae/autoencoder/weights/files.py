@@ -1,4 +1,4 @@
-"""Files of weights: which of a folder's are read, what each really is, and its tensors one by one.
+"""Files of weights: the choice among a folder's, the real format of each, and its tensors one by one.
 
 safetensors alone; a pickle where it is asked for, tensors alone. In a folder of diffusers the full weights come before
 a variant (`diffusion_pytorch_model.fp16.safetensors`), one file before shards.

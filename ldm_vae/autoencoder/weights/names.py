@@ -1,5 +1,5 @@
-"""Whose tensors are in a file, and under which names: a network's own ones, found behind what wrappers and averages put
-before them, in diffusers' names of any age or LDM's.
+"""Names of tensors in a file: a network's own tensors, found behind the prefixes of wrappers and averages, in
+diffusers' names of any age or LDM's.
 
     module.encoder.conv_in.weight, _orig_mod.…          DDP, FSDP, torch.compile: taken away wherever it stands
     vae.…, first_stage_model.…, anything.…              a part of something larger: what makes the network whole
