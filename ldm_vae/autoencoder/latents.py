@@ -87,6 +87,7 @@ def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def nearest_codes(vae: Any, vectors: torch.Tensor) -> torch.Tensor:
     """A VQModel's vectors before the codebook [B, c, h, w] => indices int64 [B, h, w]: its own quantizer, in fp32."""
+    # distances between close codes vanish in half precision
     with torch.autocast(vectors.device.type, enabled=False):
         _, _, (_, _, indices) = vae.quantize(at_least_fp32(vectors))
     return indices.view(vectors.shape[0], *vectors.shape[2:])  # type: ignore[no-any-return]
@@ -165,6 +166,7 @@ class Normalisation:
             WorkError: the latents, or of kind `channel` a channel of them, do not vary.
         """
         scalar_mean = float(mean.mean())
+        # law of total variance over all elements
         scalar_variance = float(variance.mean() + mean.var(unbiased=False))
         if not (scalar_variance > 0 and (kind != "channel" or bool((variance > 0).all()))):
             what = "a channel of the latents does" if scalar_variance > 0 else "the latents do"

@@ -86,6 +86,7 @@ def generate(area: int, step: int = 64, max_aspect: float = 2.0) -> list[Shape]:
             f"buckets: expected area >= step * step and max_aspect >= 1, got area {area}, step {step}, {max_aspect:g}"
         )
     shapes = set()
+    # the short side only: each shape is added with its transpose
     for height in range(step, math.isqrt(area) + 1, step):
         width = area // height // step * step
         if width <= max_aspect * height:
@@ -118,6 +119,7 @@ def assign(shapes: Sequence[Shape], sizes: Array) -> Assignment:
         raise UsageError("buckets: the list of shapes is empty")
     aspects = np.log([height / width for height, width in shapes])
     readable = (sizes > 0).all(axis=1)
+    # unreadable sizes are 0, which has no logarithm; `readable` masks them
     safe = np.maximum(sizes, 1)
     own = np.log(safe[:, 0] / safe[:, 1])
     bucket = np.full(len(sizes), -1, dtype=np.int16)
@@ -141,11 +143,14 @@ def batches(
     members = [np.flatnonzero(assignment.bucket == number) for number in range(len(assignment.shapes))]
     if not any(len(indices) for indices in members):
         raise WorkError("no usable image: not one has a readable size")
+    # one endless stream for each bucket, keyed by its number
     orders = [Order(seed, len(indices), bucket=number) for number, indices in enumerate(members)]
     whole = batch_size * world_size
+    # rounded up: batches before it were seen in whole or in part
     step = -(-start_position // whole)
     for number, place in _plan([len(indices) for indices in members], seed, whole, step):
         first = place * whole + rank * batch_size
+        # positions count over all buckets, as in a run without them: noise is keyed by them
         at = step * whole + rank * batch_size
         own = [orders[number].task(first + offset) for offset in range(batch_size)]
         tasks = [Task(at + offset, task.epoch, int(members[number][task.index])) for offset, task in enumerate(own)]
@@ -169,6 +174,7 @@ def _plan(counts: Sequence[int], seed: int, whole: int, step: int) -> Iterator[t
             for number, count in enumerate(counts)
             for place in range(-(-epoch * count // whole), -(-(epoch + 1) * count // whole))
         ]
+        # the same on every rank, so a global batch has one shape everywhere
         rng.generator(seed, "buckets", epoch).shuffle(entries)
         yield from entries[step - before(epoch) :]
         epoch += 1

@@ -54,16 +54,19 @@ def columns_digest(columns: Mapping[str, Any]) -> bytes:
 def _plain(value: Any) -> Any:
     if isinstance(value, str):
         try:
+            # a column that was kept as JSON text equals the value that it stands for
             parsed = json.loads(value)
             return _plain(parsed)
         except (ValueError, RecursionError):
             return value
     if isinstance(value, Mapping):
+        # a key with None equals no key: Arrow adds those of the other rows
         return {str(name): plain for name, each in value.items() if (plain := _plain(each)) is not None}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     if isinstance(value, np.generic | np.ndarray):
         return _plain(value.tolist())
+    # 1, 1.0 and true are one value: a table gives a column one type
     if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
         return int(value)
     return value if value is None or isinstance(value, int | float) else str(value)
@@ -94,6 +97,7 @@ class TreeColumns:
         self.label_names: tuple[str, ...] = ()
         if self._table is not None:
             have = tuple(name for name in self._table.column_names if name != "file_name")
+            # the last row wins where a table names an image twice
             row_of = {name: row for row, name in enumerate(self._table["file_name"].to_pylist())}
             self._rows = np.array([row_of.get(name, -1) for name in self.all_names], dtype=np.int64)
         else:

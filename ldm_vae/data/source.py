@@ -159,6 +159,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 def kind_of(path: str) -> str:
     """The kind of source that `path` is, by what lies there. Raises UsageError when nothing does."""
+    # a pattern of shards is no file; a file with such a name is one
     if "://" in path or (".tar" in path and not Path(path).exists() and re.search(r"[*?{\[]", path)):
         return "webdataset"
     place = Path(path).expanduser()
@@ -176,6 +177,7 @@ def kind_of(path: str) -> str:
         if place.suffix.lower() not in kinds:
             raise UsageError(f"data {path}: expected a folder, a hub id or a file of {', '.join(kinds)}")
         return kinds[place.suffix.lower()]
+    # owner/name is a path too: where the folder `owner` exists, a missing file was meant
     if _HUB_ID.fullmatch(path) and not place.parent.is_dir():
         return "hub"
     raise UsageError(f"data {path}: no such file or folder (a dataset of the hub is written owner/name)")

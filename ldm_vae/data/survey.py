@@ -100,6 +100,7 @@ def survey(source: Source | Stream, max_images: int | None = None, num_workers: 
     total = length(source)
     indices: Sequence[int] | None = None
     if total is not None and max_images is not None and max_images < total:
+        # a keyed draw, read in order: the same images each time, and no jumping back in an archive
         indices = np.sort(rng.generator(0, "survey").choice(total, max_images, replace=False)).tolist()
     chosen = islice(items(source, indices), None if total is not None else max_images)
     found = Survey(total, source.columns)

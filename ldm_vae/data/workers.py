@@ -86,6 +86,7 @@ def load(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # without one of its own it draws from the global generator
     )
+    # `next` by hand, so that only its own errors are caught below
     batches = iter(loader)
     while True:
         try:
@@ -96,6 +97,7 @@ def load(
             if (what := misfortune(error)) is None:
                 raise
             raise what from error
+        # raised here, in the main process, as the sentence that it is
         if isinstance(batch, _Failure):
             raise WorkError(batch.error)
         yield batch
@@ -111,5 +113,6 @@ def _take(batches: Iterator[Any]) -> Any:
     except (EOFError, ConnectionError) as error:
         if "DataLoader worker process" in str(error):  # a worker's own error, of the network perhaps, on its way to us
             raise
+        # time for torch's signal handler, whose RuntimeError names the worker and is the better sentence
         time.sleep(GRACE)
         raise WorkError(f"a data worker died, out of memory perhaps (dataloader_num_workers): {error}") from error

@@ -86,9 +86,11 @@ def write_configured(
         everything[STATISTICS] = (json.dumps(statistics.to_json(), indent=1) + "\n").encode()
     text = Card(card_name(out), statistics).text(copy) if card is None else card
     everything["README.md"] = text.encode()
+    # nothing of it has its name before the weights were read back
     with atomic_io.whole(out, check_replaceable) as folder:
         _save(copy, folder, max_shard_size)
         if half:
+            # after fp32, since `half` changes the copy in place
             _save(copy.half(), folder, max_shard_size, variant="fp16")
         for name, content in everything.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -128,6 +130,7 @@ def configured_copy(vae: Any, normalisation: Normalisation | None = None, **chan
             raise UsageError(
                 f"normalisation `{normalisation.kind}`: the config of a {type(vae).__name__} has no {name}"
             )
+    # the config's own network without values: the weights are assigned below, not copied
     with torch.device("meta"):
         # an AutoencoderTiny has no sample_size
         known = {name: value for name, value in changes.items() if value is not None and name in defaults}
@@ -159,6 +162,7 @@ def compare(written: Any, loaded: Any) -> float:
         if value.dtype != came[name].dtype or not torch.equal(value, came[name]):
             raise WorkError(f"reload check: tensor {name} is not what was written")
     size = (1, int(written.config.latent_channels), 4, 4)
+    # equal weights under another config can still decode otherwise
     z = torch.randn(size, generator=torch.Generator().manual_seed(0))
     before, after = latents.decode(written, z), latents.decode(loaded.to("cpu").eval(), z)
     largest = float((before - after).abs().max())

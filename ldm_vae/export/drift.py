@@ -133,6 +133,7 @@ def measure_drift(
         pixels = to_pixels(batch.pixels.to(base.device))
         z = {name: finite.encode(vae, pixels).mean for name, vae in vaes.items()}
         for name, value in z.items():
+            # on the CPU and in fp64: the statistics below are over all images at once
             means[name].append(value.double().cpu())
         for way, measured in metrics.items():
             encoder, decoder = way.split(" -> ")
@@ -143,6 +144,7 @@ def measure_drift(
         raise WorkError("drift: there was no usable image")
     before, after = torch.cat(means["base"]), torch.cat(means["tuned"])
     centre, std = before.mean((0, 2, 3), keepdim=True), before.std((0, 2, 3), keepdim=True)
+    # in the base's deviations, channel by channel: what a diffusion model of the base sees as 1
     apart = (after - before) / std
     cosine = torch.cosine_similarity((before - centre).flatten(1), (after - centre).flatten(1))
     return Drift(

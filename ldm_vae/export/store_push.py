@@ -106,10 +106,12 @@ def push(plan: PushPlan, *, private: bool = False, license: str | None = None, v
 
         if plan.revision is not None:
             api.create_branch(address.repo_id, branch=plan.revision, repo_type="dataset", exist_ok=True)
+        # from the first overwritten shard on the old manifest would describe files that are not there
         if plan.overwrites:
             commit([CommitOperationDelete(MANIFEST)])
         with tqdm(total=len(plan.missing), desc="push", unit="files", disable=None) as bar:
             for paths in _parts(plan):
+                # checked at the last moment before sending: damage on the disk must not be published
                 commit([_checked(plan.store, path, plan.missing[path]) for path in paths])
                 bar.update(len(paths))
         card = store_card(plan.repo, plan.manifest, license, on_hub=True, picture=PICTURE if picture else None)
@@ -117,6 +119,7 @@ def push(plan: PushPlan, *, private: bool = False, license: str | None = None, v
         last += [CommitOperationAdd(PICTURE, picture)] if picture else []
         if plan.manifest.quarantined:
             last.append(CommitOperationAdd(QUARANTINE, plan.store / QUARANTINE))
+        # one commit: the manifest appears, and files that it does not name leave, at the same moment
         commit([*last, *(CommitOperationDelete(path) for path in plan.stale)])
     return str(address)
 
@@ -135,6 +138,7 @@ def _is_there(there: RepoFile | None, record: FileRecord, local: Path) -> bool:
         return False
     if there.lfs is not None:
         return there.lfs.sha256 == record.sha256
+    # git's own hash of a file: "blob SIZE\0" and the content
     content = local.read_bytes() if local.is_file() else b""  # a small file, which the hub keeps in git
     return there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 

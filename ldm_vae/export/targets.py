@@ -155,6 +155,7 @@ def write_target(vae: AutoencoderKL, path: Path, *, half: bool = False) -> float
         WorkError: the file does not encode or decode as the model does; it is removed.
     """
     save_single_file(vae.half() if half else vae, path)
+    # compared in fp32: with `half` the weights are rounded already, and the same on both sides
     difference = max(_differences(vae.float(), load_file(path)))
     if not difference <= TOLERANCE:
         path.unlink()
@@ -167,6 +168,7 @@ def _differences(vae: AutoencoderKL, tensors: Mapping[str, torch.Tensor]) -> tup
     """Relative differences of moments and of pixels between a file, read by LDM's network, and the model."""
     draw = torch.Generator().manual_seed(0)
     network = LdmNetwork(tensors, int(vae.config.norm_num_groups))
+    # the smallest image that every downsampling divides, times two
     side = 2 ** len(vae.config.block_out_channels)
     pixels = torch.rand(1, int(vae.config.in_channels), side, side, generator=draw) * 2 - 1
     z = torch.randn(1, int(vae.config.latent_channels), 4, 4, generator=draw)

@@ -86,9 +86,11 @@ class Done:
 def export(request: Request) -> Done:
     """Export a VAE. Raises UsageError for a wrong request, WorkError when what was written does not read back."""
     done = Done()
+    # everything that the request alone can be refused for, before weights are loaded or images read
     _check(request)
     vae = _load(request, done)
     base = None if request.drift_from is None else load_autoencoder(request.drift_from).to(vae.device)
+    # before anything is measured: statistics, preview and drift must see images as OUT's record will say
     preparation = _preparation(request, vae, base, done)
     statistics = _statistics(request, vae, preparation)
     normalisation = _normalisation(request, vae, statistics, done)
@@ -145,6 +147,7 @@ def _load(request: Request, done: Done) -> AutoencoderKL:
     if Path(request.source).is_file() and request.allow_pickle:
         config = None if request.config is None else Path(request.config)
         vae = load_single_file(Path(request.source), config, allow_pickle=True).float()
+        # said aloud: pickles are read only where the user allows it
         done.lines.append(f"read {request.source} as a pickle, with weights_only: tensors alone, no code was run")
     else:
         vae = load_autoencoder(request.source, request.config)
@@ -155,6 +158,7 @@ def _preparation(request: Request, vae: AutoencoderKL, base: AutoencoderKL | Non
     """Decoding of images for SRC; flags about it are recorded with OUT."""
     both = {request.source: vae} | ({} if base is None or request.drift_from is None else {request.drift_from: base})
     preparation = preparation_of(both, request.flags)
+    # a network without a record stays without one unless a flag asks: what was not known is not made up
     if recorded(vae) is not None or request.flags.decide:
         record(vae, preparation.kept)
         done.lines += preparation.notes
@@ -185,6 +189,7 @@ def _normalisation(
     request: Request, vae: AutoencoderKL, statistics: LatentStatistics | None, done: Done
 ) -> Normalisation:
     """The normalisation to write: a base's, or measured in this call, or SRC's own or of another kind."""
+    # a base's normalisation wins over any measurement: its diffusion model knows no other
     if request.normalisation_from is not None:
         return normalisation_of(request.normalisation_from, int(vae.config.latent_channels))
     try:
@@ -192,14 +197,17 @@ def _normalisation(
     except UsageError:
         if request.stats is None:
             raise
+        # SRC's config names none that holds; with --stats that does not matter
         own = Normalisation(1.0)  # and is measured
     kind = request.normalisation or own.kind
+    # measured in this call, or measured earlier and asked for in another kind
     if statistics is not None and (request.stats is not None or kind != own.kind):
         return statistics.normalisation(kind)
     if kind != own.kind:
         raise UsageError(
             f"--normalisation {kind}: {request.source} names `{own.kind}` only; give --stats to measure it"
         )
+    # a config that was never set has this default, which would pass unseen and be wrong
     if own == Normalisation(SD_SCALING) and not is_sd_shape(vae.config):
         raise UsageError(
             f"SRC {request.source}: its scaling_factor {SD_SCALING} is diffusers' default and Stable Diffusion's, and "
@@ -292,6 +300,7 @@ def _audit(vae: AutoencoderKL, request: Request, preparation: Preparation, card:
     """force_upcast, and the sentence that says why; the card gets it too."""
     data = None if request.stats is None or is_store(request.stats) else request.stats
     side = request.resolution or sample_size(vae)
+    # multiples of f only, hence the division and multiplication
     if vae.device.type == "cpu":  # GroupNorm's statistics hardly change with the size; the time does
         side = min(side, AUDIT_SIDE) // downsampling_factor(vae) * downsampling_factor(vae)
     probes = make_probes(vae, data, preparation, resolution=max(side, downsampling_factor(vae)))
@@ -313,9 +322,11 @@ def _write_file(
     ready = configured_copy(vae, normalisation, sample_size=request.resolution)
     target = TARGETS[request.target]
     done.warnings += warnings_for(target, ready.config)
+    # after the warnings are known, which the card repeats
     card.sections[f"For {target.title}"] = _for_target(done.warnings)
     alone = request.out.suffix == ".safetensors"
     if alone:
+        # the name is owned while file and card are written, so that two exports do not mix theirs
         with own_name(request.out):
             difference = write_target(ready, request.out, half=request.half)
             atomic_io.replace(request.out.with_suffix(".md"), atomic_io.data(card.text(ready).encode()))

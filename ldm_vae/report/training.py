@@ -71,6 +71,7 @@ def curves(log: Sequence[Json], config: Json) -> list[Chart]:
         metric = name.removeprefix("validation/")
         title = heading(metric) if metric in TITLES else metric.replace("_", " ")
         better = f"{TITLES[metric].better} is better" if metric in TITLES else ""
+        # popped: what is left at the end was shown nowhere and gets a chart of its own
         lines = [Series(title, series.pop(name), dots=True)]
         if floor := series.pop(f"linear_code/{metric}", []):
             lines.append(Series("linear code of this size", floor, faint=True))
@@ -94,6 +95,7 @@ def health(log: Sequence[Json], config: Json) -> Json | None:
     warnings: dict[str, Json] = {}
     for line in log:
         for name, sentence in line.get("warnings", {}).items():
+            # the first images stay, the last and the sentence are overwritten
             first = warnings.get(name, {"since": compact(line["images"])})
             warnings[name] = first | {"until": compact(line["images"]), "sentence": sentence}
     charts = [chart for group in HEALTH if (chart := _chart(group, series, around)) and chart.drawing]
