@@ -139,8 +139,10 @@ def read_size(image: RawImage, decoding: Decoding = DEFAULT) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # arrays have no header that Pillow reads
             if isinstance(image, np.ndarray) or (isinstance(image, bytes) and image.startswith(arrays.MAGIC)):
                 return read_image(image, decoding).original_size
+            # only the header is parsed: nothing is decompressed for a size
             picture = _open(image)
             width, height = picture.size
             return (width, height) if _orientation(picture) >= 5 else (height, width)
@@ -167,18 +169,22 @@ def _read(image: RawImage, decoding: Decoding, at_least: int | None) -> Decoded:
     picture = _open(image)
     name, mode, (width, height) = picture.format or "array", picture.mode, picture.size
     stored = depth.stored(picture)  # known until it is loaded
+    # before `load`: the draft chooses the scale at which libjpeg decodes
     if at_least is not None and name == "JPEG":
         shrink = at_least / min(width, height)
         picture.draft(None, (max(1, round(width * shrink)), max(1, round(height * shrink))))
     picture.load()
+    # after `load`: some formats hold their EXIF data behind the pixels
     orientation = _orientation(picture)
     if orientation in _UPRIGHT:
         info = picture.info
         picture = picture.transpose(_UPRIGHT[orientation])
         picture.info = info  # transpose drops the palette's transparency and the colour profile
+    # those that exchange rows and columns
     if orientation >= 5:
         width, height = height, width
     made_of: Values | None = None
+    # more than 8 bits: mapped by their range, as arrays are, since Pillow would clip them
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         array, own = depth.numbers(picture, stored)
         pixels, made_of = arrays.from_array(array, decoding.channels, decoding.value_range or own)
@@ -193,6 +199,7 @@ def _open(image: bytes | Image.Image) -> Image.Image:
     if isinstance(image, bytes):
         if not image:
             raise BadImage("the file is empty")
+        # kept for the sentence: `image` becomes the picture
         head = image[:HEAD]
         try:
             image = Image.open(io.BytesIO(image), formats=FORMATS)

@@ -100,10 +100,12 @@ def compare(before: Inventory, source: Source) -> tuple[Difference, Inventory]:
     """Changes since, and `before` with the stamps that those images have now which are what they were."""
     now = _look(source)
     order = np.argsort(before.keys, kind="stable")
+    # for each image of now the place in `before` of the same key, or of another one that `known` rules out
     at = order[np.searchsorted(before.keys[order], now.keys).clip(max=len(order) - 1)]
     known = before.keys[at] == now.keys
     had = before.bytes[at]
     resized = known & (had >= 0) & (now.bytes >= 0) & (had != now.bytes)
+    # another stamp, or none: the contents decide, where they were read when the run began
     doubt = known & ~resized & ((now.stamps == 0) | (now.stamps != before.stamps[at]))
     changed, unknown = resized.copy(), doubt & (before.contents[at] == 0)
     for index in tqdm(np.flatnonzero(doubt & ~unknown).tolist(), "compare", unit="images", disable=None, leave=False):

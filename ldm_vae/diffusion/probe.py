@@ -93,6 +93,7 @@ def _moved(one: Matched, shape: Shape, wanted: float, tolerance: float) -> Match
     def off(found: Matched) -> float:
         return abs(math.log(found.gflop / wanted))
 
+    # width moves by 4 channels a head, until the next step would be farther off
     step = 4 if one.gflop < wanted else -4
     while off(one) > math.log1p(tolerance):
         head = one.config.attention_head_dim + step
@@ -138,6 +139,7 @@ def fit(
     for step, (clean, labels, positions) in enumerate(
         tqdm(latents.batches(loader, 0), total=total // batch, desc=title, unit="step", disable=None, leave=False)
     ):
+        # whole batches only: every VAE gets the same number of images
         seen = step * batch
         if seen + batch > total:
             break
@@ -152,6 +154,7 @@ def fit(
         optimizer.zero_grad()
         ema.update(denoiser, seen + batch, batch)
         losses.append(loss.detach())
+    # on the device until here: no step waits for a number
     mean = float(torch.stack(losses[-max(1, len(losses) // 10) :]).mean())
     if not math.isfinite(mean):
         raise WorkError(f"{title}: the loss became NaN or infinite")

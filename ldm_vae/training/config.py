@@ -142,11 +142,13 @@ def build_autoencoder(settings: Training) -> Any:
         UsageError: the shape of `init_from` is not `model`, it records another preprocessing, or `trainable` names
             nothing.
     """
+    # drawn whatever init_from brings: what does not fit keeps these weights, the same on every rank
     with seeded(settings.seed):
         vae = settings.model.build()
     if settings.init_from is not None:
         base = load_autoencoder(settings.init_from)
         may_differ = ("latent_channels", "in_channels") if settings.ignore_mismatched_sizes else ()
+        # before the shapes, which another class has under other names
         if type(base) is not type(vae):
             raise UsageError(
                 f"init_from {settings.init_from}: expected the class of model.kind {settings.model.kind}, "
@@ -203,6 +205,7 @@ def build_objective(settings: Training, outline: bool = False) -> Objective:
 
     outline: without the weights that a term would load, to count its cost.
     """
+    # a seed of its own, so that terms and discriminator do not move each other's weights
     with seeded(settings.seed + 2):
         return Objective(settings.losses, outline)
 

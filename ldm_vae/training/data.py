@@ -118,10 +118,12 @@ class ImageFeed:
     def _measured(self) -> Iterator[torch.Tensor]:
         """Training images [B, C, R, R] in [-1, 1], decoded exactly, as encoding will, whatever jpeg_draft says."""
         settings = self.settings
+        # a draft's pixels differ, and the statistics would be those of other latents than encoding gives
         source = settings.data.model_copy(update={"jpeg_draft": False} if settings.data.jpeg_draft else {}).build()
         source = with_resize(source, settings.transform.resize)
         chosen = some_of(source, settings.normalisation_images)
         batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size)
+        # counted here too: of a stream `some_of` cannot choose
         left = settings.normalisation_images
         for batch in batches:
             yield to_pixels(batch.pixels)
@@ -149,6 +151,7 @@ def start_from_data(vae: Any, source: Source | Stream, settings: Training, accel
     """
     say = accelerator.print
     say(f"init: linear: fitting the linear code on {settings.init_images:,} training crops")
+    # only a codebook needs the patches themselves; a continuous code needs their moments alone
     codes = getattr(vae.config, "num_vq_embeddings", 0)
     moments, patches = _patches_of(vae, source, settings, accelerator, -(-VECTORS * codes // settings.init_images))
     with seeded(settings.seed):
@@ -176,10 +179,12 @@ def _patches_of(
     moments = PatchMoments(downsampling_factor(vae), settings.model.in_channels, accelerator.device)
     patches = []
     for batch in itertools.islice(loader, -(-wanted // (settings.train_batch_size * ranks))):
+        # the last batch may run beyond `init_images`, whose number must not depend on the ranks
         mine = batch.positions < wanted
         moments.update(batch.pixels[mine])
         if kept:
             rows = to_patches(batch.pixels, moments.factor).flatten(1, 2)  # [B, h w, P]
+            # keyed by position: the same patches for any number of processes
             places = keyed_places(settings.seed, batch.positions.tolist(), rows.shape[1], kept)
             rows = rows[torch.arange(len(rows))[:, None], places]
             gathered = accelerator.gather((rows.to(accelerator.device), mine.to(accelerator.device)))
