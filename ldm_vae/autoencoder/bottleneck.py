@@ -29,7 +29,8 @@ class Codes:
 
 @dataclass(frozen=True)
 class Encoded:
-    """moments of q(z|x), the latents z that are decoded [B, c, h, w], and the codes where there is a codebook."""
+    """Result of an encode: moments of q(z|x), the latents z that are decoded [B, c, h, w], and the codes where there is
+    a codebook."""
 
     moments: Moments
     latents: torch.Tensor

@@ -92,7 +92,8 @@ class PatchMoments:
 
 @dataclass(frozen=True)
 class LinearCode:
-    """factor f; of pixels in [-1, 1], in fp64: mean [P], components V [P, c] of length 1, deviations s [c], falling."""
+    """A fitted linear code: factor f; of pixels in [-1, 1], in fp64: mean [P], components V [P, c] of length 1,
+    deviations s [c], falling."""
 
     factor: int
     mean: torch.Tensor

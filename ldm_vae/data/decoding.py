@@ -72,9 +72,9 @@ DEFAULT = Decoding()
 
 @dataclass(frozen=True)
 class Decoded:
-    """pixels uint8 [C, H, W]; size (H, W) of the image upright, before jpeg_draft made it smaller; the file format
-    (as Pillow calls it, NPY, or array) and the mode it had; the values it was made of, None for 8 bits taken as they
-    are."""
+    """A decoded image: pixels uint8 [C, H, W]; size (H, W) of the image upright, before jpeg_draft made it smaller; the
+    file format (as Pillow calls it, NPY, or array) and the mode it had; the values it was made of, None for 8 bits
+    taken as they are."""
 
     pixels: torch.Tensor
     original_size: tuple[int, int]

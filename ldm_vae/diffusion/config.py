@@ -185,7 +185,7 @@ def load_decoder(settings: DiffusionTraining, latents: StoredLatents) -> Any:
 
 
 def build_denoiser(settings: DiffusionTraining, latents: StoredLatents) -> Denoiser:
-    """Random weights, drawn by the seed."""
+    """Build the network with random weights, drawn by the seed."""
     channels, *size = latents.shape
     with rng.seeded(settings.seed):
         network = settings.denoiser.build(channels, tuple(size), len(latents.classes))

@@ -37,8 +37,9 @@ FOLDER, CALL = "denoiser", "flow.json"
 
 @dataclass(frozen=True)
 class Generator:
-    """denoiser: in eval mode; vae: decodes; shape (c, h, w) of a latent, normalised as `normalisation` says; sampling:
-    the default; classes: the values that labels stand for; shift: of the times, as in training; seed: of the noise."""
+    """A trained diffusion model. denoiser: in eval mode; vae: decodes; shape (c, h, w) of a latent, normalised as
+    `normalisation` says; sampling: the default; classes: the values that labels stand for; shift: of the times, as in
+    training; seed: of the noise."""
 
     denoiser: Denoiser
     vae: Any

@@ -115,7 +115,7 @@ def _moved(one: Matched, shape: Shape, wanted: float, tolerance: float) -> Match
 
 
 def build(config: DiT, shape: Shape, seed: int) -> Denoiser:
-    """Unconditional, random weights by the seed."""
+    """Build an unconditional network with random weights by the seed."""
     with seeded(seed):
         return Denoiser(config.build(shape[0], shape[1:], 0), 0)
 

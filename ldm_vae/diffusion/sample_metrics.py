@@ -86,7 +86,7 @@ class ClipLooks(Judge):
 
 
 def looks(device: torch.device) -> Looks | None:
-    """None where the features' weights are not installed."""
+    """Load the features of the Frechet distance; None where their weights are not installed."""
     network = features.efflite0(device)
     return None if network is None else Looks(network)
 

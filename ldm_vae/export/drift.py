@@ -39,8 +39,9 @@ SAME_LOSS, CLOSE_LOSS = 0.5, 1.5  # dB below the base's own reconstruction
 
 @dataclass(frozen=True)
 class Drift:
-    """rms, shift [c] and scale [c] are in units of the base's standard deviation (scale: ratio of the two); cosine is
-    the mean over images, of latents centred by the base's channel means; metrics by way and name."""
+    """Drift of a tuned VAE. rms, shift [c] and scale [c] are in units of the base's standard deviation (scale: ratio of
+    the two); cosine is the mean over images, of latents centred by the base's channel means; metrics by way and
+    name."""
 
     same_encoder: bool
     same_normalisation: bool
@@ -59,7 +60,7 @@ class Drift:
 
     @property
     def verdict(self) -> str:
-        """One sentence: may a diffusion model of the base go on with the tuned VAE?"""
+        """Verdict in one sentence: whether a diffusion model of the base can go on with the tuned VAE."""
         own, cross = self.psnr("base -> base"), self.psnr("base -> tuned")
         decoder = f"base latents decode at {cross:.2f} dB (base: {own:.2f} dB)"
         if self.same_encoder:

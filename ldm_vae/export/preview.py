@@ -32,8 +32,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Preview:
-    """factors [c][C] and bias [C], in the names and order that ComfyUI's latent formats use; r2: the share of the
-    colours' variance that they explain."""
+    """Linear preview: factors [c][C] and bias [C], in the names and order that ComfyUI's latent formats use; r2: the
+    share of the colours' variance that they explain."""
 
     factors: list[list[float]]
     bias: list[float]

@@ -20,7 +20,8 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class Recipe:
-    """metadata: keys of the card's head; sections: title => Markdown; results: what evaluation measured."""
+    """Recipe for a card. metadata: keys of the card's head; sections: title => Markdown; results: what evaluation
+    measured."""
 
     metadata: dict[str, Any] = field(default_factory=dict)
     sections: dict[str, str] = field(default_factory=dict)

@@ -31,9 +31,9 @@ WORST = 10  # how many of the poorest images are kept
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics by name; images is N; checksum identifies the evaluated pixels, whatever their order; worst holds
-    (index, value of worst_by), poorest first; latents is Profile's dict; linear: metrics of a linear code, if
-    asked for."""
+    """Result of an evaluation: metrics by name; images is N; checksum identifies the evaluated pixels, whatever their
+    order; worst holds (index, value of worst_by), poorest first; latents is Profile's dict; linear: metrics of a linear
+    code, if asked for."""
 
     metrics: dict[str, Summary]
     images: int

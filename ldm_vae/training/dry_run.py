@@ -47,8 +47,9 @@ LIBRARIES = 0.9e9  # torch and what else is imported
 
 @dataclass(frozen=True)
 class Plan:
-    """parameters by network; GFLOP an image of each forward pass, and of a whole step with the adversary active;
-    bytes of the tensors of a process by what holds them (a teacher's network, which is not loaded, left out)."""
+    """Cost of a run: parameters by network; GFLOP an image of each forward pass, and of a whole step with the adversary
+    active; bytes of the tensors of a process by what holds them (a teacher's network, which is not loaded, left
+    out)."""
 
     parameters: dict[str, int]
     forward_gflop: dict[str, float]

@@ -23,8 +23,8 @@ _RECORDED = (nn.Conv2d, nn.Linear, nn.GroupNorm, ResnetBlock2D, Attention)
 
 @dataclass
 class Audit:
-    """largest: |activation| by module name; variance: of a GroupNorm's input, the smallest group's, averaged over the
-    probes."""
+    """Result of an audit. largest: |activation| by module name; variance: of a GroupNorm's input, the smallest group's,
+    averaged over the probes."""
 
     largest: dict[str, float] = field(default_factory=dict)
     variance: dict[str, float] = field(default_factory=dict)

@@ -21,7 +21,8 @@ LARGEST_SIDE = 512  # pixels: GroupNorm's statistics hardly change with the size
 
 @dataclass(frozen=True)
 class Probes:
-    """images [N, C, R, R] in [-1, 1] for the encoder, z [M, c, h, w] unscaled for the decoder, how many are real."""
+    """Inputs of an audit: images [N, C, R, R] in [-1, 1] for the encoder, z [M, c, h, w] unscaled for the decoder, how
+    many are real."""
 
     images: torch.Tensor
     z: torch.Tensor
