@@ -1,4 +1,4 @@
-"""Everything that waits for a CUDA device, in one go of bounded length: what matters most first, each part a process of
+"""Checks and benchmarks of a CUDA device in one run of bounded length: what matters most first, each part a process of
 its own with a limit of its own, so that one which fails or hangs costs no other.
 
     python -m eval.chip --output DIR --minutes 8

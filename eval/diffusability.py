@@ -1,4 +1,4 @@
-"""Which VAE's latents does a diffusion model learn best? The same small network on the latents of each.
+"""Compare VAEs by how well a diffusion model learns their latents: the same small network on the latents of each.
 
     python -m eval.diffusability vae-a vae-b PHOTOS --output compared --resolution 64
     python -m eval.diffusability vae-a vae-b PHOTOS --output compared --train_images 1_000_000 --layers 12 --heads 6

@@ -1,4 +1,4 @@
-"""Measure what a VAE's latent space is worth: channels, information, likelihood and geometry, with pictures.
+"""Measure a VAE's latent space: channels, information, likelihood and geometry, with pictures.
 
     python -m eval.latent_space runs/demo/vae HELD_OUT --output runs/demo/report --resolution 64
     python -m eval.latent_space runs/textbook_vae/vae data/digits/heldout --output measured --resolution 8
@@ -89,7 +89,7 @@ def arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Task:
-    """What every measurement needs: the network on its device, the images, and this process's place."""
+    """State that every measurement needs: the network on its device, the images, and this process's place."""
 
     vae: Any
     source: Source
@@ -311,7 +311,7 @@ def prepare(output: Path, accelerator: Accelerator) -> Path:
 
 
 def protocol(options: argparse.Namespace) -> dict[str, Any]:
-    """What a reader needs to compare the numbers."""
+    """Settings that a reader needs to compare the numbers."""
     return {
         "name": "latent_space",
         "version": 1,

@@ -1,4 +1,4 @@
-"""What each term of the objective costs beside the autoencoder: the table of docs/objectives.md.
+"""Count the cost of each term of the objective beside the autoencoder: the table of docs/objectives.md.
 
     python -m eval.objective_cost                  # GFLOP an image at 256 px, on tensors without content, in seconds
 

@@ -114,7 +114,7 @@ def share_lost(run: Run, walls: Sequence[float]) -> float:
 
 
 def weights(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """What the images weigh as a store, and what moves over the network."""
+    """Table of the store's size for all images, and of the traffic over the network."""
     side = options.resolution // 8
     row = 2 * 4 * side * side * 2  # mean and logvar, 4 channels, fp16
     found = [

@@ -1,4 +1,4 @@
-"""What each way to store moments costs: bytes, decibels, and the loss of a diffusion model that trains on them.
+"""Compare ways to store moments: bytes, decibels, and the loss of a diffusion model that trains on them.
 
     ldm-vae encode my-vae photographs exact --resolution 64 --dtype fp32 --pixels
     python -m eval.storage my-vae exact --output measured         # minutes on a CPU

@@ -46,8 +46,8 @@ KL_WEIGHT = 1e-6
 
 @dataclass(frozen=True)
 class Work:
-    """What every recipe gets: an f8 network of these widths and a batch. The default is half of Stable Diffusion's
-    width, so that a CPU takes seconds for a step.
+    """Work of every recipe: an f8 network of these widths and a batch. The default is half of Stable Diffusion's width,
+    so that a CPU takes seconds for a step.
 
     genuine: LPIPS with its own weights; random ones cost the same and need no download.
     compiled: a backend of torch.compile for every network; None is eager.
@@ -235,7 +235,7 @@ def decoder_from_store(networks: Networks) -> Step:
 
 
 def small_gpu(networks: Networks) -> Step:
-    """What the profile does to the same batch: half of it at a time, activations computed again."""
+    """The profile's way with the same batch: half of it at a time, activations computed again."""
     half = ours(networks, accumulation=2)
 
     def run(images: torch.Tensor) -> None:

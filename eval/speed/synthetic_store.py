@@ -90,7 +90,7 @@ def write_empty(store: Path, samples: int, shape: Shape = (4, 32, 32), unit: int
 
 
 def empty_manifest(samples: int, shape: Shape = (4, 32, 32), unit: int = 2048) -> Manifest:
-    """What stands in it."""
+    """Manifest of a store of so many samples."""
     file = {name: FileRecord(bytes=33_564_672, sha256="0" * 64) for name in (TENSORS, ROWS, MAPPED_ROWS)}
     records = [_record(number, rows, shape, file) for number, rows in enumerate(_counts(samples, unit))]
     return _manifest(samples, records, unit)
@@ -109,7 +109,7 @@ def unfinish(store: Path, source: SourceIdentity) -> Plan:
 
 
 def key(number: int) -> str:
-    """Of a sample."""
+    """Key of a sample."""
     return f"{number:010d}"
 
 

@@ -80,7 +80,7 @@ class PeakMemory:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Machine that the figures were measured on."""
     cpu = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

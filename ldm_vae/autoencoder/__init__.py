@@ -1,1 +1,1 @@
-"""The autoencoder: built, loaded, wrapped for training, and its latents."""
+"""The autoencoder: building, loading, the wrapper for training, and its latents."""

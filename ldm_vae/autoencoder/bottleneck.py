@@ -1,4 +1,4 @@
-"""What lies between encoder and decoder while training: a Gaussian, a point, or a codebook (ldm_vae/quantizers).
+"""Bottleneck between encoder and decoder in training: a Gaussian, a point, or a codebook (ldm_vae/quantizers).
 
 Legend: B batch, C image channels, c latent channels, H W pixels, h w latent positions, K codes.
 """
@@ -17,9 +17,9 @@ from ldm_vae.autoencoder.latents import Moments
 
 @dataclass(frozen=True)
 class Codes:
-    """What a quantizer did: indices [B, h, w]; before [B, c, h, w] the encoder's vectors, with their graph; after
-    [B, c, h, w] the codebook's rows, with the codebook's graph; kl [B, h, w] in nats against the uniform prior where
-    codes are drawn."""
+    """Result of a quantizer: indices [B, h, w]; before [B, c, h, w] the encoder's vectors, with their graph; after [B,
+    c, h, w] the codebook's rows, with the codebook's graph; kl [B, h, w] in nats against the uniform prior where codes
+    are drawn."""
 
     indices: torch.Tensor
     before: torch.Tensor
@@ -29,7 +29,8 @@ class Codes:
 
 @dataclass(frozen=True)
 class Encoded:
-    """moments of q(z|x), the latents z that are decoded [B, c, h, w], and the codes where there is a codebook."""
+    """Result of an encode: moments of q(z|x), the latents z that are decoded [B, c, h, w], and the codes where there is
+    a codebook."""
 
     moments: Moments
     latents: torch.Tensor
@@ -51,7 +52,7 @@ class Bottleneck(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no encode")
 
     def draw(self, moments: Moments, noise: torch.Tensor) -> Encoded:
-        """Of moments that were stored, in place of `encode`; only a posterior's can be."""
+        """Draw latents from stored moments, in place of `encode`; only a posterior's can be."""
         raise NotImplementedError(f"{type(self).__name__} has no posterior to draw from")
 
     def decode(self, vae: Any, z: torch.Tensor) -> torch.Tensor:

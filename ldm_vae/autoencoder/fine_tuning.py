@@ -1,4 +1,4 @@
-"""Fine-tuning: which parameters learn, and a start from a network whose number of channels is another.
+"""Fine-tuning: the choice of parameters that learn, and a start from a network with another number of channels.
 
 Legend: c latent channels.
 """
@@ -41,7 +41,7 @@ def set_trainable(vae: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def encoder_learns(vae: nn.Module) -> bool:
-    """Whether any parameter between pixels and moments learns; if none does, the encoder needs no graph."""
+    """True if any parameter between pixels and moments learns; if none does, the encoder needs no graph."""
     return any(parameter.requires_grad for name, parameter in vae.named_parameters() if name.startswith(ENCODER))
 
 

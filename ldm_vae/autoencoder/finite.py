@@ -1,4 +1,4 @@
-"""Finite numbers or a sentence: weights at loading, and what a network computes where it is measured or looked at.
+"""Checks for NaN and infinity: in weights at loading, and in a network's output where it is measured or shown.
 
 NaN compares as neither worse nor better: clamped and rounded it is a black picture with a PSNR of its own. Training has
 its own guard (`training/step.py`), and `encode` puts single images aside (`latent_store/write/encoder.py`).

@@ -1,4 +1,4 @@
-"""The latent contract: pixels -> moments (stored) -> latents (scaled) and back. Everybody uses this one.
+"""The latent contract: pixels -> moments (stored) -> latents (scaled) and back, in this one place.
 
 Legend: B batch, C image channels, c latent channels, H W pixels, h w latent positions.
 
@@ -50,13 +50,14 @@ class Moments:
 
     @classmethod
     def from_parameters(cls, parameters: torch.Tensor) -> Moments:
-        """From an encoder's output [B, 2c, h, w] (mean, then logvar), in fp32, logvar clamped to LOGVAR_RANGE."""
+        """Make from an encoder's output [B, 2c, h, w] (mean, then logvar), in fp32, logvar clamped to LOGVAR_RANGE."""
         mean, logvar = at_least_fp32(parameters).chunk(2, dim=1)
         return cls(mean, logvar.clamp(*LOGVAR_RANGE))
 
     @classmethod
     def point(cls, mean: torch.Tensor) -> Moments:
-        """Of an encoder without a variance [B, c, h, w], in fp32: a VQModel's vectors before the codebook, say."""
+        """Make from the output of an encoder without a variance [B, c, h, w], in fp32: a VQModel's vectors before the
+        codebook, say."""
         mean = at_least_fp32(mean)
         return cls(mean, torch.full_like(mean, LOGVAR_RANGE[0]), is_point=True)
 
@@ -106,6 +107,7 @@ def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def nearest_codes(vae: Any, vectors: torch.Tensor) -> torch.Tensor:
     """A VQModel's vectors before the codebook [B, c, h, w] => indices int64 [B, h, w]: its own quantizer, in fp32."""
+    # distances between close codes vanish in half precision
     with torch.autocast(vectors.device.type, enabled=False):
         _, _, (_, _, indices) = vae.quantize(at_least_fp32(vectors))
     return indices.view(vectors.shape[0], *vectors.shape[2:])  # type: ignore[no-any-return]
@@ -163,7 +165,7 @@ class Normalisation:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str = "config") -> Normalisation:
-        """From a diffusers config (or a manifest): the keys that are absent or null count as not set.
+        """Make from a diffusers config (or a manifest): the keys that are absent or null count as not set.
 
         Raises:
             UsageError: it names two normalisations, or one by which nobody can divide; `where` is what has this config.
@@ -182,7 +184,7 @@ class Normalisation:
 
     @classmethod
     def from_statistics(cls, kind: NormalisationKind, mean: torch.Tensor, variance: torch.Tensor) -> Normalisation:
-        """From measured per-channel mean [c] and variance [c] (fp64) of the sampled latents.
+        """Make from measured per-channel mean [c] and variance [c] (fp64) of the sampled latents.
 
         The scalar variance is that of all elements together: E[variance_c] + Var[mean_c].
 
@@ -190,6 +192,7 @@ class Normalisation:
             WorkError: the latents, or of kind `channel` a channel of them, do not vary.
         """
         scalar_mean = float(mean.mean())
+        # law of total variance over all elements
         scalar_variance = float(variance.mean() + mean.var(unbiased=False))
         if not (scalar_variance > 0 and (kind != "channel" or bool((variance > 0).all()))):
             what = "a channel of the latents does" if scalar_variance > 0 else "the latents do"

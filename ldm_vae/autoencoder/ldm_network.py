@@ -18,7 +18,8 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class LdmNetwork:
-    """`tensors` without prefix; `groups` of every GroupNorm (32 in every program that reads such files)."""
+    """LDM's network over `tensors` without prefix; `groups` of every GroupNorm (32 in every program that reads such
+    files)."""
 
     def __init__(self, tensors: Tensors, groups: int = 32) -> None:
         self.tensors = {name: value.float() for name, value in tensors.items()}

@@ -58,7 +58,7 @@ class PatchMoments:
         self.products += rows.T @ rows
 
     def add_up(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Over the ranks; `total` sums a tensor over all of them."""
+        """Add up over the ranks; `total` sums a tensor over all of them."""
         self.products = total(self.products)
 
     def code(self, latent_channels: int) -> LinearCode:
@@ -92,7 +92,8 @@ class PatchMoments:
 
 @dataclass(frozen=True)
 class LinearCode:
-    """factor f; of pixels in [-1, 1], in fp64: mean [P], components V [P, c] of length 1, deviations s [c], falling."""
+    """A fitted linear code: factor f; of pixels in [-1, 1], in fp64: mean [P], components V [P, c] of length 1,
+    deviations s [c], falling."""
 
     factor: int
     mean: torch.Tensor

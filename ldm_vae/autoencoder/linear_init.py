@@ -52,6 +52,7 @@ def start_linear(vae: Any, code: LinearCode, scale: torch.Tensor | None = None) 
         UsageError: its widths or groups have no place for the code; the sentence names the field.
     """
     scale = torch.ones(code.latent_channels, dtype=torch.float64) if scale is None else scale
+    # a network of shortcuts: whatever is set below is all that the first forward computes, apart from NOISE
     clear_residuals(vae)
     for module in vae.modules():
         if hasattr(module, "to_out"):  # attention
@@ -68,7 +69,7 @@ def start_linear(vae: Any, code: LinearCode, scale: torch.Tensor | None = None) 
 
 @dataclass(frozen=True)
 class Channels:
-    """Where signals stand in a tensor that a GroupNorm and a SiLU follow: signal k as the pair plus[k], minus[k], the
+    """Layout of signals in a tensor that a GroupNorm and a SiLU follow: signal k as the pair plus[k], minus[k], the
     signals dealt out over the groups, and two constants at the end of each group."""
 
     width: int
@@ -80,7 +81,7 @@ class Channels:
 
     @property
     def pairs(self) -> int:
-        """How many signals there is room for."""
+        """Number of signals that there is room for."""
         return self.groups * max(0, (self.size - 2) // 2)
 
     @property
@@ -175,18 +176,20 @@ def _quarters(rows: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _inside(outer: torch.Tensor, side: int, most: int | None = None) -> torch.Tensor:
-    """Of coordinates of unit variance, the map [P, n] to their patches of `side` => the same map [P / 4, k] for the
-    patches' quarters: their principal components, at most `most`, each times its standard deviation."""
+    """Map [P, n] of coordinates of unit variance to their patches of `side` => the same map [P / 4, k] for the patches'
+    quarters: their principal components, at most `most`, each times its standard deviation."""
     parts = _quarters(outer, side).flatten(0, 1)  # [4, P / 4, n]
     variances, vectors = torch.linalg.eigh((parts @ parts.mT).mean(dim=0))
+    # directions without variance carry nothing, and dividing by their deviation would blow rounding up
     rank = int((variances > 1e-12 * variances[-1]).sum())
     kept = min(rank, most or rank)
+    # eigh sorts ascending: the largest components are the last columns
     found: torch.Tensor = (vectors[:, -kept:] * variances[-kept:].sqrt()).flip(1)
     return found
 
 
 def _inverse(maps: torch.Tensor) -> torch.Tensor:
-    """Of orthogonal columns [P, n] => [n, P]."""
+    """Inverse of a map with orthogonal columns [P, n] => [n, P]."""
     inverse: torch.Tensor = (maps / maps.square().sum(dim=0)).T
     return inverse
 
@@ -218,8 +221,10 @@ def _start_encoder(encoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
         if shortcut is not None:
             writers.append((shortcut, torch.eye(maps[level].shape[1], dtype=torch.float64), nothing))
         if level < levels:
+            # the next level's coordinates are linear in those that this level holds of the four quarters
             weight = _quarters(_inverse(maps[level + 1]).T, 2 ** (level + 1))  # [2, 2, P / 4, n of the next]
             taps = (weight.mT @ maps[level]).permute(2, 3, 0, 1)
+            # the rest of the mean (beyond its colour) once, where the patch is whole: at the last level
             bias = -_inverse(maps[-1]) @ rest if level == levels - 1 else nothing
             writers.append((block.downsamplers[0].conv, taps, bias))
     for place, (conv, weight, bias) in enumerate(writers):
@@ -267,6 +272,7 @@ def _split(outer: torch.Tensor, inner: torch.Tensor, side: int, most: int) -> Sp
     """The pixels' maps as base and gated forms, at most `most`: those that matter most for the picture."""
     weights = inner.square().sum(dim=0).sqrt()[:, None]  # a coordinate's size in the picture
     parts = weights * (_inverse(inner) @ _quarters(outer, side))  # [2, 2, k, n]: rows, columns
+    # added by each gate to the form of the pixel in an odd row and an odd column, where all gates are shut
     apart = (
         parts[1, 0] - parts[1, 1],
         parts[0, 1] - parts[1, 1],
@@ -301,6 +307,7 @@ def _start_decoder(decoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
     room = [code.channels]
     for level in range(1, levels + 1):
         here, behind = widths[levels - level], widths[levels - level + 1]
+        # no more than a patch has numbers, nor than four quarters of the level above can hold
         wanted = min(4**level * code.channels, 4 ** (levels - level) * code.latent_channels)
         _room(behind, 3 + room[-1])
         _room(here, 1)
@@ -311,6 +318,7 @@ def _start_decoder(decoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
     outer = (code.components * code.deviations)[:, :count]
     _noise(decoder.conv_in)
     reader = torch.zeros(count, widths[0].width, dtype=torch.float64)
+    # latents => coordinates of unit variance: the encoder's scale undone
     reader[range(count), range(count)] = 1 / scale[:count]
     _set(decoder.conv_in, range(code.latent_channels), torch.eye(code.latent_channels))
     if not levels:

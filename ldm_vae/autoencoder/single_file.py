@@ -142,7 +142,7 @@ def _told_by(weights: Weights, path: Path) -> dict[str, Any]:
 
 
 def is_sd_shape(config: Mapping[str, Any]) -> bool:
-    """Whether a config is that of Stable Diffusion's VAE (SDXL's has the same shape)."""
+    """True for the config of Stable Diffusion's VAE (SDXL's has the same shape)."""
     return (
         tuple(config["block_out_channels"]) == (128, 256, 512, 512)
         and config["latent_channels"] == 4
@@ -153,7 +153,7 @@ def is_sd_shape(config: Mapping[str, Any]) -> bool:
 
 
 def _scaling(config: Mapping[str, Any], names: list[str], path: Path) -> dict[str, float | None]:
-    """What the file tells of the scaling, with a word on stderr where it is a guess."""
+    """Scaling that the file tells, with a word on stderr where it is a guess."""
     known = next((values for mark, values in _PUBLISHED.items() if mark in set(names)), None)
     if known is not None:
         return {"scaling_factor": known[0], "shift_factor": known[1]}

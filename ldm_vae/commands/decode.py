@@ -1,4 +1,4 @@
-"""`ldm-vae decode STORE OUT`: what the latents of a store look like, as PNG."""
+"""`ldm-vae decode STORE OUT`: decode the latents of a store into PNG files."""
 
 from __future__ import annotations
 

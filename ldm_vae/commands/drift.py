@@ -1,4 +1,4 @@
-"""`ldm-vae drift BASE TUNED DATA`: may a frozen diffusion model go on with the fine-tuned VAE?"""
+"""`ldm-vae drift BASE TUNED DATA`: measure whether a frozen diffusion model can go on with the fine-tuned VAE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ldm-vae encode VAE DATA OUT`: the latents of a whole dataset, once."""
+"""`ldm-vae encode VAE DATA OUT`: encode a whole dataset once into a latent store."""
 
 from __future__ import annotations
 

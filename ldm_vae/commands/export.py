@@ -1,4 +1,4 @@
-"""`ldm-vae export SRC OUT`: a trained VAE as the folder or file that another program loads."""
+"""`ldm-vae export SRC OUT`: write a trained VAE as the folder or file that another program loads."""
 
 from __future__ import annotations
 

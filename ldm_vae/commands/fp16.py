@@ -1,4 +1,4 @@
-"""`ldm-vae fp16 audit|fix VAE`: whether a VAE may run in half precision, and making it so."""
+"""`ldm-vae fp16 audit|fix VAE`: check whether a VAE may run in half precision, and make it so."""
 
 from __future__ import annotations
 

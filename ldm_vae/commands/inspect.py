@@ -1,4 +1,4 @@
-"""`ldm-vae inspect DATA`: what is there, before an hour is spent on it."""
+"""`ldm-vae inspect DATA`: survey the images of a source before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ldm-vae latent_space VAE DATA --output DIR`: what the latent space is worth, from a clone or an installed wheel."""
+"""`ldm-vae latent_space VAE DATA --output DIR`: measure the latent space, from a clone or an installed wheel."""
 
 from __future__ import annotations
 

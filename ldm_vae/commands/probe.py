@@ -1,4 +1,4 @@
-"""`ldm-vae probe VAE... DATA --output DIR`: which VAE's latents a diffusion model learns best."""
+"""`ldm-vae probe VAE... DATA --output DIR`: compare VAEs by how well a diffusion model learns their latents."""
 
 from __future__ import annotations
 

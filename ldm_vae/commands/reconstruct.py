@@ -1,4 +1,4 @@
-"""`ldm-vae reconstruct VAE IMAGE... OUT`: the first look at an autoencoder."""
+"""`ldm-vae reconstruct VAE IMAGE... OUT`: reconstruct images, for a first look at an autoencoder."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Foundations that everything stands on: configuration, errors, randomness, files, processes."""
+"""Foundations of the package: configuration, errors, randomness, files, processes."""

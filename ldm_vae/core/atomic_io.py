@@ -1,4 +1,4 @@
-"""Publishing a file or a folder: complete or not there at all, whatever is killed, and never two writers in one file.
+"""Atomic publication of files and folders: complete or absent, whatever is killed, and never two writers in one file.
 
 A file is written beside its final name under a temporary one that no other process shares, fsynced, then linked to
 the final name *if that is absent*. A process that lost the race (an orphan of a killed launcher, a second launch by
@@ -30,16 +30,17 @@ def temporary_name(path: Path) -> Path:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether `path` is something that a writer left when it was killed."""
+    """True for a temporary file or folder of this module, such as a killed writer leaves behind."""
     return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
 
 
 @contextlib.contextmanager
 def _made(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """The temporary file, on disk; it is gone when the block ends, unless it was renamed."""
+    """Make and sync a temporary file; it is deleted when the block ends, unless it was renamed."""
     temporary = temporary_name(path)
     try:
         make(temporary)
+        # content before name: after a power cut a name never stands for a file without its bytes
         sync(temporary)
         yield temporary
     except OSError as error:
@@ -55,9 +56,10 @@ def replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def replace_by(path: Path, make: Callable[[Path], None]) -> None:
-    """As `replace`, for a library that opens a path by itself: `make` is given the temporary one."""
+    """Replace `path` by means of a library that opens paths by itself: `make` is given the temporary one."""
     with _made(path, make) as temporary:
         os.replace(temporary, path)
+        # the rename itself is durable only once the folder is synced
         sync(path.parent)
 
 
@@ -65,10 +67,12 @@ def create(path: Path, write: Callable[[BinaryIO], None]) -> bool:
     """Write `path` if it is absent; False, and nothing changed, if another process was first."""
     with _made(path, _writing(write)) as temporary:
         try:
+            # link fails where the name exists, which rename does not: two writers cannot both win
             os.link(temporary, path)
         except FileExistsError:
             return False
         except OSError as error:
+            # these are the answers of file systems without hard links
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
                 raise
             if path.exists():  # a file system without hard links: the check and the rename are two steps there
@@ -87,7 +91,7 @@ def _writing(write: Callable[[BinaryIO], None]) -> Callable[[Path], None]:
 
 
 def data(content: bytes) -> Callable[[BinaryIO], None]:
-    """What `replace` and `create` take, for content that is ready."""
+    """Writer of ready content, for `replace` and `create`."""
 
     def write(file: BinaryIO) -> None:
         file.write(content)
@@ -99,22 +103,22 @@ def data(content: bytes) -> Callable[[BinaryIO], None]:
 
 
 def beside(out: Path) -> Path:
-    """An empty folder next to `out`, of a temporary name: to be filled, then `put`."""
+    """Make an empty folder of a temporary name next to `out`, to be filled and then `put`."""
     folder = temporary_name(out)
     folder.mkdir(parents=True)
     return folder
 
 
 def absent(out: Path) -> None:
-    """Raises UsageError when `out` exists: what `whole` asks by default."""
+    """Raise UsageError when `out` exists: the default check of `whole`."""
     if out.exists():
         raise UsageError(f"OUT {out}: exists already; choose a new folder")
 
 
 @contextlib.contextmanager
 def whole(out: Path, free: Callable[[Path], None] = absent) -> Iterator[Path]:
-    """An empty folder to be filled; it gets the name `out` when the block ends well, and is gone when it does not. The
-    name is this job's meanwhile (`ownership`): of two that want it the second waits, and meets what the first has made.
+    """Yield an empty folder that gets the name `out` when the block ends well and is deleted when it does not. The name
+    is this job's meanwhile (`ownership`): of two that want it the second waits, and meets what the first has made.
 
     Args:
         free: raises unless the name may be taken; asked at the beginning and again before an `out` gives way.
@@ -141,21 +145,26 @@ def whole(out: Path, free: Callable[[Path], None] = absent) -> Iterator[Path]:
 def put(folder: Path, out: Path) -> None:
     """Give a filled folder its name, which is this job's; an older one of that name steps aside first and is deleted
     last, with whatever killed writers of that name have left."""
+    # files first, then the folder that names them, then the rename: each step is on disk before the next
     for path in folder.rglob("*"):
         if path.is_file():
             settle(path)
     sync(folder)
     old = temporary_name(out)
     if out.exists():
+        # between the two renames `out` is absent for a moment, never half of each
         out.rename(old)
     folder.rename(out)
     sync(out.parent)
+    # safe for the owner of the name: no other writer of it is alive
     for left in out.parent.glob(f".{glob.escape(out.name)}.{'?' * 2 * TOKEN}{TEMPORARY_SUFFIX}"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def settle(path: Path) -> None:
-    """On disk, and readable by whom the umask allows (safetensors writes files that only their owner may read)."""
+    """Sync a file and give it the permissions of the umask (safetensors writes files that only their owner may
+    read)."""
+    # Python cannot read the umask without setting it
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
@@ -175,7 +184,7 @@ def sync(path: Path) -> None:
 
 
 def explained(error: OSError, path: Path) -> WorkError:
-    """The sentence for a file that cannot be written."""
+    """The WorkError that says in a sentence why a file cannot be written."""
     reason = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",

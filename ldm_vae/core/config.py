@@ -64,10 +64,12 @@ class _NestedError(ValueError):
 def _part(package: str, value: Any, default: str | None = None) -> Any:
     if not isinstance(value, Mapping):
         return value
+    # an option's fields are known only once its module is imported, so pydantic's own unions do not serve
     kind = value.get("kind", default)
     exist = options(package)
     if not isinstance(kind, str):
         raise ValueError(f"`kind` is missing; expected one of {', '.join(exist)}, or a dotted path to your module")
+    # a dotted path is the user's own module, a plain name one of ours
     if "." not in kind and kind not in exist:
         raise ValueError(f"unknown kind `{kind}`; {package} has {', '.join(exist)}{_guess(kind, exist)}")
     try:
@@ -77,6 +79,7 @@ def _part(package: str, value: Any, default: str | None = None) -> Any:
     part = getattr(module, "Config", None)
     if not (isinstance(part, type) and issubclass(part, Part)):
         raise ValueError(f"kind `{kind}`: the module has no class `Config(ldm_vae.core.config.Part)`")
+    # a Literal there fixes the name, by which a copied module would refuse its own path
     names = typing.get_args(part.model_fields["kind"].annotation)
     if names and kind not in names:
         raise ValueError(
@@ -140,6 +143,7 @@ def read_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UsageError(f"config {path}: include: expected a file or a list of files, got {str(included)[:40]}")
     merged: dict[str, Any] = {}
     for other in names:
+        # later includes win over earlier ones, and the file itself over all
         merged = _merge(merged, read_yaml(path.parent / other, (*within, path.resolve())))
     return _merge(merged, raw)
 
@@ -163,6 +167,7 @@ def _count_values(node: yaml.Node, known: dict[yaml.Node, int | None]) -> int:
         if count is None:
             raise yaml.YAMLError("an alias stands inside of what it stands for")
         return count
+    # while its parts are being counted: an alias that comes back to it has no end
     known[node] = None
     parts = node.value if isinstance(node, yaml.CollectionNode) else []
     inner = itertools.chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in parts)
@@ -191,6 +196,7 @@ def load(section: type[SectionType], path: str | Path, overrides: Sequence[str] 
     raw = read_yaml(Path(path))
     kinds, flags = _split_kinds(overrides)
     for dotted, kind in kinds.items():
+        # before validation: another kind has other fields
         raw = _set_kind(raw, dotted.split("."), kind)
     config = validate(section, raw, f"config {path}")
     return _override(section, config, flags, program) if flags else config
@@ -262,6 +268,7 @@ def _override(section: type[SectionType], config: SectionType, flags: Sequence[s
     for flag in flags:
         name = flag.partition("=")[0]
         plain = name.replace("-", "_").replace("__", "--", 1)
+        # tyro turns a boolean `x.y` off by `--x.no_y`
         positive = plain.rpartition(".no_")
         if name.startswith("--") and name != "--help" and not name.startswith("--no-"):
             if plain in known or (positive[1] and f"{positive[0]}.{positive[2]}" in known):
@@ -277,6 +284,7 @@ def _override(section: type[SectionType], config: SectionType, flags: Sequence[s
     except SystemExit as stop:
         if not stop.code:
             raise
+        # tyro draws its errors in a box; only the sentence is passed on
         lines = [line.strip("│╭╮╰╯─ ") for line in errors.getvalue().splitlines()]
         telling = [line for line in lines if line.startswith(("Error parsing", "Missing", "Unrecognized", "Invalid"))]
         raise UsageError("options: " + (telling or lines)[0].removeprefix("Error parsing ")) from stop

@@ -1,4 +1,4 @@
-"""What a term or a quantizer needs of the other ranks, on the device and without an Accelerator at hand.
+"""Collectives for terms and quantizers, on the device and without an Accelerator.
 
 A value that is no mean over images (a share of used codes, the sign of a difference) is the same for 1 x 8 and 8 x 1
 only if it is computed from the whole batch.

@@ -1,4 +1,4 @@
-"""The two ways a program ends badly, and the exit status of each: one sentence on stderr, never a traceback.
+"""Errors and exit statuses of the programs: a failure is one sentence on stderr, never a traceback.
 
 0 done; 1 the work failed; 2 the call was wrong; 130 / 143 stopped by SIGINT / SIGTERM after saving; 141 nobody reads
 what it prints.
@@ -54,7 +54,7 @@ def _leave(status: int, error: Exception) -> NoReturn:
 
 
 def _nobody_reads() -> bool:
-    """Whether it is our own output that has lost its reader, as behind `| head`: no error to speak of."""
+    """True when stdout has lost its reader, as behind `| head`, which is no error."""
     watch = select.poll()
     watch.register(sys.stdout.fileno(), 0)
     if gone := any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
@@ -62,14 +62,14 @@ def _nobody_reads() -> bool:
     return gone
 
 
-# --- what the world does to a program ---------------------------------------------------------------------------------
+# --- failures of the environment --------------------------------------------------------------------------------------
 
 
 def misfortune(error: Exception) -> WorkError | None:
-    """The sentence for an error that no line of ours is to blame for; None for any other.
+    """Map a failure of the environment (disk, memory, a dead worker) to WorkError; None for any other error.
 
-    A file that cannot be read or written, memory that is used up, a data worker that was killed (torch raises that out
-    of a signal handler, in the middle of whatever is being done), a process of the same launch that is gone or silent.
+    A file that cannot be read or written, memory that is used up, a killed data worker (torch raises that out
+    of a signal handler, at any point of the program), a process of the same launch that is gone or silent.
     Recognised by its words where torch has no class for it; nothing is imported, since `--help` has no torch.
     """
     kind, said = type(error).__name__, " ".join(str(error).split())

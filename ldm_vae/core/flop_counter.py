@@ -1,4 +1,4 @@
-"""Operations and memory of what runs, counted; on tensors without content (FakeTensorMode) nothing is computed."""
+"""Counts of operations and memory of a program; on tensors without content (FakeTensorMode) nothing is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network that a term looks through and nobody trains: it follows to the device, stays in fp32, and is in no state.
+"""Frozen networks inside terms: moved with the device, kept in fp32, and absent from every state dict.
 
 A checkpoint of a run should not carry VGG, and `model.half()` should not round a teacher.
 """

@@ -1,4 +1,4 @@
-"""How a program finds out what it was started as: one process or several, and whether that is what was meant.
+"""Launch: build the Accelerator of one process or several, and refuse a launch that is not what was meant.
 
 Accelerate can turn "two processes" into one, or into two that do not know of each other, without a word (CPU launches
 do: `distributed_type: MULTI_CPU` starts one process, `--multi_gpu` without a GPU starts two independent ones). Every
@@ -55,6 +55,7 @@ def build_accelerator(
             or a wrapper other than DDP is asked.
     """
     _watch_the_launcher()
+    # before the Accelerator is built, which takes over some of the launcher's values and drops others without a word
     check_agreement(mixed_precision, settings.get("gradient_accumulation_steps"), os.environ, _launcher_command())
     mixed_precision = mixed_precision or "no"
     cpu = not torch.cuda.is_available() or _flag(os.environ, "ACCELERATE_USE_CPU")
@@ -77,6 +78,7 @@ def build_accelerator(
         )
     waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[waiting], **settings)
+    # afterwards: only now is it known how many processes this one sees
     check_processes(accelerator.num_processes, os.environ, _launcher_command())
     if mixed_precision == "fp16" and accelerator.scaler is None:  # ACCELERATE_TORCH_DEVICE puts it on a CPU after all
         raise UsageError(f"mixed_precision: fp16 needs a GPU, got device {accelerator.device}; expected no or bf16")
@@ -109,8 +111,10 @@ def check_agreement(
     Accelerate takes ACCELERATE_GRADIENT_ACCUMULATION_STEPS for the number of micro-batches, whatever it is told, and
     leaves the launcher's precision aside.
     """
+    # the launcher passes some options on in the environment, others only its own command line shows
     options = _options(launcher) if _is_accelerate(launcher) else {}
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", options.get("gradient_accumulation_steps"))
+    # the variable wins over the option
     if steps is not None and steps != str(accumulation or steps):
         raise UsageError(
             f"gradient_accumulation_steps: the config says {accumulation}, the launch {steps} (--"
@@ -142,7 +146,7 @@ def _flag(environment: Mapping[str, str], name: str) -> bool:
 
 
 def _launcher_command() -> list[str]:
-    """The command line of `accelerate launch` when it is our parent."""
+    """Command line of `accelerate launch` when it is this process's parent."""
     try:
         launcher = psutil.Process().parent()
         return launcher.cmdline() if launcher is not None else []
@@ -198,6 +202,7 @@ def check_ranks_agree(accelerator: Accelerator, modules: Mapping[str, nn.Module]
         for name, tensor in module.state_dict().items():
             if not isinstance(tensor, torch.Tensor):  # a term's extra state
                 continue
+            # two sums of the bit patterns stand for a tensor, so one small collective compares all of them
             bits = tensor.detach().double().flatten().view(torch.int64)
             places = torch.arange(1, len(bits) + 1, device=bits.device)
             names.append(f"{prefix}.{name}")
@@ -205,6 +210,7 @@ def check_ranks_agree(accelerator: Accelerator, modules: Mapping[str, nn.Module]
     everyone = accelerator.gather(torch.stack(prints)[None])  # [ranks, tensors, 2]
     differs = (everyone != everyone[:1]).any(dim=2)
     if differs.any():
+        # the first in the order of the modules: what diverged later follows from it
         first = int(differs.any(dim=0).nonzero()[0])
         ranks = differs[:, first].nonzero().flatten().tolist()
         raise WorkError(f"ranks diverged: {names[first]} on rank(s) {ranks} is not what rank 0 has")
@@ -212,7 +218,7 @@ def check_ranks_agree(accelerator: Accelerator, modules: Mapping[str, nn.Module]
 
 @functools.cache  # one thread for a process
 def _watch_the_launcher() -> None:
-    """A process that outlives its launcher must not go on: the next launch does its work, in the same folder. It ends
+    """End this process when its launcher is gone: the next launch does its work, in the same folder. It ends
     wherever it is, which may be a collective that waits for days, and as if it had been killed; nothing is lost by it.
     """
     # Accelerate is torch's launcher for several processes and its own for one; a script that starts ranks by hand, or
@@ -221,6 +227,7 @@ def _watch_the_launcher() -> None:
         parent_process.is_gone() or _is_accelerate(_launcher_command())
     )
     if alone or "TORCHELASTIC_RUN_ID" in os.environ:
+        # a daemon: it does not keep a program from its ordinary end
         threading.Thread(target=_end_with_the_launcher, name="launcher", daemon=True).start()
 
 
@@ -228,11 +235,12 @@ def _end_with_the_launcher() -> None:
     while not parent_process.is_gone():
         time.sleep(0.5)
     print("error: the launcher is gone; this process stops, what it finished is kept", file=sys.stderr, flush=True)
+    # not sys.exit: this is not the main thread, and that one may wait in a collective
     os._exit(1)
 
 
 class StopSignal:
-    """SIGTERM and SIGINT become a question that all ranks answer alike at the end of a step."""
+    """Handler of SIGTERM and SIGINT: the signal is remembered, and all ranks agree on it at the end of a step."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -248,5 +256,6 @@ class StopSignal:
         """The signal that any rank has got, or 0."""
         if accelerator.num_processes == 1:
             return self.number
+        # a rank that stopped alone would leave the others waiting in their next collective
         numbers = accelerator.gather(torch.tensor([self.number], device=accelerator.device))
         return int(numbers.max())

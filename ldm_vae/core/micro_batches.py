@@ -1,4 +1,4 @@
-"""State that moves once per update: statistics of its micro-batches are added up first, so that A micro-batches of B
+"""Statistics that move once per update: those of its micro-batches are summed first, so that A micro-batches of B
 images leave what one batch of A * B leaves.
 
 Nothing here is half done in a checkpoint: those are written between updates.
@@ -22,7 +22,7 @@ class Pending:
         self.count = 0
 
     def add(self, value: torch.Tensor) -> None:
-        """One micro-batch's; of another shape (aspect buckets) it begins anew."""
+        """Add one micro-batch's value; one of another shape (aspect buckets) starts a new sum."""
         value = value.detach()
         if self.sum is None or self.sum.shape != value.shape:
             self.sum, self.count = value, 1
@@ -56,8 +56,8 @@ class LastUpdate(nn.Module):
         self.last: torch.Tensor | None = None
 
     def see(self, value: torch.Tensor) -> torch.Tensor:
-        """A micro-batch's statistic => what to decide by: the last update's; before there is one, this micro-batch's
-        over all ranks."""
+        """Take a micro-batch's statistic and return the one to decide by: the last update's; before there is one, this
+        micro-batch's over all ranks."""
         if torch.is_grad_enabled():
             self.pending.add(value)
         if self.last is None or self.last.shape != value.shape:

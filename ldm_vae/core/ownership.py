@@ -27,7 +27,7 @@ from filelock import BaseFileLock, FileLock, LeaseSettingsMismatch, SoftFileLeas
 from ldm_vae.core.errors import UsageError, WorkError
 
 LOCK, LEASE = ".lock", ".owner"
-PATIENCE = 30.0  # seconds: a killed process may take a while to die (torch's data workers look for it every 5 s)
+PATIENCE = 30.0  # seconds: a killed process may take a while to end (torch's data workers look for it every 5 s)
 LEASE_SECONDS = 60.0  # twice what network file systems cache of a folder by default; renewed every third of it
 ATTEMPTS = 100
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what such file systems answer
@@ -78,6 +78,7 @@ def own(folder: Path, field: str) -> Iterator[Ownership]:
         raise UsageError(f"{what}: expected a folder, got a file")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
+        # registered first, so it runs last, after the marks in the folder are gone
         stack.callback(_remove_empty, made)
         yield _entered(stack, lambda: _owned(folder / LOCK, folder / LEASE, what), folder, f"{what}: cannot be made")
 
@@ -100,6 +101,7 @@ def own_together(folder: Path, field: str, rank: int, barrier: Callable[[], None
     while it works.
     """
     if rank == 0:
+        # owned before the barrier: a process that joins finds the lease, and knows whose it is
         with own(folder, field) as ownership:
             barrier()
             yield ownership
@@ -119,7 +121,8 @@ def is_mark(path: Path) -> bool:
 def _entered(
     stack: contextlib.ExitStack, ways: Callable[[], AbstractContextManager[Ownership]], folder: Path, failing: str
 ) -> Ownership:
-    """Make the folder and enter; whoever was waited for may have made it too, and removed it at its end."""
+    """Make the folder and enter the context; a job that was waited for may have removed the folder at its end, so this
+    is tried again."""
     for attempt in range(ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -146,6 +149,7 @@ def _owned(lock: Path, lease: Path, what: str) -> Iterator[Ownership]:
         for left in lock.parent.glob(f"{lock.name}.*"):
             with _locked(left, what):
                 pass
+        # the lock first: where locks work, a live owner is met there, and a lease that is left has lost its owner
         claim = SoftFileLease(lease, lease_duration=LEASE_SECONDS, thread_local=False)
         _acquire(claim, LEASE_SECONDS + PATIENCE / 2, what)
         try:
@@ -156,9 +160,10 @@ def _owned(lock: Path, lease: Path, what: str) -> Iterator[Ownership]:
 
 @contextlib.contextmanager
 def _locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock; its file is gone afterwards, while it is still held: a waiter sees that and takes a new one."""
+    """Hold the lock. Its file is deleted while the lock is still held: a waiter sees that and takes a new one."""
     me = (str(path.absolute()), threading.get_ident())
     if me in _held:
+        # waiting would never end: the holder is this very thread
         raise _refusal(what)
     lock = FileLock(path, fallback_to_soft=False)
     _held[me] = what
@@ -179,6 +184,7 @@ def _locked(path: Path, what: str) -> Iterator[None]:
 
 def _acquire(lock: BaseFileLock, patience: float, what: str) -> None:
     try:
+        # without waiting first, so that the sentence below appears only when there is something to wait for
         lock.acquire(timeout=0)
     except (Timeout, LeaseSettingsMismatch):
         print(f"{what}: another launch is at work on it; waiting up to {patience:.0f} s for its end", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""The process that started this one, asked for when the package is first imported, which is before torch is.
+"""Parent process of this one, recorded when the package is first imported, before torch is.
 
-torch takes seconds to import, and a parent that is killed in them is another one (init, or whoever adopts orphans) by
-the time that anybody asks. That it is 1 proves nothing: a launcher in a container may be 1.
+torch takes seconds to import, and a parent that is killed in them is another one (init, or a process that adopts
+orphans) by the time of a question. That it is 1 proves nothing: a launcher in a container may be 1.
 """
 
 from __future__ import annotations
@@ -21,5 +21,5 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 
 
 def is_gone() -> bool:
-    """Whether the process that started this one has ended."""
+    """True when the process that started this one has ended."""
     return os.getppid() != _parent

@@ -1,4 +1,4 @@
-"""Where the programs and configs are: beside the package in a clone, inside it (as `programs/`) in a wheel."""
+"""Location of the programs and configs: beside the package in a clone, inside it (as `programs/`) in a wheel."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ def normal(seed: int, stream: str, keys: Iterable[int | Sequence[int]], shape: S
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random weights that are drawn inside come from this seed; the global generator is left as it was. No GPU's
-    generator is asked for: that would give every GPU of the machine a CUDA context of every process."""
+    """Draw random weights inside the block from this seed; the global generator is left as it was. No GPU's generator
+    is asked for: that would give every GPU of the machine a CUDA context of every process."""
     import torch
 
     with torch.random.fork_rng(devices=[]):

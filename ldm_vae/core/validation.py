@@ -1,6 +1,6 @@
-"""What files from anywhere may say: JSON that does not exhaust the stack, and a model's config.json whose numbers are
-those of a network and not of a bomb; and files that are something else than their names say. Nothing is built,
-allocated or imported before it was looked at here."""
+"""Checks of untrusted files: JSON that does not exhaust the stack, config.json whose numbers are those of a network and
+not of a bomb, and files that are something else than their names say. Nothing is built, allocated or imported before it
+was checked here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ _ANSWERS = (
 
 
 def parse_json(content: str | bytes) -> Any:
-    """As json.loads. Raises ValueError for whatever is wrong, 10^5 brackets too (Python's own is a RecursionError)."""
+    """Parse JSON as json.loads does. Raises ValueError for whatever is wrong, 10^5 brackets too (Python's own is a
+    RecursionError)."""
     try:
         return json.loads(content)
     except RecursionError as error:
@@ -129,7 +130,7 @@ def disguise(head: bytes) -> str | None:
 
 
 def disguised_file(path: Path) -> str | None:
-    """As `disguise`, of a file or of what is in its place: a folder, a link into nowhere."""
+    """Apply `disguise` to a file, or to what is in its place: a folder, a broken link."""
     if path.is_dir():
         return "is a folder, not a file"
     if path.is_symlink() and not path.exists():

@@ -86,6 +86,7 @@ def generate(area: int, step: int = 64, max_aspect: float = 2.0) -> list[Shape]:
             f"buckets: expected area >= step * step and max_aspect >= 1, got area {area}, step {step}, {max_aspect:g}"
         )
     shapes = set()
+    # the short side only: each shape is added with its transpose
     for height in range(step, math.isqrt(area) + 1, step):
         width = area // height // step * step
         if width <= max_aspect * height:
@@ -97,7 +98,7 @@ def generate(area: int, step: int = 64, max_aspect: float = 2.0) -> list[Shape]:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which bucket every image belongs to: shapes (K of them), bucket int16 [N], -1 for an unreadable image."""
+    """Bucket of every image: shapes (K of them), bucket int16 [N], -1 for an unreadable image."""
 
     shapes: tuple[Shape, ...]
     bucket: Array
@@ -107,7 +108,7 @@ class Assignment:
         return [int((self.bucket == number).sum()) for number in range(len(self.shapes))]
 
     def lines(self) -> list[str]:
-        """What a person reads: the shapes that have images, and how many."""
+        """Lines of text: the shapes that have images, and how many."""
         counted = zip(self.shapes, self.counts(), strict=True)
         return [f"  {f'{height} x {width}':14}{count:>8,}" for (height, width), count in counted if count]
 
@@ -118,6 +119,7 @@ def assign(shapes: Sequence[Shape], sizes: Array) -> Assignment:
         raise UsageError("buckets: the list of shapes is empty")
     aspects = np.log([height / width for height, width in shapes])
     readable = (sizes > 0).all(axis=1)
+    # unreadable sizes are 0, which has no logarithm; `readable` masks them
     safe = np.maximum(sizes, 1)
     own = np.log(safe[:, 0] / safe[:, 1])
     bucket = np.full(len(sizes), -1, dtype=np.int16)
@@ -141,11 +143,14 @@ def batches(
     members = [np.flatnonzero(assignment.bucket == number) for number in range(len(assignment.shapes))]
     if not any(len(indices) for indices in members):
         raise WorkError("no usable image: not one has a readable size")
+    # one endless stream for each bucket, keyed by its number
     orders = [Order(seed, len(indices), bucket=number) for number, indices in enumerate(members)]
     whole = batch_size * world_size
+    # rounded up: batches before it were seen in whole or in part
     step = -(-start_position // whole)
     for number, place in _plan([len(indices) for indices in members], seed, whole, step):
         first = place * whole + rank * batch_size
+        # positions count over all buckets, as in a run without them: noise is keyed by them
         at = step * whole + rank * batch_size
         own = [orders[number].task(first + offset) for offset in range(batch_size)]
         tasks = [Task(at + offset, task.epoch, int(members[number][task.index])) for offset, task in enumerate(own)]
@@ -154,7 +159,7 @@ def batches(
 
 
 def _plan(counts: Sequence[int], seed: int, whole: int, step: int) -> Iterator[tuple[int, int]]:
-    """(bucket, how many batches of it came before) from global batch `step` on. Epoch e of the plan holds the batches
+    """Yield (bucket, number of batches of it before) from global batch `step` on. Epoch e of the plan holds the batches
     that start in epoch e of their bucket, in an order keyed by (seed, e)."""
 
     def before(epoch: int) -> int:
@@ -169,6 +174,7 @@ def _plan(counts: Sequence[int], seed: int, whole: int, step: int) -> Iterator[t
             for number, count in enumerate(counts)
             for place in range(-(-epoch * count // whole), -(-(epoch + 1) * count // whole))
         ]
+        # the same on every rank, so a global batch has one shape everywhere
         rng.generator(seed, "buckets", epoch).shuffle(entries)
         yield from entries[step - before(epoch) :]
         epoch += 1

@@ -1,4 +1,4 @@
-"""Colour: whatever mode a picture file has becomes 1, 3 or 4 bands of 8 bits in sRGB.
+"""Colour conversion: pictures of any mode become 1, 3 or 4 bands of 8 bits in sRGB.
 
 ICC profiles are applied (a wide-gamut photograph read as sRGB looks washed out), alpha is composited on a stated
 colour (dropping it shows what the artist hid), CMYK goes through its profile where it has one.
@@ -55,8 +55,8 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=32)  # a dataset has few profiles; building a transform takes about 5 ms
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The way from `profile` to sRGB; None where it is sRGB already, or broken or of another colour space (then the
-    numbers are taken as sRGB, as every viewer does)."""
+    """Transformation from `profile` to sRGB; None where it is sRGB already, or broken or of another colour space (then
+    the numbers are taken as sRGB, as every viewer does)."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "srgb" in ImageCms.getProfileDescription(opened).lower() and mode != "CMYK":

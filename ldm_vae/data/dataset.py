@@ -60,10 +60,10 @@ class Batch:
     values: list[Values] = field(default_factory=list)
 
     def moments_on(self, _: torch.device) -> None:
-        """None: an encoder makes them; batches of a latent store have them."""
+        """None: images have no stored moments, their encoder makes them; batches of a latent store have them."""
 
     def pin_memory(self) -> Batch:
-        """Called by DataLoader: only the pixels are worth a page-locked buffer."""
+        """Pin the pixels, for DataLoader; nothing else is worth page-locked memory."""
         return replace(self, pixels=self.pixels.pin_memory())
 
 
@@ -88,6 +88,7 @@ class ImageDataset(Dataset[Batch]):
         chosen = []
         for number, task in enumerate(work.tasks):
             found = self._usable(work, number, bad)
+            # of a stream a worker has no more than this work
             if found is None:
                 return bad
             index, record_key, crop = found
@@ -110,6 +111,7 @@ class ImageDataset(Dataset[Batch]):
         stream. Those that cannot are added to `bad`."""
         epoch = work.tasks[number].epoch
         for index, record in self._candidates(work, number):
+            # met before by this worker: neither read nor reported again
             if index in self._known_bad:
                 continue
             try:
@@ -127,11 +129,13 @@ class ImageDataset(Dataset[Batch]):
 
     def _candidates(self, work: Work, number: int) -> Iterator[tuple[int, Record | None]]:
         if self.source is None:
+            # a worker has no more of the stream than this work: its other images stand in
             for task in work.tasks[number:] + work.tasks[:number]:
                 yield task.index, task.record
             return
         count = len(self.source)
         for step in range(min(count, PATIENCE)):
+            # the next index: the same choice for any number of processes and workers
             yield (work.tasks[number].index + step) % count, None
 
     def _key(self, index: int) -> str:
@@ -149,6 +153,7 @@ class ImageDataset(Dataset[Batch]):
         longest = resolution if isinstance(resolution, int) else max(resolution)
         at_least = None if self.transform.resize == "none" else round(longest * self.transform.scale[1])
         image = read_image(record.image, self.decoding, at_least)
+        # looking costs a pass over the image, and the first ones tell the range
         if self._looked < ENOUGH:
             self._looked += 1
             self._values.append(image.values)
@@ -206,12 +211,13 @@ def training_loader(
 
 
 def _batches(loaded: Iterator[Batch | list[Bad]], watch: Watch) -> Iterator[Batch]:
-    """Carries the bad images of batches that had nothing else over to the next."""
+    """Yield batches; the bad images of a batch that had nothing else are carried over to the next."""
     waiting: list[Bad] = []
     for batch in loaded:
         if isinstance(batch, list):
             waiting += batch
         else:
+            # in front: they were met before
             batch.bad[:0], waiting = waiting, []
             watch.add(batch.values)
             yield batch

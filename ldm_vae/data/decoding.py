@@ -1,4 +1,4 @@
-"""Bytes => pixels: one exact way from whatever a source holds to a uint8 tensor, and one exception for all that fails.
+"""Decoding: any image of a source becomes a uint8 tensor in one exact way, and every failure is one exception.
 
 Decoded with Pillow, from a list of formats that excludes those that start programs (EPS). Never raises anything but
 BadImage, whatever the bytes: tests/test_data_fuzz.py.
@@ -53,7 +53,8 @@ EXTENSIONS = frozenset(
 
 @dataclass(frozen=True)
 class Decoding:
-    """The way from bytes to pixels and to a crop of the resolution; part of a store's preprocessing identity."""
+    """Settings of the way from bytes to pixels and to a crop of the resolution; part of a store's preprocessing
+    identity."""
 
     channels: int = 3
     background: Background = WHITE
@@ -71,9 +72,9 @@ DEFAULT = Decoding()
 
 @dataclass(frozen=True)
 class Decoded:
-    """pixels uint8 [C, H, W]; size (H, W) of the image upright, before jpeg_draft made it smaller; the file format
-    (as Pillow calls it, NPY, or array) and the mode it had; the values it was made of, None for 8 bits taken as they
-    are."""
+    """A decoded image: pixels uint8 [C, H, W]; size (H, W) of the image upright, before jpeg_draft made it smaller; the
+    file format (as Pillow calls it, NPY, or array) and the mode it had; the values it was made of, None for 8 bits
+    taken as they are."""
 
     pixels: torch.Tensor
     original_size: tuple[int, int]
@@ -114,7 +115,7 @@ def decode(
 
 
 def read_image(image: RawImage, decoding: Decoding = DEFAULT, at_least: int | None = None) -> Decoded:
-    """As `decode`, with what is known about the image.
+    """Decode as `decode` does, and return what is known about the image with it.
 
     Args:
         at_least: with `decoding.jpeg_draft`, the short side that is enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of
@@ -138,8 +139,10 @@ def read_size(image: RawImage, decoding: Decoding = DEFAULT) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # arrays have no header that Pillow reads
             if isinstance(image, np.ndarray) or (isinstance(image, bytes) and image.startswith(arrays.MAGIC)):
                 return read_image(image, decoding).original_size
+            # only the header is parsed: nothing is decompressed for a size
             picture = _open(image)
             width, height = picture.size
             return (width, height) if _orientation(picture) >= 5 else (height, width)
@@ -166,18 +169,22 @@ def _read(image: RawImage, decoding: Decoding, at_least: int | None) -> Decoded:
     picture = _open(image)
     name, mode, (width, height) = picture.format or "array", picture.mode, picture.size
     stored = depth.stored(picture)  # known until it is loaded
+    # before `load`: the draft chooses the scale at which libjpeg decodes
     if at_least is not None and name == "JPEG":
         shrink = at_least / min(width, height)
         picture.draft(None, (max(1, round(width * shrink)), max(1, round(height * shrink))))
     picture.load()
+    # after `load`: some formats hold their EXIF data behind the pixels
     orientation = _orientation(picture)
     if orientation in _UPRIGHT:
         info = picture.info
         picture = picture.transpose(_UPRIGHT[orientation])
         picture.info = info  # transpose drops the palette's transparency and the colour profile
+    # those that exchange rows and columns
     if orientation >= 5:
         width, height = height, width
     made_of: Values | None = None
+    # more than 8 bits: mapped by their range, as arrays are, since Pillow would clip them
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         array, own = depth.numbers(picture, stored)
         pixels, made_of = arrays.from_array(array, decoding.channels, decoding.value_range or own)
@@ -192,6 +199,7 @@ def _open(image: bytes | Image.Image) -> Image.Image:
     if isinstance(image, bytes):
         if not image:
             raise BadImage("the file is empty")
+        # kept for the sentence: `image` becomes the picture
         head = image[:HEAD]
         try:
             image = Image.open(io.BytesIO(image), formats=FORMATS)

@@ -1,4 +1,4 @@
-"""Reading image files and holding long lists of their names.
+"""Image files: reading them, and long lists of their names.
 
 Legend: N files.
 """
@@ -50,7 +50,7 @@ def read_range(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
 
 
 def check_member_name(name: str) -> None:
-    """Raises BadImage for a member of an archive whose name would climb out of the folder it is unpacked in."""
+    """Raise BadImage for a member of an archive whose name would climb out of the folder it is unpacked in."""
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":":
         raise BadImage("its name climbs out of the archive")
 

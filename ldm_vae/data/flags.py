@@ -1,4 +1,4 @@
-"""The flags of every verb with DATA, spelled once: which images are meant, and how they are decoded.
+"""Flags of every verb with DATA, spelled once: the choice of images and their decoding.
 
 Nothing heavy is imported, since `--help` has no torch. A flag that is not given is None: what the network records with
 its weights then holds (ldm_vae/data/preprocessing.py).
@@ -41,7 +41,7 @@ class DataFlags:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> DataFlags:
-        """From parsed arguments; flags that the verb does not have are as if not given.
+        """Make from parsed arguments; a flag that the verb does not have counts as not given.
 
         Raises:
             UsageError: a value that nothing can be decoded with.

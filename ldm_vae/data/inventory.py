@@ -30,8 +30,8 @@ TENSORS = ("keys", "stamps", "contents", "bytes")
 
 @dataclass
 class Inventory:
-    """Of N images: hashes of their keys, stamps (0: none), the first 8 bytes of their SHA-256 (0: not read), all
-    uint64; and sizes in bytes, int64 (-1: unknown)."""
+    """Inventory of N images: hashes of their keys, stamps (0: none), the first 8 bytes of their SHA-256 (0: not read),
+    all uint64; and sizes in bytes, int64 (-1: unknown)."""
 
     keys: Stamps
     stamps: Stamps
@@ -39,13 +39,13 @@ class Inventory:
     bytes: Sizes
 
     def save(self, path: Path) -> None:
-        """As safetensors."""
+        """Write as safetensors."""
         tensors = {name: torch.from_numpy(getattr(self, name).view(np.int64)) for name in TENSORS}
         atomic_io.replace(path, atomic_io.data(save(tensors)))
 
     @classmethod
     def load(cls, path: Path) -> Inventory | None:
-        """None when it is not there or damaged."""
+        """Read an inventory; None when it is absent or damaged."""
         try:
             tensors = {name: tensor.numpy() for name, tensor in load_file(path).items()}
             keys, stamps, contents = (tensors[name].view(np.uint64) for name in TENSORS[:3])
@@ -57,7 +57,7 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Difference:
-    """Between the images of a run when it began and now."""
+    """Difference between the images of a run when it began and now."""
 
     changed: int = 0
     """Of the same name, with other contents."""
@@ -82,7 +82,7 @@ class Difference:
 
 
 def take_inventory(source: Source) -> Inventory:
-    """Of the images as they are now."""
+    """Take the inventory of the images as they are now."""
     found = _look(source)
     budget = GIGABYTE
     with tqdm(total=len(source), desc="inventory", unit="images", disable=None, leave=False) as bar:
@@ -100,10 +100,12 @@ def compare(before: Inventory, source: Source) -> tuple[Difference, Inventory]:
     """Changes since, and `before` with the stamps that those images have now which are what they were."""
     now = _look(source)
     order = np.argsort(before.keys, kind="stable")
+    # for each image of now the place in `before` of the same key, or of another one that `known` rules out
     at = order[np.searchsorted(before.keys[order], now.keys).clip(max=len(order) - 1)]
     known = before.keys[at] == now.keys
     had = before.bytes[at]
     resized = known & (had >= 0) & (now.bytes >= 0) & (had != now.bytes)
+    # another stamp, or none: the contents decide, where they were read when the run began
     doubt = known & ~resized & ((now.stamps == 0) | (now.stamps != before.stamps[at]))
     changed, unknown = resized.copy(), doubt & (before.contents[at] == 0)
     for index in tqdm(np.flatnonzero(doubt & ~unknown).tolist(), "compare", unit="images", disable=None, leave=False):

@@ -1,4 +1,4 @@
-"""What stands beside the images of a folder or a zip: tables of captions, class folders, text files.
+"""Metadata beside the images of a folder or a zip: tables of captions, class folders, text files.
 
 - `metadata.csv|jsonl|parquet`, as in datasets' imagefolder: it lies in a folder of the images it describes or above
   them and names each by a column `file_name`, relative to itself. Held as one arrow table, about its size on disk.
@@ -36,7 +36,7 @@ Read = Callable[[str], bytes]
 
 
 def rename_caption(columns: Mapping[str, Any], caption_column: str | None) -> dict[str, Any]:
-    """The column `caption_column` is called `caption`; a column that was called so becomes `caption_before`."""
+    """Rename the column `caption_column` to `caption`; a column that was called so becomes `caption_before`."""
     if caption_column in (None, "caption") or caption_column not in columns:
         return dict(columns)
     names = {caption_column: "caption", "caption": "caption_before"}
@@ -44,9 +44,9 @@ def rename_caption(columns: Mapping[str, Any], caption_column: str | None) -> di
 
 
 def columns_digest(columns: Mapping[str, Any]) -> bytes:
-    """16 bytes that change when a value does, and not on the way through a table: Arrow gives a column one type (an
-    integer beside floats becomes one, a dictionary gets the keys of the others as None), or JSON text where no type
-    fits (`shards.to_table`)."""
+    """Digest of 16 bytes that changes when a value does, and not on the way through a table: Arrow gives a column one
+    type (an integer beside floats becomes one, a dictionary gets the keys of the others as None), or JSON text where no
+    type fits (`shards.to_table`)."""
     there = {name: plain for name, value in columns.items() if (plain := _plain(value)) is not None}
     return hashlib.blake2b(json.dumps(there, sort_keys=True).encode(), digest_size=16).digest()
 
@@ -54,16 +54,19 @@ def columns_digest(columns: Mapping[str, Any]) -> bytes:
 def _plain(value: Any) -> Any:
     if isinstance(value, str):
         try:
+            # a column that was kept as JSON text equals the value that it stands for
             parsed = json.loads(value)
             return _plain(parsed)
         except (ValueError, RecursionError):
             return value
     if isinstance(value, Mapping):
+        # a key with None equals no key: Arrow adds those of the other rows
         return {str(name): plain for name, each in value.items() if (plain := _plain(each)) is not None}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     if isinstance(value, np.generic | np.ndarray):
         return _plain(value.tolist())
+    # 1, 1.0 and true are one value: a table gives a column one type
     if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
         return int(value)
     return value if value is None or isinstance(value, int | float) else str(value)
@@ -94,6 +97,7 @@ class TreeColumns:
         self.label_names: tuple[str, ...] = ()
         if self._table is not None:
             have = tuple(name for name in self._table.column_names if name != "file_name")
+            # the last row wins where a table names an image twice
             row_of = {name: row for row, name in enumerate(self._table["file_name"].to_pylist())}
             self._rows = np.array([row_of.get(name, -1) for name in self.all_names], dtype=np.int64)
         else:
@@ -118,7 +122,7 @@ class TreeColumns:
         return rename_caption(columns, self._captions)
 
     def _held(self, index: int, name: str) -> dict[str, Any]:
-        """The columns that are no files of their own."""
+        """Columns other than those that are files of their own."""
         columns: dict[str, Any] = {}
         if self._table is not None:
             row = int(self._rows[index])

@@ -1,4 +1,4 @@
-"""Every image of a source once, in order: what evaluation and encoding read.
+"""Ordered pass: every image of a source once, in order, for evaluation and encoding.
 
     for samples, bad in ordered_loader(source, 256, batch_size=16, num_workers=4):
 
@@ -64,7 +64,7 @@ Item = tuple[int, Record | Bad | None]
 
 
 def items(source: Source | Stream, indices: Sequence[int] | None = None) -> Iterator[Item]:
-    """What is to be read, in order. Raises UsageError for chosen indices of a stream."""
+    """Items to read, in order. Raises UsageError for chosen indices of a stream."""
     if not isinstance(source, Stream):
         return ((int(index), None) for index in (range(len(source)) if indices is None else indices))
     if indices is not None:
@@ -112,12 +112,16 @@ class _OrderedDataset(Dataset[tuple[list[Sample], list[Bad]]]):
         values: list[Values] = []
         for item in work:
             try:
+                # before the bytes are read, so that the stamp belongs to them or to older ones
                 stamp = stamp_now(self.source, item[0])
                 record = take(self.source, item)
                 image = read_image(record.image, self.decoding, self.at_least)
                 views = self.view(image.pixels, image.original_size)
+                # of the bytes in the source, not of the pixels: a store is compared with these
                 checksum = image_checksum(record.image), image_bytes(record.image)
                 good.append(Sample(item[0], record.key, views, record.columns, *checksum, stamp))
+                # the smallest and largest values cost a pass over the image; ENOUGH images of each worker tell the
+                # range
                 if self.looked < ENOUGH:
                     self.looked += 1
                     values.append(image.values)
@@ -138,6 +142,7 @@ class _Packed:
 
     @classmethod
     def of(cls, good: list[Sample], bad: list[Bad], values: list[Values]) -> _Packed:
+        # good samples travel without pixels, which `unpack` gives back in the same order
         pixels = [crop.pixels for sample in good for crop in sample.views]
         buffer = torch.cat([image.reshape(-1) for image in pixels]) if pixels else torch.empty(0, dtype=torch.uint8)
         nothing = torch.empty(0, dtype=torch.uint8)
@@ -170,7 +175,8 @@ def ordered_loader(
     prefetch_factor: int = 2,
     multiprocessing_context: str | None = None,
 ) -> Iterator[tuple[list[Sample], list[Bad]]]:
-    """Every index once, in order: (samples, bad images) for each `batch_size` indices; together they are the batch.
+    """Load every index once, in order: (samples, bad images) for each `batch_size` indices; together they are the
+    batch.
 
     Args:
         indices: which images, in which order; all if None (of a stream, only all).
@@ -186,6 +192,7 @@ def ordered_loader(
         raise UsageError(
             "data.jpeg_draft: measured pixels are decoded exactly, the draft is 50 dB off and compares with nothing"
         )
+    # by index, not by good image: a bad image makes its batch smaller and moves no other image
     slices = batches_of(items(source, indices), batch_size)
     centred = functools.partial(centre_view, resolution=resolution, resize=source.decoding.resize)
     dataset = _OrderedDataset(source, view or centred, draft_at_least)
@@ -197,4 +204,5 @@ def _watched(packed: Iterator[_Packed], watch: Watch) -> Iterator[tuple[list[Sam
     for batch in packed:
         watch.add(batch.values)
         yield batch.unpack()
+    # a short source ends before enough images were met: judged by all of them
     watch.judge()

@@ -1,4 +1,4 @@
-"""The decoding of DATA for networks: what flags say, else what the networks (or a store) record, else the defaults.
+"""Preparation of DATA for networks: flags first, then the networks' (or a store's) record, then the defaults.
 
 The one place that every verb with DATA asks. Two records that differ are refused, both named, unless a flag decides.
 """
@@ -28,7 +28,7 @@ class Preparation:
 
     @property
     def identity(self) -> str:
-        """As a latent store compares it."""
+        """The preprocessing identity, as a latent store compares it."""
         return preprocessing_identity(self.decoding)
 
     @property
@@ -37,7 +37,7 @@ class Preparation:
         return Preprocessing.of(self.decoding)
 
     def open(self, data: str | Path) -> Source:
-        """DATA, decoded so. Raises UsageError when nothing is there, WorkError when it is empty."""
+        """Open DATA with this decoding. Raises UsageError when nothing is there, WorkError when it is empty."""
         flags, decoding = self.flags, self.decoding
         source = open_source(
             data, image_column=flags.image_column, caption_column=flags.caption_column, split=flags.split,
@@ -159,7 +159,7 @@ def _settle(records: Sequence[tuple[str, _Says]], channels: int, taker: str, fla
 
 
 def check_same(ours: str, mine: _Says, theirs: str, other: _Says, names: Mapping[str, str], hint: str) -> None:
-    """Raises UsageError naming both where two differ in what they record.
+    """Raise UsageError naming both where two differ in what they record.
 
     Args:
         names: what the caller calls a field (`value_range` => `data.value_range`); those not named as they are.
@@ -173,7 +173,7 @@ def check_same(ours: str, mine: _Says, theirs: str, other: _Says, names: Mapping
 
 
 def shown(value: Any) -> str:
-    """A value for a sentence."""
+    """Format a value for a sentence."""
     if value is None:
         return "that of the file's number type"
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""preprocessing.json: how a sample becomes what a network takes, recorded with its weights and used wherever it is fed.
+"""preprocessing.json: the preparation of a network's images, recorded with its weights and applied wherever it is fed.
 
 A network that was trained on 12-bit pictures read as [0, 4095] sees others when its user's next command reads them as
 [0, 65535]: 9 dB instead of 32, and another scaling_factor. So training writes this record beside config.json, exports
@@ -35,8 +35,8 @@ Network = TypeVar("Network")
 
 
 class Preprocessing(Section):
-    """The whole of preprocessing.json. Laws that this version knows one of stand in it as well: a reader must not guess
-    them, and another value is refused."""
+    """Contents of preprocessing.json. Rules that this version knows one value of are in it as well: a reader must not
+    guess them, and another value is refused."""
 
     format: Literal["ldm-vae preprocessing"] = "ldm-vae preprocessing"
     version: Literal[1] = 1
@@ -177,7 +177,7 @@ def read_beside(config: Path) -> Preprocessing | None:
 
 
 def _of_old_run(run: Path) -> Preprocessing | None:
-    """From RUN/config.yaml, which had all of it."""
+    """Read the record of an old run from RUN/config.yaml, which had all of it."""
     try:
         tree = read_yaml(run / "config.yaml")
     except UsageError:  # no run at all, or nobody's

@@ -1,4 +1,4 @@
-"""What happens to images that cannot be used: each is kept with its key and its reason, none is dropped silently.
+"""Quarantine of unusable images: each is kept with its key and its reason, none is dropped silently.
 
 A bad image never kills a run by itself. `Quarantine` counts them, warns above 1 %, stops the run above `max_bad`, and
 when nothing at all is usable.
@@ -22,7 +22,7 @@ WARN_ABOVE = 0.01  # share of bad images above which the user is told once
 
 
 class BadImage(Exception):
-    """These bytes cannot become an image; `reason` says why, in words for quarantine.jsonl."""
+    """Raised for bytes that cannot become an image; `reason` says why, in words for quarantine.jsonl."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -81,7 +81,7 @@ class Quarantine:
         self._judge()
 
     def finish(self) -> None:
-        """To be called when everything was met.
+        """Judge the whole pass; to be called when every image was met.
 
         Raises:
             WorkError: not one image was usable, or (of a stream) too many were not.

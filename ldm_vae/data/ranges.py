@@ -1,4 +1,4 @@
-"""Ranges of values: which become black and white, and a word where the images use hardly any of it.
+"""Ranges of values: those that become black and white, and a warning where the images use hardly any of it.
 
 A number type says it by itself where its numbers are made for pictures: bool, uint8, uint16, and floats in [0, 1]. Of
 any other (int16 of a scanner, int64 of a list) nothing can be assumed: `value_range` has to say it.
@@ -52,7 +52,7 @@ class Values:
     white: float
 
     def __or__(self, other: Values) -> Values:
-        """Of both images, which have one range."""
+        """Range of values of both images, which have one range."""
         return Values(min(self.low, other.low), max(self.high, other.high), self.black, self.white)
 
     @property
@@ -65,7 +65,8 @@ class Values:
         return f"[{self.low:.10g}, {self.high:.10g}] of [{self.black:.10g}, {self.white:.10g}]"
 
     def advice(self) -> str:
-        """Empty, or a sentence without its end where hardly any of the range is used: what would use it."""
+        """Advice where hardly any of the range is used: a sentence without its end that says what would use it, else
+        empty."""
         if self.use >= LEAST_USE:
             return ""
         if self.low == self.high:

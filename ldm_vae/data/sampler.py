@@ -1,4 +1,4 @@
-"""Which image comes when: the global stream of images, the same whatever the processes, workers and resumes.
+"""Sampler: the global stream of images, the same whatever the processes, workers and resumes.
 
 Position p of the stream is image `permutation(seed, p // N)[p % N]` of epoch p // N. The global batch that starts at
 position P covers P ... P + GB - 1 (GB = world_size * batch_size), rank r the contiguous slice r * B ... (r + 1) * B - 1
@@ -66,6 +66,7 @@ class Order:
     def task(self, position: int) -> Task:
         """The task of one position."""
         epoch, place = divmod(position, self.count)
+        # one permutation is held: positions ascend, so an epoch is drawn once
         if epoch != self._epoch:
             self._permutation = permutation(self.seed, epoch, self.count, self.bucket)
             self._epoch = epoch
@@ -80,5 +81,6 @@ def batches(
     start = start_position
     while True:
         first = start + rank * batch_size
+        # computed anew from the position: a resume needs no state but the number of images seen
         yield Work([order.task(position) for position in range(first, first + batch_size)])
         start += world_size * batch_size

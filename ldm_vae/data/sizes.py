@@ -1,4 +1,4 @@
-"""(H, W) of every image of a source, which aspect buckets need before the first step.
+"""Sizes (H, W) of all images of a source, which aspect buckets need before the first step.
 
 Only headers are parsed, but every file is read once, by the workers of all ranks together. What was found is kept in
 the run folder with the stamps of the files: a resumed run has the same buckets at once, whatever has vanished since.
@@ -78,18 +78,22 @@ def shared_sizes(
         add_up: the sum of a tensor over all ranks.
     """
     count = len(source)
+    # consecutive parts: neighbouring files are read by one rank
     mine = range(rank * count // world_size, (rank + 1) * count // world_size)
     keys = key_numbers(source)
     stamps = np.concatenate([np.empty(0, np.uint64), *(some for _, some, _ in stamps_of(source, chunks_of(mine)))])
     kept = _kept(path, keys)
     left = np.zeros((count, 3), dtype=np.int64) if kept is None else kept
     own = left[mine.start : mine.stop]
+    # read again: files without a stamp, and those whose stamp is another than when their size was kept
     doubt = (stamps == 0) | (stamps != own[:, 2].view(np.uint64))
     read, bad = read_sizes(source, [mine[at] for at in np.flatnonzero(doubt).tolist()], num_workers)
     part = np.zeros((count, 3), dtype=np.int64)
     now = part[mine.start : mine.stop]
+    # a file that cannot be read now keeps the size that it had, so a resumed run has the same buckets
     now[:, :2] = np.where(read[mine.start : mine.stop].any(1, keepdims=True), read[mine.start : mine.stop], own[:, :2])
     now[:, 2] = stamps.view(np.int64)
+    # each rank fills its own part, so the sum is the whole
     together = add_up(torch.from_numpy(part)).cpu()
     if rank == 0 and (kept is None or (together.numpy() != kept).any()):
         tensors = {"height_width_stamp": together, "keys": torch.from_numpy(keys.view(np.int64))}

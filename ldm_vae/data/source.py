@@ -1,4 +1,4 @@
-"""What a source of images is: a length, a stable key for every image, its bytes, and all other columns.
+"""Source of images: a length, a stable key for every image, its bytes, and all other columns.
 
 One file per kind of source in `ldm_vae.data.sources`; `open_source` tells which kind a path on a command line means.
 Sources are lazy and picklable: nothing but the list of keys is held, a file is opened when its image is asked for.
@@ -45,7 +45,7 @@ class Source(Protocol):
 
     @property
     def decoding(self) -> Decoding:
-        """How its images are to be decoded (`Decoding()` if nothing is special)."""
+        """Decoding of its images (`Decoding()` if nothing is special)."""
 
     def __len__(self) -> int: ...
 
@@ -57,7 +57,7 @@ class Source(Protocol):
 
 
 class SourceConfig(Part):
-    """What every kind of source has; `data: {kind: folder, path: photographs}` in a training config."""
+    """Knobs that every kind of source has; `data: {kind: folder, path: photographs}` in a training config."""
 
     path: str
     """Where the images are: a folder, file, glob or hub id, as the kind has it."""
@@ -105,7 +105,7 @@ def open_source(
     kind: str | None = None,
     **knobs: Any,
 ) -> Source:
-    """What DATA on a command line means.
+    """Open DATA of a command line as a source of the kind that its path means.
 
     A folder of images; a zip; a list file of paths (.txt, .lst); parquet or arrow files, or a folder of them; a folder
     written by `save_to_disk`; tar shards (file, folder, glob or braces); a hub id `owner/name`.
@@ -159,6 +159,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 def kind_of(path: str) -> str:
     """The kind of source that `path` is, by what lies there. Raises UsageError when nothing does."""
+    # a pattern of shards is no file; a file with such a name is one
     if "://" in path or (".tar" in path and not Path(path).exists() and re.search(r"[*?{\[]", path)):
         return "webdataset"
     place = Path(path).expanduser()
@@ -176,6 +177,7 @@ def kind_of(path: str) -> str:
         if place.suffix.lower() not in kinds:
             raise UsageError(f"data {path}: expected a folder, a hub id or a file of {', '.join(kinds)}")
         return kinds[place.suffix.lower()]
+    # owner/name is a path too: where the folder `owner` exists, a missing file was meant
     if _HUB_ID.fullmatch(path) and not place.parent.is_dir():
         return "hub"
     raise UsageError(f"data {path}: no such file or folder (a dataset of the hub is written owner/name)")

@@ -1,4 +1,4 @@
-"""Stamps: the file system's word on an image that is not read, whether it can have been replaced since it was read.
+"""Stamps of images from file-system metadata: an equal stamp means that an image was not replaced since it was read.
 
 A stamp holds inode, size, mtime and ctime of the file that an image lies in, and its place there. An equal stamp means
 equal bytes: mtime can be set by `touch -d`, `cp -p` and `rsync -a`, ctime by nobody. A different one means doubt and
@@ -51,11 +51,11 @@ class Stamped(Protocol):
     """A source that can tell of its images without reading them. One that cannot is read wherever there is doubt."""
 
     def facts(self, index: int) -> Facts | None:
-        """Of the image as it is now; None when nothing can be said."""
+        """Facts of the image as it is now; None when nothing can be said."""
 
 
 def file_facts(path: str | os.PathLike[str], place: Sequence[int] = (), size: int | None = None) -> Facts | None:
-    """Of an image in a file: the whole file, or `size` bytes of it (-1: nobody knows) at a `place`."""
+    """Facts of an image in a file: the whole file, or `size` bytes of it (-1: nobody knows) at a `place`."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or (status.st_ctime_ns % SECOND == 0 and _read_only(path)):

@@ -1,6 +1,6 @@
-"""Sources that can only be read in order: a dataset with `streaming: true`, tar shards behind a URL or compressed.
+"""Streams: sources that can only be read in order (`streaming: true`, tar shards behind a URL or compressed).
 
-What they cannot do they say when asked: `length` is None, `len` and an index raise UsageError. Training reads them
+Unsupported operations fail clearly: `length` is None, `len` and an index raise UsageError. Training reads them
 through a shuffle buffer, keyed like everything else, so the batches do not depend on ranks or workers, and a resumed
 run goes on exactly; the price is that each rank reads the whole stream and keeps its part, and that resuming reads
 again what was read before.
@@ -39,11 +39,12 @@ class Stream(Protocol):
 
 
 class InOrderError(UsageError, TypeError):
-    """Asked of a stream what it cannot do. A TypeError too: that is what `list(stream)` expects of an absent length."""
+    """Raised for an operation that a stream does not support. A TypeError too: `list(stream)` expects it of an absent
+    length."""
 
 
 class InOrderOnly:
-    """Gives a stream the sentences for what it cannot do."""
+    """Mixin that refuses a length, keys and indices with one sentence each."""
 
     name: str
 
@@ -64,7 +65,7 @@ class InOrderOnly:
 
 
 def warning(name: str) -> str:
-    """What training from a stream cannot do, for the user to know before it starts."""
+    """Warning about the limits of training from a stream, for the user before it starts."""
     return (
         f"data {name}: read in order: its length is unknown, each process reads all of it and keeps its part, and a "
         "resumed run first reads again what it had read (the batches stay the same)"
@@ -72,7 +73,7 @@ def warning(name: str) -> str:
 
 
 def length(source: Any) -> int | None:
-    """How many images a source has, None for a stream."""
+    """Number of images of a source; None for a stream."""
     return None if isinstance(source, Stream) else len(source)
 
 
@@ -88,6 +89,8 @@ def batches(
     tasks: list[Task] = []
     bad: list[Bad] = []
     while True:
+        # Every rank walks the whole stream and counts every usable image, so all of them agree on positions without
+        # talking.
         images, first_bad = 0, None
         for item in _shuffled(stream, seed, epoch):
             if isinstance(item, Bad):
@@ -97,8 +100,10 @@ def batches(
                 continue
             index, record = item
             images += 1
+            # negative while a resumed run skips what it had seen: read again, but not given
             here = position - start_position
             position += 1
+            # blocks of batch_size positions go to the ranks in turn, which is the slice that `sampler` gives them
             if here >= 0 and here // batch_size % world_size == rank:
                 tasks.append(Task(start_position + here, epoch, index, record))
             if len(tasks) == batch_size:
@@ -112,6 +117,7 @@ def batches(
 
 def _shuffled(stream: Stream, seed: int, epoch: int) -> Iterator[tuple[int, Record] | Bad]:
     """(index in the stream, record) in the order of an epoch."""
+    # one generator an epoch, drawn from in the order of the stream: the same on every rank and after a resume
     draw = rng.generator(seed, "shuffle", epoch)
     buffer: list[tuple[int, Record]] = []
     index = 0
@@ -121,9 +127,11 @@ def _shuffled(stream: Stream, seed: int, epoch: int) -> Iterator[tuple[int, Reco
             continue
         buffer.append((index, item))
         index += 1
+        # full: a random one leaves and the last takes its place, O(1) for each image
         if len(buffer) > stream.shuffle_buffer:
             at = int(draw.integers(len(buffer)))
             buffer[at], buffer[-1] = buffer[-1], buffer[at]
             yield buffer.pop()
+    # at the stream's end the rest leaves in random order, so each image comes exactly once an epoch
     draw.shuffle(buffer)
     yield from buffer

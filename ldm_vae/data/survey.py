@@ -1,4 +1,4 @@
-"""What is in a source, before an hour is spent on it: sizes, shapes, formats, damage, captions, thumbnails.
+"""Survey of a source before training: sizes, shapes, formats, damage, captions, thumbnails.
 
 `survey` looks at every image asked for (decoding it: damage shows only so), `Survey.lines` tells it to a person.
 
@@ -54,7 +54,7 @@ class Finding:
 
 @dataclass
 class Survey:
-    """What was found: images in the source (None: a stream), its columns, and the findings."""
+    """Result of a survey: images in the source (None: a stream), its columns, and the findings."""
 
     total: int | None
     columns: tuple[str, ...]
@@ -100,6 +100,7 @@ def survey(source: Source | Stream, max_images: int | None = None, num_workers: 
     total = length(source)
     indices: Sequence[int] | None = None
     if total is not None and max_images is not None and max_images < total:
+        # a keyed draw, read in order: the same images each time, and no jumping back in an archive
         indices = np.sort(rng.generator(0, "survey").choice(total, max_images, replace=False)).tolist()
     chosen = islice(items(source, indices), None if total is not None else max_images)
     found = Survey(total, source.columns)

@@ -38,7 +38,7 @@ class Member:
 
     @property
     def extension(self) -> str:
-        """What stands behind that dot, in lower case."""
+        """The rest of the name after that dot, in lower case."""
         return PurePosixPath(self.name).name.partition(".")[2].lower()
 
 
@@ -66,7 +66,7 @@ class Group:
 
 
 def is_image(extension: str, image_column: str | None) -> bool:
-    """Whether a member of this extension is the image; `image_column` is an extension, any picture's if None."""
+    """True if a member of this extension is the image; `image_column` is an extension, any picture's if None."""
     return extension == image_column if image_column else f".{extension.rpartition('.')[2]}" in EXTENSIONS
 
 

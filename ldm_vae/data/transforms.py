@@ -31,7 +31,7 @@ Box = tuple[int, int, int, int]
 
 
 def preprocessing_identity(decoding: Decoding = DEFAULT) -> str:
-    """What a latent store compares: two images prepared under the same identity have the same pixels."""
+    """Preprocessing identity that a latent store compares: equal identities mean equal pixels."""
     changed = [
         f"{name}={getattr(decoding, name)!r}"
         for name in decoding.__dataclass_fields__
@@ -53,8 +53,8 @@ def decoding_of(identity: str) -> Decoding | None:
 
 @dataclass(frozen=True)
 class Crop:
-    """pixels uint8 [C, R, R]; original_size (H, W) of the image upright; box (top, left, height, width) of the crop in
-    the original's pixels; whether it was mirrored. SDXL's micro-conditioning is made of these."""
+    """One crop: pixels uint8 [C, R, R]; original_size (H, W) of the image upright; box (top, left, height, width) of
+    the crop in the original's pixels; whether it was mirrored. SDXL's micro-conditioning is made of these."""
 
     pixels: torch.Tensor
     original_size: tuple[int, int]
@@ -63,7 +63,7 @@ class Crop:
 
 
 class TransformConfig(Section):
-    """How training crops are cut. The defaults show the model what `ldm-vae encode` will show it, whole images at the
+    """Settings of training crops. The defaults show the model what `ldm-vae encode` will show it, whole images at the
     resolution, with as much variation as that leaves."""
 
     crop: Literal["random", "centre"] = "random"
@@ -107,11 +107,13 @@ def centre_crop(
         return _cut(image, _height_width(resolution), 1.0, (0.5, 0.5), original_size)
     rows, columns = _height_width(resolution)
     height, width = image.shape[1:]
+    # crop pixels per image pixel that just cover the crop; the longer side overlaps and is cut
     zoom = max(rows / height, columns / width)
     if rows / height >= columns / width:
         new_height, new_width = rows, max(columns, int(rows * width / height))
     else:
         new_height, new_width = max(rows, int(columns * height / width)), columns
+    # rounded as torchvision's CenterCrop rounds
     top, left = round((new_height - rows) / 2), round((new_width - columns) / 2)
     resized = _resize(image, new_height, new_width)[:, top : top + rows, left : left + columns]
     box = (top / zoom, left / zoom, rows / zoom, columns / zoom)
@@ -135,12 +137,14 @@ def random_crop(
     """
     rows, columns = _height_width(resolution)
     height, width = image.shape[1:]
+    # all four drawn, needed or not: switching an option on must not move the others' draws
     u_scale, u_top, u_left, u_flip = generator.random(4)
     if config.resize == "none":
         shrink = 1.0
     else:
         low, high = config.scale
         cover = min(height / rows, width / columns)  # image pixels per crop pixel where the crop is as large as fits
+        # log-uniform: as many crops between 1 and sqrt(2) as between sqrt(2) and 2
         shrink = cover / math.exp(math.log(low) + u_scale * (math.log(high) - math.log(low)))
     if config.crop == "centre":
         u_top = u_left = 0.5
@@ -178,6 +182,7 @@ def _cut(
     shrink = min(shrink, height / rows, width / columns)
     box_height = min(height, max(1, round(rows * shrink)))
     box_width = min(width, max(1, round(columns * shrink)))
+    # each whole-pixel place is equally likely
     top = min(int(place[0] * (height - box_height + 1)), height - box_height)
     left = min(int(place[1] * (width - box_width + 1)), width - box_width)
     pixels = _resize(image[:, top : top + box_height, left : left + box_width], rows, columns)

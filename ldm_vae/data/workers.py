@@ -1,4 +1,4 @@
-"""The worker processes of every loader: torch's DataLoader, with its ways of spoiling a long run closed.
+"""Worker processes of every loader: torch's DataLoader, guarded against what it can do to a long run.
 
 One thread a worker (torch sets it), the global random generator untouched, signals left to the main process, errors for
 users carried across as sentences.
@@ -46,7 +46,8 @@ def _same(batch: Any) -> Any:
 
 
 def _start_worker(_worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process saves first and then ends us."""
+    """Ignore Ctrl-C and a scheduler's SIGTERM, which reach the whole process group; the main process saves first and
+    then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # a spawned worker that ends while its queue's thread is inside torch aborts the process and frightens the parent
@@ -55,8 +56,8 @@ def _start_worker(_worker: int) -> None:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Of a worker's other threads (the loop's own errors travel): that the main process left while it took a batch,
-    which multiprocessing reports with a traceback, is no news; it has said why."""
+    """Exception hook of a worker's other threads (errors of the loop itself travel): that the main process left while
+    it took a batch, which multiprocessing reports with a traceback, is no news; it has said why."""
     if not issubclass(kind, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, trace)
 
@@ -85,6 +86,7 @@ def load(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # without one of its own it draws from the global generator
     )
+    # `next` by hand, so that only its own errors are caught below
     batches = iter(loader)
     while True:
         try:
@@ -95,6 +97,7 @@ def load(
             if (what := misfortune(error)) is None:
                 raise
             raise what from error
+        # raised here, in the main process, as the sentence that it is
         if isinstance(batch, _Failure):
             raise WorkError(batch.error)
         yield batch
@@ -110,5 +113,6 @@ def _take(batches: Iterator[Any]) -> Any:
     except (EOFError, ConnectionError) as error:
         if "DataLoader worker process" in str(error):  # a worker's own error, of the network perhaps, on its way to us
             raise
+        # time for torch's signal handler, whose RuntimeError names the worker and is the better sentence
         time.sleep(GRACE)
         raise WorkError(f"a data worker died, out of memory perhaps (dataloader_num_workers): {error}") from error

@@ -31,7 +31,7 @@ SKIMAGE_DATA = "https://gitlab.com/scikit-image/data"
 
 @dataclass(frozen=True)
 class Photograph:
-    """Where a photograph comes from, and what its package says of it."""
+    """Source of a photograph, and what its package says of it."""
 
     name: str
     package: str

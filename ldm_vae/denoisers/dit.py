@@ -52,8 +52,9 @@ class Config(Part):
 
 
 def _initialise(network: DiTTransformer2DModel) -> None:
-    """As published (section 3.2): every block begins as the identity and the network as zero. And labels are dropped by
-    key (ldm_vae/diffusion/flow.py), not by each block for itself, as diffusers' embedding does in training."""
+    """Initialise as published (section 3.2): every block begins as the identity and the network as zero. And labels are
+    dropped by key (ldm_vae/diffusion/flow.py), not by each block for itself, as diffusers' embedding does in
+    training."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -1,4 +1,4 @@
-"""What a diffusion run is made of: its knobs, the store it reads, its network. The loop is train/diffusion.py.
+"""Config of a diffusion run: its knobs, the store it reads, its network. The loop is train/diffusion.py.
 
 Legend: B batch, c latent channels, h w latent positions.
 """
@@ -92,11 +92,13 @@ class StoredLatents:
         own place on, which is that of `images_seen`."""
         number_of = {value: number for number, value in enumerate(self.classes)}
         schedule = loader.schedule
+        # the positions that this rank's images have in the global batch, by which noise and times are keyed
         start = images_seen + schedule.rank * schedule.batch_size
         while True:
             for batch in loader:
                 latents = batch["latents"]
                 positions = list(range(start, start + len(latents)))
+                # an image without a label trains the unconditional model
                 labels = torch.full((len(latents),), self.none)
                 if self.label_column is not None:
                     values = batch[self.label_column]
@@ -111,6 +113,7 @@ class StoredLatents:
             return latents
         rows = []
         for latent, key in zip(latents, keys, strict=True):
+            # by position in the stream: another place each epoch, the same after a resume
             draw = rng.generator(self.seed, "latent crop", key)
             top, left = (int(draw.integers(side - self.crop + 1)) for side in latent.shape[1:])
             rows.append(latent[:, top : top + self.crop, left : left + self.crop])
@@ -172,6 +175,7 @@ def load_decoder(settings: DiffusionTraining, latents: StoredLatents) -> Any:
         if settings.vae is not None:
             raise
         raise UsageError(f"vae: the store was made with {name}, which is not found from here ({error})") from error
+    # a decoder of other latents would draw noise without a word
     if encoder_fingerprint(vae) != manifest.identity.encoder:
         raise UsageError(f"vae {name}: its encoder is not the one that made {settings.latents}")
     return vae
@@ -181,7 +185,7 @@ def load_decoder(settings: DiffusionTraining, latents: StoredLatents) -> Any:
 
 
 def build_denoiser(settings: DiffusionTraining, latents: StoredLatents) -> Denoiser:
-    """Random weights, drawn by the seed."""
+    """Build the network with random weights, drawn by the seed."""
     channels, *size = latents.shape
     with rng.seeded(settings.seed):
         network = settings.denoiser.build(channels, tuple(size), len(latents.classes))
@@ -203,12 +207,13 @@ def count_step(
             times = torch.rand(batch)
             (denoiser(latents, times, labels) - latents).square().mean().backward()
     parameters = count_parameters(denoiser.parameters())
+    # 4 bytes a number; Adam has two moments
     held = {"weights": 4 * parameters, "averaged weights": 4 * parameters, "Adam's moments": 8 * parameters}
     return parameters, cost.flops / batch / 1e9, held | {"activations and gradients": cost.peak_bytes}
 
 
 def describe(settings: DiffusionTraining, processes: int = 1) -> str:
-    """What `--dry_run` prints: the resolved config as YAML, then what it will cost as comments.
+    """Text that `--dry_run` prints: the resolved config as YAML, then the cost as comments.
 
     Raises:
         UsageError: the config does not hold together, or the store is not there.

@@ -1,4 +1,4 @@
-"""Flow matching on latents: the straight paths of rectified flow, what a network learns from them, and samplers.
+"""Flow matching on latents: the straight paths of rectified flow, the velocity that a network learns, and samplers.
 
     x_t = (1 - t) x + t e        from data x at t = 0 to noise e ~ N(0, I) at t = 1
     v   = dx_t / dt = e - x      what the network is asked for; its best answer is E[v | x_t]
@@ -37,7 +37,7 @@ Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class FlowConfig(Section):
-    """Where on the paths the network learns. By default nothing here depends on the size of the latent."""
+    """Distribution of the training times on the paths. By default nothing here depends on the size of the latent."""
 
     time_mean: float = 0.0
     """Of the logit of t: above 0 the network sees more noise."""
@@ -51,7 +51,7 @@ class FlowConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How samples are drawn."""
+    """Settings of the sampler."""
 
     method: Literal["euler", "heun"] = "heun"
     """heun: second order, two calls of the network a step."""

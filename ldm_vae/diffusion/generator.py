@@ -37,8 +37,9 @@ FOLDER, CALL = "denoiser", "flow.json"
 
 @dataclass(frozen=True)
 class Generator:
-    """denoiser: in eval mode; vae: decodes; shape (c, h, w) of a latent, normalised as `normalisation` says; sampling:
-    the default; classes: the values that labels stand for; shift: of the times, as in training; seed: of the noise."""
+    """A trained diffusion model. denoiser: in eval mode; vae: decodes; shape (c, h, w) of a latent, normalised as
+    `normalisation` says; sampling: the default; classes: the values that labels stand for; shift: of the times, as in
+    training; seed: of the noise."""
 
     denoiser: Denoiser
     vae: Any
@@ -54,7 +55,7 @@ class Generator:
         return next(self.denoiser.parameters()).device
 
     def noise(self, keys: Sequence[int]) -> torch.Tensor:
-        """What samples start from, [B, c, h, w] on the CPU."""
+        """Noise that samples start from, [B, c, h, w] on the CPU."""
         return rng.normal(self.seed, "samples", keys, self.shape)
 
     def labels(self, keys: Sequence[int]) -> list[int]:
@@ -114,7 +115,7 @@ class Generator:
 
     @classmethod
     def load(cls, run: str | Path, vae: Any) -> Generator:
-        """From a run folder, with the VAE whose latents it learned.
+        """Load from a run folder, with the VAE whose latents it learned.
 
         Raises:
             UsageError: the folder has no finished diffusion model, or not a whole one.

@@ -1,6 +1,6 @@
-"""How well a diffusion model learns the latents of a VAE: the same small network on the latents of each.
+"""Diffusability probe: the same small network learns the latents of each VAE, and its error compares them.
 
-What can be held equal between latent spaces of different shapes: the number of images, of tokens, and of operations. A
+Three things can be held equal between latent spaces of different shapes: images, tokens, and operations. A
 latent [c, h, w] is cut into patches so that each space gives equally many tokens; if operations still differ by more
 than the tolerance, the width of a head is moved until they do not. Denoising losses do not compare between spaces.
 
@@ -30,7 +30,8 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every probe is trained: AdamW, a cosine after the warm-up, averaged weights; shares are of train_images."""
+    """Training recipe of every probe: AdamW, a cosine after the warm-up, averaged weights; shares are of
+    train_images."""
 
     train_images: int = 32_000
     batch_size: int = 32
@@ -92,6 +93,7 @@ def _moved(one: Matched, shape: Shape, wanted: float, tolerance: float) -> Match
     def off(found: Matched) -> float:
         return abs(math.log(found.gflop / wanted))
 
+    # width moves by 4 channels a head, until the next step would be farther off
     step = 4 if one.gflop < wanted else -4
     while off(one) > math.log1p(tolerance):
         head = one.config.attention_head_dim + step
@@ -113,7 +115,7 @@ def _moved(one: Matched, shape: Shape, wanted: float, tolerance: float) -> Match
 
 
 def build(config: DiT, shape: Shape, seed: int) -> Denoiser:
-    """Unconditional, random weights by the seed."""
+    """Build an unconditional network with random weights by the seed."""
     with seeded(seed):
         return Denoiser(config.build(shape[0], shape[1:], 0), 0)
 
@@ -137,6 +139,7 @@ def fit(
     for step, (clean, labels, positions) in enumerate(
         tqdm(latents.batches(loader, 0), total=total // batch, desc=title, unit="step", disable=None, leave=False)
     ):
+        # whole batches only: every VAE gets the same number of images
         seen = step * batch
         if seen + batch > total:
             break
@@ -151,6 +154,7 @@ def fit(
         optimizer.zero_grad()
         ema.update(denoiser, seen + batch, batch)
         losses.append(loss.detach())
+    # on the device until here: no step waits for a number
     mean = float(torch.stack(losses[-max(1, len(losses) // 10) :]).mean())
     if not math.isfinite(mean):
         raise WorkError(f"{title}: the loss became NaN or infinite")

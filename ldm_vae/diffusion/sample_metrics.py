@@ -1,5 +1,5 @@
-"""What a diffusion run leaves to look at: grids of decoded samples, and how far such samples are from what they should
-look like, beside two sets that anybody can make without a diffusion model.
+"""Samples of a diffusion run: grids of decoded samples, and their distances from what they should look like, beside two
+sets that need no diffusion model.
 
     RUN/samples/images-000012345.png   a grid, a column for each class
     RUN/report/diffusion.json          which grids there are, how they were sampled, and the distances:
@@ -86,13 +86,14 @@ class ClipLooks(Judge):
 
 
 def looks(device: torch.device) -> Looks | None:
-    """None where the features' weights are not installed."""
+    """Load the features of the Frechet distance; None where their weights are not installed."""
     network = features.efflite0(device)
     return None if network is None else Looks(network)
 
 
 def clip_looks(source: str | None) -> ClipLooks | None:
-    """On the CPU, for `record_distances` to move; None where no CLIP is supplied. Raises what `features.clip` does."""
+    """Load the CLIP on the CPU, for `record_distances` to move; None where none is supplied. Raises what
+    `features.clip` does."""
     return None if source is None else ClipLooks(features.clip(source, torch.device("cpu")))
 
 

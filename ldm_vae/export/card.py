@@ -36,8 +36,8 @@ def card_name(out: Path) -> str:
 
 @dataclass
 class Card:
-    """What a card says: of a model called `name`, with statistics of its latents, contents of metrics.json (one per VAE
-    and protocol), further keys of the head (license, base_model, datasets), and further sections, title => Markdown
+    """Contents of a card: of a model called `name`, with statistics of its latents, contents of metrics.json (one per
+    VAE and protocol), further keys of the head (license, base_model, datasets), and further sections, title => Markdown
     (recipe, fp16 certificate, drift, warnings)."""
 
     name: str

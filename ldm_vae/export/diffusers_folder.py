@@ -1,4 +1,4 @@
-"""Write a VAE as a diffusers folder: one normalisation in config.json, read back and compared before it is published.
+"""Export as a diffusers folder: one normalisation in config.json, read back and compared before it is published.
 
 Legend: c latent channels, h w latent positions.
 """
@@ -84,7 +84,7 @@ def write_configured(
     max_shard_size: str = "10GB",
     files: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """As `write_vae`, of what `configured_copy` gave, which is used up: it is in fp16 afterwards where `half` is asked
+    """Write what `configured_copy` gave, as `write_vae` does. It is used up: in fp16 afterwards where `half` is asked
     for."""
     everything = dict(files or {})
     if (found := preprocessing.recorded(copy)) is not None:
@@ -93,9 +93,11 @@ def write_configured(
         everything[STATISTICS] = (json.dumps(statistics.to_json(), indent=1) + "\n").encode()
     text = Card(card_name(out), statistics).text(copy) if card is None else card
     everything["README.md"] = text.encode()
+    # nothing of it has its name before the weights were read back
     with atomic_io.whole(out, check_replaceable) as folder:
         _save(copy, folder, max_shard_size)
         if half:
+            # after fp32, since `half` changes the copy in place
             _save(copy.half(), folder, max_shard_size, variant="fp16")
         for name, content in everything.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -113,7 +115,7 @@ def _save(vae: Any, folder: Path, max_shard_size: str, **variant: str) -> None:
 
 
 def read_statistics(path: Path) -> LatentStatistics:
-    """What `write_vae` was given as `statistics`, from the latent_statistics.json that it wrote."""
+    """Read the `statistics` of an export from the latent_statistics.json that `write_vae` wrote."""
     try:
         return LatentStatistics.from_json(parse_json(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -135,6 +137,7 @@ def configured_copy(vae: Any, normalisation: Normalisation | None = None, **chan
             raise UsageError(
                 f"normalisation `{normalisation.kind}`: the config of a {type(vae).__name__} has no {name}"
             )
+    # the config's own network without values: the weights are assigned below, not copied
     with torch.device("meta"):
         # an AutoencoderTiny has no sample_size
         known = {name: value for name, value in changes.items() if value is not None and name in defaults}
@@ -166,6 +169,7 @@ def compare(written: Any, loaded: Any) -> float:
         if value.dtype != came[name].dtype or not torch.equal(value, came[name]):
             raise WorkError(f"reload check: tensor {name} is not what was written")
     size = (1, int(written.config.latent_channels), 4, 4)
+    # equal weights under another config can still decode otherwise
     z = torch.randn(size, generator=torch.Generator().manual_seed(0))
     before, after = latents.decode(written, z), latents.decode(loaded.to("cpu").eval(), z)
     largest = float((before - after).abs().max())

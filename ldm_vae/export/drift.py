@@ -1,4 +1,4 @@
-"""How far a fine-tuned VAE has moved from its base, for a diffusion model that was trained on the base's latents.
+"""Drift of a fine-tuned VAE from its base, for a diffusion model that was trained on the base's latents.
 
 Such a model hands base latents to the tuned decoder (text to image), and gets tuned latents from the tuned encoder
 (image to image). So both are measured: the latents against each other, and all four ways of encoding and decoding
@@ -39,8 +39,9 @@ SAME_LOSS, CLOSE_LOSS = 0.5, 1.5  # dB below the base's own reconstruction
 
 @dataclass(frozen=True)
 class Drift:
-    """rms, shift [c] and scale [c] are in units of the base's standard deviation (scale: ratio of the two); cosine is
-    the mean over images, of latents centred by the base's channel means; metrics by way and name."""
+    """Drift of a tuned VAE. rms, shift [c] and scale [c] are in units of the base's standard deviation (scale: ratio of
+    the two); cosine is the mean over images, of latents centred by the base's channel means; metrics by way and
+    name."""
 
     same_encoder: bool
     same_normalisation: bool
@@ -59,7 +60,7 @@ class Drift:
 
     @property
     def verdict(self) -> str:
-        """One sentence: may a diffusion model of the base go on with the tuned VAE?"""
+        """Verdict in one sentence: whether a diffusion model of the base can go on with the tuned VAE."""
         own, cross = self.psnr("base -> base"), self.psnr("base -> tuned")
         decoder = f"base latents decode at {cross:.2f} dB (base: {own:.2f} dB)"
         if self.same_encoder:
@@ -81,13 +82,13 @@ class Drift:
         return text
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """All results as JSON, for programs."""
         metrics = {way: {name: one.to_json() for name, one in found.items()} for way, found in self.metrics.items()}
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "metrics"}
         return {"verdict": self.verdict, **plain, "metrics": metrics}
 
     def lines(self) -> list[str]:
-        """For the terminal and the card."""
+        """Lines for the terminal and the card."""
         rows = [
             f"encoder: {'identical' if self.same_encoder else 'changed'}; {self.images:,} images",
             f"latents: cosine {self.cosine:.5f}, RMS difference {self.rms:.4f} of the base's standard deviation",
@@ -133,6 +134,7 @@ def measure_drift(
         pixels = to_pixels(batch.pixels.to(base.device))
         z = {name: finite.encode(vae, pixels).mean for name, vae in vaes.items()}
         for name, value in z.items():
+            # on the CPU and in fp64: the statistics below are over all images at once
             means[name].append(value.double().cpu())
         for way, measured in metrics.items():
             encoder, decoder = way.split(" -> ")
@@ -143,6 +145,7 @@ def measure_drift(
         raise WorkError("drift: there was no usable image")
     before, after = torch.cat(means["base"]), torch.cat(means["tuned"])
     centre, std = before.mean((0, 2, 3), keepdim=True), before.std((0, 2, 3), keepdim=True)
+    # in the base's deviations, channel by channel: what a diffusion model of the base sees as 1
     apart = (after - before) / std
     cosine = torch.cosine_similarity((before - centre).flatten(1), (after - centre).flatten(1))
     return Drift(

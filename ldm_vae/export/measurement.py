@@ -1,4 +1,4 @@
-"""Measure a VAE's latents: over batches of pixels, over images of any source, or as a latent store has them already.
+"""Measurement of a VAE's latents: over batches of pixels, over images of any source, or as a latent store has them.
 
 Legend: B batch, C image channels, H W pixels.
 """
@@ -63,7 +63,7 @@ class Images:
         return (to_pixels(batch.pixels) for batch in self.image_batches(vae))
 
     def image_batches(self, vae: Any) -> Iterator[ImageBatch]:
-        """The same as metrics take them."""
+        """Batches of the same images, as metrics take them."""
         check_resolution(self.resolution, downsampling_factor(vae))
         source = (self.preparation or preparation_of({"": vae})).open(self.data)
         indices = spread(len(source), self.limit or len(source))
@@ -72,7 +72,7 @@ class Images:
 
 
 def is_store(stats: str) -> bool:
-    """Whether what `--stats` names is a latent store rather than images."""
+    """True if what `--stats` names is a latent store rather than images."""
     return (Path(stats) / MANIFEST).is_file()
 
 
@@ -92,7 +92,7 @@ def normalisation_of(base: str, latent_channels: int) -> Normalisation:
 
 
 def statistics_of_store(vae: Any, store: str, preparation: Preparation | None = None) -> LatentStatistics:
-    """As they were measured when the store was made.
+    """Statistics of a store's latents, as they were measured when it was made.
 
     Args:
         preparation: how the images must have been decoded, flags included; as the VAE records by default.

@@ -32,8 +32,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Preview:
-    """factors [c][C] and bias [C], in the names and order that ComfyUI's latent formats use; r2: the share of the
-    colours' variance that they explain."""
+    """Linear preview: factors [c][C] and bias [C], in the names and order that ComfyUI's latent formats use; r2: the
+    share of the colours' variance that they explain."""
 
     factors: list[list[float]]
     bias: list[float]
@@ -46,12 +46,12 @@ class Preview:
         return torch.einsum("bchw,cd->bdhw", scaled.float(), factors) + bias.view(-1, 1, 1)
 
     def to_json(self) -> str:
-        """What latent_preview.json holds."""
+        """Contents of latent_preview.json."""
         tree = {"latent_rgb_factors": self.factors, "latent_rgb_factors_bias": self.bias}
         return json.dumps(tree | {"r2": self.r2, "images": self.images}, indent=1) + "\n"
 
     def lines(self) -> list[str]:
-        """For the terminal, to be pasted."""
+        """Lines for the terminal, to be pasted."""
         rows = [f"    [{', '.join(f'{value:.4f}' for value in row)}]," for row in self.factors]
         bias = ", ".join(f"{value:.4f}" for value in self.bias)
         head = f"preview factors (they explain {self.r2:.1%} of the colours, {self.images} images):"

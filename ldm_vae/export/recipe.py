@@ -1,4 +1,4 @@
-"""What a run folder says about how its VAE was made: for the model card."""
+"""Recipe of a VAE for the model card, from its run folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class Recipe:
-    """metadata: keys of the card's head; sections: title => Markdown; results: what evaluation measured."""
+    """Recipe for a card. metadata: keys of the card's head; sections: title => Markdown; results: what evaluation
+    measured."""
 
     metadata: dict[str, Any] = field(default_factory=dict)
     sections: dict[str, str] = field(default_factory=dict)
@@ -28,7 +29,7 @@ class Recipe:
 
 
 def read_recipe(run: Path) -> Recipe:
-    """From RUN/config.yaml, metrics.jsonl and report/metrics.json; empty for a folder that is no run."""
+    """Read a recipe from RUN/config.yaml, metrics.jsonl and report/metrics.json; empty for a folder that is no run."""
     path = run / "config.yaml"
     if not path.is_file():
         return Recipe()

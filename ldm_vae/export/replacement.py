@@ -1,4 +1,4 @@
-"""What an export may replace: an older export, and nothing of somebody's own."""
+"""Replacement rule of exports: an older export may be replaced, anything else may not."""
 
 from __future__ import annotations
 

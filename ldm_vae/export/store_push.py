@@ -1,4 +1,4 @@
-"""A latent store to a dataset repository of a model hub, with its card.
+"""Upload of a latent store to a dataset repository of a model hub, with its card.
 
 Shards go first, in commits of a few hundred files, each compared with its checksum before it is sent; what the hub has
 already is not sent again, so an interrupted push goes on. The manifest comes with the last commit: until then a reader
@@ -42,7 +42,7 @@ MESSAGE = "Upload with ldm-vae"
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a repository still needs of a store. Files by their path in both."""
+    """Plan of an upload: the files of a store that a repository still needs, by their path in both."""
 
     store: Path
     repo: str
@@ -106,10 +106,12 @@ def push(plan: PushPlan, *, private: bool = False, license: str | None = None, v
 
         if plan.revision is not None:
             api.create_branch(address.repo_id, branch=plan.revision, repo_type="dataset", exist_ok=True)
+        # from the first overwritten shard on the old manifest would describe files that are not there
         if plan.overwrites:
             commit([CommitOperationDelete(MANIFEST)])
         with tqdm(total=len(plan.missing), desc="push", unit="files", disable=None) as bar:
             for paths in _parts(plan):
+                # checked at the last moment before sending: damage on the disk must not be published
                 commit([_checked(plan.store, path, plan.missing[path]) for path in paths])
                 bar.update(len(paths))
         card = store_card(plan.repo, plan.manifest, license, on_hub=True, picture=PICTURE if picture else None)
@@ -117,6 +119,7 @@ def push(plan: PushPlan, *, private: bool = False, license: str | None = None, v
         last += [CommitOperationAdd(PICTURE, picture)] if picture else []
         if plan.manifest.quarantined:
             last.append(CommitOperationAdd(QUARANTINE, plan.store / QUARANTINE))
+        # one commit: the manifest appears, and files that it does not name leave, at the same moment
         commit([*last, *(CommitOperationDelete(path) for path in plan.stale)])
     return str(address)
 
@@ -135,6 +138,7 @@ def _is_there(there: RepoFile | None, record: FileRecord, local: Path) -> bool:
         return False
     if there.lfs is not None:
         return there.lfs.sha256 == record.sha256
+    # git's own hash of a file: "blob SIZE\0" and the content
     content = local.read_bytes() if local.is_file() else b""  # a small file, which the hub keeps in git
     return there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Where a VAE goes: what each program can load from one file, what it ignores, and the proof that it reads ours.
+"""Export targets: what each program can load from one file, what it ignores, and the proof that it reads ours.
 
 The facts were read in the programs' sources: ComfyUI `comfy/sd.py` (class VAE) and `comfy/latent_formats.py`; kohya
 sd-scripts `library/model_util.py` (load_vae) and its constants; A1111 `modules/sd_vae.py` (a strict load_state_dict
@@ -45,7 +45,7 @@ class Target:
 
 
 def warnings_for(target: Target, config: Config) -> list[str]:
-    """What the target cannot load or will ignore of a VAE of this config, a sentence each."""
+    """Parts of a VAE of this config that the target cannot load or will ignore, a sentence each."""
     found = []
     reason = target.why_not(config)
     if reason is not None:
@@ -155,6 +155,7 @@ def write_target(vae: AutoencoderKL, path: Path, *, half: bool = False) -> float
         WorkError: the file does not encode or decode as the model does; it is removed.
     """
     save_single_file(vae.half() if half else vae, path)
+    # compared in fp32: with `half` the weights are rounded already, and the same on both sides
     difference = max(_differences(vae.float(), load_file(path)))
     if not difference <= TOLERANCE:
         path.unlink()
@@ -167,6 +168,7 @@ def _differences(vae: AutoencoderKL, tensors: Mapping[str, torch.Tensor]) -> tup
     """Relative differences of moments and of pixels between a file, read by LDM's network, and the model."""
     draw = torch.Generator().manual_seed(0)
     network = LdmNetwork(tensors, int(vae.config.norm_num_groups))
+    # the smallest image that every downsampling divides, times two
     side = 2 ** len(vae.config.block_out_channels)
     pixels = torch.rand(1, int(vae.config.in_channels), side, side, generator=draw) * 2 - 1
     z = torch.randn(1, int(vae.config.latent_channels), 4, 4, generator=draw)

@@ -1,4 +1,4 @@
-"""What `enable_tiling` costs: the difference between a VAE run on tiles and on the whole image, and where it lies.
+"""Tiling error: the difference between a VAE run on tiles (`enable_tiling`) and on the whole image, and where it lies.
 
 diffusers cuts overlapping tiles of `sample_size` pixels and blends them. Convolutions would not mind, but GroupNorm's
 statistics and the middle attention differ from tile to tile, so a tile is a little off as a whole.

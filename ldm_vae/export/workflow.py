@@ -1,4 +1,4 @@
-"""One export from end to end: load, decide the normalisation, write, read back, compare, and say what was done."""
+"""Export workflow: load, decide the normalisation, write, read back, compare, and report what was done."""
 
 from __future__ import annotations
 
@@ -50,18 +50,20 @@ AUDIT_SIDE = 64  # pixels on a CPU, where the audit of an SD-sized VAE would tak
 
 @dataclass
 class Done:
-    """What was written, line by line, and what the user must know."""
+    """Result of an export: what was written, line by line, and what the user must know."""
 
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
 def export(request: Request) -> Done:
-    """Do it. Raises UsageError for a wrong request, WorkError when what was written does not read back."""
+    """Export a VAE. Raises UsageError for a wrong request, WorkError when what was written does not read back."""
     done = Done()
+    # everything that the request alone can be refused for, before weights are loaded or images read
     _check(request)
     vae = _load(request, done)
     base = None if request.drift_from is None else load_autoencoder(request.drift_from).to(vae.device)
+    # before anything is measured: statistics, preview and drift must see images as OUT's record will say
     preparation = _preparation(request, vae, base, done)
     statistics = _statistics(request, vae, preparation)
     normalisation = _normalisation(request, vae, statistics, done)
@@ -95,7 +97,7 @@ def _push(request: Request) -> str:
 
 
 def _check(request: Request) -> None:
-    """What can be refused before anything is loaded."""
+    """Refuse what can be refused before anything is loaded."""
     if request.preview and request.stats is None:
         raise UsageError("--preview: needs images to fit the colours; give --stats STORE or --stats DATA")
     if request.drift_from is not None and (request.stats is None or is_store(request.stats)):
@@ -118,6 +120,7 @@ def _load(request: Request, done: Done) -> AutoencoderKL:
     if Path(request.source).is_file() and request.weights_only_pickle:
         config = None if request.config is None else Path(request.config)
         vae = load_single_file(Path(request.source), config, allow_pickle=True).float()
+        # said aloud: pickles are read only where the user allows it
         done.lines.append(f"read {request.source} as a pickle, with weights_only: tensors alone, no code was run")
     else:
         vae = load_autoencoder(request.source, request.config)
@@ -128,6 +131,7 @@ def _preparation(request: Request, vae: AutoencoderKL, base: AutoencoderKL | Non
     """Decoding of images for SRC; flags about it are recorded with OUT."""
     both = {request.source: vae} | ({} if base is None or request.drift_from is None else {request.drift_from: base})
     preparation = preparation_of(both, request.flags)
+    # a network without a record stays without one unless a flag asks: what was not known is not made up
     if recorded(vae) is not None or request.flags.decide:
         record(vae, preparation.kept)
         done.lines += preparation.notes
@@ -145,7 +149,7 @@ def _images(request: Request, vae: AutoencoderKL, preparation: Preparation) -> I
 
 
 def _statistics(request: Request, vae: AutoencoderKL, preparation: Preparation) -> LatentStatistics | None:
-    """Measured now if asked; else as they were measured when SRC was written."""
+    """Statistics of the latents: measured now if asked, else as they were measured when SRC was written."""
     if request.stats is None:
         places = (Path(request.source) / STATISTICS, Path(request.source) / "vae" / STATISTICS)
         return next((read_statistics(place) for place in places if place.is_file()), None)
@@ -157,7 +161,8 @@ def _statistics(request: Request, vae: AutoencoderKL, preparation: Preparation) 
 def _normalisation(
     request: Request, vae: AutoencoderKL, statistics: LatentStatistics | None, done: Done
 ) -> Normalisation:
-    """The one that is written: a base's, or measured in this call, or SRC's own or of another kind."""
+    """The normalisation to write: a base's, or measured in this call, or SRC's own or of another kind."""
+    # a base's normalisation wins over any measurement: its diffusion model knows no other
     if request.normalisation_from is not None:
         return normalisation_of(request.normalisation_from, int(vae.config.latent_channels))
     try:
@@ -165,14 +170,17 @@ def _normalisation(
     except UsageError:
         if request.stats is None:
             raise
+        # SRC's config names none that holds; with --stats that does not matter
         own = Normalisation(1.0)  # and is measured
     kind = request.normalisation or own.kind
+    # measured in this call, or measured earlier and asked for in another kind
     if statistics is not None and (request.stats is not None or kind != own.kind):
         return statistics.normalisation(kind)
     if kind != own.kind:
         raise UsageError(
             f"--normalisation {kind}: {request.source} names `{own.kind}` only; give --stats to measure it"
         )
+    # a config that was never set has this default, which would pass unseen and be wrong
     if own == Normalisation(SD_SCALING) and not is_sd_shape(vae.config):
         raise UsageError(
             f"SRC {request.source}: its scaling_factor {SD_SCALING} is diffusers' default and Stable Diffusion's, and "
@@ -223,7 +231,7 @@ def _preview(request: Request, vae: AutoencoderKL, normalisation: Normalisation,
 
 
 def _drift(request: Request, vae: AutoencoderKL, base: AutoencoderKL, preparation: Preparation, done: Done) -> str:
-    """Against the base that a diffusion model was trained with, over the images of --stats."""
+    """Measure the drift from the base that a diffusion model was trained with, over the images of --stats."""
     images = _images(request, vae, preparation)
     found = measure_drift(base, vae, images.image_batches(vae), resolution=images.resolution)
     done.lines.append(f"drift from {request.drift_from}: {found.verdict}")
@@ -265,6 +273,7 @@ def _audit(vae: AutoencoderKL, request: Request, preparation: Preparation, card:
     """force_upcast, and the sentence that says why; the card gets it too."""
     data = None if request.stats is None or is_store(request.stats) else request.stats
     side = request.resolution or sample_size(vae)
+    # multiples of f only, hence the division and multiplication
     if vae.device.type == "cpu":  # GroupNorm's statistics hardly change with the size; the time does
         side = min(side, AUDIT_SIDE) // downsampling_factor(vae) * downsampling_factor(vae)
     probes = make_probes(vae, data, preparation, resolution=max(side, downsampling_factor(vae)))
@@ -286,9 +295,11 @@ def _write_file(
     ready = configured_copy(vae, normalisation, sample_size=request.resolution)
     target = TARGETS[request.target]
     done.warnings += warnings_for(target, ready.config)
+    # after the warnings are known, which the card repeats
     card.sections[f"For {target.title}"] = _for_target(done.warnings)
     alone = request.place.suffix == ".safetensors"
     if alone:
+        # the name is owned while file and card are written, so that two exports do not mix theirs
         with own_name(request.place):
             difference = write_target(ready, request.place, half=request.half)
             atomic_io.replace(request.place.with_suffix(".md"), atomic_io.data(card.text(ready).encode()))

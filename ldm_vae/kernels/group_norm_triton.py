@@ -21,7 +21,7 @@ CHUNKS = 256  # at most, of a sample
 
 
 class _Layout(NamedTuple):
-    """How x [B, C, H, W] is cut: chunks of `rows` positions, tiles of `tile` positions and `width` channels."""
+    """Partition of x [B, C, H, W]: chunks of `rows` positions, tiles of `tile` positions and `width` channels."""
 
     chunks: int
     rows: int

@@ -1,4 +1,4 @@
-"""What a latent space is worth: numbers and pictures of a trained autoencoder, one idea a file.
+"""Measures of a latent space: numbers and pictures of a trained autoencoder, one idea a file.
 
 channels.py       each channel's distribution: mean, variance, kurtosis, correlation, KL, whether it is used
 information.py    what the latent knows of the image, and how far the aggregate posterior is from the prior

@@ -129,7 +129,7 @@ class ChannelStatistics:
 
     @property
     def active(self) -> torch.Tensor:
-        """Whether a channel's signal variance is above 0.01 [c] (Burda et al., ICLR 2016)."""
+        """True for a channel whose signal variance is above 0.01 [c] (Burda et al., ICLR 2016)."""
         return self.signal_variance > ACTIVE
 
     @property
@@ -205,7 +205,7 @@ def _parts(groups: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _covariance(group: torch.Tensor) -> torch.Tensor:
-    """Of the posterior means [c, c], from sums over some images."""
+    """Covariance [c, c] of the posterior means, from sums over some images."""
     count, first, _, products = _parts(group)
     mean = first / count
     return products / count - mean.outer(mean)

@@ -1,4 +1,4 @@
-"""Whether to encode and to transform commute: E(T x) against T E(x), and D(T E(x)) against T x.
+"""Equivariance of encoding and decoding: E(T x) against T E(x), and D(T E(x)) against T x.
 
 A convolutional encoder commutes with neither scaling nor rotation by itself; latents of autoencoders that do are learnt
 faster by diffusion models (Kouzelis et al., "EQ-VAE", ICML 2025), which `perturbations.eq` trains for.

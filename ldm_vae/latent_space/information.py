@@ -1,4 +1,4 @@
-"""What the latent knows of the image, and how far the latents together are from the prior.
+"""Mutual information of image and latent, and the distance of the aggregate posterior from the prior.
 
 The rate of an autoencoder splits in two (Hoffman & Johnson, "ELBO surgery", 2016):
 
@@ -32,7 +32,8 @@ BLOCK = 256  # latents whose densities under all posteriors are computed at once
 
 @dataclass(frozen=True)
 class Information:
-    """In nats, fp64 [M] each, whose means are the estimates: the rate; the lower and the upper bound of I(x; z)."""
+    """Estimates for each image in nats, fp64 [M]; their means are the results: the rate; the lower and the upper bound
+    of I(x; z)."""
 
     rate: torch.Tensor
     lower: torch.Tensor
@@ -45,7 +46,7 @@ class Information:
 
     @property
     def saturated(self) -> bool:
-        """Whether the lower bound is near its cap, and more images would raise it."""
+        """True if the lower bound is near its cap, so that more images would raise it."""
         return float(self.lower.mean()) > SATURATED * self.cap
 
     def figures(self, prior_gap: float = 0.0) -> dict[str, Any]:
@@ -67,7 +68,7 @@ class Information:
 
 @torch.no_grad()
 def information(moments: Moments, noise: torch.Tensor) -> Information:
-    """Of M images' moments [M, c, h, w], M at least 2, and standard normal noise of that shape.
+    """Estimate from M images' moments [M, c, h, w], M at least 2, and standard normal noise of that shape.
 
     M^2 densities of c * h * w numbers each, as two matrix products in fp64.
     """

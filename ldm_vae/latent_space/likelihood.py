@@ -111,6 +111,7 @@ class LikelihoodBounds:
             for count, nats in importance_bounds(log_weights).items():
                 bits = bits_per_dimension(nats, x[0].numel())
                 runnings[count].update(bits)
+                # the mean over repeats is one number for each image, over which the interval is taken
                 total[count] += bits / self.repeats
         for count, bits in total.items():
             self.bits[count].update(bits)
@@ -120,6 +121,7 @@ class LikelihoodBounds:
     ) -> torch.Tensor:
         found = []
         for draw in range(max(SAMPLES)):
+            # one draw at a time: memory stays that of one decode
             keys = [(index, repeat, draw) for index in indices]
             noise = rng.normal(self.seed, "importance", keys, moments.mean.shape[1:]).to(moments.mean)
             decoded = finite.decode(vae, moments.sample(noise)).clamp(-1, 1)
@@ -144,7 +146,7 @@ class LikelihoodBounds:
         }
 
     def figures(self) -> dict[str, Any]:
-        """How they came about, as plain JSON; spread_bits is the deviation of the repeats' means, by K."""
+        """Details of the bounds as plain JSON; spread_bits is the deviation of the repeats' means, by K."""
         return {
             "variance": self.variance,
             "images": int(self.effective.count) // self.repeats,

@@ -1,4 +1,4 @@
-"""How the power of latents spreads over spatial frequencies.
+"""Power spectrum of latents over spatial frequencies.
 
 A diffusion model denoises coarse structure first, and an image's power falls with frequency. Latents that hold much
 power at high frequencies are closer to noise, and learning them is harder (Skorokhodov et al., "Improving the

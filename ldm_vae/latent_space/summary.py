@@ -1,4 +1,4 @@
-"""What latent_space.json says in words and tables; for a terminal, a Markdown file and the page. It needs no torch."""
+"""Summary of latent_space.json in words and tables; for a terminal, a Markdown file and the page. It needs no torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TITLES = {
 
 
 def rows(result: Json) -> list[Json]:
-    """One a metric: heading, arrow, value, interval (two cells or None), meaning."""
+    """Table rows, one a metric: heading, arrow, value, interval (two cells or None), meaning."""
     found = []
     for name, title in TITLES.items():
         summary = result["metrics"].get(name)
@@ -59,7 +59,7 @@ def rows(result: Json) -> list[Json]:
 
 
 def about_channels(result: Json) -> str:
-    """How many channels carry something, how Gaussian and how independent they are."""
+    """Sentence on the channels: how many carry something, how Gaussian and how independent they are."""
     channels = result["channels"]
     count, active = len(channels["mean"]), sum(channels["active"])
     heavy = max(channels["excess_kurtosis"], key=abs)
@@ -98,14 +98,14 @@ def about_information(result: Json) -> str:
 
 
 def without_information(result: Json) -> str:
-    """Why an encoder has no rate, and hence nothing that is made of it."""
+    """Sentence on the missing rate of an encoder, and of all that is computed from it."""
     if result["data"]["images"] < 2:
         return "One image has no others to be told from."
     return "The encoder gives no variance, so there is no rate, no mutual information and no likelihood bound."
 
 
 def about_likelihood(result: Json) -> str | None:
-    """What the bounds were computed with, and how much they vary."""
+    """Sentence on the likelihood bounds: the settings they were computed with, and their variation."""
     found = result["likelihood"]
     if found is None:
         return None
@@ -123,7 +123,7 @@ def about_likelihood(result: Json) -> str | None:
 
 
 def about_normal(result: Json) -> str:
-    """Why samples of N(0, I) look as they do, from the numbers of this latent space."""
+    """Sentence on samples of N(0, I): why they look as they do, from the numbers of this latent space."""
     channels, found = result["channels"], result["information"]
     if found is None:
         return ""
@@ -153,7 +153,7 @@ def plural(word: str, count: int) -> str:
 
 
 def channel_rows(result: Json) -> list[list[str]]:
-    """One a channel: number, mean, deviation, posterior's deviation, excess kurtosis, KL, active."""
+    """Table rows, one a channel: number, mean, deviation, posterior's deviation, excess kurtosis, KL, active."""
     found = result["channels"]
     count = len(found["mean"])
     noise, kl = (found[name] or [None] * count for name in ("posterior_std", "kl_nats_per_image"))
@@ -193,7 +193,7 @@ def markdown(result: Json) -> str:
 
 
 def plain(result: Json) -> str:
-    """For a terminal."""
+    """The summary as plain text, for a terminal."""
     found = rows(result)
     width = max(len(row["heading"]) for row in found) + 2
     lines = []

@@ -1,4 +1,4 @@
-"""Ways through the latent space: between two images, linear and spherical, and along one channel.
+"""Walks through the latent space: between two images, linear and spherical, and along one channel.
 
 A straight line between two draws of a Gaussian in many dimensions passes nearer to the centre than any draw lies
 (at half way |z| is smaller by the square root of 2); the arc keeps its distance (White, "Sampling generative networks",
@@ -18,13 +18,13 @@ REACH = 3.0  # deviations that a traversal goes to either side
 
 
 def linear(start: torch.Tensor, end: torch.Tensor, frames: int = FRAMES) -> torch.Tensor:
-    """From start [c, h, w] to end, both included, in even steps [F, c, h, w]."""
+    """Walk from start [c, h, w] to end, both included, in even steps [F, c, h, w]."""
     t = _steps(start, frames)
     return (1 - t) * start + t * end
 
 
 def spherical(start: torch.Tensor, end: torch.Tensor, frames: int = FRAMES) -> torch.Tensor:
-    """Along the arc around the origin from start [c, h, w] to end: even steps of the angle [F, c, h, w].
+    """Walk along the arc around the origin from start [c, h, w] to end: even steps of the angle [F, c, h, w].
 
     Of two latents of different length the length changes along; of two parallel ones it is the line.
     """

@@ -50,7 +50,7 @@ class Schedule(Section):
 
 
 class TermConfig(Part):
-    """What every term has."""
+    """Knobs that every term has."""
 
     weight: float = 1.0
     """Factor of this term in the sum."""

@@ -1,1 +1,1 @@
-"""How good a reconstruction is: one file per metric, each `update(pair)` and `compute()` over all ranks."""
+"""Metrics of reconstructions: one file per metric, each `update(pair)` and `compute()` over all ranks."""

@@ -1,5 +1,5 @@
-"""The evidence lower bound on held-out images: what averaged weights, the autoencoder's and the likelihood's own
-variance, say about images that they were not trained on.
+"""Evidence lower bound on held-out images, by the averaged weights of the autoencoder and the likelihood's own
+variance.
 
 Legend: B batch, c latent channels, h w latent positions.
 """

@@ -33,7 +33,7 @@ def cmmd(x: torch.Tensor, y: torch.Tensor, block: int = BLOCK) -> float:
 
 
 def _sum(x: torch.Tensor, y: torch.Tensor, block: int) -> float:
-    """Of k(x_i, y_j) - 1 over all i and j; half of the blocks where x is y."""
+    """Sum of k(x_i, y_j) - 1 over all i and j; half of the blocks where x is y."""
     total = 0.0
     for row, some in enumerate(torch.split(x, block)):
         for column, others in enumerate(torch.split(y, block)):

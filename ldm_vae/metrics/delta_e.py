@@ -26,7 +26,7 @@ def delta_e(original: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tenso
 
 
 def build() -> Metric:
-    """A row that says so where scikit-image is not installed."""
+    """Build the metric; where scikit-image is not installed, a row that says so."""
     if importlib.util.find_spec("skimage") is None:
         return Unmeasured("delta_e", "lower", "not installed: pip install 'ldm-vae[features]'")
     return ImageMetric("delta_e", "lower", lambda pair: delta_e(pair.original, pair.reconstruction))

@@ -1,4 +1,4 @@
-"""What the probe of eval.diffusability found: means and intervals over seeds, the sentences, and the table."""
+"""Results of eval.diffusability: means and intervals over seeds, the sentences, and the table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Json = dict[str, Any]
 
 
 def summarised(entry: Json) -> Json:
-    """With means and intervals over seeds (Student's t)."""
+    """Add means and intervals over seeds (Student's t)."""
     for name, offset in (("fd_samples", 0.0), ("fd_gap", entry["fd_reconstructions"])):
         running = Running()
         running.update(torch.tensor([run["fd_samples"] - offset for run in entry["runs"]], dtype=torch.float64))
@@ -28,7 +28,7 @@ def verdicts(found: Sequence[Json]) -> list[str]:
 
 
 def verdict(better: Json, other: Json) -> str:
-    """Whether the intervals of the gap are apart."""
+    """Sentence on two VAEs: a difference is shown if the intervals of their gaps do not overlap."""
     names = [entry["vae"]["name"] for entry in (better, other)]
     gaps = [entry["metrics"]["fd_gap"] for entry in (better, other)]
     if any(gap["ci95"] is None for gap in gaps):

@@ -37,9 +37,9 @@ WORST = 10  # how many of the poorest images are kept
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics by name; images is N; checksum identifies the evaluated pixels, whatever their order; worst holds
-    (index, value of worst_by), poorest first; latents is Profile's dict; linear: metrics of a linear code, if
-    asked for."""
+    """Result of an evaluation: metrics by name; images is N; checksum identifies the evaluated pixels, whatever their
+    order; worst holds (index, value of worst_by), poorest first; latents is Profile's dict; linear: metrics of a linear
+    code, if asked for."""
 
     metrics: dict[str, Summary]
     images: int
@@ -130,6 +130,7 @@ def evaluate_reconstruction(
         if each is not None:
             each(batch.indices, values)
 
+    # a rank without images takes part: collectives below need every rank
     images = int(gather(torch.tensor(images)).sum())
     if images == 0:
         raise WorkError("evaluation: there was no image to measure")
@@ -154,12 +155,14 @@ def reconstruct(
         WorkError: the network gives NaN or infinity; the layer and the image are named.
     """
     count = len(batch.indices)
+    # filled up with the last image; the pair's indices say how many are measured
     missing = max(0, batch_size - count)
     pixels = to_pixels(torch.cat([batch.pixels, *[batch.pixels[-1:]] * missing]).to(device))
     keys = [*batch.keys, *[batch.keys[-1]] * missing]
     moments = finite.encode(vae, pixels, keys)
     z = moments.mean
     if protocol.posterior == "sample":
+        # noise by the image's index: the same for any batch and rank
         indices = [*batch.indices, *[batch.indices[-1]] * missing]
         z = moments.sample(latents.posterior_noise(0, indices, z.shape[1:]).to(device))
     pair = protocol.pair(pixels, finite.decode(vae, z, keys), batch.indices)
@@ -202,11 +205,13 @@ class Worst:
         if not self.by:
             return
         for index, value in zip(indices, values[self.by].tolist(), strict=True):
+            # of equally bad ones the lower index stays, whatever the order in which they come
             heapq.heappush(self.heap, (self.sign * value, -index))
             if len(self.heap) > WORST:
                 heapq.heappop(self.heap)
 
     def compute(self) -> list[tuple[int, float]]:
+        # one shape on every rank for `gather`; NaN marks empty places
         rows = torch.full((WORST, 2), torch.nan, dtype=torch.float64)
         for row, (badness, index) in enumerate(self.heap):
             rows[row] = torch.tensor([badness, -index], dtype=torch.float64)

@@ -42,6 +42,7 @@ class Gaussian:
         if self.mean is None or self.scatter is None:
             self.mean, self.scatter = torch.zeros_like(mean), torch.zeros_like(mean).diag()
         step, count = mean - self.mean, self.count + len(features)
+        # Chan's update: scatter about the batch's own mean, and what the two means are apart
         self.scatter += centred.T @ centred + torch.outer(step, step) * (self.count * len(features) / count)
         self.mean += step * (len(features) / count)
         self.count = count
@@ -54,6 +55,7 @@ class Gaussian:
         count = int(total(torch.tensor(self.count)))
         mean = total(own * self.count) / max(1, count)
         step = own - mean
+        # the same formula over ranks: each about its own mean, moved to the common one
         covariance = total(scatter + self.count * torch.outer(step, step)) / max(1, count - 1)
         return count, mean, covariance
 
@@ -68,6 +70,7 @@ def frechet_distance(
     """
     values, vectors = torch.linalg.eigh(covariance_x)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    # rounding makes eigenvalues of 0 slightly negative
     cross = torch.linalg.eigvalsh(root @ covariance_y @ root).clamp(min=0).sqrt().sum()
     distance = (mean_x - mean_y).square().sum() + covariance_x.trace() + covariance_y.trace() - 2 * cross
     return max(0.0, float(distance))

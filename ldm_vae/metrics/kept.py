@@ -1,4 +1,4 @@
-"""Features of at most so many images, for distances that need them all at once: those whose keyed number is smallest.
+"""Sample of images' features, for distances that need all of them at once: those whose keyed number is smallest.
 
 They are the same images in any order and for any number of processes, and memory does not grow with N.
 
@@ -41,6 +41,7 @@ class Kept:
 
     def over_ranks(self) -> tuple[torch.Tensor, torch.Tensor, int]:
         """(originals [n, D], reconstructions [n, D], images seen) over all ranks, the same on every rank."""
+        # the smallest of all ranks are among the smallest of each
         rows = _smallest(gather_rows(self._settle()), self.most)
         seen = int(gather_rows(torch.tensor([self.seen])).sum())
         return rows[:, 1 : 1 + self.dimensions], rows[:, 1 + self.dimensions :], seen

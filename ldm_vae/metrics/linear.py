@@ -1,4 +1,4 @@
-"""What a linear code of a VAE's size reaches on the very images that it is measured on: a floor for what was learned.
+"""Linear floor: metrics of a linear code of the VAE's size, on the very images that are measured.
 
 The code (`autoencoder/linear_code.py`) is fitted on the measured images themselves: no linear code leaves a smaller
 squared error on them.

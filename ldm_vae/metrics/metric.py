@@ -1,4 +1,4 @@
-"""What a metric is: `update` with each batch, `compute` once, over all ranks."""
+"""Interface of a metric: `update` with each batch, `compute` once, over all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures a person judges by: a few originals, reconstructions and latents, lossless, with their metrics.
+"""Pictures for judging by eye: a few originals, reconstructions and latents, lossless, with their metrics.
 
     pictures/pictures.json            one object a picture: name, kind, key, index, and per VAE its files and metrics
     pictures/000.original.png

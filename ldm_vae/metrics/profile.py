@@ -1,4 +1,4 @@
-"""What passes through the latent: information per channel, and power spectra before and behind it.
+"""Profile of the latent: information per channel, and power spectra before and behind it.
 
 Legend: B batch, C channels, c latent channels, H W pixels, h w latent positions.
 """
@@ -27,6 +27,7 @@ def radial_spectrum(x: torch.Tensor) -> torch.Tensor:
     power = torch.fft.fft2(x).abs().square().mean(dim=1).sum(dim=0) / (height * width)
     place = rings(height, width).to(x.device)
     bins = min(height, width) // 2 + 1
+    # the corners of the square lie beyond the largest whole ring
     inside = place < bins
     sums = torch.zeros(bins, dtype=torch.float64, device=x.device).index_add_(0, place[inside], power[inside])
     means: torch.Tensor = sums / torch.bincount(place[inside], minlength=bins)
@@ -71,10 +72,11 @@ class Profile:
             self.sums[name] += value.cpu()
 
     def compute(self) -> dict[str, Any]:
-        """Over all ranks: nats per image and channel (None where the encoder gives no variance), each channel's mean
-        and deviation, the three spectra."""
+        """Combine over all ranks: nats per image and channel (None where the encoder gives no variance), each channel's
+        mean and deviation, the three spectra."""
         images = int(gather(torch.tensor(self.images)).sum())
         total = {name: gather(value).sum(dim=0) / images for name, value in self.sums.items()}
+        # law of total variance: that of the means, and the mean of the posteriors'
         variance = (total["square"] - total["mean"].square()).clamp(min=0) + total["noise"]
         return {
             "kl_nats_per_image": None if total["kl"].isnan().any() else total["kl"].tolist(),

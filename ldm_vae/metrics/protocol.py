@@ -35,7 +35,7 @@ class Pair:
 
     @property
     def count(self) -> int:
-        """How many of the images are to be measured."""
+        """Number of images that are measured."""
         return len(self.indices)
 
 

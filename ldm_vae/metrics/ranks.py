@@ -1,4 +1,4 @@
-"""What metrics need of a process group: everybody's tensor, or their sum, on every rank."""
+"""Collectives for metrics: everybody's tensor, or their sum, on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: metrics.json (its form is metrics.schema.json) and tables to read."""
+"""Results of an evaluation: metrics.json (its form is metrics.schema.json) and tables to read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def labels(vaes: Sequence[str]) -> list[str]:
 
 
 def describe_vae(vae: Any, name: str, source: str) -> Json:
-    """Who was measured."""
+    """Identity and size of the VAE that was measured."""
     return {
         "name": name,
         "source": source,
@@ -98,7 +98,7 @@ def command(program: str) -> Json:
 
 
 def settings(device: torch.device, batch_size: int) -> Json:
-    """How it was computed: equal settings give equal bits, others equality to rounding."""
+    """Settings of the computation: equal settings give equal bits, others equality to rounding."""
     return {
         "device": device.type,
         "processes": world_size(),
@@ -108,7 +108,7 @@ def settings(device: torch.device, batch_size: int) -> Json:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a number may depend on."""
+    """Versions of all packages that a number may depend on."""
     packages = ("torch", "torchvision", "diffusers", "lpips", "numpy")
     found = {name: importlib.metadata.version(name) for name in packages}
     return {"ldm-vae": __version__, "python": platform.python_version()} | found

@@ -1,4 +1,4 @@
-"""What the decoder makes of latents that nobody encoded: the page's samples.
+"""Decoded random latents: the page's samples.
 
     samples/normal-0.png ...    z from N(0, I), the prior of the evidence bound
     samples/field-0.png ...     z from a Gaussian field with the measured mean, deviation and spectrum of the latents

@@ -1,4 +1,4 @@
-"""Which metrics are measured: by name, with what each of them needs."""
+"""Selection of metrics by name, with the networks that each of them needs."""
 
 from __future__ import annotations
 

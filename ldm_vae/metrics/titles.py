@@ -1,4 +1,4 @@
-"""How each metric is written: heading, unit, decimals, and which direction is better. It needs no torch."""
+"""Titles of metrics: heading, unit, decimals, and which direction is better. It needs no torch."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ def number(name: str, value: float) -> str:
 
 
 def heading(name: str) -> str:
-    """PSNR (dB)."""
+    """Heading with its unit, such as PSNR (dB)."""
     title = TITLES[name]
     return f"{title.heading} ({title.unit})" if title.unit else title.heading

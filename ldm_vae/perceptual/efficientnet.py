@@ -95,5 +95,6 @@ class EfficientNetLite0(nn.Module):
 
 
 def load_state(network: EfficientNetLite0, state: dict[str, torch.Tensor]) -> None:
-    """From the published file's names (`_blocks.0._bn1.weight`). Raises RuntimeError when it is another network."""
+    """Load from the published file's names (`_blocks.0._bn1.weight`). Raises RuntimeError when it is another
+    network."""
     network.load_state_dict({name.removeprefix("_").replace("._", "."): value for name, value in state.items()})

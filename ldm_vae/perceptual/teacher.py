@@ -1,4 +1,4 @@
-"""Another VAE that is looked at and never trained: its latents, encoded once per batch for all who ask.
+"""Frozen teacher VAE; it encodes each batch once for all terms that ask.
 
 Legend: B batch, C image channels, H W pixels, c latent channels, h w latent positions.
 """

@@ -1,4 +1,4 @@
-"""What may happen to the latents between encoder and decoder while training, one file each; the file name is the name.
+"""Perturbations of the latents between encoder and decoder in training, one file each; the file name is the name.
 
 A file holds `Config(PerturbationConfig)` whose `build` gives a module with
 
@@ -19,7 +19,7 @@ from ldm_vae.core.config import Part
 
 
 class PerturbationConfig(Part):
-    """What every perturbation has: its kind."""
+    """Knobs that every perturbation has: its kind."""
 
     def outline(self, seed: int) -> Any:
         """The same module without weights that would have to be loaded: for counting its cost."""

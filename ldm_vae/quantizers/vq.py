@@ -43,6 +43,8 @@ class VectorQuantizer(Bottleneck):
             book.data.copy_(F.normalize(book.data, dim=1))
         if config.codebook == "ema":
             book.requires_grad_(False)
+        # rows that an average moves or a projection rescales are copied into the averaged weights (ema.py), not
+        # averaged again
         if config.codebook == "ema" or config.distance == "cosine":
             self.copied = ("quantize.embedding.weight",)
         self.register_buffer("counts", torch.ones(len(book), dtype=book.dtype))
@@ -67,6 +69,7 @@ class VectorQuantizer(Bottleneck):
         rows = before.detach().permute(0, 2, 3, 1).flatten(0, 2)  # [N, c]
         indices = nearest(rows, book.detach())
         after = F.embedding(indices, book).view(*before.shape[:1], *before.shape[2:], -1).permute(0, 3, 1, 2)
+        # training only: validation must not move the codebook
         if torch.is_grad_enabled():
             self._remember(len(book), rows, indices, images_seen)
         codes = Codes(indices.view(len(images), *before.shape[2:]), before, after)
@@ -80,6 +83,7 @@ class VectorQuantizer(Bottleneck):
     def after_update(self, vae: Any) -> dict[str, torch.Tensor]:
         """Statistics of the update's global batch, the moving average of the codebook, and restarts."""
         book, decay = vae.quantize.embedding.weight, self.config.decay
+        # the optimiser's step has left the sphere
         if self.config.distance == "cosine" and self.config.codebook == "learned":
             book.data.copy_(F.normalize(book.data, dim=1))
         if self.pending.sum is None:  # the encoder is frozen, and the codebook with it
@@ -106,7 +110,7 @@ class VectorQuantizer(Bottleneck):
 
     @torch.no_grad()
     def _remember(self, codes: int, rows: torch.Tensor, indices: torch.Tensor, images_seen: int) -> None:
-        """One micro-batch: what it found of each code, and its vectors if some will be wanted."""
+        """Keep one micro-batch's counts and sums of each code, and its vectors if some will be wanted."""
         found = torch.zeros(codes, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device)
         self.pending.add(found.index_add_(0, indices, torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)))
         self.images_seen = images_seen
@@ -118,15 +122,18 @@ class VectorQuantizer(Bottleneck):
         return every is not None and images_seen // every != self.period
 
     def _restart(self, book: torch.Tensor) -> None:
-        """At the end of every `restart_images`, codes that were not used in them go to vectors of the global batch."""
+        """Restart dead codes at the end of every `restart_images`: those that were not used in them go to vectors of
+        the global batch."""
         assert self.config.restart_images is not None
         self.period = self.images_seen // self.config.restart_images
         dead = (self.uses == 0)[:, None]
+        # gathered in the same order everywhere and drawn by key: every rank restarts codes at the same vectors
         vectors = torch.cat([distributed.everybody(rows) for rows in self.vectors])  # in the order of the images
         draw = rng.generator(0, "restart", self.images_seen).integers(0, len(vectors), len(book))
         fresh = vectors[torch.from_numpy(draw).to(vectors.device)]
         book.data.copy_(torch.where(dead, fresh, book))
         self.sums.copy_(torch.where(dead, fresh, self.sums))
+        # a count of 1 with the vector as its sum: the average is that vector, and moves with the next use
         self.counts.copy_(torch.where(dead[:, 0], 1.0, self.counts))
         self.uses.zero_()
 

@@ -1,4 +1,4 @@
-"""The page a person looks at: one self-contained HTML file from what a run or an evaluation has written."""
+"""The report page: one self-contained HTML file from what a run or an evaluation has written."""
 
 from ldm_vae.report.page import build_report
 

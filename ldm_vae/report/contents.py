@@ -1,4 +1,4 @@
-"""What there is to show: everything that a run or an evaluation left in its folder, read and nothing computed."""
+"""Contents of the page: everything that a run or an evaluation left in its folder, read and nothing computed."""
 
 from __future__ import annotations
 

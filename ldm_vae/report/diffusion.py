@@ -40,7 +40,7 @@ def run(folder: Path, found: Json | None) -> Json | None:
 
 
 def sampling(used: Json) -> str:
-    """How samples were drawn, in words."""
+    """The sampler's settings in words."""
     guidance = "no guidance" if used["guidance"] == 1 else f"guidance {used['guidance']:g}"
     return f"{used['method'].capitalize()}, {used['steps']} steps, {guidance}"
 

@@ -31,7 +31,8 @@ def embed(path: Path) -> str:
 
 
 def difference(original: Pixels, reconstruction: Pixels) -> str:
-    """What the reconstruction has too much (lighter) or too little (darker), DIFFERENCE_GAIN times, around grey."""
+    """Difference image: what the reconstruction has too much (lighter) or too little (darker), DIFFERENCE_GAIN times,
+    around grey."""
     values = 128 + DIFFERENCE_GAIN * (reconstruction - original)
     return _uri(Image.fromarray(values.round().clip(0, 255).astype(np.uint8)), lossless=len(values) <= 128)
 

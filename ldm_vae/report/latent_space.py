@@ -98,7 +98,7 @@ def _strip(home: Path, entry: Json, caption: str, columns: int | None = None) ->
 
 
 def _spectrum(power: Sequence[float]) -> Markup | None:
-    """None for a latent of one position."""
+    """Chart of the power spectrum; None for a latent of one position."""
     if len(power) < 3:
         return None
     last = len(power) - 1

@@ -57,7 +57,7 @@ def _of_several(result: Json) -> Json:
 
 
 def _compression(result: Json) -> tuple[float, str]:
-    """How many numbers of an image one number of its latent stands for, and both shapes."""
+    """Compression: the numbers of an image that one number of its latent stands for, and both shapes."""
     vae, side = result["vae"], result["data"]["resolution"]
     factor, channels = vae["downsampling_factor"], vae["latent_channels"]
     shape = f"{side} × {side} × 3 → {side // factor} × {side // factor} × {channels}"
@@ -65,7 +65,7 @@ def _compression(result: Json) -> tuple[float, str]:
 
 
 def subtitle(contents: Contents) -> str:
-    """What was trained and measured, in one line."""
+    """One line on what was trained and measured."""
     parts = []
     if contents.results:
         vae, data = contents.results[0]["vae"], contents.results[0]["data"]
@@ -177,7 +177,7 @@ def _frequencies(power: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def store(statistics: Json) -> Json:
-    """What the latent store measured for config.json, each with its interval."""
+    """Statistics that the latent store measured for config.json, each with its interval."""
     known = intervals.recorded(statistics) or {}
     rows = []
     for name in ("scaling_factor", "shift_factor"):
@@ -216,7 +216,7 @@ def protocol(results: Sequence[Json]) -> list[str]:
 
 
 def fingerprints(results: Sequence[Json]) -> list[Json]:
-    """Who and what was measured, to the bit."""
+    """Fingerprints of the VAEs and images that were measured, to the bit."""
     return [
         {
             "name": result["vae"]["name"],

@@ -71,6 +71,7 @@ def curves(log: Sequence[Json], config: Json) -> list[Chart]:
         metric = name.removeprefix("validation/")
         title = heading(metric) if metric in TITLES else metric.replace("_", " ")
         better = f"{TITLES[metric].better} is better" if metric in TITLES else ""
+        # popped: what is left at the end was shown nowhere and gets a chart of its own
         lines = [Series(title, series.pop(name), dots=True)]
         if floor := series.pop(f"linear_code/{metric}", []):
             lines.append(Series("linear code of this size", floor, faint=True))
@@ -94,6 +95,7 @@ def health(log: Sequence[Json], config: Json) -> Json | None:
     warnings: dict[str, Json] = {}
     for line in log:
         for name, sentence in line.get("warnings", {}).items():
+            # the first images stay, the last and the sentence are overwritten
             first = warnings.get(name, {"since": compact(line["images"])})
             warnings[name] = first | {"until": compact(line["images"]), "sentence": sentence}
     charts = [chart for group in HEALTH if (chart := _chart(group, series, around)) and chart.drawing]
@@ -118,7 +120,7 @@ def _chart(group: Group, series: dict[str, list[tuple[float, float]]], around: J
 
 
 def _around(log: Sequence[Json], config: Json) -> Json:
-    """What all charts share: where the adversary starts, and the range of images."""
+    """Settings that all charts share: where the adversary starts, and the range of images."""
     return {"mark": _adversary_mark(config), "x_range": (0.0, float(log[-1]["images"])) if log else (0.0, 1.0)}
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: a directory with every tensor in safetensors and everything else in JSON. No pickle.
+"""Checkpoints: one folder each, with every tensor in safetensors and everything else in JSON. No pickle.
 
     checkpoints/images-000012345/
         state.json            the objects' state as a JSON tree, tensors by name
@@ -45,7 +45,7 @@ class Stateful(Protocol):
 def pack(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
     """A JSON tree of `value`; its tensors go to `tensors` by name. Keys of dicts keep their type (Adam's are ints)."""
     if isinstance(value, torch.Tensor):
-        # a clone: safetensors refuses tensors that share memory
+        # a clone: safetensors refuses tensors that share memory, as tied weights and views of one storage do
         tensors[path] = value.detach().cpu().contiguous().clone()
         return {"tensor": path}
     if isinstance(value, Mapping):
@@ -79,7 +79,7 @@ def name(images_seen: int) -> str:
 
 
 def images_of(checkpoint: Path) -> int:
-    """The images seen that a folder's name tells."""
+    """Images seen, as the folder's name tells."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
@@ -93,18 +93,21 @@ def save(folder: Path, images_seen: int, objects: Mapping[str, Stateful], config
     beside: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # filled beside its final name and renamed at the end, so a kill leaves the older checkpoints as they are
         beside = atomic_io.beside(final)
         tensors: dict[str, torch.Tensor] = {}
         state = {key: pack(thing.state_dict(), tensors, key) for key, thing in objects.items()}
         save_file(tensors, beside / "tensors.safetensors")
         (beside / "state.json").write_text(json.dumps({"info": dict(info), "objects": state}))
         (beside / "config.yaml").write_text(config, encoding="utf-8")
+        # last, over the files as they are on disk: a checkpoint without it, or with another one, counts as damaged
         sums = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
         (beside / CHECKSUMS).write_text(json.dumps(sums, indent=1))
         atomic_io.put(beside, final)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
+        # looked for only now: `newest` reads whole checkpoints
         last = newest(folder)
         kept = f"the last good one is {last.name}" if last else "there is none yet"
         raise WorkError(f"checkpoint {final.name} could not be written ({error}); {kept}") from error
@@ -135,6 +138,7 @@ def load(checkpoint: Path, objects: Mapping[str, Stateful]) -> dict[str, Any]:
 
 def newest(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
     """The newest whole checkpoint; older ones are not read unless it is damaged."""
+    # checkpoints are large: hashing stops at the first that is whole
     for checkpoint in _newest_first(folder):
         if not (damage := _damage(checkpoint)):
             return checkpoint
@@ -146,14 +150,16 @@ def prune(folder: Path, keep: int | None, best: str | None = None) -> None:
     """Delete all but the newest `keep` checkpoints and the best, and what killed processes left half-written."""
     checkpoints = _newest_first(folder)
     for checkpoint in checkpoints[keep:] if keep is not None else []:
+        # the best one is kept beside the newest `keep`, however old it is
         if checkpoint.name != best:
             shutil.rmtree(checkpoint)
+    # only the run's main process writes here, so a temporary folder is a killed process's
     for leftover in filter(atomic_io.is_temporary, folder.iterdir()):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """What is named as checkpoints are; a copy that somebody has put aside is none."""
+    """Checkpoint folders, newest first; a name with a suffix that is no number (a copy put aside) is ignored."""
     named = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
     return sorted(named, key=images_of, reverse=True)
 

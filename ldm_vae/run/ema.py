@@ -18,8 +18,8 @@ LARGEST_SHARE = 0.05  # half-life at most 5 % of the images seen: early averages
 
 
 class Ema:
-    """`module` is a frozen copy of the network (or objective) whose weights are the average; it is validated and
-    exported. What it merely looks through, a Frozen, it shares."""
+    """Average of the weights of a network or objective: `module` is a frozen copy that holds it, and is validated and
+    exported. Frozen parts, which never train, are shared with the original."""
 
     def __init__(self, module: nn.Module, halflife_images: int) -> None:
         shared: dict[int, Any] = {id(part): part for part in module.modules() if isinstance(part, Frozen)}
@@ -28,7 +28,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module, images_seen: int, batch_images: int, copied: Collection[str] = ()) -> None:
-        """After an update at `images_seen` (this batch included), move by what `batch_images` are worth.
+        """Move the average after an update at `images_seen` (this batch included), by as much as `batch_images` count.
 
         copied: parameters that are taken over as they are, such as a codebook that is an average already, whose dead
         rows jump.

@@ -1,4 +1,4 @@
-"""What every training run shares, whatever it trains: its knobs, its folder, what is due when, saving and going on.
+"""The shared part of every training run: common knobs, the run folder, due events, saving and resuming.
 
 The loops are train/autoencoder.py and train/diffusion.py; what only one of them has is declared where it is used.
 """
@@ -32,7 +32,7 @@ RunType = TypeVar("RunType", bound="RunConfig")
 
 
 class RunConfig(Section):
-    """The knobs of any run."""
+    """Knobs that every run has."""
 
     output_dir: Path
     """The run folder; an existing one of the same config is resumed."""
@@ -153,6 +153,7 @@ def prepare_run_folder(settings: RunConfig, accelerator: Accelerator, may_change
         if changed:
             listed = ", ".join(f"{key} (was {old}, now {new})" for key, (old, new) in changed.items())
             raise UsageError(f"output_dir: {settings.output_dir} holds a run of another config: {listed}")
+    # every rank has compared its config with the old file before that is replaced
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         settings.output_dir.mkdir(parents=True, exist_ok=True)
@@ -171,6 +172,7 @@ def resume(
 ) -> tuple[Path, dict[str, Any]] | None:
     """Load the newest whole checkpoint into `stateful`; its path and the plain values saved with it."""
     newest = checkpoint.newest(settings.output_dir / "checkpoints", accelerator.print)
+    # ranks that see different folders would resume at different places and hang, or train on apart
     check_same(accelerator, "checkpoints", -1 if newest is None else checkpoint.images_of(newest))
     if newest is None:
         return None
@@ -191,13 +193,16 @@ def save(
     averages: Averages,
     best: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A checkpoint of all that is `stateful`, after the ranks' `networks` were found equal; older ones are pruned.
+    """Save a checkpoint of all that is `stateful`, after checking that the ranks' `networks` are equal; older ones are
+    pruned.
 
     Raises:
         WorkError: the ranks diverged, or it cannot be written.
     """
     folder = settings.output_dir / "checkpoints"
+    # before anything is written: a checkpoint of diverged ranks would hide the divergence
     check_ranks_agree(accelerator, networks)
+    # a collective, hence on all ranks; rank 0 then saves the sums for all
     averages.synchronise(accelerator)
     if accelerator.is_main_process:
         info = {"images_seen": images_seen, "best": best, "global_batch": global_batch(settings, accelerator)}
@@ -229,8 +234,8 @@ def progress_bar(settings: RunConfig, accelerator: Accelerator, images_seen: int
 
 
 def what_is_due(settings: RunConfig, images_seen: int, batch: int, **every: int | None) -> dict[str, bool]:
-    """Which events come now, the last update having brought `batch` images: each when a multiple of its interval has
-    been crossed (None: never), and all at the end of the run."""
+    """Events that are due after an update of `batch` images: each when a multiple of its interval has been crossed
+    (None: never), and all at the end of the run."""
     ends = images_seen >= settings.max_train_images
     return {
         name: interval is not None and (ends or images_seen // interval > (images_seen - batch) // interval)

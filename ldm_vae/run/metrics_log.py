@@ -1,4 +1,4 @@
-"""The run's diary: averages over an interval, `metrics.jsonl`, trackers, and the check that numbers are numbers."""
+"""Metrics log of a run: averages over an interval, `metrics.jsonl`, trackers, and the check for NaN."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ldm_vae.core.errors import WorkError
 
 
 class Averages:
-    """Sums of named scalars on the device: nothing waits for the device until `means`. A vector (the KL of each
-    channel) counts as a scalar for each of its entries, by number: name/0, name/1, ...
+    """Sums of named scalars on the device, without a synchronisation until `means`. A vector (the KL of each channel)
+    counts as one scalar for each entry, by number: name/0, name/1, ...
 
     With `skip_nan` a value that is NaN or infinite does not count; otherwise it shows in the mean.
     """
@@ -73,7 +73,8 @@ def check_finite(means: Mapping[str, float], since: int, until: int, kept: str) 
 
 
 class Logbook:
-    """One JSON object a line in `metrics.jsonl`, and the same to the trackers that `report_to` names."""
+    """Log of a run: one JSON object per line in `metrics.jsonl`, and the same to the trackers that `report_to`
+    names."""
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path = path
@@ -92,8 +93,8 @@ class Logbook:
         self._before = float(self.lines[-1].get("seconds", 0.0)) if self.lines else 0.0
 
     def write(self, images_seen: int, values: Mapping[str, float], warnings: Mapping[str, str] | None = None) -> None:
-        """One line with the values, and the sentences that a monitor has for this interval, by name; `seconds` is what
-        the run took so far, the time that a kill lost left out."""
+        """Write one line: the values, and a monitor's sentences for this interval by name. `seconds` is the run's time
+        so far, without what a kill lost."""
         if not self.accelerator.is_main_process:
             return
         first = {} if self.lines else {"num_processes": self.accelerator.num_processes}

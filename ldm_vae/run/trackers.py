@@ -1,4 +1,4 @@
-"""Trackers (`report_to`): whatever Accelerate knows; one that is not there is an error, pictures go where they can."""
+"""Trackers (`report_to`) of Accelerate: a missing one is an error, and pictures go to those that take them."""
 
 from __future__ import annotations
 

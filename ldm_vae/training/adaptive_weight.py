@@ -1,4 +1,4 @@
-"""The adaptive weight: how much of the adversary's gradient goes beside the pixel terms' (Esser et al. 2021, eq. 7).
+"""Adaptive weight: the factor on the adversary's gradient beside that of the pixel terms (Esser et al. 2021, eq. 7).
 
 The textbook form takes two `autograd.grad(..., retain_graph=True)`, which keep the graphs of LPIPS and discriminator
 alive. With the graph cut at the reconstruction, both gradients of the last convolution follow from the two cotangents

@@ -1,4 +1,4 @@
-"""The adversarial game: the losses of both sides, when each of them plays, and what keeps the discriminator tame.
+"""Adversary: the losses of both sides, the images from which each of them plays, and regularisers of the discriminator.
 
 Two methods, not a mode flag. `generator_loss` is what the autoencoder minimises, `discriminator_loss` what the
 discriminator does. Legend: B batch, C image channels, H W pixels, H' W' patches; logits are [B, 1, H', W'].
@@ -51,7 +51,8 @@ class AdversaryConfig(Section):
 
 
 class Adversary(nn.Module):
-    """The rules of the game. Its state, in the checkpoint: LeCAM's averages of the real and of the fake logits."""
+    """Adversarial losses and regularisers. Its state, in the checkpoint: LeCAM's averages of the real and of the fake
+    logits."""
 
     averages: torch.Tensor
     updates: torch.Tensor
@@ -71,13 +72,13 @@ class Adversary(nn.Module):
         return self.config.enabled and images_seen >= self.config.start_images - self.config.warmup_images
 
     def generator_loss(self, fake_logits: torch.Tensor) -> torch.Tensor:
-        """What the autoencoder minimises, from the logits of its reconstructions."""
+        """Loss of the autoencoder, from the logits of its reconstructions."""
         if self.config.loss == "non_saturating":
             return F.softplus(-fake_logits).mean()
         return -fake_logits.mean()
 
     def discriminator_loss(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-        """What the discriminator minimises; 1.0 (hinge) or ln 2 (others) means that it knows nothing."""
+        """Loss of the discriminator; 1.0 (hinge) or ln 2 (others) means that it knows nothing."""
         if self.config.loss == "hinge":
             return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
         return 0.5 * (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean())

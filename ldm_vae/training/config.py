@@ -1,4 +1,4 @@
-"""What a training run is made of: all its knobs, and the networks they describe. The loop is train/autoencoder.py."""
+"""Config of a training run: all its knobs, and the networks they describe. The loop is train/autoencoder.py."""
 
 from __future__ import annotations
 
@@ -135,17 +135,20 @@ MAY_CHANGE = (
 
 
 def build_autoencoder(settings: Training) -> Any:
-    """From `init_from` when it is named, else random weights drawn by the seed; `trainable` is applied.
+    """Build the network from `init_from` when it is named, else with random weights drawn by the seed; `trainable` is
+    applied.
 
     Raises:
         UsageError: the shape of `init_from` is not `model`, it records another preprocessing, or `trainable` names
             nothing.
     """
+    # drawn whatever init_from brings: what does not fit keeps these weights, the same on every rank
     with seeded(settings.seed):
         vae = settings.model.build()
     if settings.init_from is not None:
         base = load_autoencoder(settings.init_from)
         may_differ = ("latent_channels", "in_channels") if settings.ignore_mismatched_sizes else ()
+        # before the shapes, which another class has under other names
         if type(base) is not type(vae):
             raise UsageError(
                 f"init_from {settings.init_from}: expected the class of model.kind {settings.model.kind}, "
@@ -185,7 +188,8 @@ def check_teachers(settings: Training) -> None:
 
 
 def build_network(settings: Training, vae: Any, outline: bool = False) -> TrainableAutoencoder:
-    """The one forward of training: the model's bottleneck, and the perturbations in the order of the config.
+    """Wrap `vae` in the one forward of training: the model's bottleneck, and the perturbations in the order of the
+    config.
 
     outline: without the weights that a perturbation would load, to count its cost.
     """
@@ -197,10 +201,11 @@ def build_network(settings: Training, vae: Any, outline: bool = False) -> Traina
 
 
 def build_objective(settings: Training, outline: bool = False) -> Objective:
-    """The terms; what they own (a projection) is drawn by the seed, alike on every rank.
+    """Build the terms; what they own (a projection) is drawn by the seed, alike on every rank.
 
     outline: without the weights that a term would load, to count its cost.
     """
+    # a seed of its own, so that terms and discriminator do not move each other's weights
     with seeded(settings.seed + 2):
         return Objective(settings.losses, outline)
 

@@ -58,7 +58,7 @@ def _check_sources(source: Source | Stream, validation_source: Source | None, se
 
 
 def layout_of(settings: Training, accelerator: Accelerator, images_seen: int) -> dict[str, Any]:
-    """Which part of the stream this rank reads, from where on, and by how many workers."""
+    """Layout of this rank's part of the stream: batch, rank, start and workers, as the loaders take them."""
     return {
         "seed": settings.seed, "batch_size": settings.train_batch_size, "rank": accelerator.process_index,
         "world_size": accelerator.num_processes, "start_position": images_seen,
@@ -79,7 +79,7 @@ class ImageFeed:
 
     @property
     def prepared(self) -> Preprocessing:
-        """How the images are decoded."""
+        """Record of the images' decoding."""
         return Preprocessing.of(self.source.decoding)
 
     def compare(self, accelerator: Accelerator, *, resumed: bool) -> None:
@@ -102,7 +102,7 @@ class ImageFeed:
     def _assign(
         self, source: Source, shapes: Sequence[Shape], accelerator: Accelerator
     ) -> tuple[Assignment, list[Bad]]:
-        """Which bucket each image trains in, the same on every rank; the images that this rank could not read."""
+        """Bucket that each image trains in, the same on every rank; and the images that this rank could not read."""
         sizes, unreadable = shared_sizes(
             source, self.settings.output_dir / "image_sizes.safetensors",
             rank=accelerator.process_index, world_size=accelerator.num_processes,
@@ -112,16 +112,18 @@ class ImageFeed:
         return assign(shapes, sizes), unreadable
 
     def statistics(self, vae: Any, device: torch.device) -> LatentStatistics:
-        """Of the latents that `vae` gives of some training images."""
+        """Measure the latents that `vae` gives of some training images."""
         return measure(vae, self._measured(), device)
 
     def _measured(self) -> Iterator[torch.Tensor]:
         """Training images [B, C, R, R] in [-1, 1], decoded exactly, as encoding will, whatever jpeg_draft says."""
         settings = self.settings
+        # a draft's pixels differ, and the statistics would be those of other latents than encoding gives
         source = settings.data.model_copy(update={"jpeg_draft": False} if settings.data.jpeg_draft else {}).build()
         source = with_resize(source, settings.transform.resize)
         chosen = some_of(source, settings.normalisation_images)
         batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size)
+        # counted here too: of a stream `some_of` cannot choose
         left = settings.normalisation_images
         for batch in batches:
             yield to_pixels(batch.pixels)
@@ -130,7 +132,7 @@ class ImageFeed:
                 return
 
     def complete(self, vae: Any) -> Any:
-        """For validation and export: `vae`, which has all its parts."""
+        """The whole VAE for validation and export: `vae` itself, which has all its parts."""
         return vae
 
 
@@ -149,6 +151,7 @@ def start_from_data(vae: Any, source: Source | Stream, settings: Training, accel
     """
     say = accelerator.print
     say(f"init: linear: fitting the linear code on {settings.init_images:,} training crops")
+    # only a codebook needs the patches themselves; a continuous code needs their moments alone
     codes = getattr(vae.config, "num_vq_embeddings", 0)
     moments, patches = _patches_of(vae, source, settings, accelerator, -(-VECTORS * codes // settings.init_images))
     with seeded(settings.seed):
@@ -176,10 +179,12 @@ def _patches_of(
     moments = PatchMoments(downsampling_factor(vae), settings.model.in_channels, accelerator.device)
     patches = []
     for batch in itertools.islice(loader, -(-wanted // (settings.train_batch_size * ranks))):
+        # the last batch may run beyond `init_images`, whose number must not depend on the ranks
         mine = batch.positions < wanted
         moments.update(batch.pixels[mine])
         if kept:
             rows = to_patches(batch.pixels, moments.factor).flatten(1, 2)  # [B, h w, P]
+            # keyed by position: the same patches for any number of processes
             places = keyed_places(settings.seed, batch.positions.tolist(), rows.shape[1], kept)
             rows = rows[torch.arange(len(rows))[:, None], places]
             gathered = accelerator.gather((rows.to(accelerator.device), mine.to(accelerator.device)))
@@ -189,6 +194,6 @@ def _patches_of(
 
 
 def keyed_places(seed: int, positions: Sequence[int], count: int, kept: int) -> torch.Tensor:
-    """Of each position of the stream, `kept` of `count` places, at most all: [B, kept]."""
+    """Draw for each position of the stream `kept` of `count` places, at most all: [B, kept]."""
     drawn = [rng.generator(seed, "patches", position).permutation(count)[:kept] for position in positions]
     return torch.from_numpy(np.stack(drawn))

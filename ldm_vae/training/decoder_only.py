@@ -1,4 +1,4 @@
-"""Training the decoder from a latent store: batches of stored moments and the pixels that they were made from.
+"""Decoder-only training from a latent store: batches of stored moments and the pixels that they were made from.
 
 The encoder is not run and not held. Pixels come from the store (`encode --pixels`), or are read again from the images:
 by key, cut as the store cut them, the checksum of their bytes compared.
@@ -60,11 +60,11 @@ class StoredBatch:
     bad: list[Bad]
 
     def moments_on(self, device: torch.device) -> Moments:
-        """The moments, where the networks are."""
+        """The moments, moved to the networks' device."""
         return self.moments.to(device)
 
     def pin_memory(self) -> StoredBatch:
-        """Called by DataLoader: only the pixels are worth a page-locked buffer."""
+        """Pin the pixels, for DataLoader; nothing else is worth page-locked memory."""
         return replace(self, pixels=self.pixels.pin_memory())
 
 
@@ -76,11 +76,13 @@ class StoredPairs(Dataset[StoredBatch]):
         self.latents, self.source = latents, source
         self.crops = crops_of(identity.views)
         self.cutting = Cutting((latents.shards[0].resolution,), self.crops, resize=resize_of(identity))
+        # by index, per worker: a bad image is read and reported once
         self._known_bad: set[int] = set()
         self._places: dict[str, int] | None = None
 
     def __getitems__(self, work: Work) -> StoredBatch:
         bad: list[Bad] = []
+        # images first: a sample whose image is gone is replaced before its latents are read
         found = [self._usable(task.index, task.epoch, bad) for task in work.tasks]
         batch = self.latents.read([index for index, _ in found], [task.epoch for task in work.tasks], ("key",))
         pixels = batch[PIXELS] if self.source is None else torch.stack([crop for _, crop in found if crop is not None])
@@ -92,6 +94,7 @@ class StoredPairs(Dataset[StoredBatch]):
         if self.source is None:
             return index, None
         count = len(self.latents)
+        # the next sample stands in, whatever the process or worker, so the batch stays the same everywhere
         for candidate in ((index + step) % count for step in range(min(count, PATIENCE))):
             if candidate in self._known_bad:
                 continue
@@ -108,16 +111,19 @@ class StoredPairs(Dataset[StoredBatch]):
     def _pixels(self, index: int, epoch: int, row: dict[str, Any]) -> torch.Tensor:
         assert self.source is not None
         record = self.source[self._place(row["key"], row["source_index"])]
+        # pixels of another image would train the decoder to undo latents that do not belong to them
         if image_checksum(record.image) != row["image_sha256"]:
             raise BadImage("the image has changed since it was encoded; `ldm-vae encode --update` takes it up")
         image = read_image(record.image, self.source.decoding, self.cutting.at_least)
+        # the same keyed draw as `read` makes for the moments: crop and latents are of one view
         (view,) = self.latents.views([index], [epoch])
         crop = self.cutting(image.pixels, image.original_size)[self.crops.index(crop_of(view))].pixels
         return crop.flip(2) if is_flipped(view) else crop
 
     def _place(self, key: str, index: int) -> int:
-        """Where the image is now: usually where it was."""
+        """Index of the image in the source now: usually the one it had."""
         assert self.source is not None
+        # a source that has not changed needs no index over all keys; the first miss builds it
         if index < len(self.source) and storable(self.source.key(index)) == key:
             return index
         if self._places is None:
@@ -146,6 +152,7 @@ def open_pairs(settings: Training, vae: AutoencoderKL, source: Source | Stream) 
         path, raw=True, seed=settings.seed, columns=COLUMNS, view="random", resolution=settings.resolution,
         pixels=identity.pixels,
     )  # fmt: skip
+    # the decoder would learn from latents that `init_from`'s encoder never gives
     if identity.encoder != encoder_fingerprint(vae):
         raise UsageError(
             f"latent_store {path}: was made by another encoder than that of init_from {settings.init_from}"
@@ -154,11 +161,13 @@ def open_pairs(settings: Training, vae: AutoencoderKL, source: Source | Stream) 
         raise UsageError(f"latent_store {path}: expected moments, it holds {identity.store}")
     if len(latents.shapes()) > 1 or identity.bucket_step is not None:
         raise UsageError(f"latent_store {path}: expected latents of one shape, it has aspect buckets")
+    # pixels in the store make the images unnecessary
     if identity.pixels:
         return StoredPairs(latents, None)
     if isinstance(source, Stream):
         raise UsageError("data: can only be read in order; expected images that can be read again by key, or a store "
                          "with pixels")  # fmt: skip
+    # pixels are cut again, so they must be cut as the store's latents were
     ours = preprocessing_identity(source.decoding)
     if identity.preprocessing != ours:
         raise UsageError(
@@ -188,7 +197,7 @@ class StoredFeed:
 
     @property
     def prepared(self) -> Preprocessing:
-        """How the images were decoded: those of a store that holds its pixels as the store's were."""
+        """Record of the images' decoding: that of the store where it holds the pixels."""
         stored = self.pairs.source is None and decoding_of(self.pairs.latents.manifest.identity.preprocessing)
         return Preprocessing.of(stored or self.source.decoding)
 
@@ -207,13 +216,14 @@ class StoredFeed:
         return load(self.pairs, work, workers, pinned)
 
     def statistics(self, vae: Any, device: torch.device) -> LatentStatistics:
-        """Those of the store: the latents are what they were."""
+        """Statistics of the store: the latents are what they were."""
         assert isinstance(self.pairs.latents.statistics, LatentStatistics)
         return self.pairs.latents.statistics
 
     def complete(self, vae: Any) -> Any:
-        """For validation and export: `vae` with the encoder of init_from, which made the store."""
+        """The whole VAE for validation and export: `vae` with the encoder of init_from, which made the store."""
         assert self.settings.init_from is not None
         complete = load_autoencoder(self.settings.init_from)
+        # not strict: the trained network has no encoder, that of init_from stays
         complete.load_state_dict(vae.state_dict(), strict=False)
         return complete.to(vae.device)

@@ -1,5 +1,5 @@
-"""What a run will cost, told before it is started: `--dry_run`. Nothing is computed or fetched, of the data only the
-list is read: the real training step runs on tensors without content, its operations and memory are counted.
+"""Cost of a run before it is started: `--dry_run`. Nothing is computed or fetched, of the data only the list is read:
+the real training step runs on tensors without content, its operations and memory are counted.
 
 Legend: B batch, C image channels, H W pixels, c latent channels, h w latent positions.
 """
@@ -47,8 +47,9 @@ LIBRARIES = 0.9e9  # torch and what else is imported
 
 @dataclass(frozen=True)
 class Plan:
-    """parameters by network; GFLOP an image of each forward pass, and of a whole step with the adversary active;
-    bytes of the tensors of a process by what holds them (a teacher's network, which is not loaded, left out)."""
+    """Cost of a run: parameters by network; GFLOP an image of each forward pass, and of a whole step with the adversary
+    active; bytes of the tensors of a process by what holds them (a teacher's network, which is not loaded, left
+    out)."""
 
     parameters: dict[str, int]
     forward_gflop: dict[str, float]
@@ -150,8 +151,8 @@ def _bytes(module: nn.Module) -> int:
 
 
 def describe(settings: Training, processes: int = 1) -> str:
-    """What `--dry_run` prints: the resolved config as YAML, then the plan as comments. Data and base weights that are
-    not on this machine are said to be so.
+    """Text that `--dry_run` prints: the resolved config as YAML, then the plan as comments. Data and base weights that
+    are not on this machine are said to be so.
 
     Raises:
         UsageError: the config does not hold together.

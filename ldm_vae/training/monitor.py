@@ -1,5 +1,5 @@
-"""Health of a training: statistics of the logits, and plain sentences when the adversary saturates, collapses or runs
-away, or when a linear code beats the network.
+"""Health monitor: statistics of the logits, and plain sentences when the adversary saturates, collapses or runs away,
+or when a linear code beats the network.
 
 The sentences are a function of the lines of metrics.jsonl alone, so a resumed run says what an undisturbed one says.
 """
@@ -42,8 +42,8 @@ def logit_statistics(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> di
 
 
 def diagnose(log: Sequence[Line], config: AdversaryConfig) -> dict[str, str]:
-    """What is wrong with the game in the last interval of `log` (lines of metrics.jsonl, oldest first): a name and a
-    sentence with the remedy for each; empty when all is well or the discriminator does not play yet."""
+    """Diagnose the adversarial game in the last interval of `log` (lines of metrics.jsonl, oldest first): a name and a
+    sentence with the remedy for each problem; empty when all is well or the discriminator does not play yet."""
     played = [line for line in log if "health/logit_margin" in line]
     averages = [line for line in log if "loss/total" in line]
     if not averages:
@@ -96,7 +96,7 @@ def below_linear(scores: Line) -> dict[str, str]:
 
 
 def _started(played: Sequence[Line]) -> bool:
-    """Its first intervals are blind in every run."""
+    """True once the discriminator has had time to learn: its first intervals are blind in every run."""
     return len(played) > START
 
 

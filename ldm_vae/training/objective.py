@@ -82,6 +82,7 @@ class Objective(nn.Module):
     def bound(self, logs: Logs, images: torch.Tensor) -> Logs:
         """The evidence lower bound, where a likelihood is among the terms and the latent has a rate, from what they
         logged: nats per image, and its negative in bits per dimension (pixel value)."""
+        # two likelihoods of one image are none, and a codebook has no rate: then there is no bound
         name = self.likelihood
         if name is None or "kl_nats_per_image" not in logs:
             return {}
@@ -104,6 +105,7 @@ class Objective(nn.Module):
         logs: Logs = {}
         for name, loss in losses.items():
             weight = self.configs[name].weight_at(images_seen)
+            # summed with its weight, logged without it
             total = total + weight * loss
             logs[f"loss/{name}"] = loss.detach()
             if self.configs[name].schedule is not None:
@@ -116,7 +118,7 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def rate(moments: Moments, images: torch.Tensor) -> Logs:
-    """What the latent of images [B, C, H, W] costs and which of its channels carry anything, from moments [B, c, h, w].
+    """Rate of the latent of images [B, C, H, W] and its active channels, from moments [B, c, h, w].
 
     An active unit is a channel whose posterior mean has a variance above 0.01 over images and positions; in one batch
     of a few images that is an estimate.

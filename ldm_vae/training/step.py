@@ -1,4 +1,4 @@
-"""THE training step: one forward of the autoencoder, shared by generator and discriminator.
+"""Training step: one forward of the autoencoder, shared by generator and discriminator.
 
 The graph is cut at the reconstruction. Pixel terms and the adversary each give a cotangent there (their own graphs are
 freed before the autoencoder's backward), the two are balanced at the last layer, and one backward carries their sum
@@ -28,7 +28,8 @@ from ldm_vae.training.objective import Logs, Objective
 
 @dataclass
 class TrainingStep:
-    """model and discriminator are what `accelerator.prepare` returned, and so are the optimisers."""
+    """One update, or one micro-batch of it. model and discriminator are what `accelerator.prepare` returned, and so are
+    the optimisers."""
 
     accelerator: Accelerator
     model: nn.Module
@@ -43,13 +44,15 @@ class TrainingStep:
     def __call__(
         self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0, stored: Moments | None = None
     ) -> Logs:
-        """images [B, C, H, W] in [-1, 1] and keyed noise [B, n, h, w] of this process => detached scalars by name.
+        """Train on images [B, C, H, W] in [-1, 1] and keyed noise [B, n, h, w] of this process; detached scalars by
+        name.
 
         stored: the images' moments, where the decoder alone is trained.
 
         With gradient accumulation each call is one micro-batch, all of an update with the same `images_seen`; weights,
         and whatever else moves, move at the last of them.
         """
+        # both in one context: DDP synchronises neither of them before the update's last micro-batch
         networks = [self.model] if self.discriminator is None else [self.model, self.discriminator]
         with self.accelerator.accumulate(*networks):
             reconstruction = self.model(images, noise, images_seen, stored)
@@ -62,8 +65,10 @@ class TrainingStep:
     # --- the step -----------------------------------------------------------------------------------------------------
 
     def _autoencoder(self, reconstruction: Reconstruction, images_seen: int) -> Logs:
+        # a leaf: the terms' own graphs end here, so they are freed before the autoencoder's backward begins
         pixels = reconstruction.pixels.detach().requires_grad_()
         pixel_total, logs = self.objective.pixel_terms(pixels, reconstruction.target, images_seen)
+        # parameters of the terms themselves (a learned variance, a projection) get their gradients in the same pass
         own = learning([self.objective])
         cotangent, *own_gradients = torch.autograd.grad(pixel_total, [pixels, *own], materialize_grads=True)
         logs["loss/pixels"] = pixel_total.detach()
@@ -73,6 +78,7 @@ class TrainingStep:
             cotangent = cotangent + weighted
             logs |= adversary_logs
 
+        # terms on latents keep their graph, which reaches the encoder
         latent_total, latent_logs = self.objective.latent_terms(reconstruction, images_seen)
         logs |= latent_logs
         logs |= self.objective.bound(logs, reconstruction.images)
@@ -117,6 +123,7 @@ class TrainingStep:
     def _discriminator(self, real: torch.Tensor, fake: torch.Tensor, images_seen: int) -> Logs:
         assert self.discriminator is not None
         micro_batches = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
+        # decided by the images of the whole update, so all its micro-batches and ranks agree
         r1_due = self.adversary.r1_due(images_seen, len(real) * micro_batches)
         real = real.detach().requires_grad_(r1_due)
         # one forward over both halves: DDP allows one per backward, and the default group norm does not mix images
@@ -133,6 +140,7 @@ class TrainingStep:
         if not self.accelerator.sync_gradients:
             return logs
         parameters = learning([self.discriminator])
+        # LeCAM's averages and spectral norms move only with the weights
         taken, update_logs = self._update(self.discriminator_optimizer, "discriminator", parameters)
         if taken:
             self.adversary.after_update()
@@ -146,10 +154,11 @@ class TrainingStep:
     # ------------------------------------------------------------------------------------------------------------------
 
     def _update(self, optimizer: Any, name: str, parameters: list[nn.Parameter]) -> tuple[bool, Logs]:
-        """End an update: whether the weights moved, or the update was left out; its logs."""
+        """End an update: True if the weights moved, False if it was left out; and its logs."""
         # of this optimiser alone: accelerator.clip_grad_norm_ unscales all of them, and the discriminator's earlier
         # micro-batches would be divided twice
         self.accelerator.unscale_gradients(optimizer)
+        # without a limit the norm is still measured, for the log and for skip_nan
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = nn.utils.clip_grad_norm_(parameters, limit).detach()
         logs: Logs = {}
@@ -166,6 +175,7 @@ class TrainingStep:
 
     def _optimizer_step(self, optimizer: Any) -> None:
         scaler = self.accelerator.scaler
+        # the scale that the gradients at hand were multiplied by
         before = None if scaler is None else scaler.get_scale()
         optimizer.step()
         optimizer.zero_grad()

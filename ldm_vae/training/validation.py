@@ -1,4 +1,4 @@
-"""What a validation during training leaves in RUN/report, so that the page shows pictures while the run goes on."""
+"""Results of a validation during training in RUN/report, so that the page shows pictures while the run goes on."""
 
 from __future__ import annotations
 

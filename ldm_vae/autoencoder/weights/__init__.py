@@ -1,2 +1,2 @@
-"""Weights that somebody else saved: which files of a folder are read, what a file really is, whose tensors are in it
-and under which names, and what 8-bit floats cost. Everything that does not fit is one sentence."""
+"""Weights from other programs: which files of a folder are read, their real format, whose tensors are in them and under
+which names, and the cost of 8-bit floats. Whatever does not fit is one sentence."""

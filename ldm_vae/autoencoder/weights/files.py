@@ -1,4 +1,4 @@
-"""Files of weights: which of a folder's are read, what each really is, and its tensors one by one.
+"""Files of weights: the choice among a folder's, the real format of each, and its tensors one by one.
 
 safetensors alone; a pickle where it is asked for, tensors alone. In a folder of diffusers the full weights come before
 a variant (`diffusion_pytorch_model.fp16.safetensors`), one file before shards.
@@ -75,6 +75,7 @@ def open_weights(path: Path, place: str, *, allow_pickle: bool = False) -> Weigh
         weights = Weights(place, _read_pickle(path, place, allow_pickle))
     else:
         weights = _open_safetensors([path], place)
+    # before the shapes are compared: packed weights have shapes of their own and would give a misleading sentence
     quantised = sorted(name for name in weights.entries if _QUANTISED.search(name))
     if quantised:
         raise UsageError(
@@ -107,6 +108,7 @@ def _open_safetensors(paths: list[Path], place: str) -> Weights:
             file: Any = safe_open(path, framework="pt")
             header |= file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 (no mapping)
+                # from the header: no value is read before it is known to be wanted
                 entries[name] = Entry(tuple(file.get_slice(name).get_shape()), _reader(file, name, path, place))
         except (SafetensorError, OSError, ValueError) as error:
             raise UsageError(_unreadable(path, place, error)) from error
@@ -189,6 +191,7 @@ def open_folder(folder: Path, place: str) -> Weights:
             variants[key] = min(name, variants.get(key, name), key=lambda one: one.endswith(".json"))
     if not variants:
         raise UsageError(_no_weights(folder, names, place))
+    # full weights first, then the most exact variant
     order = (None, *VARIANTS)
     chosen = min(variants, key=lambda one: (order.index(one) if one in order else len(order), one or ""))
     if chosen is not None:

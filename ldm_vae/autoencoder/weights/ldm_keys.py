@@ -49,7 +49,7 @@ def to_ldm(tensors: Mapping[str, torch.Tensor], blocks: int) -> dict[str, torch.
 
 
 def is_attention_matrix(name: str) -> bool:
-    """Whether diffusers' tensor `name` is a matrix that LDM files hold as a 1x1 convolution."""
+    """True if diffusers' tensor `name` is a matrix that LDM files hold as a 1x1 convolution."""
     return _ATTENTION_MATRIX.search(name) is not None
 
 
@@ -66,5 +66,5 @@ def find_prefix(names: Iterable[str]) -> str | None:
 
 
 def has_diffusers_names(names: Iterable[str]) -> bool:
-    """Whether names without prefix are diffusers' (`encoder.down_blocks.`) rather than LDM's (`encoder.down.`)."""
+    """True if names without prefix are diffusers' (`encoder.down_blocks.`) rather than LDM's (`encoder.down.`)."""
     return any(name.startswith("encoder.down_blocks.") for name in names)

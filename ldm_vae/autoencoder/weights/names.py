@@ -1,5 +1,5 @@
-"""Whose tensors are in a file, and under which names: a network's own ones, found behind what wrappers and averages put
-before them, in diffusers' names of any age or LDM's.
+"""Names of tensors in a file: a network's own tensors, found behind the prefixes of wrappers and averages, in
+diffusers' names of any age or LDM's.
 
     module.encoder.conv_in.weight, _orig_mod.…          DDP, FSDP, torch.compile: taken away wherever it stands
     vae.…, first_stage_model.…, anything.…              a part of something larger: what makes the network whole
@@ -49,9 +49,12 @@ def fit(network: torch.nn.Module, weights: Weights) -> Fitted:
     copies = _copies(plain, spelled)
     prefix = _choose(copies, len(places), weights.place)
     chosen = copies.get(prefix, {})
+    # scales and marks of 8-bit floats belong to weights that are taken: neither left over nor tensors of their own
     companions = {name for original in chosen.values() for name in rounding.companions(original, weights.entries)}
     taken = companions | set(chosen.values()) | {name for name in plain.values() if name.endswith(rounding.MARK)}
     left = {name: original for name, original in plain.items() if original not in taken}
+    # behind the same prefix, but not the network's: an error where it looks like one of its parts, else left out with a
+    # note
     inside = {name.removeprefix(prefix): original for name, original in left.items() if name.startswith(prefix)}
     parts = {name.split(".")[0] for name in [*places, *OPTIONAL]}
     unexpected = sorted(original for name, original in inside.items() if name.split(".")[0] in parts)
@@ -73,6 +76,7 @@ def find_autoencoder(entries: Mapping[str, Entry]) -> dict[str, Entry] | None:
     prefixes = [name.removesuffix(anchor) for name in plain if name == anchor or name.endswith(f".{anchor}")]
     if not prefixes:
         return None
+    # the network's own before an average
     prefix = min(prefixes, key=_rank)
     return {name.removeprefix(prefix): entries[plain[name]] for name in plain if name.startswith(prefix)}
 
@@ -108,9 +112,11 @@ def _copies(plain: Mapping[str, str], spelled: Mapping[str, str]) -> dict[str, d
     found: dict[str, dict[str, str]] = {}
     dotless = {name.replace(".", ""): own for name, own in spelled.items()}
     for name, original in plain.items():
+        # every suffix of the name is tried, so any prefix is found, however deep
         parts = ldm_keys.current_name(name).split(".")
         for start in range(len(parts)):
             own = spelled.get(".".join(parts[start:]))
+            # LitEma: one part without dots behind `model_ema`
             if own is None and start == len(parts) - 1 and start and parts[start - 1] == DOTLESS:
                 own = dotless.get(parts[start])
             if own is not None:
@@ -123,6 +129,7 @@ def _choose(copies: Mapping[str, Mapping[str, str]], size: int, place: str) -> s
     whole = sorted((prefix for prefix in copies if len(copies[prefix]) == size), key=_rank)
     if not whole:
         return max(copies, key=lambda prefix: (len(copies[prefix]), [-part for part in _rank(prefix)]), default="")
+    # equal in kind: nothing says which of them is meant
     if len(whole) > 1 and _rank(whole[0])[:2] == _rank(whole[1])[:2]:
         raise UsageError(
             f"{place}: holds {len(whole)} such networks, behind {few(whole)}; save the one that is meant by itself"
@@ -180,6 +187,7 @@ def _misfit(
             f"holds none of the {total} tensors of the {kind} that its config describes, but {few(first) or 'nothing'}"
         )
     ldm = {own: name for name, own in _spellings(network).items() if name != own}
+    # missing tensors are named as the file names its others
     in_ldm = not any(".down_blocks." in name for name in weights.entries)
     said = []
     if missing:
@@ -234,6 +242,7 @@ def _read(
         value = weights.entries[chosen[name]].read()
         if rounding.is_eight_bit(value):
             value, rounded[name] = rounding.restored(value, chosen[name], weights)
+        # a scale beside other numbers: some quantisation that this reader would get wrong
         elif scaled := rounding.scale_of(chosen[name], weights.entries):
             raise UsageError(
                 f"{weights.place}: tensor {few([scaled])} scales {name}, which is {value.dtype} and no float of 8 "

@@ -78,6 +78,7 @@ def build(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] = CL
     """The network of a config, without values. Raises UsageError for a config of nothing."""
     name = class_of(config, place, classes)
     try:
+        # no values yet: neither time nor memory for a config whose weights may not fit
         with init_empty_weights():
             return classes[name].from_config(dict(config))
     except Exception as error:  # what a hostile config makes of diffusers: any kind
@@ -91,6 +92,7 @@ def fill(network: torch.nn.Module, weights: Weights) -> None:
         UsageError: the weights do not fit.
     """
     fitted = fit(network, weights)
+    # assign: the tensors of the file become the parameters, nothing is copied
     network.load_state_dict(fitted.state, strict=True, assign=True)
     for note in fitted.notes:
         say(note)
@@ -112,6 +114,7 @@ def find_folder(source: str, place: str) -> Path:
     if not path.is_dir():
         return _fetched(source, place)
     folders = [folder for folder in (path, path / "vae") if (folder / CONFIG).exists()]
+    # both have a config.json: a pipeline's own is no autoencoder's, its vae/ is
     if len(folders) == 2 and not _is_autoencoder(path):
         return folders[1]
     if folders:
@@ -143,6 +146,7 @@ def _fetched(hub_id: str, place: str) -> Path:
     try:
         folder = _fetched_config(hub_id)
         inside = "vae/" if folder.name == "vae" else ""
+        # one set of weights, the first that the hub has: a repository may hold several variants
         for weights in _candidates():
             try:
                 hf_hub_download(hub_id, f"{inside}{weights}")

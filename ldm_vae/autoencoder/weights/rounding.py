@@ -1,4 +1,4 @@
-"""Weights that were rounded to 8-bit floats: read as fp32, and what the rounding cost.
+"""Weights that were rounded to 8-bit floats: read as fp32, and the cost of the rounding.
 
 e4m3 keeps 3 bits behind the leading one, e5m2 keeps 2 (Micikevicius et al. 2022, arXiv:2209.05433). What the weights
 were before is gone: each was anywhere within half a unit of its last place. The cost is therefore measured with weights
@@ -100,7 +100,7 @@ def cost(network: torch.nn.Module, rounded: Mapping[str, Rounding]) -> str:
 
 @torch.no_grad()
 def _psnr(vae: Any, rounded: Mapping[str, Rounding]) -> float:
-    """Of a synthetic picture, reconstructed by the rounded weights and by some that they may have been."""
+    """PSNR of a synthetic picture, reconstructed by the rounded weights and by some that they may have been."""
     generator = torch.Generator().manual_seed(0)
     other = copy.deepcopy(vae)
     for name, value in other.state_dict().items():

@@ -48,7 +48,8 @@ def told_by(shapes: Shapes, place: str) -> dict[str, Any]:
 
 
 def infer_config(shapes: Shapes, place: str) -> dict[str, Any]:
-    """As `told_by`, whole: the number of GroupNorm groups leaves no trace in a file, LDM's is 32, always.
+    """Infer the whole config, as `told_by` but with the number of GroupNorm groups, which leaves no trace in a file:
+    LDM's is 32, always.
 
     Raises:
         UsageError: the tensors are not those of a KL autoencoder, or 32 does not divide its widths.

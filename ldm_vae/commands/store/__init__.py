@@ -1,4 +1,4 @@
-"""`ldm-vae store verify|repair|stats|merge|split|convert|push|pull`: look after latent stores."""
+"""`ldm-vae store verify|repair|stats|merge|split|convert|push|pull`: maintain latent stores."""
 
 from __future__ import annotations
 

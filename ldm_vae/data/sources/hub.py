@@ -93,9 +93,11 @@ class HubSource:
 
 
 def _facts_of(dataset: Any, column: str) -> Facts | None:
-    """Of the files that the table is mapped from, as they were when it was opened; None when they do not hold all."""
+    """Facts of the files that the table is mapped from, as they were when it was opened; None when they do not hold
+    all."""
     known = [file_facts(file["filename"]) for file in dataset.cache_files]
     facts = [each for each in known if each is not None]
+    # a table in memory, or of files that cannot be asked: only the images themselves can tell
     if not facts or len(facts) < len(known) or not _holds_bytes(dataset, column):
         return None
     return Facts(-1, max(each.changed for each in facts), (hash(tuple(each.identity for each in facts)),))
@@ -108,6 +110,7 @@ def _holds_bytes(dataset: Any, column: str) -> bool:
     for chunk in dataset.data.column(column).chunks:
         stored = getattr(chunk, "storage", chunk)
         if pa.types.is_struct(stored.type):
+            # a row without bytes has a path, and the file there may change without the table
             if stored.type.get_field_index("bytes") < 0 or stored.field("bytes").null_count:
                 return False
         elif pa.types.is_string(stored.type) or pa.types.is_large_string(stored.type):
@@ -182,6 +185,7 @@ def load(config: Config) -> Any:
     except UsageError:
         raise
     except Exception as error:  # the hub, the network, the builder: dozens of types
+        # a local file that is something else than its name says is the likelier reason
         for file in _files(path):
             if (what := disguised_file(Path(file))) is not None:
                 raise UsageError(f"data {config.path}: {Path(file).name} {what}") from error
@@ -221,6 +225,7 @@ def find_image_column(dataset: Any, image_column: str | None, name: str) -> str:
             raise UsageError(f"data.image_column {image_column}: {name} has {', '.join(features)}")
         return image_column
     images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
+    # the usual name, also where a stream declares no features
     if "image" in features or not features:
         return "image"
     if len(images) == 1:
@@ -257,6 +262,7 @@ def declared_dtype(dataset: Any, column: str) -> np.dtype[Any] | None:
     feature = (dataset.features or {}).get(column)
     is_array = hasattr(feature, "shape")  # Array2D, Array3D
     while (inner := feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)) is not None:
+        # nested lists: the innermost feature has the number type
         feature, is_array = inner, True
     name = getattr(feature, "dtype", None)
     return np.dtype(name) if is_array and name in _NUMBERS else None

@@ -78,10 +78,12 @@ class TarSource:
         self._refused: dict[int, str] = {}
         keys: list[str] = []
         # shard, offset, size of each image; extension, offset, size of each other member, and where a sample's end
+        # in flat arrays, which take a fraction of the memory of tuples of Python's integers
         images, others, ends = array("q"), array("q"), array("q")
         for number, shard in enumerate(tqdm(shards, desc="indexing shards", unit="shards", disable=None, leave=False)):
             for key, image, rest in self._index(shard, image_column):
                 if isinstance(image, str):
+                    # still a sample, with its key and reason: the order and number of samples do not depend on damage
                     self._refused[len(keys)] = image
                     images.extend((number, 0, 0))
                 else:
@@ -113,6 +115,7 @@ class TarSource:
             except BadImage as error:
                 image = error.reason
             yield sample.key, image, sample.others()
+        # the damaged rest has a key of its own, so the quarantine shows that something is missing
         for reason in damage:
             yield "rest-of-shard", f"the rest of the shard cannot be read: {reason}", []
 
@@ -129,6 +132,7 @@ class TarSource:
         number, offset, size = map(int, self._images[index])
         shard = self._shards[number]
         columns: dict[str, Any] = dict.fromkeys(self._extensions)
+        # members of sample i: from the end of sample i - 1 to its own
         for which, start, length in self._others[self._ends[index - 1] if index else 0 : self._ends[index]].tolist():
             columns[self._extensions[which]] = tars.column_value(
                 self._extensions[which], read_range(shard, start, length)
@@ -175,6 +179,7 @@ class TarStream(InOrderOnly):
                 for sample in tars.group(_keep_bytes(archive, bytes_of)):
                     yield self._record(shard, sample, bytes_of)
                     for member in sample.members:
+                        # only the current sample's bytes are held
                         bytes_of.pop(member.name, None)
         except Exception as error:  # the network, the server, the archive: any kind
             reason = str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Record the largest activation of every layer in fp32 and print how far it is from fp16's largest number."""
+"""Audit of activations: the largest of every layer in fp32, and its distance from fp16's largest number."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _RECORDED = (nn.Conv2d, nn.Linear, nn.GroupNorm, ResnetBlock2D, Attention)
 
 @dataclass
 class Audit:
-    """largest: |activation| by module name; variance: of a GroupNorm's input, the smallest group's, averaged over the
-    probes."""
+    """Result of an audit. largest: |activation| by module name; variance: of a GroupNorm's input, the smallest group's,
+    averaged over the probes."""
 
     largest: dict[str, float] = field(default_factory=dict)
     variance: dict[str, float] = field(default_factory=dict)
@@ -39,12 +39,12 @@ class Audit:
         return max(self.of(side).items(), key=lambda row: row[1])
 
     def headroom(self, side: str) -> float:
-        """How many times the largest activation would fit below 65,504."""
+        """Factor by which the largest activation would fit below 65,504."""
         return LARGEST / max(self.worst(side)[1], 1e-30)
 
     @property
     def safe(self) -> bool:
-        """Whether both halves may run in fp16."""
+        """True if both halves may run in fp16."""
         return min(self.headroom("encoder"), self.headroom("decoder")) >= SAFE_HEADROOM
 
     def describe(self) -> str:

@@ -1,4 +1,4 @@
-"""The proof that a VAE may run in fp16: headroom of every layer, and fp16 against fp32 on the same inputs."""
+"""Certificate that a VAE may run in fp16: headroom of every layer, and fp16 against fp32 on the same inputs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ GOOD_PSNR = 40.0  # dB: fp16 rounding is then below what 8 bits show
 
 @dataclass(frozen=True)
 class Certificate:
-    """psnr in dB, fp16 against fp32 of the same model, by side (peak: 2 for pixels, the range of the means for latents;
-    NaN where fp16 is not finite); change: largest fp32 difference that the rescaling made, by side (None: nothing was
-    rescaled); limits: sentences that name layers."""
+    """Measurements of a certificate: psnr in dB, fp16 against fp32 of the same model, by side (peak: 2 for pixels, the
+    range of the means for latents; NaN where fp16 is not finite); change: largest fp32 difference that the rescaling
+    made, by side (None: nothing was rescaled); limits: sentences that name layers."""
 
     probes: str
     after: Audit
@@ -33,11 +33,11 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """fp16 is finite, close to fp32, and has headroom left for other images."""
+        """True if fp16 is finite, close to fp32, and has headroom left for other images."""
         return self.after.safe and all(value >= GOOD_PSNR for value in self.psnr.values())
 
     def lines(self) -> list[str]:
-        """For the terminal and, as a list, for the card."""
+        """Lines for the terminal and, as a list, for the card."""
         found = [f"measured over {self.probes}"]
         if self.before is not None:
             found.append(f"before, {self.before.describe()}")

@@ -1,4 +1,4 @@
-"""What an audit feeds a VAE: the user's images, images at the ends of what a pixel can be, and latents to match.
+"""Probes of an audit: the user's images, images at the ends of what a pixel can be, and latents to match.
 
 Legend: N images, C image channels, R side, c latent channels, h w latent positions.
 """
@@ -21,14 +21,15 @@ LARGEST_SIDE = 512  # pixels: GroupNorm's statistics hardly change with the size
 
 @dataclass(frozen=True)
 class Probes:
-    """images [N, C, R, R] in [-1, 1] for the encoder, z [M, c, h, w] unscaled for the decoder, how many are real."""
+    """Inputs of an audit: images [N, C, R, R] in [-1, 1] for the encoder, z [M, c, h, w] unscaled for the decoder, how
+    many are real."""
 
     images: torch.Tensor
     z: torch.Tensor
     real: int
 
     def describe(self) -> str:
-        """For a card: what the numbers were measured over."""
+        """Description for a card: what the numbers were measured over."""
         side = self.images.shape[-1]
         real = f"{self.real} images and " if self.real else ""
         return f"{real}{len(self.images) - self.real} synthetic extremes of {side} px, {len(self.z)} latents"

@@ -1,4 +1,4 @@
-"""Which tensors of an AutoencoderKL may be multiplied by a constant without changing what the network computes.
+"""Scalable tensors of an AutoencoderKL: those that a constant may multiply without changing what the network computes.
 
 GroupNorm takes the scale out of its input. So whatever only GroupNorms and linear maps read may be scaled, as long as
 the linear maps that read it take the inverse:
@@ -52,13 +52,13 @@ class Chain:
 
     @property
     def name(self) -> str:
-        """Of its factor: a stretch may begin at the same layer."""
+        """Name of its factor: a stretch may begin at the same layer."""
         return f"{self.first} -> {self.second}"
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Everything that may be scaled in one network."""
+    """All that may be scaled in one network."""
 
     stretches: list[Stretch]
     branches: list[Branch]

@@ -59,6 +59,7 @@ class ForeignPiece:
         first = 0
         for tensors, samples in self.load(positions):
             for position, row in zip(positions[first : first + len(samples)].tolist(), samples, strict=True):
+                # the row must be of the sample that was announced: pieces are dealt by these keys
                 checksum = row.get("image_sha256")
                 if row.get("key") != self.keys[position] or not (checksum is None or CHECKSUM.fullmatch(str(checksum))):
                     raise WorkError(f"{self.where}: the row of {self.keys[position]} is damaged: its key or checksum")
@@ -70,6 +71,7 @@ class ForeignPiece:
         pixels = name.split(".")[0] == PIXELS
         _, *size = self.group
         shape = self.shape if values is None or not pixels else (*values.shape[1:2], *size)
+        # shapes before values: a wrong one would make the checks below meaningless
         if values is None or values.shape != (len(samples), *shape):
             found = "is missing" if values is None else f"has the shape {values.shape[1:]}, not {shape}"
             raise WorkError(f"{self.where}: {name} of {samples[0]['key']} {found}")
@@ -78,6 +80,7 @@ class ForeignPiece:
             raise WorkError(f"{self.where}: {name} has values of type {values.dtype}")
         if pixels:
             return values
+        # an index beyond the codebook would be read out of another row, or of none
         if self.identity.codes is not None:
             good = (values >= 0) & (values < self.identity.codes)
             what = f"an index outside of the {self.identity.codes:,} codes"

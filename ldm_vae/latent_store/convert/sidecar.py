@@ -115,6 +115,7 @@ def draw(identity: Identity, tensors: Tensors, samples: Samples) -> dict[str, np
         z = torch.from_numpy(numbers[tensor_name(TENSOR_NAMES[identity.store][0], view)].astype(np.float32))
         if identity.store == "moments":
             logvar = torch.from_numpy(numbers[tensor_name("logvar", view)].astype(np.float32))
+            # by the image's key, not by its place: the same sample whatever store it comes from
             keys = [(_number(row["key"]), int(row["resolution"]), number) for row in samples]
             z = Moments(z, logvar).sample(rng.normal(0, "converted sample", keys, z.shape[1:]))
         drawn[view] = z.numpy()

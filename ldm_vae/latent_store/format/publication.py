@@ -27,6 +27,7 @@ def publish_shard(
         samples: the columns of each row, among them `key`.
     """
     resolution, height, width = group
+    # the usual store has one shard a unit, whose name is its number alone
     one_group = len(identity.resolution) == 1 and identity.bucket_step is None
     name = f"{unit:08d}" if one_group else f"{unit:08d}-{resolution}-{height}x{width}"
     table = shards.to_table(samples)

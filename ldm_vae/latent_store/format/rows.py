@@ -35,6 +35,7 @@ def statistics(identity: Identity, read: ReadRows, keys: Sequence[str]) -> npt.N
     """
     if identity.codes is not None:
         usage = CodeStatistics(identity.codes)
+        # CHUNK_ROWS at a time, so that no whole shard is held
         for view in identity.views:
             for first in range(0, len(keys), CHUNK_ROWS):
                 usage.update(read(tensor_name("indices", view), first, min(first + CHUNK_ROWS, len(keys))))

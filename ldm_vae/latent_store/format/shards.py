@@ -74,6 +74,7 @@ class Spool:
         pieces = [np.ascontiguousarray(tensors[spec.name]) for spec in self.specs]
         count = len(pieces[0])
         if count:
+            # row by row, all tensors of a row side by side: one write a batch, whatever the number of tensors
             self._file.write(np.concatenate([piece.view(np.uint8).reshape(count, -1) for piece in pieces], 1).data)
             self.rows += count
 
@@ -82,11 +83,13 @@ class Spool:
         position = [spec.name for spec in self.specs].index(name)
         spec = self.specs[position]
         start = sum(other.row_bytes for other in self.specs[:position])
+        # the tensor's bytes within each row, copied out of the map
         raw = self._mapped()[first:stop, start : start + spec.row_bytes]
         values: npt.NDArray[Any] = np.ascontiguousarray(raw).view(STORAGE[spec.dtype])
         return values.reshape(-1, *spec.shape)
 
     def _mapped(self) -> npt.NDArray[np.uint8]:
+        # the map sees the file alone, not Python's buffer
         self._file.flush()
         width = sum(spec.row_bytes for spec in self.specs)
         return np.memmap(self._file, dtype=np.uint8, mode="r", shape=(self.rows, width))
@@ -239,6 +242,7 @@ def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
         raw = map_file(path)
         length = int.from_bytes(raw[:8].tobytes(), "little")
+        # the header's length is the file's own claim: it must lie within the file
         if not 2 <= length <= min(len(raw) - 8, 100_000_000):
             raise ValueError("no safetensors header")
         header = json.loads(raw[8 : 8 + length].tobytes())
@@ -253,6 +257,7 @@ def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
 def _view(data: npt.NDArray[np.uint8], entry: Mapping[str, Any]) -> npt.NDArray[Any]:
     first, stop = entry["data_offsets"]
     dtype, shape = STORAGE[entry["dtype"]], tuple(entry["shape"])
+    # offsets and shape are believed once they fit each other and the file
     if not 0 <= first <= stop <= len(data) or stop - first != int(np.prod(shape)) * dtype.itemsize:
         raise ValueError("truncated, or its header does not fit its size")
     values: npt.NDArray[Any] = np.asarray(data[first:stop]).view(dtype)

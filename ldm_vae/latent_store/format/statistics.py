@@ -54,6 +54,7 @@ class LatentStatistics:
         """Add posterior means [B, c, h, w] and variances of the same shape (None: z itself was given)."""
         start = self.images
         keys = range(start, start + len(mean)) if keys is None else keys
+        # one row an image, then weighted sums over images: row 0 with weight 1, replicates with Poisson's
         rows = _image_sums(mean, variance)
         weights = np.hstack([np.ones((len(rows), 1)), _weights(keys)])
         self.add(np.einsum("br,bf->rf", weights, rows))  # not BLAS, whose sums depend on its number of threads
@@ -67,6 +68,7 @@ class LatentStatistics:
         """Add another accumulator's table of sums."""
         if self.sums is not None and self.sums.shape[1] != sums.shape[1]:
             raise ValueError(f"latents of {_channels(sums)} channels do not add to those of {_channels(self.sums)}")
+        # statistics read back from JSON have no replicates: the sum keeps the rows that both have
         common = slice(None) if self.sums is None else slice(min(len(self.sums), len(sums)))
         self.sums = sums[common].copy() if self.sums is None else self.sums[common] + sums[common]
         self._intervals = None
@@ -134,6 +136,8 @@ class LatentStatistics:
         """Images behind the latents: several views of one have its key, so they are in a replicate together, and the
         replicates' numbers of latents vary by so much more."""
         sums = self._filled()
+        # an image with v views weighs v latents at once: the variance of a replicate's number of latents is v times
+        # that number
         views = round(float(np.square(sums[1:, 0] - sums[0, 0]).mean() / sums[0, 0]))
         return self.images // max(1, views)
 
@@ -203,6 +207,7 @@ def _mean_variance(sums: Array) -> tuple[Array, Array]:
     channels = _channels(sums)
     scaled = sums[:, 2:] / sums[:, 1:2]
     mean = scaled[:, :channels]
+    # E[mu^2] - m^2, which rounding may leave slightly below 0 for a channel that never varies
     spread = scaled[:, channels : 2 * channels] - mean**2
     return mean, np.maximum(spread, 0.0) + scaled[:, 2 * channels :]
 

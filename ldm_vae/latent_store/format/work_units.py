@@ -98,6 +98,7 @@ class Plan(Section):
 
     def units(self, size: int) -> list[Unit]:
         """Slices of `size` samples: units first_unit, first_unit + 1, ..."""
+        # a range, and its slices, take no memory at 10^9 samples
         if len(self.ranges) == 1:
             indices: Sequence[int] = range(*self.ranges[0])
         else:
@@ -119,6 +120,7 @@ def read_plan(store: Path, units_so_far: int) -> Plan | None:
         plan = Plan.model_validate_json((store / PLAN).read_bytes())
     except (OSError, ValidationError):
         return None
+    # a merge counts its units in the manifest, so a smaller first unit is that of a merged plan
     return plan if plan.first_unit >= units_so_far else None
 
 
@@ -138,12 +140,14 @@ def read_record(store: Path, unit: int, work: str) -> UnitRecord | None:
         record = UnitRecord.model_validate_json(record_path(store, unit).read_bytes())
     except (OSError, ValidationError):
         return None
+    # of another identity or plan: the unit of this number is another one
     return record if record.work == work else None
 
 
 def is_done(store: Path, unit: int, work: str) -> bool:
     """True if a unit has its record, and all its files have the sizes that the record says."""
     record = read_record(store, unit, work)
+    # sizes, not checksums: those of a whole store would take as long as reading it
     return record is not None and all(
         _size(shard_path(store, shard.name, extension)) == file.bytes
         for shard in record.shards

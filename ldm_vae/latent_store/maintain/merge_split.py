@@ -109,8 +109,10 @@ def merge(stores: Sequence[Path], out: Path) -> Manifest:
     for store, manifest in zip(stores, manifests, strict=True):
         parts += [new for piece in pieces(store, manifest) if len((new := _unseen(piece, earlier)).rows)]
         if store != stores[-1]:
+            # each store is compared with those before it; none comes after the last
             earlier.append(StoredImages(store, manifest))
     quarantine = {entry.key: entry for store in stores for entry in read_quarantine(store)}
+    # each once, in order: the rows keep the settings that they were computed with
     settings = tuple(dict.fromkeys(setting for manifest in manifests for setting in manifest.settings))
     return deal(parts, out, manifests[0].model_copy(update={"settings": settings}), list(quarantine.values()))
 
@@ -132,6 +134,7 @@ def _unseen(piece: StoredPiece, earlier: Sequence[StoredImages]) -> StoredPiece:
     for stored in earlier:
         for position, found in enumerate(stored.find(digests(piece.keys))):
             if found.start < found.stop:
+                # the earlier store's rows stand, if both are of the same image and say the same of it
                 keep[position] = False
                 if not images[position]:
                     raise UsageError(
@@ -168,7 +171,9 @@ def split(store: Path, out: Path, count: int) -> list[Path]:
     total = int(units.max()) + 1
     if not 1 <= count <= total:
         raise UsageError(f"--parts: expected 1 to {total}, the units of {store}, got {count}")
+    # consecutive units, and parts whose numbers of units differ by at most one
     part = units * count // total
+    # one name for all parts: they appear together or not at all
     with atomic_io.whole(out) as folder:
         for number in range(count):
             deal(_kept(everything, part == number), folder / str(number), manifest)

@@ -90,24 +90,29 @@ def _fill(folder: Path, parts: Sequence[Piece], head: Manifest, quarantine: Sequ
     unit_of = ordinals // head.identity.shard_size
     images = int(ordinals.max()) + 1
     lengths = [len(piece.keys) for piece in parts]
+    # of every row: its piece, and its place in the piece
     owner = np.repeat(np.arange(len(parts)), lengths)
     position = np.concatenate([np.arange(length) for length in lengths])
+    # all are verified before the first byte is written
     for piece in tqdm(parts, desc="verify", unit="shards", disable=None, leave=False):
         piece.check()
     entries: list[ShardRecord] = []
     columns: dict[str, str] = {}
+    # stable: within a unit rows keep their order
     order = np.argsort(unit_of, kind="stable")
     slices = np.split(order, np.flatnonzero(np.diff(unit_of[order])) + 1)
     for number, own in enumerate(tqdm(slices, desc="write", unit="units", disable=None, leave=False)):
         groups: dict[Group, list[tuple[Piece, Integers]]] = {}
         for index in np.unique(owner[own]).tolist():
             groups.setdefault(parts[index].group, []).append((parts[index], position[own[owner[own] == index]]))
+        # as the encoder's pipeline orders a unit's shards, so that whole units give the files that they had
         for group, taken in sorted(groups.items(), key=lambda item: item[0]):
             record, types = _write_shard(folder, head.identity, number, group, taken)
             entries.append(record)
             columns |= {name: kind for name, kind in types.items() if columns.get(name, "null") == "null"}
     unseen = {entry.key for entry in quarantine} - set(keys)
     bad = [entry for entry in quarantine if entry.key in unseen]
+    # there is no source any more: bad images are counted on behind the good ones
     bad = [entry.model_copy(update={"index": images + place}) for place, entry in enumerate(bad)]
     write_quarantine(folder, bad)
     _, heads = np.unique(ordinals, return_index=True)
@@ -136,6 +141,7 @@ def _source(keys: Sequence[str]) -> SourceIdentity:
 def image_ordinals(keys: Sequence[str]) -> Integers:
     """Ordinal of the image that each row shows, counted in the order of first appearance."""
     _, first, inverse = np.unique(digests(keys), return_index=True, return_inverse=True)
+    # np.unique sorts by digest; rank turns that into the order of first appearance
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
     return rank[inverse.reshape(-1)]

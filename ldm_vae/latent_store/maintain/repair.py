@@ -88,8 +88,10 @@ def _repair(
     device: torch.device | str,
 ) -> Repaired:
     manifest = read_finished(store)
+    # safe only as the owner: nobody else has a temporary file here
     remove_leftovers(store)
     damaged = {shard.name: _damaged(store, shard) for shard in manifest.shards}
+    # rows first: what can be copied needs neither VAE nor images, and no unit is encoded for it
     copied = [file for shard in manifest.shards for file in _copy_rows(store, shard, damaged[shard.name])]
     numbers = sorted({shard.unit for shard in manifest.shards if damaged[shard.name]})
     if not numbers:
@@ -113,6 +115,7 @@ def _copy_rows(store: Path, shard: ShardRecord, damaged: set[str]) -> list[str]:
     if len(broken := damaged & {ROWS, MAPPED_ROWS}) != 1:
         return []
     (extension,) = broken
+    # the twin is whole: its checksum was the manifest's
     table = shards.map_rows(stem) if extension == ROWS else shards.read_rows(stem)
     write = shards.write_parquet if extension == ROWS else shards.write_mapped_rows
     if write(stem, table) != shard.files[extension]:  # another version of pyarrow: sound, and not those bytes
@@ -143,6 +146,9 @@ def _encode_again(
     whole = work_units.fresh_plan(work_units.source_identity(source))
     places = indices_of(source, {row["key"] for rows in old.values() for row in rows or ()})
     slices = {unit.number: unit for unit in whole.units(identity.shard_size)}
+    # Two kinds of units. A slice of the source as it is (the first encode's record is still valid) is encoded as it
+    # was, so equal settings give equal bytes. Any other, of an update or a merge, is put together by the keys of its
+    # rows under a digest of its own.
     as_it_was, by_key = whole.work(identity), hashlib.sha256(f"repair {manifest.units}".encode()).hexdigest()
     jobs: dict[str, list[Unit]] = {as_it_was: [], by_key: []}
     batch_size = manifest.settings[-1].batch_size
@@ -150,6 +156,7 @@ def _encode_again(
         rows, record = old[number], work_units.read_record(store, number, as_it_was)
         if record is not None:  # the source has the keys that it had then: the unit is the slice that it was
             jobs[as_it_was].append(slices[number])
+            # byte identity needs the batch shape that the unit had, perhaps halved since (out of memory)
             batch_size = record.settings.batch_size
         elif rows is not None:
             known = list(dict.fromkeys(places[row["key"]] for row in rows if row["key"] in places))  # in their order
@@ -158,6 +165,7 @@ def _encode_again(
             logger.warning("unit %d: nothing says any more which images it held; `encode --update` adds them", number)
     encoder = Encoder(vae, identity, batch_size=batch_size, device=device)
     entries = [shard for shard in manifest.shards if shard.unit not in numbers]
+    # images that the source no longer has
     lost = [row["key"] for rows in old.values() for row in rows or () if row["key"] not in places]
     for work, todo in jobs.items():
         stream = sample_stream.samples(
@@ -169,9 +177,11 @@ def _encode_again(
             record = work_units.read_record(store, unit.number, work)
             assert record is not None
             entries += _entries(store, record, old[unit.number], lost)
+    # the manifest lists shards by unit; those encoded again were appended
     entries.sort(key=lambda shard: (shard.unit, shard.name))
     if not entries:
         raise WorkError(f"store {store}: nothing of it can be repaired; encode into a new folder")
+    # encoding takes long: OUT may have been taken over meanwhile
     owner.check()
     write_manifest(
         store,
@@ -213,6 +223,7 @@ def _entries(store: Path, record: UnitRecord, old: list[Row] | None, lost: list[
         removed = []
         for position, row in enumerate(table.to_pylist()):
             expected = before.get((row["key"], row["resolution"]))
+            # not live before (an update took it out: it stays out), or another image now (lost)
             if expected != row["image_sha256"]:
                 removed.append(position)
                 if expected is not None:

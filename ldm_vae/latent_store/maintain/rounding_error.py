@@ -51,6 +51,7 @@ def measure_costs(store: Path, manifest: Manifest, vae: Any, source: Source) -> 
     count = min(shard.rows, max(1, MOST_PIXELS // (shard.size[0] * shard.size[1])))
     indices = shards.read_rows(shard_path(store, shard.name), ["source_index"]).column(0)[:count].to_pylist()
     exact = identity.model_copy(update={"resolution": (shard.resolution,)})
+    # the same encode stored in fp32, which rounds nothing: the difference is the storage dtype's alone
     if identity.codes is None:
         exact = exact.model_copy(update={"dtype": "fp32"})
     encoder = Encoder(vae, exact, batch_size=manifest.settings[-1].batch_size, device=vae.device)

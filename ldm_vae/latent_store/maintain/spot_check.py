@@ -71,12 +71,14 @@ def reencode(
         if key not in places
     ]
     cutting = cutting_of(manifest.identity, vae)
+    # the newest settings: older units may have had others, which TOLERANCE allows for
     encoder = Encoder(vae, manifest.identity, batch_size=manifest.settings[-1].batch_size, device=device)
     unit = Unit(0, sorted(set(places.values())))
     std = None if manifest.identity.codes is not None else np.sqrt((manifest.statistics or {})["variance"])
     compared = identical = 0
     worst = 0.0
     threads = torch.get_num_threads()
+    # as in the pipeline's encoding threads; more threads would give other bits
     torch.set_num_threads(1)
     try:
         for dealt in sample_stream.samples(source, "", cutting, [unit], encoder.batch_size, 0) if unit.indices else ():
@@ -89,6 +91,7 @@ def reencode(
                         _problem(manifest, stored, f"row {stored.row} ({ready.row['key']}): image has changed")
                     )
                     continue
+                # one sample a batch, padded to the batch shape: company changes no bits (encoder.py)
                 same, difference = _compare(store, manifest, stored, encoder([ready])[0], std)
                 compared, identical, worst = compared + 1, identical + same, max(worst, difference)
                 if difference > TOLERANCE[manifest.identity.mixed_precision]:
@@ -104,6 +107,7 @@ def reencode(
 def _choose(store: Path, manifest: Manifest, count: int, seed: int) -> dict[tuple[str, int], _Stored]:
     """Random live rows by key and resolution."""
     live = np.array([shard.live for shard in manifest.shards])
+    # numbers of live rows over the whole store; `stops` turns them into shards, `own` into rows of one
     picks = rng.generator(seed, "verify").choice(live.sum(), size=min(count, int(live.sum())), replace=False)
     stops = np.cumsum(live)
     chosen = {}

@@ -35,6 +35,7 @@ def describe(store: str | Path, manifest: Manifest) -> str:
         f"  columns      {', '.join(manifest.columns)}",
         f"  quarantined  {manifest.quarantined:,}" + (" (quarantine.jsonl says why)" if manifest.quarantined else ""),
     ]
+    # an older version wrote no intervals of this method: they are taken from the shards' sums, where those are at hand
     if manifest.statistics is not None:
         lines += _statistics(with_intervals(store, manifest))
     return "\n".join(lines)

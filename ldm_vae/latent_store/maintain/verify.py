@@ -85,6 +85,7 @@ def check_shard(store: Path, manifest: Manifest, shard: ShardRecord) -> Iterator
                 yield Problem(file, f"has {found.bytes:,} bytes, the manifest says {expected.bytes:,}")
             else:
                 yield Problem(file, "its checksum is not the manifest's: bits have changed")
+    # bytes that are not the manifest's are one problem, however much inside them is wrong
     if not sound:
         return
     try:
@@ -113,6 +114,7 @@ def _check_rows(manifest: Manifest, shard: ShardRecord, stem: Path) -> Iterator[
     table = shards.read_rows(stem)
     if table.num_rows != shard.rows:
         yield Problem(shard_file(shard.name, ROWS), f"has {table.num_rows} rows, not {shard.rows}")
+    # a checksum proves that a file is as it was written, this that both were written from the same rows
     if not table.equals(shards.map_rows(stem)):
         yield Problem(shard_file(shard.name, MAPPED_ROWS), "does not hold the rows of the parquet")
     file = shard_file(shard.name, TENSORS)

@@ -115,6 +115,7 @@ class LatentDataset(Dataset[Item]):
         self.columns = tuple(self.manifest.columns if columns is None else columns)
         for name in self.columns:
             _known("columns", name, tuple(self.manifest.columns))
+        # a loader converts every value of a batch from Arrow: by default only those that training asks for
         usual = tuple(name for name in ("caption", "label") if name in self.manifest.columns)
         self.batch_columns = usual if columns is None else self.columns
         self.normalisation = self._choose(normalisation)
@@ -174,6 +175,7 @@ class LatentDataset(Dataset[Item]):
 
     def shapes(self) -> dict[tuple[int, ...], Sequence[int] | Integers]:
         """The latent shapes in the store, each with the indices of its samples."""
+        # the usual store: a range instead of an array of all indices
         if len({shard.shape for shard in self.shards}) == 1:
             return {self.shards[0].shape: range(len(self))}
         found: dict[tuple[int, ...], list[Integers]] = {}
@@ -222,6 +224,7 @@ class LatentDataset(Dataset[Item]):
         elif "indices" in stored:
             batch["indices"] = _widened(stored["indices"])
         else:
+            # fp32 before noise and normalisation: rounding happens once, in the store
             z = stored[self._names[0]].float()
             if "logvar" in stored and self.sample:
                 noise = rng.normal(self.seed, "latent store", zip(epochs, indices, strict=True), shape)
@@ -236,12 +239,15 @@ class LatentDataset(Dataset[Item]):
 
     def _places(self, indices: Integers) -> tuple[list[int], list[int]]:
         """Shard number of each sample, and its row in the shard's files."""
+        # samples count live rows only; below they become rows of the file
         shard = np.searchsorted(self._stops, indices, side="right")
         row = indices - self._starts[shard]
         if self._before_removed:
             for number in np.unique(shard).tolist():
                 if (before := self._before_removed.get(number)) is not None:
                     own = shard == number
+                    # `before` counts the live rows in front of each removed one, so this adds the removed rows in front
+                    # of the sample's
                     row[own] += np.searchsorted(before, row[own], side="right")
         return shard.tolist(), row.tolist()
 
@@ -281,6 +287,7 @@ class LatentDataset(Dataset[Item]):
         out = np.empty((len(shard), *shape), dtype=dtype)
         if isinstance(views, str):
             one = tensor_name(name, views)
+            # each shard's map is looked up once a batch, not once a row
             arrays = {s: self._maps.tensors(s)[one] for s in set(shard)}
             for position, (s, r) in enumerate(zip(shard, row, strict=True)):
                 out[position] = arrays[s][r]

@@ -54,8 +54,10 @@ class Schedule:
     def before(self, epoch: int) -> int:
         """Number of global batches that begin before this epoch."""
         whole = self.batch_size * self.world_size
+        # in order, each latent shape may end an epoch with a short batch
         if not self.shuffle:
             return epoch * sum(-(-len(indices) // whole) for indices in self._members)
+        # shuffled, a batch belongs to the epoch in which it begins: ceil(epoch * N / GB) have begun before
         return sum(-(-epoch * len(indices) // whole) for indices in self._members)
 
     def batches(self, step: int) -> Iterator[list[tuple[int, int]]]:
@@ -67,6 +69,7 @@ class Schedule:
         if len(self._members) == 1:
             works: Iterable[sampler.Work] = sampler.batches(self.seed, len(self._dataset), **own)
         else:
+            # latent shapes are dealt as aspect buckets are: one shape a batch, batches of all shapes among each other
             bucket = np.empty(len(self._dataset), dtype=np.int16)
             for number, indices in enumerate(self._members):
                 bucket[indices] = number
@@ -189,6 +192,7 @@ class LatentStream(IterableDataset[Item]):
         first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
         reader = _Reader(self._loader.dataset)
         batches = self._loader.schedule.batches(self._loader.state_dict()["step"])
+        # dealt by number: worker w of W makes w, w + W, ..., whatever the others do
         for tasks in ahead(self._loader.dataset, itertools.islice(batches, first, None, every)):
             yield reader.__getitems__(tasks)
 
@@ -200,6 +204,7 @@ class _Reader:
         self._dataset = dataset
 
     def __getitems__(self, tasks: Sequence[tuple[int, int]]) -> Item:
+        # in order, a rank may have no part of an epoch's last batch
         if not tasks:
             return {}
         columns = self._dataset.batch_columns

@@ -44,22 +44,28 @@ def ahead(dataset: LatentDataset, batches: Iterable[Tasks]) -> Iterator[Tasks]:
     size = 0
     jobs, ended = Jobs(), threading.Event()
     for _ in range(THREADS):
+        # daemons: a download that hangs does not keep the program from ending
         threading.Thread(target=_bring, args=(files, columns, jobs, ended), daemon=True).start()
     try:
         for tasks in batches:
             shards = dataset.shards_of([index for index, _ in tasks])
             coming.append((tasks, shards))
+            # a shard is asked for once, however many batches of the window need it
             for shard in shards:
                 window[shard.name] += 1
                 if window[shard.name] == 1:
                     size += shard.stored_bytes
                     jobs.put(shard)
+            # The oldest batch is handed out when the window is full: in bytes (half of the cache, so that prefetched
+            # files do not evict those being read), in shards or in batches; FEWEST_BATCHES stay in sight however many
+            # shards they touch.
             while len(coming) > 1 and (
                 size > files.cache.limit // 2
                 or (len(coming) > FEWEST_BATCHES and (len(window) > SHARDS or len(coming) > MOST_BATCHES))
             ):
                 tasks, shards = coming.popleft()
                 yield tasks
+                # after the yield: while the consumer reads the batch its shards still count
                 for shard in shards:
                     window[shard.name] -= 1
                     if not window[shard.name]:
@@ -68,6 +74,7 @@ def ahead(dataset: LatentDataset, batches: Iterable[Tasks]) -> Iterator[Tasks]:
         for tasks, _ in coming:
             yield tasks
     finally:
+        # also when the consumer stops early and this generator is closed
         ended.set()
         for _ in range(THREADS):
             jobs.put(None)

@@ -62,6 +62,7 @@ class Cache:
                     if not self.holds(record, extension):
                         for left in self.folder.glob(f".{path.name}.*{atomic_io.TEMPORARY_SUFFIX}"):  # by a killed one
                             left.unlink(missing_ok=True)
+                        # before the download: what is on its way counts beside the limit
                         self._make_room(record.bytes)
                         download(url, path, record, attempts=attempts)
             except OSError as error:
@@ -69,6 +70,7 @@ class Cache:
                     f"{atomic_io.explained(error, self.folder)}; XDG_CACHE_HOME names another folder"
                 ) from error
         with contextlib.suppress(OSError):  # evicted since, or somebody else's cache
+            # eviction goes by mtime, which this marks as used now
             os.utime(path)
         return path
 
@@ -78,6 +80,7 @@ class Cache:
         for file in files:
             if total + size <= self.limit:
                 break
+            # a download under way is spared, unless no byte of it has come for an hour
             if not atomic_io.is_temporary(file.path) or time.time() - file.used > ABANDONED:
                 file.path.unlink(missing_ok=True)
                 total -= file.bytes
@@ -116,6 +119,7 @@ def open_cache(limit: float | None = None) -> Cache:
             raise UsageError(f"{VARIABLE}: expected a number of bytes, such as 50e9, got {said!r}") from error
     if limit is None:
         exists = next(place for place in (folder, *folder.parents) if place.exists())
+        # what the cache holds already counts as free: it may be evicted
         room = shutil.disk_usage(exists).free + sum(file.bytes for file in _files(folder))
         limit = min(USUAL_LIMIT, room // 2)
     if not limit > 0:

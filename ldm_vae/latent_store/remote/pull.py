@@ -117,7 +117,9 @@ def _pull(plan: PullPlan, owner: Ownership) -> Manifest:
                 bar.update(size)
     finally:
         pool.shutdown(cancel_futures=True)
+    # downloads may take hours: OUT must still be this job's before it becomes a store
     owner.check()
+    # before the manifest, with which OUT is complete
     if plan.manifest.quarantined:
         content = fsspec_files.read(f"{plan.url}/{QUARANTINE}")
         atomic_io.replace(plan.out / QUARANTINE, atomic_io.data(content))

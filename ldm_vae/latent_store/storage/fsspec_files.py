@@ -96,6 +96,7 @@ def download(url: str, path: Path, record: FileRecord, *, attempts: int = ATTEMP
             what = f"has {found.bytes:,} bytes, the manifest says {record.bytes:,}"
         else:
             what = "its checksum is not the manifest's"
+        # damage on the way differs from time to time, damage at the source does not
         if found in came:  # the same wrong bytes once more: it is no accident of the way
             raise WorkError(f"{url}: {what}: it is damaged, or the store there has been replaced; open it again")
         came.append(found)
@@ -147,6 +148,7 @@ def _patiently(url: str, work: Callable[[], T], attempts: int) -> T:
 
 def _is_final(error: Exception) -> bool:
     """True for an error that another attempt cannot help: refused, forbidden, or not possible at all."""
+    # aiohttp's errors have `status`, those of requests a response with one
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in _PASSING

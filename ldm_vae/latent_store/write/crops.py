@@ -103,6 +103,7 @@ def _cut(image: torch.Tensor, shape: Shape, crop: str, original_size: Shape, res
     if not crop:
         return centre_crop(image, shape, original_size, resize)
     height, width = image.shape[1:]
+    # image pixels per crop pixel: those of the largest crop that fits, times its share
     shrink = CORNER_SHARE * min(height / shape[0], width / shape[1])
     if resize == "none":
         shrink = min(1.0, shrink)
@@ -110,6 +111,7 @@ def _cut(image: torch.Tensor, shape: Shape, crop: str, original_size: Shape, res
     top = 0 if crop.startswith("top") else height - rows
     left = 0 if crop.endswith("left") else width - columns
     cut = centre_crop(image[:, top : top + rows, left : left + columns], shape, resize=resize)
+    # back to the original's pixels, where a JPEG's draft decoded fewer
     down, across = original_size[0] / height, original_size[1] / width
     box = (round(top * down), round(left * across), round(rows * down), round(columns * across))
     return Crop(cut.pixels, original_size, box)

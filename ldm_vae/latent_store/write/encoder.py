@@ -137,6 +137,7 @@ class Encoder:
                 parts.append(self._batch(images[first : first + size], keys[first : first + size], size))
                 first += size
             except torch.OutOfMemoryError as error:
+                # batches before it stand; this one is tried again at the smaller size, which the unit's record names
                 self._halve(size, images[0], error)
         stored = {name: torch.cat([part[0][name] for part in parts]) for name in self._names}
         return stored, torch.cat([part[1] for part in parts])
@@ -150,6 +151,7 @@ class Encoder:
             ) from error
         torch.cuda.empty_cache()
         with self._lock:
+            # several threads can fail at one size: the first halves it, the others find it halved
             if self.batch_size == tried:
                 self.batch_size = tried // 2
                 logger.warning("out of memory at batch_size %d: going on with %d", tried, self.batch_size)
@@ -157,11 +159,13 @@ class Encoder:
     def _batch(
         self, images: Sequence[torch.Tensor], keys: Sequence[tuple[int, int, int]], size: int
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        # padded with black to the one batch shape, so that a sample's bits do not depend on how many share its batch
         pixels = torch.zeros((size, *images[0].shape), dtype=torch.uint8)
         torch.stack(list(images), out=pixels[: len(images)])
         moments = self._moments(pixels, self.identity.mixed_precision)
         stored, bad = self._stored(moments, keys)
         if self.identity.mixed_precision != "no" and bad.any():
+            # fp32 for the samples that overflowed alone: the others keep their bits
             again, own = self._moments(pixels, "no"), torch.cat([bad, bad.new_zeros(size - len(bad))]).view(-1, 1, 1, 1)
             mean, logvar = torch.where(own, again.mean, moments.mean), torch.where(own, again.logvar, moments.logvar)
             stored, bad = self._stored(Moments(mean, logvar), keys)

@@ -52,11 +52,13 @@ def finish(store: Path, manifest: Manifest, plan: Plan, *, max_bad: float = 1.0,
     bad = sorted([*plan.bad, *(entry for record in records for entry in record.bad)], key=lambda entry: entry.index)
     before = [shard.without(plan.removed.get(shard.name, ())) for shard in manifest.shards]
     entries = [*before, *(shard for record in records for shard in record.shards)]
+    # before the check, whose sentence names the file
     write_quarantine(store, bad)
     live = sum(shard.live for shard in entries)
     _check_usable(store, plan, live, bad, max_bad)
     columns = dict(manifest.columns)
     for record in records:
+        # Arrow's type of a column without any value is null: the first unit that has values decides
         columns |= {name: kind for name, kind in record.columns.items() if columns.get(name, "null") == "null"}
     complete = manifest.model_copy(
         update={
@@ -71,6 +73,8 @@ def finish(store: Path, manifest: Manifest, plan: Plan, *, max_bad: float = 1.0,
             "shards": tuple(entries),
         }
     )
+    # The manifest is the commit: a kill before it leaves the records to merge again; a plan that a kill leaves behind
+    # it is known as merged by its unit numbers (`read_plan`).
     write_manifest(store, complete)
     (store / PLAN).unlink(missing_ok=True)
     remove_leftovers(store)

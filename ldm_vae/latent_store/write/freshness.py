@@ -110,6 +110,7 @@ class _Held:
     found: Findings = field(default_factory=Findings)
 
     def compare(self, how: Check, num_workers: int) -> Findings:
+        # first pass, by stat alone; what it cannot decide is collected
         sightings = Sightings(self.store)
         seen = sightings.read()
         doubtful = [np.empty(0, np.int64)]
@@ -123,10 +124,13 @@ class _Held:
                 doubtful.append(np.asarray(indices, dtype=np.int64)[doubt])
                 bar.update(len(indices))
         in_doubt = np.concatenate(doubtful)
+        # refused already: to read the rest would take time and change nothing
         if self.found.stale and how != "contents":
             self.found.first += "; what is in doubt was not read" if len(in_doubt) else ""
             return self.found
         known.append(self._read(in_doubt, num_workers))
+        # Every image was met and is the one that was encoded: these sightings are all there are, and older ones are
+        # dropped (written only where something changed). Otherwise new ones are added.
         if self.whole and not self.found.stale and len(now := np.concatenate(known)):
             if len(np.setxor1d(now, seen)):
                 sightings.keep(now)
@@ -147,9 +151,13 @@ class _Held:
             elif self.whole:
                 self.found.blame(keys[position], "is not in the store")
         there = rows | np.array([key in self.bad for key in keys], dtype=bool)
+        # stamp xor checksum, as `sighting` makes them; 0 where the file system gives no stamp
         sighted = np.where(stamps > 0, stamps ^ images, np.uint64(0))
+        # seen at this very stamp, with one checksum in all its rows, and the columns named as then: not read
         fresh = (sighted > 0) & (images > 0) & _among(sighted, seen) & uniform & (how != "contents") & self.named
+        # another size is another image, which needs no reading
         grown = there & ~fresh & (sizes >= 0) & (had >= 0) & (sizes != had)
+        # --check size: an equal size is trusted
         same = there & ~fresh & uniform & (sizes >= 0) & (sizes == had) & (how == "size") & self.named
         for position in np.flatnonzero(grown).tolist():
             self.found.blame(keys[position], f"has {sizes[position]:,} bytes and had {had[position]:,}")
@@ -167,6 +175,7 @@ class _Held:
         first, stop = self.stored.bounds(digests(keys))
         rows = first < stop
         own = self.stored.images[first[rows]]
+        # the first 8 of each row's 16 bytes, big-endian: as `sighting` reads the hexadecimal digits
         images[rows] = np.frombuffer(own.tobytes(), ">u8")[:: DIGEST // 8]
         had[rows] = self.stored.bytes[first[rows]]
         for more in range(1, int((stop - first).max(initial=0))):  # several resolutions
@@ -192,12 +201,14 @@ class _Held:
 
     def _agrees(self, key: str, rows: slice, look: Look) -> bool:
         checksum = look.checksum
+        # quarantined then: only its bytes can tell
         if rows.start == rows.stop:
             if checksum == self.bad[key].image_sha256:
                 return True
             if checksum is not None:
                 self.found.blame(key, "could not be used then, and its bytes have changed")
             return False
+        # an unreadable image keeps its latents: a disk that is away for a moment makes no store stale
         if checksum is None:
             self.found.unreadable += 1
             return False
@@ -226,12 +237,15 @@ def _first_half(checksum: str | None) -> int:
 def _held(store: Path, manifest: Manifest, wanted: SourceIdentity, source: Source) -> _Held | None:
     """The part that the same command would keep; None when that is nothing, or when it is refused for other reasons."""
     if not manifest.complete:
+        # the first encode was stopped: its done units
         return None if manifest.source != wanted else _done(store, manifest, fresh_plan(wanted), (), source)
     plan = read_plan(store, manifest.units)
+    # an update for this very source was stopped: the rows it keeps, and its done units
     if plan is not None and plan.source == wanted:
         return _done(store, manifest, plan, manifest.shards, source)
     if manifest.source != wanted:
         return None
+    # finished, for this very source: everything
     return _of(store, manifest, manifest.shards, read_quarantine(store), source, [range(len(source))], whole=True)
 
 

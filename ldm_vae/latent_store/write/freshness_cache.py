@@ -45,6 +45,7 @@ class Sightings:
         found = [np.empty(0, KIND)]
         for path in self._files():
             with contextlib.suppress(OSError):
+                # a kill while appending leaves an incomplete last number
                 data = path.read_bytes()
                 found.append(np.frombuffer(data[: len(data) // KIND.itemsize * KIND.itemsize], KIND))  # a torn end
         return np.unique(np.concatenate(found)).astype(np.uint64)
@@ -60,6 +61,7 @@ class Sightings:
 
     def keep(self, found: Numbers) -> None:
         """Replace all sightings by these."""
+        # the new file first: a kill in between leaves sightings twice, which `read` makes one
         others = [path for path in self._files() if path != self._own]
         with contextlib.suppress(OSError, WorkError):
             self.folder.mkdir(exist_ok=True)

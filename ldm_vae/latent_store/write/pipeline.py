@@ -91,14 +91,18 @@ class Pipeline:
         waiting: deque[Future[int]] = deque()
         started = time.perf_counter()
         with (
+            # each encoding thread computes with one torch thread: stored bits depend on that number (see encoder.py)
             ThreadPoolExecutor(self._threads, "encode", initializer=torch.set_num_threads, initargs=(1,)) as encoders,
+            # one writing thread takes batches in the order of submission, so rows keep the order of the samples
             ThreadPoolExecutor(1, "write") as writer,
             tqdm(total=total, desc="encode", unit="img", disable=None if self._show else True, smoothing=0.05) as bar,
         ):
             try:
                 for batch, dealt in self._batches(stream):
                     encoded = encoders.submit(self._encode, batch) if batch else None
+                    # the writing task waits for its encode: tasks end in order, and waiting[0] is the oldest
                     waiting.append(writer.submit(self._write, batch, encoded, dealt))
+                    # the bound holds back decoding: crops and rows that wait stay in memory until they are written
                     while len(waiting) > BATCHES_AHEAD * self._threads or (waiting and waiting[0].done()):
                         bar.update(waiting.popleft().result())
                         share = self._busy.seconds / (time.perf_counter() - started)
@@ -106,11 +110,14 @@ class Pipeline:
                 while waiting:
                     bar.update(waiting.popleft().result())
             except BaseException:
+                # Encodes that have not begun are dropped. The writer is waited for: `finally` closes the spool that it
+                # may be writing to.
                 encoders.shutdown(wait=False, cancel_futures=True)
                 writer.shutdown(wait=True, cancel_futures=True)
                 raise
             finally:
                 if self._open is not None:
+                    # a spool has no name, so closing it gives the disk space back and leaves nothing in the store
                     self._open.close()
 
     def _batches(self, stream: Iterable[Dealt]) -> Iterable[tuple[list[Ready], list[Dealt]]]:
@@ -121,15 +128,19 @@ class Pipeline:
             for ready in sample.ready:
                 gathered = self._gathered.setdefault(ready.group, [])
                 gathered.append(ready)
+                # handed over as soon as it is full; the samples follow at the end of the unit, or in portions below
                 if len(gathered) == self._encoder.batch_size:
                     yield self._gathered.pop(ready.group), []
             if sample.last:
+                # The unit's end flushes every group, full or not: a unit's batches, and so its bytes, depend on its own
+                # samples alone. The samples come after the batches, since the last one makes the writer publish.
                 rest, self._gathered = list(self._gathered.values()), {}
                 for gathered in rest:
                     yield gathered, []
                 yield [], dealt
                 dealt = []
             elif len(dealt) >= self._encoder.batch_size:
+                # bad samples need no encode: without this a unit of bad images would show no progress until its end
                 yield [], dealt
                 dealt = []
 
@@ -165,10 +176,12 @@ class Pipeline:
 
     def _spool(self, batch: Sequence[Ready], rows: Rows, reasons: Sequence[Reason]) -> None:
         unit, group = self._unit(batch[0].unit), batch[0].group
+        # opened at the group's first batch, which tells the number of channels
         if group not in unit.spools:
             specs = self._encoder.specs(group[1], group[2], channels=batch[0].crops[""].shape[0])
             unit.spools[group] = shards.Spool(self._out / SHARDS, specs)
             unit.rows[group] = []
+        # a row that cannot be stored leaves no gap: its tensors and its columns are both left out
         usable = [reason is None for reason in reasons]
         unit.spools[group].append({name: value[usable] for name, value in rows.items()})
         for sample, reason in zip(batch, reasons, strict=True):
@@ -182,16 +195,20 @@ class Pipeline:
                 self._bad += 1
 
     def _publish(self, unit: _OpenUnit) -> None:
+        # another job may have taken OUT over while this process was suspended
         self._owner.check()
         written: list[ShardRecord] = []
         columns: dict[str, str] = {}
+        # in the order of groups, not of their first batch, so that equal rows give equal records
         for group, spool in sorted(unit.spools.items()):
+            # every row of the group may have been unusable
             if spool.rows:
                 record, types = publish_shard(
                     self._out, self._encoder.identity, unit.unit.number, group, spool, unit.rows[group]
                 )
                 written.append(record)
                 columns |= types
+        # last: with its record the unit is done, and its shards are never made again
         work_units.write_record(
             self._out,
             UnitRecord(
@@ -200,6 +217,7 @@ class Pipeline:
                 work=self._work,
                 settings=self._encoder.settings,
                 shards=tuple(written),
+                # the decoder's bad samples and the encoder's arrive interleaved
                 bad=tuple(sorted(unit.bad, key=lambda bad: bad.index)),
                 columns=columns,
             ),

@@ -55,6 +55,7 @@ def samples(
     source: Source, name: str, cutting: Cutting, units: Sequence[Unit], batch_size: int, num_workers: int
 ) -> Iterator[Dealt]:
     """All samples of `units`, in order; the workers run ahead over the units' borders."""
+    # the same order twice: the loader gets the indices, `places` says which unit each belongs to
     places = ((unit, index) for unit in units for index in unit.indices)
     indices = itertools.chain.from_iterable(unit.indices for unit in units)
     loader = ordered_loader(
@@ -68,6 +69,7 @@ def samples(
     )
     for batch, bad in loader:
         good, reasons = {sample.index: sample for sample in batch}, iter(bad)
+        # good and bad together are the batch, so positions and batches stay in step
         for unit, index in itertools.islice(places, len(batch) + len(bad)):
             sample = good.get(index)
             last = index == unit.indices[-1]
@@ -75,6 +77,7 @@ def samples(
                 seen = sighting(sample.stamp, sample.checksum)
                 yield Dealt(unit, _rows(sample, unit, name, cutting), None, last, seen)
             else:
+                # before the bytes are read again for the checksum
                 stamp = stamp_now(source, index)
                 failed = bad_sample(source, index, next(reasons).reason)
                 yield Dealt(unit, [], failed, last, sighting(stamp, failed.image_sha256))

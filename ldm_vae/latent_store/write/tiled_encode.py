@@ -67,6 +67,7 @@ def _starts(side: int, tile: int, overlap: int, factor: int) -> list[int]:
     `overlap`."""
     if side <= tile:
         return [0]
+    # the fewest tiles that cover the side; rounding keeps the overlap, since tile - overlap is a multiple of f
     count = -(-(side - overlap) // (tile - overlap))
     span = (side - tile) // factor
     return [round(number * span / (count - 1)) * factor for number in range(count)]

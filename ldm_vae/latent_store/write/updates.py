@@ -71,10 +71,12 @@ class StoredImages:
             live = shard.live_rows
             keys.append(digests(table.column("key").take(live).to_pylist()))
             images.append(shortened(table.column("image_sha256").take(live).to_pylist()))
+            # an older version passed a source's own column `image_bytes` on under that name: no size of ours
             theirs = IMAGE_BYTES in columns and passed_on not in table.column_names
             known = IMAGE_BYTES in table.column_names and not theirs
             sizes.append(_sizes(table.column(IMAGE_BYTES).take(live)) if known else np.full(len(live), -1, np.int64))
             places.append(np.stack([np.full_like(live, number), live], axis=1))
+        # sorted once and searched for every chunk; stable, so a key's rows stay in the order of the shards
         order = np.argsort(joined := np.concatenate(keys), kind="stable")
         self._keys, self.images = joined[order], np.concatenate(images)[order]
         self.bytes = np.concatenate(sizes)[order]
@@ -138,27 +140,32 @@ def make_plan(
     unreadable = 0
     progress = tqdm(total=len(source), desc="compare", unit="img", disable=None, leave=False)
     for indices, looks in checksums(source, range(len(source)), num_workers):
+        # kept before anything is decided: a sighting is true of the image whatever becomes of the plan
         sightings.add(look.sighting for look in looks)
         keys = [storable(source.key(index)) for index in indices]
         for index, key, rows, look in zip(indices, keys, stored.find(digests(keys)), looks, strict=True):
             entry, checksum = quarantined.get(key), look.checksum
             if rows.start < rows.stop:
+                # an unreadable image counts as unchanged (see above); the key's first row stands for all of them
                 image = checksum is None or stored.images[rows.start] == shortened([checksum])[0]
                 same = image and (checksum is None or stored.said(rows.start) == look.said)
                 unreadable += checksum is None
                 keep[rows] = same
+                # changed, or bad at one of its resolutions and tried again: all its rows are made anew
                 if not same or (entry is not None and retry):
                     append.append(index)
                     keep[rows] = False
                 elif entry is not None:
                     bad.append(entry.model_copy(update={"index": index}))
             elif entry is not None and entry.image_sha256 == checksum and not retry:
+                # bad before, and the same bytes now: it would fail again
                 bad.append(entry.model_copy(update={"index": index}))
             else:
                 append.append(index)
         progress.update(len(keys))
     if unreadable:
         logger.warning("%d images cannot be read now and keep the latents that they have", unreadable)
+    # rows that no image has claimed: changed, or gone from the source
     removed = stored.by_shard(~keep)
     if not append and not removed and identity == manifest.source:
         return None
@@ -169,6 +176,7 @@ def settle(store: Path, manifest: Manifest, wanted: Manifest) -> Manifest:
     """Finish a partial store whose source has changed: the units that are done become all of it."""
     planned = work_units.fresh_plan(manifest.source)
     work = planned.work(manifest.identity)
+    # nothing done, nothing to keep: the store then begins anew with the images of now
     done = any(work_units.read_record(store, unit.number, work) for unit in planned.units(manifest.identity.shard_size))
     if done:
         return finish(store, manifest, planned, partly=True)
@@ -178,6 +186,8 @@ def settle(store: Path, manifest: Manifest, wanted: Manifest) -> Manifest:
 
 def forget(store: Path, plan: Plan, manifest: Manifest) -> None:
     """Throw away an update that was begun and is overtaken by newer changes of the source."""
+    # the plan first: after a kill in the middle nothing refers to the files that are left, and the next plan's replace
+    # them
     (store / PLAN).unlink(missing_ok=True)
     for unit in plan.units(manifest.identity.shard_size):
         work_units.record_path(store, unit.number).unlink(missing_ok=True)
@@ -208,6 +218,7 @@ class _Checksums:
         return [self._look(index) for index in indices]
 
     def _look(self, index: int) -> Look:
+        # before the bytes are read: a file replaced in between keeps the older stamp, and its sighting never matches
         stamp = stamp_now(self._source, index)
         with contextlib.suppress(BadImage):
             record = self._source[index]

@@ -167,6 +167,7 @@ def write_store(
     )
     wanted = Manifest(identity=identity, source=work_units.source_identity(source), recorded=recorded)
 
+    # owned from before the manifest is read until it is written for the last time
     with own_together(out, "OUT", processes.rank, processes.barrier) as owner:
         work = _Work(out, wanted, source, cutting, processes, owner, check, num_workers, encode_threads, max_bad)
         return _write(work, Encoder(vae, identity, batch_size=batch_size, device=device), update, retry_quarantined)
@@ -176,23 +177,32 @@ def _write(work: _Work, encoder: Encoder, update: bool, retry_quarantined: bool)
     out, wanted = work.out, work.wanted
     manifest = begin(out, wanted)
     work.processes.barrier()  # nobody changes the manifest before all have seen it
+    # a first encode that was stopped, and other images since: its done units become a finished store, which the update
+    # below extends
     if update and not manifest.complete and manifest.source != wanted.source:
         manifest = work.on_one(lambda: updates.settle(out, manifest, wanted))
+    # an update reads every image for its plan; any other call keeps old latents, so it checks that their images are the
+    # same
     if not (update or retry_quarantined):
         work.on_one(lambda: freshness.check(out, manifest, wanted.source, work.source, work.check, work.num_workers))
+    # a new store, or a first encode that was stopped: the plan is the same, units that are done are skipped
     if not manifest.complete:
         if manifest.source != wanted.source:
             raise _other_images(out, manifest, wanted)
         manifest = work.do(fresh_plan(wanted.source), encoder)
+    # now finished, whichever way: compare it with the source and leave a plan for what differs
     if update or retry_quarantined:
         if manifest.source != wanted.source and not update:
             raise _other_images(out, manifest, wanted)
         manifest = work.on_one(lambda: _plan(work, manifest, retry_quarantined))
+    # The plan is read from disk by all processes: it may be the one just written, or one that an earlier call was
+    # stopped in, which is resumed without --update too.
     plan = read_plan(out, manifest.units)
     if plan is not None and plan.source == wanted.source:
         manifest = work.do(plan, encoder)
     elif manifest.source != wanted.source:
         raise _other_images(out, manifest, wanted)
+    # only the encoder is part of the identity: the decoder may have been trained on since
     return work.on_one(lambda: _refresh(out, wanted))
 
 
@@ -222,6 +232,8 @@ class _Work:
     def do(self, plan: Plan, encoder: Encoder) -> Manifest:
         """Encode the units of a plan that are not done yet, and finish."""
         digest = plan.work(encoder.identity)
+        # dealt before done units are left out: processes that look at different moments must agree on each unit's
+        # process
         own = plan.units(encoder.identity.shard_size)[self.processes.rank :: self.processes.count]
         pending = [unit for unit in own if not work_units.is_done(self.out, unit.number, digest)]
         stream = sample_stream.samples(
@@ -229,6 +241,7 @@ class _Work:
         )
         pipeline = Pipeline(self.out, encoder, digest, self.owner, threads=self.threads, show=self.processes.rank == 0)
         pipeline.run(sample_stream.noted(stream, Sightings(self.out)), sum(len(unit.indices) for unit in pending))
+        # the merge reads the records of all processes
         self.processes.barrier()
         return self.on_one(lambda: finish(self.out, read_manifest(self.out), plan, max_bad=self.max_bad))
 
@@ -237,6 +250,7 @@ def _plan(work: _Work, manifest: Manifest, retry: bool) -> None:
     """Leave plan.json in the store if there is something to add, change or take out."""
     out, wanted = work.out, work.wanted
     under_way = read_plan(out, manifest.units)
+    # an update that was stopped goes on, unless an image has changed since it was planned
     same = under_way is not None and under_way.source == wanted.source
     if same and not freshness.is_stale(out, manifest, wanted.source, work.source, work.num_workers):
         return
@@ -244,6 +258,7 @@ def _plan(work: _Work, manifest: Manifest, retry: bool) -> None:
         out, manifest, wanted.source, work.source, Sightings(out), retry=retry, num_workers=work.num_workers
     )
     if under_way is not None:
+        # before the new plan is written: both count their units on from manifest.units, so the names are the same
         updates.forget(out, under_way, manifest)
     if plan is not None:
         write_plan(out, plan)
@@ -281,8 +296,11 @@ def begin(out: Path, wanted: Manifest) -> Manifest:
         if not manifest_path(out).exists() and out.exists() and any(not _ours(path) for path in out.iterdir()):
             raise UsageError(f"OUT {out}: holds something that is not a latent store; choose an empty or new folder")
         if not manifest_path(out).exists():
+            # folders first, so that a store with a manifest always has them
             for name in (SHARDS, UNITS):
                 (out / name).mkdir(parents=True, exist_ok=True)
+            # `create`, not `replace`: of processes that begin at once one manifest stands, and the others compare
+            # theirs with it
             atomic_io.create(manifest_path(out), atomic_io.data(wanted.to_bytes()))
     except OSError as error:
         raise WorkError(f"OUT {out}: cannot be made: {error.strerror}") from error

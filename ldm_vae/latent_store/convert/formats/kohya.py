@@ -137,14 +137,18 @@ def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], optio
                     arrays["latents_flipped"] = drawn[FLIP][position]
                 arrays["original_size"] = np.array([width, height], dtype=np.int64)
                 arrays["crop_ltrb"] = _crop_ltrb(piece.group[1:], (height, width))
+                # the row travels as an array of bytes: an .npz holds nothing else, and sd-scripts ignores names it does
+                # not know
                 arrays[ROW] = np.frombuffer(row_to_json({"order": next(order), "row": row}), np.uint8)
                 _add(_place(folder, row["key"], (height, width), options), size, arrays, row["key"])
 
 
 def _place(folder: Path, key: str, original: Sequence[int], options: Options) -> Path:
     height, width = original
+    # what sd-scripts looks for beside an image; the size is the image's own, width first
     end = "" if options.names == "old" else f"_{width:04d}x{height:04d}_{options.model}"
     try:
+        # keys come from a store that somebody else may have written: none may climb out of the folder
         path = beneath(folder, f"{Path(key).with_suffix('')}{end}.npz")
     except (BadImage, ValueError) as error:
         raise WorkError(
@@ -156,6 +160,7 @@ def _place(folder: Path, key: str, original: Sequence[int], options: Options) ->
 
 def _add(path: Path, size: str, arrays: dict[str, npt.NDArray[Any]], key: str) -> None:
     with zipfile.ZipFile(path, "a") as archive:
+        # a second row of the same names would be hidden by the first
         if f"latents{size}.npy" in archive.namelist():
             raise WorkError(
                 f"{key}: another image has the same path up to the extension, and size, or it has another resolution, "
@@ -173,6 +178,7 @@ def _crop_ltrb(bucket: Sequence[int], original: Sequence[int]) -> npt.NDArray[np
         width = bucket[0] * original[1] / original[0]
     else:
         height = bucket[1] * original[0] / original[1]
+    # rounded down, as sd-scripts does
     left, top = (bucket[1] - width) // 2, (bucket[0] - height) // 2
     return np.array([left, top, left + width, top + height], dtype=np.float64)
 
@@ -210,6 +216,7 @@ def read(path: Path, told: Carried | Claim) -> Found:
         here = _look(path, file, told)
         others += not here
         entries += here
+    # back into the store's order, so that the units are the ones they were
     entries.sort(key=lambda entry: (entry.order, entry.shape))
     runs = itertools.groupby(entries, lambda entry: (entry.shape, entry.row.get("resolution"), list(entry.dtypes)))
     sketches = [_sketch(path, list(run), told) for _, run in runs]
@@ -230,6 +237,7 @@ def _look(root: Path, file: str, told: Carried | Claim) -> list[_Entry]:
                         shape, dtypes[tensor_name(kind, view)] = npy_header(member)
             if len(shape) != 3:
                 raise ValueError(f"latents{size} has the shape {list(shape)}, not [c, h, w]")
+            # a stranger's file: the key is its path, without the size that the name ends in
             key, order, row = named["path"] if named else file.removesuffix(".npz"), 0, {}
             if isinstance(told, Carried):
                 own = row_from_json(_array(archive, f"{ROW}{size}").astype(np.uint8).tobytes())

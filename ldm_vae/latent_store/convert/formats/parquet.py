@@ -62,6 +62,7 @@ def cannot_carry(manifest: Manifest, options: Options) -> list[str]:
 def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], options: Options) -> None:
     """Write FOLDER/NAME.parquet, or FOLDER/SHAPE/NAME.parquet."""
     identity = manifest.identity
+    # one schema for all files: `load_dataset` refuses files whose columns differ
     types = _common_types(pieces)
     if taken := set(types) & set(tensors_of(identity)):
         raise UsageError(f"--to: the column {min(taken)!r} has the name of a tensor, and parquet has one name for both")
@@ -80,11 +81,13 @@ def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], optio
                 columns = _columns(types, samples)
                 numbers = as_numbers(identity, tensors)
                 schema = _schema(columns.schema, numbers)
+                # the store's identity in every file, so that each can come back alone; the quarantine once
                 schema = schema.with_metadata({**schema.metadata, **metadata, **(first if number == 0 else {})})
                 arrays = [_nested(values) for values in numbers.values()]
                 table = pa.Table.from_arrays([*columns.columns, *arrays], schema=schema)
                 if writer is None:
                     path = place / f"{piece.shard.name}.parquet"
+                    # opened at the first rows, whose schema it needs
                     writer = stack.enter_context(
                         pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False)
                     )
@@ -99,6 +102,7 @@ def _common_types(pieces: Sequence[StoredPiece]) -> dict[str, pa.DataType | None
             found.setdefault(field.name, set()).add(field.type)
     common: dict[str, pa.DataType | None] = {}
     for name, types in found.items():
+        # a shard whose values are all null does not decide
         known = types - {pa.null()}
         common[name] = pa.null() if not known else next(iter(known)) if len(known) == 1 else None
     return common
@@ -161,6 +165,7 @@ def carried(path: Path) -> Carried | None:
             metadata = opened.schema_arrow.metadata or {}
         said.add(metadata.get(CARRIED))
         quarantine = metadata.get(QUARANTINE, quarantine)
+    # None among them: files of a stranger beside a store's
     if len(said) > 1:
         raise WorkError(f"{path}: holds files of several stores; convert them one by one")
     (manifest,) = said
@@ -178,6 +183,7 @@ def read(path: Path, told: Carried | Claim) -> Found:
 def _sketch(path: Path, told: Carried | Claim) -> Sketch:
     with _opened(path) as file:
         for number in range(file.metadata.num_row_groups):
+            # by the file's own word, before anything is unpacked
             if file.metadata.row_group(number).total_byte_size > MOST_BYTES:
                 raise WorkError(f"{path}: a row group of more than {MOST_BYTES:,} bytes; write smaller ones")
         have = file.schema_arrow.names
@@ -221,10 +227,12 @@ def _batches(path: Path, positions: Integers) -> Iterator[tuple[int, pa.RecordBa
             stop = start + file.metadata.row_group(number).num_rows
             if len(own := positions[(positions >= start) & (positions < stop)]):
                 for batch in file.iter_batches(shards.CHUNK_ROWS, row_groups=[number]):
+                    # positions ascend, so each batch has a run of them
                     here = own[(own >= start) & (own < start + len(batch))] - start
                     if len(here):
                         yield start, batch.take(pa.array(here)), here
                     start += len(batch)
+                    # the rest of the row group holds none of them
                     if start > own[-1]:
                         break
             start = stop
@@ -236,6 +244,7 @@ def _array(path: Path, column: pa.Array) -> npt.NDArray[Any]:
     shape = [len(array)]
     while pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
         lengths = pc.list_value_length(array)
+        # equal lengths at every level, or the values would shift between rows unseen
         extent = pc.max(lengths).as_py()
         if array.null_count or not extent or pc.min(lengths).as_py() != extent:
             raise WorkError(f"{path}: latents are missing, or not all of one shape")

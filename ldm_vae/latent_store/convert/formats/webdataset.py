@@ -82,10 +82,12 @@ def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], optio
 
 def member_name(key: str) -> str:
     """A key as the part of a member's name before its first dot."""
+    # the first dot of a member's name ends its key, and a slash would make a folder
     return quote(key, safe="").replace(".", "%2E")
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    # owner, mode and time are TarInfo's defaults, so equal rows give equal bytes
     info = tarfile.TarInfo(name)
     info.size = len(data)
     archive.addfile(info, io.BytesIO(data))
@@ -135,6 +137,7 @@ def _look(path: Path) -> dict[tuple[int, ...], _Places]:
                 for member in sample.members:
                     if member.refused:
                         raise WorkError(f"{path}: {member.name!r} {member.refused}")
+                    # sizes are the archive's claim: refused before anything is read
                     if member.size > (MOST_JSON if member.extension == "json" else MAX_BYTES):
                         raise WorkError(f"{path}: {member.name!r} is too large: {member.size:,} bytes")
                     name = member.extension.removesuffix(".npy")
@@ -147,6 +150,7 @@ def _look(path: Path) -> dict[tuple[int, ...], _Places]:
                 places = by_shape.setdefault(shape, _Places())
                 if not places.keys:
                     places.headers, places.of = headers, {name: [] for name in members}
+                # one stack of arrays for each tensor: all samples of a shape have the same tensors in one type
                 if headers != places.headers or members.keys() != places.of.keys():
                     raise WorkError(f"{path}: the sample {sample.key} has not the tensors that those before it have")
                 places.keys.append(sample.key)
@@ -166,6 +170,7 @@ def _header(path: Path, member: tars.Member) -> Header:
 
 def _sketch(path: Path, shape: tuple[int, ...], places: _Places, told: Carried | Claim) -> Sketch:
     own = isinstance(told, Carried)
+    # only our own names are quoted; a stranger's % is a %
     keys = [unquote(key) for key in places.keys] if own else places.keys
     at = {name: np.array(pairs, dtype=np.int64) for name, pairs in places.of.items()}
     if own and "json" not in at:
