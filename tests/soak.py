@@ -24,11 +24,12 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))  # run with -m from the root, as the tests find each other
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 import numpy as np
 import psutil
+from cli_call import run_cli
 from conftest import write_images
-from export_call import run_cli
 from test_programs import write_config
 
 from ldm_vae.latent_store import LatentDataset

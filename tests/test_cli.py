@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from forked import Finished, fork
+from fork_server import Finished, fork
 
 from ldm_vae import cli
 

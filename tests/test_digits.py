@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from forked import fork
+from fork_server import fork
 from PIL import Image
 from sklearn.datasets import load_digits
 from test_programs import metrics

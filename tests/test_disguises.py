@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_call import run_cli
 from conftest import write_images
 from diffusers import AutoencoderKL
-from export_call import run_cli
-from forked import fork
+from fork_server import fork
 from test_programs import write_config
 from test_store_writing import SETTINGS, Pictures
 from test_weights import PAGE, POINTER

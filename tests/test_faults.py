@@ -22,8 +22,8 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, write_images
-from forked import Child, fork
-from killing import fork_until, launch_program, ranks, wait_for, wait_until
+from fork_server import Child, fork
+from kills import fork_until, launch_program, ranks, wait_for, wait_until
 from test_launch import ACCELERATE
 from test_programs import metrics, newest, one_sentence, run, start, write_config
 from test_store_writing import tree

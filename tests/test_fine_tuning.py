@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import ROOT, write_images
 from diffusers import AutoencoderKL
-from forked import Finished, fork
+from fork_server import Finished, fork
 from torch import nn
 from torch._dynamo.utils import counters
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import write_images
-from forked import fork
+from fork_server import fork
 from torch import nn
 
 from ldm_vae.report.training import health

@@ -21,9 +21,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from cli_call import run_cli
 from conftest import write_images
 from diffusers import AutoencoderKL
-from export_call import run_cli
 from PIL import Image
 from test_programs import write_config
 from test_store_writing import SETTINGS, Pictures, tree

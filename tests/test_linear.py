@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import write_images
 from diffusers import AutoencoderKL
-from forked import fork
+from fork_server import fork
 from PIL import Image
 from safetensors.torch import load_file
 from test_launch import TWO, launch

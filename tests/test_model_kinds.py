@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import write_images
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
-from forked import Finished, fork
+from fork_server import Finished, fork
 from safetensors.torch import load_file
 from test_programs import metrics, newest, one_sentence, run, write_config
 

@@ -13,8 +13,8 @@ from typing import Any
 import filelock
 import psutil
 import pytest
-from forked import fork
-from killing import wait_for
+from fork_server import fork
+from kills import wait_for
 from test_programs import one_sentence
 
 from ldm_vae.core import atomic_io, ownership

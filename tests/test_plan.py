@@ -10,7 +10,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import ROOT, write_images
-from forked import Finished, fork
+from fork_server import Finished, fork
 from torch import nn
 
 from ldm_vae.autoencoder.model import TrainableAutoencoder

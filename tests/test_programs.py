@@ -13,8 +13,8 @@ import torch
 import yaml
 from conftest import ROOT, write_images
 from diffusers import AutoencoderKL
-from forked import Child, Finished, fork
-from killing import fork_until, ranks
+from fork_server import Child, Finished, fork
+from kills import fork_until, ranks
 from safetensors.torch import load_file
 from test_launch import TWO, launch, launch_machines
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, write_images
-from forked import Child, Finished, fork
-from killing import fork_until
+from fork_server import Child, Finished, fork
+from kills import fork_until
 from PIL import Image
 from safetensors.torch import load_file
 from test_launch import TWO, launch

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
 from test_store_indices import vq_model
 from test_store_updating import Album, contents, encode, equal
 from test_store_writing import SETTINGS, Pictures, tree

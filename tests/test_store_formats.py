@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
 from safetensors.torch import load_file, save_file
 from test_store_indices import vq_model
 from test_store_writing import SETTINGS, Pictures, tree

@@ -11,8 +11,8 @@ import fsspec
 import pytest
 import torch
 import yaml
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
 from loopback_hub import Hub
 from PIL import Image
 from test_store_remote import encoded, same

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_call import run_cli
 from diffusers import AutoencoderTiny, VQModel
-from export_call import run_cli
 from safetensors.torch import load_file
 from test_store_writing import SETTINGS, Pictures, tree
 

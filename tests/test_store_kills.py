@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 from conftest import write_images
-from forked import fork
-from killing import Launched, Reaper, launch_program, wait_until
+from fork_server import fork
+from kills import Launched, Reaper, launch_program, wait_until
 from test_store_writing import SETTINGS, Pictures, tree
 
 from ldm_vae.core import atomic_io

@@ -16,10 +16,10 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
-from forked import fork, forkserver
-from killing import wait_until
+from fork_server import fork, forkserver
+from kills import wait_until
 from test_store_writing import SETTINGS, Pictures
 from upstream import Upstream, serving
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from forked import fork, forkserver
+from fork_server import fork, forkserver
 from test_store_writing import SETTINGS, Pictures, tree
 
 from ldm_vae.core.errors import UsageError, WorkError

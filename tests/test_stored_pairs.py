@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from cli_call import run_cli
 from conftest import ROOT, write_images
 from diffusers import AutoencoderKL
-from export_call import run_cli
-from forked import Finished, fork
+from fork_server import Finished, fork
 from PIL import Image
 from test_fine_tuning import SHAPE
 

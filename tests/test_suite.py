@@ -78,7 +78,7 @@ def test_nothing_is_skipped_that_hides_a_gap(trees: dict[Path, ast.Module]) -> N
     assert "xfail" not in found.values() and found.keys() <= LACKING.keys(), found
 
 
-# who sleeps, by file: a test waits for a condition (`killing.wait_until`), and not for a time
+# who sleeps, by file: a test waits for a condition (`kills.wait_until`), and not for a time
 SLEEPING = {
     "test_assets.py": "a download that is still under way when others ask for the same",
     "test_ownership.py": "between two looks at the condition",

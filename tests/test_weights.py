@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from cli_call import run_cli
 from conftest import write_images
 from diffusers import AutoencoderTiny, VQModel
-from export_call import run_cli
 from safetensors.torch import load_file, save_file
 
 from ldm_vae.autoencoder import latents

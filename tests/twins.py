@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # run with -m from the root, as the tests find each other
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 import test_eval_diffusability
 import test_programs
 import test_programs_diffusion
 from conftest import write_images
-from forked import Finished, fork
+from fork_server import Finished, fork
 from loopback_hub import Hub
 from test_store_writing import tree
 from torture import FAULTS, place, table

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conftest import write_images
-from killing import Launched, Victim, launch_program, ranks
+from kills import Launched, Victim, launch_program, ranks
 from loopback_hub import Hub
 from test_programs import metrics, newest, write_config
 from test_store_writing import tree
