@@ -106,7 +106,7 @@ here = Path(sys.argv[1])
 (here / f"{os.getpid()}.importing").touch()
 while not (here / "go").exists():  # as if it took so long to import torch
     time.sleep(0.01)
-from ldm_vae.launch import ON_THEIR_OWN, build_accelerator
+from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
 build_accelerator(ddp_timeout=ON_THEIR_OWN)
 (here / f"{os.getpid()}.working").touch()
 time.sleep(600)

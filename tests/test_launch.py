@@ -209,8 +209,8 @@ TWO = ("--multi_gpu", "--num_processes", "2")
 
 DIVERGE = """
 import torch
-from ldm_vae.launch import build_accelerator, check_ranks_agree, check_same
-from ldm_vae.errors import WorkError
+from ldm_vae.core.launch import build_accelerator, check_ranks_agree, check_same
+from ldm_vae.core.errors import WorkError
 a = build_accelerator()
 assert a.num_processes == 2
 torch.manual_seed(0)
