@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+from images import write_images
 from loopback_hub import serve
 from PIL import Image
 
@@ -28,8 +29,6 @@ os.environ["LDM_VAE_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 # kernels run in Python where there is no GPU; triton asks when it is imported, which diffusers does
 os.environ["TRITON_INTERPRET"] = "0" if Path("/dev/nvidiactl").exists() else "1"
-
-ROOT = Path(__file__).parent.parent
 
 # the same examples in every run, and none that is red because a machine is slow
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -80,16 +79,6 @@ def tiny_vae_folder(tiny_vae: AutoencoderKL, tmp_path: Path) -> Path:
     """The same, saved by diffusers."""
     tiny_vae.save_pretrained(tmp_path / "tiny_vae")
     return tmp_path / "tiny_vae"
-
-
-def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 48)) -> Path:
-    """Smooth random pictures (height, width) as PNG: img_0000.png, ..."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draw = np.random.default_rng(0)
-    for index in range(count):
-        coarse = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.resize(size[::-1], Image.Resampling.BICUBIC).save(folder / f"img_{index:04d}.png")
-    return folder
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 import numpy as np
 import psutil
 from cli_call import run_cli
-from conftest import write_images
-from test_programs import write_config
+from images import write_images
+from training_runs import write_config
 
 from ldm_vae.latent_store import LatentDataset
 from train import autoencoder

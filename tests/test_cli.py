@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from fork_server import Finished, fork
+from repository import ROOT
 
 from ldm_vae import cli
 

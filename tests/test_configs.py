@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from test_losses import TinyLPIPS
+from tiny_networks import TinyLPIPS
 
 from ldm_vae.autoencoder.model import check_resolution, count_parameters, downsampling_factor
 from ldm_vae.core import config

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from repository import ROOT
 
 from eval import chip, speed, speed_fast, speed_roofline
 from eval.recipes import Networks, Work

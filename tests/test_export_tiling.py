@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from cli_call import run_cli
-from conftest import write_images
 from diffusers import AutoencoderKL
+from images import write_images
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.core.errors import UsageError

@@ -21,12 +21,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import ROOT, write_images
+from checksums import tree
 from fork_server import Child, fork
+from images import write_images
 from kills import fork_until, launch_program, ranks, wait_for, wait_until
-from test_launch import ACCELERATE
-from test_programs import metrics, newest, one_sentence, run, start, write_config
-from test_store_writing import tree
+from launcher import ACCELERATE
+from repository import ROOT
+from training_runs import metrics, newest, one_sentence, run, start, write_config
 
 from ldm_vae import cli
 from ldm_vae.core import ownership, parent_process

@@ -21,12 +21,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from checksums import tree
 from cli_call import run_cli
-from conftest import write_images
 from diffusers import AutoencoderKL
+from images import write_images
 from PIL import Image
-from test_programs import write_config
-from test_store_writing import SETTINGS, Pictures, tree
+from store_sources import Pictures
+from stores import SETTINGS
+from training_runs import write_config
 
 from ldm_vae.autoencoder.model import load_autoencoder
 from ldm_vae.core import config

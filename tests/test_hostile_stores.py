@@ -15,12 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import write_images
+from checksums import tree
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from images import write_images
+from store_sources import Pictures
+from stores import SETTINGS
 from test_data_fuzz import mutate
 from test_hostile import _bounded_memory as _bounded_memory  # the fixture: 2 GiB and no more
-from test_store_writing import SETTINGS, Pictures, tree
 
 from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
 from ldm_vae.core.errors import UsageError, WorkError

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from launcher import TWO, launch
 from safetensors.torch import load_file
-from test_launch import TWO, launch
 
 Tensors = dict[str, torch.Tensor]
 

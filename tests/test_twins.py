@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import twins
+from checksums import tree
 from diffusers import AutoencoderKL
-from test_ownership import without_locks
-from test_store_updating import AFTER, Album
-from test_store_writing import SETTINGS, Pictures, tree
+from file_systems import without_locks
+from store_sources import AFTER, Album, Pictures
+from stores import SETTINGS
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError

@@ -21,7 +21,7 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT
+from repository import ROOT
 
 from ldm_vae.core.errors import run_program
 
@@ -76,7 +76,7 @@ def forkserver() -> ForkServerContext:
         os.environ.clear()
         os.environ.update(AT_FIRST)
         os.environ["PYTHONPATH"] = os.pathsep.join(
-            [str(ROOT / "tests" / "helpers"), str(ROOT / "tests"), str(ROOT), AT_FIRST.get("PYTHONPATH", "")]
+            [str(ROOT / "tests" / "helpers"), str(ROOT), AT_FIRST.get("PYTHONPATH", "")]
         )
         ensure_running()
     finally:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Protocol
 
 import psutil
-from conftest import ROOT
 from fork_server import Child, Finished, fork
-from test_launch import ACCELERATE, free_port
+from launcher import ACCELERATE, free_port
+from repository import ROOT
 
 
 class Victim(Protocol):
