@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusion_runs import run, write_config
-from images import write_images
+from diffusion_runs import run, write_config, write_materials
 from kills import fork_until
 from launcher import TWO, launch
 from PIL import Image
@@ -23,26 +22,14 @@ from training_runs import assert_same_run, metrics, newest, one_sentence
 
 from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
 from ldm_vae.core.errors import UsageError
-from ldm_vae.data.source import open_source
 from ldm_vae.diffusion.generator import Generator
-from ldm_vae.latent_store import LatentDataset, write_store
+from ldm_vae.latent_store import LatentDataset
 from train import diffusion as program
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """vae/, a store of two classes (latents [4, 8, 8]) and one without labels."""
-    folder = tmp_path_factory.mktemp("stores")
-    torch.manual_seed(0)
-    AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build().save_pretrained(
-        folder / "vae"
-    )
-    for number, name in enumerate(("cats", "dogs")):
-        write_images(folder / "images" / name, 5 + number, size=(20, 20))
-    vae = load_autoencoder(folder / "vae")
-    for name, images in (("latents", folder / "images"), ("plain", folder / "images" / "cats")):
-        write_store(vae, open_source(images), folder / name, resolution=16, batch_size=4, vae_name=str(folder / "vae"))
-    return folder
+    return write_materials(tmp_path_factory.mktemp("stores"))
 
 
 @pytest.fixture(scope="module")

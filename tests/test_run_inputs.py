@@ -13,18 +13,18 @@ from diffusers import AutoencoderKL
 from image_files import COUNT, KINDS, bmp, pictures, set_back, times, write
 from images import write_images
 from store_sources import Album
-from test_programs_diffusion import home as home
 
-from ldm_vae.data import inventory, stamps
+from ldm_vae.data import inventory
 from ldm_vae.data.inventory import Difference, Inventory, compare, take_inventory
 from ldm_vae.data.source import open_source
 from ldm_vae.latent_store import write_store
 
+pytestmark = pytest.mark.usefixtures("settled_files")
 
-@pytest.fixture(autouse=True)
-def _clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(stamps, "SETTLED", 0)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "converted")
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return diffusion_runs.write_materials(tmp_path_factory.mktemp("stores"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,12 +31,7 @@ from ldm_vae.latent_store.format.shards import to_table
 from ldm_vae.latent_store.maintain.merge_split import merge
 from ldm_vae.latent_store.write.freshness_cache import Sightings
 
-
-@pytest.fixture(autouse=True)
-def _clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Files of a moment ago count as settled; `datasets` converts into a folder of this test's."""
-    monkeypatch.setattr(stamps, "SETTLED", 0)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "converted")
+pytestmark = pytest.mark.usefixtures("settled_files")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import twins
 from checksums import tree
 from diffusers import AutoencoderKL
 from file_systems import without_locks
@@ -25,6 +24,7 @@ from ldm_vae.latent_store.format.manifest import write_manifest
 from ldm_vae.latent_store.maintain.repair import repair
 from ldm_vae.latent_store.write.finalize import finish
 from ldm_vae.latent_store.write.writer import Processes
+from tests import twins
 
 
 @pytest.mark.slow

@@ -21,8 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # run with -m from the root, as the tests find each other
-sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # run with -m from the root, without pytest's `pythonpath`
 
 import diffusion_runs
 import training_runs
@@ -30,7 +29,6 @@ from checksums import tree
 from fork_server import Finished, fork
 from images import write_images
 from loopback_hub import Hub
-from torture import FAULTS, place, table
 from victims import Figures, online, write_vae
 
 from ldm_vae import cli
@@ -38,6 +36,7 @@ from ldm_vae.autoencoder.model import load_autoencoder
 from ldm_vae.core import ownership
 from ldm_vae.data.source import open_source
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
+from tests.torture import FAULTS, place, table
 from train import autoencoder, diffusion
 
 IMAGES, MORE = 12, 18

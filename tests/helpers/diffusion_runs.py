@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import yaml
 from fork_server import Child, Finished, fork
+from images import write_images
 
+from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
+from ldm_vae.data.source import open_source
+from ldm_vae.latent_store import write_store
 from train import diffusion as program
 
 TINY = {
@@ -22,6 +27,20 @@ TINY = {
     "sampling": {"steps": 2},
     "denoiser": {"kind": "dit", "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
 }
+
+
+def write_materials(folder: Path) -> Path:
+    """vae/, a store of two classes (latents [4, 8, 8]) and one without labels."""
+    torch.manual_seed(0)
+    AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build().save_pretrained(
+        folder / "vae"
+    )
+    for number, name in enumerate(("cats", "dogs")):
+        write_images(folder / "images" / name, 5 + number, size=(20, 20))
+    vae = load_autoencoder(folder / "vae")
+    for name, images in (("latents", folder / "images"), ("plain", folder / "images" / "cats")):
+        write_store(vae, open_source(images), folder / name, resolution=16, batch_size=4, vae_name=str(folder / "vae"))
+    return folder
 
 
 def write_config(folder: Path, store: Path, **changes: object) -> Path:
