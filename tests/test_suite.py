@@ -155,6 +155,24 @@ def test_every_mutation_has_its_place_and_its_test(trees: dict[Path, ast.Module]
     assert len({(file, old, new) for file, old, new, _ in listed}) == len(listed)
 
 
+def test_a_mutation_finds_its_place_however_it_is_laid_out() -> None:
+    source = (
+        "def f(): return g(a)\nclass A:\n    b = 1\n    def f(self):\n        return g(\n            a,\n        )\n"
+    )
+    assert mutated(source, "def A.f: g(a)", "0") == source.replace("g(\n            a,\n        )", "0")
+    assert mutated(source, "def f: g(a)", "0") == mutated(source, "g(a)", "0") == source.replace("g(a)", "0")
+    assert mutated(source, "class A: b=1", "b = 2") == source.replace("b = 1", "b = 2")
+    assert mutated(source, "def A.f", "pass").endswith("def f(self):\n        pass\n")
+    for absent in (
+        "def A.f: ga",
+        "def A.f: def f(self): returng(a)",
+        "def A.g: g(a)",
+        "class B: b = 1",
+        "def A.f: g(b)",
+    ):
+        assert mutated(source, absent, "0") is None
+
+
 def test_documents_name_files_that_exist() -> None:
     named = re.compile(r"`((?:ldm_vae|train|eval|tests|configs|docs)/[\w./-]*)`|\]\(((?!https?:)[\w./-]+)")
     pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
