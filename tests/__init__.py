@@ -1,4 +1,5 @@
 """A package, since a dependency installs a top-level `tests` of its own: `python -m tests.torture` means this one.
 
-The files import each other by their bare names (pytest's `pythonpath`), so that each also runs as a script.
+What several files use lies in helpers/, whose modules are imported by their bare names (pytest's `pythonpath`); a test
+file imports no other.
 """

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import random
+import resource
 import sys
 import zlib
 from collections.abc import Iterator
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import HealthCheck, settings
-from loopback_hub import serve
 from PIL import Image
 
 # the process that only hands out the tests reads this file too, before it starts the workers: torch and diffusers are
@@ -29,7 +30,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # kernels run in Python where there is no GPU; triton asks when it is imported, which diffusers does
 os.environ["TRITON_INTERPRET"] = "0" if Path("/dev/nvidiactl").exists() else "1"
 
-ROOT = Path(__file__).parent.parent
+# a helper's assertion shows its values as a test's does, if this is said before the helper is imported
+pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "helpers").glob("*.py")))
 
 # the same examples in every run, and none that is red because a machine is slow
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -82,25 +84,19 @@ def tiny_vae_folder(tiny_vae: AutoencoderKL, tmp_path: Path) -> Path:
     return tmp_path / "tiny_vae"
 
 
-def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 48)) -> Path:
-    """Smooth random pictures (height, width) as PNG: img_0000.png, ..."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draw = np.random.default_rng(0)
-    for index in range(count):
-        coarse = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.resize(size[::-1], Image.Resampling.BICUBIC).save(folder / f"img_{index:04d}.png")
-    return folder
-
-
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Twelve pictures of 40 x 48 px."""
+    from images import write_images
+
     return write_images(tmp_path / "images", 12)
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of an empty model hub (`loopback_hub.py`)."""
+    from loopback_hub import serve
+
     with serve() as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
@@ -151,3 +147,21 @@ def scans(tmp_path: Path) -> Path:
         coarse = Image.fromarray(draw.integers(0, 255, (4, 4), dtype=np.uint8)).resize((26, 22))
         Image.fromarray(np.asarray(coarse).astype(np.uint16) * 16).save(tmp_path / "scans" / f"{number}.png")
     return tmp_path / "scans"
+
+
+@pytest.fixture
+def bounded_memory() -> Iterator[None]:
+    """2 GiB more than there is now: a bomb that goes off is a MemoryError."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (2 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.fixture
+def settled_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Files of a moment ago count as settled; `datasets` converts into a folder of this test's."""
+    from ldm_vae.data import stamps
+
+    monkeypatch.setattr(stamps, "SETTLED", 0)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "converted")

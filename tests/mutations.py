@@ -1,9 +1,6 @@
 """Break each property of tests/mutations.md in a copy of the tree and see its test go red.
 
-python tests/mutations.py [WORD]      # WORD: only the rows that hold it
-
-`old` is a piece of code of the file, the whole body of a function, `def Class.method`, or a piece of a function,
-`def Class.method: piece`; rows of the last two forms stay true when the file's lines move.
+python tests/mutations.py [WORD]      # WORD: only the rows that hold it; that file describes its columns
 
 Each test runs in a child of this process, which has imported the large packages and nothing of ours: seconds a row.
 """
@@ -19,12 +16,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FUNCTION = re.compile(r"def ([\w.]+)(?:: (.+))?")
+PLACE = re.compile(r"(?:def|class) ([\w.]+)(?:: (.+))?")
+WORD = re.compile(r"\w+")
+TOKEN = re.compile(r"\w+|[^\w\s]")
 CELL = re.compile(r"`((?:[^`])+)`")
 # packages that are imported already cannot have their assertions rewritten: pytest warns, and warnings are errors
 OPTIONS = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
@@ -41,30 +41,37 @@ def rows() -> list[tuple[str, str, str, str]]:
 
 def mutated(source: str, old: str, new: str) -> str | None:
     """The file's text with the mutation; None when it has no such place."""
-    named = FUNCTION.fullmatch(old)
-    if named is None:
-        return source.replace(old, new, 1) if old in source else None
-    name, piece = named.groups()
-    body = body_of(ast.parse(source), name.split("."))
-    if body is None:
-        return None
     lines = source.splitlines(keepends=True)
-    first, last = body[0].lineno - 1, body[-1].end_lineno
+    first, last, piece = 0, len(lines), old
+    if named := PLACE.fullmatch(old):
+        name, piece = named.groups()
+        if (node := definition(ast.parse(source), name.split("."))) is None:
+            return None
+        first = (node if piece else node.body[0]).lineno - 1
+        last = node.end_lineno or last
+        if piece is None:
+            return "".join([*lines[:first], f"{' ' * node.body[0].col_offset}{new}\n", *lines[last:]])
     text = "".join(lines[first:last])
-    if piece is None:
-        changed = f"{' ' * body[0].col_offset}{new}\n"
-    elif piece in text:
-        changed = text.replace(piece, new, 1)
-    else:
-        return None
-    return "".join([*lines[:first], changed, *lines[last:]])
+    changed, count = layout(piece).subn(lambda _: new, text, count=1)
+    return "".join([*lines[:first], changed, *lines[last:]]) if count else None
 
 
-def body_of(tree: ast.AST, names: Sequence[str]) -> list[ast.stmt] | None:
-    """The statements of the function `Class.method`, or of a function within one."""
+def layout(piece: str) -> re.Pattern[str]:
+    """The piece however a formatter lays it out: with any space between its tokens, and a comma before a bracket that
+    closes."""
+    words = TOKEN.findall(piece)
+    found = re.escape(words[0])
+    for before, word in pairwise(words):
+        space = r"\s+" if WORD.match(before) and WORD.match(word) else r"\s*"
+        found += space + (r"(?:,\s*)?" if word in ")]}" else "") + re.escape(word)
+    return re.compile(found)
+
+
+def definition(tree: ast.AST, names: Sequence[str]) -> ast.ClassDef | ast.FunctionDef | None:
+    """The class, the function `Class.method`, or a function within one."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == names[0]:
-            return body_of(node, names[1:]) if len(names) > 1 else node.body
+            return definition(node, names[1:]) if len(names) > 1 else node
     return None
 
 

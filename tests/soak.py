@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parent))  # run with -m from the root, as the tests find each other
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # run with -m from the root, without pytest's `pythonpath`
 
 import numpy as np
 import psutil
-from conftest import write_images
-from export_call import run_cli
-from test_programs import write_config
+from cli_call import run_cli
+from images import write_images
+from training_runs import write_config
 
 from ldm_vae.latent_store import LatentDataset
 from train import autoencoder

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from repository import ROOT
 from scipy.sparse.csgraph import connected_components
 
-ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "ldm_vae").rglob("*.py"))
 PROGRAMS = sorted([*(ROOT / "train").rglob("*.py"), *(ROOT / "eval").rglob("*.py")])
 

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from forked import Finished, fork
+from fork_server import Finished, fork
+from repository import ROOT
 
 from ldm_vae import cli
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from test_losses import TinyLPIPS
+from repository import ROOT
+from tiny_networks import TinyLPIPS
 
 from ldm_vae.autoencoder.model import check_resolution, count_parameters, downsampling_factor
 from ldm_vae.core import config
@@ -25,7 +26,6 @@ from ldm_vae.training.config import (
 )
 from ldm_vae.training.step import TrainingStep
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DIFFUSION_CONFIGS = sorted((ROOT / "configs" / "diffusion").glob("*.yaml"))
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
 from diffusers import AutoencoderKL
+from images import write_images
 from pydantic import ValidationError
 from torchvision.transforms import v2
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from forked import fork
+from fork_server import fork
 from PIL import Image
+from repository import ROOT
 from sklearn.datasets import load_digits
-from test_programs import metrics
+from training_runs import metrics
 
 from ldm_vae.cli import main
 from ldm_vae.core.errors import UsageError

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
-from forked import fork
-from test_programs import write_config
-from test_store_writing import SETTINGS, Pictures
-from test_weights import PAGE, POINTER
+from fork_server import fork
+from images import write_images
+from placeholder_files import PAGE, POINTER
+from store_sources import Pictures
+from stores import SETTINGS
+from training_runs import write_config
 
 from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.core.errors import UsageError, WorkError

@@ -10,7 +10,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
-from test_store_writing import SETTINGS, Pictures
+from store_sources import Pictures
+from stores import SETTINGS
 from tiny_pipeline import pipeline
 
 from ldm_vae.latent_store import LatentDataset, write_store

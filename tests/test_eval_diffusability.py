@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_images
+from diffusion_runs import SMALL
+from images import write_images
 
 from eval import diffusability, scramble
 from ldm_vae.autoencoder import latents
@@ -24,20 +25,6 @@ from ldm_vae.metrics.batches import image_batches
 from ldm_vae.metrics.diffusability import markdown, summarised, verdicts
 
 BASE = DiT(num_layers=2, num_attention_heads=2, attention_head_dim=16)
-SMALL = [
-    "--resolution",
-    "16",
-    "--layers",
-    "1",
-    "--heads",
-    "2",
-    "--head_dim",
-    "8",
-    "--steps",
-    "2",
-    "--most_tokens",
-    "16",
-]
 
 
 # --- equal work -------------------------------------------------------------------------------------------------------

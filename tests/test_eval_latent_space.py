@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_images
 from diffusers import AutoencoderKL
-from test_launch import TWO, launch
+from images import write_images
+from launcher import TWO, launch
 
 from eval import latent_space
 from ldm_vae.autoencoder import latents

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from test_launch import TWO, launch
+from launcher import TWO, launch
 
 from eval import reconstruction
 from ldm_vae import metrics

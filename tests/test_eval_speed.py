@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_images
+from images import write_images
 from PIL import Image
 
 from eval.speed import __main__ as speed

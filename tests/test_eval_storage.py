@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from test_store_writing import SETTINGS, Pictures
+from store_sources import Pictures
+from stores import SETTINGS
 
 from eval import storage
 from ldm_vae.latent_store import write_store

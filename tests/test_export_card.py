@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
 from PIL import Image
 
 from ldm_vae.autoencoder.latents import Normalisation

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
 from safetensors.torch import load_file
 
 from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_call import run_cli
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -18,7 +19,6 @@ from diffusers import (
     StableDiffusionPipeline,
     VQModel,
 )
-from export_call import run_cli
 from PIL import Image
 from tiny_pipeline import pipeline
 

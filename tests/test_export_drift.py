@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
 
 from ldm_vae.autoencoder.model import AutoencoderConfig
 from ldm_vae.core.errors import UsageError, WorkError

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.model import AutoencoderConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from export_call import run_cli
+from cli_call import run_cli
 from loopback_hub import Hub
 
 # huggingface_hub's LFS upload calls its HTTP client in a way that this deprecates

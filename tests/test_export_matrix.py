@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from repository import ROOT
 from safetensors.torch import load_file, save_file
 
 from ldm_vae.autoencoder.latents import Normalisation
@@ -23,7 +24,6 @@ from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.targets import TARGETS, warnings_for, write_target
 from ldm_vae.training.config import Training
 
-ROOT = Path(__file__).parent.parent
 LAYOUTS = ("diffusers", "bare", "first_stage_model.", "vae.", *TARGETS)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
-from forked import fork
+from fork_server import fork
 from safetensors.torch import load_file, save_file
 
 from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder

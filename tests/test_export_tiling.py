@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_images
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
+from images import write_images
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.core.errors import UsageError

@@ -21,12 +21,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import ROOT, write_images
-from forked import Child, fork
-from killing import fork_until, launch_program, ranks, wait_for, wait_until
-from test_launch import ACCELERATE
-from test_programs import metrics, newest, one_sentence, run, start, write_config
-from test_store_writing import tree
+from checksums import tree
+from fork_server import Child, fork
+from images import write_images
+from kills import fork_until, launch_program, ranks, wait_for, wait_until
+from launcher import ACCELERATE
+from repository import ROOT
+from training_runs import metrics, newest, one_sentence, run, start, write_config
 
 from ldm_vae import cli
 from ldm_vae.core import ownership, parent_process
@@ -106,7 +107,7 @@ here = Path(sys.argv[1])
 (here / f"{os.getpid()}.importing").touch()
 while not (here / "go").exists():  # as if it took so long to import torch
     time.sleep(0.01)
-from ldm_vae.launch import ON_THEIR_OWN, build_accelerator
+from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
 build_accelerator(ddp_timeout=ON_THEIR_OWN)
 (here / f"{os.getpid()}.working").touch()
 time.sleep(600)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, write_images
 from diffusers import AutoencoderKL
-from forked import Finished, fork
+from fork_server import Finished, fork
+from images import write_images
+from repository import ROOT
+from tiny_networks import SHAPE
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -25,8 +27,6 @@ from ldm_vae.autoencoder.model import (
 )
 from ldm_vae.core.errors import UsageError
 from train import autoencoder as training_program
-
-SHAPE = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
 
 
 def learns(vae: nn.Module) -> set[str]:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT
 from diffusers import AutoencoderKL
+from repository import ROOT
 
 from ldm_vae import cli
 from ldm_vae.autoencoder import finite

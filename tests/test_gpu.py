@@ -11,9 +11,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ROOT, write_images
-from test_programs import metrics, newest, write_config
+from images import write_images
+from repository import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
+from training_runs import metrics, newest, write_config
 
 from ldm_vae.autoencoder.model import AutoencoderConfig, TrainableAutoencoder
 from ldm_vae.core.flop_counter import Cost, gpu_autocast

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
+from repository import ROOT
 from torch import nn
 
 from ldm_vae.core.flop_counter import Cost, gpu_autocast

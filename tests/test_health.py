@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import write_images
-from forked import fork
+from fork_server import fork
+from images import write_images
 from torch import nn
 
 from ldm_vae.report.training import health

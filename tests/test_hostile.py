@@ -9,24 +9,24 @@ import io
 import json
 import os
 import pickle
-import resource
 import shutil
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from conftest import write_images
+from checksums import tree
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
+from images import write_images
 from PIL import Image
-from test_programs import write_config
-from test_store_writing import SETTINGS, Pictures, tree
+from store_sources import Pictures
+from stores import SETTINGS
+from training_runs import write_config
 
 from ldm_vae.autoencoder.model import load_autoencoder
 from ldm_vae.core import config
@@ -40,17 +40,9 @@ from ldm_vae.perceptual.pretrained import load_lpips
 from ldm_vae.run import checkpoint
 from ldm_vae.training.config import Training
 
+pytestmark = pytest.mark.usefixtures("bounded_memory")
+
 DEEP = 100_000
-GIB = 1 << 30
-
-
-@pytest.fixture(autouse=True)
-def _bounded_memory() -> Iterator[None]:
-    """2 GiB more than there is now: a bomb that goes off is a MemoryError."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2 * GIB, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 class Canary:

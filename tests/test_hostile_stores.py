@@ -15,18 +15,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import write_images
+from checksums import tree
+from decoder_fuzz import mutate
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_data_fuzz import mutate
-from test_hostile import _bounded_memory as _bounded_memory  # the fixture: 2 GiB and no more
-from test_store_writing import SETTINGS, Pictures, tree
+from images import write_images
+from store_sources import Pictures
+from stores import SETTINGS
 
 from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latent_store.format.shards import map_tensors
 from ldm_vae.latent_store.format.work_units import read_plan
+
+pytestmark = pytest.mark.usefixtures("bounded_memory")
 
 
 def examples(count: int) -> settings:

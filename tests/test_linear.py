@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
 from diffusers import AutoencoderKL
-from forked import fork
+from fork_server import fork
+from images import write_images
+from launcher import TWO, launch
 from PIL import Image
 from safetensors.torch import load_file
-from test_launch import TWO, launch
-from test_programs import newest, run, write_config
 from torchvision.transforms.v2 import functional
+from training_runs import newest, run, write_config
 
 from eval import reconstruction
 from ldm_vae.autoencoder import latents

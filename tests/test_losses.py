@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
+from tiny_networks import TinyLPIPS, network
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -25,7 +26,6 @@ from ldm_vae.losses.kl_free_bits import Config as FreeBits
 from ldm_vae.losses.kl_target import Config as KLTarget
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.l2 import Config as L2
-from ldm_vae.models.vq import Config as VQModelConfig
 from ldm_vae.perceptual.lpips import LPIPS
 from ldm_vae.perceptual.teacher import teacher
 from ldm_vae.training.objective import Objective, rate
@@ -45,21 +45,6 @@ class Stem(nn.Module):
         return self.net(images / 127.5 - 1)
 
 
-class TinyLPIPS(nn.Module):
-    """The shape of the lpips package's network, small and random."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scaling_layer = nn.Identity()
-        self.body = nn.ModuleList([nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, 2)])
-        self.lins = nn.ModuleList([nn.Conv2d(8, 1, 1, bias=False) for _ in self.body])
-        for linear in self.lins:
-            linear.weight.data.abs_()
-
-    def net(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [x := torch.relu(layer(x)) for layer in self.body]
-
-
 def build(kind: str, vae_folder: str = "") -> nn.Module:
     """The term with the smallest networks, as its Config builds it."""
     torch.manual_seed(1)
@@ -71,20 +56,6 @@ def build(kind: str, vae_folder: str = "") -> nn.Module:
         return Drift(vae_folder, "raw", teacher(vae_folder))
     module = __import__(f"ldm_vae.losses.{kind}", fromlist=["Config"])
     return module.Config(**KWARGS.get(kind, {})).build()
-
-
-def network(codes: bool, quantizer: str = "vq") -> TrainableAutoencoder:
-    torch.manual_seed(5)
-    shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
-    if not codes:
-        return TrainableAutoencoder(AutoencoderConfig(**shape).build())
-    settings = VQModelConfig(
-        **shape,
-        num_vq_embeddings=16,
-        quantizer={"kind": quantizer} | ({"codebook": "learned"} if quantizer == "vq" else {}),
-    )
-    vae = settings.build()
-    return TrainableAutoencoder(vae, settings.bottleneck(vae))
 
 
 def images(count: int = 2) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from test_losses import TinyLPIPS, network
+from tiny_networks import TinyLPIPS, network
 from torch.distributions import Normal, kl_divergence
 
 from ldm_vae.autoencoder.latents import posterior_noise

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_images
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
-from forked import Finished, fork
+from fork_server import Finished, fork
+from images import write_images
 from safetensors.torch import load_file
-from test_programs import metrics, newest, one_sentence, run, write_config
+from training_runs import metrics, newest, one_sentence, run, write_config
 
 from eval import reconstruction
 from ldm_vae import cli

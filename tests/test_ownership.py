@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 import sys
 import threading
@@ -10,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import filelock
 import psutil
 import pytest
-from forked import fork
-from killing import wait_for
-from test_programs import one_sentence
+from file_systems import without_locks
+from fork_server import fork
+from kills import wait_for
+from training_runs import one_sentence
 
 from ldm_vae.core import atomic_io, ownership
 from ldm_vae.core.errors import UsageError, WorkError
@@ -41,13 +40,6 @@ def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if request.param == "no locks":
         without_locks(monkeypatch)
     return str(request.param)
-
-
-def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
 
 
 def contend(folder: Path) -> list[Exception]:

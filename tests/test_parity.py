@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from launcher import TWO, launch
 from safetensors.torch import load_file
-from test_launch import TWO, launch
 
 Tensors = dict[str, torch.Tensor]
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("parity")
     for options in (("--num_processes", "1"), TWO):
-        done = launch(["tests/parity.py", str(out)], *options, timeout=900)
+        done = launch(["tests/helpers/parity.py", str(out)], *options, timeout=900)
         assert done.returncode == 0, done.stderr
     return out
 

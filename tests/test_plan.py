@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import ROOT, write_images
-from forked import Finished, fork
+from fork_server import Finished, fork
+from images import write_images
+from repository import ROOT
 from torch import nn
 
 from ldm_vae.autoencoder.model import TrainableAutoencoder

@@ -10,9 +10,9 @@ from typing import Any
 
 import jsonschema
 import pytest
+from cli_call import call, program
 from diffusers import AutoencoderKL
-from test_fine_tuning import SHAPE
-from test_preprocessing_verbs import call, program
+from tiny_networks import SHAPE
 
 from eval import diffusability, latent_space, reconstruction, scramble
 from ldm_vae import metrics

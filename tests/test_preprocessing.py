@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
+from cli_call import call
 from diffusers import AutoencoderKL
-from test_preprocessing_verbs import call
 
 from ldm_vae.autoencoder.model import load_autoencoder
 from ldm_vae.autoencoder.single_file import save_single_file

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from cli_call import call, program
 from diffusers.models.autoencoders.vae import Encoder
 from PIL import Image
-from test_fine_tuning import SHAPE
+from tiny_networks import SHAPE
 
 from eval import diffusability, latent_space, reconstruction, scramble
-from ldm_vae.cli import parser
 from ldm_vae.core.config import load
 from ldm_vae.data.transforms import to_uint8
 from ldm_vae.export.drift import measure_drift
@@ -102,19 +101,6 @@ class Trained:
 @pytest.fixture(scope="module", params=list(CASES))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(tmp_path_factory.mktemp(request.param), request.param)
-
-
-def call(*words: object) -> None:
-    arguments = parser().parse_args([str(word) for word in words])
-    arguments.run(arguments)
-
-
-def program(module: Any, *words: object) -> None:
-    before, sys.argv = sys.argv, [module.__name__, *map(str, words)]
-    try:
-        module.main()
-    finally:
-        sys.argv = before
 
 
 def encode(trained: Trained, store: Path, *more: object) -> None:

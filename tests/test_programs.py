@@ -11,76 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, write_images
 from diffusers import AutoencoderKL
-from forked import Child, Finished, fork
-from killing import fork_until, ranks
+from images import write_images
+from kills import fork_until
+from launcher import TWO, launch, launch_machines
+from repository import ROOT
 from safetensors.torch import load_file
-from test_launch import TWO, launch, launch_machines
+from training_runs import assert_same_run, metrics, newest, one_sentence, run, run_two, write_config
 
 from train import autoencoder as training_program
-
-TINY = {
-    "resolution": 32,
-    "train_batch_size": 2,
-    "learning_rate": 1e-4,
-    "max_train_images": 80,
-    "log_every_images": 8,
-    "checkpoint_every_images": 16,
-    "checkpoints_total_limit": 3,
-    "dataloader_num_workers": 0,
-    "model": {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4},
-    "losses": {"l1": {"weight": 1.0}, "kl": {"weight": 1e-6}},
-    "adversary": {"weight": 0.5, "start_images": 24, "warmup_images": 8},
-    "discriminator": {"kind": "patchgan", "width": 8, "layers": 1},
-}
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("data") / "images", 11)
-
-
-def write_config(folder: Path, images: Path, **changes: object) -> Path:
-    settings = TINY | {"output_dir": str(folder / "run"), "data": {"kind": "folder", "path": str(images)}} | changes
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
-def run(config: Path, *flags: str) -> Finished:
-    return start(config, *flags).wait()
-
-
-def start(config: Path, *flags: str) -> Child:
-    return fork(training_program.main, [str(config), *flags])
-
-
-def metrics(run_folder: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl without their times, which no two runs share."""
-    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    took = [line.pop("seconds") for line in lines]
-    assert took == sorted(took)
-    return lines
-
-
-def newest(run_folder: Path) -> Path:
-    return max((run_folder / "checkpoints").glob("images-*"))
-
-
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Both networks, both optimisers, averaged weights, schedules, monitor and log, to the bit."""
-    for file in ("tensors.safetensors", "state.json"):
-        assert (newest(ours) / file).read_bytes() == (newest(theirs) / file).read_bytes(), file
-    assert metrics(ours) == metrics(theirs)
-
-
-def one_sentence(done: Finished, status: int) -> str:
-    """The error as a user must see it: the status, one line on stderr, no traceback."""
-    assert done.returncode == status, (done.stdout, done.stderr)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -202,12 +146,6 @@ def assert_same_training(one: Path, two: Path) -> None:
         if name.startswith(("autoencoder", "discriminator.", "ema")) and not name.endswith(("to_k.bias", "5.bias")):
             distance = (value - weights[1][name]).norm() / value.norm().clamp_min(1e-6)
             assert distance < 1e-5, (name, distance)
-
-
-def run_two(config: Path) -> None:
-    """Two processes with the environment of a launch, without the launcher's and two interpreters' imports."""
-    for done in [rank.wait() for rank in ranks(training_program.main, [str(config)], 2)]:
-        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

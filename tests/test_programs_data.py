@@ -8,10 +8,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import write_images
+from images import write_images
+from launcher import TWO, launch
 from PIL import Image
-from test_launch import TWO, launch
-from test_programs import metrics, newest, one_sentence, run, run_two, write_config
+from training_runs import metrics, newest, one_sentence, run, run_two, write_config
 
 SHORT = {"max_train_images": 32, "log_every_images": 4, "checkpoint_every_images": 16, "train_batch_size": 4}
 SHAPES = [(24, 48), (30, 60), (40, 40), (41, 40), (42, 42), (90, 40), (64, 32)]

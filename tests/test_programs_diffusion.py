@@ -12,64 +12,24 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, write_images
-from forked import Child, Finished, fork
-from killing import fork_until
+from diffusion_runs import run, write_config, write_materials
+from kills import fork_until
+from launcher import TWO, launch
 from PIL import Image
+from repository import ROOT
 from safetensors.torch import load_file
-from test_launch import TWO, launch
-from test_programs import assert_same_run, metrics, newest, one_sentence
+from training_runs import assert_same_run, metrics, newest, one_sentence
 
 from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
 from ldm_vae.core.errors import UsageError
-from ldm_vae.data.source import open_source
 from ldm_vae.diffusion.generator import Generator
-from ldm_vae.latent_store import LatentDataset, write_store
+from ldm_vae.latent_store import LatentDataset
 from train import diffusion as program
-
-TINY = {
-    "train_batch_size": 4,
-    "learning_rate": 1e-4,
-    "max_train_images": 48,
-    "log_every_images": 8,
-    "checkpoint_every_images": 16,
-    "checkpoints_total_limit": 3,
-    "sample_images": 4,
-    "measure_images": 0,
-    "dataloader_num_workers": 0,
-    "sampling": {"steps": 2},
-    "denoiser": {"kind": "dit", "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
-}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """vae/, a store of two classes (latents [4, 8, 8]) and one without labels."""
-    folder = tmp_path_factory.mktemp("stores")
-    torch.manual_seed(0)
-    AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build().save_pretrained(
-        folder / "vae"
-    )
-    for number, name in enumerate(("cats", "dogs")):
-        write_images(folder / "images" / name, 5 + number, size=(20, 20))
-    vae = load_autoencoder(folder / "vae")
-    for name, images in (("latents", folder / "images"), ("plain", folder / "images" / "cats")):
-        write_store(vae, open_source(images), folder / name, resolution=16, batch_size=4, vae_name=str(folder / "vae"))
-    return folder
-
-
-def write_config(folder: Path, store: Path, **changes: object) -> Path:
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(TINY | {"output_dir": str(folder / "run"), "latents": str(store)} | changes))
-    return path
-
-
-def start(config: Path, *flags: str) -> Child:
-    return fork(program.main, [str(config), *flags])
-
-
-def run(config: Path, *flags: str) -> Finished:
-    return start(config, *flags).wait()
+    return write_materials(tmp_path_factory.mktemp("stores"))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_images
-from test_programs import metrics, run, write_config
+from images import write_images
+from repository import ROOT
+from training_runs import metrics, run, write_config
 
 from ldm_vae.autoencoder.model import load_autoencoder
 from ldm_vae.core import config

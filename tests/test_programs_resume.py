@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, write_images
-from killing import Reaper, fork_until
+from images import write_images
+from kills import Reaper, fork_until
+from launcher import free_port
+from repository import ROOT
 from safetensors.torch import load_file
-from test_launch import free_port
-from test_programs import assert_same_run, metrics, newest, one_sentence, run, run_two, start, write_config
+from training_runs import assert_same_run, metrics, newest, one_sentence, run, run_two, start, write_config
 
 from train import autoencoder as training_program
 

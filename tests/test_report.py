@@ -7,13 +7,13 @@ import io
 import json
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from html_page import Page
+from images import write_images
 from PIL import Image
 
 from eval import reconstruction
@@ -39,47 +39,12 @@ SECTIONS = [
     "worst",
     "protocol",
 ]
-VOID = {"meta", "link", "img", "input", "br"}
 
 CONFIG = """\
 output_dir: runs/shown
 resolution: 32
 adversary: {weight: 0.2, start_images: 600}
 """
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and whether they close as they opened."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(text)
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    @property
-    def sections(self) -> list[str]:
-        return [attributes["id"] for attributes in self.all("section")]
 
 
 def evaluate(output: Path, images: Path, *vaes: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_images
+from images import write_images
 
 from eval import reconstruction
 from ldm_vae.autoencoder.model import AutoencoderConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from html_page import Page
 from PIL import Image
-from test_report import Page
 
 from ldm_vae.report import build_report
 

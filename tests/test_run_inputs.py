@@ -6,25 +6,25 @@ import os
 import shutil
 from pathlib import Path
 
+import diffusion_runs
 import pytest
-import test_programs
-import test_programs_diffusion as diffusion
-from conftest import write_images
+import training_runs
 from diffusers import AutoencoderKL
-from test_programs_diffusion import home as home
-from test_store_freshness import COUNT, KINDS, bmp, pictures, set_back, times, write
-from test_store_updating import Album
+from image_files import COUNT, KINDS, bmp, pictures, set_back, times, write
+from images import write_images
+from store_sources import Album
 
-from ldm_vae.data import inventory, stamps
+from ldm_vae.data import inventory
 from ldm_vae.data.inventory import Difference, Inventory, compare, take_inventory
 from ldm_vae.data.source import open_source
 from ldm_vae.latent_store import write_store
 
+pytestmark = pytest.mark.usefixtures("settled_files")
 
-@pytest.fixture(autouse=True)
-def _clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(stamps, "SETTLED", 0)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "converted")
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return diffusion_runs.write_materials(tmp_path_factory.mktemp("stores"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,13 +69,13 @@ def test_what_was_not_read_and_was_copied_is_unknown(tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 def test_a_training_says_that_its_pictures_are_others(tmp_path: Path) -> None:
-    config = test_programs.write_config(tmp_path, write_images(tmp_path / "images", 5), max_train_images=16)
-    assert test_programs.run(config).returncode == 0
+    config = training_runs.write_config(tmp_path, write_images(tmp_path / "images", 5), max_train_images=16)
+    assert training_runs.run(config).returncode == 0
     (tmp_path / "images" / "img_0002.png").write_bytes((tmp_path / "images" / "img_0003.png").read_bytes())
-    done = test_programs.run(config)
+    done = training_runs.run(config)
     assert done.returncode == 0 and "1 have changed (the first: img_0002.png)" in done.stderr
     (tmp_path / "run" / "inventory" / "data.safetensors").unlink()  # a run of an older version
-    done = test_programs.run(config)
+    done = training_runs.run(config)
     assert done.returncode == 0 and "warning: data: nothing says" in done.stderr
 
 
@@ -83,13 +83,13 @@ def test_a_diffusion_training_says_that_its_store_is_another(
     home: Path, tiny_vae: AutoencoderKL, tmp_path: Path
 ) -> None:
     shutil.copytree(home / "plain", tmp_path / "latents")
-    config = diffusion.write_config(tmp_path, tmp_path / "latents", max_train_images=16, vae=str(home / "vae"))
+    config = diffusion_runs.write_config(tmp_path, tmp_path / "latents", max_train_images=16, vae=str(home / "vae"))
     for _ in range(2):
-        done = diffusion.run(config)
+        done = diffusion_runs.run(config)
         assert done.returncode == 0 and "warning: " not in done.stderr, done.stderr
     shutil.rmtree(tmp_path / "latents")
     vae = AutoencoderKL.from_pretrained(home / "vae").eval()
     other = write_images(tmp_path / "images", 5, size=(24, 20))
     write_store(vae, open_source(other), tmp_path / "latents", resolution=16, batch_size=4, vae_name=str(home / "vae"))
-    done = diffusion.run(config, "--max_train_images", "24")
+    done = diffusion_runs.run(config, "--max_train_images", "24")
     assert done.returncode == 0 and "warning: latents: not the store that this run began with" in done.stderr

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import write_images
+from images import write_images
 from PIL import Image
 
 from ldm_vae import LatentDataset

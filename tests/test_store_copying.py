@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checksums import tree
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
-from test_store_indices import vq_model
-from test_store_updating import Album, contents, encode, equal
-from test_store_writing import SETTINGS, Pictures, tree
+from store_sources import Album, Pictures
+from stores import SETTINGS, contents, encode, equal
+from tiny_networks import vq_model
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import Record

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from checksums import tree
 from diffusers import AutoencoderKL
-from test_store_updating import AFTER, Album, contents, names
-from test_store_writing import SETTINGS, Pictures, tree
+from store_sources import AFTER, Album, Pictures, names
+from stores import SETTINGS, contents
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError

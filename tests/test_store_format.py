@@ -15,8 +15,9 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 from diffusers import AutoencoderKL
-from test_store_indices import vq_model
-from test_store_updating import AFTER, Album, encode
+from store_sources import AFTER, Album
+from stores import encode
+from tiny_networks import vq_model
 
 from ldm_vae.latent_store import LatentDataset, read_manifest
 

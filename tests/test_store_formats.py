@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from checksums import tree
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
 from safetensors.torch import load_file, save_file
-from test_store_indices import vq_model
-from test_store_writing import SETTINGS, Pictures, tree
+from store_sources import Pictures
+from stores import SETTINGS, shard_files
+from tiny_networks import vq_model
 
 from ldm_vae import load_autoencoder
 from ldm_vae.autoencoder.model import AutoencoderConfig
@@ -30,10 +32,6 @@ from ldm_vae.latent_store.maintain.merge_split import merge
 from ldm_vae.latent_store.maintain.repair import repair
 
 KOHYA = Options(model="sdxl")
-
-
-def shard_files(store: Path) -> dict[str, str]:
-    return tree(store / "shards")
 
 
 @pytest.mark.parametrize("name", ["parquet", "webdataset"])

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from diffusers import AutoencoderKL
 from safetensors.numpy import save_file
-from test_store_indices import vq_model
-from test_store_writing import SETTINGS, Pictures
+from store_sources import Pictures
+from stores import SETTINGS
+from tiny_networks import vq_model
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import verify, write_store

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from test_store_formats import KOHYA, shard_files
-from test_store_writing import SETTINGS, Pictures
+from store_sources import Pictures
+from stores import SETTINGS, shard_files
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, write_store
 from ldm_vae.latent_store.convert.conversion import convert_from, convert_to
 from ldm_vae.latent_store.convert.formats import Options, kohya
+
+KOHYA = Options(model="sdxl")
 
 
 def test_sd_scripts_finds_what_it_reads(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
-import tarfile
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from checksums import tree
 from diffusers import AutoencoderKL
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from test_store_updating import Album, Stop, Stopping, encode, names
-from test_store_writing import SETTINGS, tree
+from image_files import COUNT, KINDS, bmp, pictures, set_back, times, write
+from store_sources import Album, Stop, Stopping, names
+from stores import SETTINGS, encode
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data import stamps
@@ -33,73 +31,7 @@ from ldm_vae.latent_store.format.shards import to_table
 from ldm_vae.latent_store.maintain.merge_split import merge
 from ldm_vae.latent_store.write.freshness_cache import Sightings
 
-KINDS = ("folder", "list", "zip", "tar", "parquet", "paths")
-COUNT = 6
-
-
-def bmp(number: int, side: int = 20) -> bytes:
-    """A picture whose size in bytes depends on its side alone."""
-    file = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "BMP")
-    return file.getvalue()
-
-
-def pictures(**changed: bytes) -> dict[str, bytes]:
-    return {f"img_{n}.bmp": changed.get(f"img_{n}", bmp(n)) for n in range(COUNT)}
-
-
-def write(kind: str, place: Path, content: dict[str, bytes]) -> Path:
-    """Files that hold the pictures, over those that are there, and what DATA is then."""
-    place.mkdir(parents=True, exist_ok=True)
-    if kind in ("folder", "list", "paths"):
-        for name, data in content.items():
-            path = place / name
-            if not path.exists() or path.read_bytes() != data:
-                path.write_bytes(data)
-    if kind == "list":
-        (place / "all.lst").write_text("\n".join(content))
-        return place / "all.lst"
-    if kind == "zip":
-        with zipfile.ZipFile(place / "all.zip", "w") as archive:
-            for name, data in content.items():
-                archive.writestr(zipfile.ZipInfo(name), data)
-        return place / "all.zip"
-    if kind == "tar":
-        with tarfile.open(place / "all.tar", "w") as tar:
-            for name, data in content.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-        return place / "all.tar"
-    if kind == "parquet":
-        column = [{"bytes": data, "path": None} for data in content.values()]
-    elif (place / "paths.parquet").exists():
-        return place / "paths.parquet"  # the table stays, the files behind it do not
-    elif kind == "paths":
-        column = [{"bytes": None, "path": str(place / name)} for name in content]
-    else:
-        return place
-    pq.write_table(pa.table({"image": column}), place / f"{kind}.parquet")
-    return place / f"{kind}.parquet"
-
-
-def times(place: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
-
-
-def set_back(before: dict[Path, int]) -> None:
-    """mtime as it was, to the nanosecond: what `touch -d` and `cp -p` can do. (ctime nobody can set.)"""
-    for path, mtime in before.items():
-        if path.stat().st_mtime_ns != mtime:  # it would give a file that was left alone a new ctime
-            os.utime(path, ns=(mtime, mtime))
-
-
-@pytest.fixture(autouse=True)
-def _clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Files of a moment ago count as settled; `datasets` converts into a folder of this test's."""
-    monkeypatch.setattr(stamps, "SETTLED", 0)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "converted")
+pytestmark = pytest.mark.usefixtures("settled_files")
 
 
 @pytest.fixture

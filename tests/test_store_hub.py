@@ -11,12 +11,13 @@ import fsspec
 import pytest
 import torch
 import yaml
+from checksums import tree
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
 from loopback_hub import Hub
 from PIL import Image
-from test_store_remote import encoded, same
-from test_store_writing import SETTINGS, Pictures, tree
+from store_sources import Pictures
+from stores import SETTINGS, encoded, same
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.export import store_push

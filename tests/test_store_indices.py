@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checksums import tree
+from cli_call import run_cli
 from diffusers import AutoencoderTiny, VQModel
-from export_call import run_cli
 from safetensors.torch import load_file
-from test_store_writing import SETTINGS, Pictures, tree
+from store_sources import Pictures
+from stores import SETTINGS
+from tiny_networks import vq_model
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.core.errors import UsageError, WorkError
@@ -22,20 +25,6 @@ from ldm_vae.latent_store.maintain.rounding_error import measure_costs
 from ldm_vae.latent_store.maintain.spot_check import reencode
 from ldm_vae.latent_store.maintain.summary import describe
 from ldm_vae.latent_store.write.writer import Processes
-
-
-def vq_model(codes: int = 32) -> VQModel:
-    torch.manual_seed(0)
-    vae = VQModel(
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        num_vq_embeddings=codes,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
-    vae.quantize.embedding.weight.data.normal_()  # its own start is so narrow that nearly all take one code
-    return vae.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,12 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import write_images
-from forked import fork
-from killing import Launched, Reaper, launch_program, wait_until
-from test_store_writing import SETTINGS, Pictures, tree
+from checksums import tree
+from fork_server import fork
+from images import write_images
+from kills import Launched, Reaper, launch_program, wait_until
+from store_sources import Pictures
+from stores import SETTINGS
 
 from ldm_vae.core import atomic_io
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from test_store_updating import AFTER, Album
-from test_store_views import Mixed
-from test_store_writing import SETTINGS, Pictures
+from store_sources import AFTER, Album, Mixed, Pictures
+from stores import SETTINGS
 from torch.utils.data import DataLoader
 
 from ldm_vae.core.errors import UsageError

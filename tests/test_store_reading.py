@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from test_store_writing import SETTINGS, Pictures
+from store_sources import Pictures
+from stores import SETTINGS
 from torch.utils.data import DataLoader
 
 from ldm_vae.autoencoder.latents import Normalisation

@@ -16,14 +16,14 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
-from forked import fork, forkserver
-from killing import wait_until
-from test_store_writing import SETTINGS, Pictures
+from fork_server import fork, forkserver
+from kills import wait_until
+from store_sources import Pictures
+from stores import SETTINGS, encoded, same
 from upstream import Upstream, serving
 
-from ldm_vae.autoencoder.model import AutoencoderConfig
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import (
     LatentDataset,
@@ -36,15 +36,6 @@ from ldm_vae.latent_store.read import mapped_files
 from ldm_vae.latent_store.storage import fsspec_files
 
 COLUMNS = ("key", "caption", "label", "tags")
-
-
-def encoded(out: Path) -> Path:
-    """OUT/latents of 21 pictures in three shards, and its VAE in OUT/vae."""
-    torch.manual_seed(0)
-    vae = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build().eval()
-    vae.save_pretrained(out / "vae")
-    write_store(vae, Pictures(), out / "latents", **SETTINGS, views="flip", vae_name=str(out / "vae"))
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +62,6 @@ def upstream(folder: Path) -> Iterator[Upstream]:
 def held(cache: Path) -> list[str]:
     """The names of the files in the cache."""
     return sorted(path.name for path in cache.iterdir() if path.is_file())
-
-
-def same(remote: LatentDataset, local: LatentDataset) -> None:
-    """Every item, in both."""
-    assert len(remote) == len(local) > 0
-    for index in range(len(local)):
-        one, other = remote[index], local[index]
-        assert one.keys() == other.keys()
-        for name, value in other.items():
-            assert torch.equal(one[name], value) if isinstance(value, torch.Tensor) else one[name] == value
 
 
 @pytest.mark.parametrize("scheme", ["http", "memory", "file"])

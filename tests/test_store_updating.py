@@ -4,78 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checksums import tree
 from diffusers import AutoencoderKL
-from forked import fork, forkserver
-from test_store_writing import SETTINGS, Pictures, tree
+from fork_server import fork, forkserver
+from store_sources import AFTER, Album, Stop, Stopping, names
+from stores import SETTINGS, contents, encode, equal
 
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.data.quarantine import BadImage
-from ldm_vae.data.source import Record
 from ldm_vae.latent_store import LatentDataset, LatentStatistics, read_manifest, verify, write_store
 from ldm_vae.latent_store.format.layout import PLAN
 from ldm_vae.latent_store.write.writer import Processes
-
-
-@dataclass
-class Album(Pictures):
-    """Pictures by name: number n shows picture `content[n]` (default n)."""
-
-    numbers: tuple[int, ...] = tuple(range(20))
-    content: dict[int, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def key(self, index: int) -> str:
-        return f"img_{self.numbers[index]:03d}"
-
-    def __getitem__(self, index: int) -> Record:
-        number = self.numbers[index]
-        if number in self.broken:
-            raise BadImage("cannot be read")
-        image = b"no image" if number in self.bad else self.pixels(self.content.get(number, number))
-        return Record(self.key(index), image, {"caption": f"picture {number}"})
-
-
-def contents(store: Path) -> dict[str, torch.Tensor]:
-    data = LatentDataset(store, raw=True)
-    items = [data[index] for index in range(len(data))]
-    assert len({item["key"] for item in items}) == len(items), "a key is there twice"
-    return {item["key"]: item["mean"] for item in items}
-
-
-def encode(vae: AutoencoderKL, source: Album, out: Path, **more: Any) -> None:
-    write_store(vae, source, out, **SETTINGS, **more)
-
-
-def equal(store: Path, fresh: Path) -> bool:
-    one, other = contents(store), contents(fresh)
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-def names(numbers: Iterable[int]) -> set[str]:
-    return {f"img_{number:03d}" for number in numbers}
 
 
 @pytest.fixture
 def store(tiny_vae: AutoencoderKL, tmp_path: Path) -> Path:
     encode(tiny_vae, Album(bad=(4,)), tmp_path / "s")
     return tmp_path / "s"
-
-
-AFTER: dict[str, Any] = {
-    "numbers": (0, 1, 100, 3, 4, 5, 7, *range(8, 18), 101, 102, 19),  # 2, 6 and 18 are gone, 100 to 102 are new
-    "content": {5: 205, 12: 212},
-    "bad": (4, 101),
-}
 
 
 MUCH = {**AFTER, "numbers": (*AFTER["numbers"], *range(200, 240))}  # enough units for several processes
@@ -155,23 +105,6 @@ def test_removing_everything_is_an_error_and_an_order_is_no_change(store: Path, 
     assert read_manifest(store).units == 3 and contents(store).keys() == names(set(range(20)) - {4})
     with pytest.raises(WorkError, match="no usable image"):
         encode(tiny_vae, Album(numbers=(4,), bad=(4,)), store, update=True)
-
-
-class Stop(RuntimeError):
-    pass
-
-
-@dataclass
-class Stopping(Album):
-    """Fails for good after some reads, as a killed process does."""
-
-    after: int = 10**9
-
-    def __getitem__(self, index: int) -> Record:
-        self.after -= 1
-        if self.after < 0:
-            raise Stop
-        return super().__getitem__(index)
 
 
 def test_a_stopped_update_goes_on_and_a_reader_sees_the_old_store_meanwhile(

@@ -10,9 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from checksums import tree
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
-from test_store_writing import SETTINGS, Pictures, tree
+from store_sources import Mixed, Pictures
+from stores import SETTINGS
 
 from ldm_vae.autoencoder.latents import encode
 from ldm_vae.autoencoder.model import AutoencoderConfig
@@ -26,14 +28,6 @@ from ldm_vae.latent_store.write.tiled_encode import (
     seam_error,
     tile_of,
 )
-
-
-class Mixed(Pictures):
-    """Upright, square and wide pictures by turns."""
-
-    def pixels(self, index: int) -> Any:
-        self.size = ((48, 24), (32, 32), (24, 48))[index % 3]
-        return super().pixels(index)
 
 
 @dataclass

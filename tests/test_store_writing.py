@@ -2,66 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from checksums import tree
 from diffusers import AutoencoderKL
-from PIL import Image
+from store_sources import Pictures
+from stores import SETTINGS
 
 from ldm_vae.autoencoder.latents import encode
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.decoding import Decoding
-from ldm_vae.data.quarantine import BadImage
-from ldm_vae.data.source import Record
 from ldm_vae.data.transforms import centre_crop, to_pixels
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latent_store.write.writer import Processes
-
-
-@dataclass
-class Pictures:
-    """A source in memory; indices in `bad` cannot be decoded, those in `broken` cannot even be read."""
-
-    count: int = 21
-    size: tuple[int, int] = (24, 20)
-    bad: tuple[int, ...] = ()
-    broken: tuple[int, ...] = ()
-    decoding: Decoding = field(default_factory=Decoding)
-    columns: tuple[str, ...] = ("caption", "label", "tags")
-
-    def __len__(self) -> int:
-        return self.count
-
-    def key(self, index: int) -> str:
-        return f"folder/img_{index:03d}.png"
-
-    def pixels(self, index: int) -> np.ndarray[Any, Any]:
-        draw = np.random.default_rng(index)
-        coarse = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        return np.asarray(coarse.resize(self.size[::-1], Image.Resampling.BICUBIC))
-
-    def __getitem__(self, index: int) -> Record:
-        if index in self.broken:
-            raise BadImage("cannot be read")
-        image = b"no image at all" if index in self.bad else self.pixels(index)
-        columns = {"caption": f"picture {index}", "label": index % 3, "tags": [f"t{index}", "x"]}
-        return Record(self.key(index), image, columns)
-
-
-SETTINGS: dict[str, Any] = {"resolution": 16, "batch_size": 4, "shard_size": 8}
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file of a folder and its checksum."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(autouse=True)

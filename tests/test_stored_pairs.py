@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, write_images
+from cli_call import run_cli
 from diffusers import AutoencoderKL
-from export_call import run_cli
-from forked import Finished, fork
+from fork_server import Finished, fork
+from images import write_images
 from PIL import Image
-from test_fine_tuning import SHAPE
+from repository import ROOT
+from tiny_networks import SHAPE
 
 from ldm_vae.autoencoder.model import encoder_fingerprint, load_autoencoder
 from ldm_vae.core.config import load

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from mutations import ROOT, mutated, rows
+from repository import ROOT
+
+from tests.mutations import mutated, rows
 
 TESTS = sorted((ROOT / "tests").glob("test_*.py"))
+HELPERS = sorted((ROOT / "tests" / "helpers").glob("*.py"))
 
 
 def functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
@@ -36,7 +39,7 @@ def can_fail(function: ast.FunctionDef, known: dict[str, ast.FunctionDef], depth
 
 @pytest.fixture(scope="module")
 def trees() -> dict[Path, ast.Module]:
-    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "tests").glob("*.py"))}
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*(ROOT / "tests").glob("*.py"), *HELPERS]}
 
 
 def test_every_test_has_an_assertion_that_can_fail(trees: dict[Path, ast.Module]) -> None:
@@ -55,6 +58,27 @@ def test_every_test_has_an_assertion_that_can_fail(trees: dict[Path, ast.Module]
 def test_the_check_sees_an_idle_test() -> None:
     found = functions(ast.parse("def idle():\n    f()\n    assert True\ndef sound():\n    h()\ndef h():\n    assert x"))
     assert not can_fail(found["idle"], found) and can_fail(found["sound"], found)
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """The modules that a file imports, and the names that it imports from them, each without its packages."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {name.name for name in node.names} | {getattr(node, "module", None) or ""}
+    return {name.rpartition(".")[2] for name in found}
+
+
+def test_no_file_imports_a_test_file(trees: dict[Path, ast.Module]) -> None:
+    """What two files use lies in helpers/: a test file is read, changed and deleted alone."""
+    tests = {path.stem for path in TESTS} | {"conftest"}
+    assert {path.name: both for path, tree in trees.items() if (both := imported(tree) & tests)} == {}
+    for line in ("import test_suite as x", "from test_suite import f", "from tests import test_suite"):
+        assert imported(ast.parse(line)) & tests
+
+
+def test_every_helper_says_what_it_is(trees: dict[Path, ast.Module]) -> None:
+    assert [path.name for path in HELPERS if not ast.get_docstring(trees[path])] == []
 
 
 # what a machine may lack, by file; nothing else is a reason to leave a test out, and to expect a failure is none either
@@ -78,7 +102,7 @@ def test_nothing_is_skipped_that_hides_a_gap(trees: dict[Path, ast.Module]) -> N
     assert "xfail" not in found.values() and found.keys() <= LACKING.keys(), found
 
 
-# who sleeps, by file: a test waits for a condition (`killing.wait_until`), and not for a time
+# who sleeps, by file: a test waits for a condition (`kills.wait_until`), and not for a time
 SLEEPING = {
     "test_assets.py": "a download that is still under way when others ask for the same",
     "test_ownership.py": "between two looks at the condition",
@@ -129,6 +153,24 @@ def test_every_mutation_has_its_place_and_its_test(trees: dict[Path, ast.Module]
         where, _, name = test.partition("::")
         assert not name or name in functions(trees[ROOT / "tests" / where]), test
     assert len({(file, old, new) for file, old, new, _ in listed}) == len(listed)
+
+
+def test_a_mutation_finds_its_place_however_it_is_laid_out() -> None:
+    source = (
+        "def f(): return g(a)\nclass A:\n    b = 1\n    def f(self):\n        return g(\n            a,\n        )\n"
+    )
+    assert mutated(source, "def A.f: g(a)", "0") == source.replace("g(\n            a,\n        )", "0")
+    assert mutated(source, "def f: g(a)", "0") == mutated(source, "g(a)", "0") == source.replace("g(a)", "0")
+    assert mutated(source, "class A: b=1", "b = 2") == source.replace("b = 1", "b = 2")
+    assert mutated(source, "def A.f", "pass").endswith("def f(self):\n        pass\n")
+    for absent in (
+        "def A.f: ga",
+        "def A.f: def f(self): returng(a)",
+        "def A.g: g(a)",
+        "class B: b = 1",
+        "def A.f: g(b)",
+    ):
+        assert mutated(source, absent, "0") is None
 
 
 def test_documents_name_files_that_exist() -> None:

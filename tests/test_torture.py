@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torture
-from soak import Sample, verdict
 from victims import Figures
+
+from tests import torture
+from tests.soak import Sample, verdict
 
 
 @pytest.mark.slow

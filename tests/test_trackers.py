@@ -6,10 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import write_images
+from images import write_images
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_programs import metrics, one_sentence, run, write_config
+from training_runs import metrics, one_sentence, run, write_config
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import twins
+from checksums import tree
 from diffusers import AutoencoderKL
-from test_ownership import without_locks
-from test_store_updating import AFTER, Album
-from test_store_writing import SETTINGS, Pictures, tree
+from file_systems import without_locks
+from store_sources import AFTER, Album, Pictures
+from stores import SETTINGS
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
@@ -24,6 +24,7 @@ from ldm_vae.latent_store.format.manifest import write_manifest
 from ldm_vae.latent_store.maintain.repair import repair
 from ldm_vae.latent_store.write.finalize import finish
 from ldm_vae.latent_store.write.writer import Processes
+from tests import twins
 
 
 @pytest.mark.slow

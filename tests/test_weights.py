@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_images
+from cli_call import run_cli
 from diffusers import AutoencoderTiny, VQModel
-from export_call import run_cli
+from images import write_images
+from placeholder_files import PAGE, POINTER
 from safetensors.torch import load_file, save_file
 
 from ldm_vae.autoencoder import latents
@@ -24,8 +25,6 @@ from ldm_vae.core.errors import UsageError
 
 Tensors = dict[str, torch.Tensor]
 STEM = "diffusion_pytorch_model"
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 334643276\n"
-PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n"
 
 
 def small(kind: str) -> Any:

@@ -11,7 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_images
+from images import write_images
+from repository import ROOT
 
 pytestmark = pytest.mark.slow
 

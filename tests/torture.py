@@ -6,10 +6,10 @@
 
 Victims: training, encoding, exporting and pushing to a hub (one on the loopback interface), the first two also as two
 processes of which one is killed, or both, and with data workers. Most are forked children that run the real entry point
-(tests/forked.py), a share (--programs) are new interpreters under Accelerate's launcher, killed with all they started,
-or the launcher alone. Whenever a victim gets to its end, what it left is compared, bit for bit, with what it leaves
-when nothing disturbs it; after every kill, what is there must be readable. The exit status is 1 if anything was lost,
-doubled, unreadable or different.
+(tests/helpers/fork_server.py), a share (--programs) are new interpreters under Accelerate's launcher, killed with all
+they started, or the launcher alone. Whenever a victim gets to its end, what it left is compared, bit for bit, with what
+it leaves when nothing disturbs it; after every kill, what is there must be readable. The exit status is 1 if anything
+was lost, doubled, unreadable or different.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # run with -m from the root, as the tests find each other
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # run with -m from the root, without pytest's `pythonpath`
 
 import psutil
-from killing import Launched, Reaper
+from kills import Launched, Reaper
 from loopback_hub import serve
 from victims import KINDS, Bench, Figures
 

@@ -21,16 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # run with -m from the root, as the tests find each other
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # run with -m from the root, without pytest's `pythonpath`
 
-import test_eval_diffusability
-import test_programs
-import test_programs_diffusion
-from conftest import write_images
-from forked import Finished, fork
+import diffusion_runs
+import training_runs
+from checksums import tree
+from fork_server import Finished, fork
+from images import write_images
 from loopback_hub import Hub
-from test_store_writing import tree
-from torture import FAULTS, place, table
 from victims import Figures, online, write_vae
 
 from ldm_vae import cli
@@ -38,13 +36,14 @@ from ldm_vae.autoencoder.model import load_autoencoder
 from ldm_vae.core import ownership
 from ldm_vae.data.source import open_source
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
+from tests.torture import FAULTS, place, table
 from train import autoencoder, diffusion
 
 IMAGES, MORE = 12, 18
 CROP = ["--resolution", "32"]
 UNITS = [*CROP, "--batch_size", "4", "--shard_size", "4", "--num_workers", "0", "--encode_threads", "1"]
 
-PROBE = [*test_eval_diffusability.SMALL, "--train_images", "8", "--batch_size", "4", "--seeds", "1"]
+PROBE = [*diffusion_runs.SMALL, "--train_images", "8", "--batch_size", "4", "--seeds", "1"]
 
 Words = Callable[[Path, Path], Sequence[str]]
 """(folder of the materials, OUT) => the arguments of the program."""
@@ -163,11 +162,11 @@ TWINS = {
         lambda p, out: ["probe", str(p / "vae"), str(p / "images"), "--output", str(out), *PROBE], equal=("stores",)
     ),
     "train": Twin(
-        lambda p, out: [str(config(p, out, test_programs.write_config, p / "images", max_train_images=16))],
+        lambda p, out: [str(config(p, out, training_runs.write_config, p / "images", max_train_images=16))],
         main=autoencoder.main, equal=("run/vae/diffusion", "run/checkpoints/images-000000016/tensors"),
     ),
     "diffuse": Twin(
-        lambda p, out: [str(config(p, out, test_programs_diffusion.write_config, p / "store", max_train_images=16))],
+        lambda p, out: [str(config(p, out, diffusion_runs.write_config, p / "store", max_train_images=16))],
         main=diffusion.main, equal=("run/denoiser/diff",),
     ),
 }  # fmt: skip

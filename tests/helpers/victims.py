@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import write_images
-from killing import Launched, Victim, launch_program, ranks
+from checksums import tree
+from images import write_images
+from kills import Launched, Victim, launch_program, ranks
 from loopback_hub import Hub
-from test_programs import metrics, newest, write_config
-from test_store_writing import tree
+from training_runs import metrics, newest, write_config
 
 from ldm_vae import cli
 from ldm_vae.autoencoder.model import AutoencoderConfig

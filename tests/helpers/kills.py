@@ -1,6 +1,6 @@
 """SIGKILL at random moments: the one place where tests and the torture kill, count the dead and start them again.
 
-A victim is a forked child (tests/forked.py: the real entry point without the seconds of importing) or a launched
+A victim is a forked child (fork_server.py: the real entry point without the seconds of importing) or a launched
 program: a new interpreter, alone or under Accelerate's launcher.
 """
 
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Protocol
 
 import psutil
-from conftest import ROOT
-from forked import Child, Finished, fork
-from test_launch import ACCELERATE, free_port
+from fork_server import Child, Finished, fork
+from launcher import ACCELERATE, free_port
+from repository import ROOT
 
 
 class Victim(Protocol):

@@ -1,6 +1,6 @@
 """Run by test_parity.py on one process and on two: the real training step in fp64 on the same global batches.
 
-    accelerate launch [--multi_gpu --num_processes 2 ...] tests/parity.py OUT
+    accelerate launch [--multi_gpu --num_processes 2 ...] tests/helpers/parity.py OUT
 
 Writes OUT/SCENARIO.safetensors with the weights after 20 Adam steps and what the first step logged. The scenarios
 `no_reduce` (the adaptive weight is each rank's own) and `bypass` (DDP's forward is gone round, as the popular script

@@ -21,12 +21,12 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT
+from repository import ROOT
 
 from ldm_vae.core.errors import run_program
 
 PRELOAD = [
-    "torch", "forked", "ldm_vae.cli", "ldm_vae.export.workflow", "ldm_vae.latent_store.write.writer",
+    "torch", "fork_server", "ldm_vae.cli", "ldm_vae.export.workflow", "ldm_vae.latent_store.write.writer",
     "ldm_vae.latent_store.write.updates", "train.autoencoder", "train.diffusion",
 ]  # fmt: skip
 
@@ -75,7 +75,9 @@ def forkserver() -> ForkServerContext:
     try:
         os.environ.clear()
         os.environ.update(AT_FIRST)
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), AT_FIRST.get("PYTHONPATH", "")])
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT / "tests" / "helpers"), str(ROOT), AT_FIRST.get("PYTHONPATH", "")]
+        )
         ensure_running()
     finally:
         os.environ.clear()
