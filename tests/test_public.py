@@ -8,8 +8,8 @@ import pydoc
 from pathlib import Path
 
 import pytest
-from conftest import write_images
 from diffusers import AutoencoderKL
+from images import write_images
 
 import ldm_vae
 
