@@ -30,7 +30,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder.latents import Moments, posterior_noise
-from ldm_vae.autoencoder.model import Reconstruction
+from ldm_vae.autoencoder.trainable import Reconstruction
 from ldm_vae.core.errors import UsageError, WorkError, run_program
 from ldm_vae.core.ownership import own
 from ldm_vae.demo.digits import digits, held_out

@@ -27,7 +27,8 @@ import torch
 from diffusers import AutoencoderKL
 from torchvision.utils import make_grid
 
-from ldm_vae.autoencoder.model import check_resolution, downsampling_factor, load_autoencoder
+from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError, WorkError, run_program
 from ldm_vae.core.launch import build_accelerator
 from ldm_vae.core.ownership import own
@@ -44,13 +45,13 @@ from ldm_vae.diffusion.probe import (
     fit,
     match,
 )
+from ldm_vae.diffusion.probe_result import markdown, summarised, verdicts
 from ldm_vae.diffusion.sample_metrics import NOT_INSTALLED, Looks, looks
 from ldm_vae.latent_space.equivariance import equivariance_error
 from ldm_vae.latent_space.spectrum import high_frequency_share
 from ldm_vae.latent_store import LatentDataset, write_store
 from ldm_vae.metrics import result
 from ldm_vae.metrics.batches import image_batches, spread
-from ldm_vae.metrics.diffusability import markdown, summarised, verdicts
 from ldm_vae.metrics.pictures import save
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.running import Running

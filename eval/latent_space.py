@@ -29,8 +29,9 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder import finite, latents
+from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
 from ldm_vae.autoencoder.latents import Moments
-from ldm_vae.autoencoder.model import check_resolution, downsampling_factor, load_autoencoder
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError, WorkError, run_program
 from ldm_vae.core.launch import build_accelerator
 from ldm_vae.core.ownership import own_together

@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.bottleneck import Codes
-from ldm_vae.autoencoder.model import AutoencoderConfig, Reconstruction, TrainableAutoencoder
+from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, run_program
 from ldm_vae.core.flop_counter import Cost

@@ -26,7 +26,8 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ldm_vae.autoencoder.model import check_resolution, downsampling_factor, load_autoencoder
+from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError, WorkError, run_program
 from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
 from ldm_vae.core.ownership import own_together

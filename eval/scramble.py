@@ -20,12 +20,8 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import finite, latents
-from ldm_vae.autoencoder.model import (
-    check_resolution,
-    downsampling_factor,
-    load_autoencoder,
-    only_kl,
-)
+from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, only_kl
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError, run_program
 from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.preparation import preparation_of

@@ -33,8 +33,9 @@ from typing import TYPE_CHECKING, Any
 from ldm_vae.core import parent_process as parent_process
 
 if TYPE_CHECKING:
+    from ldm_vae.autoencoder.config import AutoencoderConfig
     from ldm_vae.autoencoder.latents import Moments, Normalisation, decode, encode
-    from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
+    from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.data.preparation import open_images
     from ldm_vae.export.diffusers_folder import write_vae
     from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
@@ -58,14 +59,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AutoencoderConfig": "autoencoder.model",
+    "AutoencoderConfig": "autoencoder.config",
     "LatentDataset": "latent_store",
     "Moments": "autoencoder.latents",
     "Normalisation": "autoencoder.latents",
     "decode": "autoencoder.latents",
     "encode": "autoencoder.latents",
     "evaluate": "metrics.evaluate",
-    "load_autoencoder": "autoencoder.model",
+    "load_autoencoder": "autoencoder.load",
     "open_images": "data.preparation",
     "read_manifest": "latent_store",
     "verify": "latent_store",

@@ -65,7 +65,7 @@ def built(**shape: Any) -> AutoencoderKL:
     """An autoencoder of random weights."""
     import torch
 
-    from ldm_vae.autoencoder.model import AutoencoderConfig
+    from ldm_vae.autoencoder.config import AutoencoderConfig
 
     torch.manual_seed(0)
     return AutoencoderConfig(**shape).build().eval()

@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.latents import posterior_noise
-from ldm_vae.autoencoder.model import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core import rng
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.losses.code_kl import Config as CodeKL

@@ -119,6 +119,13 @@ def test_no_files_and_no_packages_import_each_other_in_a_circle() -> None:
         assert circles(level(graph, package)) == [], package
 
 
+def test_rooms_stay_small() -> None:
+    flat = [path.stem for path in (ROOT / "ldm_vae").glob("*.py") if not path.stem.startswith("__")]
+    assert len(flat) <= 5, flat
+    long = {str(path.relative_to(ROOT)) for path in [*LIBRARY, *PROGRAMS] if len(path.read_text().splitlines()) > 350}
+    assert long == set()
+
+
 def test_circles_are_seen() -> None:
     sources = {"a": "", "a.x": "def f():\n    from a.y import g", "a.y": "import a.z", "a.z": "from a import x"}
     assert circles(import_graph(sources)) == ["a.x -> a.y", "a.y -> a.z", "a.z -> a.x"]

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from repository import ROOT
 from tiny_networks import TinyLPIPS
 
-from ldm_vae.autoencoder.model import check_resolution, count_parameters, downsampling_factor
+from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
+from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import config
 from ldm_vae.diffusion.config import DiffusionTraining
 from ldm_vae.losses import lpips

@@ -15,14 +15,15 @@ from images import write_images
 
 from eval import diffusability, scramble
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
+from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.denoisers.dit import Config as DiT
 from ldm_vae.diffusion.probe import match
+from ldm_vae.diffusion.probe_result import markdown, summarised, verdicts
 from ldm_vae.metrics.batches import image_batches
-from ldm_vae.metrics.diffusability import markdown, summarised, verdicts
 
 BASE = DiT(num_layers=2, num_attention_heads=2, attention_head_dim=16)
 

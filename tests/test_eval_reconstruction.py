@@ -15,7 +15,7 @@ from launcher import TWO, launch
 
 from eval import reconstruction
 from ldm_vae import metrics
-from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import open_source
 from ldm_vae.metrics.batches import image_batches, share_of, spread

@@ -13,11 +13,11 @@ from repository import ROOT
 
 from eval import chip
 from eval.speed import __main__ as speed
-from eval.speed import fast, roofline
+from eval.speed import denoisers, encoders, fast, roofline
+from eval.speed.peaks import Peaks
 from eval.speed.recipes import Networks, Work
 from eval.speed.roofline import (
     Ledger,
-    Peaks,
     kind_of,
     profiled,
 )
@@ -57,7 +57,7 @@ def test_changes_compose() -> None:
 
 
 def test_the_encoder_is_compared_with_fp32() -> None:
-    rows = fast.encoders(SMALL, 2, 1, {"encoder": (), "encoder_fused_norm": ("fused_norm",)})
+    rows = encoders.encoders(SMALL, 2, 1, {"encoder": (), "encoder_fused_norm": ("fused_norm",)})
     assert rows[0]["difference"] == 0 and 0 < rows[1]["difference"] < 1e-5
 
 
@@ -68,8 +68,8 @@ def test_the_gradient_of_lpips_in_half_precision() -> None:
 
 def test_the_denoisers_operations_are_counted_once() -> None:
     shape = DiTConfig(num_layers=1, num_attention_heads=1)
-    (row,) = fast.denoisers(SMALL, shape, 2, (4, 8, 8), 1e12, 1, {"step": ()})
-    (twice,) = fast.denoisers(SMALL, shape, 4, (4, 8, 8), 1e12, 1, {"step": ()})
+    (row,) = denoisers.denoisers(SMALL, shape, 2, (4, 8, 8), 1e12, 1, {"step": ()})
+    (twice,) = denoisers.denoisers(SMALL, shape, 4, (4, 8, 8), 1e12, 1, {"step": ()})
     assert twice["mfu"] * twice["median_s"] == pytest.approx(2 * row["mfu"] * row["median_s"], rel=0.02)
 
 
@@ -164,6 +164,6 @@ def test_every_part_is_a_benchmark_or_names_tests_that_exist() -> None:
 def test_benchmarks_of_a_gpu_say_that_there_is_none() -> None:
     if torch.cuda.is_available():
         return
-    for run in (fast.training, fast.regions, fast.batches, fast.encoder, fast.denoiser):
+    for run in (fast.training, fast.regions, fast.batches, encoders.encoder, denoisers.denoiser):
         with pytest.raises(UsageError, match="gpu"):
             run(argparse.Namespace(rounds=1))

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from ldm_vae.autoencoder.latents import Normalisation
-from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import WorkError
 from ldm_vae.export.card import Card, card_name
 from ldm_vae.export.drift import measure_drift

@@ -15,7 +15,8 @@ from cli_call import run_cli
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
+from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.weights.ldm_keys import to_ldm, to_ldm_name
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.export.targets import TARGETS, warnings_for, warnings_for_pipelines, write_target

@@ -10,7 +10,7 @@ import torch
 from cli_call import run_cli
 from diffusers import AutoencoderKL
 
-from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import open_source
 from ldm_vae.export.diffusers_folder import configured_copy

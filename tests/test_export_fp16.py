@@ -12,7 +12,7 @@ from cli_call import run_cli
 from diffusers import AutoencoderKL
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.core.errors import WorkError
 from ldm_vae.export.diffusers_folder import configured_copy
 from ldm_vae.export.fp16.audit import LARGEST, audit

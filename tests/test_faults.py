@@ -156,7 +156,7 @@ def test_a_forked_process_has_another_parent() -> None:
 
 
 def train_impatiently() -> None:
-    ownership.PATIENCE = 1
+    ownership.WAIT_SECONDS = 1
     training_program.main()
 
 

@@ -18,13 +18,11 @@ from tiny_networks import SHAPE
 from torch import nn
 from torch._dynamo.utils import counters
 
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.fine_tuning import encoder_learns, resize_channels, set_trainable
-from ldm_vae.autoencoder.model import (
-    AutoencoderConfig,
-    TrainableAutoencoder,
-    encoder_fingerprint,
-    load_autoencoder,
-)
+from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
+from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.errors import UsageError
 from train import autoencoder as training_program
 
@@ -219,7 +217,7 @@ def test_a_pipelines_vae_is_found_in_the_hubs_cache(tiny_vae: AutoencoderKL, tmp
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("a" * 40)
     program = (
-        "from ldm_vae.autoencoder.model import encoder_fingerprint, load_autoencoder\n"
+        "from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, load_autoencoder\n"
         "print(encoder_fingerprint(load_autoencoder('some-lab/some-pipeline')))\n"
         "load_autoencoder('some-lab/other')"
     )

@@ -15,7 +15,7 @@ from repository import ROOT
 
 from ldm_vae import cli
 from ldm_vae.autoencoder import finite
-from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import open_source
 from ldm_vae.latent_store import write_store

@@ -16,7 +16,8 @@ from repository import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training_runs import metrics, newest, write_config
 
-from ldm_vae.autoencoder.model import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.flop_counter import Cost, gpu_autocast
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.kernels.group_norm import fuse_norms

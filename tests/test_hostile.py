@@ -28,7 +28,7 @@ from store_sources import Pictures
 from stores import SETTINGS
 from training_runs import write_config
 
-from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.ordered import ordered_loader

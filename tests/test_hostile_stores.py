@@ -23,7 +23,8 @@ from images import write_images
 from store_sources import Pictures
 from stores import SETTINGS
 
-from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
+from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latent_store.format.shards import map_tensors

@@ -21,6 +21,7 @@ from training_runs import newest, run, write_config
 
 from eval import reconstruction
 from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.linear_code import (
     LinearCode,
     PatchMoments,
@@ -29,7 +30,6 @@ from ldm_vae.autoencoder.linear_code import (
     to_patches,
 )
 from ldm_vae.autoencoder.linear_init import start_linear
-from ldm_vae.autoencoder.model import AutoencoderConfig
 from ldm_vae.core.errors import UsageError
 from ldm_vae.training.monitor import below_linear
 

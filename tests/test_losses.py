@@ -13,7 +13,8 @@ from tiny_networks import TinyLPIPS, network
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from ldm_vae.autoencoder.model import AutoencoderConfig, Reconstruction, TrainableAutoencoder
+from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError
 from ldm_vae.losses import Schedule

@@ -11,7 +11,8 @@ import torch
 from skimage import data as photographs
 from torch import nn
 
-from ldm_vae.autoencoder.model import AutoencoderConfig, Reconstruction, TrainableAutoencoder
+from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
 from ldm_vae.losses import alignment
 from ldm_vae.losses.alignment import Alignment, Config
 

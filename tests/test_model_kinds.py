@@ -19,12 +19,9 @@ from training_runs import metrics, newest, one_sentence, run, write_config
 from eval import reconstruction
 from ldm_vae import cli
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.model import (
-    AutoencoderConfig,
-    decoder_fingerprint,
-    encoder_fingerprint,
-    load_autoencoder,
-)
+from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import open_source
 from ldm_vae.losses.gaussian_nll import Config as GaussianNLL

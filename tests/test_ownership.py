@@ -30,7 +30,7 @@ from ldm_vae.core.ownership import (
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ownership, "PATIENCE", 0.2)
+    monkeypatch.setattr(ownership, "WAIT_SECONDS", 0.2)
     monkeypatch.setattr(ownership, "LEASE_SECONDS", 3.0)
 
 
@@ -71,7 +71,7 @@ def test_the_second_is_refused_and_the_next_is_not(tmp_path: Path, file_system: 
 
 
 def test_the_second_waits_for_the_end_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ownership, "PATIENCE", 60.0)
+    monkeypatch.setattr(ownership, "WAIT_SECONDS", 60.0)
     met: list[list[Exception]] = []
     waiting = threading.Event()
     monkeypatch.setattr(ownership, "print", lambda *_, **__: waiting.set(), raising=False)
@@ -144,7 +144,7 @@ def test_who_was_suspended_for_too_long_learns_that_it_owns_nothing(
 ) -> None:
     """The record alone tells where there are no locks, or on another machine; nobody has touched it."""
     without_locks(monkeypatch)
-    monkeypatch.setattr(ownership, "PATIENCE", 60.0)
+    monkeypatch.setattr(ownership, "WAIT_SECONDS", 60.0)
     first = fork(hold, [str(tmp_path / "store"), "no locks"])
     wait_for(tmp_path / "store" / "held", first)
     first.kill(signal.SIGSTOP)
@@ -208,12 +208,12 @@ def test_of_two_that_write_one_name_the_second_says_the_truth(tmp_path: Path, fi
 
     def second() -> None:
         try:
-            with atomic_io.whole(tmp_path / "out") as folder:
+            with atomic_io.whole_folder(tmp_path / "out") as folder:
                 (folder / "of").write_text("second")
         except UsageError as error:
             met.append(error)
 
-    with atomic_io.whole(tmp_path / "out") as folder:
+    with atomic_io.whole_folder(tmp_path / "out") as folder:
         (folder / "of").write_text("first")
         thread = threading.Thread(target=second)
         thread.start()
@@ -221,13 +221,13 @@ def test_of_two_that_write_one_name_the_second_says_the_truth(tmp_path: Path, fi
         assert [type(error) for error in met] == [UsageError]
         assert folder.is_dir()
     assert (tmp_path / "out" / "of").read_text() == "first"
-    with pytest.raises(UsageError, match="OUT"), atomic_io.whole(tmp_path / "out"):
+    with pytest.raises(UsageError, match="OUT"), atomic_io.whole_folder(tmp_path / "out"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_name_that_somebody_else_has_taken_meanwhile(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="OUT"), atomic_io.whole(tmp_path / "out") as folder:  # noqa: PT012
+    with pytest.raises(UsageError, match="OUT"), atomic_io.whole_folder(tmp_path / "out") as folder:  # noqa: PT012
         (folder / "of").write_text("ours")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "of").write_text("theirs")

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.latents import posterior_noise
-from ldm_vae.autoencoder.model import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.errors import UsageError
 from ldm_vae.perturbations import Draw
 from ldm_vae.perturbations.channel_dropout import Config as ChannelDropout

@@ -14,7 +14,7 @@ from images import write_images
 from repository import ROOT
 from torch import nn
 
-from ldm_vae.autoencoder.model import TrainableAutoencoder
+from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core import config
 from ldm_vae.core.flop_counter import Cost, gpu_autocast
 from ldm_vae.discriminators.patchgan import Config as PatchGAN

@@ -16,7 +16,7 @@ from tiny_networks import SHAPE
 
 from eval import diffusability, latent_space, reconstruction, scramble
 from ldm_vae import metrics
-from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.cli import parser
 from ldm_vae.core.config import options
 from ldm_vae.core.errors import UsageError, WorkError

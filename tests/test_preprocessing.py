@@ -13,7 +13,7 @@ import yaml
 from cli_call import call
 from diffusers import AutoencoderKL
 
-from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.single_file import save_single_file
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data import preprocessing

@@ -20,7 +20,8 @@ from repository import ROOT
 from safetensors.torch import load_file
 from training_runs import assert_same_run, metrics, newest, one_sentence
 
-from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
+from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError
 from ldm_vae.diffusion.generator import Generator
 from ldm_vae.latent_store import LatentDataset

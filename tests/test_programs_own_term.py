@@ -10,7 +10,7 @@ from images import write_images
 from repository import ROOT
 from training_runs import metrics, run, write_config
 
-from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError
 from ldm_vae.training.config import Training

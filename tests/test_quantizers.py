@@ -14,7 +14,7 @@ from scipy import stats
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.bottleneck import Codes
-from ldm_vae.autoencoder.model import TrainableAutoencoder
+from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.errors import UsageError
 from ldm_vae.losses.codebook import Config as CodebookLoss
 from ldm_vae.losses.commitment import Config as Commitment

@@ -18,7 +18,7 @@ from PIL import Image
 
 from eval import reconstruction
 from ldm_vae import cli
-from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.core import intervals
 from ldm_vae.core.errors import UsageError
 from ldm_vae.report import build_report

@@ -13,7 +13,7 @@ import torch
 from images import write_images
 
 from eval import reconstruction
-from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.report import build_report
 
 pytestmark = pytest.mark.browser

@@ -22,7 +22,7 @@ from stores import SETTINGS, shard_files
 from tiny_networks import vq_model
 
 from ldm_vae import load_autoencoder
-from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.commands.store import Format, Model, Names
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store

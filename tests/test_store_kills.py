@@ -31,7 +31,7 @@ from ldm_vae.latent_store.write.writer import Processes
 def vae() -> Any:
     import torch
 
-    from ldm_vae.autoencoder.model import AutoencoderConfig
+    from ldm_vae.autoencoder.config import AutoencoderConfig
 
     torch.manual_seed(0)
     return AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build().eval()

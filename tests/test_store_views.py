@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from store_sources import Mixed, Pictures
 from stores import SETTINGS
 
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.latents import encode
-from ldm_vae.autoencoder.model import AutoencoderConfig
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import decode
 from ldm_vae.data.transforms import centre_crop, to_pixels

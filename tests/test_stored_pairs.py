@@ -18,7 +18,8 @@ from PIL import Image
 from repository import ROOT
 from tiny_networks import SHAPE
 
-from ldm_vae.autoencoder.model import encoder_fingerprint, load_autoencoder
+from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.config import load
 from ldm_vae.training.config import Training
 from ldm_vae.training.decoder_only import drop_encoder

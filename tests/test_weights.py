@@ -19,7 +19,8 @@ from placeholder_files import PAGE, POINTER
 from safetensors.torch import load_file, save_file
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
+from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.weights.ldm_keys import to_ldm
 from ldm_vae.core.errors import UsageError
 

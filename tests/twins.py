@@ -32,7 +32,7 @@ from loopback_hub import Hub
 from victims import Figures, online, write_vae
 
 from ldm_vae import cli
-from ldm_vae.autoencoder.model import load_autoencoder
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core import ownership
 from ldm_vae.data.source import open_source
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store

@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from diffusers import AutoencoderTiny
 from tqdm.auto import tqdm
 
+from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
 from ldm_vae.autoencoder.latents import Normalisation, posterior_noise
-from ldm_vae.autoencoder.model import check_resolution, downsampling_factor
 from ldm_vae.core.errors import Stopped, run_program
 from ldm_vae.core.launch import StopSignal
 from ldm_vae.data import preprocessing

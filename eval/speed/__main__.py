@@ -21,7 +21,24 @@ import torch
 
 from ldm_vae.core.errors import UsageError, run_program
 
-from . import compiled, data, encode, fast, gpu, grow, plot, quality, read, roofline, start, store, train, variants
+from . import (
+    compiled,
+    data,
+    denoisers,
+    encode,
+    encoders,
+    fast,
+    gpu,
+    grow,
+    plot,
+    quality,
+    read,
+    roofline,
+    start,
+    store,
+    train,
+    variants,
+)
 from .timing import machine
 
 # name => (one line of help, what it runs); each lives in a file of its own
@@ -56,11 +73,11 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], list[dict[str, A
     ),
     "gpu_encoder": (
         "the encoder alone, as it is and made faster",
-        fast.encoder,
+        encoders.encoder,
     ),
     "gpu_denoiser": (
         "a step of the diffusion trainer",
-        fast.denoiser,
+        denoisers.denoiser,
     ),
     "roofline": (
         "where the time of a step goes by kind of operation, beside what the device could do at best",

@@ -1,4 +1,4 @@
-"""`eval.speed gpu_fast | gpu_regions | gpu_batch | gpu_encoder | gpu_denoiser`: what makes a step faster on a CUDA
+"""`eval.speed gpu_fast | gpu_regions | gpu_batch`: what makes a step faster on a CUDA
 device, one thing after the other, each beside the plain one in turns. Shapes and precision are eval/speed/gpu.py's.
 
 - gpu_fast: our training step as it is, then with one change added to those before it: `fused_norm` (channels last, each
@@ -6,10 +6,6 @@ device, one thing after the other, each beside the plain one in turns. Shapes an
   gradient), `critic_channels_last`, `adam_fused`, `benchmark` (cuDNN tries its algorithms), `graph` (one CUDA graph);
 - gpu_regions: torch.compile of the residual blocks, LPIPS and the discriminator, each for itself; minutes to compile;
 - gpu_batch: images a second of the plain step and of the one with everything, batch 1 to 32;
-- gpu_encoder: the encoder alone, 32 images at a time: plain under autocast, then changed likewise, and what that does
-  to the posterior's mean (`difference`: from fp32, over its size);
-- gpu_denoiser: a step of the diffusion trainer, DiT-B/2 on latents of 4 x 32 x 32; `mfu`: counted operations over time
-  and what a matrix product reaches.
 
 What cannot run is a row that says so (`failed`), and the rest goes on.
 """
@@ -26,18 +22,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ldm_vae.autoencoder import latents
-from ldm_vae.core.flop_counter import Cost
-from ldm_vae.denoisers.dit import Config as DiTConfig
-from ldm_vae.diffusion.flow import Denoiser
 from ldm_vae.kernels.group_norm import FusedResnetBlock, fuse_norms
 from ldm_vae.perceptual.lpips import LPIPS
-from ldm_vae.run.optim import OptimizerConfig
 
-from . import encode
 from .gpu import WORK, need_a_gpu, synchronised
 from .recipes import (
     Networks,
@@ -49,17 +38,7 @@ from .timing import interleave, row
 from .variants import Bfloat16
 
 BATCHES = (1, 2, 4, 8, 16, 32)
-ENCODED_BATCH = 32
-ENCODERS: dict[str, tuple[str, ...]] = {
-    "encoder": (),
-    "encoder_half": ("half",),
-    "encoder_fused_norm": ("fused_norm",),
-    "encoder_fused_half": ("fused_norm", "half"),
-    "encoder_benchmark": ("fused_norm", "half", "benchmark"),
-    "encoder_graph": ("fused_norm", "half", "benchmark", "graph"),
-}
-DENOISERS: dict[str, tuple[str, ...]] = {"step": (), "adam_fused": ("adam_fused",), "graph": ("adam_fused", "graph")}
-LATENTS = 128  # to an update of the denoiser
+
 
 # --- what is changed --------------------------------------------------------------------------------------------------
 
@@ -266,130 +245,3 @@ def lpips_gradient(work: Work) -> list[dict[str, Any]]:
         {"name": f"lpips_gradient_{name}", "value": float((one - exact).norm()) / size, "unit": "of its size"}
         for name, one in (("as_it_is", plain), ("bf16", half))
     ]
-
-
-# --- the encoder ------------------------------------------------------------------------------------------------------
-
-
-def encoder(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of speed.json."""
-    need_a_gpu()
-    return encoders(WORK, ENCODED_BATCH, options.rounds)
-
-
-def encoders(
-    work: Work, batch: int, rounds_: int, ways: Mapping[str, tuple[str, ...]] = ENCODERS
-) -> list[dict[str, Any]]:
-    pixels = replace(work, batch=batch).images()
-    exact = _encoded(work, (), pixels, "no")[1]()
-    found: dict[str, float] = {}
-
-    def make(name: str, changes: tuple[str, ...]) -> Begun:
-        with measured_memory() as memory:
-            run, mean = _encoded(work, changes, pixels, work.precision)
-        found[name] = float((mean() - exact).norm() / exact.norm())
-        return Begun(run, memory())
-
-    makers = {name: partial(make, name, changes) for name, changes in ways.items()}
-    result = rows("gpu", makers, batch, rounds_)
-    for one in result:
-        one["difference"] = found.get(one["name"].removeprefix("gpu_"))
-    return result
-
-
-def _encoded(
-    work: Work, changes: tuple[str, ...], pixels: torch.Tensor, precision: str
-) -> tuple[Callable[[], None], Callable[[], torch.Tensor]]:
-    """(the encoder at work, the means that it last gave)."""
-    vae = encode.network(work.widths, work.groups).to(work.device)
-    dtype = {"bf16": torch.bfloat16, "no": torch.float32}[precision]
-    if "fused_norm" in changes:
-        vae.to(memory_format=torch.channels_last)
-        fuse_norms(vae)
-    if "half" in changes:
-        vae.to(dtype)
-    last: list[torch.Tensor] = [pixels]
-
-    @torch.no_grad()
-    def run() -> None:
-        torch.backends.cudnn.benchmark = "benchmark" in changes
-        with torch.autocast(work.device, dtype, enabled=dtype != torch.float32):
-            last[0] = latents.encode(vae, pixels.to(dtype) if "half" in changes else pixels).mean
-        torch.backends.cudnn.benchmark = False
-
-    run()
-    run()
-    whole: Callable[[], None] = captured(run) if "graph" in changes else run
-    whole()
-    return synchronised(whole) if work.device == "cuda" else whole, lambda: last[0].float()
-
-
-# --- the diffusion trainer --------------------------------------------------------------------------------------------
-
-
-def denoiser(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of speed.json."""
-    from .roofline import peaks
-
-    need_a_gpu()
-    peak = peaks(WORK.device).flops[torch.bfloat16]
-    found = []
-    for batch in (LATENTS, 2 * LATENTS):
-        found += denoisers(WORK, DiTConfig(), batch, (4, 32, 32), peak, options.rounds)
-        torch.cuda.empty_cache()
-    return found
-
-
-def denoisers(
-    work: Work,
-    shape: DiTConfig,
-    batch: int,
-    size: tuple[int, int, int],
-    peak: float,
-    rounds_: int,
-    ways: Mapping[str, tuple[str, ...]] = DENOISERS,
-) -> list[dict[str, Any]]:
-    def make(changes: tuple[str, ...]) -> Begun:
-        with measured_memory() as memory:
-            run = denoiser_step(work, shape, batch, size, changes)
-            run()
-            run()
-            if "graph" in changes:
-                run = captured(run)
-                run()
-        return Begun(synchronised(run) if work.device == "cuda" else run, memory())
-
-    makers = {name: partial(make, changes) for name, changes in ways.items()}
-    result = rows("gpu_denoiser", makers, batch, rounds_, at=batch, against="batch")
-    with Cost() as cost:
-        denoiser_step(work, shape, batch, size)()
-    for one in result:
-        one["mfu"] = cost.flops / one["median_s"] / peak if "median_s" in one else None
-    return result
-
-
-def denoiser_step(
-    work: Work, shape: DiTConfig, batch: int, size: tuple[int, int, int], changes: tuple[str, ...] = ()
-) -> Callable[[], None]:
-    """A step of train.diffusion on the device, but for the noise, which is keyed on the host."""
-    torch.manual_seed(work.seed)
-    network = Denoiser(shape.build(size[0], size[1:], classes=1000).to(work.device).train(), 1000)
-    optimizer = OptimizerConfig(kind="adamw", betas=(0.9, 0.999), eps=1e-8).build(network.parameters(), 1e-4)
-    for group in optimizer.param_groups:
-        group |= {"foreach": None, "fused": True} if "adam_fused" in changes else {}
-        group["capturable"] = "graph" in changes
-    accelerator = Accelerator(cpu=work.device == "cpu", mixed_precision=work.precision, device_placement=False)
-    model = accelerator.prepare(network)
-    clean, noise = torch.randn(2, batch, *size, device=work.device)
-    times, labels = torch.rand(batch, device=work.device), torch.randint(1000, (batch,), device=work.device)
-    t = times.view(-1, 1, 1, 1)
-
-    def run() -> None:
-        predicted = model((1 - t) * clean + t * noise, times, labels)
-        loss = (predicted - (noise - clean)).square().mean()
-        accelerator.backward(loss)
-        torch.nn.utils.clip_grad_norm_(network.parameters(), float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run

@@ -12,7 +12,7 @@ from typing import Any
 
 from ldm_vae.core.errors import WorkError
 
-Rows = Sequence[dict[str, Any]]
+Results = Sequence[dict[str, Any]]
 SCORES = {"lpips_alex": "LPIPS alex, held-out photographs (lower is better)", "psnr": "PSNR, dB, held-out photographs"}
 
 
@@ -28,7 +28,7 @@ def pyplot() -> Any:
     return plt
 
 
-def draw(results: Rows, path: Path) -> None:
+def draw(results: Results, path: Path) -> None:
     """Write PATH. Raises WorkError when matplotlib is not installed."""
     plt = pyplot()
     curves = [row for row in results if "curve" in row]
@@ -53,7 +53,7 @@ def draw(results: Rows, path: Path) -> None:
     plt.close(figure)
 
 
-def _curve(axis: Any, rows: Rows, score: str) -> None:
+def _curve(axis: Any, rows: Results, score: str) -> None:
     for row in rows:
         points = row["curve"]
         name = row["name"].removeprefix("quality_").replace("train_step", "ldm-vae")
@@ -62,7 +62,7 @@ def _curve(axis: Any, rows: Rows, score: str) -> None:
     axis.legend(fontsize="small")
 
 
-def _growth(axis: Any, rows: Rows, what: str) -> None:
+def _growth(axis: Any, rows: Results, what: str) -> None:
     for name in dict.fromkeys(row["name"] for row in rows):
         points = [row for row in rows if row["name"] == name]
         axis.plot([row["at"] for row in points], [row["median_s"] for row in points], marker="o", label=name)
@@ -70,7 +70,7 @@ def _growth(axis: Any, rows: Rows, what: str) -> None:
     axis.legend(fontsize="small")
 
 
-def _bars(axis: Any, rows: Rows, what: str) -> None:
+def _bars(axis: Any, rows: Results, what: str) -> None:
     ratios = [row["ratio"] for row in rows]
     middle = [ratio["median"] for ratio in ratios]
     below = [ratio["median"] - ratio["min"] for ratio in ratios]

@@ -28,9 +28,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.autoencoder.linear_code import PatchMoments
-from ldm_vae.autoencoder.linear_init import clear_residuals, start_linear
-from ldm_vae.autoencoder.model import downsampling_factor
+from ldm_vae.autoencoder.linear_init import start_linear
+from ldm_vae.autoencoder.linear_layers import clear_residuals
 from ldm_vae.data.dataset import training_loader
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.source import Source, open_source

@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import argparse
 import re
-import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,14 +36,14 @@ from ldm_vae.run.optim import learning
 from ldm_vae.training.adaptive_weight import adaptive_ratio
 
 from . import encode
+from .denoisers import LATENTS, denoiser_step
+from .encoders import ENCODED_BATCH
 from .fast import (
     CHANGES,
     EAGER,
-    ENCODED_BATCH,
-    LATENTS,
-    denoiser_step,
 )
 from .gpu import WORK as GPU_WORK
+from .peaks import Peaks, peaks, seconds_of
 from .recipes import Networks, Work, ours
 
 WORK = Work(widths=(32, 64, 64, 64), resolution=64, batch=1)  # a minute or two of two cores
@@ -79,61 +77,6 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         for part, function in parts(work, changes).items():
             rows += measured(f"{name} {part}", function, best, options.rounds)
     return rows
-
-
-# --- the device -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """Peaks reached in this run: FLOP/s of a matrix product by type, bytes/s of a copy (read and written)."""
-
-    flops: dict[torch.dtype, float]
-    bytes: float
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The peaks themselves."""
-        found = [{"name": f"peak_{str(t).removeprefix('torch.')}", "value": v / 1e12, "unit": "TFLOP/s"}
-                 for t, v in self.flops.items()]  # fmt: skip
-        return [*found, {"name": "peak_copy", "value": self.bytes / 1e9, "unit": "GB/s"}]
-
-    def seconds(self, flop: float, moved: float, dtype: torch.dtype) -> float:
-        """The least that an operation takes."""
-        return max(flop / self.flops.get(dtype, self.flops[torch.float32]), moved / self.bytes)
-
-
-def peaks(device: str) -> Peaks:
-    """Measure them; a second."""
-    side, size = (8192, 2**31) if device == "cuda" else (1024, 2**27)
-    flops = {}
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions are by default
-    for dtype in (torch.bfloat16, torch.float32):
-        a, b = torch.randn(2, side, side, device=device).to(dtype)
-        flops[dtype] = 2 * side**3 / _seconds(lambda a=a, b=b: a @ b, 5, device)
-    torch.backends.cuda.matmul.allow_tf32 = before
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return Peaks(flops, 2 * size / _seconds(lambda: target.copy_(source), 5, device))
-
-
-def _seconds(function: Part, rounds: int, device: str) -> float:
-    """Median time by the clock of a call that has run before, the device waited for."""
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    for _ in range(2):
-        function()
-    times = []
-    for _ in range(rounds):
-        wait()
-        start = time.perf_counter()
-        function()
-        wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
@@ -217,7 +160,7 @@ def _with_algorithms(function: Part, benchmark: bool) -> Part:
 def measured(name: str, function: Part, best: Peaks, rounds: int) -> list[dict[str, Any]]:
     """A row for each kind of operation, the longest first, behind one for all of them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    clock = _seconds(function, rounds, device)
+    clock = seconds_of(function, rounds, device)
     with Ledger(best) as ledger:
         function()
     seconds = profiled(function, device)

@@ -26,7 +26,7 @@ from ldm_vae.demo.photographs import prepare_demo
 
 from .timing import interleave, row
 
-PATIENCE = 600.0  # seconds
+DEADLINE_SECONDS = 600.0  # seconds
 COMMANDS = {
     "python": ["-c", "pass"],
     "help": ["-m", "ldm_vae", "--help"],
@@ -73,7 +73,7 @@ def first_step(demo: Path, folder: Path) -> None:
         command = [sys.executable, "-m", "ldm_vae", "train", str(find_config("smoke")), *flags]
         with open(Path(output) / "said", "w+", encoding="utf-8") as said:
             process = subprocess.Popen(command, stdout=said, stderr=said, env=_environment())
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + DEADLINE_SECONDS
             try:
                 while not (metrics.exists() and metrics.stat().st_size):
                     if process.poll() is not None or time.monotonic() > deadline:

@@ -210,7 +210,7 @@ def _bookkeeping(folder: Path, samples: int) -> list[dict[str, Any]]:
     write_sparse(store, samples, SHAPE, UNIT)
     plan = unfinish(store, source)
     manifest = read_manifest(store)
-    work = plan.work(manifest.identity)
+    work = plan.digest(manifest.identity)
     measure("again", lambda: [is_done(store, unit.number, work) for unit in plan.units(UNIT)])
     measure("finish", lambda: finish(store, manifest, plan))
     shutil.rmtree(store)

@@ -99,7 +99,7 @@ def empty_manifest(samples: int, shape: Shape = (4, 32, 32), unit: int = 2048) -
 def unfinish(store: Path, source: SourceIdentity) -> Plan:
     """Take a finished store back to where every unit of `source` has its record and nothing is merged."""
     manifest, plan = read_manifest(store), fresh_plan(source)
-    work = plan.work(manifest.identity)
+    work = plan.digest(manifest.identity)
     (store / UNITS).mkdir()
     for shard in manifest.shards:
         record = UnitRecord(unit=shard.unit, samples=shard.rows, work=work, settings=SETTINGS, shards=(shard,))

@@ -20,19 +20,26 @@ Legend: m channels of a group, n signals, C image channels, c latent channels.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ldm_vae.autoencoder.linear_code import LinearCode
+from ldm_vae.autoencoder.linear_layers import (
+    Channels,
+    add_noise,
+    as_pairs,
+    check_room,
+    clear,
+    clear_residuals,
+    inner_map,
+    inverse_map,
+    quarters,
+    set_rows,
+)
 from ldm_vae.core.errors import UsageError
 
-CONSTANT = 64.0  # K / sqrt(m); signals are of size 1, gates' of size SHUT: a group's scale moves by less than 1 %
-NOISE = 1e-4  # of weights that carry no signal, so that all can learn
-STD = CONSTANT * math.sqrt(2)  # of a group with two channels of +K and -K among m
 LOGVAR = -7.0  # of the posterior: noise of 3 % of a latent's standard deviation
 SLOPE = 4.0  # silu(SLOPE d) + silu(-SLOPE d) is SLOPE |d|, rounded off below d = 1 / SLOPE
 TOGETHER = 1.0  # what the absolute differences of all signals add up to where each is of its root mean square
@@ -56,142 +63,12 @@ def start_linear(vae: Any, code: LinearCode, scale: torch.Tensor | None = None) 
     clear_residuals(vae)
     for module in vae.modules():
         if hasattr(module, "to_out"):  # attention
-            _clear(module.to_out[0])
+            clear(module.to_out[0])
     for conv in (vae.quant_conv, vae.post_quant_conv):
         if conv is not None:
-            _set(conv, range(conv.out_channels), torch.eye(conv.out_channels, conv.in_channels))
+            set_rows(conv, range(conv.out_channels), torch.eye(conv.out_channels, conv.in_channels))
     _start_encoder(vae.encoder, code, scale)
     _start_decoder(vae.decoder, code, scale)
-
-
-# --- channels ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Channels:
-    """Layout of signals in a tensor that a GroupNorm and a SiLU follow: signal k as the pair plus[k], minus[k], the
-    signals dealt out over the groups, and two constants at the end of each group."""
-
-    width: int
-    groups: int
-
-    @property
-    def size(self) -> int:
-        return self.width // self.groups
-
-    @property
-    def pairs(self) -> int:
-        """Number of signals that there is room for."""
-        return self.groups * max(0, (self.size - 2) // 2)
-
-    @property
-    def constant(self) -> float:
-        """K, which gives all groups one standard deviation, STD."""
-        return CONSTANT * math.sqrt(self.size)
-
-    def plus(self, signal: int) -> int:
-        place, group = divmod(signal, self.groups)
-        return group * self.size + 2 * place
-
-    def both(self, first: int, count: int) -> list[int]:
-        """The channels of signals first ... first + count - 1: all plus, then all minus."""
-        plus = [self.plus(signal) for signal in range(first, first + count)]
-        return plus + [channel + 1 for channel in plus]
-
-    def read(self, first: int, count: int) -> torch.Tensor:
-        """[count, width]: plus minus minus, which is the signal behind the SiLU and twice the signal before it."""
-        rows = torch.zeros(count, self.width, dtype=torch.float64)
-        channels = self.both(first, count)
-        rows[range(count), channels[:count]] = 1
-        rows[range(count), channels[count:]] = -1
-        return rows
-
-    def constants(self, group: int) -> list[int]:
-        """The channels of its +K and -K."""
-        return [(group + 1) * self.size - 2, (group + 1) * self.size - 1]
-
-    def add_constants(self, bias: torch.Tensor, sign: int = 1) -> None:
-        bias.view(self.groups, self.size)[:, -2:] += sign * self.constant * torch.tensor([1.0, -1.0])
-
-    def set_norm(self, norm: nn.GroupNorm, gain: float = 1.0) -> None:
-        """Let signals pass times `gain`; the constants come out as +1 and -1, which a weight reads like a bias."""
-        norm.weight.fill_(STD * gain)
-        norm.weight.view(self.groups, self.size)[:, -2:] = STD / self.constant
-        norm.bias.zero_()
-
-
-@torch.no_grad()
-def clear_residuals(network: nn.Module) -> None:
-    """Make every residual block its shortcut, in place."""
-    for module in network.modules():
-        if hasattr(module, "conv_shortcut"):
-            _clear(module.conv2)
-
-
-def _clear(layer: Any) -> None:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-
-
-def _noise(conv: Any) -> None:
-    nn.init.normal_(conv.weight, std=NOISE)
-    nn.init.zeros_(conv.bias)
-
-
-def _set(conv: Any, outputs: Any, weight: torch.Tensor, bias: torch.Tensor | float = 0.0) -> None:
-    """Rows of a convolution: weight [outputs, in] at the middle tap, or [outputs, in, rows, columns] from the first."""
-    outputs = list(outputs)
-    conv.weight[outputs] = 0
-    middle = conv.kernel_size[0] // 2
-    taps = weight[:, :, None, None] if weight.ndim == 2 else weight
-    first = middle if weight.ndim == 2 else 0
-    rows = torch.zeros_like(conv.weight[outputs])
-    rows[:, :, first : first + taps.shape[2], first : first + taps.shape[3]] = taps.to(rows)
-    conv.weight[outputs] = rows
-    conv.bias[outputs] = torch.as_tensor(bias).to(conv.bias)
-
-
-def _twice(rows: torch.Tensor) -> torch.Tensor:
-    """Rows that write signals => rows that write their pairs."""
-    return torch.cat([rows, -rows])
-
-
-def _room(channels: Channels, needed: int) -> None:
-    """Raises UsageError where `needed` signals do not fit."""
-    if channels.pairs < needed:
-        raise UsageError(
-            f"init: linear needs room for {needed} signals in {channels.width} of model.block_out_channels, each two "
-            f"channels beside two constants in each of model.norm_num_groups {channels.groups}; there is room for "
-            f"{channels.pairs}: fewer groups, a larger width or init: noise would do"
-        )
-
-
-# --- levels -----------------------------------------------------------------------------------------------------------
-
-
-def _quarters(rows: torch.Tensor, side: int) -> torch.Tensor:
-    """Maps [P, n] to patches of `side` => to their quarters [2, 2, P / 4, n]."""
-    half = side // 2
-    return rows.reshape(2, half, 2, half, -1, rows.shape[1]).permute(0, 2, 1, 3, 4, 5).flatten(2, 4)
-
-
-def _inside(outer: torch.Tensor, side: int, most: int | None = None) -> torch.Tensor:
-    """Map [P, n] of coordinates of unit variance to their patches of `side` => the same map [P / 4, k] for the patches'
-    quarters: their principal components, at most `most`, each times its standard deviation."""
-    parts = _quarters(outer, side).flatten(0, 1)  # [4, P / 4, n]
-    variances, vectors = torch.linalg.eigh((parts @ parts.mT).mean(dim=0))
-    # directions without variance carry nothing, and dividing by their deviation would blow rounding up
-    rank = int((variances > 1e-12 * variances[-1]).sum())
-    kept = min(rank, most or rank)
-    # eigh sorts ascending: the largest components are the last columns
-    found: torch.Tensor = (vectors[:, -kept:] * variances[-kept:].sqrt()).flip(1)
-    return found
-
-
-def _inverse(maps: torch.Tensor) -> torch.Tensor:
-    """Inverse of a map with orthogonal columns [P, n] => [n, P]."""
-    inverse: torch.Tensor = (maps / maps.square().sum(dim=0)).T
-    return inverse
 
 
 # --- encoder ----------------------------------------------------------------------------------------------------------
@@ -204,16 +81,16 @@ def _start_encoder(encoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
     maps = [code.components * code.deviations / scale]
     inner = code.components * code.deviations
     for level in range(levels, 0, -1):
-        inner = _inside(inner, 2**level)
+        inner = inner_map(inner, 2**level)
         # of size 1 in flat patches: what the code leaves out makes the small components larger than their deviations
         maps.insert(0, inner / inner.norm(dim=0) * 2 ** (level - 1))
     colour = code.mean.view(-1, code.channels).mean(dim=0)
     rest = code.mean - colour.repeat(len(code.mean) // code.channels)
     last = Channels(encoder.conv_norm_out.num_channels, encoder.conv_norm_out.num_groups)
-    _room(last, count)
+    check_room(last, count)
 
     # what writes each level: conv_in, then the strided convolutions, with shortcuts that carry it to a new width
-    entry = _inverse(maps[0])
+    entry = inverse_map(maps[0])
     nothing = torch.zeros(1, dtype=torch.float64)
     writers = [(encoder.conv_in, entry, -entry @ colour)]
     for level, block in enumerate(blocks):
@@ -222,17 +99,17 @@ def _start_encoder(encoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
             writers.append((shortcut, torch.eye(maps[level].shape[1], dtype=torch.float64), nothing))
         if level < levels:
             # the next level's coordinates are linear in those that this level holds of the four quarters
-            weight = _quarters(_inverse(maps[level + 1]).T, 2 ** (level + 1))  # [2, 2, P / 4, n of the next]
+            weight = quarters(inverse_map(maps[level + 1]).T, 2 ** (level + 1))  # [2, 2, P / 4, n of the next]
             taps = (weight.mT @ maps[level]).permute(2, 3, 0, 1)
             # the rest of the mean (beyond its colour) once, where the patch is whole: at the last level
-            bias = -_inverse(maps[-1]) @ rest if level == levels - 1 else nothing
+            bias = -inverse_map(maps[-1]) @ rest if level == levels - 1 else nothing
             writers.append((block.downsamplers[0].conv, taps, bias))
     for place, (conv, weight, bias) in enumerate(writers):
-        _noise(conv)
+        add_noise(conv)
         outputs: Any = range(len(weight))
         if place == len(writers) - 1:  # in front of conv_norm_out
-            outputs, weight = last.both(0, count), _twice(weight)
-            bias = _twice(bias.expand(count))
+            outputs, weight = last.both(0, count), as_pairs(weight)
+            bias = as_pairs(bias.expand(count))
         elif len(weight) > conv.out_channels:
             raise UsageError(
                 f"model.block_out_channels: init: linear has {len(weight)} numbers to carry where {conv.out_channels} "
@@ -240,15 +117,15 @@ def _start_encoder(encoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
             )
         padded = torch.zeros(len(weight), conv.in_channels, *weight.shape[2:], dtype=torch.float64)
         padded[:, : weight.shape[1]] = weight
-        _set(conv, outputs, padded, bias)
+        set_rows(conv, outputs, padded, bias)
 
     # the head: constants from the last residual block on, the mean linear, the variance constant
     last.add_constants(encoder.mid_block.resnets[-1].conv2.bias)
     last.set_norm(encoder.conv_norm_out)
-    _noise(encoder.conv_out)
-    _set(encoder.conv_out, range(count), last.read(0, count))
+    add_noise(encoder.conv_out)
+    set_rows(encoder.conv_out, range(count), last.read(0, count))
     logvar = range(count, encoder.conv_out.out_channels)  # none in a VQModel
-    _set(encoder.conv_out, logvar, torch.zeros(len(logvar), last.width), LOGVAR)
+    set_rows(encoder.conv_out, logvar, torch.zeros(len(logvar), last.width), LOGVAR)
 
 
 # --- decoder ----------------------------------------------------------------------------------------------------------
@@ -271,7 +148,7 @@ class Split:
 def _split(outer: torch.Tensor, inner: torch.Tensor, side: int, most: int) -> Split:
     """The pixels' maps as base and gated forms, at most `most`: those that matter most for the picture."""
     weights = inner.square().sum(dim=0).sqrt()[:, None]  # a coordinate's size in the picture
-    parts = weights * (_inverse(inner) @ _quarters(outer, side))  # [2, 2, k, n]: rows, columns
+    parts = weights * (inverse_map(inner) @ quarters(outer, side))  # [2, 2, k, n]: rows, columns
     # added by each gate to the form of the pixel in an odd row and an odd column, where all gates are shut
     apart = (
         parts[1, 0] - parts[1, 1],
@@ -309,34 +186,34 @@ def _start_decoder(decoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
         here, behind = widths[levels - level], widths[levels - level + 1]
         # no more than a patch has numbers, nor than four quarters of the level above can hold
         wanted = min(4**level * code.channels, 4 ** (levels - level) * code.latent_channels)
-        _room(behind, 3 + room[-1])
-        _room(here, 1)
+        check_room(behind, 3 + room[-1])
+        check_room(here, 1)
         room.append(min(wanted, here.pairs, behind.pairs - 2 - room[-1]))
 
     # latents => signals of the highest level
     count = room[-1] if levels else code.latent_channels
     outer = (code.components * code.deviations)[:, :count]
-    _noise(decoder.conv_in)
+    add_noise(decoder.conv_in)
     reader = torch.zeros(count, widths[0].width, dtype=torch.float64)
     # latents => coordinates of unit variance: the encoder's scale undone
     reader[range(count), range(count)] = 1 / scale[:count]
-    _set(decoder.conv_in, range(code.latent_channels), torch.eye(code.latent_channels))
+    set_rows(decoder.conv_in, range(code.latent_channels), torch.eye(code.latent_channels))
     if not levels:
-        _room(widths[0], code.channels)
-        _noise(decoder.conv_in)
+        check_room(widths[0], code.channels)
+        add_noise(decoder.conv_in)
         outer = outer / scale
-        _set(decoder.conv_in, widths[0].both(0, code.channels), _twice(outer))
+        set_rows(decoder.conv_in, widths[0].both(0, code.channels), as_pairs(outer))
         reader = 0.5 * widths[0].read(0, code.channels)
         outer = torch.eye(code.channels, dtype=torch.float64)
 
     for step in range(1, levels + 1):
         level = levels - step + 1
-        inner = _inside(outer, 2**level, room[level - 1])
+        inner = inner_map(outer, 2**level, room[level - 1])
         here, behind, block = widths[step - 1], widths[step], blocks[step]
         split = _split(outer, inner, 2**level, behind.pairs)
         upsampler = blocks[step - 1].upsamplers[0].conv
-        _noise(upsampler)
-        _set(upsampler, here.both(0, len(reader)), _twice(reader))
+        add_noise(upsampler)
+        set_rows(upsampler, here.both(0, len(reader)), as_pairs(reader))
         reader = _depth_to_space(block, here, behind, split)
         outer = inner
 
@@ -344,9 +221,9 @@ def _start_decoder(decoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
     last = blocks[-1].resnets[-1] if len(blocks[-1].resnets) else decoder.mid_block.resnets[-1]
     widths[-1].add_constants(last.conv2.bias)
     widths[-1].set_norm(norm_out)
-    _noise(decoder.conv_out)
+    add_noise(decoder.conv_out)
     colour = code.mean.view(-1, code.channels).mean(dim=0)
-    _set(decoder.conv_out, range(code.channels), outer @ (2 * reader), colour)  # behind the SiLU a pair reads twice
+    set_rows(decoder.conv_out, range(code.channels), outer @ (2 * reader), colour)  # behind the SiLU a pair reads twice
 
 
 def _depth_to_space(block: Any, here: Channels, behind: Channels, split: Split) -> torch.Tensor:
@@ -354,23 +231,23 @@ def _depth_to_space(block: Any, here: Channels, behind: Channels, split: Split) 
     count, forms = split.forms.shape[1], len(split.forms)
     differences, gate = block.resnets[:2]
     if (shortcut := differences.conv_shortcut) is not None:
-        _noise(shortcut)
-        _set(shortcut, behind.both(0, count), _twice(0.5 * here.read(0, count)))
+        add_noise(shortcut)
+        set_rows(shortcut, behind.both(0, count), as_pairs(0.5 * here.read(0, count)))
 
     # sums of absolute differences to the right and below: 0 on even columns, and on even rows. Only that matters, and
     # these norms may scale the differences by the picture's own
     compared = min(count, behind.pairs // 2)
-    _noise(differences.conv1)
+    add_noise(differences.conv1)
     for side, (row, column) in enumerate(SIDES):
         taps = torch.zeros(2 * compared, here.width, 3, 3, dtype=torch.float64)
-        taps[:, :, 1, 1] = _twice(here.read(0, compared))
+        taps[:, :, 1, 1] = as_pairs(here.read(0, compared))
         taps[:, :, row, column] = -taps[:, :, 1, 1]
-        _set(differences.conv1, behind.both(side * compared, compared), taps)
+        set_rows(differences.conv1, behind.both(side * compared, compared), taps)
     differences.norm2.weight.fill_(SLOPE)
     sums = torch.zeros(len(SIDES), behind.width, dtype=torch.float64)
     for side in range(len(SIDES)):
         sums[side, behind.both(side * compared, compared)] = TOGETHER / (SLOPE * compared)
-    _set(differences.conv2, behind.both(count, len(SIDES)), _twice(sums))
+    set_rows(differences.conv2, behind.both(count, len(SIDES)), as_pairs(sums))
     # the constants stand in the tensor between these two blocks alone: a convolution that read them would move its
     # output by K times what an optimiser's step moves a weight
     behind.add_constants(differences.conv2.bias)
@@ -384,20 +261,22 @@ def _depth_to_space(block: Any, here: Channels, behind: Channels, split: Split) 
     gate.norm1.bias[minus] = OPEN
     opened = torch.zeros(len(SIDES), behind.width, dtype=torch.float64)
     opened[range(len(SIDES)), minus] = 1 / float(torch.nn.functional.silu(torch.tensor(OPEN, dtype=torch.float64)))
-    _noise(gate.conv1)
+    add_noise(gate.conv1)
     asked = torch.zeros(forms, len(SIDES), dtype=torch.float64)  # of which sides each form's gate asks
     for form, one in enumerate(split.gates):
         asked[form, list(GATES[one])] = SHUT
     passing, taken, shut = split.forms @ behind.read(0, count), asked @ opened, asked.sum(dim=1)
-    _set(gate.conv1, behind.both(0, forms), torch.cat([passing + taken, taken - passing]), torch.cat([-shut, -shut]))
+    set_rows(
+        gate.conv1, behind.both(0, forms), torch.cat([passing + taken, taken - passing]), torch.cat([-shut, -shut])
+    )
     # both channels of a form fall by t: the constants of its group rise by it, and the group's mean stays 0
     for group in range(behind.groups):
         here_too = range(group, forms, behind.groups)
-        _set(gate.conv1, behind.constants(group), -taken[here_too].sum(dim=0).expand(2, -1), shut[here_too].sum())
+        set_rows(gate.conv1, behind.constants(group), -taken[here_too].sum(dim=0).expand(2, -1), shut[here_too].sum())
     behind.add_constants(gate.conv1.bias)
     behind.set_norm(gate.norm2, GATE)
     passed = behind.read(0, forms)
-    _set(gate.conv2, behind.both(count + len(SIDES), len(split.out)), _twice(split.out @ passed / GATE))
+    set_rows(gate.conv2, behind.both(count + len(SIDES), len(split.out)), as_pairs(split.out @ passed / GATE))
 
     reader = split.base @ behind.read(0, count)
     return 0.5 * (reader + behind.read(count + len(SIDES), len(split.out)))

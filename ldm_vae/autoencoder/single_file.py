@@ -99,7 +99,7 @@ def save_single_file(vae: AutoencoderKL, path: Path, prefix: str = "") -> Path:
 
     def write(temporary: Path) -> None:
         save_file(tensors, temporary, metadata=header)
-        atomic_io.settle(temporary)
+        atomic_io.sync_readable(temporary)
 
     atomic_io.replace_by(path, write)
     return path

@@ -71,7 +71,8 @@ class Request:
 def run(request: Request) -> None:
     from pathlib import Path
 
-    from ldm_vae.autoencoder.model import downsampling_factor, load_autoencoder
+    from ldm_vae.autoencoder.geometry import downsampling_factor
+    from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.core.errors import UsageError
     from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
     from ldm_vae.data.preparation import preparation_of

@@ -52,7 +52,8 @@ class Fix(_Probed):
 def _prepare(request: Audit | Fix) -> tuple[Any, Any]:
     import torch
 
-    from ldm_vae.autoencoder.model import load_autoencoder, only_kl
+    from ldm_vae.autoencoder.geometry import only_kl
+    from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.data.preparation import preparation_of
     from ldm_vae.export.fp16.probes import make_probes
 

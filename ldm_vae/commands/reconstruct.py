@@ -39,7 +39,8 @@ class Request:
 
 
 def run(request: Request) -> None:
-    from ldm_vae.autoencoder.model import check_resolution, downsampling_factor, load_autoencoder
+    from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
+    from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.core.errors import UsageError
     from ldm_vae.core.ownership import own
     from ldm_vae.data.preparation import preparation_of
@@ -64,7 +65,7 @@ def _reconstruct(
     """Write each image's reconstruction, and the two side by side."""
     import torch
 
-    from ldm_vae.autoencoder.model import downsampling_factor
+    from ldm_vae.autoencoder.geometry import downsampling_factor
     from ldm_vae.data.transforms import centre_crop
     from ldm_vae.metrics.batches import ImageBatch
     from ldm_vae.metrics.evaluate import reconstruct

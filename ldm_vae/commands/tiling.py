@@ -37,7 +37,8 @@ def run(request: Request) -> None:
 
     import torch
 
-    from ldm_vae.autoencoder.model import downsampling_factor, load_autoencoder, only_kl
+    from ldm_vae.autoencoder.geometry import downsampling_factor, only_kl
+    from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.core.errors import UsageError
     from ldm_vae.data.decoding import read_image
     from ldm_vae.data.preparation import preparation_of

@@ -110,13 +110,13 @@ def beside(out: Path) -> Path:
 
 
 def absent(out: Path) -> None:
-    """Raise UsageError when `out` exists: the default check of `whole`."""
+    """Raise UsageError when `out` exists: the default check of `whole_folder`."""
     if out.exists():
         raise UsageError(f"OUT {out}: exists already; choose a new folder")
 
 
 @contextlib.contextmanager
-def whole(out: Path, free: Callable[[Path], None] = absent) -> Iterator[Path]:
+def whole_folder(out: Path, free: Callable[[Path], None] = absent) -> Iterator[Path]:
     """Yield an empty folder that gets the name `out` when the block ends well and is deleted when it does not. The name
     is this job's meanwhile (`ownership`): of two that want it the second waits, and meets what the first has made.
 
@@ -148,7 +148,7 @@ def put(folder: Path, out: Path) -> None:
     # files first, then the folder that names them, then the rename: each step is on disk before the next
     for path in folder.rglob("*"):
         if path.is_file():
-            settle(path)
+            sync_readable(path)
     sync(folder)
     old = temporary_name(out)
     if out.exists():
@@ -161,7 +161,7 @@ def put(folder: Path, out: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def settle(path: Path) -> None:
+def sync_readable(path: Path) -> None:
     """Sync a file and give it the permissions of the umask (safetensors writes files that only their owner may
     read)."""
     # Python cannot read the umask without setting it

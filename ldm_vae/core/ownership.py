@@ -27,7 +27,7 @@ from filelock import BaseFileLock, FileLock, LeaseSettingsMismatch, SoftFileLeas
 from ldm_vae.core.errors import UsageError, WorkError
 
 LOCK, LEASE = ".lock", ".owner"
-PATIENCE = 30.0  # seconds: a killed process may take a while to end (torch's data workers look for it every 5 s)
+WAIT_SECONDS = 30.0  # seconds: a killed process may take a while to end (torch's data workers look for it every 5 s)
 LEASE_SECONDS = 60.0  # twice what network file systems cache of a folder by default; renewed every third of it
 ATTEMPTS = 100
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what such file systems answer
@@ -151,7 +151,7 @@ def _owned(lock: Path, lease: Path, what: str) -> Iterator[Ownership]:
                 pass
         # the lock first: where locks work, a live owner is met there, and a lease that is left has lost its owner
         claim = SoftFileLease(lease, lease_duration=LEASE_SECONDS, thread_local=False)
-        _acquire(claim, LEASE_SECONDS + PATIENCE / 2, what)
+        _acquire(claim, LEASE_SECONDS + WAIT_SECONDS / 2, what)
         try:
             yield Ownership(what, lease, _read(lease))
         finally:
@@ -169,7 +169,7 @@ def _locked(path: Path, what: str) -> Iterator[None]:
     _held[me] = what
     try:
         try:
-            _acquire(lock, PATIENCE, what)
+            _acquire(lock, WAIT_SECONDS, what)
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise

@@ -35,7 +35,7 @@ from ldm_vae.data.workers import load
 
 __all__ = ["Batch", "ImageDataset", "Sample", "ordered_loader", "training_loader"]
 
-PATIENCE = 10_000  # bad images in a row after which a disk is missing rather than images damaged
+MOST_BAD_IN_A_ROW = 10_000  # bad images in a row after which a disk is missing rather than images damaged
 
 
 @dataclass
@@ -123,7 +123,9 @@ class ImageDataset(Dataset[Batch]):
         if self.source is None:
             return None
         count = len(self.source)
-        what = "no usable image" if count <= PATIENCE else f"{PATIENCE:,} images in a row cannot be used"
+        what = (
+            "no usable image" if count <= MOST_BAD_IN_A_ROW else f"{MOST_BAD_IN_A_ROW:,} images in a row cannot be used"
+        )
         last = f"; the last is {bad[-1].key} ({bad[-1].reason})" if bad else ""
         raise WorkError(f"{what} among {count:,}{last}")
 
@@ -134,7 +136,7 @@ class ImageDataset(Dataset[Batch]):
                 yield task.index, task.record
             return
         count = len(self.source)
-        for step in range(min(count, PATIENCE)):
+        for step in range(min(count, MOST_BAD_IN_A_ROW)):
             # the next index: the same choice for any number of processes and workers
             yield (work.tasks[number].index + step) % count, None
 

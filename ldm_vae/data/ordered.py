@@ -59,11 +59,11 @@ def centre_view(
     return (centre_crop(image, resolution, original_size, resize),)
 
 
-Item = tuple[int, Record | Bad | None]
+IndexedRecord = tuple[int, Record | Bad | None]
 """Index of an image; of a stream also what was read there."""
 
 
-def items(source: Source | Stream, indices: Sequence[int] | None = None) -> Iterator[Item]:
+def items(source: Source | Stream, indices: Sequence[int] | None = None) -> Iterator[IndexedRecord]:
     """Items to read, in order. Raises UsageError for chosen indices of a stream."""
     if not isinstance(source, Stream):
         return ((int(index), None) for index in (range(len(source)) if indices is None else indices))
@@ -72,12 +72,12 @@ def items(source: Source | Stream, indices: Sequence[int] | None = None) -> Iter
     return enumerate(iter(source))
 
 
-def batches_of(found: Iterator[Item], batch_size: int) -> Iterator[list[Item]]:
+def batches_of(found: Iterator[IndexedRecord], batch_size: int) -> Iterator[list[IndexedRecord]]:
     """Consecutive lists of `batch_size`, the last one shorter."""
     return iter(lambda: list(itertools.islice(found, batch_size)), [])
 
 
-def take(source: Source | None, item: Item) -> Record:
+def take(source: Source | None, item: IndexedRecord) -> Record:
     """The record of an item, read now unless it came with it. Raises BadImage."""
     index, record = item
     if isinstance(record, Bad):
@@ -88,7 +88,7 @@ def take(source: Source | None, item: Item) -> Record:
     return record
 
 
-def key_of(source: Source | None, item: Item) -> str:
+def key_of(source: Source | None, item: IndexedRecord) -> str:
     """The key of an item."""
     index, record = item
     if record is None:
@@ -106,7 +106,7 @@ class _OrderedDataset(Dataset[tuple[list[Sample], list[Bad]]]):
         self.at_least = at_least
         self.looked = 0
 
-    def __getitems__(self, work: Sequence[Item]) -> _Packed:
+    def __getitems__(self, work: Sequence[IndexedRecord]) -> _Packed:
         good: list[Sample] = []
         bad: list[Bad] = []
         values: list[Values] = []

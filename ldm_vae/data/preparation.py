@@ -74,7 +74,7 @@ def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Prep
         raise UsageError(f"vae: all must take images of one kind, these take {sorted(set(channels.values()))} channels")
     name, wanted = next(iter(channels.items()))
     records = [(f"VAE {name}", found) for name, vae in vaes.items() if (found := recorded(vae)) is not None]
-    return _settle(records, wanted, f"VAE {name}", flags)
+    return _decide(records, wanted, f"VAE {name}", flags)
 
 
 def open_images(
@@ -116,7 +116,7 @@ def preparation_of_store(identity: str, vae: Any, flags: DataFlags = NO_FLAGS) -
     if known is None:  # another program's latents: as the network records
         return preparation_of({"of the store": vae}, flags)
     flags = replace(flags, jpeg_draft=flags.jpeg_draft or known.jpeg_draft)
-    found = _settle([("the store", known)], int(vae.config.in_channels), "the VAE of the store", flags)
+    found = _decide([("the store", known)], int(vae.config.in_channels), "the VAE of the store", flags)
     own = recorded(vae) or known
     notes = [
         f"{field}: {shown(getattr(known, field))}, as the store says; its VAE records {shown(getattr(own, field))}"
@@ -128,10 +128,10 @@ def preparation_of_store(identity: str, vae: Any, flags: DataFlags = NO_FLAGS) -
 
 def plain(flags: DataFlags) -> Preparation:
     """The preparation where no network is concerned: flags, else the defaults."""
-    return _settle([], flags.channels or DEFAULT.channels, "", flags)
+    return _decide([], flags.channels or DEFAULT.channels, "", flags)
 
 
-def _settle(records: Sequence[tuple[str, _Says]], channels: int, taker: str, flags: DataFlags) -> Preparation:
+def _decide(records: Sequence[tuple[str, _Says]], channels: int, taker: str, flags: DataFlags) -> Preparation:
     if flags.channels not in (None, channels):
         raise UsageError(f"--channels: expected {channels}, which {taker} takes, got {flags.channels}")
     chosen: dict[str, Any] = {}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ldm_vae.core import atomic_io, rng
 from ldm_vae.data import buckets
 from ldm_vae.data.decoding import read_image
-from ldm_vae.data.ordered import Item, batches_of, items, key_of, take
+from ldm_vae.data.ordered import IndexedRecord, batches_of, items, key_of, take
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.ranges import Values, by_range
 from ldm_vae.data.source import Source
@@ -78,10 +78,10 @@ class _Look(Dataset[list[Finding]]):
         self.decoding = source.decoding
         self.source = None if isinstance(source, Stream) else source
 
-    def __getitems__(self, work: Sequence[Item]) -> list[Finding]:
+    def __getitems__(self, work: Sequence[IndexedRecord]) -> list[Finding]:
         return [self._look(item) for item in work]
 
-    def _look(self, item: Item) -> Finding:
+    def _look(self, item: IndexedRecord) -> Finding:
         try:
             record = take(self.source, item)
             image = read_image(record.image, self.decoding)

@@ -50,7 +50,7 @@ def prepare_digits(out: Path) -> str:
     """
     _free(out)
     images, labels = digits()
-    with atomic_io.whole(out.absolute(), _free) as folder:
+    with atomic_io.whole_folder(out.absolute(), _free) as folder:
         for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             part = folder / ("heldout" if index % EVERY == 0 else "train") / str(label)
             part.mkdir(parents=True, exist_ok=True)

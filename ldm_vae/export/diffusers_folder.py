@@ -94,7 +94,7 @@ def write_configured(
     text = Card(card_name(out), statistics).text(copy) if card is None else card
     everything["README.md"] = text.encode()
     # nothing of it has its name before the weights were read back
-    with atomic_io.whole(out, check_replaceable) as folder:
+    with atomic_io.whole_folder(out, check_replaceable) as folder:
         _save(copy, folder, max_shard_size)
         if half:
             # after fp32, since `half` changes the copy in place

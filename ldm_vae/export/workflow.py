@@ -10,13 +10,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from ldm_vae.autoencoder.geometry import downsampling_factor, only_kl, sample_size
 from ldm_vae.autoencoder.latents import Normalisation
-from ldm_vae.autoencoder.model import (
-    downsampling_factor,
-    load_autoencoder,
-    only_kl,
-    sample_size,
-)
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.single_file import SD_SCALING, is_sd_shape, load_single_file
 from ldm_vae.core import atomic_io, intervals
 from ldm_vae.core.errors import UsageError
@@ -304,7 +300,7 @@ def _write_file(
             difference = write_target(ready, request.place, half=request.half)
             atomic_io.replace(request.place.with_suffix(".md"), atomic_io.data(card.text(ready).encode()))
     else:
-        with atomic_io.whole(request.place, check_replaceable) as folder:
+        with atomic_io.whole_folder(request.place, check_replaceable) as folder:
             difference = write_target(ready, folder / f"{card.name}.safetensors", half=request.half)
             for name, content in ({"README.md": card.text(ready).encode()} | files).items():
                 (folder / name).parent.mkdir(exist_ok=True)

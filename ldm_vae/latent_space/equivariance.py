@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import finite
-from ldm_vae.autoencoder.model import downsampling_factor
+from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.psnr import psnr
 from ldm_vae.perturbations.eq import moved

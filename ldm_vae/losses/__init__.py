@@ -3,7 +3,7 @@
 A file holds `Config(TermConfig)` whose `build` gives a module with an attribute `domain`:
 
 - "pixels":  forward(pixels [B, C, H, W], target [B, C, H, W]) -> scalar, a mean over batch, channels and pixels;
-- "latents": forward(reconstruction: ldm_vae.autoencoder.model.Reconstruction) -> scalar.
+- "latents": forward(reconstruction: ldm_vae.autoencoder.trainable.Reconstruction) -> scalar.
 
 It may further have
 

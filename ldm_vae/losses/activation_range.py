@@ -16,7 +16,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from pydantic import Field
 from torch import nn
 
-from ldm_vae.autoencoder.model import Reconstruction, TrainableAutoencoder
+from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
 from ldm_vae.core.errors import UsageError
 from ldm_vae.losses import TermConfig
 

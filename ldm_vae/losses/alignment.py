@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from ldm_vae.autoencoder.model import Reconstruction
+from ldm_vae.autoencoder.trainable import Reconstruction
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.frozen_module import Frozen
 from ldm_vae.losses import TermConfig

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ldm_vae.autoencoder.model import Reconstruction
+from ldm_vae.autoencoder.trainable import Reconstruction
 from ldm_vae.losses import TermConfig
 
 

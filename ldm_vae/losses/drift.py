@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ldm_vae.autoencoder.model import Reconstruction
+from ldm_vae.autoencoder.trainable import Reconstruction
 from ldm_vae.core.errors import UsageError
 from ldm_vae.losses import TermConfig
 from ldm_vae.perceptual.teacher import Teacher, teacher

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ldm_vae.autoencoder.model import Reconstruction
+from ldm_vae.autoencoder.trainable import Reconstruction
 from ldm_vae.core.micro_batches import LastUpdate
 from ldm_vae.losses import TermConfig
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import nn
 
 from ldm_vae.autoencoder.latents import Moments
-from ldm_vae.autoencoder.model import Reconstruction
+from ldm_vae.autoencoder.trainable import Reconstruction
 from ldm_vae.losses import TermConfig
 
 

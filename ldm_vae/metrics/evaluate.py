@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import finite, latents
+from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
 from ldm_vae.autoencoder.latents import Moments
-from ldm_vae.autoencoder.model import check_resolution, downsampling_factor
 from ldm_vae.core.errors import WorkError
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source

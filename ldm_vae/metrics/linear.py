@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from diffusers import VQModel
 
+from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.autoencoder.linear_code import LinearCode, PatchMoments
-from ldm_vae.autoencoder.model import downsampling_factor
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels

@@ -14,12 +14,9 @@ from typing import Any
 import torch
 
 from ldm_vae import __version__
-from ldm_vae.autoencoder.model import (
-    count_parameters,
-    decoder_fingerprint,
-    downsampling_factor,
-    encoder_fingerprint,
-)
+from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
+from ldm_vae.autoencoder.geometry import downsampling_factor
+from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import atomic_io
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.metrics.evaluate import Evaluation

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.model import downsampling_factor
+from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.core import rng
 from ldm_vae.data.transforms import to_uint8
 from ldm_vae.metrics.pictures import save

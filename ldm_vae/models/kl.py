@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ldm_vae.autoencoder.model import AutoencoderConfig as Config
+from ldm_vae.autoencoder.config import AutoencoderConfig as Config
 
 __all__ = ["Config"]

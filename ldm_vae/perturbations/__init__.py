@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm_vae.autoencoder.model import Draw as Draw  # what a perturbation is called with
+from ldm_vae.autoencoder.trainable import Draw as Draw  # what a perturbation is called with
 from ldm_vae.core.config import Part
 
 

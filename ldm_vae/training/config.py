@@ -8,8 +8,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import nn
 
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.fine_tuning import resize_channels, set_trainable
-from ldm_vae.autoencoder.model import AutoencoderConfig, TrainableAutoencoder, load_autoencoder
+from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.config import choice, choices
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.rng import seeded

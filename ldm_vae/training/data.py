@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
+from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.autoencoder.linear_code import PatchMoments, k_means, to_patches
 from ldm_vae.autoencoder.linear_init import start_linear
-from ldm_vae.autoencoder.model import downsampling_factor
 from ldm_vae.core import distributed, rng
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.rng import seeded

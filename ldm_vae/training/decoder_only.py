@@ -17,11 +17,13 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
+from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
+from ldm_vae.autoencoder.geometry import only_kl
 from ldm_vae.autoencoder.latents import Moments
-from ldm_vae.autoencoder.model import encoder_fingerprint, load_autoencoder, only_kl
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data import sampler
-from ldm_vae.data.dataset import PATIENCE
+from ldm_vae.data.dataset import MOST_BAD_IN_A_ROW
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.preprocessing import Preprocessing
 from ldm_vae.data.quarantine import Bad, BadImage, Quarantine
@@ -95,7 +97,7 @@ class StoredPairs(Dataset[StoredBatch]):
             return index, None
         count = len(self.latents)
         # the next sample stands in, whatever the process or worker, so the batch stays the same everywhere
-        for candidate in ((index + step) % count for step in range(min(count, PATIENCE))):
+        for candidate in ((index + step) % count for step in range(min(count, MOST_BAD_IN_A_ROW))):
             if candidate in self._known_bad:
                 continue
             row = self.latents.row(candidate, COLUMNS)

@@ -18,8 +18,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm_vae.autoencoder.fine_tuning import set_trainable
+from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
 from ldm_vae.autoencoder.latents import Moments
-from ldm_vae.autoencoder.model import check_resolution, count_parameters, downsampling_factor
+from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.flop_counter import Cost, gpu_autocast

@@ -16,7 +16,7 @@ import torch
 from ldm_vae.training.adaptive_weight import LARGEST
 from ldm_vae.training.adversary import AdversaryConfig
 
-PATIENCE = 3  # log intervals in a row before a state is called one: single intervals of a healthy game look like any
+INTERVALS_IN_A_ROW = 3  # of the log, before a state is called one: single intervals of a healthy game look like any
 WON = 0.98  # accuracy on both sides; healthy runs of the demo stay below 0.9
 LOST = 0.35  # mean accuracy: wrong more often than right
 BLIND = 0.015  # mean accuracy within this of a half
@@ -49,8 +49,8 @@ def diagnose(log: Sequence[Line], config: AdversaryConfig) -> dict[str, str]:
     if not averages:
         return {}
     found = _gradient_jumps(averages)
-    recent = played[-PATIENCE:]
-    if len(recent) < PATIENCE or recent[-1] is not averages[-1]:
+    recent = played[-INTERVALS_IN_A_ROW:]
+    if len(recent) < INTERVALS_IN_A_ROW or recent[-1] is not averages[-1]:
         return found
     last = recent[-1]
     real, fake, margin = (last[f"health/{name}"] for name in ("real_accuracy", "fake_accuracy", "logit_margin"))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ldm_vae.autoencoder.latents import Moments
-from ldm_vae.autoencoder.model import Reconstruction, TrainableAutoencoder
+from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
 from ldm_vae.core import distributed
 from ldm_vae.core.errors import UsageError
 from ldm_vae.losses import TermConfig

@@ -9,7 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from ldm_vae.autoencoder.model import TrainableAutoencoder, encoder_fingerprint
+from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
+from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.errors import WorkError
 from ldm_vae.run.ema import Ema
 from ldm_vae.run.folder import arrange, global_batch, resume, save

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ldm_vae.autoencoder.latents import Moments
-from ldm_vae.autoencoder.model import Reconstruction, TrainableAutoencoder
+from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
 from ldm_vae.run.optim import learning
 from ldm_vae.training.adaptive_weight import adaptive_ratio
 from ldm_vae.training.adversary import Adversary

@@ -9,7 +9,8 @@ import yaml
 from fork_server import Child, Finished, fork
 from images import write_images
 
-from ldm_vae.autoencoder.model import AutoencoderConfig, load_autoencoder
+from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.data.source import open_source
 from ldm_vae.latent_store import write_store
 from train import diffusion as program

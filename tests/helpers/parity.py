@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.latents import posterior_noise
-from ldm_vae.autoencoder.model import AutoencoderConfig, TrainableAutoencoder
+from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core import rng
 from ldm_vae.core.launch import build_accelerator
 from ldm_vae.discriminators.patchgan import Config as PatchGAN

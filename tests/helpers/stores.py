@@ -10,7 +10,7 @@ from checksums import tree
 from diffusers import AutoencoderKL
 from store_sources import Album, Pictures
 
-from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.latent_store import LatentDataset, write_store
 
 SETTINGS: dict[str, Any] = {"resolution": 16, "batch_size": 4, "shard_size": 8}

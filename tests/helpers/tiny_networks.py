@@ -6,10 +6,8 @@ import torch
 from diffusers import VQModel
 from torch import nn
 
-from ldm_vae.autoencoder.model import (
-    AutoencoderConfig,
-    TrainableAutoencoder,
-)
+from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.models.vq import Config as VQModelConfig
 
 SHAPE = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}

@@ -16,7 +16,7 @@ from loopback_hub import Hub
 from training_runs import metrics, newest, write_config
 
 from ldm_vae import cli
-from ldm_vae.autoencoder.model import AutoencoderConfig
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify
 from ldm_vae.run import checkpoint
 from train import autoencoder as training_program

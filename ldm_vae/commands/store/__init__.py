@@ -224,7 +224,7 @@ def _split(request: Split) -> None:
 def _convert(request: Convert) -> None:
     from pathlib import Path
 
-    from ldm_vae.autoencoder.model import load_autoencoder
+    from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.core.errors import UsageError
     from ldm_vae.latent_store.convert.conversion import convert_from, convert_to
     from ldm_vae.latent_store.convert.formats import Options, kohya

@@ -41,7 +41,7 @@ def convert_to(store: Path, out: Path, name: str, options: Options | None = None
     lost = chosen.cannot_carry(manifest, options)
     if manifest.samples == 0:
         raise UsageError(f"store {store}: no samples to convert")
-    with atomic_io.whole(out) as folder:
+    with atomic_io.whole_folder(out) as folder:
         parts = list(pieces(store, manifest))
         for piece in tqdm(parts, desc="verify", unit="shards", disable=None, leave=False):
             piece.check()
@@ -63,8 +63,9 @@ def convert_from(
             f, or one whose normalisation is none; OUT exists.
         WorkError: a file is damaged, or holds what no store may hold.
     """
+    from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
+    from ldm_vae.autoencoder.geometry import downsampling_factor
     from ldm_vae.autoencoder.latents import Normalisation
-    from ldm_vae.autoencoder.model import decoder_fingerprint, downsampling_factor, encoder_fingerprint
 
     chosen = formats.load(name)
     if not path.exists():

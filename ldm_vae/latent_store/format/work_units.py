@@ -87,7 +87,7 @@ class Plan(Section):
             raise ValueError("ranges: expected ascending indices of the source")
         return self
 
-    def work(self, identity: Identity) -> str:
+    def digest(self, identity: Identity) -> str:
         """Digest that its records carry, so that a record of another plan does not count."""
         return hashlib.sha256(f"{identity.digest} {self.model_dump_json()}".encode()).hexdigest()
 

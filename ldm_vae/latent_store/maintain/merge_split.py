@@ -174,7 +174,7 @@ def split(store: Path, out: Path, count: int) -> list[Path]:
     # consecutive units, and parts whose numbers of units differ by at most one
     part = units * count // total
     # one name for all parts: they appear together or not at all
-    with atomic_io.whole(out) as folder:
+    with atomic_io.whole_folder(out) as folder:
         for number in range(count):
             deal(_kept(everything, part == number), folder / str(number), manifest)
     return [out / str(number) for number in range(count)]

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ldm_vae.autoencoder.model import encoder_fingerprint, load_autoencoder
+from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.flags import NO_FLAGS, DataFlags
 from ldm_vae.data.preparation import preparation_of_store

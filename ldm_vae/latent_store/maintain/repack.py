@@ -78,7 +78,7 @@ def deal(parts: Sequence[Piece], out: Path, head: Manifest, quarantine: Sequence
     """
     if not parts:
         raise UsageError(f"OUT {out}: no samples are left to put into it")
-    with atomic_io.whole(out) as folder:
+    with atomic_io.whole_folder(out) as folder:
         for name in (SHARDS, UNITS):
             (folder / name).mkdir()
         return _fill(folder, parts, head, quarantine)

@@ -149,7 +149,7 @@ def _encode_again(
     # Two kinds of units. A slice of the source as it is (the first encode's record is still valid) is encoded as it
     # was, so equal settings give equal bytes. Any other, of an update or a merge, is put together by the keys of its
     # rows under a digest of its own.
-    as_it_was, by_key = whole.work(identity), hashlib.sha256(f"repair {manifest.units}".encode()).hexdigest()
+    as_it_was, by_key = whole.digest(identity), hashlib.sha256(f"repair {manifest.units}".encode()).hexdigest()
     jobs: dict[str, list[Unit]] = {as_it_was: [], by_key: []}
     batch_size = manifest.settings[-1].batch_size
     for number in numbers:

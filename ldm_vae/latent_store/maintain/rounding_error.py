@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ldm_vae.autoencoder import finite
-from ldm_vae.autoencoder.model import downsampling_factor
+from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels, to_uint8
 from ldm_vae.latent_store.format import shards

@@ -8,7 +8,7 @@ from typing import Any
 Item = dict[str, Any]
 
 
-class Rows(Sequence[Item]):
+class BatchRows(Sequence[Item]):
     """The samples of one batch: `batch` is the ready dict of whole tensors, indexing makes single items from it."""
 
     def __init__(self, batch: Item, count: int) -> None:

@@ -43,7 +43,7 @@ from ldm_vae.latent_store.format.manifest import (
     read_finished,
 )
 from ldm_vae.latent_store.format.statistics import LatentStatistics
-from ldm_vae.latent_store.read.batch import Item, Rows
+from ldm_vae.latent_store.read.batch import BatchRows, Item
 from ldm_vae.latent_store.read.mapped_files import Maps, open_files
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class LatentDataset(Dataset[Item]):
             shard, _ = self._places(checked)
             if len({self.shards[number].shape for number in set(shard)}) > 1:
                 return [self[index] for index in checked.tolist()]  # one buffer cannot hold them: single items
-        return Rows(self.read(checked.tolist(), [self.epoch] * len(checked), self.columns), len(checked))
+        return BatchRows(self.read(checked.tolist(), [self.epoch] * len(checked), self.columns), len(checked))
 
     def _checked(self, indices: Integers) -> Integers:
         """Non-negative indices. Raises IndexError for the first that is outside of the store."""

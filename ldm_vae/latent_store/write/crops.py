@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ldm_vae.autoencoder.model import downsampling_factor
+from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data import buckets
 from ldm_vae.data.flags import Resize

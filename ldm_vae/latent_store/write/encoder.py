@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 
 from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.autoencoder.latents import Moments
-from ldm_vae.autoencoder.model import downsampling_factor
 from ldm_vae.core import rng
 from ldm_vae.core.errors import WorkError
 from ldm_vae.data.transforms import to_pixels
@@ -49,7 +49,7 @@ TORCH_DTYPES = {
     "int32": torch.int32,
 }
 
-Rows = dict[str, npt.NDArray[Any]]
+EncodedRows = dict[str, npt.NDArray[Any]]
 Reason = str | None
 
 
@@ -101,13 +101,13 @@ class Encoder:
             specs += [TensorSpec(tensor_name(PIXELS, c), "U8", (channels, height, width)) for c in crops_of(views)]
         return specs
 
-    def __call__(self, samples: Sequence[Ready]) -> tuple[Rows, list[Reason]]:
+    def __call__(self, samples: Sequence[Ready]) -> tuple[EncodedRows, list[Reason]]:
         """Samples of one crop size => rows in storage dtype, and why a sample cannot be stored (or None).
 
         A sample whose moments are not finite is encoded once more in fp32; if that does not help, or the storage dtype
         cannot hold it, it has a reason.
         """
-        rows: Rows = {}
+        rows: EncodedRows = {}
         reasons: list[Reason] = [None] * len(samples)
         for number, view in enumerate(self.identity.views):
             images = [sample.crops[crop_of(view)] for sample in samples]

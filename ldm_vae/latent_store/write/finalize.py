@@ -43,7 +43,7 @@ def finish(store: Path, manifest: Manifest, plan: Plan, *, max_bad: float = 1.0,
         if manifest.source != plan.source:
             raise WorkError(f"store {store}: was changed by another launch meanwhile; run the same command again")
         return manifest
-    planned, work = plan.units(manifest.identity.shard_size), plan.work(manifest.identity)
+    planned, work = plan.units(manifest.identity.shard_size), plan.digest(manifest.identity)
     records = [
         record
         for unit in tqdm(planned, desc="merge", unit="units", disable=None, leave=False)

@@ -251,7 +251,7 @@ def _held(store: Path, manifest: Manifest, wanted: SourceIdentity, source: Sourc
 
 def _done(store: Path, manifest: Manifest, plan: Plan, shards: Sequence[ShardRecord], source: Source) -> _Held | None:
     """The rows that a plan keeps, and the units of it that are done."""
-    work = plan.work(manifest.identity)
+    work = plan.digest(manifest.identity)
     kept = [shard.without(plan.removed.get(shard.name, ())) for shard in shards]
     bad = list(plan.bad)
     pieces: list[Sequence[int]] = []

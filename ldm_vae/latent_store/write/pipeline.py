@@ -25,7 +25,7 @@ from ldm_vae.latent_store.format.layout import SHARDS
 from ldm_vae.latent_store.format.manifest import ShardRecord
 from ldm_vae.latent_store.format.publication import Group, publish_shard
 from ldm_vae.latent_store.format.work_units import BadSample, Unit, UnitRecord
-from ldm_vae.latent_store.write.encoder import Encoder, Reason, Rows
+from ldm_vae.latent_store.write.encoder import EncodedRows, Encoder, Reason
 from ldm_vae.latent_store.write.sample_stream import Dealt, Ready
 
 BATCHES_AHEAD = 2  # per encoding thread: enough that none waits, few enough that memory stays flat
@@ -144,13 +144,15 @@ class Pipeline:
                 yield [], dealt
                 dealt = []
 
-    def _encode(self, batch: Sequence[Ready]) -> tuple[Rows, list[Reason]]:
+    def _encode(self, batch: Sequence[Ready]) -> tuple[EncodedRows, list[Reason]]:
         with self._busy:
             return self._encoder(batch)
 
     # --- the writing thread -------------------------------------------------------------------------------------------
 
-    def _write(self, batch: list[Ready], encoded: Future[tuple[Rows, list[Reason]]] | None, dealt: list[Dealt]) -> int:
+    def _write(
+        self, batch: list[Ready], encoded: Future[tuple[EncodedRows, list[Reason]]] | None, dealt: list[Dealt]
+    ) -> int:
         """Spool a batch; at the end of a unit, publish it. Returns how many samples were dealt with."""
         try:
             if encoded is not None:
@@ -174,7 +176,7 @@ class Pipeline:
             self._open = _OpenUnit(unit)
         return self._open
 
-    def _spool(self, batch: Sequence[Ready], rows: Rows, reasons: Sequence[Reason]) -> None:
+    def _spool(self, batch: Sequence[Ready], rows: EncodedRows, reasons: Sequence[Reason]) -> None:
         unit, group = self._unit(batch[0].unit), batch[0].group
         # opened at the group's first batch, which tells the number of channels
         if group not in unit.spools:

@@ -172,10 +172,10 @@ def make_plan(
     return Plan(source=identity, first_unit=manifest.units, ranges=_ranges(append), removed=removed, bad=tuple(bad))
 
 
-def settle(store: Path, manifest: Manifest, wanted: Manifest) -> Manifest:
+def adopt_finished_units(store: Path, manifest: Manifest, wanted: Manifest) -> Manifest:
     """Finish a partial store whose source has changed: the units that are done become all of it."""
     planned = work_units.fresh_plan(manifest.source)
-    work = planned.work(manifest.identity)
+    work = planned.digest(manifest.identity)
     # nothing done, nothing to keep: the store then begins anew with the images of now
     done = any(work_units.read_record(store, unit.number, work) for unit in planned.units(manifest.identity.shard_size))
     if done:

@@ -15,13 +15,9 @@ from typing import Any
 import torch
 
 from ldm_vae import __version__
+from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
+from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
 from ldm_vae.autoencoder.latents import Normalisation
-from ldm_vae.autoencoder.model import (
-    check_resolution,
-    decoder_fingerprint,
-    downsampling_factor,
-    encoder_fingerprint,
-)
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.ownership import Ownership, is_mark, own_together
@@ -180,7 +176,7 @@ def _write(work: _Work, encoder: Encoder, update: bool, retry_quarantined: bool)
     # a first encode that was stopped, and other images since: its done units become a finished store, which the update
     # below extends
     if update and not manifest.complete and manifest.source != wanted.source:
-        manifest = work.on_one(lambda: updates.settle(out, manifest, wanted))
+        manifest = work.on_one(lambda: updates.adopt_finished_units(out, manifest, wanted))
     # an update reads every image for its plan; any other call keeps old latents, so it checks that their images are the
     # same
     if not (update or retry_quarantined):
@@ -231,7 +227,7 @@ class _Work:
 
     def do(self, plan: Plan, encoder: Encoder) -> Manifest:
         """Encode the units of a plan that are not done yet, and finish."""
-        digest = plan.work(encoder.identity)
+        digest = plan.digest(encoder.identity)
         # dealt before done units are left out: processes that look at different moments must agree on each unit's
         # process
         own = plan.units(encoder.identity.shard_size)[self.processes.rank :: self.processes.count]

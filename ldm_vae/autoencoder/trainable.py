@@ -1,0 +1,128 @@
+"""The trainable wrapper: the one forward of training.
+
+The trained module *is* a model of diffusers (AutoencoderKL, VQModel, AutoencoderTiny): no parallel network code, no
+conversion at export. What lies between encoder and decoder while training is a bottleneck (ldm_vae/models).
+
+Legend: B batch, C image channels, c latent channels, H W pixels, h w latent positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.bottleneck import Bottleneck, Codes, GaussianBottleneck
+from ldm_vae.autoencoder.fine_tuning import encoder_learns
+from ldm_vae.autoencoder.geometry import downsampling_factor
+from ldm_vae.autoencoder.latents import Moments
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What one forward gives; all fp32 (fp64 in tests of exactness).
+
+    images [B, C, H, W] as encoded; pixels as decoded, not clamped, and target what they are compared with, of one shape
+    (that of the images unless a perturbation moved both); moments of q(z|x); latents z [B, c, h, w] before any
+    perturbation; last_hidden the detached input of the decoder's last convolution, from which the adaptive weight is
+    computed; codes where there is a codebook; images_seen when it was made.
+    """
+
+    images: torch.Tensor
+    pixels: torch.Tensor
+    target: torch.Tensor
+    moments: Moments
+    latents: torch.Tensor
+    last_hidden: torch.Tensor
+    codes: Codes | None = None
+    images_seen: int = 0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a perturbation may draw from: noise [B, n, h, w] standard normal, keyed per image, so it depends neither on
+    the rank nor on a resume; images [B, C, H, W] as encoded; images_seen keys what is drawn for the whole batch."""
+
+    noise: torch.Tensor
+    images: torch.Tensor
+    images_seen: int
+
+    def uniform(self, channel: int) -> torch.Tensor:
+        """One number in (0, 1) per image [B], from the first position of a channel of the noise."""
+        chances: torch.Tensor = torch.special.ndtr(self.noise[:, channel, 0, 0])
+        return chances
+
+
+class TrainableAutoencoder(nn.Module):
+    """Owns the one forward of training. It goes through `accelerator.prepare`, so that DDP's hooks fire: calling
+    `unwrap_model(vae).encode` instead trains one unsynchronised model per process."""
+
+    def __init__(self, vae: Any, bottleneck: Bottleneck | None = None, perturbations: Sequence[nn.Module] = ()) -> None:
+        """bottleneck: what the model's config gives; a Gaussian's by default."""
+        super().__init__()
+        self.vae = vae
+        self.encoder_learns = encoder_learns(vae)
+        self.bottleneck = GaussianBottleneck(vae) if bottleneck is None else bottleneck
+        self.perturbations = nn.ModuleList(sorted(perturbations, key=lambda part: getattr(part, "resizes", False)))
+        self._last_hidden: torch.Tensor | None = None
+        self.last_layer.register_forward_pre_hook(self._keep_last_hidden)
+
+    def _keep_last_hidden(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._last_hidden = inputs[0].detach()
+
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """The decoder's last convolution: the adaptive weight compares gradients there."""
+        return self.bottleneck.last_layer(self.vae)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(c, h, w) for images of this size."""
+        factor = downsampling_factor(self.vae)
+        return (self._latent_channels, height // factor, width // factor)
+
+    def noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(n, h, w) of the noise that `forward` takes for each image of this size."""
+        _, rows, columns = self.latent_shape(height, width)
+        return (self.bottleneck.noise_channels + sum(self._wanted()), rows, columns)
+
+    def _wanted(self) -> list[int]:
+        """Channels of noise of each perturbation."""
+        return [int(part.noise_channels(self._latent_channels)) for part in self.perturbations]  # type: ignore[operator]
+
+    @property
+    def _latent_channels(self) -> int:
+        # a VQModel's quant_conv may end in another number than its encoder
+        return int(self.vae.config.get("vq_embed_dim") or self.vae.config.latent_channels)
+
+    def forward(
+        self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0, stored: Moments | None = None
+    ) -> Reconstruction:
+        """images [B, C, H, W] in [-1, 1], noise [B, n, h, w] standard normal, drawn by key => Reconstruction.
+
+        stored: moments of these images; the encoder is then not run.
+        """
+        own = noise[:, : self.bottleneck.noise_channels]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_learns):
+            if stored is None:
+                encoded = self.bottleneck.encode(self.vae, images, own, images_seen)
+            else:
+                encoded = self.bottleneck.draw(stored, own)
+        z, target, used = encoded.latents, images, self.bottleneck.noise_channels
+        for perturbation, wanted in zip(self.perturbations, self._wanted(), strict=True):
+            z, target = perturbation(z, target, Draw(noise[:, used : used + wanted].to(z), images, images_seen))
+            used += wanted
+        pixels = latents.at_least_fp32(self.bottleneck.decode(self.vae, z))
+        last_hidden, self._last_hidden = self._last_hidden, None
+        assert last_hidden is not None
+        return Reconstruction(
+            images, pixels, target, encoded.moments, encoded.latents, last_hidden, encoded.codes, images_seen
+        )
+
+
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers the parameters hold."""
+    return sum(parameter.numel() for parameter in parameters)
