@@ -38,6 +38,7 @@ from ldm_vae.latent_store.format.work_units import (
     record_path,
 )
 from ldm_vae.latent_store.storage.file_record import FileRecord
+from ldm_vae.latent_store.storage.objects import LocalFolder
 
 Shape = tuple[int, int, int]
 NONE = {"scaling_factor": 0.5, "shift_factor": None, "latents_mean": None, "latents_std": None}
@@ -54,7 +55,9 @@ def write_synthetic(store: Path, samples: int, shape: Shape = (8, 32, 32), unit:
         values = {name: draw.normal(0, 1, (rows, *shape)).astype(np.float16) for name in ("mean", "logvar")}
         stem = store / SHARDS / f"{number:08d}"
         files = {TENSORS: _write_tensors(stem, values)}
-        files |= shards.write_rows(stem, pa.table({"key": [key(number * unit + row) for row in range(rows)]}))
+        files |= shards.write_rows(
+            LocalFolder(stem.parent), stem.name, pa.table({"key": [key(number * unit + row) for row in range(rows)]})
+        )
         records.append(_record(number, rows, shape, files))
     write_manifest(store, _manifest(samples, records, unit))
 
@@ -128,7 +131,7 @@ def _write_tensors(stem: Path, values: Mapping[str, npt.NDArray[Any]]) -> FileRe
     sums[:, 0], sums[:, 2 : 2 + shape[0]] = rows, 0.0
     spool = shards.Spool(stem.parent, specs)
     spool.append(values)
-    record = shards.write_tensors(stem.with_suffix(f".{TENSORS}"), spool, sums, {})
+    record = shards.write_tensors(LocalFolder(stem.parent), stem.name, spool, sums, {})
     spool.close()
     return record
 

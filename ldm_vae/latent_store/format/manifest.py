@@ -20,7 +20,6 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
 from ldm_vae.autoencoder.latents import Normalisation
-from ldm_vae.core import atomic_io
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.validation import (
@@ -39,6 +38,7 @@ from ldm_vae.latent_store.format.layout import (
 )
 from ldm_vae.latent_store.format.layout import MANIFEST as MANIFEST  # part of this module's interface
 from ldm_vae.latent_store.storage.file_record import FileRecord
+from ldm_vae.latent_store.storage.objects import LocalFolder
 
 LARGEST = 2**31  # rows of a shard, sides, channels: what is beyond it was not made by an encoder
 
@@ -285,7 +285,7 @@ def _remote(store: str) -> bytes:
 
 def write_manifest(store: Path, manifest: Manifest) -> None:
     """Replace STORE/manifest.json in one step."""
-    atomic_io.replace(manifest_path(store), atomic_io.data(manifest.to_bytes()))
+    LocalFolder(store).replace(MANIFEST, manifest.to_bytes())
 
 
 def check_identity(store: Path, existing: Identity, wanted: Identity) -> None:

@@ -7,18 +7,23 @@ made them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ldm_vae.latent_store.format import rows, shards
-from ldm_vae.latent_store.format.layout import TENSORS, shard_path
+from ldm_vae.latent_store.format.layout import TENSORS, shard_file
 from ldm_vae.latent_store.format.manifest import Identity, ShardRecord
+from ldm_vae.latent_store.storage.objects import Storage
 
 Group = tuple[int, int, int]  # resolution, height, width: what rows of one shard share
 
 
 def publish_shard(
-    store: Path, identity: Identity, unit: int, group: Group, spool: shards.Spool, samples: Sequence[Mapping[str, Any]]
+    storage: Storage,
+    identity: Identity,
+    unit: int,
+    group: Group,
+    spool: shards.Spool,
+    samples: Sequence[Mapping[str, Any]],
 ) -> tuple[ShardRecord, dict[str, str]]:
     """Publish the rows of one group of a unit; the shard's record, and the Arrow type of each column.
 
@@ -33,8 +38,8 @@ def publish_shard(
     table = shards.to_table(samples)
     sums = rows.statistics(identity, spool.read, [sample["key"] for sample in samples])
     metadata = {"encoder": identity.encoder, "unit": str(unit)}
-    files = {TENSORS: shards.write_tensors(shard_path(store, name, TENSORS), spool, sums, metadata)}
-    files |= shards.write_rows(shard_path(store, name), table)
+    files = {TENSORS: shards.write_tensors(storage, shard_file(name), spool, sums, metadata)}
+    files |= shards.write_rows(storage, shard_file(name), table)
     record = ShardRecord(
         name=name,
         unit=unit,

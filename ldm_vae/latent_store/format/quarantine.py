@@ -6,15 +6,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm_vae.core import atomic_io
 from ldm_vae.latent_store.format.layout import QUARANTINE
 from ldm_vae.latent_store.format.work_units import BadSample
+from ldm_vae.latent_store.storage.objects import LocalFolder
 
 
 def write_quarantine(store: Path, bad: Sequence[BadSample]) -> None:
     """Replace quarantine.jsonl; one entry a line, in the order given."""
     lines = [json.dumps(entry.model_dump(mode="json"), ensure_ascii=False) + "\n" for entry in bad]
-    atomic_io.replace(store / QUARANTINE, atomic_io.data("".join(lines).encode()))
+    LocalFolder(store).replace(QUARANTINE, "".join(lines).encode())
 
 
 def read_quarantine(store: Path) -> list[BadSample]:

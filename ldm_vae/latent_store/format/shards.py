@@ -11,13 +11,12 @@ can. It is derived; a reader that misses it falls back to the parquet.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import WorkError
 from ldm_vae.core.validation import why_unreadable
-from ldm_vae.latent_store.format.layout import MAPPED_ROWS, ROWS, STATISTICS
-from ldm_vae.latent_store.storage.file_record import FileRecord, checksum
+from ldm_vae.latent_store.format.layout import MAPPED_ROWS, ROWS, STATISTICS, TENSORS
+from ldm_vae.latent_store.storage.file_record import FileRecord
+from ldm_vae.latent_store.storage.objects import HashedFile, Storage
 
 HEADER_ALIGNMENT = 4096  # tensors begin on a page
 CHUNK_ROWS = 256
@@ -100,42 +99,21 @@ class Spool:
             self._file.close()
 
 
-class _Hashed:
-    """A file that takes the checksum and the size of what goes through it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> None:
-        view = memoryview(data).cast("B")
-        self._file.write(view)
-        self._digest.update(view)
-        self._bytes += len(view)
-
-    @property
-    def record(self) -> FileRecord:
-        return FileRecord(bytes=self._bytes, sha256=self._digest.hexdigest())
-
-
 def write_tensors(
-    path: Path, spool: Spool, statistics: npt.NDArray[np.float64] | None, metadata: Mapping[str, str]
+    storage: Storage, name: str, spool: Spool, statistics: npt.NDArray[np.float64] | None, metadata: Mapping[str, str]
 ) -> FileRecord:
-    """Publish PATH with the spooled rows and the table of sums, if there is one; safetensors format."""
+    """Publish NAME.safetensors with the spooled rows and the table of sums, if there is one."""
     header = _header(spool, None if statistics is None else statistics.shape, metadata)
-    record: list[FileRecord] = []
 
-    def write(file: BinaryIO) -> None:
-        out = _Hashed(file)
-        out.write(len(header).to_bytes(8, "little") + header)
+    def write(file: HashedFile) -> None:
+        file.write(len(header).to_bytes(8, "little") + header)
         if statistics is not None:
-            out.write(np.ascontiguousarray(statistics, dtype="<f8"))
+            file.write(np.ascontiguousarray(statistics, dtype="<f8"))
         for spec in spool.specs:
             for first in range(0, spool.rows, CHUNK_ROWS):
-                out.write(spool.read(spec.name, first, min(first + CHUNK_ROWS, spool.rows)))
-        record.append(out.record)
+                file.write(spool.read(spec.name, first, min(first + CHUNK_ROWS, spool.rows)))
 
-    publish_once(path, write, record)
-    return record[0]
+    return storage.publish(f"{name}.{TENSORS}", write)
 
 
 def _header(spool: Spool, statistics: tuple[int, ...] | None, metadata: Mapping[str, str]) -> bytes:
@@ -153,14 +131,15 @@ def _header(spool: Spool, statistics: tuple[int, ...] | None, metadata: Mapping[
     return text + b" " * (-(8 + len(text)) % HEADER_ALIGNMENT)
 
 
-def write_rows(stem: Path, table: pa.Table) -> dict[str, FileRecord]:
-    """Publish STEM.parquet and STEM.arrow, one row per sample."""
-    return {ROWS: write_parquet(stem, table), MAPPED_ROWS: write_mapped_rows(stem, table)}
+def write_rows(storage: Storage, name: str, table: pa.Table) -> dict[str, FileRecord]:
+    """Publish NAME.parquet and NAME.arrow, one row per sample."""
+    return {ROWS: write_parquet(storage, name, table), MAPPED_ROWS: write_mapped_rows(storage, name, table)}
 
 
-def write_parquet(stem: Path, table: pa.Table) -> FileRecord:
-    """Publish STEM.parquet."""
-    return _publish_buffer(stem.with_name(f"{stem.name}.{ROWS}"), _as_parquet(table))
+def write_parquet(storage: Storage, name: str, table: pa.Table) -> FileRecord:
+    """Publish NAME.parquet."""
+    content = _as_parquet(table)
+    return storage.publish(f"{name}.{ROWS}", lambda file: file.write(content))
 
 
 def _as_parquet(table: pa.Table) -> pa.Buffer:
@@ -169,24 +148,13 @@ def _as_parquet(table: pa.Table) -> pa.Buffer:
     return sink.getvalue()
 
 
-def write_mapped_rows(stem: Path, table: pa.Table) -> FileRecord:
-    """Publish STEM.arrow: one record batch, uncompressed."""
+def write_mapped_rows(storage: Storage, name: str, table: pa.Table) -> FileRecord:
+    """Publish NAME.arrow: one record batch, uncompressed."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
-    return _publish_buffer(stem.with_name(f"{stem.name}.{MAPPED_ROWS}"), sink.getvalue())
-
-
-def _publish_buffer(path: Path, buffer: pa.Buffer) -> FileRecord:
-    record: list[FileRecord] = []
-
-    def write(file: BinaryIO) -> None:
-        out = _Hashed(file)
-        out.write(buffer)
-        record.append(out.record)
-
-    publish_once(path, write, record)
-    return record[0]
+    content = sink.getvalue()
+    return storage.publish(f"{name}.{MAPPED_ROWS}", lambda file: file.write(content))
 
 
 def to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -206,12 +174,6 @@ def to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 def _plain(value: Any) -> Any:
     """numpy scalars and arrays as Python values, which pyarrow takes in any nesting."""
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
-
-
-def publish_once(path: Path, write: Any, record: Sequence[FileRecord]) -> None:
-    """Publish PATH; a file of that name that is not the same (left by a killed run, damaged since) is replaced."""
-    if not atomic_io.create(path, write) and checksum(path) != record[0]:
-        atomic_io.replace(path, write)
 
 
 def to_float(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from pydantic import Field, ValidationError, model_validator
 from tqdm import tqdm
 
-from ldm_vae.core import atomic_io
 from ldm_vae.core.config import Section
 from ldm_vae.data.source import Source
 from ldm_vae.latent_store.format.layout import PLAN, UNITS, shard_path
@@ -25,6 +24,7 @@ from ldm_vae.latent_store.format.manifest import (
     ShardRecord,
     SourceIdentity,
 )
+from ldm_vae.latent_store.storage.objects import LocalFolder
 
 
 class BadSample(Section):
@@ -126,12 +126,17 @@ def read_plan(store: Path, units_so_far: int) -> Plan | None:
 
 def write_plan(store: Path, plan: Plan) -> None:
     """Keep a plan until it is merged."""
-    atomic_io.replace(store / PLAN, atomic_io.data(plan.model_dump_json().encode() + b"\n"))
+    LocalFolder(store).replace(PLAN, plan.model_dump_json().encode() + b"\n")
+
+
+def record_name(unit: int) -> str:
+    """The name of a unit's record within its store."""
+    return f"{UNITS}/{unit:08d}.json"
 
 
 def record_path(store: Path, unit: int) -> Path:
     """Path of a unit's record."""
-    return store / UNITS / f"{unit:08d}.json"
+    return store / record_name(unit)
 
 
 def read_record(store: Path, unit: int, work: str) -> UnitRecord | None:
@@ -168,10 +173,8 @@ def write_record(store: Path, record: UnitRecord) -> None:
     A record that is there already came from another process; where it does not describe the same files (an orphan with
     other settings), ours replaces it, since ours are the files that were published last.
     """
-    path = record_path(store, record.unit)
-    data = json.dumps(record.model_dump(mode="json"), ensure_ascii=False).encode() + b"\n"
-    if not atomic_io.create(path, atomic_io.data(data)) and path.read_bytes() != data:
-        atomic_io.replace(path, atomic_io.data(data))
+    content = json.dumps(record.model_dump(mode="json"), ensure_ascii=False).encode() + b"\n"
+    LocalFolder(store).publish(record_name(record.unit), lambda file: file.write(content))
 
 
 def source_identity(source: Source) -> SourceIdentity:

@@ -35,6 +35,7 @@ from ldm_vae.latent_store.format.manifest import (
 from ldm_vae.latent_store.format.publication import Group, publish_shard
 from ldm_vae.latent_store.format.quarantine import write_quarantine
 from ldm_vae.latent_store.format.work_units import BadSample
+from ldm_vae.latent_store.storage.objects import LocalFolder
 from ldm_vae.latent_store.write.finalize import merged_statistics
 from ldm_vae.latent_store.write.updates import digests
 
@@ -161,7 +162,7 @@ def _write_shard(
                 spool.append(tensors)
                 samples += some
         assert spool is not None
-        return publish_shard(folder, identity, unit, group, spool, samples)
+        return publish_shard(LocalFolder(folder), identity, unit, group, spool, samples)
     finally:
         if spool is not None:
             spool.close()

@@ -37,6 +37,7 @@ from ldm_vae.latent_store.format.manifest import (
 from ldm_vae.latent_store.format.work_units import Unit, UnitRecord
 from ldm_vae.latent_store.maintain.provenance import indices_of
 from ldm_vae.latent_store.storage.file_record import checksum
+from ldm_vae.latent_store.storage.objects import LocalFolder
 from ldm_vae.latent_store.write import sample_stream
 from ldm_vae.latent_store.write.crops import cutting_of
 from ldm_vae.latent_store.write.encoder import Encoder
@@ -118,7 +119,8 @@ def _copy_rows(store: Path, shard: ShardRecord, damaged: set[str]) -> list[str]:
     # the twin is whole: its checksum was the manifest's
     table = shards.map_rows(stem) if extension == ROWS else shards.read_rows(stem)
     write = shards.write_parquet if extension == ROWS else shards.write_mapped_rows
-    if write(stem, table) != shard.files[extension]:  # another version of pyarrow: sound, and not those bytes
+    written = write(LocalFolder(store), shard_file(shard.name), table)
+    if written != shard.files[extension]:  # another version of pyarrow: sound, and not those bytes
         return []
     damaged.discard(extension)
     return [shard_file(shard.name, extension)]

@@ -25,6 +25,7 @@ from ldm_vae.latent_store.format.layout import SHARDS
 from ldm_vae.latent_store.format.manifest import ShardRecord
 from ldm_vae.latent_store.format.publication import Group, publish_shard
 from ldm_vae.latent_store.format.work_units import BadSample, Unit, UnitRecord
+from ldm_vae.latent_store.storage.objects import LocalFolder
 from ldm_vae.latent_store.write.encoder import EncodedRows, Encoder, Reason
 from ldm_vae.latent_store.write.sample_stream import Dealt, Ready
 
@@ -206,7 +207,7 @@ class Pipeline:
             # every row of the group may have been unusable
             if spool.rows:
                 record, types = publish_shard(
-                    self._out, self._encoder.identity, unit.unit.number, group, spool, unit.rows[group]
+                    LocalFolder(self._out), self._encoder.identity, unit.unit.number, group, spool, unit.rows[group]
                 )
                 written.append(record)
                 columns |= types

@@ -43,6 +43,7 @@ from ldm_vae.latent_store.format.quarantine import read_quarantine
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.latent_store.maintain.merge_split import StoredPiece
 from ldm_vae.latent_store.maintain.repack import Integers, Samples, Tensors
+from ldm_vae.latent_store.storage.objects import LocalFolder
 
 LATENTS, FLIPPED, LABELS = "latents", "latents_flip", "labels"
 
@@ -85,10 +86,10 @@ def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], optio
                 spool.append({LABELS: np.array(labels, "<i8"), LATENTS: z[""], FLIPPED: z.get(FLIP, z[""])})
                 rows += samples
             metadata = {"total_size": str(spool.rows), "dtype": "torch.float32"}
-            shards.write_tensors(stem.with_suffix(".safetensors"), spool, None, metadata)
+            shards.write_tensors(LocalFolder(stem.parent), stem.name, spool, None, metadata)
         finally:
             spool.close()
-        shards.write_parquet(stem, shards.to_table(rows))
+        shards.write_parquet(LocalFolder(stem.parent), stem.name, shards.to_table(rows))
     measured = LatentStatistics.from_json(manifest.statistics or {})
     stats = {"mean": measured.mean.float().view(1, -1, 1, 1), "std": measured.variance.sqrt().float().view(1, -1, 1, 1)}
     atomic_io.replace(folder / "latents_stats.pt", lambda file: torch.save(stats, file))
