@@ -18,12 +18,12 @@ from PIL import Image
 
 from eval.speed import __main__ as speed
 from eval.speed import data, encode, gpu, grow, plot, quality, start, store, timing, variants
-from eval.speed.recipes import Work
+from eval.speed.recipes import Workload
 from eval.speed.synthetic_store import write_empty, write_sparse, write_synthetic
 from ldm_vae import LatentDataset
 from ldm_vae.core.errors import UsageError, WorkError
 
-SMALL_WORK = Work(widths=(8, 16), resolution=32, net="alex", critic_width=8, groups=4)
+SMALL_WORK = Workload(widths=(8, 16), resolution=32, net="alex", critic_width=8, groups=4)
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -169,7 +169,7 @@ def test_equal_minutes_from_equal_weights_on_equal_crops(tmp_path: Path, monkeyp
     # a photograph is measured as it is, its crops are what is trained on
     sizes = []
     monkeypatch.setattr(latents, "encode", lambda vae, x, f=latents.encode: sizes.append(x.shape[2:]) or f(vae, x))
-    tiny = Work(
+    tiny = Workload(
         widths=(16, 16),
         groups=1,
         latent_channels=4,
@@ -209,7 +209,7 @@ def test_equal_minutes_from_equal_weights_on_equal_crops(tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 def test_a_step_of_two_processes() -> None:
-    tiny = Work(widths=(8, 8), resolution=32, batch=1, net="alex", critic_width=8, groups=4)
+    tiny = Workload(widths=(8, 8), resolution=32, batch=1, net="alex", critic_width=8, groups=4)
     (row,) = grow._steps("processes", {2: (tiny, 2)}, 1)
     assert (row["name"], row["against"], row["at"]) == ("grow_processes", "processes", 2)
     assert row["images_per_s"] == pytest.approx(2 / row["median_s"]) and row["memory_mb"] > 10
@@ -246,7 +246,7 @@ def test_nothing_is_held_per_sample(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_process_that_dies_is_said_to_have_died() -> None:
     with (
-        grow.Group(Work(net="none"), 1) as group,
+        grow.Group(Workload(net="none"), 1) as group,
         pytest.raises(WorkError, match="a training process died"),
     ):
         group.step()

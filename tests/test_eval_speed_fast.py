@@ -15,7 +15,7 @@ from eval import chip
 from eval.speed import __main__ as speed
 from eval.speed import denoisers, encoders, fast, roofline
 from eval.speed.peaks import Peaks
-from eval.speed.recipes import Networks, Work
+from eval.speed.recipes import Networks, Workload
 from eval.speed.roofline import (
     Ledger,
     kind_of,
@@ -24,7 +24,7 @@ from eval.speed.roofline import (
 from ldm_vae.core.errors import UsageError
 from ldm_vae.denoisers.dit import Config as DiTConfig
 
-SMALL = Work(widths=(8, 16), resolution=32, net="alex", critic_width=8, groups=4)
+SMALL = Workload(widths=(8, 16), resolution=32, net="alex", critic_width=8, groups=4)
 BEST = Peaks({torch.float32: 1e12, torch.bfloat16: 4e12}, 1e9)
 CPU_STAGES = {name: changes for name, changes in fast.STAGES.items() if "graph" not in changes}
 

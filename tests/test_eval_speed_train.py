@@ -9,20 +9,20 @@ import torch
 
 from eval.speed import compiled, train
 from eval.speed.compiled import count_compiled
-from eval.speed.recipes import RECIPES, Networks, Work
+from eval.speed.recipes import RECIPES, Networks, Workload
 from eval.speed.train import count_operations, ideal_operations
 from ldm_vae.core.flop_counter import Cost
 
 # GFLOP of an f8 network of widths 64 to 256, two images of 128 px, LPIPS-vgg and the published PatchGAN
 PUBLISHED = {"latent_diffusion": 596, "diffusers_published": 739, "diffusers_repaired": 779}
-SMALL = Work(widths=(8, 16), resolution=32, net="alex", critic_width=8, groups=4)
+SMALL = Workload(widths=(8, 16), resolution=32, net="alex", critic_width=8, groups=4)
 
 
 @pytest.mark.slow
 def test_operations() -> None:
     counted = {*RECIPES} - {"small_gpu"}
-    counts = {name: count_operations(Work(), name) / 1e9 for name in counted} | {
-        "ideal": ideal_operations(Work()) / 1e9
+    counts = {name: count_operations(Workload(), name) / 1e9 for name in counted} | {
+        "ideal": ideal_operations(Workload()) / 1e9
     }
     # a reference costs what the published recipe does
     for name, published in PUBLISHED.items():
@@ -39,14 +39,14 @@ def test_operations() -> None:
 
 @pytest.mark.slow
 def test_operations_of_small_networks() -> None:
-    work = Work(widths=(8, 8), resolution=32, batch=1, net="alex", critic_width=8, groups=4)
+    work = Workload(widths=(8, 8), resolution=32, batch=1, net="alex", critic_width=8, groups=4)
     ours = count_operations(work, "train_step")
     assert ours <= 1.02 * ideal_operations(work) and ours < count_operations(work, "latent_diffusion")
 
 
 @pytest.mark.slow
 def test_compiled_graphs_are_the_ideal_too() -> None:
-    work = Work(widths=(8, 8), resolution=32, batch=1, net="alex", critic_width=8, groups=4)
+    work = Workload(widths=(8, 8), resolution=32, batch=1, net="alex", critic_width=8, groups=4)
     compiled = count_compiled(work, "train_step")
     assert torch._dynamo.utils.counters["frames"]["ok"] >= 3  # autoencoder, LPIPS and discriminator
     assert count_operations(work, "train_step") <= compiled <= 1.02 * ideal_operations(work)

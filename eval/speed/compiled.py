@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ldm_vae.core.flop_counter import Cost
 
-from .recipes import RECIPES, Networks, Work
+from .recipes import RECIPES, Networks, Workload
 from .timing import interleave, row
 from .train import (
     bound,
@@ -26,8 +26,8 @@ from .train import (
     ideal_operations,
 )
 
-COUNTED = Work(batch=1, resolution=64)  # compiled graphs are run to be counted, so it is kept small
-TIMED = Work(batch=4, widths=(32, 64), resolution=64, net="alex", critic_width=32)
+COUNTED = Workload(batch=1, resolution=64)  # compiled graphs are run to be counted, so it is kept small
+TIMED = Workload(batch=4, widths=(32, 64), resolution=64, net="alex", critic_width=32)
 PARTITIONED = "aot_eager_decomp_partition"
 DEFAULT = "inductor"
 
@@ -40,7 +40,7 @@ class CompiledCost(Cost):
         return True
 
 
-def count_compiled(work: Work, name: str) -> int:
+def count_compiled(work: Workload, name: str) -> int:
     """FLOPs of one step of a recipe as torch.compile cuts and rearranges it, executed operation by operation: the
     partitioner and decompositions of its default backend, which may compute activations again."""
     torch._dynamo.reset()

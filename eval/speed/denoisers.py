@@ -21,7 +21,7 @@ from .fast import Begun, captured, measured_memory, rows
 from .gpu import WORK, need_a_gpu, synchronised
 from .peaks import peaks
 from .recipes import (
-    Work,
+    Workload,
 )
 
 DENOISERS: dict[str, tuple[str, ...]] = {"step": (), "adam_fused": ("adam_fused",), "graph": ("adam_fused", "graph")}
@@ -40,7 +40,7 @@ def denoiser(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def denoisers(
-    work: Work,
+    work: Workload,
     shape: DiTConfig,
     batch: int,
     size: tuple[int, int, int],
@@ -68,7 +68,7 @@ def denoisers(
 
 
 def denoiser_step(
-    work: Work, shape: DiTConfig, batch: int, size: tuple[int, int, int], changes: tuple[str, ...] = ()
+    work: Workload, shape: DiTConfig, batch: int, size: tuple[int, int, int], changes: tuple[str, ...] = ()
 ) -> Callable[[], None]:
     """A step of train.diffusion on the device, but for the noise, which is keyed on the host."""
     torch.manual_seed(work.seed)

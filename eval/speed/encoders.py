@@ -19,7 +19,7 @@ from . import encode
 from .fast import Begun, captured, measured_memory, rows
 from .gpu import WORK, need_a_gpu, synchronised
 from .recipes import (
-    Work,
+    Workload,
 )
 
 ENCODED_BATCH = 32
@@ -40,7 +40,7 @@ def encoder(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def encoders(
-    work: Work, batch: int, rounds_: int, ways: Mapping[str, tuple[str, ...]] = ENCODERS
+    work: Workload, batch: int, rounds_: int, ways: Mapping[str, tuple[str, ...]] = ENCODERS
 ) -> list[dict[str, Any]]:
     pixels = replace(work, batch=batch).images()
     exact = _encoded(work, (), pixels, "no")[1]()
@@ -60,7 +60,7 @@ def encoders(
 
 
 def _encoded(
-    work: Work, changes: tuple[str, ...], pixels: torch.Tensor, precision: str
+    work: Workload, changes: tuple[str, ...], pixels: torch.Tensor, precision: str
 ) -> tuple[Callable[[], None], Callable[[], torch.Tensor]]:
     """(the encoder at work, the means that it last gave)."""
     vae = encode.network(work.widths, work.groups).to(work.device)

@@ -31,7 +31,7 @@ from .gpu import WORK, need_a_gpu, synchronised
 from .recipes import (
     Networks,
     Step,
-    Work,
+    Workload,
     ours,
 )
 from .timing import interleave, row
@@ -107,7 +107,7 @@ class Begun:
     memory_mb: int = 0
 
 
-def begin(work: Work, changes: tuple[str, ...]) -> Begun:
+def begin(work: Workload, changes: tuple[str, ...]) -> Begun:
     """Our step with these changes, on images of its own; compiled, allocated and captured where it is to be."""
     networks, images = Networks(work), work.images()
     for name in changes:
@@ -224,7 +224,7 @@ def batches(options: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def lpips_gradient(work: Work) -> list[dict[str, Any]]:
+def lpips_gradient(work: Workload) -> list[dict[str, Any]]:
     """Errors of LPIPS' gradient against fp32, over its size: as it is (TF32 on CUDA), in bfloat16."""
     networks = Networks(replace(work, batch=1))
     trunk, smallest = networks.lpips.network, networks.lpips.smallest

@@ -34,13 +34,13 @@ from .recipes import (
     RECIPES,
     Networks,
     Recipe,
-    Work,
+    Workload,
 )
 from .timing import interleave, row
 from .train import REFERENCES, VARIANTS
 from .variants import variants
 
-WORK = Work(widths=(128, 256, 512, 512), resolution=256, batch=8, device="cuda", precision="bf16")
+WORK = Workload(widths=(128, 256, 512, 512), resolution=256, batch=8, device="cuda", precision="bf16")
 CHANGED = ("channels_last", "lpips_bf16", "adam_fused")
 ENCODED, ENCODED_BATCH = 4096, 32  # enough images that the start of the decoding processes does not count
 
@@ -79,7 +79,7 @@ def synchronised(run: Callable[[], object]) -> Callable[[], None]:
 
 
 def _measured(
-    contenders: dict[str, tuple[Work, Recipe]], references: Sequence[str], rounds: int
+    contenders: dict[str, tuple[Workload, Recipe]], references: Sequence[str], rounds: int
 ) -> list[dict[str, Any]]:
     """The first contender beside each of the references, and every other one beside the first."""
     steps, memory = {}, {}
@@ -98,7 +98,7 @@ def need_a_gpu() -> None:
         raise UsageError("gpu: expected a CUDA device, this machine has none; `eval.speed train` measures on the CPU")
 
 
-def _begun(work: Work, recipe: Recipe) -> tuple[Callable[[], None], int]:
+def _begun(work: Workload, recipe: Recipe) -> tuple[Callable[[], None], int]:
     """(a step that has compiled and allocated what it keeps, the most megabytes it held)."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -23,10 +23,10 @@ import torch
 
 from ldm_vae.core.errors import WorkError
 
-from .recipes import Networks, Work, ours
+from .recipes import Networks, Workload, ours
 from .timing import PeakMemory, interleave, row
 
-SMALL = Work(widths=(32, 64, 64, 64), resolution=64, net="alex", critic_width=32)
+SMALL = Workload(widths=(32, 64, 64, 64), resolution=64, net="alex", critic_width=32)
 RESOLUTIONS, BATCHES, PROCESSES = (64, 128, 256), (1, 2, 4, 8), (1, 2)
 STEPS = 3  # of a turn
 
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _steps(what: str, points: Mapping[int, tuple[Work, int]], rounds: int) -> list[dict[str, Any]]:
+def _steps(what: str, points: Mapping[int, tuple[Workload, int]], rounds: int) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         groups = {at: stack.enter_context(Group(work, count)) for at, (work, count) in points.items()}
         times = interleave({str(at): group.step for at, group in groups.items()}, rounds, f"grow, {what}")
@@ -57,7 +57,7 @@ class Group:
     """Processes that train together and wait in between; `step` has each do STEPS, `memory` is the largest growth of
     one of them in bytes."""
 
-    def __init__(self, work: Work, count: int) -> None:
+    def __init__(self, work: Workload, count: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.memory, self._ends, self._processes = 0, [], []
         self._kept = socket.socket()  # bound and not listening: the port is nobody else's until rank 0 listens there
@@ -92,7 +92,7 @@ class Group:
         self._kept.close()
 
 
-def _serve(end: Connection, work: Work, rank: int, count: int, port: int) -> None:
+def _serve(end: Connection, work: Workload, rank: int, count: int, port: int) -> None:
     """A training process: steps whenever it is told to, until nobody is there to tell it."""
     # one core each, said so that Accelerate does not give every process all of them
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}

@@ -40,11 +40,11 @@ from ldm_vae.demo.photographs import prepare_demo
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.select import build_metrics
 
-from .recipes import RECIPES, Networks, Work
+from .recipes import RECIPES, Networks, Workload
 
 OWN = "train_step"
 PUBLISHED = ("latent_diffusion", "diffusers_published", "diffusers_repaired", "shared_forward")
-F4 = Work(
+F4 = Workload(
     widths=(24, 48, 64), groups=2, latent_channels=8, resolution=64, batch=8, net="alex", genuine=True, critic_width=32,
     critic_layers=2, adversary_weight=0.1, learning_rate=5e-4,
 )  # fmt: skip
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 class Contender:
     """A recipe with networks, data and a clock of its own."""
 
-    def __init__(self, name: str, source: Source, work: Work) -> None:
+    def __init__(self, name: str, source: Source, work: Workload) -> None:
         recipe, start, changes = CONTENDERS[name]
         rate = LINEAR_RATE if start == "linear" else work.learning_rate
         networks = Networks(replace(work, learning_rate=rate, **changes))
@@ -139,7 +139,7 @@ class Contender:
         self.curve.append({"minutes": self.seconds / 60, "images": self.images} | scores)
 
 
-def _compete(demo: Path, work: Work, seconds: float, title: str) -> dict[str, Contender]:
+def _compete(demo: Path, work: Workload, seconds: float, title: str) -> dict[str, Contender]:
     source = open_source(demo / "train")
     held_out = open_source(demo / "photographs" / "heldout")
     photographs = [

@@ -46,9 +46,9 @@ KL_WEIGHT = 1e-6
 
 
 @dataclass(frozen=True)
-class Work:
-    """Work of every recipe: an f8 network of these widths and a batch. The default is half of Stable Diffusion's width,
-    so that a CPU takes seconds for a step.
+class Workload:
+    """The work of every recipe: an f8 network of these widths and a batch. The default is half of Stable Diffusion's
+    width, so that a CPU takes seconds for a step.
 
     genuine: LPIPS with its own weights; random ones cost the same and need no download.
     compiled: a backend of torch.compile for every network; None is eager.
@@ -80,7 +80,7 @@ class Work:
 class Networks:
     """Autoencoder, LPIPS, discriminator and their optimisers, as a recipe of one's own would hold them."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Workload) -> None:
         torch.manual_seed(work.seed)
         self.work = work
         with torch.device(work.device):  # a GPU draws the weights of VGG in no time, a CPU in three seconds

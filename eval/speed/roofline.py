@@ -44,9 +44,9 @@ from .fast import (
 )
 from .gpu import WORK as GPU_WORK
 from .peaks import Peaks, peaks, seconds_of
-from .recipes import Networks, Work, ours
+from .recipes import Networks, Workload, ours
 
-WORK = Work(widths=(32, 64, 64, 64), resolution=64, batch=1)  # a minute or two of two cores
+WORK = Workload(widths=(32, 64, 64, 64), resolution=64, batch=1)  # a minute or two of two cores
 OTHER, LAYOUT = "elementwise and sums", "layout changes"
 # the first pattern that the name of an operation has decides
 KINDS = {
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def parts(work: Work, changes: tuple[str, ...]) -> dict[str, Part]:
+def parts(work: Workload, changes: tuple[str, ...]) -> dict[str, Part]:
     """Each part of a training step, of encoding and of a diffusion step, as a call."""
     networks, images = Networks(work), work.images()
     for name in changes:

@@ -24,12 +24,12 @@ from .recipes import (
     RECIPES,
     Networks,
     Step,
-    Work,
+    Workload,
 )
 from .timing import PeakMemory, interleave, row
 
-TIMED = Work()
-MEMORY = Work(batch=4)
+TIMED = Workload()
+MEMORY = Workload(batch=4)
 REFERENCES = ("latent_diffusion", "diffusers_published", "diffusers_repaired", "shared_forward", "autoencoder_only")
 VARIANTS = ("small_gpu", "decoder_from_store")  # of ours
 
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 # --- seconds ----------------------------------------------------------------------------------------------------------
 
 
-def _times(work: Work, rounds: int) -> list[dict[str, Any]]:
+def _times(work: Workload, rounds: int) -> list[dict[str, Any]]:
     images = work.images()
     steps = {name: bound(RECIPES[name](Networks(work)), images) for name in ("train_step", *REFERENCES, *VARIANTS)}
     times = interleave(steps, rounds, "train")
@@ -59,7 +59,7 @@ def bound(step: Step, images: torch.Tensor) -> Any:
 # --- operations -------------------------------------------------------------------------------------------------------
 
 
-def count_operations(work: Work, name: str) -> int:
+def count_operations(work: Workload, name: str) -> int:
     """FLOPs of one step of a recipe."""
     with FakeTensorMode():
         networks, images = Networks(work), work.images()
@@ -75,7 +75,7 @@ def _nothing(closure: object = None) -> None:
     """An update of weights that have no content."""
 
 
-def ideal_operations(work: Work) -> int:
+def ideal_operations(work: Workload) -> int:
     """FLOPs of what no recipe can leave out."""
     with FakeTensorMode():
         networks, images = Networks(work), work.images()
@@ -94,7 +94,7 @@ def ideal_operations(work: Work) -> int:
     return sum(cost.flops for cost in (autoencoder, perceptual, generator, discriminator))
 
 
-def _operations(work: Work) -> list[dict[str, Any]]:
+def _operations(work: Workload) -> list[dict[str, Any]]:
     names = ("train_step", *REFERENCES, *VARIANTS)
     counts = {name: count_operations(work, name) for name in tqdm(names, desc="operations", disable=None, leave=False)}
     counts["ideal"] = ideal_operations(work)
@@ -117,7 +117,7 @@ def counted(figure: str, counts: dict[str, int], unit: str, scale: float) -> lis
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def _memory(work: Work) -> list[dict[str, Any]]:
+def _memory(work: Workload) -> list[dict[str, Any]]:
     resident, held = {}, {}
     for name in tqdm(("train_step", *REFERENCES, *VARIANTS), desc="memory", disable=None, leave=False):
         # a process of its own, so that no recipe finds memory that another left
@@ -127,7 +127,7 @@ def _memory(work: Work) -> list[dict[str, Any]]:
     return [*rows, *counted("train_step_memory_counted", held, "GB", 1e9)]
 
 
-def _grown(work: Work, name: str) -> tuple[int, int]:
+def _grown(work: Workload, name: str) -> tuple[int, int]:
     """(growth of the resident memory, most bytes of tensors) of four updates of a recipe, its networks included."""
     images = work.images()
     with PeakMemory() as resident:

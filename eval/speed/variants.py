@@ -32,12 +32,12 @@ from .recipes import (
     Networks,
     Recipe,
     Step,
-    Work,
+    Workload,
     ours,
 )
 from .timing import interleave, row
 
-WORK = Work(resolution=64, batch=1)
+WORK = Workload(resolution=64, batch=1)
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def _bound(step: Step, images: torch.Tensor) -> Callable[[], object]:
     return lambda: step(images)
 
 
-def variants(work: Work) -> dict[str, tuple[Work, Recipe]]:
+def variants(work: Workload) -> dict[str, tuple[Workload, Recipe]]:
     batch_norm = replace(work, critic_norm="batch")
     return {
         "step": (work, ours),
