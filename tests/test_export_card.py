@@ -18,7 +18,7 @@ from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import WorkError
 from ldm_vae.export.card import Card, card_name
-from ldm_vae.export.drift import measure_drift
+from ldm_vae.export.drift_report import measure_drift
 from ldm_vae.export.measurement import Images
 from ldm_vae.export.picture import reconstruction_sheet
 from ldm_vae.export.preview import FILE, fit_preview, pairs_of_images, pairs_of_store

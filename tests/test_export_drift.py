@@ -14,7 +14,7 @@ from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import open_source
 from ldm_vae.export.diffusers_folder import configured_copy
-from ldm_vae.export.drift import Drift, measure_drift
+from ldm_vae.export.drift_report import Drift, measure_drift
 from ldm_vae.metrics.batches import image_batches
 
 

@@ -13,7 +13,7 @@ from images import write_images
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.core.errors import UsageError
-from ldm_vae.export.tiling import _seams, measure_tiling
+from ldm_vae.export.seam_error import _seams, measure_tiling
 
 
 def test_as_diffusers_does_it(tiny_vae: AutoencoderKL) -> None:

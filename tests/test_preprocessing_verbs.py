@@ -25,7 +25,7 @@ from tiny_networks import SHAPE
 from eval import diffusability, latent_space, reconstruction, scramble
 from ldm_vae.core.config import load
 from ldm_vae.data.transforms import to_uint8
-from ldm_vae.export.drift import measure_drift
+from ldm_vae.export.drift_report import measure_drift
 from ldm_vae.training.config import Training
 from train import autoencoder as training_program
 

@@ -44,7 +44,7 @@ def run(request: Request) -> None:
     from ldm_vae.data.preparation import preparation_of
     from ldm_vae.data.quarantine import BadImage
     from ldm_vae.data.transforms import to_pixels
-    from ldm_vae.export.tiling import measure_tiling
+    from ldm_vae.export.seam_error import measure_tiling
 
     vae = load_autoencoder(request.vae, request.config).to("cuda" if torch.cuda.is_available() else "cpu")
     only_kl(vae, "tiling")

@@ -22,7 +22,7 @@ from ldm_vae.data.preprocessing import record, recorded
 from ldm_vae.export import hub
 from ldm_vae.export.card import Card, card_name
 from ldm_vae.export.diffusers_folder import STATISTICS, configured_copy, read_statistics, write_configured
-from ldm_vae.export.drift import measure_drift
+from ldm_vae.export.drift_report import measure_drift
 from ldm_vae.export.fp16.audit import audit
 from ldm_vae.export.fp16.probes import make_probes
 from ldm_vae.export.measurement import (
