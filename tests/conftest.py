@@ -124,7 +124,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def grey_vae() -> AutoencoderKL:
-    """Of one channel, without a record."""
+    """A VAE of one channel, without a record of preprocessing."""
     return built(in_channels=1, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
 
 

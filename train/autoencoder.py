@@ -125,7 +125,7 @@ def train(settings: Training) -> None:
 
 
 class Events:
-    """What happens beside the updates: the log, validation, checkpoints; each when a multiple of its interval has been
+    """Events beside the updates: the log, validation, checkpoints; each when a multiple of its interval has been
     crossed, and all at the end."""
 
     def __init__(

@@ -177,7 +177,7 @@ def _waiting(folder: Path, source: Source, files: list[Path], rounds: int) -> li
 
 @torch.no_grad()
 def _script(vae: Any, files: list[Path], folder: Path) -> None:
-    """What scripts that cache latents do, with Pillow and torchvision."""
+    """The work of scripts that cache latents, with Pillow and torchvision."""
     for file in itertools.islice(files, SCRIPT_IMAGES):
         moments = vae.encode(_pixels(_opened(file))[None]).latent_dist.parameters
         np.savez(folder / f"{file.stem}.npz", moments=moments[0].half().numpy())

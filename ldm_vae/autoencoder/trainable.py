@@ -24,7 +24,7 @@ from ldm_vae.autoencoder.latents import Moments
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What one forward gives; all fp32 (fp64 in tests of exactness).
+    """Result of one forward; all fp32 (fp64 in tests of exactness).
 
     images [B, C, H, W] as encoded; pixels as decoded, not clamped, and target what they are compared with, of one shape
     (that of the images unless a perturbation moved both); moments of q(z|x); latents z [B, c, h, w] before any
@@ -44,7 +44,7 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Draw:
-    """What a perturbation may draw from: noise [B, n, h, w] standard normal, keyed per image, so it depends neither on
+    """Source of a perturbation's randomness: noise [B, n, h, w] standard normal, keyed per image, so it depends neither on
     the rank nor on a resume; images [B, C, H, W] as encoded; images_seen keys what is drawn for the whole batch."""
 
     noise: torch.Tensor
@@ -124,5 +124,5 @@ class TrainableAutoencoder(nn.Module):
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
-    """How many numbers the parameters hold."""
+    """Number of parameters."""
     return sum(parameter.numel() for parameter in parameters)

@@ -22,7 +22,7 @@ synthetic extremes are tried, and the card says so.
 
 @dataclass(frozen=True, kw_only=True)
 class _Probed:
-    """How a VAE is run."""
+    """Inputs that a VAE is run over."""
 
     resolution: int | None = flag("side in pixels (default: the VAE's sample_size, at most 512)")
     images: int = flag("images of DATA (default 8)", 8, metavar="N")

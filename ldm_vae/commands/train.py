@@ -17,7 +17,7 @@ PREFIX_CHARS = "\0"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the program is called with."""
+    """Arguments that are passed on to the program."""
 
     arguments: tuple[str, ...] = argument("ARGUMENT", "of the program", nargs=argparse.REMAINDER)
 

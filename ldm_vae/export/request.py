@@ -12,7 +12,7 @@ from ldm_vae.data.flags import DataFlags, data_flags
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What `ldm-vae export` is asked for."""
+    """Request of `ldm-vae export`."""
 
     source: str = argument("SRC", "run folder, diffusers folder, hub id or single file")
     out: str = argument("OUT", "folder to write; for a single-file target also NAME.safetensors")
@@ -50,5 +50,5 @@ class Request:
 
     @property
     def half(self) -> bool:
-        """Whether weights in fp16 are wanted."""
+        """True where weights in fp16 are asked for."""
         return self.variant == "fp16"

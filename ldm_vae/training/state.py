@@ -24,7 +24,7 @@ from ldm_vae.training.step import TrainingStep
 
 @dataclass
 class TrainingState:
-    """What a run has learned so far, and what it learns with.
+    """Networks, averages and optimisers of a run, and how far it is.
 
     `network` and `critic` are the bare modules, whose names are in checkpoints; the step holds what Accelerate made of
     them. `images_seen` counts the images of all processes.
@@ -56,7 +56,7 @@ class TrainingState:
 
     @property
     def stateful(self) -> dict[str, Any]:
-        """What a checkpoint holds, by name."""
+        """Contents of a checkpoint, by name."""
         found = {
             "autoencoder": self.network.vae, "objective": self.objective, "optimizer": self.optimizer, "ema": self.ema,
             "ema_objective": self.ema_objective, "averages": self.averages,

@@ -35,7 +35,7 @@ AT_FIRST = dict(os.environ)  # this is imported before any test changes it
 
 @dataclass(frozen=True)
 class Finished:
-    """As subprocess.CompletedProcess."""
+    """Result of a program, in the form of subprocess.CompletedProcess."""
 
     returncode: int
     stdout: str

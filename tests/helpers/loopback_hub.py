@@ -105,7 +105,7 @@ class Hub(BaseHTTPRequestHandler):
     # --- what is done -------------------------------------------------------------------------------------------------
 
     def action(self, item: dict[str, object]) -> dict[str, object]:
-        """How to upload an object; nothing to do for one that is there."""
+        """Upload instructions for an object; none for one that is there."""
         if item["oid"] in type(self).objects:
             return item
         return item | {"actions": {"upload": {"href": f"http://{self.headers['Host']}/upload/{item['oid']}"}}}
@@ -156,7 +156,7 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def body(self) -> bytes:
-        """Of the request, by its length or in chunks."""
+        """Body of the request, by its length or in chunks."""
         if self.headers.get("Transfer-Encoding") != "chunked":
             size = int(self.headers.get("Content-Length") or 0)
             if len(whole := self.rfile.read(size)) < size:

@@ -1,4 +1,4 @@
-"""What people have in the place of weights: a pointer of Git LFS, a page that asks for a password."""
+"""Files in the place of weights: a pointer of Git LFS, a page that asks for a password."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Upstream:
         self.url = ""
 
     def next_fault(self, name: str) -> Fault | None:
-        """What goes wrong with this request for it."""
+        """The fault that this request for it meets."""
         with self.lock:
             self.asked[name] += 1
             waiting = self.faults.get(name) or self.faults.get("*") or []

@@ -1,4 +1,4 @@
-"""What the torture kills: for each victim how it is started, what must be readable after a kill, and what its end is
+"""Victims of the torture: for each how it is started, what must be readable after a kill, and what its end is
 compared with."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IMAGES = 24
 
 @dataclass
 class Figures:
-    """What is printed of one victim."""
+    """Lines that are printed of one victim."""
 
     kills: int = 0
     programs: int = 0
@@ -208,7 +208,7 @@ class Pushing(Exporting):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """As a hub has it: every file by its path."""
+    """Files of a hub's repository, by path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

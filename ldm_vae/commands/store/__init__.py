@@ -31,7 +31,7 @@ Names = Literal["sized", "plain", "old"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Origins:
-    """Where the VAE and the images of a store are now."""
+    """Present places of a store's VAE and images."""
 
     vae: str | None = flag("the store's VAE (default: where the manifest says it was)", metavar="VAE")
     data: str | None = flag("the store's images (default: where they were)", metavar="DATA")

@@ -54,7 +54,7 @@ class Carried(Section):
 
 
 def parse_carried(text: str | bytes, where: object) -> Carried:
-    """From JSON. Raises WorkError when it is not what `Carried` says."""
+    """Parse JSON. Raises WorkError when it is not what `Carried` says."""
     try:
         carried = Carried.model_validate_json(text)
     except ValidationError as error:
