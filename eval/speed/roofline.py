@@ -207,7 +207,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def kind_of(operation: str) -> str | None:
-    """The kind of an operation by its name, such as aten::convolution_backward; None where it has no kind of its own."""
+    """The kind of an operation by its name, such as aten::convolution_backward; None for one of no kind."""
     base = operation.partition(".")[0]
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, base)), None)
 

@@ -165,8 +165,8 @@ class _Held:
         return there & ~fresh & ~grown & ~same, sighted[fresh]
 
     def _rows(self, keys: Sequence[str]) -> tuple[npt.NDArray[np.bool_], Numbers, npt.NDArray[np.bool_], Sizes]:
-        """Look up n keys: whether there are rows, the first 8 bytes of their SHA-256 as a number, whether all rows of a key
-        say the same, and how many bytes the image had (-1: unknown)."""
+        """Look up n keys: whether there are rows, the first 8 bytes of their SHA-256 as a number, whether all rows of a
+        key say the same, and how many bytes the image had (-1: unknown)."""
         count = len(keys)
         images, uniform = np.zeros(count, np.uint64), np.ones(count, dtype=bool)
         had = np.full(count, -1, np.int64)
