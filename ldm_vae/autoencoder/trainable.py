@@ -44,8 +44,10 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Draw:
-    """Source of a perturbation's randomness: noise [B, n, h, w] standard normal, keyed per image, so it depends
-    neither on the rank nor on a resume; images [B, C, H, W] as encoded; images_seen keys what is drawn for the whole batch."""
+    """Source of a perturbation's randomness, keyed per image: neither the rank nor a resume changes a draw.
+
+    noise [B, n, h, w] standard normal; images [B, C, H, W] as encoded; images_seen keys what is drawn for the batch.
+    """
 
     noise: torch.Tensor
     images: torch.Tensor
