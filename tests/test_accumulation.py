@@ -26,7 +26,7 @@ from ldm_vae.losses.kl_target import Config as KLTarget
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.models.vq import Config as VQConfig
 from ldm_vae.perturbations.eq import Config as EQ
-from ldm_vae.run.optim import learning
+from ldm_vae.run.optim import trainable_parameters
 from ldm_vae.training.adversary import Adversary, AdversaryConfig
 from ldm_vae.training.objective import Objective
 from ldm_vae.training.step import TrainingStep
@@ -54,7 +54,7 @@ def build(
     objective = Objective({"l1": L1(), **(terms or {})}).double()
     critic = PatchGAN(width=8, layers=1, norm=norm).build().double()
     optimizers = [
-        accelerator.prepare(torch.optim.SGD(learning(modules), lr=learning_rate))
+        accelerator.prepare(torch.optim.SGD(trainable_parameters(modules), lr=learning_rate))
         for modules in ((network, objective), (critic,))
     ]
     game = Adversary(AdversaryConfig(weight=0.5, adaptive=False, **adversary)).double()

@@ -16,7 +16,7 @@ from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import config
 from ldm_vae.diffusion.config import DiffusionTraining
 from ldm_vae.losses import lpips
-from ldm_vae.run.optim import learning
+from ldm_vae.run.optim import trainable_parameters
 from ldm_vae.training.adversary import Adversary
 from ldm_vae.training.config import (
     Training,
@@ -131,19 +131,21 @@ def test_every_config_takes_a_step(path: Path, monkeypatch: pytest.MonkeyPatch) 
     network = build_network(settings, vae, outline=True)
     objective, critic = build_objective(settings, outline=True), build_discriminator(settings)
     objective.attach(network)
-    optimizer = settings.optimizer.build(learning([network, objective]), 1e-3)
-    critic_optimizer = None if critic is None else settings.optimizer.build(learning([critic]), 1e-3)
+    optimizer = settings.optimizer.build(trainable_parameters([network, objective]), 1e-3)
+    critic_optimizer = None if critic is None else settings.optimizer.build(trainable_parameters([critic]), 1e-3)
     step = TrainingStep(
         accelerator, network, objective, optimizer, Adversary(settings.adversary), critic, critic_optimizer
     )
-    before = [parameter.detach().clone() for parameter in learning([network, objective])]
+    before = [parameter.detach().clone() for parameter in trainable_parameters([network, objective])]
     size = settings.resolution
     draw = torch.Generator().manual_seed(0)
     images = torch.rand(2, settings.model.in_channels, size, size, generator=draw) * 2 - 1
     logs = step(images, torch.randn(2, *network.noise_shape(size, size), generator=draw), 0)
     assert all(value.isfinite().all() for value in logs.values()), logs
     assert {f"loss/{name}" for name in settings.losses} <= set(logs)
-    moved = [not torch.equal(old, new) for old, new in zip(before, learning([network, objective]), strict=True)]
+    moved = [
+        not torch.equal(old, new) for old, new in zip(before, trainable_parameters([network, objective]), strict=True)
+    ]
     assert sum(moved) / len(moved) > 0.9
 
 

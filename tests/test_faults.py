@@ -31,7 +31,7 @@ from training_runs import metrics, newest, one_sentence, run, start, write_confi
 
 from ldm_vae import cli
 from ldm_vae.core import ownership, parent_process
-from ldm_vae.core.errors import WorkError, misfortune
+from ldm_vae.core.errors import WorkError, environment_failure
 from ldm_vae.data import workers
 from ldm_vae.data.workers import load
 from train import autoencoder as training_program
@@ -301,7 +301,10 @@ def test_an_export_to_a_full_disk_leaves_the_older_one(tiny_vae_folder: Path, tm
 
 
 def test_only_what_nobody_can_help_becomes_a_sentence() -> None:
-    assert str(misfortune(OSError(28, "No space left on device", "/x"))) == "[Errno 28] No space left on device: '/x'"
-    assert "out of memory" in str(misfortune(MemoryError()))
-    assert misfortune(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
-    assert misfortune(KeyError("x")) is None
+    assert (
+        str(environment_failure(OSError(28, "No space left on device", "/x")))
+        == "[Errno 28] No space left on device: '/x'"
+    )
+    assert "out of memory" in str(environment_failure(MemoryError()))
+    assert environment_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert environment_failure(KeyError("x")) is None

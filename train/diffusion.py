@@ -36,8 +36,8 @@ from ldm_vae.diffusion.sample_metrics import (
 from ldm_vae.report import build_report
 from ldm_vae.run.ema import Ema
 from ldm_vae.run.folder import (
-    arrange,
     global_batch,
+    prepare_network,
     prepare_run_folder,
     progress_bar,
     resume,
@@ -48,7 +48,7 @@ from ldm_vae.run.folder import (
 )
 from ldm_vae.run.inputs import compare_store
 from ldm_vae.run.metrics_log import Averages, Logbook, check_finite
-from ldm_vae.run.optim import learning, schedule, set_learning_rate
+from ldm_vae.run.optim import schedule, set_learning_rate, trainable_parameters
 from ldm_vae.run.trackers import log_picture
 
 
@@ -70,9 +70,9 @@ def train(settings: DiffusionTraining) -> None:
     network = denoiser.network
     ema = Ema(network, settings.ema_halflife_images)
     ema.module.to(accelerator.device)
-    arrange(network, settings)
+    prepare_network(network, settings)
     prepare_run_folder(settings, accelerator, MAY_CHANGE)
-    optimizer = accelerator.prepare(settings.optimizer.build(learning([denoiser]), settings.learning_rate))
+    optimizer = accelerator.prepare(settings.optimizer.build(trainable_parameters([denoiser]), settings.learning_rate))
     model = accelerator.prepare(denoiser)
     generator = Generator(
         Denoiser(ema.module, latents.none), vae, latents.shape, latents.dataset.normalisation, settings.sampling,

@@ -32,7 +32,7 @@ from ldm_vae.autoencoder import latents
 from ldm_vae.core.flop_counter import COUNTS
 from ldm_vae.denoisers.dit import Config as DiTConfig
 from ldm_vae.kernels.group_norm import fuse_norms
-from ldm_vae.run.optim import learning
+from ldm_vae.run.optim import trainable_parameters
 from ldm_vae.training.adaptive_weight import adaptive_ratio
 
 from . import encode
@@ -94,7 +94,7 @@ def parts(work: Workload, changes: tuple[str, ...]) -> dict[str, Part]:
     fake = made.pixels.detach()
     cotangent = torch.randn_like(fake)
     optimizers = (networks.optimizer, networks.critic_optimizer)
-    weights = [learning([networks.network]), learning([networks.critic])]
+    weights = [trainable_parameters([networks.network]), trainable_parameters([networks.critic])]
 
     whole = ours(networks)  # LPIPS and all
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_vae.autoencoder.finite import check_weights
-from ldm_vae.autoencoder.weights.files import say
+from ldm_vae.autoencoder.weights.files import print_note
 from ldm_vae.autoencoder.weights.networks import (
     CLASSES,
     CONFIG,
@@ -44,7 +44,7 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
         vae = load_single_file(path, None if config is None else Path(config))
     else:
         if config is not None:
-            say(f"{place}: its own config.json is taken; {config} is for single files")
+            print_note(f"{place}: its own config.json is taken; {config} is for single files")
         folder = find_folder(str(source), place)
         vae = load_folder(folder, place, CLASSES)
         local, subfolder = path.is_dir(), "vae" if folder.name == "vae" else None

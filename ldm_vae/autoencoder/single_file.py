@@ -20,7 +20,7 @@ from ldm_vae.autoencoder.weights.files import (
     Weights,
     few,
     open_weights,
-    say,
+    print_note,
 )
 from ldm_vae.autoencoder.weights.names import find_autoencoder
 from ldm_vae.autoencoder.weights.networks import build, fill
@@ -158,7 +158,9 @@ def _scaling(config: Mapping[str, Any], names: list[str], path: Path) -> dict[st
     if known is not None:
         return {"scaling_factor": known[0], "shift_factor": known[1]}
     if is_sd_shape(config):
-        say(f"{path} has Stable Diffusion's shape: scaling_factor {SD_SCALING} is taken (SDXL's would be 0.13025)")
+        print_note(
+            f"{path} has Stable Diffusion's shape: scaling_factor {SD_SCALING} is taken (SDXL's would be 0.13025)"
+        )
         return {"scaling_factor": SD_SCALING}
-    say(f"{path} does not say its scaling: scaling_factor is 1 until it is measured (`ldm-vae export --stats`)")
+    print_note(f"{path} does not say its scaling: scaling_factor is 1 until it is measured (`ldm-vae export --stats`)")
     return {"scaling_factor": 1.0}

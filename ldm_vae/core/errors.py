@@ -42,7 +42,7 @@ def run_program(main: Callable[[], None]) -> NoReturn:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(141)
-        if (what := misfortune(error)) is None:
+        if (what := environment_failure(error)) is None:
             raise  # a mistake of ours: the traceback tells where
         _leave(1, what)
     sys.exit(0)
@@ -65,7 +65,7 @@ def _nobody_reads() -> bool:
 # --- failures of the environment --------------------------------------------------------------------------------------
 
 
-def misfortune(error: Exception) -> WorkError | None:
+def environment_failure(error: Exception) -> WorkError | None:
     """Map a failure of the environment (disk, memory, a dead worker) to WorkError; None for any other error.
 
     A file that cannot be read or written, memory that is used up, a killed data worker (torch raises that out

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ldm_vae.core.errors import WorkError, misfortune
+from ldm_vae.core.errors import WorkError, environment_failure
 
 GRACE = 5.0  # seconds: see `_take`
 
@@ -94,7 +94,7 @@ def load(
         except StopIteration:
             return
         except RuntimeError as error:
-            if (what := misfortune(error)) is None:
+            if (what := environment_failure(error)) is None:
                 raise
             raise what from error
         # raised here, in the main process, as the sentence that it is

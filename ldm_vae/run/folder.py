@@ -215,7 +215,7 @@ def save(
 # --- in the loop ------------------------------------------------------------------------------------------------------
 
 
-def arrange(network: nn.Module, settings: RunConfig) -> None:
+def prepare_network(network: nn.Module, settings: RunConfig) -> None:
     """Memory layout and compilation of a network that is about to train, in place."""
     if settings.channels_last:
         network.to(memory_format=torch.channels_last)

@@ -36,7 +36,7 @@ class OptimizerConfig(Section):
         return optimizer
 
 
-def learning(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
+def trainable_parameters(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
     """The parameters that are not frozen."""
     return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 

@@ -27,7 +27,7 @@ from ldm_vae.core.flop_counter import Cost, gpu_autocast
 from ldm_vae.core.frozen_module import Frozen
 from ldm_vae.data.stream import length
 from ldm_vae.kernels.group_norm import fuse_norms
-from ldm_vae.run.optim import learning
+from ldm_vae.run.optim import trainable_parameters
 from ldm_vae.training.adversary import Adversary
 from ldm_vae.training.config import (
     Training,
@@ -96,8 +96,8 @@ def plan(settings: Training, processes: int = 1) -> Plan:
         forward = {
             name: _flops(function, arguments) / len(images) / 1e9 for name, (function, arguments) in parts.items()
         }
-        optimizer = settings.optimizer.build(learning([network, objective]), settings.learning_rate)
-        critic_optimizer = None if critic is None else settings.optimizer.build(learning([critic]), 1e-4)
+        optimizer = settings.optimizer.build(trainable_parameters([network, objective]), settings.learning_rate)
+        critic_optimizer = None if critic is None else settings.optimizer.build(trainable_parameters([critic]), 1e-4)
         step = TrainingStep(
             accelerator, network, objective, optimizer, Adversary(settings.adversary), critic, critic_optimizer,
             settings.max_grad_norm,
@@ -121,6 +121,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
     looked_through = {id(part.network): part.network for root in (network, objective) for part in root.modules()
                       if isinstance(part, Frozen)}  # fmt: skip
     frozen = sum(_bytes(module) for module in looked_through.values())
+    learned = trainable_parameters([network, *held[1:]])
     return Plan(
         parameters={"autoencoder": count_parameters(vae.parameters())}
         | ({} if critic is None else {"discriminator": count_parameters(critic.parameters())}),
@@ -130,7 +131,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
             "weights": weights,
             "averaged weights": _bytes(vae),
             # beside the gradients themselves
-            **({"buckets of DDP": 4 * count_parameters(learning([network, *held[1:]]))} if processes > 1 else {}),
+            **({"buckets of DDP": 4 * count_parameters(learned)} if processes > 1 else {}),
             **({"networks that losses look through": frozen} if frozen else {}),
             "Adam's moments": moments,
             "activations and gradients": max(second.peak_bytes, first.peak_bytes - moments),

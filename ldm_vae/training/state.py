@@ -13,9 +13,9 @@ from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.errors import WorkError
 from ldm_vae.run.ema import Ema
-from ldm_vae.run.folder import arrange, global_batch, resume, save
+from ldm_vae.run.folder import global_batch, prepare_network, resume, save
 from ldm_vae.run.metrics_log import Averages
-from ldm_vae.run.optim import learning, schedule, set_learning_rate
+from ldm_vae.run.optim import schedule, set_learning_rate, trainable_parameters
 from ldm_vae.training.adversary import Adversary
 from ldm_vae.training.config import Training, build_discriminator, build_network, build_objective, check_teachers
 from ldm_vae.training.objective import Objective
@@ -130,13 +130,15 @@ def build_state(settings: Training, accelerator: Accelerator, vae: Any) -> Train
     adversary = Adversary(settings.adversary).to(accelerator.device)
     critic = build_discriminator(settings)
     for module in [network] if critic is None else [network, critic]:
-        arrange(module, settings)
-    optimizer = accelerator.prepare(settings.optimizer.build(learning([network, objective]), settings.learning_rate))
+        prepare_network(module, settings)
+    optimizer = accelerator.prepare(
+        settings.optimizer.build(trainable_parameters([network, objective]), settings.learning_rate)
+    )
     model = accelerator.prepare(network)
     discriminator, critic_optimizer = None, None
     if critic is not None:
         rate = settings.discriminator_learning_rate or settings.learning_rate
-        critic_optimizer = accelerator.prepare(settings.optimizer.build(learning([critic]), rate))
+        critic_optimizer = accelerator.prepare(settings.optimizer.build(trainable_parameters([critic]), rate))
         discriminator = accelerator.prepare(critic)
     skip_nan = settings.on_nan == "skip"
     step = TrainingStep(

@@ -19,7 +19,7 @@ from torch import nn
 
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
-from ldm_vae.run.optim import learning
+from ldm_vae.run.optim import trainable_parameters
 from ldm_vae.training.adaptive_weight import adaptive_ratio
 from ldm_vae.training.adversary import Adversary
 from ldm_vae.training.monitor import logit_statistics
@@ -69,7 +69,7 @@ class TrainingStep:
         pixels = reconstruction.pixels.detach().requires_grad_()
         pixel_total, logs = self.objective.pixel_terms(pixels, reconstruction.target, images_seen)
         # parameters of the terms themselves (a learned variance, a projection) get their gradients in the same pass
-        own = learning([self.objective])
+        own = trainable_parameters([self.objective])
         cotangent, *own_gradients = torch.autograd.grad(pixel_total, [pixels, *own], materialize_grads=True)
         logs["loss/pixels"] = pixel_total.detach()
 
@@ -92,7 +92,9 @@ class TrainingStep:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         if not self.accelerator.sync_gradients:
             return logs
-        taken, update_logs = self._update(self.optimizer, "autoencoder", learning([self.model, self.objective]))
+        taken, update_logs = self._update(
+            self.optimizer, "autoencoder", trainable_parameters([self.model, self.objective])
+        )
         bottleneck = self._network.bottleneck
         if taken:
             self.objective.after_update()
@@ -139,7 +141,7 @@ class TrainingStep:
         self.accelerator.backward(loss)
         if not self.accelerator.sync_gradients:
             return logs
-        parameters = learning([self.discriminator])
+        parameters = trainable_parameters([self.discriminator])
         # LeCAM's averages and spectral norms move only with the weights
         taken, update_logs = self._update(self.discriminator_optimizer, "discriminator", parameters)
         if taken:
@@ -181,7 +183,7 @@ class TrainingStep:
         optimizer.zero_grad()
         if scaler is not None and (ratio := scaler.get_scale() / before) != 1 and self.discriminator is not None:
             # its earlier micro-batches hold gradients times the scale that was
-            for parameter in learning([self.discriminator]):
+            for parameter in trainable_parameters([self.discriminator]):
                 if parameter.grad is not None:
                     parameter.grad *= ratio
 

@@ -30,7 +30,7 @@ from ldm_vae.losses.kl_target import Config as KLTarget
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.l2 import Config as L2
 from ldm_vae.models.vq import Config as VQConfig
-from ldm_vae.run.optim import learning
+from ldm_vae.run.optim import trainable_parameters
 from ldm_vae.training.adversary import Adversary, AdversaryConfig
 from ldm_vae.training.objective import Objective
 from ldm_vae.training.step import TrainingStep
@@ -55,7 +55,7 @@ def train(
     ).double()
     critic = PatchGAN(width=8, layers=1).build().double()
     optimizers = [
-        torch.optim.Adam(learning(modules), lr=1e-3, betas=(0.5, 0.9), eps=1e-12)
+        torch.optim.Adam(trainable_parameters(modules), lr=1e-3, betas=(0.5, 0.9), eps=1e-12)
         for modules in ((network, objective), (critic,))
     ]
     model, discriminator = accelerator.prepare(network), accelerator.prepare(critic)

@@ -56,7 +56,7 @@ class Weights:
     usual: tuple[str, ...] = ldm_keys.PREFIXES
 
 
-def say(sentence: str) -> None:
+def print_note(sentence: str) -> None:
     """Tell a user on stderr about weights that are taken all the same."""
     print(f"note: {sentence}", file=sys.stderr)
 
@@ -196,7 +196,9 @@ def open_folder(folder: Path, place: str) -> Weights:
     chosen = min(variants, key=lambda one: (order.index(one) if one in order else len(order), one or ""))
     if chosen is not None:
         others = ", ".join(sorted(str(one) for one in variants if one != chosen))
-        say(f"{place} has no full weights: its variant {chosen} is taken" + (f", not {others}" if others else ""))
+        print_note(
+            f"{place} has no full weights: its variant {chosen} is taken" + (f", not {others}" if others else "")
+        )
     file = folder / variants[chosen]
     weights = open_weights(file, place) if file.suffix != ".json" else _open_shards(file, place)
     return replace(weights, usual=("",))

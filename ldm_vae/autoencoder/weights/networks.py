@@ -19,9 +19,9 @@ from ldm_vae.autoencoder.weights.files import (
     Weights,
     export_command,
     open_folder,
+    print_note,
     read_index,
     refuse_disguise,
-    say,
 )
 from ldm_vae.autoencoder.weights.names import fit
 from ldm_vae.core.errors import UsageError
@@ -95,10 +95,10 @@ def fill(network: torch.nn.Module, weights: Weights) -> None:
     # assign: the tensors of the file become the parameters, nothing is copied
     network.load_state_dict(fitted.state, strict=True, assign=True)
     for note in fitted.notes:
-        say(note)
+        print_note(note)
     if fitted.rounded:
         network.float().eval().requires_grad_(False)
-        say(f"{weights.place}: {rounding.cost(network, fitted.rounded)}")
+        print_note(f"{weights.place}: {rounding.cost(network, fitted.rounded)}")
 
 
 # --- where a VAE's folder is ------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from ldm_vae.latent_store.format.manifest import (
     read_finished,
 )
 from ldm_vae.latent_store.maintain.merge_split import pieces
-from ldm_vae.latent_store.maintain.repack import deal
+from ldm_vae.latent_store.maintain.repack import repack
 
 
 def convert_to(store: Path, out: Path, name: str, options: Options | None = None) -> list[str]:
@@ -79,7 +79,7 @@ def convert_from(
             raise UsageError(f"--vae: {vae_name} has another encoder than the one that the latents in {path} name")
         found = chosen.read(path, known)
         head = known.manifest.model_copy(update={"identity": found.identity, "shards": ()})
-        return deal(found.pieces, out, head, known.quarantine), found.notes
+        return repack(found.pieces, out, head, known.quarantine), found.notes
     if shard_size < 1:
         raise UsageError(f"--shard_size: expected at least 1, got {shard_size}")
     assert encoder is not None
@@ -100,4 +100,4 @@ def convert_from(
             claimed=True,
         ),
     )
-    return deal(found.pieces, out, head), found.notes
+    return repack(found.pieces, out, head), found.notes

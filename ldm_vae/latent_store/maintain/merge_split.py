@@ -30,8 +30,8 @@ from ldm_vae.latent_store.maintain.repack import (
     Integers,
     Samples,
     Tensors,
-    deal,
     image_ordinals,
+    repack,
 )
 from ldm_vae.latent_store.maintain.verify import check_shard
 from ldm_vae.latent_store.write.updates import (
@@ -114,7 +114,7 @@ def merge(stores: Sequence[Path], out: Path) -> Manifest:
     quarantine = {entry.key: entry for store in stores for entry in read_quarantine(store)}
     # each once, in order: the rows keep the settings that they were computed with
     settings = tuple(dict.fromkeys(setting for manifest in manifests for setting in manifest.settings))
-    return deal(parts, out, manifests[0].model_copy(update={"settings": settings}), list(quarantine.values()))
+    return repack(parts, out, manifests[0].model_copy(update={"settings": settings}), list(quarantine.values()))
 
 
 def check_same_identity(first: Path, one: Identity, second: Path, other: Identity) -> None:
@@ -176,7 +176,7 @@ def split(store: Path, out: Path, count: int) -> list[Path]:
     # one name for all parts: they appear together or not at all
     with atomic_io.whole_folder(out) as folder:
         for number in range(count):
-            deal(_kept(everything, part == number), folder / str(number), manifest)
+            repack(_kept(everything, part == number), folder / str(number), manifest)
     return [out / str(number) for number in range(count)]
 
 
@@ -187,7 +187,7 @@ def take_samples(store: Path, out: Path, first: int, stop: int) -> Manifest:
         raise UsageError(f"--rows: expected FIRST:STOP within 0:{manifest.samples}, got {first}:{stop}")
     marks = np.zeros(manifest.samples, dtype=bool)
     marks[first:stop] = True
-    return deal(_kept(list(pieces(store, manifest)), marks), out, manifest)
+    return repack(_kept(list(pieces(store, manifest)), marks), out, manifest)
 
 
 def take_where(store: Path, out: Path, wanted: Sequence[tuple[str, str]]) -> Manifest:
@@ -205,7 +205,7 @@ def take_where(store: Path, out: Path, wanted: Sequence[tuple[str, str]]) -> Man
             values = table.column(name).to_pylist() if name in table.column_names else [None] * len(keep)
             keep &= [_has(found, value) for found in values]
         parts.append(chosen(piece, keep))
-    return deal([piece for piece in parts if len(piece.rows)], out, manifest)
+    return repack([piece for piece in parts if len(piece.rows)], out, manifest)
 
 
 def _has(found: Any, value: str) -> bool:

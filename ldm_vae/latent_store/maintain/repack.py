@@ -66,7 +66,7 @@ class Piece(Protocol):
         """The rows at these positions, ascending, in parts that fit into memory."""
 
 
-def deal(parts: Sequence[Piece], out: Path, head: Manifest, quarantine: Sequence[BadSample] = ()) -> Manifest:
+def repack(parts: Sequence[Piece], out: Path, head: Manifest, quarantine: Sequence[BadSample] = ()) -> Manifest:
     """Write a new store of these rows; it has its name only when it is whole.
 
     Args:

@@ -28,7 +28,7 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.data import buckets, sampler
 from ldm_vae.data.workers import load
 from ldm_vae.latent_store.read.batch import Item
-from ldm_vae.latent_store.read.prefetch import ahead, warn_if_small
+from ldm_vae.latent_store.read.prefetch import prefetch_shards, warn_if_small
 
 if TYPE_CHECKING:
     from ldm_vae.latent_store.read.dataset import LatentDataset
@@ -149,7 +149,7 @@ class LatentLoader:
         tasks = itertools.islice(self.schedule.batches(self._step), stop - self._step)
         reader = _Reader(self.dataset)
         for batch in load(
-            reader, ahead(self.dataset, tasks), self.num_workers, self.pin_memory, self.prefetch_factor, None
+            reader, prefetch_shards(self.dataset, tasks), self.num_workers, self.pin_memory, self.prefetch_factor, None
         ):
             self._step += 1  # before it is given: a state that is saved after its step does not repeat it
             yield batch
@@ -193,7 +193,7 @@ class LatentStream(IterableDataset[Item]):
         reader = _Reader(self._loader.dataset)
         batches = self._loader.schedule.batches(self._loader.state_dict()["step"])
         # dealt by number: worker w of W makes w, w + W, ..., whatever the others do
-        for tasks in ahead(self._loader.dataset, itertools.islice(batches, first, None, every)):
+        for tasks in prefetch_shards(self._loader.dataset, itertools.islice(batches, first, None, every)):
             yield reader.__getitems__(tasks)
 
 

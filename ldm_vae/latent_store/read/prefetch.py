@@ -32,7 +32,7 @@ SHARDS = 8  # that are asked for beyond the next batches
 FEWEST_BATCHES, MOST_BATCHES = 2, 1024
 
 
-def ahead(dataset: LatentDataset, batches: Iterable[Tasks]) -> Iterator[Tasks]:
+def prefetch_shards(dataset: LatentDataset, batches: Iterable[Tasks]) -> Iterator[Tasks]:
     """Yield the same batches of (index, epoch); of a remote store, while the shards of later batches are downloaded."""
     files = _remote(dataset)
     if files is None:

@@ -66,7 +66,7 @@ class Sketch:
     load: Load
 
 
-def found(path: Path, told: Carried | Claim, sketches: Sequence[Sketch], notes: Sequence[str] = ()) -> Found:
+def found(path: Path, origin: Carried | Claim, sketches: Sequence[Sketch], notes: Sequence[str] = ()) -> Found:
     """Pieces of the identity that was carried, or of the one that fits what the user claims.
 
     Raises:
@@ -75,16 +75,16 @@ def found(path: Path, told: Carried | Claim, sketches: Sequence[Sketch], notes: 
     """
     if not sketches:
         raise WorkError(f"SRC {path}: no latents in it")
-    if isinstance(told, Carried):
-        identity = told.manifest.identity
+    if isinstance(origin, Carried):
+        identity = origin.manifest.identity
     else:
         kinds = {(tuple(sketch.dtypes), tuple(set(sketch.dtypes.values()))) for sketch in sketches}
         for sketch in sketches:
-            told.check_channels(sketch.where, sketch.shape)
+            origin.check_channels(sketch.where, sketch.shape)
         (names, dtypes), *others = kinds
         if others or len(dtypes) > 1:
             raise WorkError(f"SRC {path}: its files do not all hold the same tensors in one type")
-        identity = told.identity(names, dtypes[0], [sketch.group for sketch in sketches])
+        identity = origin.identity(names, dtypes[0], [sketch.group for sketch in sketches])
     pieces = [ForeignPiece(s.where, identity, s.keys, s.group, s.shape, s.load) for s in sketches]
     return Found(identity, pieces, tuple(notes))
 
@@ -115,7 +115,7 @@ class Format(Protocol):
     def carried(self, path: Path) -> Carried | None:
         """Raises UsageError when there is nothing of this format, WorkError when it is damaged."""
 
-    def read(self, path: Path, told: Carried | Claim) -> Found:
+    def read(self, path: Path, origin: Carried | Claim) -> Found:
         """Raises WorkError for files that are damaged, or not what is told of them."""
 
 

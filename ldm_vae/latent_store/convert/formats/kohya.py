@@ -208,24 +208,24 @@ class _Entry:
     """By the names that the store has for them."""
 
 
-def read(path: Path, told: Carried | Claim) -> Found:
+def read(path: Path, origin: Carried | Claim) -> Found:
     """A piece for each run of images of one shape: in the store's order, or in that of their sizes and names."""
     entries: list[_Entry] = []
     others = 0
     for file in tqdm(walk(path, frozenset({".npz"})), desc="look", unit="files", disable=None, leave=False):
-        here = _look(path, file, told)
+        here = _look(path, file, origin)
         others += not here
         entries += here
     # back into the store's order, so that the units are the ones they were
     entries.sort(key=lambda entry: (entry.order, entry.shape))
     runs = itertools.groupby(entries, lambda entry: (entry.shape, entry.row.get("resolution"), list(entry.dtypes)))
-    sketches = [_sketch(path, list(run), told) for _, run in runs]
-    return found(path, told, sketches, [f"{others:,} .npz without latents were left out"] if others else [])
+    sketches = [_sketch(path, list(run), origin) for _, run in runs]
+    return found(path, origin, sketches, [f"{others:,} .npz without latents were left out"] if others else [])
 
 
-def _look(root: Path, file: str, told: Carried | Claim) -> list[_Entry]:
+def _look(root: Path, file: str, origin: Carried | Claim) -> list[_Entry]:
     named = NAME.fullmatch(file)
-    kind = TENSOR_NAMES[told.manifest.identity.store][0] if isinstance(told, Carried) else "sample"
+    kind = TENSOR_NAMES[origin.manifest.identity.store][0] if isinstance(origin, Carried) else "sample"
     entries = []
     with _opened(root / file) as archive:
         members = set(archive.namelist())
@@ -239,38 +239,38 @@ def _look(root: Path, file: str, told: Carried | Claim) -> list[_Entry]:
                 raise ValueError(f"latents{size} has the shape {list(shape)}, not [c, h, w]")
             # a stranger's file: the key is its path, without the size that the name ends in
             key, order, row = named["path"] if named else file.removesuffix(".npz"), 0, {}
-            if isinstance(told, Carried):
+            if isinstance(origin, Carried):
                 own = row_from_json(_array(archive, f"{ROW}{size}").astype(np.uint8).tobytes())
                 key, order, row = str(own["row"]["key"]), int(own["order"]), dict(own["row"])
             elif f"original_size{size}.npy" in members:
                 width, height = _array(archive, f"original_size{size}").reshape(2).tolist()
                 row = {"original_size": [int(height), int(width)]}
-            if isinstance(told, Claim) and f"crop_ltrb{size}.npy" in members:
+            if isinstance(origin, Claim) and f"crop_ltrb{size}.npy" in members:
                 left, top, right, bottom = _array(archive, f"crop_ltrb{size}").reshape(4).tolist()
                 # the image is centred in its bucket, its left and top edge rounded down
-                told.check_crop(key, told.group(shape), (top + bottom, left + right), slack=2)
+                origin.check_crop(key, origin.group(shape), (top + bottom, left + right), slack=2)
             scaled = named is not None and named["model"] in SCALED
             entries.append(_Entry(file, size, scaled, key, order, row, shape, dtypes))
     return entries
 
 
-def _sketch(root: Path, entries: list[_Entry], told: Carried | Claim) -> Sketch:
+def _sketch(root: Path, entries: list[_Entry], origin: Carried | Claim) -> Sketch:
     first = entries[0]
-    group = told.group(first.shape) if isinstance(told, Claim) else group_of(first.row, root / first.file)
+    group = origin.group(first.shape) if isinstance(origin, Claim) else group_of(first.row, root / first.file)
 
     def load(positions: Integers) -> Iterator[tuple[Tensors, Samples]]:
         for begin in range(0, len(positions), CHUNK_ROWS):
             some = positions[begin : begin + CHUNK_ROWS].tolist()
-            each = [_latents(root, entries[place], told) for place in some]
+            each = [_latents(root, entries[place], origin) for place in some]
             rows = [entries[place].row for place in some]
-            if isinstance(told, Claim):
-                rows = [told.row(entries[n].key, n, group, row) for n, row in zip(some, rows, strict=True)]
+            if isinstance(origin, Claim):
+                rows = [origin.row(entries[n].key, n, group, row) for n, row in zip(some, rows, strict=True)]
             yield {name: np.stack([latents[name] for latents in each]) for name in first.dtypes}, rows
 
     return Sketch(root, [entry.key for entry in entries], first.shape, group, first.dtypes, load)
 
 
-def _latents(root: Path, entry: _Entry, told: Carried | Claim) -> Tensors:
+def _latents(root: Path, entry: _Entry, origin: Carried | Claim) -> Tensors:
     """Tensors of one image by the store's names, as they are in the file."""
     read: Tensors = {}
     with _opened(root / entry.file) as archive:
@@ -280,7 +280,7 @@ def _latents(root: Path, entry: _Entry, told: Carried | Claim) -> Tensors:
             if values.shape != entry.shape:
                 raise ValueError(f"{name}{entry.size} has the shape {list(values.shape)}, not {list(entry.shape)}")
             if entry.scaled:
-                values = told.normalisation.undo(torch.from_numpy(values.astype(np.float32))).numpy()
+                values = origin.normalisation.undo(torch.from_numpy(values.astype(np.float32))).numpy()
             read[stored] = values
     return read
 

@@ -71,8 +71,8 @@ def _has_labels(manifest: Manifest) -> bool:
 def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], options: Options) -> None:
     """A file of tensors and one of columns per shard."""
     identity = manifest.identity
-    told = manifest.model_copy(update={"identity": one_sample(identity), "shards": ()})
-    write_carried(folder, Carried(manifest=told, quarantine=tuple(read_quarantine(pieces[0].store))))
+    origin = manifest.model_copy(update={"identity": one_sample(identity), "shards": ()})
+    write_carried(folder, Carried(manifest=origin, quarantine=tuple(read_quarantine(pieces[0].store))))
     digits = max(3, len(str(len(pieces) - 1)))  # its reader sorts by name
     for number, piece in enumerate(tqdm(pieces, desc="convert", unit="shards", disable=None, leave=False)):
         stem = folder / f"latents_rank00_shard{number:0{digits}d}"
@@ -111,46 +111,48 @@ def carried(path: Path) -> Carried | None:
     return read_carried(path if path.is_dir() else path.parent)
 
 
-def read(path: Path, told: Carried | Claim) -> Found:
+def read(path: Path, origin: Carried | Claim) -> Found:
     """Find one piece per file."""
-    return found(path, told, [_sketch(file, told) for file in _files(path)])
+    return found(path, origin, [_sketch(file, origin) for file in _files(path)])
 
 
-def _sketch(path: Path, told: Carried | Claim) -> Sketch:
+def _sketch(path: Path, origin: Carried | Claim) -> Sketch:
     mapped = shards.map_tensors(path)
     latents = mapped.get(LATENTS)
     if latents is None or latents.ndim != 4 or not len(latents):
         raise WorkError(f"{path}: has no tensor {LATENTS} [N, c, h, w]; it has {', '.join(mapped)}")
     tensor, views = "sample", ["", FLIP] if FLIPPED in mapped else [""]
-    if isinstance(told, Carried):
-        identity = told.manifest.identity
+    if isinstance(origin, Carried):
+        identity = origin.manifest.identity
         tensor, views = TENSOR_NAMES[identity.store][0], list(identity.views)
     places = {tensor_name(tensor, view): FLIPPED if view else LATENTS for view in views}
     for name in places.values():
         if name not in mapped or mapped[name].shape != latents.shape:
             raise WorkError(f"{path}: its tensor {name} is missing, or not of the shape of {LATENTS}")
-    table = _columns(path, mapped, told)
+    table = _columns(path, mapped, origin)
     keys = table.column("key").to_pylist()
-    group = told.group(latents.shape) if isinstance(told, Claim) else group_of(table.slice(0, 1).to_pylist()[0], path)
+    group = (
+        origin.group(latents.shape) if isinstance(origin, Claim) else group_of(table.slice(0, 1).to_pylist()[0], path)
+    )
 
     def load(positions: Integers) -> Iterator[tuple[Tensors, Samples]]:
         mapped = shards.map_tensors(path)
-        table = _columns(path, mapped, told)
+        table = _columns(path, mapped, origin)
         for begin in range(0, len(positions), shards.CHUNK_ROWS):
             some = positions[begin : begin + shards.CHUNK_ROWS]
             samples = table.take(some).to_pylist()
-            if isinstance(told, Claim):
-                samples = [told.row(row.pop("key"), n, group, row) for n, row in zip(some, samples, strict=True)]
+            if isinstance(origin, Claim):
+                samples = [origin.row(row.pop("key"), n, group, row) for n, row in zip(some, samples, strict=True)]
             yield {stored: mapped[name][some] for stored, name in places.items()}, samples
 
     dtypes = {stored: mapped[name].dtype for stored, name in places.items()}
     return Sketch(path, keys, latents.shape[1:], group, dtypes, load)
 
 
-def _columns(path: Path, mapped: Tensors, told: Carried | Claim) -> pa.Table:
+def _columns(path: Path, mapped: Tensors, origin: Carried | Claim) -> pa.Table:
     """The columns of a shard: those that lie beside it, or what a stranger's shard tells."""
     count = len(mapped[LATENTS])
-    if isinstance(told, Claim):
+    if isinstance(origin, Claim):
         labels = {"label": mapped[LABELS]} if LABELS in mapped and mapped[LABELS].shape == (count,) else {}
         return pa.table({"key": [f"{path.name}:{number}" for number in range(count)], **labels})
     try:

@@ -174,13 +174,13 @@ def carried(path: Path) -> Carried | None:
     return parse_carried(b'{"manifest": %b, "quarantine": %b}' % (manifest, quarantine), path)
 
 
-def read(path: Path, told: Carried | Claim) -> Found:
+def read(path: Path, origin: Carried | Claim) -> Found:
     """Find one piece per file."""
     bar = tqdm(_files(path), desc="look", unit="files", disable=None, leave=False)
-    return found(path, told, [sketch for file in bar if (sketch := _sketch(file, told)).keys])
+    return found(path, origin, [sketch for file in bar if (sketch := _sketch(file, origin)).keys])
 
 
-def _sketch(path: Path, told: Carried | Claim) -> Sketch:
+def _sketch(path: Path, origin: Carried | Claim) -> Sketch:
     with _opened(path) as file:
         for number in range(file.metadata.num_row_groups):
             # by the file's own word, before anything is unpacked
@@ -198,7 +198,7 @@ def _sketch(path: Path, told: Carried | Claim) -> Sketch:
         arrays = {name: _array(path, first.column(column)) for name, column in names.items()}
         rows = first.drop_columns(list(names.values())).to_pylist()
     values = next(iter(arrays.values()))
-    group = group_of(rows[0], path) if isinstance(told, Carried) else told.group(values.shape)
+    group = group_of(rows[0], path) if isinstance(origin, Carried) else origin.group(values.shape)
     if keys and not all(isinstance(key, str) for key in keys):
         raise WorkError(f"{path}: the column key is not text in every row")
 
@@ -206,10 +206,10 @@ def _sketch(path: Path, told: Carried | Claim) -> Sketch:
         for first, batch, own in _batches(path, positions):
             tensors = {name: _array(path, batch.column(column)) for name, column in names.items()}
             samples = batch.drop_columns(list(names.values())).to_pylist()
-            if isinstance(told, Claim):
+            if isinstance(origin, Claim):
                 places = (first + own).tolist()
                 samples = [
-                    told.row(str(row.pop("key", sketch.keys[at])), at, group, row)
+                    origin.row(str(row.pop("key", sketch.keys[at])), at, group, row)
                     for at, row in zip(places, samples, strict=True)
                 ]
             yield tensors, samples

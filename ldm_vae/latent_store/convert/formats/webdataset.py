@@ -118,13 +118,13 @@ class _Places:
     headers: dict[str, Header] = field(default_factory=dict)
 
 
-def read(path: Path, told: Carried | Claim) -> Found:
+def read(path: Path, origin: Carried | Claim) -> Found:
     """Find one piece per tar and latent shape."""
     sketches: list[Sketch] = []
     for file in tqdm(_files(path), desc="look", unit="files", disable=None, leave=False):
         for shape, places in _look(file).items():
-            sketches.append(_sketch(file, shape, places, told))
-    return found(path, told, sketches)
+            sketches.append(_sketch(file, shape, places, origin))
+    return found(path, origin, sketches)
 
 
 def _look(path: Path) -> dict[tuple[int, ...], _Places]:
@@ -168,22 +168,22 @@ def _header(path: Path, member: tars.Member) -> Header:
         raise WorkError(f"{path}: {member.name!r}: {error}") from error
 
 
-def _sketch(path: Path, shape: tuple[int, ...], places: _Places, told: Carried | Claim) -> Sketch:
-    own = isinstance(told, Carried)
+def _sketch(path: Path, shape: tuple[int, ...], places: _Places, origin: Carried | Claim) -> Sketch:
+    own = isinstance(origin, Carried)
     # only our own names are quoted; a stranger's % is a %
     keys = [unquote(key) for key in places.keys] if own else places.keys
     at = {name: np.array(pairs, dtype=np.int64) for name, pairs in places.of.items()}
     if own and "json" not in at:
         raise WorkError(f"{path}: its samples have no .json")
-    group = told.group(shape) if isinstance(told, Claim) else group_of(_row(path, *at["json"][0]), path)
+    group = origin.group(shape) if isinstance(origin, Claim) else group_of(_row(path, *at["json"][0]), path)
 
     def load(positions: Integers) -> Iterator[tuple[Tensors, Samples]]:
         for begin in range(0, len(positions), CHUNK_ROWS):
             some = positions[begin : begin + CHUNK_ROWS].tolist()
             tensors = {name: np.stack([_array(path, *at[name][row]) for row in some]) for name in places.headers}
             samples = [_row(path, *at["json"][row]) if "json" in at else {} for row in some]
-            if isinstance(told, Claim):
-                samples = [told.row(keys[n], n, group, row) for n, row in zip(some, samples, strict=True)]
+            if isinstance(origin, Claim):
+                samples = [origin.row(keys[n], n, group, row) for n, row in zip(some, samples, strict=True)]
             yield tensors, samples
 
     return Sketch(path, keys, shape, group, {name: dtype for name, (_, dtype) in places.headers.items()}, load)
