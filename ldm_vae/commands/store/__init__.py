@@ -31,7 +31,7 @@ Names = Literal["sized", "plain", "old"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Origins:
-    """Where the VAE and the images of a store are now."""
+    """Current locations of a store's VAE and images."""
 
     vae: str | None = flag("location of the store's VAE (default: the one in the manifest)", metavar="VAE")
     data: str | None = flag("location of the store's images (default: the one in the manifest)", metavar="DATA")
@@ -40,7 +40,7 @@ class _Origins:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify(_Origins):
-    """A store to read again."""
+    """A store to verify."""
 
     reencode: int | None = flag("encode N random images again and compare", metavar="N")
     store: str = argument("STORE", "folder or URL of a latent store")
@@ -63,7 +63,7 @@ class Stats:
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Stores that become one."""
+    """Stores to merge."""
 
     stores: tuple[str, ...] = argument(
         "STORE", "stores with equal identity; VAE and data are those of the first", nargs="+"
@@ -73,7 +73,7 @@ class Merge:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """A store, and which of its samples are taken."""
+    """A store to split, and the selection of samples."""
 
     store: str = argument("STORE", "folder of a latent store; it is not changed")
     parts: int | None = flag("N stores OUT/0, OUT/1, ... of consecutive whole units", one_of="ways", metavar="N")
@@ -87,7 +87,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Latents, and the format that they get or have."""
+    """Latents to convert, and the format."""
 
     source: str = argument("SRC", "a latent store (--to), or latents in another format (--from)")
     to_format: Format | None = flag("write SRC in this format", name="to", one_of="directions")
