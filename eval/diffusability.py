@@ -6,8 +6,8 @@
 DATA is encoded with each VAE into DIR/stores. On each store a small transformer is trained unconditionally by flow
 matching, with the same number of images, tokens and operations for each VAE (within --tolerance), --seeds times. The
 main result is the Frechet distance (EfficientNet-Lite0) of decoded samples to the originals, minus that of the VAE's
-own reconstructions of the same originals. The latents' spectrum and equivariance are reported too. If intervals over seeds
-overlap, the output says that no difference was shown.
+own reconstructions of the same originals. The latents' spectrum and equivariance are reported too. If intervals over
+seeds overlap, the output says that no difference was shown.
 
 DIR then holds diffusability.json, diffusability.md, images of samples and reconstructions, and an HTML report. Repeat
 the command to resume: finished parts (a store, a seed of a VAE) are kept.

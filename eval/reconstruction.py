@@ -6,8 +6,8 @@
 
 Protocol: the mode of the posterior is decoded. Images are decoded as the VAEs record (flags override it), resized by
 their short side (antialiased bicubic; not if the record says none) and centre-cropped to --resolution. Output is
-clamped to [-1, 1] and rounded to 8 bits before every metric. Every image counts exactly once on any number of processes. Means
-have 95 % intervals over images.
+clamped to [-1, 1] and rounded to 8 bits before every metric. Every image counts exactly once on any number of
+processes. Means have 95 % intervals over images.
 
 DIR then holds metrics.json (one object, or a list with one per VAE), metrics.md, images.jsonl (metrics of each image),
 pictures/ and quarantine.jsonl. `ldm-vae report DIR` writes the HTML report.
