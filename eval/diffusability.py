@@ -4,13 +4,13 @@
     python -m eval.diffusability vae-a vae-b PHOTOS --output compared --train_images 1_000_000 --layers 12 --heads 6
 
 DATA is encoded with each VAE into DIR/stores. On each store a small transformer is trained unconditionally by flow
-matching: equally many images, tokens and operations for each VAE (within --tolerance), --seeds times. Headline: the
-Frechet distance (EfficientNet-Lite0) of decoded samples to the originals, minus that of the VAE's own reconstructions
-of the same originals. The latents' spectrum and equivariance stand beside it. Where intervals over seeds overlap the
-sentence says that no difference was shown.
+matching, with the same number of images, tokens and operations for each VAE (within --tolerance), --seeds times. The
+main result is the Frechet distance (EfficientNet-Lite0) of decoded samples to the originals, minus that of the VAE's
+own reconstructions of the same originals. The latents' spectrum and equivariance are reported too. If intervals over
+seeds overlap, the output says that no difference was shown.
 
-DIR then holds diffusability.json, diffusability.md, pictures of samples and reconstructions, and a report page. What is
-finished (a store, a seed of a VAE) is not done again: the same command goes on.
+DIR then holds diffusability.json, diffusability.md, images of samples and reconstructions, and an HTML report. Repeat
+the command to resume: finished parts (a store, a seed of a VAE) are kept.
 """
 
 from __future__ import annotations

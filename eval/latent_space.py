@@ -1,18 +1,17 @@
-"""Measure a VAE's latent space: channels, information, likelihood and geometry, with pictures.
+"""Measure a VAE's latent space: channels, information, likelihood and geometry, with images.
 
     python -m eval.latent_space runs/demo/vae HELD_OUT --output runs/demo/report --resolution 64
     python -m eval.latent_space runs/textbook_vae/vae data/digits/heldout --output measured --resolution 8
     accelerate launch -m eval.latent_space my-vae PHOTOS --output measured --resolution 256
 
-The protocol: images are resized by their short side (antialiased bicubic) and centre-cropped to --resolution. One pass
-over all of them gives channels, rate, distortion and spectrum, every image once on any number of processes, sums in
-fp64. --bank of them, evenly spread, give mutual information, equivariance and the mixture. The likelihood is a Gaussian
-per pixel value with one variance, fitted on every other image; its bounds are those of --likelihood_images of the
-others. Every draw is keyed by its image. What each figure means: docs/latent_space.md.
+Protocol: images are resized by their short side (antialiased bicubic) and centre-cropped to --resolution. One pass over
+all images gives channels, rate, distortion and spectrum; every image counts once on any number of processes, and sums
+are in fp64. --bank images, evenly spaced, give mutual information, equivariance and the mixture. The likelihood is a
+Gaussian per pixel value with one variance, fitted on every other image; bounds are given for --likelihood_images of the
+rest. Every random draw is keyed by its image. docs/latent_space.md explains each quantity.
 
-DIR then holds latent_space.json, latent_space.md, latent_space/ (pictures) and
-latent_space.quarantine.jsonl. `ldm-vae report DIR`
-makes a page of it; with RUN/report as DIR it is a part of the run's page.
+DIR then holds latent_space.json, latent_space.md, latent_space/ (images) and latent_space.quarantine.jsonl. `ldm-vae
+report DIR` writes the HTML report; with RUN/report as DIR it is a section of the run's report.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Measure how well one or several VAEs reconstruct images, by one pinned protocol.
+"""Measure how well one or several VAEs reconstruct images, with a fixed protocol.
 
     python -m eval.reconstruction runs/demo/vae HELD_OUT --output runs/demo/report --resolution 64
     python -m eval.reconstruction my-vae stabilityai/sd-vae-ft-mse PHOTOS --output compared --resolution 256
     accelerate launch -m eval.reconstruction my-vae PHOTOS --output measured
 
-The protocol: the mode of the posterior is decoded; images are decoded as the VAEs record (flags override it), resized
-by their short side (antialiased bicubic; not where that record says none) and centre-cropped to --resolution; output is
-clamped to [-1, 1] and rounded to 8 bits before every metric; every image counts exactly once on any number of
-processes; means come with 95 % intervals over images.
+Protocol: the mode of the posterior is decoded. Images are decoded as the VAEs record (flags override it), resized by
+their short side (antialiased bicubic; not if the record says none) and centre-cropped to --resolution. Output is
+clamped to [-1, 1] and rounded to 8 bits before every metric. Every image counts exactly once on any number of
+processes. Means have 95 % intervals over images.
 
-DIR then holds metrics.json (one object, or a list of one per VAE), metrics.md, images.jsonl (every image's numbers),
-pictures/ and quarantine.jsonl. `ldm-vae report DIR` makes a page of it.
+DIR then holds metrics.json (one object, or a list with one per VAE), metrics.md, images.jsonl (metrics of each image),
+pictures/ and quarantine.jsonl. `ldm-vae report DIR` writes the HTML report.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from photographs to a latent space:
   ldm-vae encode my-vae PHOTOS my-latents --resolution 256
   ldm-vae evaluate my-vae HELD_OUT --output runs/mine/report --resolution 256
 
-several processes: put `accelerate launch -m ldm_vae` in the place of `ldm-vae`.
-exit status: 0 done, 1 the work failed, 2 the call was wrong, 130 / 143 stopped after saving.
+several processes: replace `ldm-vae` with `accelerate launch -m ldm_vae`.
+exit status: 0 success, 1 failure, 2 usage error, 130 / 143 stopped after saving.
 """
 
 

@@ -3,10 +3,10 @@
     accelerate launch -m train.autoencoder configs/demo.yaml --output_dir runs/mine --data.path photos
     python -m train.autoencoder configs/smoke.yaml            # one process, CPU or GPU, under a minute
     python -m train.autoencoder configs/demo.yaml --dry_run   # print the resolved config and stop
-    python -m train.autoencoder configs/demo.yaml --help      # every knob of that config
+    python -m train.autoencoder configs/demo.yaml --help      # every option of that config
 
-The same command again resumes from the last checkpoint. At the end RUN/vae is a diffusers folder (EMA weights, measured
-scaling) and RUN/report/index.html a page to look at. Time is counted in images seen by all processes together.
+Repeat the command to resume from the last checkpoint. At the end, RUN/vae is a diffusers folder (EMA weights, measured
+scaling) and RUN/report/index.html is the report. Schedules and intervals count images over all processes.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Train a small diffusion model on a latent store: flow matching, class-conditional where the store has labels.
+"""Train a small diffusion model on a latent store: flow matching, class-conditional if the store has labels.
 
     accelerate launch -m train.diffusion configs/diffusion/demo.yaml --latents runs/demo/latents
     python -m train.diffusion configs/diffusion/demo.yaml --dry_run   # print the resolved config and its cost, and stop
-    python -m train.diffusion configs/diffusion/demo.yaml --help      # every knob of that config
+    python -m train.diffusion configs/diffusion/demo.yaml --help      # every option of that config
 
-The same command again resumes from the last checkpoint. At the end RUN/denoiser is a network of diffusers (averaged
-weights) that `ldm_vae.diffusion.generator` samples from, RUN/samples holds decoded samples, and RUN/report/index.html
-is a page to look at. Time is counted in images seen by all processes together.
+Repeat the command to resume from the last checkpoint. At the end, RUN/denoiser is a diffusers network (EMA weights) for
+`ldm_vae.diffusion.generator`, RUN/samples holds decoded samples, and RUN/report/index.html is the report. Schedules and
+intervals count images over all processes.
 """
 
 from __future__ import annotations

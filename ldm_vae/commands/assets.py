@@ -8,21 +8,21 @@ from typing import Literal
 
 from ldm_vae.core.request import Action, argument, flag
 
-HELP = "fetch the LPIPS trunk, the demo's photographs, or digits for a textbook VAE"
+HELP = "download the LPIPS trunk, or write the demo's photographs or the digits of the textbook VAE"
 DESCRIPTION = """\
-Fetch what a run needs and does not bring along, before it needs it:
+Prepare network weights and example images before a run:
 
   ldm-vae assets lpips --net vgg       # the trunk of the perceptual loss, into the cache
-  ldm-vae assets demo data/demo        # photographs to try everything on
+  ldm-vae assets demo data/demo        # photographs for the demo
   ldm-vae assets digits data/digits    # 1,797 digits of 8 px, for configs/textbook_vae.yaml
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lpips:
-    """Trunks to fetch."""
+    """Trunks to download."""
 
-    net: tuple[Literal["alex", "vgg"], ...] = flag("default: both", ("alex", "vgg"), nargs="+")
+    net: tuple[Literal["alex", "vgg"], ...] = flag("backbones (default: both)", ("alex", "vgg"), nargs="+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def _digits(request: Images) -> None:
 
 
 ACTIONS = {
-    "lpips": Action("the ImageNet trunk of LPIPS, into $XDG_CACHE_HOME/ldm-vae", Lpips, _lpips),
-    "demo": Action("photographs that scikit-image and scikit-learn ship, cut into crops", Images, _demo),
-    "digits": Action("the handwritten digits of scikit-learn, as PNGs of 8 px", Images, _digits),
+    "lpips": Action("download the ImageNet trunk of LPIPS into $XDG_CACHE_HOME/ldm-vae", Lpips, _lpips),
+    "demo": Action("write crops of photographs from scikit-image and scikit-learn", Images, _demo),
+    "digits": Action("write scikit-learn's handwritten digits as PNGs of 8 px", Images, _digits),
 }

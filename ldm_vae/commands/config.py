@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from ldm_vae.core.request import argument
 
-HELP = "list the configs that ship with the project, or print one"
+HELP = "list the included configs, or print one"
 DESCRIPTION = """\
-Without NAME, list the shipped configs, each with the first line of its comment. With NAME, print that file, to be
-copied and changed:
+Without NAME, list the included configs, each with the first line of its header. With NAME, print that file, to copy
+and edit it:
 
   ldm-vae config kl_f8_d4 > mine.yaml
   ldm-vae train mine.yaml --dry_run     # the resolved config
@@ -20,7 +20,7 @@ copied and changed:
 class Request:
     """The command line."""
 
-    name: str | None = argument("NAME", "a shipped config, or a path", nargs="?")
+    name: str | None = argument("NAME", "name of an included config, or a path", nargs="?")
 
 
 def run(request: Request) -> None:

@@ -12,7 +12,7 @@ Decode the first latents of STORE (their means) into PNG files in the folder OUT
 
   ldm-vae decode my-latents pictures --count 16
 
-The VAE is the one that the store was made with, where it lies now; --vae names another place, or a fine-tuned decoder.
+By default, the VAE is the one with which the store was made. --vae gives its new location, or a fine-tuned decoder.
 """
 
 
@@ -22,9 +22,9 @@ class Request:
 
     store: str = argument("STORE", "folder or URL of a latent store")
     out: str = argument("OUT", "folder for the PNG files")
-    vae: str | None = flag("the VAE (default: the one that the store names)", metavar="VAE")
-    count: int | None = flag("how many samples (default: all)")
-    first: int = flag("index of the first one (default 0)", 0)
+    vae: str | None = flag("VAE (default: the one named in the store)", metavar="VAE")
+    count: int | None = flag("number of samples (default: all)")
+    first: int = flag("index of the first sample (default 0)", 0)
     batch_size: int = flag("latents per forward pass (default 8)", 8)
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from ldm_vae.core.request import argument, flag
 from ldm_vae.data.flags import DataFlags, data_flags
 
-HELP = "compare a fine-tuned VAE with its base: is a diffusion model of the base still right?"
+HELP = "compare a fine-tuned VAE with its base: does the base's diffusion model still apply?"
 DESCRIPTION = """\
   ldm-vae drift sd-vae my-vae photographs --resolution 256
 
-Latents against latents (cosine, RMS, shift and scale per channel), all four ways of encoding with one and decoding with
-the other (PSNR, LPIPS), and a verdict in a sentence.
+Compare the latents (cosine, RMS, shift and scale per channel) and all four combinations of encoder and decoder (PSNR,
+LPIPS), and print a verdict.
 """
 
 
@@ -22,13 +22,13 @@ class Request:
     """The command line."""
 
     base: str = argument("BASE", "the VAE that the diffusion model was trained with")
-    tuned: str = argument("TUNED", "the VAE that shall take its place")
+    tuned: str = argument("TUNED", "the VAE that replaces it")
     data: str = argument("DATA", "images: folder, dataset, list file, zip, tar shards, hub id")
     resolution: int | None = flag("side of the centre crop (default: BASE's sample_size)")
-    images: int = flag("images, spread over DATA (default 64)", 64, metavar="N")
+    images: int = flag("number of images, evenly spaced over DATA (default 64)", 64, metavar="N")
     batch_size: int = flag("images per forward pass (default 8)", 8)
-    no_lpips: bool = flag("PSNR only: no network weights are needed", False)
-    json: bool = flag("as JSON, for programs", False)
+    no_lpips: bool = flag("PSNR only; needs no LPIPS weights", False)
+    json: bool = flag("print JSON", False)
     flags: DataFlags = data_flags()
 
 

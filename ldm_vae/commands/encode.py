@@ -11,13 +11,14 @@ from ldm_vae.data.flags import DataFlags, data_flags
 HELP = "write the latents of a dataset into a store"
 DESCRIPTION = """\
 Encode every image of DATA once into the latent store OUT (mean and logvar, so that a trainer draws new noise each
-epoch). Stopped at any moment, the same command goes on; the number of processes may change and does not change a byte.
+epoch). The command can be stopped at any time; repeat it to resume. The result does not depend on the number of
+processes, which may change on resume.
 
   ldm-vae encode my-vae photographs my-latents --resolution 256
   accelerate launch -m ldm_vae encode my-vae photographs my-latents --resolution 256     # several processes
 
-VAE is a diffusers folder, a run folder, a hub id or a single file; DATA a folder of images, a dataset (parquet, arrow,
-tar shards, hub id) or a list of files. Then:
+VAE is a diffusers folder, a run folder, a hub id or a single file; DATA is a folder of images, a dataset (parquet,
+arrow, tar shards, hub id) or a list of files. To read the store:
 
   from ldm_vae import LatentDataset
   latents = LatentDataset("my-latents")[0]["latents"]
@@ -30,40 +31,43 @@ class Request:
 
     vae: str = argument("VAE", "diffusers folder, run folder, hub id or single file")
     data: str = argument("DATA", "images: folder, dataset, list file, zip, tar shards, hub id")
-    out: str = argument("OUT", "folder of the store: new, or one to go on with")
-    resolution: tuple[int, ...] = flag("side of the crop in pixels; several, several shapes", nargs="+", required=True)
+    out: str = argument("OUT", "folder of the store: new, or one to resume or update")
+    resolution: tuple[int, ...] = flag(
+        "side of the crop in pixels; several values give several shapes", nargs="+", required=True
+    )
     batch_size: int = flag("images per forward pass (default 16)", 16)
     shard_size: int = flag("images per shard and work unit (default 2048)", 2048)
     store: Literal["moments", "mean", "sample", "indices"] | None = flag(
-        "mean and logvar (default), the mean alone, one sample, or the indices of a VQModel's codes (its default)"
+        "stored values: mean and logvar (default), only the mean, one sample, or a VQModel's code indices (its default)"
     )
-    dtype: Literal["fp16", "fp32", "bf16"] | None = flag("how values are stored (fp16; indices: integers)")
-    mixed_precision: Literal["no", "bf16", "fp16"] = flag("how the encoder computes (no: fp32)", "no")
+    dtype: Literal["fp16", "fp32", "bf16"] | None = flag("dtype of stored values (default fp16; indices: integers)")
+    mixed_precision: Literal["no", "bf16", "fp16"] = flag("precision of the encoder (no: fp32)", "no")
     views: Literal["centre", "flip", "five_crop", "ten_crop"] = flag(
-        "what is encoded of each image: the centre, also its mirror image, the corners, all ten", "centre"
+        "encoded crops of each image: the centre, also its mirror image, the corners, or all ten", "centre"
     )
     bucket_step: int | None = flag(
         "aspect buckets: crops of about RESOLUTION x RESOLUTION pixels with sides in steps of N (64 is usual)",
         metavar="N",
     )
-    tile: int | None = flag("encode larger crops in tiles of N pixels", metavar="N")
+    tile: int | None = flag("encode crops larger than N pixels in tiles of N pixels", metavar="N")
     tile_overlap: int | None = flag("overlap of tiles (default: a quarter of a tile)", metavar="N")
-    pixels: bool = flag("store the crops too, to train a decoder from the store", False)
-    update: bool = flag("take up what was added to, changed in and removed from DATA since", False)
-    retry_quarantined: bool = flag("try the images again that were unusable", False)
+    pixels: bool = flag("also store the crops, to train a decoder from the store", False)
+    update: bool = flag("apply additions, changes and removals in DATA since the last encode", False)
+    retry_quarantined: bool = flag("retry quarantined images", False)
     check: Literal["doubt", "contents", "size"] = flag(
-        "images encoded before that are read, to see that they are still the same: in doubt (their file is not as "
-        "it was last seen), all, or only where their size does not tell",
+        "which encoded images are read again and compared: those whose file stat values changed (doubt), all "
+        "(contents), or only those whose size cannot decide (size)",
         "doubt",
     )
-    num_workers: int | None = flag("decoding processes (default: the cores, at most 8)")
+    num_workers: int | None = flag("decoding processes (default: number of cores, at most 8)")
     encode_threads: int | None = flag(
-        "batches encoded at the same time (default: on a CPU the cores of this process, on a GPU 2)"
+        "batches encoded concurrently (default: on a CPU the cores of this process, on a GPU 2)"
     )
-    max_bad: float = flag("share of unusable images above which it fails", 1.0)
+    max_bad: float = flag("share of unusable images above which encoding fails", 1.0)
     config: str | None = flag("for a single-file VAE: folder with its config.json", metavar="FOLDER")
     jpeg_draft: bool = flag(
-        "decode a JPEG smaller where that is enough: faster, some 50 dB off; part of the store's identity", False
+        "decode JPEGs at reduced size if sufficient: faster, differs at about 50 dB; part of the store's identity",
+        False,
     )
     flags: DataFlags = data_flags()
 

@@ -6,18 +6,18 @@ import sys
 
 from ldm_vae.export.request import Request as Request
 
-HELP = "write a VAE for diffusers, ComfyUI, kohya or A1111, its scaling measured"
+HELP = "write a VAE for diffusers, ComfyUI, kohya or A1111, with measured scaling"
 DESCRIPTION = """\
-Write SRC where another program finds it, read it back, compare, and only then say so.
+Write SRC in another program's format, read it back and compare. Success is reported only after the comparison.
 
   ldm-vae export runs/mine my-vae                                       # for AutoencoderKL.from_pretrained("my-vae")
   ldm-vae export runs/mine my-vae --stats photographs --resolution 256  # measure the scaling over these images first
-  ldm-vae export my-vae my-vae.safetensors --target comfyui             # one file, in the names that ComfyUI reads
-  ldm-vae export sd-vae.safetensors my-vae                              # and back
+  ldm-vae export my-vae my-vae.safetensors --target comfyui             # one file, with ComfyUI's tensor names
+  ldm-vae export sd-vae.safetensors my-vae                              # convert back
 
-SRC is a run folder (its averaged weights), a diffusers folder, a hub id, or a single file (LDM or diffusers names, bare
+SRC is a run folder (its EMA weights), a diffusers folder, a hub id, or a single file (LDM or diffusers names, bare
 or inside a full checkpoint). Exactly one normalisation is written, `--normalisation scale` (Stable Diffusion, SDXL),
-`shift` (SD3, FLUX) or `channel` (per channel, SDXL's formula). docs/export.md says what each program ignores.
+`shift` (SD3, FLUX) or `channel` (per channel, SDXL's formula). docs/export.md lists what each program ignores.
 """
 
 

@@ -9,35 +9,35 @@ from typing import Any
 from ldm_vae.core.request import Action, argument, flag
 from ldm_vae.data.flags import DataFlags, data_flags
 
-HELP = "find what overflows in fp16, and rescale it away without retraining"
+HELP = "find fp16 overflows, and remove them by rescaling, without training"
 DESCRIPTION = """\
   ldm-vae fp16 audit my-vae photographs        # the largest activation of every layer, and its distance to 65,504
   ldm-vae fp16 fix my-vae my-vae-fp16 photographs
 
-`fix` multiplies what only GroupNorms read by powers of two: weights stay exact, the fp32 output moves by GroupNorm's
-epsilon only. OUT is a diffusers folder with `force_upcast: false` and the certificate in its card. Without DATA only
-synthetic extremes are tried, and the card says so.
+`fix` multiplies values that only GroupNorms read by powers of two. Weights stay exact, and the fp32 output changes only
+through GroupNorm's epsilon. OUT is a diffusers folder with `force_upcast: false` and the certificate in its card.
+Without DATA, only synthetic extremes are tested, and the card says so.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Probed:
-    """Inputs that a VAE is run over."""
+    """Inputs of the measurement."""
 
     resolution: int | None = flag("side in pixels (default: the VAE's sample_size, at most 512)")
-    images: int = flag("images of DATA (default 8)", 8, metavar="N")
+    images: int = flag("number of images of DATA (default 8)", 8, metavar="N")
     config: str | None = flag("for a single-file VAE: folder with its config.json", metavar="FOLDER")
     flags: DataFlags = data_flags()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audit(_Probed):
-    """A VAE to look at."""
+    """A VAE to audit."""
 
     vae: str = argument("VAE", "diffusers folder, run folder, hub id or single file")
-    data: str | None = argument("DATA", "images to run it over, besides synthetic extremes", nargs="?")
-    all: bool = flag("print every layer, not the ten largest of each half", False)
-    json: bool = flag("print every layer as JSON, for programs", False)
+    data: str | None = argument("DATA", "images to test in addition to synthetic extremes", nargs="?")
+    all: bool = flag("print every layer, not only the ten largest of each half", False)
+    json: bool = flag("print every layer as JSON", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Fix(_Probed):
 
     vae: str = argument("VAE", "diffusers folder, run folder, hub id or single file")
     out: str = argument("OUT", "diffusers folder to write")
-    data: str | None = argument("DATA", "images to run it over, besides synthetic extremes", nargs="?")
+    data: str | None = argument("DATA", "images to test in addition to synthetic extremes", nargs="?")
 
 
 def _prepare(request: Audit | Fix) -> tuple[Any, Any]:

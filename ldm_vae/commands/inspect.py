@@ -8,10 +8,10 @@ from pathlib import Path
 from ldm_vae.core.request import argument, flag
 from ldm_vae.data.flags import DataFlags, data_flags
 
-HELP = "look at a dataset: sizes, formats, broken files, captions, buckets, thumbnails"
+HELP = "summarise a dataset: sizes, formats, broken files, captions, buckets, thumbnails"
 DESCRIPTION = """\
-Decode the images of DATA and say what is there: how many, their sizes and shapes, formats, broken files with reasons,
-captions, the aspect buckets they would get; ten of them as one picture.
+Decode the images of DATA and print their number, sizes, shapes and formats, broken files with reasons, captions and the
+resulting aspect buckets. Write ten thumbnails as one image.
 
   ldm-vae inspect photographs
   ldm-vae inspect "shards/{000..099}.tar" --caption_column json.caption --resolution 1024
@@ -27,11 +27,11 @@ class Request:
     """The command line."""
 
     data: str = argument("DATA", "folder, zip, list file, dataset, tar shards or hub id")
-    resolution: int = flag("side of the crops you have in mind (256)", 256)
+    resolution: int = flag("side of the intended crops (256)", 256)
     bucket_step: int | None = flag("sides of aspect buckets in steps of N (resolution / 16)", metavar="N")
-    max_images: int = flag("look at N of them (10000; 0: all)", 10000, metavar="N")
-    num_workers: int = flag("processes that decode (2)", 2)
-    thumbnails: Path = flag("(inspect.png)", Path("inspect.png"), metavar="PNG")
+    max_images: int = flag("number of images to decode (10000; 0: all)", 10000, metavar="N")
+    num_workers: int = flag("decoding processes (2)", 2)
+    thumbnails: Path = flag("file for the thumbnails (inspect.png)", Path("inspect.png"), metavar="PNG")
     flags: DataFlags = data_flags(resize=False, recorded=None)
 
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from ldm_vae.data.decoding import Decoding
     from ldm_vae.data.preparation import Preparation
 
-HELP = "encode and decode images, and show before and after"
+HELP = "encode and decode images, and write before and after"
 DESCRIPTION = """\
-Decode the mode of each image's posterior. OUT/NAME.png is the reconstruction, OUT/NAME.before-after.png the two side by
-side; PSNR is printed. Without --resolution an image keeps its size, less what does not divide by the VAE's factor.
+Decode the mode of each image's posterior. OUT/NAME.png is the reconstruction, OUT/NAME.before-after.png shows both side
+by side. PSNR is printed. Without --resolution an image keeps its size, cropped to a multiple of the VAE's factor.
 
   ldm-vae reconstruct runs/demo photo.jpg looked-at
   ldm-vae reconstruct stabilityai/sd-vae-ft-mse a.png b.png looked-at --resolution 512
@@ -32,9 +32,11 @@ class Request:
 
     vae: str = argument("VAE", "a diffusers folder, a run folder, a hub id or a single file")
     images: tuple[Path, ...] = argument("IMAGE", "image files", nargs="+")
-    out: Path = argument("OUT", "folder for the pictures")
-    resolution: int | None = flag("resize by the short side and crop the centre to this side")
-    config: str | None = flag("config.json of a single-file VAE of a shape of its own", metavar="FOLDER")
+    out: Path = argument("OUT", "folder for the images")
+    resolution: int | None = flag("resize the short side and crop the centre to this size")
+    config: str | None = flag(
+        "for a single-file VAE of a non-standard architecture: folder with its config.json", metavar="FOLDER"
+    )
     flags: DataFlags = decoding_flags()
 
 

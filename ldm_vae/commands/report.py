@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ldm_vae.core.request import argument
 
-HELP = "write the page that shows a run or an evaluation"
+HELP = "write the HTML report of a run or an evaluation"
 DESCRIPTION = """\
-Write RUN/report/index.html: before and after, numbers with intervals, curves, latents, worst cases. One file that needs
-no network. RUN is a run folder, or what `ldm-vae evaluate ... --output RUN` has written (its page is RUN/index.html).
+Write RUN/report/index.html: before and after, metrics with intervals, curves, latents, worst cases. It is one file
+without external resources. RUN is a run folder, or the output of `ldm-vae evaluate ... --output RUN` (its page is
+RUN/index.html).
 
   ldm-vae report runs/demo
 """

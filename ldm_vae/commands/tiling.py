@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from ldm_vae.core.request import argument, flag
 from ldm_vae.data.flags import DataFlags, decoding_flags
 
-HELP = "measure what enable_tiling changes in an image"
+HELP = "measure the error of enable_tiling for an image"
 DESCRIPTION = """\
   ldm-vae tiling my-vae panorama.jpg                     # tiles of the config's sample_size, overlap 25 % and 50 %
   ldm-vae tiling my-vae panorama.jpg --tile 512 --overlap 0.25
 
-Decodes the image whole and in tiles and says how far apart they are, at the seams and inside the tiles.
+Decode the image whole and in tiles, and print the difference at the seams and inside the tiles.
 """
 
 
@@ -24,9 +24,9 @@ class Request:
     vae: str = argument("VAE", "diffusers folder, run folder, hub id or single file")
     image: str = argument("IMAGE", "an image file larger than a tile")
     tile: int | None = flag("side of a tile in pixels (default: the VAE's sample_size)")
-    overlap: tuple[float, ...] = flag("shares of a tile", (0.25, 0.5), nargs="+")
+    overlap: tuple[float, ...] = flag("overlaps as shares of a tile (default 0.25 0.5)", (0.25, 0.5), nargs="+")
     config: str | None = flag("for a single-file VAE: folder with its config.json", metavar="FOLDER")
-    json: bool = flag("as JSON, for programs", False)
+    json: bool = flag("print JSON", False)
     flags: DataFlags = decoding_flags(resize=False)
 
 

@@ -79,13 +79,13 @@ def add_decoding_arguments(
     add("--channels", type=int, metavar="N", help="1 (grey), 3 (RGB), 4 (RGBA), any number for arrays")
     add(
         "--value_range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="values in the file that become black and white: arrays, .npy, 16-bit and float pictures",
+        help="stored values that become black and white: arrays, .npy, 16-bit and float images",
     )  # fmt: skip
-    add("--background", type=int, nargs=3, metavar=("R", "G", "B"), help="colour behind transparent pixels, 0 to 255")
+    add("--background", type=int, nargs=3, metavar=("R", "G", "B"), help="background of transparent pixels, 0 to 255")
     if resize:
         add(
             "--resize", choices=("short_side", "none"),
-            help="short_side: resized to the crop; none: pixels as they are, the centre cut out",
+            help="short_side: resize to the crop; none: centre crop without resizing",
         )  # fmt: skip
 
 
@@ -95,10 +95,10 @@ def add_data_arguments(
     """Add the flags for the choice of images in DATA, and those of `add_decoding_arguments`."""
     add_decoding_arguments(parser, resize=resize, recorded=recorded)
     add = parser.add_argument_group("which images of DATA").add_argument
-    add("--image_column", metavar="NAME", help="column of the image, when DATA has several")
-    add("--caption_column", metavar="NAME", help="column that is called `caption`; of a folder also an extension (txt)")
+    add("--image_column", metavar="NAME", help="image column, if DATA has several")
+    add("--caption_column", metavar="NAME", help="column used as `caption`; for a folder also an extension (txt)")
     add("--split", default="train", metavar="NAME", help="split of a dataset (train)")
-    add("--kind", choices=KINDS, help="what DATA is (default: found by looking at it)")
+    add("--kind", choices=KINDS, help="kind of DATA (default: detected)")
 
 
 def data_flags(**options: Any) -> Any:

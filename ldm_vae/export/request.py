@@ -12,35 +12,36 @@ from ldm_vae.data.flags import DataFlags, data_flags
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Request of `ldm-vae export`."""
+    """Arguments of `ldm-vae export`."""
 
     source: str = argument("SRC", "run folder, diffusers folder, hub id or single file")
     out: str = argument("OUT", "folder to write; for a single-file target also NAME.safetensors")
     target: Literal["diffusers", "comfyui", "kohya", "a1111"] = flag(
-        "what will load it (default: diffusers)", "diffusers"
+        "program that loads the result (default: diffusers)", "diffusers"
     )
-    config: str | None = flag("for a single file: folder with the config.json of its shape", metavar="FOLDER")
+    config: str | None = flag("for a single file: folder with its config.json", metavar="FOLDER")
     stats: str | None = flag(
-        "measure the normalisation: a latent store of this encoder, or images", metavar="STORE|DATA"
+        "source of the normalisation: a latent store of this encoder, or images to measure it", metavar="STORE|DATA"
     )
-    normalisation: Literal["scale", "shift", "channel"] | None = flag("which one is written (default: SRC's kind)")
+    normalisation: Literal["scale", "shift", "channel"] | None = flag("normalisation to write (default: SRC's kind)")
     normalisation_from: str | None = flag(
-        "keep this VAE's: right for a fine-tuned decoder, whose diffusion model knows BASE's latents", metavar="BASE"
+        "use BASE's normalisation: for a fine-tuned decoder, whose diffusion model was trained on BASE's latents",
+        metavar="BASE",
     )
     resolution: int | None = flag("side of the images in pixels, for DATA and for config.json")
     batch_size: int = flag("images per forward pass over DATA (default 8)", 8)
-    stats_images: int | None = flag("at most N images of DATA (default all)", metavar="N")
-    variant: Literal["fp16"] | None = flag("diffusers: a half-precision copy too; file: only that")
-    max_shard_size: str = flag("diffusers: divide larger weight files", "10GB", metavar="SIZE")
+    stats_images: int | None = flag("use at most N images of DATA (default: all)", metavar="N")
+    variant: Literal["fp16"] | None = flag("diffusers: add a half-precision copy; single file: write fp16 only")
+    max_shard_size: str = flag("diffusers: split larger weight files", "10GB", metavar="SIZE")
     pipeline: bool = flag("write OUT/vae, as in a pipeline's folder", False)
-    preview: bool = flag("print and save the map latents -> colours (needs --stats)", False)
-    drift_from: str | None = flag("say in the card how far it is from this base (with --stats)", metavar="VAE")
-    license: str | None = flag("licence for the card's head, e.g. apache-2.0 (default: that of a local base)")
-    base_model: str | None = flag("hub id of what was fine-tuned, for the card's head")
-    push_to_hub: str | None = flag("upload OUT to owner/name afterwards", metavar="REPO")
-    private: bool = flag("with --push_to_hub: a private repository", False)
-    strict: bool = flag("exit 1 when the target cannot load or ignores something", False)
-    weights_only_pickle: bool = flag("read an old .ckpt or .pt (tensors only, no code is run)", False)
+    preview: bool = flag("print and save the map from latents to colours (needs --stats)", False)
+    drift_from: str | None = flag("report the drift from this base in the card (with --stats)", metavar="VAE")
+    license: str | None = flag("licence for the card's metadata, e.g. apache-2.0 (default: that of a local base)")
+    base_model: str | None = flag("hub id of the base model, for the card's metadata")
+    push_to_hub: str | None = flag("upload OUT to the hub repository owner/name", metavar="REPO")
+    private: bool = flag("with --push_to_hub: create a private repository", False)
+    strict: bool = flag("exit with status 1 if the target cannot load the file or ignores a setting", False)
+    weights_only_pickle: bool = flag("read an old .ckpt or .pt (tensors only; no code is executed)", False)
     flags: DataFlags = data_flags()
 
     @property

@@ -11,16 +11,16 @@ from ldm_vae.data.flags import DataFlags, data_flags
 
 HELP = "verify, repair, merge, split, convert or share latent stores, or print their statistics"
 DESCRIPTION = f"""\
-  ldm-vae store verify my-latents    # reads everything again: checksums, rows, finite values
-  ldm-vae store verify my-latents --reencode 100    # and encodes 100 random images again
-  ldm-vae store repair my-latents    # makes again what is damaged, and only that
-  ldm-vae store stats my-latents     # what is in it, and the measured scaling with its confidence intervals
-  ldm-vae store merge one two out    # one store of several; an image that both hold is taken once
-  ldm-vae store merge one out        # one store without the rows that updates have taken out
-  ldm-vae store split my-latents out --parts 4    # out/0 to out/3, of consecutive whole units
+  ldm-vae store verify my-latents    # read everything again: checksums, rows, finite values
+  ldm-vae store verify my-latents --reencode 100    # also encode 100 random images again and compare
+  ldm-vae store repair my-latents    # rebuild damaged parts only
+  ldm-vae store stats my-latents     # contents, and the measured scaling with confidence intervals
+  ldm-vae store merge one two out    # one store from several; common images are copied once
+  ldm-vae store merge one out        # compact: drop the rows that updates have removed
+  ldm-vae store split my-latents out --parts 4    # out/0 to out/3, consecutive whole units
   ldm-vae store split my-latents out --rows 0:1000
   ldm-vae store split my-latents out --where label=3 --where source=photos
-  ldm-vae store convert my-latents out --to parquet    # or webdataset, lightningdit, kohya: says what is lost
+  ldm-vae store convert my-latents out --to parquet    # or webdataset, lightningdit, kohya; prints what is lost
   ldm-vae store convert out my-latents --from parquet
 {sharing.DESCRIPTION}"""
 
@@ -31,16 +31,16 @@ Names = Literal["sized", "plain", "old"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Origins:
-    """Present places of a store's VAE and images."""
+    """Current locations of a store's VAE and images."""
 
-    vae: str | None = flag("the store's VAE (default: where the manifest says it was)", metavar="VAE")
-    data: str | None = flag("the store's images (default: where they were)", metavar="DATA")
+    vae: str | None = flag("location of the store's VAE (default: the one in the manifest)", metavar="VAE")
+    data: str | None = flag("location of the store's images (default: the one in the manifest)", metavar="DATA")
     flags: DataFlags = data_flags(recorded="the store")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verify(_Origins):
-    """A store to read again."""
+    """A store to verify."""
 
     reencode: int | None = flag("encode N random images again and compare", metavar="N")
     store: str = argument("STORE", "folder or URL of a latent store")
@@ -48,7 +48,7 @@ class Verify(_Origins):
 
 @dataclass(frozen=True, kw_only=True)
 class Repair(_Origins):
-    """A store to mend."""
+    """A store to repair."""
 
     store: str = argument("STORE", "folder of a latent store")
 
@@ -58,26 +58,28 @@ class Stats:
     """A store to describe."""
 
     store: str = argument("STORE", "folder or URL of a latent store")
-    json: bool = flag("as JSON, for programs", False)
+    json: bool = flag("print JSON", False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Stores that become one."""
+    """Stores to merge."""
 
-    stores: tuple[str, ...] = argument("STORE", "of one identity; VAE and data are the first one's", nargs="+")
+    stores: tuple[str, ...] = argument(
+        "STORE", "stores with equal identity; VAE and data are those of the first", nargs="+"
+    )
     out: str = argument("OUT", "a folder that does not exist yet")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """A store, and which of its samples are taken."""
+    """A store to split, and the selection of samples."""
 
     store: str = argument("STORE", "folder of a latent store; it is not changed")
     parts: int | None = flag("N stores OUT/0, OUT/1, ... of consecutive whole units", one_of="ways", metavar="N")
-    rows: str | None = flag("these samples, STOP excluded", one_of="ways", metavar="FIRST:STOP")
+    rows: str | None = flag("samples FIRST to STOP, STOP excluded", one_of="ways", metavar="FIRST:STOP")
     where: tuple[str, ...] | None = flag(
-        "samples with this value (of a list: with this element); several must all hold",
+        "samples with this value (for a list: with this element); repeated conditions must all hold",
         one_of="ways", metavar="COLUMN=VALUE", action="append",
     )  # fmt: skip
     out: str = argument("OUT", "a folder that does not exist yet")
@@ -85,16 +87,16 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Latents, and the format that they get or have."""
+    """Latents to convert, and the format."""
 
     source: str = argument("SRC", "a latent store (--to), or latents in another format (--from)")
     to_format: Format | None = flag("write SRC in this format", name="to", one_of="directions")
     from_format: Format | None = flag("SRC is in this format, OUT becomes a store", name="from", one_of="directions")
     model: Model | None = flag("--to kohya: the diffusion model that the cache is for")
     names: Names | None = flag(
-        "--to kohya: as sd-scripts finds them: sized 0.10.2 and later (default), plain 0.10.0, old 0.7.0"
+        "--to kohya: file names, by sd-scripts version: sized 0.10.2 and later (default), plain 0.10.0, old 0.7.0"
     )
-    vae: str | None = flag("--from: the VAE of the latents, where they do not carry it", metavar="VAE")
+    vae: str | None = flag("--from: the VAE of the latents, if the files do not name it", metavar="VAE")
     shard_size: int = flag("--from: samples per unit (2048)", 2048, metavar="N")
     out: str = argument("OUT", "a folder that does not exist yet")
 
@@ -276,11 +278,11 @@ def _condition(text: str) -> tuple[str, str]:
 
 
 ACTIONS = {
-    "verify": Action("read everything again and compare with the manifest", Verify, _verify),
-    "stats": Action("print what is in it and its statistics", Stats, _stats),
-    "repair": Action("make again what is damaged", Repair, _repair),
-    "merge": Action("one store of several, or of one without its removed rows", Merge, _merge),
-    "split": Action("some of a store's samples as stores of their own", Split, _split),
-    "convert": Action("a store in another program's format, or a store of such latents", Convert, _convert),
+    "verify": Action("read all files and compare them with the manifest", Verify, _verify),
+    "stats": Action("print contents and statistics", Stats, _stats),
+    "repair": Action("rebuild damaged parts", Repair, _repair),
+    "merge": Action("combine stores, or drop a store's removed rows", Merge, _merge),
+    "split": Action("copy parts of a store into new stores", Split, _split),
+    "convert": Action("convert a store to another program's format, or back", Convert, _convert),
     **sharing.ACTIONS,
 }

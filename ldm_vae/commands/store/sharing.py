@@ -7,32 +7,32 @@ from dataclasses import dataclass
 from ldm_vae.core.request import Action, argument, flag
 
 DESCRIPTION = """\
-  ldm-vae store push my-latents me/my-latents       # to a dataset repository of the hub, with a card
-  ldm-vae store pull me/my-latents copy             # and back; a URL (s3://bucket/latents) does as well
+  ldm-vae store push my-latents me/my-latents       # upload to a dataset repository of the hub, with a card
+  ldm-vae store pull me/my-latents copy             # download; also from a URL (s3://bucket/latents)
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Push:
-    """A store to send."""
+    """A store to upload."""
 
     store: str = argument("STORE", "folder of a latent store")
-    repo: str = argument("REPO_ID", "owner/name; made if it does not exist")
-    private: bool = flag("if it is made now, only its owner may see it", False)
-    license: str | None = flag("of the data, for the card (cc0-1.0, ...)", metavar="NAME")
-    vae: str | None = flag("decodes the card's picture (default: where the manifest says it was)", metavar="VAE")
+    repo: str = argument("REPO_ID", "owner/name; created if it does not exist")
+    private: bool = flag("create the repository as private", False)
+    license: str | None = flag("licence of the data, for the card (cc0-1.0, ...)", metavar="NAME")
+    vae: str | None = flag("VAE that decodes the card's samples (default: the one in the manifest)", metavar="VAE")
     revision: str | None = flag("branch of the repository", metavar="NAME")
-    dry_run: bool = flag("only say what would be sent", False)
+    dry_run: bool = flag("only list the files to send", False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pull:
-    """A store to fetch."""
+    """A store to download."""
 
     place: str = argument("REPO_ID|URL", "owner/name of a dataset repository, or the URL of a store")
     out: str = argument("OUT", "folder for the store")
     revision: str | None = flag("branch, tag or commit of the repository", metavar="NAME")
-    dry_run: bool = flag("only say what would be fetched", False)
+    dry_run: bool = flag("only list the files to download", False)
 
 
 def _push(request: Push) -> None:
@@ -68,6 +68,6 @@ def _pull(request: Pull) -> None:
 
 
 ACTIONS = {
-    "push": Action("send it to a dataset repository of the hub; again goes on", Push, _push),
-    "pull": Action("copy it from a hub or a URL; again goes on, or fetches what was added", Pull, _pull),
+    "push": Action("upload to a dataset repository of the hub; repeat to resume", Push, _push),
+    "pull": Action("download from a hub or a URL; repeat to resume or update", Pull, _pull),
 }
