@@ -33,6 +33,8 @@ os.environ["TRITON_INTERPRET"] = "0" if Path("/dev/nvidiactl").exists() else "1"
 # a helper's assertion shows its values as a test's does, if this is said before the helper is imported
 pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "helpers").glob("*.py")))
 
+pytest_plugins = ["sentences"]  # --write-sentences, and the golden file compared after each test
+
 # the same examples in every run, and none that is red because a machine is slow
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")

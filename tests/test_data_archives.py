@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sentences import refused
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data import tars
@@ -122,13 +123,14 @@ def test_list(tmp_path: Path) -> None:
     with pytest.raises(BadImage, match="no such file"):
         source[2]
     listed.write_text("a.png\nb.png\na.png\n")
-    with pytest.raises(UsageError, match="line 3 repeats line 1"):
+    with refused(UsageError, "chosen.txt") as error:
         open_source(listed)
+    assert "line 3 repeats line 1" in str(error.value)
     listed.write_text("# nothing\n")
-    with pytest.raises(WorkError, match="holds no line"):
+    with refused(WorkError, "chosen.txt"):
         open_source(listed)
     listed.write_bytes(png(1))
-    with pytest.raises(UsageError, match="no text file"):
+    with refused(UsageError, "chosen.txt"):
         open_source(listed)
 
 
@@ -180,8 +182,9 @@ def test_a_caption_in_the_json(shards: Path) -> None:
     source = open_source(shards, caption_column="json.tags.en")
     assert source[2].columns["caption"] == "tag 2"
     assert source[2].columns["txt"] == "picture 2"
-    with pytest.raises(UsageError, match=r"data.caption_column text: the samples' other members are txt, cls, json"):
+    with refused(UsageError, "data.caption_column") as error:
         open_source(shards, caption_column="text")
+    assert "txt, cls, json" in str(error.value)
 
 
 def test_several_images_in_a_sample(tmp_path: Path) -> None:
@@ -236,11 +239,11 @@ def test_a_shard_that_is_cut_off(shards: Path) -> None:
 def test_patterns() -> None:
     assert tars.expand("http://x/{08..11}.tar") == [f"http://x/{n}.tar" for n in ("08", "09", "10", "11")]
     assert tars.expand("/nowhere/*.tar") == []
-    with pytest.raises(UsageError, match="no such tar files"):
+    with refused(UsageError, "/nowhere/*.tar"):
         open_source("/nowhere/*.tar")
-    with pytest.raises(UsageError, match="no such file"):
+    with refused(UsageError, "/nowhere/0.tar"):
         open_source("/nowhere/{0..2}.tar")
-    with pytest.raises(UsageError, match="programs are not started"):
+    with refused(UsageError, "pipe:cat x.tar"):
         open_source("pipe:cat x.tar", kind="webdataset")
 
 
@@ -261,9 +264,9 @@ def test_a_stream_says_what_it_cannot_do(shards: Path) -> None:
     assert length(stream) is None
     assert len(list(stream)) == 12
     for asked in (lambda: len(stream), lambda: stream[3], lambda: stream.key(3)):
-        with pytest.raises(UsageError, match="read in order, it"):
+        with refused(UsageError, "data"):
             asked()
-    with pytest.raises(UsageError, match="single images cannot be chosen"):
+    with refused(UsageError, "data"):
         next(iter(ordered_loader(stream, 8, [1], batch_size=2)))
 
 
@@ -319,8 +322,9 @@ def test_bad_images_of_a_stream(shards: Path) -> None:
 def test_a_stream_without_images_ends(shards: Path) -> None:
     for path in shards.glob("*.tar"):
         path.write_bytes(b"nothing")
-    with pytest.raises(WorkError, match="no usable image in the stream; the first bad one is 000/"):
+    with refused(WorkError, "stream") as error:
         next(training_loader(stream_of(shards), TransformConfig(), 8, seed=0, batch_size=2))
+    assert "000/" in str(error.value)
 
 
 def test_shards_behind_a_url(shards: Path) -> None:

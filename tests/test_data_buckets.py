@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
+from sentences import refused
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data import sizes as sizes_module
@@ -37,7 +38,7 @@ def test_generated_shapes() -> None:
         assert max(height, width) <= 2 * min(height, width)
         assert (width, height) in shapes
     assert generate(64 * 64, step=64) == [(64, 64)]
-    with pytest.raises(UsageError, match="expected area >= step"):
+    with refused(UsageError, "area"):
         generate(32, step=64)
 
 
@@ -142,7 +143,7 @@ def test_training_in_buckets(tmp_path: Path) -> None:
             assert abs(rows / columns - height / width) < 0.06
             seen[index] += 1
     assert set(seen) == set(range(6))
-    with pytest.raises(WorkError, match="not one has a readable size"):
+    with refused(WorkError, "size"):
         next(batches(Assignment(((8, 8),), np.full(3, -1, np.int16)), 0, batch_size=1))
 
 
@@ -200,8 +201,9 @@ def test_the_config() -> None:
     assert BucketConfig(step=64).choose(1024, 8) == generate(1024 * 1024, 64)
     assert BucketConfig(area=64 * 64, step=32, max_aspect=1).choose(1024, 8) == [(64, 64)]
     assert BucketConfig(shapes=[(64, 32), (32, 64), (32, 64)]).choose(256, 8) == [(32, 64), (64, 32)]
-    with pytest.raises(UsageError, match="multiples of f = 16, got 24 x"):
+    with refused(UsageError, "f") as error:
         BucketConfig(step=8).choose(32, 16)
+    assert "24 x" in str(error.value)
     for wrong, says in (
         ({"shapes": []}, "at least one"),
         ({"shapes": [(0, 8)]}, "above 0"),

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from sentences import refused
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.files import Names, read_bytes, walk
@@ -114,23 +115,23 @@ def test_captions_beside_the_images(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="nowhere: no such file or folder"):
+    with refused(UsageError, "nowhere"):
         open_source(tmp_path / "nowhere")
-    with pytest.raises(WorkError, match="holds no image"):
+    with pytest.raises(WorkError, match="holds no image"):  # and which kinds Pillow reads here, so not golden
         open_source(tmp_path)
     put(tmp_path / "test" / "a.png")
-    with pytest.raises(UsageError, match=r"data.split test: .* is there"):
+    with refused(UsageError, "data.split"):
         open_source(tmp_path, split="test")
-    with pytest.raises(UsageError, match="caption_column text: no such column"):
+    with refused(UsageError, "caption_column"):
         open_source(tmp_path, caption_column="text")
     (tmp_path / "metadata.csv").write_text("name,text\na.png,x\n")
-    with pytest.raises(UsageError, match="no column `file_name` that names the images; it has name, text"):
+    with refused(UsageError, "file_name") as error:
         open_source(tmp_path)
+    assert "it has name, text" in str(error.value)
     (tmp_path / "metadata.jsonl").write_text("")
-    with pytest.raises(
-        UsageError, match=r"expected one metadata table in a folder, found metadata.csv and metadata.jsonl"
-    ):
+    with refused(UsageError, "metadata") as error:
         open_source(tmp_path)
+    assert "metadata.csv and metadata.jsonl" in str(error.value)
     (tmp_path / "metadata.csv").unlink()
     with pytest.raises(UsageError, match="cannot be read"):
         open_source(tmp_path)

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from sentences import refused
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import decode
@@ -53,27 +54,30 @@ def test_splits(dataset: datasets.Dataset, tmp_path: Path) -> None:
     both.save_to_disk(tmp_path / "both")
     assert len(open_source(tmp_path / "both")) == 12
     assert len(open_source(tmp_path / "both", split="test")) == 2
-    with pytest.raises(UsageError, match=r"data.split dev: .* has train, test"):
+    with refused(UsageError, "data.split") as error:
         open_source(tmp_path / "both", split="dev")
+    assert "train, test" in str(error.value)
 
 
 def test_columns_are_named_when_they_do_not_exist(dataset: datasets.Dataset, tmp_path: Path) -> None:
     dataset.save_to_disk(tmp_path / "d")
-    with pytest.raises(UsageError, match=r"data.image_column picture: .* has photo, text, n"):
+    with refused(UsageError, "data.image_column") as error:
         open_source(tmp_path / "d", image_column="picture")
-    with pytest.raises(UsageError, match=r"data.caption_column caption: .* has photo, text, n"):
+    assert "photo, text, n" in str(error.value)
+    with refused(UsageError, "data.caption_column") as error:
         open_source(tmp_path / "d", caption_column="caption")
+    assert "photo, text, n" in str(error.value)
     files = dataset.cast_column("photo", datasets.Image(decode=False))["photo"]
     two = dataset.add_column("other", list(files)).cast_column("other", datasets.Image())
     two.save_to_disk(tmp_path / "two")
-    with pytest.raises(UsageError, match=r"which column of .* holds the images"):
+    with refused(UsageError, "image_column"):
         open_source(tmp_path / "two")
 
 
 def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"data owner/nothing \(split train\): cannot be loaded"):
         open_source("owner/nothing")
-    with pytest.raises(UsageError, match="photographs: no such file or folder"):
+    with refused(UsageError, "photographs"):
         open_source("photographs")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentences import refused
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.dataset import Batch, ordered_loader, training_loader
@@ -99,8 +100,9 @@ def test_nothing_usable_ends_in_a_sentence(tmp_path: Path, num_workers: int) -> 
     for index in range(3):
         (tmp_path / f"{index}.png").write_bytes(b"x")
     loader = training_loader(open_source(tmp_path), CONFIG, 16, seed=0, batch_size=2, num_workers=num_workers)
-    with pytest.raises(WorkError, match=r"no usable image among 3; the last is .*\.png \(not an image"):
+    with refused(WorkError, "image") as error:
         next(loader)
+    assert "among 3" in str(error.value)
 
 
 def test_vanished_during_the_run(image_folder: Path) -> None:

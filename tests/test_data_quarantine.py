@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from sentences import refused
 
 from ldm_vae.core.errors import WorkError
 from ldm_vae.data.quarantine import Bad, BadImage, Quarantine, read_quarantine
@@ -39,8 +40,9 @@ def test_a_torn_line_is_left_out(tmp_path: Path) -> None:
 def test_max_bad_is_a_share_of_the_source() -> None:
     quarantine = Quarantine(100, max_bad=0.02)
     quarantine.add([Bad("a", "x"), Bad("b", "x")])
-    with pytest.raises(WorkError, match=r"max_bad 0.02: .* 3 of 100 are bad, the first is a \(x\)"):
+    with refused(WorkError, "max_bad") as error:
         quarantine.add([Bad("c", "x")])
+    assert "3 of 100 are bad, the first is a (x)" in str(error.value)
     with pytest.raises(WorkError, match="max_bad 0"):
         Quarantine(100, max_bad=0.0).add([Bad("a", "x")])
     never = Quarantine(2)
@@ -71,12 +73,13 @@ def test_warns_once_above_one_percent(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_nothing_usable_is_a_failure() -> None:
-    with pytest.raises(WorkError, match="the data is empty"):
+    with refused(WorkError, "data"):
         Quarantine(0).finish()
     quarantine = Quarantine(1)
     quarantine.add([Bad("a", "not an image")])
-    with pytest.raises(WorkError, match=r"no usable image: 1 of 1 are bad, the first is a \(not an image\)"):
+    with refused(WorkError, "image") as error:
         quarantine.finish()
+    assert "1 of 1 are bad, the first is a (not an image)" in str(error.value)
 
 
 def test_bad_image_crosses_processes() -> None:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from sentences import refused
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data import buckets
@@ -208,8 +209,9 @@ def test_holes_in_an_array_column_are_bad_images(tmp_path: Path) -> None:
 
 def test_the_sentence_of_a_column_says_what_it_holds(tmp_path: Path) -> None:
     path = in_array2d(np.array([[-1024, 3071]] * 2, dtype=np.int16), tmp_path)
-    with pytest.raises(UsageError, match=r"data\.value_range.*image.*int16.*-1024.*3071"):
+    with refused(UsageError, "data.value_range") as error:
         open_source(path)
+    assert "int16" in str(error.value) and "-1024" in str(error.value) and "3071" in str(error.value)
 
 
 def test_one_sentence_where_every_image_needs_a_range(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from images import write_images
 from PIL import Image
+from sentences import refused
 
 from eval.speed import __main__ as speed
 from eval.speed import data, encode, gpu, grow, plot, quality, start, store, timing, variants
@@ -73,8 +74,9 @@ def test_speed_data_writes_its_rows(
 
 def test_rounds_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "argv", ["eval.speed", "data", "--output", str(tmp_path), "--rounds", "0"])
-    with pytest.raises(UsageError, match="rounds: expected at least 1, got 0"):
+    with refused(UsageError, "rounds") as error:
         speed.main()
+    assert "at least 1, got 0" in str(error.value)
 
 
 # --- encode -----------------------------------------------------------------------------------------------------------
@@ -125,8 +127,9 @@ def test_a_synthetic_store_is_a_store(tmp_path: Path) -> None:
     assert "logvar" not in batch[0]
     with pytest.raises(IndexError, match="index 70 of a store of 70"):
         data.__getitems__([0, 70])
-    with pytest.raises(UsageError, match="raw: the store has no 'sample'"):
+    with refused(UsageError, "raw") as error:
         LatentDataset(tmp_path / "store", raw="sample")
+    assert "no 'sample'" in str(error.value)
 
 
 def test_a_sparse_store_is_a_store_of_zeros(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from launcher import TWO, free_port, launch
+from sentences import refused
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.launch import (
@@ -37,20 +38,22 @@ def test_fp16_on_a_cpu_is_refused() -> None:
     if torch.cuda.is_available():
         assert build_accelerator("fp16").scaler is not None
         return
-    with pytest.raises(UsageError, match="mixed_precision: fp16 needs a GPU"):
+    with refused(UsageError, "mixed_precision"):
         build_accelerator("fp16")
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused() -> None:
-    with pytest.raises(UsageError, match="launch: 2 processes were started, but each of them sees 1"):
+    with refused(UsageError, "launch") as error:
         check_processes(1, {"WORLD_SIZE": "2"}, [])
+    assert "2 processes" in str(error.value) and "sees 1" in str(error.value)
     check_processes(2, {"WORLD_SIZE": "2"}, ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "x.py"])
 
 
 def test_several_that_silently_became_one_are_refused(tmp_path: Path) -> None:
     for launcher in (["/usr/bin/accelerate", "launch"], ["python", "-W", "ignore", "-m", "accelerate.commands.launch"]):
-        with pytest.raises(UsageError, match="launch: 2 processes were asked for and one was started"):
+        with refused(UsageError, "launch") as error:
             check_processes(1, {}, [*launcher, "--cpu", "--num_processes", "2", "x.py"])
+        assert "2 processes" in str(error.value)
     (tmp_path / "two.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
     with pytest.raises(UsageError, match="--multi_gpu"):
         check_processes(1, {}, ["python", "accelerate", "launch", f"--config_file={tmp_path / 'two.yaml'}", "x.py"])
@@ -78,9 +81,9 @@ STEPS, PRECISION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_P
 def test_a_launch_that_would_change_the_config_is_refused(
     environment: dict[str, str], options: list[str], field: str, theirs: str
 ) -> None:
-    with pytest.raises(UsageError) as refused:
+    with pytest.raises(UsageError) as error:
         check_agreement("bf16", 2, environment, [*LAUNCHER, *options, "-m", "train.autoencoder", "x.yaml"])
-    assert field in str(refused.value) and theirs in str(refused.value)
+    assert field in str(error.value) and theirs in str(error.value)
 
 
 def test_a_launch_that_agrees_is_taken_and_what_is_left_aside_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
+from sentences import refused
 from tiny_networks import TinyLPIPS, network
 from torch import nn
 from torch.distributions import Normal, kl_divergence
@@ -266,7 +267,7 @@ def test_drift_is_in_units_of_the_teachers_latents(tiny_vae_folder: object) -> N
     assert list(term.state_dict()) == [] and list(term.parameters()) == []
     narrow = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3).build()
     r = TrainableAutoencoder(narrow)(images(), torch.randn(2, 3, 16, 16))
-    with pytest.raises(UsageError, match="drift: expected latents of the teacher's shape"):
+    with refused(UsageError, "drift"):
         term(r)
 
 
@@ -280,8 +281,9 @@ def test_alignment_is_zero_where_latents_are_the_features() -> None:
     assert term(perfect).item() == pytest.approx(0.0, abs=1e-5)
     other = Reconstruction(images(), r.pixels, r.target, r.moments, features.flip(3), r.last_hidden)
     assert term(other).item() > 0.1
-    with pytest.raises(UsageError, match="latent_channels: expected the model's 4, got 8"):
+    with refused(UsageError, "latent_channels") as error:
         term(r)
+    assert "4, got 8" in str(error.value)
 
 
 def test_what_the_latent_carries_is_logged() -> None:
@@ -315,7 +317,7 @@ def test_the_bound_is_told_where_there_is_a_likelihood() -> None:
 @pytest.mark.parametrize(("kind", "codes"), [("kl", True), ("commitment", False)])
 def test_a_term_that_the_model_cannot_feed_is_refused(kind: str, codes: bool, nothing: L1) -> None:
     objective = Objective({"l1": nothing, kind: __import__(f"ldm_vae.losses.{kind}", fromlist=["x"]).Config()})
-    with pytest.raises(UsageError, match=rf"losses\.{kind}: expected model.kind"):
+    with refused(UsageError, f"losses.{kind}"):
         objective.attach(network(codes))
 
 

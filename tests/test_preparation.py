@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 from cli_call import call, program
 from diffusers import AutoencoderKL
+from sentences import refused
 from tiny_networks import SHAPE
 
 from eval import diffusability, latent_space, reconstruction, scramble
@@ -135,8 +136,9 @@ def test_a_flag_overrides_the_record_and_is_said(
 
 
 def test_channels_are_the_networks(grey_folder: Path, scans: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--channels: expected 1.*got 3"):
+    with refused(UsageError, "--channels") as error:
         evaluate(grey_folder, scans, "--output", tmp_path / "out", "--channels", 3)
+    assert "expected 1" in str(error.value) and "got 3" in str(error.value)
 
 
 def test_a_draft_and_pixels_as_they_are_exclude_each_other(grey_folder: Path, scans: Path, tmp_path: Path) -> None:
@@ -156,10 +158,12 @@ def test_two_networks_that_differ_are_both_named(
     out = ("--output", tmp_path / "out")
     for words in (("drift", grey_folder, other, scans, "--resolution", 16, "--no_lpips"),
                   ("export", grey_folder, tmp_path / "new", "--stats", scans, "--drift_from", other)):  # fmt: skip
-        with pytest.raises(UsageError, match=r"^value_range: .*grey .*other .*--value_range"):
+        with refused(UsageError, "value_range") as error:
             call(*words)
-    with pytest.raises(UsageError, match=r"^value_range: .*grey .*other .*--value_range"):
+        assert "grey" in str(error.value) and "other" in str(error.value)
+    with refused(UsageError, "value_range") as error:
         evaluate(grey_folder, other, scans, *out)
+    assert "grey" in str(error.value) and "other" in str(error.value)
     evaluate(grey_folder, other, scans, *out, "--value_range", 0, 4095)
     notes = json.loads((tmp_path / "out" / "metrics.json").read_text())[0]["data"]["notes"]
     assert len(notes) == 1 and "other" in notes[0]
@@ -173,8 +177,9 @@ def test_a_store_and_a_network_that_differ_are_both_named(grey_folder: Path, sca
     call(*encode, stores[0])
     call(*encode, stores[1], "--value_range", 0, 65535)
     call("export", grey_folder, tmp_path / "out", "--stats", stores[0])
-    with pytest.raises(UsageError, match=r"^value_range: .*\[0, 4095\].*other.*\[0, 65535\]"):
+    with refused(UsageError, "value_range") as error:
         call("export", grey_folder, tmp_path / "out", "--stats", stores[1])
+    assert "[0, 4095]" in str(error.value) and "[0, 65535]" in str(error.value)
     call("export", grey_folder, tmp_path / "out", "--stats", stores[1], "--value_range", 0, 65535)
     assert recorded(load_autoencoder(tmp_path / "out")) == RANGE.model_copy(update={"value_range": (0.0, 65535.0)})
 
@@ -197,8 +202,9 @@ def test_fine_tuning_goes_on_with_what_its_base_records(
             "data": {"kind": "folder", "path": "x", "channels": 1, **data}, **more,
         })  # fmt: skip
 
-    with pytest.raises(UsageError, match=f"^{field}: .*init_from {grey_folder} .*ignore_preprocessing"):
+    with refused(UsageError, field) as error:
         build_autoencoder(settings(data, transform))
+    assert "ignore_preprocessing" in str(error.value)
     build_autoencoder(settings(data, transform, ignore_preprocessing=True))
     build_autoencoder(settings({"value_range": [0, 4095]}, {"resize": "none"}))
 
@@ -211,8 +217,9 @@ def test_a_teacher_must_see_what_it_records(grey_folder: Path) -> None:
             "data": {"kind": "folder", "path": "x", "channels": 1}, **more,
         })  # fmt: skip
 
-    with pytest.raises(UsageError, match=r"^data\.value_range: .*losses\.drift\.teacher"):
+    with refused(UsageError, "data.value_range") as error:
         check_teachers(settings())
+    assert "losses.drift.teacher" in str(error.value)
     check_teachers(settings(ignore_preprocessing=True))
 
 

@@ -11,6 +11,7 @@ import torch
 from checksums import tree
 from cli_call import run_cli
 from diffusers import AutoencoderKL
+from sentences import refused
 from store_sources import Album, Pictures
 from stores import SETTINGS, contents, encode, equal
 from tiny_networks import vq_model
@@ -76,8 +77,9 @@ class Renamed(Album):
 def test_of_two_captions_of_one_image_none_is_dropped(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     encode(tiny_vae, Album(numbers=tuple(range(12))), tmp_path / "a")
     encode(tiny_vae, Renamed(numbers=tuple(range(8, 20))), tmp_path / "b")
-    with pytest.raises(UsageError, match=r"img_009 .*caption"):
+    with refused(UsageError, "caption") as error:
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    assert "img_009" in str(error.value)
 
 
 def test_compacting_gives_back_what_an_update_took_out(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
@@ -119,15 +121,16 @@ def test_what_cannot_be_one_store_is_refused_and_damage_is_not_copied(tiny_vae: 
     encode(tiny_vae, Album(), tmp_path / "a")
     encode(tiny_vae, Album(content={4: 50}), tmp_path / "b")
     write_store(tiny_vae, Album(), tmp_path / "c", **SETTINGS | {"shard_size": 4}, dtype="fp32")
-    with pytest.raises(UsageError, match="img_004 is another image there"):
+    with refused(UsageError, "img_004"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
-    with pytest.raises(UsageError, match="dtype fp16 and fp32; shard_size 8 and 4"):
+    with refused(UsageError, "dtype") as error:
         merge([tmp_path / "a", tmp_path / "c"], tmp_path / "m")
+    assert "fp16 and fp32; shard_size 8 and 4" in str(error.value)
     shard = tmp_path / "a" / "shards" / "00000001.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(WorkError, match=r"shards/00000001\.safetensors its checksum is not the manifest's"):
+    with refused(WorkError, "shards/00000001.safetensors"):
         merge([tmp_path / "a"], tmp_path / "m")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]  # and nothing half-written
 

@@ -17,6 +17,7 @@ from checksums import tree
 from cli_call import run_cli
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
+from sentences import refused
 from store_sources import Pictures
 from stores import SETTINGS, shard_files
 from tiny_networks import vq_model
@@ -133,9 +134,9 @@ def test_it_is_said_what_has_no_place(tiny_vae: AutoencoderKL, tmp_path: Path) -
         tiny_vae, Pictures(3), tmp_path / "two", **SETTINGS | {"resolution": (8, 16)}, views="ten_crop", pixels=True
     )
     for name in ("lightningdit", "kohya"):
-        with pytest.raises(UsageError, match="indices of codes, which this format has no place for"):
+        with refused(UsageError, "--to"):
             convert_to(tmp_path / "codes", tmp_path / "x", name, KOHYA)
-    with pytest.raises(UsageError, match="takes latents of one shape"):
+    with refused(UsageError, "latents"):
         convert_to(tmp_path / "two", tmp_path / "x", "lightningdit")
     lost = " ".join(convert_to(tmp_path / "two", tmp_path / "k", "kohya", KOHYA))
     for phrase in ("logvar", "top_left, top_left.flip", "pixels", "captions"):
@@ -177,7 +178,7 @@ def strangers(folder: Path, name: str, latents: torch.Tensor) -> Path:
 def test_a_strangers_latents_need_a_vae_and_stay_a_claim(name: str, tiny_vae_folder: Path, tmp_path: Path) -> None:
     latents = torch.randn(5, 4, 8, 6)
     source = strangers(tmp_path / "theirs", name, latents)
-    with pytest.raises(UsageError, match=r"--vae: the latents in .* do not say which VAE made them"):
+    with refused(UsageError, "--vae"):
         convert_from(source, tmp_path / "b", name)
     assert run_cli("store", "convert", source, tmp_path / "b", "--from", name, "--vae", tiny_vae_folder) == 0
     manifest = read_manifest(tmp_path / "b")
@@ -194,8 +195,9 @@ def test_latents_of_another_channel_count_are_not_of_this_vae(
     name: str, tiny_vae: AutoencoderKL, tmp_path: Path
 ) -> None:
     source = strangers(tmp_path / "theirs", name, torch.randn(2, 16, 8, 6))
-    with pytest.raises(UsageError, match=r"^--vae: .*16.*4"):
+    with refused(UsageError, "--vae") as error:
         convert_from(source, tmp_path / "b", name, vae=tiny_vae)
+    assert "16 channels" in str(error.value) and "VAE 4;" in str(error.value)
     assert not (tmp_path / "b").exists()
 
 
@@ -228,12 +230,12 @@ def test_a_claim_is_not_encoded_again_and_not_merged_blindly(tiny_vae: Autoencod
     source = strangers(tmp_path / "theirs", "kohya", torch.randn(5, 4, 8, 8))
     for out in "ab":
         convert_from(source, tmp_path / out, "kohya", vae=tiny_vae, shard_size=2)
-    with pytest.raises(UsageError, match="without a checksum nobody can say whether it is the same image"):
+    with refused(UsageError, "checksum"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
     (tmp_path / "a" / "shards" / "00000001.safetensors").unlink()
     with pytest.raises(WorkError, match=r"preprocessed by 'unknown', .* 1 unit\(s\) cannot be made again"):
         repair(tmp_path / "a", vae=lambda: tiny_vae, source=lambda: Pictures(5))
-    with pytest.raises(UsageError, match="preprocessing is unknown"):
+    with refused(UsageError, "preprocessing"):
         write_store(tiny_vae, Pictures(5), tmp_path / "b", **SETTINGS, store="sample", dtype="fp32", update=True)
 
 
@@ -242,7 +244,7 @@ def test_another_vae_than_the_one_that_is_named_is_refused(tiny_vae: Autoencoder
     convert_to(tmp_path / "s", tmp_path / "out", "webdataset")
     assert convert_from(tmp_path / "out", tmp_path / "b", "webdataset", vae=tiny_vae)[0].samples == 3
     tiny_vae.encoder.conv_in.weight.data += 1
-    with pytest.raises(UsageError, match="has another encoder"):
+    with refused(UsageError, "--vae"):
         convert_from(tmp_path / "out", tmp_path / "c", "webdataset", vae=tiny_vae)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from sentences import refused
 from store_sources import Pictures
 from stores import SETTINGS
 from torch.utils.data import DataLoader
@@ -95,8 +96,9 @@ def test_pickling_sends_no_maps(store: Path) -> None:
 def test_columns_are_chosen_and_a_wrong_one_is_named(store: Path) -> None:
     assert set(LatentDataset(store, columns=("label",))[0]) == {"latents", "index", "label"}
     assert set(LatentDataset(store, columns=())[0]) == {"latents", "index"}
-    with pytest.raises(UsageError, match="columns: the store has no 'captoin'; it has 'key', 'source'"):
+    with refused(UsageError, "columns") as error:
         LatentDataset(store, columns=("captoin",))
+    assert "no 'captoin'; it has 'key', 'source'" in str(error.value)
 
 
 def test_it_reads_without_the_derived_rows(store: Path) -> None:
@@ -118,12 +120,13 @@ def test_negative_and_out_of_range_indices(store: Path) -> None:
 
 
 def test_no_store_a_newer_one_and_a_damaged_one(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no manifest\.json there"):
+    with refused(UsageError, "manifest.json"):
         LatentDataset(tmp_path / "nowhere")
     manifest = (store / "manifest.json").read_text()
     (store / "manifest.json").write_text(manifest.replace('"version": 1', '"version": 2'))
-    with pytest.raises(UsageError, match="format version 2, this program reads version 1"):
+    with refused(UsageError, "format version") as error:
         LatentDataset(store)
+    assert "version 2" in str(error.value) and "version 1" in str(error.value)
     (store / "manifest.json").write_text(manifest[: len(manifest) // 2])
     with pytest.raises(WorkError, match=r"manifest\.json cannot be read"):
         LatentDataset(store)
@@ -142,6 +145,6 @@ def test_a_truncated_shard_and_a_link_out_of_the_store_are_clear_errors(store: P
     shard.unlink()
     (tmp_path / "elsewhere").write_bytes(data)
     os.symlink(tmp_path / "elsewhere", shard)
-    with pytest.raises(WorkError, match="leads out of the store"):
+    with refused(WorkError, "00000001.safetensors"):
         LatentDataset(store)[8]
     assert read_manifest(store).samples == 20

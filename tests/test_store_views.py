@@ -13,6 +13,7 @@ import torch
 from checksums import tree
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from sentences import refused
 from store_sources import Mixed, Pictures
 from stores import SETTINGS
 
@@ -107,8 +108,9 @@ def test_aspect_buckets_put_each_picture_in_its_shape(tiny_vae: AutoencoderKL, t
         assert all(row["bucket"] == f"{shard.size[0]}x{shard.size[1]}" for row in rows)
         assert [row["source_index"] for row in rows] == sorted(row["source_index"] for row in rows)
     assert verify(tmp_path / "s") == []
-    with pytest.raises(UsageError, match="multiple of f = 2, got 3"):
+    with refused(UsageError, "buckets") as error:
         write_store(tiny_vae, Mixed(11), tmp_path / "t", **{**settings, "bucket_step": 3})
+    assert "f = 2, got 3" in str(error.value)
 
 
 def test_stored_pixels_are_the_crops(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
@@ -155,19 +157,22 @@ def test_a_store_in_tiles_does_not_depend_on_processes(tiny_vae: AutoencoderKL, 
         write_store(tiny_vae, Pictures(9), tmp_path / name, **SETTINGS, tile=(8, 2), encode_threads=threads)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     assert read_manifest(tmp_path / "one").identity.tile == (8, 2)
-    with pytest.raises(UsageError, match=r"tile is \[8, 2\], not None"):
+    with refused(UsageError, "tile") as error:
         write_store(tiny_vae, Pictures(9), tmp_path / "one", **SETTINGS)
+    assert "[8, 2], not None" in str(error.value)
 
 
 def test_tile_settings_are_checked() -> None:
     assert tile_of(None, None, 8) is None
     assert tile_of(512, None, 8) == (512, 128) and tile_of(24, None, 8) == (24, 0)
-    with pytest.raises(UsageError, match="no effect without --tile"):
+    with refused(UsageError, "tile_overlap"):
         tile_of(None, 8, 8)
-    with pytest.raises(UsageError, match="tile: expected a positive multiple of f = 8, got 100"):
+    with refused(UsageError, "tile") as error:
         check_tile(100, 0, 8)
-    with pytest.raises(UsageError, match="tile_overlap: expected a multiple of f = 8 up to 32, got 40"):
+    assert "f = 8, got 100" in str(error.value)
+    with refused(UsageError, "tile_overlap") as error:
         check_tile(64, 40, 8)
+    assert "f = 8 up to 32, got 40" in str(error.value)
 
 
 # --- precision and memory ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checksums import tree
 from diffusers import AutoencoderKL
+from sentences import refused
 from store_sources import Pictures
 from stores import SETTINGS
 
@@ -79,17 +80,20 @@ def test_a_finished_store_is_left_alone(tiny_vae: AutoencoderKL, tmp_path: Path)
 def test_another_identity_is_refused_with_the_difference_named(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     write_store(tiny_vae, Pictures(), tmp_path / "s", **SETTINGS)
     before = tree(tmp_path / "s")
-    with pytest.raises(UsageError, match=r"resolution is \[16\], not \[8\]"):
+    with refused(UsageError, "resolution") as error:
         write_store(tiny_vae, Pictures(), tmp_path / "s", **{**SETTINGS, "resolution": 8})
-    with pytest.raises(UsageError, match="dtype is fp16, not fp32"):
+    assert "[16], not [8]" in str(error.value)
+    with refused(UsageError, "dtype") as error:
         write_store(tiny_vae, Pictures(), tmp_path / "s", **SETTINGS, dtype="fp32")
+    assert "fp16, not fp32" in str(error.value)
     with pytest.raises(UsageError, match="preprocessing"):
         write_store(tiny_vae, Pictures(decoding=Decoding(background=(0, 0, 0))), tmp_path / "s", **SETTINGS)
-    with pytest.raises(UsageError, match=r"other images \(21 of them, DATA has 20\)"):
+    with refused(UsageError, "DATA") as error:
         write_store(tiny_vae, Pictures(20), tmp_path / "s", **SETTINGS)
+    assert "21 of them, DATA has 20" in str(error.value)
     with torch.no_grad():
         tiny_vae.encoder.conv_in.bias[0] += 1e-3
-    with pytest.raises(UsageError, match=r"encoder is [0-9a-f]{12}\.\.\., not [0-9a-f]{12}"):
+    with refused(UsageError, "encoder"):
         write_store(tiny_vae, Pictures(), tmp_path / "s", **SETTINGS)
     assert tree(tmp_path / "s") == before
 
@@ -106,10 +110,12 @@ def test_a_new_decoder_keeps_the_store_valid(tiny_vae: AutoencoderKL, tmp_path: 
 def test_nothing_usable_and_too_much_bad_are_errors_that_leave_no_finished_store(
     tiny_vae: AutoencoderKL, tmp_path: Path
 ) -> None:
-    with pytest.raises(WorkError, match="no usable image among 3"):
+    with refused(WorkError, "image") as error:
         write_store(tiny_vae, Pictures(3, bad=(0, 1, 2)), tmp_path / "none", **SETTINGS)
-    with pytest.raises(WorkError, match=r"2 of 10 images are unusable, more than max_bad 0\.1"):
+    assert "among 3" in str(error.value)
+    with refused(WorkError, "max_bad") as error:
         write_store(tiny_vae, Pictures(10, bad=(0, 4)), tmp_path / "many", **SETTINGS, max_bad=0.1)
+    assert "2 of 10" in str(error.value)
     assert not read_manifest(tmp_path / "many").complete
     with pytest.raises(UsageError, match="not finished"):
         LatentDataset(tmp_path / "many")
@@ -120,9 +126,9 @@ def test_nothing_usable_and_too_much_bad_are_errors_that_leave_no_finished_store
 def test_a_folder_of_something_else_is_refused(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("It was a dark and stormy night.")
-    with pytest.raises(UsageError, match="not a latent store"):
+    with refused(UsageError, "OUT"):
         write_store(tiny_vae, Pictures(), tmp_path / "thesis", **SETTINGS)
-    with pytest.raises(UsageError, match="expected a folder, got a file"):
+    with refused(UsageError, "OUT"):
         write_store(tiny_vae, Pictures(), tmp_path / "thesis" / "chapter1.tex", **SETTINGS)
     assert sorted(path.name for path in (tmp_path / "thesis").iterdir()) == ["chapter1.tex"]
 

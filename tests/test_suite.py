@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import zlib
 from pathlib import Path
@@ -182,3 +183,14 @@ def test_documents_name_files_that_exist() -> None:
     absent = [f"{page.name}: {path or link}" for page, path, link in links
               if path != new and not (ROOT / path if path else page.parent / link).exists()]  # fmt: skip
     assert absent == []
+
+
+def test_every_golden_sentence_belongs_to_a_test(trees: dict[Path, ast.Module]) -> None:
+    golden = json.loads((ROOT / "tests" / "sentences.json").read_text(encoding="utf-8"))
+    found = {test: re.fullmatch(r"(tests/\w+\.py)::(\w+)(\[.*\])?", test, re.DOTALL) for test in golden}
+    assert golden
+    assert [
+        test
+        for test, place in found.items()
+        if not place or ROOT / place[1] not in trees or place[2] not in functions(trees[ROOT / place[1]])
+    ] == []
