@@ -217,7 +217,7 @@ def test_a_pipelines_vae_is_found_in_the_hubs_cache(tiny_vae: AutoencoderKL, tmp
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("a" * 40)
     program = (
-        "from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, load_autoencoder\n"
+        "from ldm_vae.autoencoder.fingerprint import encoder_fingerprint\nfrom ldm_vae import load_autoencoder\n"
         "print(encoder_fingerprint(load_autoencoder('some-lab/some-pipeline')))\n"
         "load_autoencoder('some-lab/other')"
     )

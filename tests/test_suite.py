@@ -194,3 +194,26 @@ def test_every_golden_sentence_belongs_to_a_test(trees: dict[Path, ast.Module]) 
         for test, place in found.items()
         if not place or ROOT / place[1] not in trees or place[2] not in functions(trees[ROOT / place[1]])
     ] == []
+
+
+def test_imports_in_strings_and_documents_are_of_names_that_exist() -> None:
+    """Programs in strings and in pages are seen by no linter, and run in subprocesses or never."""
+    told = re.compile(r"from (ldm_vae(?:\.\w+)*) import ([\w, ]+)")
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    found = {
+        (module, name.split()[0])
+        for path in [*pages, *TESTS, *(ROOT / "ldm_vae").rglob("*.py"), *(ROOT / "eval").rglob("*.py")]
+        for module, names in told.findall(path.read_text(encoding="utf-8"))
+        for name in names.split(",")
+        if name.strip()
+    }
+    assert len(found) > 500
+    absent = []
+    for module, name in sorted(found):
+        place = ROOT / module.replace(".", "/")
+        file = place.with_suffix(".py") if place.with_suffix(".py").is_file() else place / "__init__.py"
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        member = (place / name).is_dir() or (place / f"{name}.py").is_file()
+        if not (member or re.search(rf"\b{name}\b", text)):
+            absent.append(f"{module}: {name}")
+    assert absent == []
