@@ -118,6 +118,7 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_micro_batches_leave_what_one_batch_leaves(part: str) -> None:
     settings, moved = PARTS[part]

@@ -31,6 +31,7 @@ BASE = DiT(num_layers=2, num_attention_heads=2, attention_head_dim=16)
 # --- equal work -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_latents_of_other_shapes_get_equal_tokens_and_operations() -> None:
     shapes = [(8, 16, 16), (4, 32, 32), (64, 8, 8)]
     found = match(shapes, BASE, most_tokens=64)

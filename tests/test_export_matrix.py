@@ -65,7 +65,9 @@ def write_and_read(vae: AutoencoderKL, layout: str, folder: Path) -> Autoencoder
     return load_single_file(path)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [LAYOUTS[0], *(pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS[1:])]
+)
 @every_config
 def test_round_trip(path: Path, layout: str, tmp_path: Path) -> None:
     vae = narrow(model_of(path))

@@ -68,6 +68,7 @@ def test_the_operation_is_the_two_modules(channels: int, groups: int, height: in
         torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channels", "groups", "height", "width"), SHAPES)
 def test_the_kernels_are_autograd_in_fp64(channels: int, groups: int, height: int, width: int) -> None:
     tensors = drawn(channels, height, width, torch.float32)

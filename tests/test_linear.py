@@ -124,6 +124,7 @@ def built(shape: dict[str, Any]) -> AutoencoderKL:
     return AutoencoderConfig(**defaults | shape).build()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 @torch.no_grad()
 def test_the_first_forward_is_the_code(name: str) -> None:

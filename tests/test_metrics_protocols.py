@@ -36,6 +36,7 @@ def floats(side: int) -> tuple[torch.Tensor, torch.Tensor]:
     return crops, crops * 1.05 + 0.08 * noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [176, 201])
 def test_ms_ssim_agrees_with_torchmetrics(side: int) -> None:
     pair = PINNED.pair(*floats(side))

@@ -158,6 +158,7 @@ def pictures(count: int = 2) -> torch.Tensor:
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS[:2], *SLOW[2:]])
 def test_a_run_exports_its_diffusers_class_to_the_bit(kind: str, trained: Any, teacher: Path, images: Path) -> None:
     folder, _ = trained(kind)

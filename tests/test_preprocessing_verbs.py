@@ -171,6 +171,7 @@ def test_training_validation_and_normalisation_see_the_same_pixels(trained: Trai
             assert record[name] == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", list(VERBS))
 def test_a_verb_feeds_what_training_fed(trained: Trained, verb: str, tmp_path: Path) -> None:
     with watched() as seen:

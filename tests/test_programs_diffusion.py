@@ -79,6 +79,7 @@ def test_the_pages_snippet_samples_from_a_run(finished: Path, home: Path) -> Non
     assert torch.equal(names["generator"].pixels(range(8)), names["pixels"])
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_equal(finished: Path, home: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, home / "latents")
     victim = fork_until(tmp_path / "run/checkpoints/images-000000016", program.main, [str(config)])

@@ -230,6 +230,7 @@ def test_gumbel_noise_is_gumbel_and_each_images_own() -> None:
     assert stats.kstest(torch.diff(drawn[0].flatten()[::2]).numpy() / 1, stats.logistic.cdf).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_drawn_codes_follow_the_softmax() -> None:
     """At any temperature the largest weight falls on a code with its softmax probability (Gumbel-max)."""
     model = network(codes=4, kind="gumbel", temperature=0.5, hard=True)

@@ -39,6 +39,7 @@ def run(folder: Path, *options: str) -> str:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300).stdout
 
 
+@pytest.mark.slow
 def test_a_changed_sentence_is_red_until_it_is_rewritten(tmp_path: Path) -> None:
     folder, golden = write(tmp_path, "old words"), tmp_path / "tests" / "sentences.json"
     assert "2 failed, 1 passed" in run(folder)
@@ -54,6 +55,7 @@ def test_a_changed_sentence_is_red_until_it_is_rewritten(tmp_path: Path) -> None
     assert golden.read_text(encoding="utf-8") == first.replace("rank: old", "rank: new")
 
 
+@pytest.mark.slow
 def test_a_sentence_that_is_no_longer_said_is_red(tmp_path: Path) -> None:
     folder = write(tmp_path, "words")
     (folder / "tests" / "sentences.json").write_text('{"tests/test_it.py::test_without": ["seed: words"]}')

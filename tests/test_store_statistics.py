@@ -74,6 +74,7 @@ def test_json_there_and_back_and_on() -> None:
     torch.testing.assert_close(back.variance, statistics.variance, rtol=1e-12, atol=0.0)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     """400 data sets of 60 images with a common per-image offset: a bootstrap over pixels would cover far too seldom."""
     generator = np.random.default_rng(0)
