@@ -76,7 +76,9 @@ def convert_from(
     encoder = None if vae is None else encoder_fingerprint(vae)
     if known is not None:
         if encoder not in (None, known.manifest.identity.encoder):
-            raise UsageError(f"--vae: {vae_name or 'it'} has another encoder than the one that the latents in {path} name")
+            raise UsageError(
+                f"--vae: {vae_name or 'it'} has another encoder than the one that the latents in {path} name"
+            )
         found = chosen.read(path, known)
         head = known.manifest.model_copy(update={"identity": found.identity, "shards": ()})
         return repack(found.pieces, out, head, known.quarantine), found.notes
