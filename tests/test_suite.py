@@ -71,7 +71,7 @@ def imported(tree: ast.Module) -> set[str]:
 
 
 def test_no_file_imports_a_test_file(trees: dict[Path, ast.Module]) -> None:
-    """What two files use lies in helpers/: a test file is read, changed and deleted alone."""
+    """Shared code lies in helpers/: a test file is read, changed and deleted alone."""
     tests = {path.stem for path in TESTS} | {"conftest"}
     assert {path.name: both for path, tree in trees.items() if (both := imported(tree) & tests)} == {}
     for line in ("import test_suite as x", "from test_suite import f", "from tests import test_suite"):

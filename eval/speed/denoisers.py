@@ -17,8 +17,8 @@ from ldm_vae.denoisers.dit import Config as DiTConfig
 from ldm_vae.diffusion.flow import Denoiser
 from ldm_vae.run.optim import OptimizerConfig
 
-from .fast import Begun, captured, measured_memory, rows
-from .gpu import WORK, need_a_gpu, synchronised
+from .fast import Begun, rows, warmed_up
+from .gpu import WORK, need_a_gpu
 from .peaks import peaks
 from .recipes import (
     Workload,
@@ -49,14 +49,7 @@ def denoisers(
     ways: Mapping[str, tuple[str, ...]] = DENOISERS,
 ) -> list[dict[str, Any]]:
     def make(changes: tuple[str, ...]) -> Begun:
-        with measured_memory() as memory:
-            run = denoiser_step(work, shape, batch, size, changes)
-            run()
-            run()
-            if "graph" in changes:
-                run = captured(run)
-                run()
-        return Begun(synchronised(run) if work.device == "cuda" else run, memory())
+        return warmed_up(lambda: denoiser_step(work, shape, batch, size, changes), "graph" in changes, work.device)
 
     makers = {name: partial(make, changes) for name, changes in ways.items()}
     result = rows("gpu_denoiser", makers, batch, rounds_, at=batch, against="batch")

@@ -117,14 +117,19 @@ def begin(work: Workload, changes: tuple[str, ...]) -> Begun:
         for optimizer in (networks.optimizer, networks.critic_optimizer):
             for group in optimizer.param_groups:
                 group["capturable"] = True
+    return warmed_up(lambda: bound(ours(networks), images, "benchmark" in changes), "graph" in changes, work.device)
+
+
+def warmed_up(make: Callable[[], Callable[[], None]], graph: bool, device: str) -> Begun:
+    """Make a step and run it twice, then as one CUDA graph if asked; the memory of it all."""
     with measured_memory() as memory:
-        run = bound(ours(networks), images, "benchmark" in changes)
+        run = make()
         run()
         run()
-        if "graph" in changes:
+        if graph:
             run = captured(run)
             run()
-    return Begun(synchronised(run) if work.device == "cuda" else run, memory())
+    return Begun(synchronised(run) if device == "cuda" else run, memory())
 
 
 def bound(step: Step, images: torch.Tensor, benchmark: bool = False) -> Callable[[], None]:

@@ -20,7 +20,7 @@ def write_quarantine(store: Path, bad: Sequence[BadSample]) -> None:
 def read_quarantine(store: Path) -> list[BadSample]:
     """The entries of quarantine.jsonl; none where there is no such file."""
     try:
-        lines = (store / QUARANTINE).read_text(encoding="utf-8").splitlines()
+        lines = LocalFolder(store).read(QUARANTINE).decode().splitlines()
     except FileNotFoundError:
         return []
     return [BadSample.model_validate_json(line) for line in lines]

@@ -1,7 +1,8 @@
 """Storage of a store's files as objects: published whole, replaced whole, read whole, listed by folder.
 
-A shard, a record and the manifest are written through this interface alone, so another kind of storage is another class
-here. Names are relative to the store, with `/` between folder and file.
+Shards, unit records, the plan, quarantine.jsonl and a changed manifest are written through this interface, so another
+kind of storage is another class here. (The first manifest of a store is made in its place, if there is none.) Names are
+relative to the store, with `/` between folder and file.
 """
 
 from __future__ import annotations
