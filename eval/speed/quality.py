@@ -4,7 +4,9 @@ Each contender trains the same small network on the same crops in the same order
 a small PatchGAN from the first step), until it has used `--minutes` of one core. They take turns in slices, so that
 what slows the machine down slows all of them; the clock is the process's own (other programs on the machine count only
 as far as they take the cache), runs on one thread, and stands still while a network is measured: PSNR, LPIPS-alex and
-delta E 2000 by the pinned protocol, on the held-out photographs whole. A start that is fitted has its fit on the clock.
+delta E 2000 by the pinned protocol, on the held-out photographs whole. A start that is fitted has its fit on the
+clock. The curves of each factor and seed are kept in DIR as they are finished; a launch that finds them goes on from
+there.
 
 - `quality_F_RECIPE`: f4 or f8; LPIPS over the last quarter of the minutes (the mean over its measurements and over
   seeds), PSNR, delta E, images seen, the `curve`, and the `minutes` until LPIPS 0.30, null if it was not reached;
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 import tempfile
 import time
@@ -32,6 +35,7 @@ from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.autoencoder.linear_code import PatchMoments
 from ldm_vae.autoencoder.linear_init import start_linear
 from ldm_vae.autoencoder.linear_layers import clear_residuals
+from ldm_vae.core import atomic_io
 from ldm_vae.data.dataset import training_loader
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.source import Source, open_source
@@ -65,6 +69,8 @@ SCORES = ("lpips_alex", "psnr", "delta_e")
 REACHED = 0.30  # LPIPS
 FITTED = 1024  # crops
 
+Curve = list[dict[str, float]]  # scores, minutes and images so far, at each turn
+
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json."""
@@ -76,10 +82,15 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             prepare_demo(demo)
             rows = []
             for factor, work in WORKS.items():
-                runs = [
-                    _compete(demo, replace(work, seed=seed), options.minutes * 60, f"{factor}, seed {seed}")
-                    for seed in range(options.seeds)
-                ]
+                runs = []
+                for seed in range(options.seeds):
+                    kept = options.output / f"quality_{factor}_{options.minutes:g}_minutes_seed_{seed}.json"
+                    if not kept.exists():
+                        curves = _compete(
+                            demo, replace(work, seed=seed), options.minutes * 60, f"{factor}, seed {seed}"
+                        )
+                        atomic_io.replace(kept, atomic_io.data(json.dumps(curves).encode()))
+                    runs.append(json.loads(kept.read_text(encoding="utf-8")))
                 rows += _rows(f"quality_{factor}_", runs)
             return rows
     finally:
@@ -95,7 +106,7 @@ class Contender:
         networks = Networks(replace(work, learning_rate=rate, **changes))
         self.vae, self.step = networks.network.vae, RECIPES[recipe](networks)
         self.work, self.images, self.seconds = work, 0, 0.0
-        self.curve: list[dict[str, float]] = []
+        self.curve: Curve = []
         self.loader = self._crops(source)
         begun = time.process_time()
         self._start(start, source)
@@ -139,7 +150,7 @@ class Contender:
         self.curve.append({"minutes": self.seconds / 60, "images": self.images} | scores)
 
 
-def _compete(demo: Path, work: Workload, seconds: float, title: str) -> dict[str, Contender]:
+def _compete(demo: Path, work: Workload, seconds: float, title: str) -> dict[str, Curve]:
     source = open_source(demo / "train")
     held_out = open_source(demo / "photographs" / "heldout")
     photographs = [
@@ -152,35 +163,35 @@ def _compete(demo: Path, work: Workload, seconds: float, title: str) -> dict[str
         for contender in contenders.values():
             contender.train(seconds * turn / TURNS)
             contender.measure(photographs)
-    return contenders
+    return {name: contender.curve for name, contender in contenders.items()}
 
 
-def _rows(prefix: str, runs: list[dict[str, Contender]]) -> list[dict[str, Any]]:
+def _rows(prefix: str, runs: list[dict[str, Curve]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name in CONTENDERS:
         finals = {score: [_final(run[name], score) for run in runs] for score in SCORES}
         means = {score: statistics.mean(values) for score, values in finals.items()}
-        curve = _mean_curve([run[name].curve for run in runs])
+        curve = _mean_curve([run[name] for run in runs])
         reached = [point["minutes"] for point in curve if point["lpips_alex"] <= REACHED]
         rows.append(
             {"name": f"{prefix}{name}", "value": means.pop("lpips_alex"), "unit": "LPIPS", **means}
-            | {"images": statistics.mean(run[name].images for run in runs), "minutes": min(reached, default=None)}
+            | {"images": curve[-1]["images"], "minutes": min(reached, default=None)}
             | {"seeds": finals, "curve": curve}
         )
-    own = statistics.mean(run[OWN].images for run in runs)
+    own = statistics.mean(run[OWN][-1]["images"] for run in runs)
     for name in PUBLISHED:
-        ratios = [run[OWN].images / run[name].images for run in runs]
+        ratios = [run[OWN][-1]["images"] / run[name][-1]["images"] for run in runs]
         ratio = {"to": name, "median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
         rows.append({"name": f"{prefix}images", "value": own, "unit": "images", "ratio": ratio})
     return rows
 
 
-def _mean_curve(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+def _mean_curve(curves: list[Curve]) -> Curve:
     return [
         {name: statistics.mean(point[name] for point in points) for name in points[0]}
         for points in zip(*curves, strict=True)
     ]
 
 
-def _final(contender: Contender, score: str) -> float:
-    return statistics.mean(point[score] for point in contender.curve[-LAST:])
+def _final(curve: Curve, score: str) -> float:
+    return statistics.mean(point[score] for point in curve[-LAST:])
