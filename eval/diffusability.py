@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torchvision.utils import make_grid
 
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError, WorkError, run_program
 from ldm_vae.core.launch import build_accelerator
 from ldm_vae.core.ownership import own
+from ldm_vae.core.pictures import save, sheet
 from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.preparation import preparation_of
 from ldm_vae.data.source import Source
@@ -52,7 +52,6 @@ from ldm_vae.latent_space.spectrum import high_frequency_share
 from ldm_vae.latent_store import LatentDataset, write_store
 from ldm_vae.metrics import result
 from ldm_vae.metrics.batches import image_batches, spread
-from ldm_vae.metrics.pictures import save
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.running import Running
 from ldm_vae.report import build_report
@@ -301,7 +300,7 @@ def sampling(options: argparse.Namespace) -> SamplingConfig:
 def show(path: Path, pixels: torch.Tensor) -> None:
     """The first SHOWN of pixels [N, C, H, W] as a grid."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(make_grid(PINNED.quantise(pixels[:SHOWN]), nrow=SHOWN // 2, padding=2, pad_value=255), path)
+    save(sheet(PINNED.quantise(pixels[:SHOWN]), SHOWN // 2, gap=2), path)
 
 
 if __name__ == "__main__":

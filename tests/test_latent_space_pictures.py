@@ -10,7 +10,6 @@ import torch
 from ldm_vae.core.errors import WorkError
 from ldm_vae.latent_space import walks
 from ldm_vae.latent_space.mixture import fit_mixture
-from ldm_vae.latent_space.pictures import sheet
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -73,11 +72,3 @@ def test_few_latents_make_a_small_mixture_and_too_few_none() -> None:
     assert (figures["components"], figures["principal_components"]) == (2, 5)
     with pytest.raises(WorkError, match="at least 10 latents"):
         fit_mixture(drawn(9, 4, 2, 2), 2, seed=0)
-
-
-def test_a_sheet_holds_every_image_in_reading_order() -> None:
-    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 32, 32)
-    made = sheet(images, 3)
-    assert made.shape == (3, 65, 98)
-    assert [int(made[0, row * 33, column * 33]) for row in range(2) for column in range(3)] == [0, 1, 2, 3, 4, 128]
-    assert int(made[0, 0, 32]) == 128

@@ -68,10 +68,10 @@ def _reconstruct(
     import torch
 
     from ldm_vae.autoencoder.geometry import downsampling_factor
+    from ldm_vae.core.pictures import save
     from ldm_vae.data.transforms import centre_crop
     from ldm_vae.metrics.batches import ImageBatch
     from ldm_vae.metrics.evaluate import reconstruct
-    from ldm_vae.metrics.pictures import save
     from ldm_vae.metrics.psnr import psnr
 
     factor = downsampling_factor(vae)

@@ -115,6 +115,10 @@ def absent(out: Path) -> None:
         raise UsageError(f"OUT {out}: exists already; choose a new folder")
 
 
+def anything(out: Path) -> None:
+    """Replace whatever `out` holds: a check of `whole_folder`."""
+
+
 @contextlib.contextmanager
 def whole_folder(out: Path, free: Callable[[Path], None] = absent) -> Iterator[Path]:
     """Yield an empty folder that gets the name `out` when the block ends well and is deleted when it does not. The name

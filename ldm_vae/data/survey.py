@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm_vae.core import atomic_io, rng
+from ldm_vae.core import rng
+from ldm_vae.core.pictures import save, sheet
 from ldm_vae.data import buckets
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.ordered import IndexedRecord, batches_of, items, key_of, take
@@ -200,11 +200,8 @@ def thumbnails(source: Source, found: Survey, path: Path) -> int:
     good = found.good
     chosen = [good[at] for at in sorted({round(i * (len(good) - 1) / (THUMBNAILS - 1)) for i in range(THUMBNAILS)})]
     side, columns = THUMBNAIL_SIDE, (len(chosen) + 1) // 2 if len(chosen) > 5 else len(chosen)
-    sheet = Image.new("RGB", (columns * side, math.ceil(len(chosen) / columns) * side), "white")
-    for place, finding in enumerate(chosen):
-        pixels = centre_crop(read_image(source[finding.index].image, source.decoding).pixels, side).pixels
-        shown = pixels[:3] if pixels.shape[0] >= 3 else pixels[:1].expand(3, -1, -1)
-        tile = Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
-        sheet.paste(tile, (place % columns * side, place // columns * side))
-    atomic_io.replace(path, lambda file: sheet.save(file, "PNG"))
+    read = [read_image(source[finding.index].image, source.decoding).pixels for finding in chosen]
+    coloured = [pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1) for pixels in read]
+    crops = [centre_crop(pixels, side).pixels for pixels in coloured]
+    save(sheet(crops, columns, gap=0), path)
     return len(chosen)

@@ -96,7 +96,7 @@ class Generator:
     def write(self, run: Path) -> Path:
         """RUN/denoiser: what diffusers' `from_pretrained` reads (network and scheduler), and flow.json."""
         out = run / FOLDER
-        with atomic_io.whole_folder(out, lambda _: None) as folder:
+        with atomic_io.whole_folder(out, atomic_io.anything) as folder:
             self._fill(folder)
         return out
 

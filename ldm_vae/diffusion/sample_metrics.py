@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.utils import make_grid
 
+from ldm_vae.core.pictures import save, sheet
 from ldm_vae.diffusion.generator import Generator
 from ldm_vae.metrics import result
 from ldm_vae.metrics.cmmd import cmmd
 from ldm_vae.metrics.frechet import Gaussian, frechet_distance
-from ldm_vae.metrics.pictures import save
 from ldm_vae.metrics.profile import radial_spectrum
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.samples import field
@@ -107,7 +106,7 @@ def record_samples(run: Path, generator: Generator, images_seen: int, count: int
     images = torch.cat(list(generator.batches(count, batch_size)))
     path = run / "samples" / f"images-{images_seen:09d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(make_grid(PINNED.quantise(images), nrow=columns, padding=4, pad_value=255), path)
+    save(sheet(PINNED.quantise(images), columns), path)
     found = {
         "grids": sorted(picture.name for picture in path.parent.glob("images-*.png")),
         "columns": columns,

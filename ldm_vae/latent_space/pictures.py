@@ -10,7 +10,6 @@ Legend: N pictures, C image channels, R side, c latent channels, h w latent posi
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ import torch
 
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.latents import Moments
-from ldm_vae.core import rng
+from ldm_vae.core import atomic_io, rng
+from ldm_vae.core.pictures import save, sheet
 from ldm_vae.data.transforms import to_uint8
 from ldm_vae.latent_space import walks
 from ldm_vae.latent_space.channels import ChannelStatistics
 from ldm_vae.latent_space.mixture import PER_COMPONENT, fit_mixture
 from ldm_vae.metrics.batches import spread
-from ldm_vae.metrics.pictures import save
 from ldm_vae.metrics.samples import field
 
 FOLDER = "latent_space"
@@ -37,14 +36,10 @@ Json = dict[str, Any]
 
 
 class LatentPictures:
-    """Collects pictures in a folder beside the final one, which `finish` puts in its place; `entries` is what
-    latent_space.json says of them."""
+    """Collects pictures in an empty folder; `entries` is what latent_space.json says of them."""
 
-    def __init__(self, output: Path, vae: Any, device: torch.device) -> None:
-        self.final = output / FOLDER
-        self.folder = output / f".{FOLDER}.tmp"
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+    def __init__(self, folder: Path, vae: Any, device: torch.device) -> None:
+        self.folder = folder
         self.vae, self.device = vae, device
         self.entries: list[Json] = []
 
@@ -79,18 +74,13 @@ class LatentPictures:
 
     def _keep(self, name: str, z: torch.Tensor, columns: int, **entry: Any) -> None:
         decoded = torch.cat([to_uint8(self._decode(one)) for one in torch.split(z, COLUMNS)])
-        save(sheet(decoded, columns).float(), self.folder / name)
+        gap = max(1, decoded.shape[-1] // 32)
+        save(sheet(decoded, columns, gap=gap, value=128), self.folder / name)
         self.entries.append({"file": f"{FOLDER}/{name}", "frames": len(decoded), **entry})
 
     @torch.no_grad()
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
         return finite.decode(self.vae, z.to(self.device).float()).cpu()
-
-    def finish(self) -> list[Json]:
-        """Replace the pictures of an earlier call; what there is now."""
-        shutil.rmtree(self.final, ignore_errors=True)
-        self.folder.replace(self.final)
-        return self.entries
 
 
 def keep_pictures(
@@ -106,44 +96,34 @@ def keep_pictures(
     components: int,
     seed: int,
 ) -> tuple[list[Json], Json | None]:
-    """Write output/latent_space from the posteriors [M, c, h, w] of the images `keys`: walks between their means, and
-    samples of N(0, I), of a Gaussian field with the latents' radial `spectrum`, and of a mixture of `components`
-    fitted to latents drawn with `noise`. Gives what there is, and what the mixture was."""
+    """Write output/latent_space in the place of an earlier one, from the posteriors [M, c, h, w] of the images `keys`.
+
+    It holds walks between their means, and samples of N(0, I), of a Gaussian field with the latents' radial `spectrum`,
+    and of a mixture of `components` fitted to latents drawn with `noise`. Returns the list of pictures, and the
+    mixture's figures."""
     means = moments.mean
-    pictures = LatentPictures(output, vae, next(vae.parameters()).device)
+    with atomic_io.whole_folder(output / FOLDER, atomic_io.anything) as folder:
+        pictures = LatentPictures(folder, vae, next(vae.parameters()).device)
 
-    # walks: between images far apart in the data, since folders keep a class together
-    places = spread(len(means), 2 * pairs)
-    half = len(places) // 2
-    for first, second in zip(places[:half], places[half : 2 * half], strict=True):
-        pictures.interpolation(means[first], means[second], (keys[first], keys[second]))
-    for channel in sorted(channels.std.argsort(descending=True, stable=True)[:TRAVERSED].tolist()):
-        mean, std = float(channels.mean[channel]), float(channels.std[channel])
-        pictures.traversal(means[0], channel, mean, std, keys[0])
+        # walks: between images far apart in the data, since folders keep a class together
+        places = spread(len(means), 2 * pairs)
+        half = len(places) // 2
+        for first, second in zip(places[:half], places[half : 2 * half], strict=True):
+            pictures.interpolation(means[first], means[second], (keys[first], keys[second]))
+        for channel in sorted(channels.std.argsort(descending=True, stable=True)[:TRAVERSED].tolist()):
+            mean, std = float(channels.mean[channel]), float(channels.std[channel])
+            pictures.traversal(means[0], channel, mean, std, keys[0])
 
-    # samples: a codebook or a distilled encoder was never meant for N(0, I)
-    white = rng.normal(seed, "samples", range(SAMPLES), means.shape[1:])
-    if not moments.is_point:
-        pictures.samples("normal", white)
-    if means[0, 0].numel() > 1:
-        measured = {"mean": channels.mean.tolist(), "std": channels.std.tolist()}
-        pictures.samples("field", field(white, measured | {"spectrum": {"latents": spectrum}}))
-    fitted = None
-    if components and len(means) >= PER_COMPONENT:
-        mixture = fit_mixture(moments.sample(noise), components, seed)
-        pictures.samples("mixture", mixture.sample(SAMPLES, seed))
-        fitted = mixture.figures()
-    return pictures.finish(), fitted
-
-
-def sheet(images: torch.Tensor, columns: int) -> torch.Tensor:
-    """uint8 [N, C, R, R] => one picture [1 or 3, ...] of so many columns, a narrow grey gap between the images."""
-    images = images[:, : 1 if images.shape[1] < 3 else 3]
-    gap = max(1, images.shape[-1] // 32)
-    padded = torch.nn.functional.pad(images, (0, gap, 0, gap), value=128)
-    missing = -len(padded) % columns
-    padded = torch.cat([padded, padded.new_full((missing, *padded.shape[1:]), 128)])
-    channels, height, width = padded.shape[1:]
-    table = padded.view(-1, columns, channels, height, width).permute(2, 0, 3, 1, 4)
-    made: torch.Tensor = table.reshape(channels, -1, columns * width)[:, :-gap, :-gap]
-    return made
+        # samples: a codebook or a distilled encoder was never meant for N(0, I)
+        white = rng.normal(seed, "samples", range(SAMPLES), means.shape[1:])
+        if not moments.is_point:
+            pictures.samples("normal", white)
+        if means[0, 0].numel() > 1:
+            measured = {"mean": channels.mean.tolist(), "std": channels.std.tolist()}
+            pictures.samples("field", field(white, measured | {"spectrum": {"latents": spectrum}}))
+        fitted = None
+        if components and len(means) >= PER_COMPONENT:
+            mixture = fit_mixture(moments.sample(noise), components, seed)
+            pictures.samples("mixture", mixture.sample(SAMPLES, seed))
+            fitted = mixture.figures()
+    return pictures.entries, fitted

@@ -12,16 +12,15 @@ Legend: B batch, C channels, c latent channels, h w latent positions, R side of 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ldm_vae.core import atomic_io
+from ldm_vae.core.pictures import save
 from ldm_vae.data.source import Source
 from ldm_vae.metrics.batches import ImageBatch, image_batches
 from ldm_vae.metrics.evaluate import reconstruct
@@ -43,13 +42,10 @@ class Picture:
 
 
 class Pictures:
-    """Collects pictures in a folder beside the final one, which `finish` puts in its place."""
+    """Collects pictures in an empty folder; `finish` writes their index."""
 
-    def __init__(self, output: Path) -> None:
-        self.final = output / FOLDER
-        self.folder = output / f".{FOLDER}.tmp"
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.pictures: dict[int, Picture] = {}
 
     def add(
@@ -92,11 +88,8 @@ class Pictures:
         return self.pictures[index]
 
     def finish(self) -> None:
-        """Replace the pictures of an earlier evaluation."""
         rows = [asdict(picture) for picture in self.pictures.values()]
         (self.folder / INDEX).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(self.final, ignore_errors=True)
-        self.folder.replace(self.final)
 
 
 def keep_pictures(
@@ -111,14 +104,16 @@ def keep_pictures(
     batch_size: int,
     protocol: Protocol = PINNED,
 ) -> None:
-    """Write output/pictures: what each of `vaes` makes of the images whose indices `kinds` calls "shown" or "worst"."""
-    pictures = Pictures(output)
-    for vae in vaes:
-        chosen = image_batches(source, list(kinds), resolution, batch_size=batch_size, protocol=protocol)
-        home = next(vae.parameters()).device
-        pictures.add(vae.to(device), chosen, metrics, device, kinds=kinds, batch_size=batch_size, protocol=protocol)
-        vae.to(home)
-    pictures.finish()
+    """Write output/pictures in the place of earlier ones: what each of `vaes` makes of the images whose indices `kinds`
+    calls "shown" or "worst"."""
+    with atomic_io.whole_folder(output / FOLDER, free=atomic_io.anything) as folder:
+        pictures = Pictures(folder)
+        for vae in vaes:
+            chosen = image_batches(source, list(kinds), resolution, batch_size=batch_size, protocol=protocol)
+            home = next(vae.parameters()).device
+            pictures.add(vae.to(device), chosen, metrics, device, kinds=kinds, batch_size=batch_size, protocol=protocol)
+            vae.to(home)
+        pictures.finish()
 
 
 def principal_colours(means: torch.Tensor) -> torch.Tensor:
@@ -138,10 +133,3 @@ def principal_colours(means: torch.Tensor) -> torch.Tensor:
     low, high = ordered[round(0.01 * last)], ordered[round(0.99 * last)]
     scaled = 255 * (parts - low) / (high - low).clamp(min=1e-12)
     return scaled.clamp(0, 255).reshape(count, height, width, 3).permute(0, 3, 1, 2)
-
-
-def save(image: torch.Tensor, path: Path) -> None:
-    """image [C, H, W] on the 0..255 scale, C 1, 3 or 4 => PNG, whole or not at all."""
-    array = image.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    atomic_io.replace(path, lambda file: picture.save(file, "PNG", optimize=True))

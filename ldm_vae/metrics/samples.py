@@ -20,8 +20,8 @@ import torch
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.core import rng
+from ldm_vae.core.pictures import save
 from ldm_vae.data.transforms import to_uint8
-from ldm_vae.metrics.pictures import save
 from ldm_vae.metrics.profile import rings
 
 FOLDER = "samples"

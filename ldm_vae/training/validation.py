@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import make_grid
 
+from ldm_vae.core.pictures import save, sheet
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import preprocessing_identity
 from ldm_vae.metrics import result
 from ldm_vae.metrics.batches import spread
 from ldm_vae.metrics.evaluate import Evaluation
 from ldm_vae.metrics.metric import Metric
-from ldm_vae.metrics.pictures import FOLDER, INDEX, keep_pictures, save
+from ldm_vae.metrics.pictures import FOLDER, INDEX, keep_pictures
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.samples import keep_samples
 
@@ -67,5 +67,5 @@ def _sheet(report: Path, images_seen: int) -> Path:
     images = [pil_to_tensor(Image.open(report / FOLDER / file).convert("RGB")) for file in files]
     path = report / "validation" / f"images-{images_seen:09d}.png"
     path.parent.mkdir(exist_ok=True)
-    save(make_grid(images, nrow=len(rows), padding=4, pad_value=255).float(), path)
+    save(sheet(images, len(rows)), path)
     return path

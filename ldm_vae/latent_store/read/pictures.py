@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ldm_vae.core import atomic_io
 from ldm_vae.core.ownership import own
+from ldm_vae.core.pictures import png, save, to_image
 from ldm_vae.data.transforms import to_uint8
 from ldm_vae.latent_store.read.batch import Item
 from ldm_vae.latent_store.read.dataset import LatentDataset
@@ -33,9 +32,7 @@ def decode_to_png(
         for chunk in _of_one_shape(dataset, indices, batch_size):
             for item, picture in _decoded(dataset, vae, chunk):
                 stem = re.sub(r"[^\w.-]+", "_", Path(item["key"]).stem).strip("._")[-80:]
-                buffer = io.BytesIO()
-                _to_image(picture).save(buffer, "PNG")
-                atomic_io.replace(folder / f"{int(item['index']):08d}-{stem}.png", atomic_io.data(buffer.getvalue()))
+                save(picture, folder / f"{int(item['index']):08d}-{stem}.png")
             bar.update(len(chunk))
     return len(indices)
 
@@ -46,12 +43,10 @@ def contact_sheet(dataset: LatentDataset, vae: Any, count: int = 16, columns: in
     sheet = Image.new("RGB", (side * min(columns, len(chosen)), side * -(-len(chosen) // columns)))
     for place, index in enumerate(chosen):
         ((_, picture),) = _decoded(dataset, vae, [index])
-        image = _to_image(picture).convert("RGB")
+        image = to_image(picture).convert("RGB")
         image.thumbnail((side, side))
         sheet.paste(image, (place % columns * side, place // columns * side))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    return png(sheet)
 
 
 def _decoded(dataset: LatentDataset, vae: Any, indices: Sequence[int]) -> list[tuple[Item, torch.Tensor]]:
@@ -70,10 +65,3 @@ def _of_one_shape(dataset: LatentDataset, indices: Sequence[int], size: int) -> 
         else:
             chunks.append([index])
     return chunks
-
-
-def _to_image(picture: torch.Tensor) -> Image.Image:
-    """uint8 [C, H, W] => a Pillow image; of more than four channels the first three."""
-    channels = picture.shape[0] if picture.shape[0] in (1, 3, 4) else 3
-    array = picture[:channels].permute(1, 2, 0).contiguous().numpy()
-    return Image.fromarray(array[..., 0] if channels == 1 else array)
