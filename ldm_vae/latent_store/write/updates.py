@@ -28,7 +28,6 @@ from ldm_vae.data.stamps import stamp_now
 from ldm_vae.data.workers import load
 from ldm_vae.latent_store.format import shards, work_units
 from ldm_vae.latent_store.format.layout import (
-    EXTENSIONS,
     IMAGE_BYTES,
     PLAN,
     SHARDS,
@@ -44,6 +43,7 @@ from ldm_vae.latent_store.format.manifest import (
 )
 from ldm_vae.latent_store.format.quarantine import read_quarantine
 from ldm_vae.latent_store.format.work_units import BadSample, Plan, storable
+from ldm_vae.latent_store.storage.objects import LocalFolder
 from ldm_vae.latent_store.write.finalize import finish
 from ldm_vae.latent_store.write.freshness_cache import Sightings, sighting
 
@@ -189,11 +189,13 @@ def forget(store: Path, plan: Plan, manifest: Manifest) -> None:
     # the plan first: after a kill in the middle nothing refers to the files that are left, and the next plan's replace
     # them
     (store / PLAN).unlink(missing_ok=True)
-    for unit in plan.units(manifest.identity.shard_size):
+    units = plan.units(manifest.identity.shard_size)
+    for unit in units:
         work_units.record_path(store, unit.number).unlink(missing_ok=True)
-        for extension in EXTENSIONS:
-            for path in (store / SHARDS).glob(f"{unit.name}*.{extension}"):
-                path.unlink(missing_ok=True)
+    shards = tuple(f"{SHARDS}/{unit.name}" for unit in units)
+    for name in LocalFolder(store).names(SHARDS):
+        if name.startswith(shards):
+            (store / name).unlink(missing_ok=True)
 
 
 # --- checksums --------------------------------------------------------------------------------------------------------
