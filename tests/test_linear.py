@@ -32,6 +32,7 @@ from ldm_vae.autoencoder.linear_code import (
 from ldm_vae.autoencoder.linear_init import start_linear
 from ldm_vae.core.errors import UsageError
 from ldm_vae.training.monitor import below_linear
+from ldm_vae.training.objective import rate
 
 
 def pictures(count: int = 48, channels: int = 3, side: int = 32) -> torch.Tensor:
@@ -173,22 +174,24 @@ def test_what_has_no_room_is_one_sentence(shape: dict[str, Any], field: str) -> 
         start_linear(vae, code)
 
 
-def test_nothing_is_dead() -> None:
-    """After three updates every weight has a gradient; after some more, no unit of a hidden layer is silent that would
-    not be from noise."""
-    vae = built(SHAPES["f4"] | {"mid_block_add_attention": True})
-    images = pictures(8)
-    start_linear(vae, code_of(images, 4, 8))
-    optimizer = torch.optim.Adam(vae.parameters(), 1e-4)
+def train(vae: AutoencoderKL, images: torch.Tensor, updates: int, learning_rate: float) -> None:
+    optimizer = torch.optim.Adam(vae.parameters(), learning_rate)
     x = in_pixels(images).float()
     draw = torch.Generator().manual_seed(0)
-    for _ in range(3):
+    for _ in range(updates):
         optimizer.zero_grad()
         posterior = vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=draw)
         loss = (vae.decode(z).sample - x).abs().mean() + 1e-6 * posterior.kl().mean()
         loss.backward()
         optimizer.step()
+
+
+def test_every_weight_has_a_gradient() -> None:
+    vae = built(SHAPES["f4"] | {"mid_block_add_attention": True})
+    images = pictures(8)
+    start_linear(vae, code_of(images, 4, 8))
+    train(vae, images, 3, 1e-4)
     silent = [name for name, parameter in vae.named_parameters() if not bool((parameter.grad != 0).any())]
     # a key's bias moves all of a query's scores alike, and the softmax takes no notice
     assert [name for name in silent if not name.endswith("to_k.bias")] == []
@@ -198,6 +201,38 @@ def test_nothing_is_dead() -> None:
         if parameter.ndim == 4 and not bool((parameter.grad.flatten(1) != 0).any(dim=1).all())
     ]
     assert rows == []
+
+
+@pytest.mark.slow
+def test_training_from_the_code_leaves_as_many_units_alive_as_from_noise() -> None:
+    images = pictures(8)
+    active, alive = {}, {}
+    for start, learning_rate in (("noise", 1e-3), ("linear", 1e-4)):
+        vae = built(SHAPES["f4"])
+        if start == "linear":
+            start_linear(vae, code_of(images, 4, 8))
+        train(vae, images, 20, learning_rate)
+        active[start] = int(rate(latents.encode(vae, in_pixels(images).float()), images)["active_units"])
+        alive[start] = hidden_units(vae, in_pixels(images).float())
+    assert active == {"noise": 8, "linear": 8}
+    # the constants of four norms, two channels in each of their 4 groups, are biases and are meant to differ nowhere
+    assert alive["linear"] >= alive["noise"] - 4 * 2 * 4
+
+
+@torch.no_grad()
+def hidden_units(vae: AutoencoderKL, x: torch.Tensor) -> int:
+    """Channels in front of a convolution (behind norm and SiLU) that differ between places or images."""
+    found = 0
+
+    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        nonlocal found
+        found += int((inputs[0].transpose(0, 1).flatten(1).std(dim=1) > 1e-4).sum())
+
+    hooks = [module.register_forward_pre_hook(count) for module in vae.modules() if isinstance(module, torch.nn.Conv2d)]
+    vae(x)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
