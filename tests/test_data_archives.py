@@ -34,6 +34,16 @@ def png(value: int, size: int = 8) -> bytes:
     return file.getvalue()
 
 
+def test_images_beside_shards_are_a_question(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    for name in ("backup.tar", "table.parquet"):
+        (tmp_path / name).write_bytes(b"")
+        with refused(UsageError, "--kind"):
+            kind_of(str(tmp_path))
+        (tmp_path / name).unlink()
+    assert len(open_source(tmp_path, kind="folder")) == 1
+
+
 # --- zip --------------------------------------------------------------------------------------------------------------
 
 

@@ -14,9 +14,10 @@ from PIL import Image
 from sentences import refused
 
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.data.files import Names, read_bytes, walk
+from ldm_vae.data.files import Names, read_bytes
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import checksum, open_source
+from ldm_vae.data.tree import walk
 
 
 def put(path: Path, value: int = 100) -> Path:

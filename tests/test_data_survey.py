@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from images import write_images
 from PIL import Image
 
 from ldm_vae import cli
@@ -81,6 +82,18 @@ def test_a_stream(
     assert inspect(monkeypatch, f"{tmp_path}/*.tar.gz", "--num_workers", 0) == 0
     out = capsys.readouterr().out
     assert "a stream of images" in out and "length unknown" in out
+
+
+def test_thumbnails_do_not_become_images_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path, 3, (16, 16))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert inspect(monkeypatch, ".", "--num_workers", 0) == 0
+        assert "3 images" in (out := capsys.readouterr().out) and "no thumbnails" in out
+    assert inspect(monkeypatch, ".", "--thumbnails", "look.png") == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_what_is_wrong_is_said_in_one_sentence(

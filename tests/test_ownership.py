@@ -14,6 +14,7 @@ import pytest
 from file_systems import without_locks
 from fork_server import fork
 from kills import wait_for
+from sentences import refused
 from training_runs import one_sentence
 
 from ldm_vae.core import atomic_io, ownership
@@ -21,6 +22,7 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.ownership import (
     LEASE,
     LOCK,
+    MARK,
     is_mark,
     own,
     own_name,
@@ -100,14 +102,27 @@ def test_nothing_is_left_in_a_folder_or_of_it(tmp_path: Path, file_system: str) 
         (tmp_path / "new" / "result").touch()
     with own_name(tmp_path / "named"):
         pass
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "mine", "new", "result"]
+    # what was written stays marked as ours
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [MARK, "file", "full", "mine", "new", "result"]
+    assert (tmp_path / "new" / MARK).exists()
+
+
+def test_a_folder_with_images_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.HEIC").touch()
+    with refused(UsageError, "OUT"), own(tmp_path / "photos", "OUT"):
+        raise AssertionError
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.HEIC"]
+    for _ in range(2):  # its own images are no reason
+        with own(tmp_path / "ours", "OUT"):
+            (tmp_path / "ours" / "a.png").touch()
 
 
 def test_who_waits_in_vain_leaves_the_marks_where_they_are(tmp_path: Path) -> None:
     with own(tmp_path / "run", "output_dir") as owner:
         for _ in range(2):
             assert len(contend(tmp_path / "run")) == 1
-        assert {path.name for path in (tmp_path / "run").iterdir()} == {LOCK, LEASE}
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {LOCK, LEASE, MARK}
         owner.check()
 
 

@@ -242,7 +242,7 @@ class Pair:
         self.figures.finished += 1
         twin.check(self.place, out, self.figures)
         self.figures.different += self.chosen(out.parent) != self.chosen(self.whole.parent)
-        left = [path for path in out.parent.rglob(".*") if ownership.is_mark(path)]
+        left = [path for path in out.parent.rglob(".*") if ownership.is_mark(path) and path.name != ownership.MARK]
         self.figures.unreadable += len(left)
 
     def chosen(self, parent: Path) -> dict[str, str]:

@@ -31,7 +31,7 @@ class Request:
     bucket_step: int | None = flag("sides of aspect buckets in steps of N (resolution / 16)", metavar="N")
     max_images: int = flag("number of images to decode (10000; 0: all)", 10000, metavar="N")
     num_workers: int = flag("decoding processes (2)", 2)
-    thumbnails: Path = flag("file for the thumbnails (inspect.png)", Path("inspect.png"), metavar="PNG")
+    thumbnails: Path | None = flag("file for the thumbnails (inspect.png, unless that lies in DATA)", metavar="PNG")
     flags: DataFlags = data_flags(resize=False, recorded=None)
 
 
@@ -45,8 +45,12 @@ def run(request: Request) -> None:
     for name, least in (("resolution", 1), ("max_images", 0), ("num_workers", 0)):
         if getattr(request, name) < least:
             raise UsageError(f"{name}: expected at least {least}, got {getattr(request, name)}")
-    if not request.thumbnails.parent.is_dir():
-        raise UsageError(f"thumbnails {request.thumbnails}: there is no folder {request.thumbnails.parent}")
+    place, data = request.thumbnails or Path("inspect.png"), Path(request.data).expanduser()
+    if not place.parent.is_dir():
+        raise UsageError(f"thumbnails {place}: there is no folder {place.parent}")
+    within = data.is_dir() and place.resolve().is_relative_to(data.resolve())
+    if request.thumbnails and within:
+        raise UsageError(f"thumbnails {place}: expected a place outside DATA, of which it would become an image")
     # 64 is usual at 1024 px; a smaller resolution needs finer steps for the same shapes, a VAE multiples of 8
     step = request.bucket_step or max(8, request.resolution // 16 // 8 * 8)
     shapes = buckets.generate(request.resolution**2, step)
@@ -58,5 +62,7 @@ def run(request: Request) -> None:
         raise WorkError(f"data {request.data}: no usable image{reason}")
     if isinstance(source, Stream):
         print("\nread in order: length unknown, no thumbnails; training works, encoding needs it downloaded")
+    elif within:
+        print(f"\nno thumbnails: {place} would become an image of DATA; --thumbnails names a place outside it")
     else:
-        print(f"\n{thumbnails(source, found, request.thumbnails)} of them: {request.thumbnails}")
+        print(f"\n{thumbnails(source, found, place)} of them: {place}")

@@ -6,6 +6,8 @@ that its holder touches every 20 s. It excludes a second writer where a file sys
 on one machine only (many network file systems): whoever finds a record that has not been touched for 60 s takes it
 over. The first holder may only have been suspended, so it checks that the record is still its own before it publishes.
 
+A third file, MARK, stays: a walk over a data set leaves out folders that hold it, so that no output becomes data.
+
 The processes of one job share its ownership: process 0 owns the folder, the others join it. What they hold keeps a new
 job out until the last of them has ended, an orphan of a killed launcher as well.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mimetypes
 import sys
 import threading
 import time
@@ -27,6 +30,7 @@ from filelock import BaseFileLock, FileLock, LeaseSettingsMismatch, SoftFileLeas
 from ldm_vae.core.errors import UsageError, WorkError
 
 LOCK, LEASE = ".lock", ".owner"
+MARK = ".ldm-vae"
 WAIT_SECONDS = 30.0  # seconds: a killed process may take a while to end (torch's data workers look for it every 5 s)
 LEASE_SECONDS = 60.0  # twice what network file systems cache of a folder by default; renewed every third of it
 ATTEMPTS = 100
@@ -63,24 +67,56 @@ class Ownership:
 
 @contextlib.contextmanager
 def own(folder: Path, field: str) -> Iterator[Ownership]:
-    """Own `folder` while the block runs; it is made if it is absent. Nothing of this is left in it afterwards, and of a
+    """Own `folder` while the block runs; it is made if it is absent. MARK alone is left in it afterwards, and of a
     folder that was made and stayed empty nothing at all.
 
     Args:
         field: the name of the folder's argument, for messages.
 
     Raises:
-        UsageError: another job is at work on it, and still is after 30 s.
+        UsageError: another job is at work on it, and still is after 30 s; or it holds images of somebody else, among
+            which those that are written would be lost.
         WorkError: it cannot be written.
     """
     what = f"{field} {folder}"
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{what}: expected a folder, got a file")
+    check_no_images(folder, what)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
         # registered first, so it runs last, after the marks in the folder are gone
         stack.callback(_remove_empty, made)
-        yield _entered(stack, lambda: _owned(folder / LOCK, folder / LEASE, what), folder, f"{what}: cannot be made")
+        owner = _entered(stack, lambda: _owned(folder / LOCK, folder / LEASE, what), folder, f"{what}: cannot be made")
+        stack.enter_context(_marked(folder))
+        yield owner
+
+
+@contextlib.contextmanager
+def _marked(folder: Path) -> Iterator[None]:
+    """`mark` from the beginning, so that a killed job leaves it; taken away where nothing else has been added."""
+    before = {path.name for path in folder.iterdir()}
+    mark(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if MARK not in before and {path.name for path in folder.iterdir() if not is_mark(path)} <= before:
+                (folder / MARK).unlink()
+
+
+def mark(folder: Path) -> None:
+    """Say that this toolkit writes the files of `folder`."""
+    if not (folder / MARK).exists():
+        (folder / MARK).write_text("Written by ldm-vae; a folder with this file is left out of data sets.\n")
+
+
+def check_no_images(folder: Path, what: str) -> None:
+    """Raise UsageError where images lie in `folder` that are not this toolkit's."""
+    if folder.is_dir() and not (folder / MARK).exists():
+        kinds = ((path.name, mimetypes.guess_type(path.name)[0] or "") for path in sorted(folder.iterdir()))
+        image = next((name for name, kind in kinds if kind.startswith("image/")), None)
+        if image is not None:
+            raise UsageError(f"{what}: holds images of another origin ({image}); expected a new or an empty folder")
 
 
 @contextlib.contextmanager
@@ -113,9 +149,10 @@ def own_together(folder: Path, field: str, rank: int, barrier: Callable[[], None
 
 
 def is_mark(path: Path) -> bool:
-    """True when `path` is a mark of ownership, perhaps of a process that was killed."""
+    """True when `path` is a mark of ownership, perhaps of a process that was killed, or MARK."""
     name = path.name
-    return name.startswith(".") and (name.endswith((LOCK, LEASE)) or f"{LOCK}." in name or f"{LEASE}." in name)
+    owned = name.endswith((LOCK, LEASE)) or f"{LOCK}." in name or f"{LEASE}." in name
+    return name == MARK or (name.startswith(".") and owned)
 
 
 def _entered(

@@ -8,11 +8,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.quarantine import BadImage
 
 MAX_BYTES = 2**30  # a larger "image" is a disk image under a wrong name
@@ -89,32 +92,27 @@ class Names:
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
 
+    def repeated(self) -> str | None:
+        """A name that is there twice, None if there is none."""
+        hashes = np.fromiter((hash(name) for name in self), dtype=np.int64, count=len(self))
+        values, counts = np.unique(hashes, return_counts=True)
+        # of equal hashes alone are the names compared
+        found = Counter(self[index] for index in np.flatnonzero(np.isin(hashes, values[counts > 1])).tolist())
+        return next((name for name, count in found.items() if count > 1), None)
+
+
+def check_unique(names: Names, data: str, hint: str) -> None:
+    """Raise UsageError for a key that two images have."""
+    name = names.repeated()
+    if name is not None:
+        raise UsageError(f"data {data}: expected keys that differ, got {printable(name)} twice: {hint}")
+
+
+def normal(name: str) -> str:
+    """A path in an archive or a table, as all of them have it: `/` between folders, composed characters (NFC)."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))
+
 
 def printable(name: str) -> str:
     """A file name as a key: what is not UTF-8 in it is escaped, so that it can be written into JSON and parquet."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def walk(root: Path, extensions: frozenset[str]) -> list[str]:
-    """POSIX paths, relative to `root` and sorted, of all files below it with one of the extensions.
-
-    Hidden files and folders are left out. Linked folders are entered, unless they lead back to one they lie in.
-    """
-    found: list[str] = []
-
-    def enter(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> None:
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            return
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    enter(Path(entry.path), f"{prefix}{entry.name}/", above | {here})
-                elif os.path.splitext(entry.name)[1].lower() in extensions:
-                    found.append(prefix + entry.name)
-
-    enter(root, "", frozenset())
-    return sorted(found)

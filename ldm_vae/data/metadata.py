@@ -26,7 +26,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from ldm_vae.core.errors import UsageError
-from ldm_vae.data.files import printable
+from ldm_vae.data.files import normal, printable
 from ldm_vae.data.quarantine import BadImage
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -178,7 +178,7 @@ def _table(folder: PurePosixPath, name: str, data: bytes) -> pa.Table:
     if "file_name" not in table.column_names:
         have = ", ".join(table.column_names)
         raise UsageError(f"data: {name} has no column `file_name` that names the images; it has {have}")
-    names = [str(folder / str(relative)) for relative in table["file_name"].to_pylist()]
+    names = [str(folder / normal(str(relative))) for relative in table["file_name"].to_pylist()]
     return table.set_column(table.column_names.index("file_name"), "file_name", pa.array(names, pa.string()))
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from ldm_vae.core.config import Part
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.data.decoding import Decoding, RawImage
+from ldm_vae.data.decoding import EXTENSIONS, Decoding, RawImage
 from ldm_vae.data.flags import Resize
 from ldm_vae.data.quarantine import BadImage
 
@@ -186,8 +187,21 @@ def kind_of(path: str) -> str:
 def _kind_of_folder(place: Path) -> str:
     if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return "hub"  # written by datasets' save_to_disk
+    names = [name for name in os.listdir(place) if not name.startswith(".") and name != "metadata.parquet"]
+
+    def first(endings: Collection[str]) -> str | None:
+        there = (name for name in names if os.path.splitext(name)[1].lower() in endings)
+        return next((name for name in there if os.path.isfile(place / name)), None)
+
+    image = first(EXTENSIONS)
     for suffix, kind in ((".tar", "webdataset"), (".parquet", "hub"), (".arrow", "hub")):
-        if any(entry.name != "metadata.parquet" for entry in place.glob(f"*{suffix}")):
+        other = first({suffix})
+        if other and image:
+            raise UsageError(
+                f"data {place}: holds images ({image}) and {suffix} files ({other}); --kind folder or --kind {kind} "
+                "decides, or the path of the files themselves"
+            )
+        if other:
             return kind
     return "folder"
 

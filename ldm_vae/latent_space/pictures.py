@@ -19,6 +19,7 @@ import torch
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.core import atomic_io, rng
+from ldm_vae.core.ownership import mark
 from ldm_vae.core.pictures import save, sheet
 from ldm_vae.data.transforms import to_uint8
 from ldm_vae.latent_space import walks
@@ -40,6 +41,7 @@ class LatentPictures:
 
     def __init__(self, folder: Path, vae: Any, device: torch.device) -> None:
         self.folder = folder
+        mark(folder)
         self.vae, self.device = vae, device
         self.entries: list[Json] = []
 

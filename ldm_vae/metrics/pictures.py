@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ldm_vae.core import atomic_io
+from ldm_vae.core.ownership import mark
 from ldm_vae.core.pictures import save
 from ldm_vae.data.source import Source
 from ldm_vae.metrics.batches import ImageBatch, image_batches
@@ -46,6 +47,7 @@ class Pictures:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        mark(folder)
         self.pictures: dict[int, Picture] = {}
 
     def add(

@@ -6,14 +6,16 @@ Captions, labels and other columns: see ldm_vae/data/metadata.py.
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import EXTENSIONS, Decoding
-from ldm_vae.data.files import Names, beneath, printable, read_bytes, walk
+from ldm_vae.data.files import Names, beneath, check_unique, printable, read_bytes
 from ldm_vae.data.metadata import TreeColumns
 from ldm_vae.data.source import Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
+from ldm_vae.data.tree import LeftOut, walk
 
 
 class Config(SourceConfig):
@@ -40,13 +42,20 @@ class FolderSource:
         self.root, self.name = root, str(root)
         self._path = os.fspath(root)
         self.decoding = decoding
+        left_out = LeftOut()
         try:
-            found = walk(root, EXTENSIONS)
+            found = walk(root, EXTENSIONS, left_out)
         except OSError as error:
             raise UsageError(f"data {root}: cannot be listed: {error.strerror}: {error.filename}") from error
-        self._columns = TreeColumns(found, self._exists, self._read, caption_column)
+        left_out.tell(self.name)
+        names = [unicodedata.normalize("NFC", name) for name in found]
+        # as the disk has them, where that is another form of Unicode
+        self._on_disk = {name: raw for name, raw in zip(names, found, strict=True) if name != raw}
+        self._columns = TreeColumns(names, self._exists, self._read, caption_column)
         self._names = Names(self._columns.all_names)
         del self._columns.all_names  # held once, packed
+        if self._on_disk:
+            check_unique(Names(names), self.name, "two forms of Unicode (NFC and NFD) of one name; rename one")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -69,15 +78,23 @@ class FolderSource:
 
     def facts(self, index: int) -> Facts | None:
         name = self._names[index]
-        facts = file_facts(f"{self._path}/{name}", self._columns.identity(index, name))
+        facts = file_facts(self._place(name), self._columns.identity(index, name))
         text = self._columns.text_beside(name)
-        beside = None if text is None else file_facts(f"{self._path}/{text}")
+        beside = None if text is None else file_facts(self._place(text))
         if facts is None or beside is None:  # without a text beside it, an image has none there that could change
             return facts
         return Facts(facts.size, max(facts.changed, beside.changed), (*facts.identity, *beside.identity))
 
     def _exists(self, name: str) -> bool:
-        return (self.root / name).is_file()
+        return os.path.isfile(self._place(name))
 
     def _read(self, name: str) -> bytes:
-        return read_bytes(beneath(self.root, name))
+        beneath(self.root, name)
+        return read_bytes(self._place(name))
+
+    def _place(self, name: str) -> str:
+        """The path of an image, or of a text beside one, as the disk has it."""
+        place = f"{self._path}/{self._on_disk.get(name, name)}"
+        if not name.isascii() and not os.path.lexists(place):
+            return f"{self._path}/{unicodedata.normalize('NFD', name)}"
+        return place

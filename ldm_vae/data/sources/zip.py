@@ -7,24 +7,27 @@ is shared between processes. Captions, labels and other columns: see ldm_vae/dat
 from __future__ import annotations
 
 import bisect
+import contextlib
 import struct
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.validation import why_unreadable
+from ldm_vae.data import tree
 from ldm_vae.data.decoding import EXTENSIONS, Decoding
-from ldm_vae.data.files import MAX_BYTES, Names, check_member_name, printable, read_range
+from ldm_vae.data.files import MAX_BYTES, Names, check_member_name, check_unique, normal, printable, read_range
 from ldm_vae.data.metadata import TreeColumns
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
+from ldm_vae.data.tree import HEAD, LeftOut
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
-_ENCRYPTED = 0x1
+_ENCRYPTED, _UTF8 = 0x1, 0x800  # of the flags
 
 
 class Config(SourceConfig):
@@ -49,15 +52,23 @@ class ZipSource:
         self.decoding = decoding
         try:
             with zipfile.ZipFile(path) as archive:
-                members = sorted(
-                    (member for member in archive.infolist() if not member.is_dir()), key=lambda member: member.filename
+                found = {
+                    (_name(member), member.CRC, member.file_size): member
+                    for member in archive.infolist()
+                    if not member.is_dir()
+                }  # a member that is there twice, with the same content, is one
+                members = [(name, member) for (name, _, _), member in sorted(found.items())]
+                by_name, left_out = dict(members), LeftOut()
+                images = tree.members(
+                    (name for name, _ in members), EXTENSIONS, left_out, lambda name: _head(archive, by_name[name])
                 )
         except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeError) as error:
             raise UsageError(f"data {path}: cannot be opened as a zip: {why_unreadable(path, error)}") from error
-        self._members = Names(member.filename for member in members)
+        left_out.tell(self.name)
+        self._members = Names(name for name, _ in members)
+        check_unique(self._members, self.name, "two members with different content; unpack it, and keep one")
         fields = ("header_offset", "compress_size", "file_size", "compress_type", "flag_bits", "CRC")
-        self._fields = np.array([[getattr(member, name) for name in fields] for member in members], dtype=np.int64)
-        images = [member.filename for member in members if _is_image(member.filename)]
+        self._fields = np.array([[getattr(member, field) for field in fields] for _, member in members], dtype=np.int64)
         self._columns = TreeColumns(images, self._exists, self._read, caption_column)
         self._names = Names(self._columns.all_names)
         del self._columns.all_names  # held once, packed
@@ -123,7 +134,19 @@ def _unpack(packed: bytes, method: int, size: int) -> bytes:
         raise BadImage(f"damaged in the archive: {error}") from error
 
 
-def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") and part != ".." for part in path.parts) or path.parts[:1] == ("__MACOSX",)
-    return path.suffix.lower() in EXTENSIONS and not hidden
+def _name(member: zipfile.ZipInfo) -> str:
+    """A member's name, normalised. Without the flag for UTF-8 it is cp437 by the standard; what is valid UTF-8 beyond
+    ASCII is hardly ever meant so (zips by macOS and by older tools)."""
+    name = member.filename
+    if not member.flag_bits & _UTF8:
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return normal(name)
+
+
+def _head(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    try:
+        with archive.open(member) as file:
+            return file.read(HEAD)
+    except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, EOFError):
+        return b""

@@ -33,8 +33,9 @@ from tqdm import tqdm
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.validation import why_unreadable
-from ldm_vae.data.files import beneath, walk
+from ldm_vae.data.files import beneath
 from ldm_vae.data.quarantine import BadImage
+from ldm_vae.data.tree import walk
 from ldm_vae.latent_store.convert.formats import (
     Found,
     Options,
