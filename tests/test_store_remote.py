@@ -253,9 +253,7 @@ def test_the_loader_fetches_ahead_in_its_order(upstream: Upstream) -> None:
 
 
 def test_what_fsspec_does_not_know_or_is_not_installed() -> None:
-    with pytest.raises(
-        UsageError, match=r"^qqq://x/manifest\.json: .*memory"
-    ):  # and all that fsspec knows, so not golden
+    with pytest.raises(UsageError, match=r"^qqq://x/manifest\.json: .*memory"):  # all that fsspec knows, so not golden
         LatentDataset("qqq://x")
     with refused(UsageError, "gs://bucket/x/manifest.json"):
         LatentDataset("gs://bucket/x")
