@@ -24,6 +24,7 @@ from cli_call import run_cli
 from diffusers import AutoencoderKL
 from images import write_images
 from PIL import Image
+from sentences import refused
 from store_sources import Pictures
 from stores import SETTINGS
 from training_runs import write_config
@@ -97,7 +98,7 @@ def test_a_pickle_in_a_diffusers_folder_does_not_execute(
     (tiny_vae_folder / "diffusion_pytorch_model.safetensors").unlink()
     (tiny_vae_folder / "diffusion_pytorch_model.bin").write_bytes(as_torch_saves(Canary(tmp_path / "struck")))
     assert "diffusion_pytorch_model.bin" in refusal(capsys, "export", tiny_vae_folder, tmp_path / "out")
-    with pytest.raises(UsageError, match="lpips weights"):
+    with refused(UsageError, "diffusion_pytorch_model.bin"):
         load_lpips("alex", tiny_vae_folder / "diffusion_pytorch_model.bin")
     assert not (tmp_path / "struck").exists()
 
@@ -154,29 +155,42 @@ LAUGHS = "\n".join(["a0: &a0 x", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    "text",
     [
-        ("output_dir: !!python/object/apply:os.mkdir [STRUCK]", "could not determine a constructor"),
-        ("output_dir: !!python/name:os.system", "could not determine a constructor"),
-        ("output_dir: !!python/module:this", "could not determine a constructor"),
-        (LAUGHS, "more than 10,000 values, aliases written out"),
-        ("losses: &a {l1: *a}", "an alias stands inside of what it stands for"),
-        ("a: " + "[" * 2000, "recursion"),
-        ("include: config.yaml", "includes itself"),
-        ("include: {a: 1}", "include: expected a file"),
-        ("include: [/dev/zero]", "no such file"),
-        ("1: 2", "expected a mapping of sections"),
-        ("output_dir: \x00", "not readable as YAML"),
-        ("output_dir: 2026-13-45", "not readable as YAML"),
+        "output_dir: !!python/object/apply:os.mkdir [STRUCK]",
+        "output_dir: !!python/name:os.system",
+        "output_dir: !!python/module:this",
+        "a: " + "[" * 2000,
+        "output_dir: \x00",
+        "output_dir: 2026-13-45",
     ],
 )
-def test_yaml_that_means_harm(tmp_path: Path, text: str, says: str) -> None:
+def test_yaml_that_means_harm(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text.replace("STRUCK", str(tmp_path / "struck")))
-    with pytest.raises(UsageError, match=says) as refused:
+    with pytest.raises(UsageError, match=r"config\.yaml") as error:  # and PyYAML's words, so not golden
         config.load(Training, path)
-    assert "\n" not in str(refused.value) and len(str(refused.value)) < 1000
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
     assert not (tmp_path / "struck").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        (LAUGHS, "config.yaml"),
+        ("losses: &a {l1: *a}", "config.yaml"),
+        ("include: config.yaml", "config.yaml"),
+        ("include: {a: 1}", "include"),
+        ("include: [/dev/zero]", "/dev/zero"),
+        ("1: 2", "`1`"),
+    ],
+)
+def test_yaml_without_an_end_or_a_section(tmp_path: Path, text: str, field: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with refused(UsageError, field) as error:
+        config.load(Training, path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 def test_aliases_of_a_few_values_are_read(tmp_path: Path) -> None:
@@ -221,9 +235,9 @@ def test_a_checkpoint_that_was_tampered_with(tmp_path: Path, change: Callable[[d
     sums = {name: checkpoint._sha256(saved / name) for name in checkpoint.FILES}
     (saved / "checksums.json").write_text(json.dumps(sums))
     assert checkpoint.newest(tmp_path) == saved
-    with pytest.raises(WorkError, match="cannot be restored") as refused:
+    with pytest.raises(WorkError, match="images-000000005") as error:  # and Python's words, so not golden
         checkpoint.load(saved, {"counter": Counter()})
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_that_vouches_for_half_of_itself_is_damaged(tmp_path: Path) -> None:
@@ -296,9 +310,9 @@ def test_a_tar_that_unpacks_to_too_much_and_climbs_out(tmp_path: Path, monkeypat
         archive.addfile(bomb, io.BytesIO(bytes(bomb.size)))
     before = tree(tmp_path)
     good, bad = [], []
-    for samples, refused in ordered_loader(open_source(path, kind="webdataset"), 8, batch_size=2):
+    for samples, quarantined in ordered_loader(open_source(path, kind="webdataset"), 8, batch_size=2):
         good += [sample.key for sample in samples]
-        bad += refused
+        bad += quarantined
     assert [key.rpartition("/")[2] for key in good] == ["good"]
     assert len(bad) == 4 and any("the limit is" in entry.reason for entry in bad)
     assert tree(tmp_path) == before
@@ -325,9 +339,9 @@ def test_a_run_folder_that_is_no_run(images: Path, tmp_path: Path, capsys: pytes
     write_config(tmp_path, images)
     (tmp_path / "config.yaml").write_text("a: " + "[" * 2000)
     assert "not readable as YAML" in refusal(capsys, "report", tmp_path)
-    with pytest.raises(UsageError, match="has not finished"):
+    with refused(UsageError, str(tmp_path)):
         load_autoencoder(tmp_path)
-    with pytest.raises(UsageError, match="not readable as YAML"):
+    with pytest.raises(UsageError, match=r"config\.yaml"):  # and Python's words, so not golden
         read_recipe(tmp_path)
     (tmp_path / "config.yaml").write_text("seed: 0\nlosses: {l1: {weight: 1.0}}")
     (tmp_path / "metrics.jsonl").write_text('{"images": 8, "seconds": 1.0}\n{"images": 16, "sec')  # as a kill leaves it
@@ -339,7 +353,7 @@ def test_a_run_folder_that_is_no_run(images: Path, tmp_path: Path, capsys: pytes
     shutil.rmtree(tmp_path / "report")
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "metrics.json").write_text("[" * DEEP)
-    with pytest.raises(UsageError, match="nested too deeply"):
+    with refused(UsageError, "metrics.json"):
         read_recipe(tmp_path)
 
 

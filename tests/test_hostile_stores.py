@@ -20,6 +20,7 @@ from decoder_fuzz import mutate
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from images import write_images
+from sentences import refused
 from store_sources import Pictures
 from stores import SETTINGS
 
@@ -115,9 +116,9 @@ def test_any_safetensors_file_is_read_or_refused(content: bytes, tmp_path: Path)
             value.sum()
     except WorkError as error:
         one_line(error)
-    with pytest.raises(UsageError) as refused:  # no file of these holds an autoencoder
+    with pytest.raises(UsageError) as error:  # no file of these holds an autoencoder
         load_autoencoder(path)
-    one_line(refused.value)
+    one_line(error.value)
 
 
 @examples(60)
@@ -194,7 +195,7 @@ def test_a_normalisation_of_something_else_than_numbers(name: str, value: Any, s
     if name in ("scaling_factor",) and value in (1, True):
         assert read_manifest(store).recorded.normalisation["scaling_factor"] == 1
     else:
-        with pytest.raises(WorkError, match=r"manifest.json is damaged: `recorded"):
+        with pytest.raises(WorkError, match="`recorded`"):  # and pydantic's words, so not golden
             read_manifest(store)
 
 
@@ -213,9 +214,9 @@ def test_a_shard_that_cannot_be(store: Path, change: Callable[[dict[str, Any]], 
     manifest = json.loads((store / "manifest.json").read_text())
     change(manifest["shards"][0])
     (store / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(WorkError, match=r"manifest\.json is damaged: `shards\.0") as refused:
+    with pytest.raises(WorkError, match=r"`shards\.0") as error:  # and pydantic's words, so not golden
         read_manifest(store)
-    one_line(refused.value)
+    one_line(error.value)
 
 
 def test_a_plan_of_absurd_length_is_none(store: Path) -> None:
@@ -252,10 +253,10 @@ def test_a_table_that_lies_about_its_rows(store: Path, change: Callable[[pa.Tabl
     if missing == "arrow":
         (store / "shards" / "00000000.arrow").unlink()
     data = LatentDataset(store)
-    with pytest.raises(WorkError, match="rows, the manifest says 8") as refused:
+    with refused(WorkError, "00000000.parquet" if missing == "arrow" else "00000000.arrow") as error:
         data[7]
-    one_line(refused.value)
-    with pytest.raises(WorkError, match="rows, the manifest says 8"):
+    one_line(error.value)
+    with refused(WorkError, "00000000.parquet"):
         write_store(tiny(), Pictures(22, bad=(9,)), store, **SETTINGS, update=True)
 
 
@@ -263,7 +264,7 @@ def test_a_parquet_of_a_few_bytes_for_very_many_rows_is_not_unpacked(store: Path
     many = pa.table({"key": pa.DictionaryArray.from_arrays(np.zeros(5_000_000, np.int8), pa.array(["k" * 1000]))})
     pq.write_table(many, store / "shards" / "00000000.parquet")
     (store / "shards" / "00000000.arrow").unlink()
-    with pytest.raises(WorkError, match="has 5,000,000 rows, the manifest says 8"):
+    with refused(WorkError, "00000000.parquet"):
         LatentDataset(store)[0]
 
 

@@ -63,10 +63,10 @@ def contend(folder: Path) -> list[Exception]:
 
 def test_the_second_is_refused_and_the_next_is_not(tmp_path: Path, file_system: str) -> None:
     with own(tmp_path / "store", "OUT") as owner:
-        (refused,) = contend(tmp_path / "store")
-        assert isinstance(refused, UsageError) and "OUT" in str(refused)
+        (error,) = contend(tmp_path / "store")
+        assert isinstance(error, UsageError) and "OUT" in str(error)
         owner.check()
-        with pytest.raises(UsageError, match="OUT"), own(tmp_path / "store", "OUT"):  # not even a thread itself
+        with refused(UsageError, "OUT"), own(tmp_path / "store", "OUT"):  # not even a thread itself
             pass
         owner.check()
     assert contend(tmp_path / "store") == []
@@ -95,7 +95,7 @@ def test_nothing_is_left_in_a_folder_or_of_it(tmp_path: Path, file_system: str) 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for folder in (tmp_path / "mine", tmp_path / "runs" / "new", tmp_path / "full"):
-        with pytest.raises(UsageError, match="nothing is there"):
+        with pytest.raises(UsageError, match=r"data\.path"):
             fail(folder)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "mine"]
     with own(tmp_path / "new", "OUT"):
@@ -203,14 +203,17 @@ def test_marks_are_told_from_files() -> None:
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="output"), own(tmp_path / "file", "output"):
+    with refused(UsageError, "output"), own(tmp_path / "file", "output"):
         pass
 
 
 @pytest.mark.parametrize("owned", [own, own_name])
 def test_a_folder_that_cannot_be_made(tmp_path: Path, owned: Any) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(WorkError, match="output"), owned(tmp_path / "file" / "new", "output"):
+    with (
+        pytest.raises(WorkError, match="output"),  # and the system's words, so not golden
+        owned(tmp_path / "file" / "new", "output"),
+    ):
         pass
 
 
@@ -236,13 +239,13 @@ def test_of_two_that_write_one_name_the_second_says_the_truth(tmp_path: Path, fi
         assert [type(error) for error in met] == [UsageError]
         assert folder.is_dir()
     assert (tmp_path / "out" / "of").read_text() == "first"
-    with pytest.raises(UsageError, match="OUT"), atomic_io.whole_folder(tmp_path / "out"):
+    with refused(UsageError, "OUT"), atomic_io.whole_folder(tmp_path / "out"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_name_that_somebody_else_has_taken_meanwhile(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="OUT"), atomic_io.whole_folder(tmp_path / "out") as folder:  # noqa: PT012
+    with refused(UsageError, "OUT"), atomic_io.whole_folder(tmp_path / "out") as folder:
         (folder / "of").write_text("ours")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "of").write_text("theirs")

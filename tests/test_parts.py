@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from sentences import refused
 from torch import nn
 
 from ldm_vae.autoencoder.latents import Moments, Normalisation, posterior_noise
@@ -102,20 +103,20 @@ NO_NORMALISATION = {
 def test_a_normalisation_that_cannot_be_undone_is_refused_by_its_field(field: str, value: object) -> None:
     per_channel = {"latents_mean": (0.0, 0.0), "latents_std": (1.0, 1.0)} if field.startswith("latents") else {}
     config = {"scaling_factor": 1.0} | per_channel | {field: value}
-    with pytest.raises(UsageError, match=f"^VAE mine: {field}: "):
+    with refused(UsageError, f"VAE mine: {field}"):
         Normalisation.from_config(config, "VAE mine")
     assert Normalisation.from_config({}) == Normalisation.from_config({"scaling_factor": None}) == Normalisation(1.0)
 
 
 @pytest.mark.parametrize("kind", ["scale", "shift", "channel"])
 def test_latents_that_do_not_vary_have_no_normalisation(kind: str) -> None:
-    with pytest.raises(WorkError, match=f"^normalisation {kind}: "):
+    with refused(WorkError, f"normalisation {kind}"):
         Normalisation.from_statistics(kind, torch.zeros(2).double(), torch.zeros(2).double())
     dead = (torch.tensor([0.0, 9.0]).double(), torch.tensor([1.0, 0.0]).double())
     if kind != "channel":
         assert Normalisation.from_statistics(kind, *dead).scaling_factor > 0
         return
-    with pytest.raises(WorkError, match=f"^normalisation {kind}: "):
+    with refused(WorkError, f"normalisation {kind}"):
         Normalisation.from_statistics(kind, *dead)
 
 
@@ -227,7 +228,7 @@ def test_nan_shows_in_a_mean_unless_it_is_skipped() -> None:
 
 def test_nan_names_the_term_and_the_interval() -> None:
     check_finite({"a": 1.0}, 0, 10, "nothing")
-    with pytest.raises(WorkError, match=r"loss/kl became NaN or infinite between 1,000 and 2,000 images.*kept"):
+    with refused(WorkError, "loss/kl"):
         check_finite({"loss/l1": 1.0, "loss/kl": math.nan}, 1000, 2000, "images-000001000 is kept")
 
 

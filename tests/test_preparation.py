@@ -92,7 +92,7 @@ def test_kinds_are_the_files_there_are() -> None:
     ],
 )
 def test_flags_that_nothing_can_be_decoded_with(given: dict[str, Any], field: str) -> None:
-    with pytest.raises(UsageError, match=f"--{field}"):
+    with refused(UsageError, f"--{field}"):
         DataFlags.of(argparse.Namespace(**given))
 
 
@@ -124,7 +124,7 @@ def test_a_flag_overrides_the_record_and_is_said(
     encode = ("encode", grey_folder, scans, store, "--resolution", 16, "--num_workers", 0)
     call(*encode, "--value_range", 0, 65535)
     assert read_manifest(store).identity.preprocessing == "1 channels=1 value_range=(0.0, 65535.0) resize='none'"
-    with pytest.raises(UsageError, match=r"65535.*4095"):  # begun with another
+    with refused(UsageError, "preprocessing"):  # begun with another
         call(*encode)
     with caplog.at_level(logging.WARNING):
         call("store", "verify", store, "--reencode", 3)  # as the store says, and what the network says is said
@@ -142,7 +142,7 @@ def test_channels_are_the_networks(grey_folder: Path, scans: Path, tmp_path: Pat
 
 
 def test_a_draft_and_pixels_as_they_are_exclude_each_other(grey_folder: Path, scans: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="jpeg_draft"):
+    with refused(UsageError, "--jpeg_draft"):
         call("encode", grey_folder, scans, tmp_path / "out", "--resolution", 16, "--jpeg_draft")
     assert not (tmp_path / "out").exists()
 

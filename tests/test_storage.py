@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sentences import refused
 
 from ldm_vae.core.atomic_io import temporary_name
 from ldm_vae.core.errors import WorkError
@@ -75,7 +76,7 @@ def test_what_fails_leaves_the_older_object_and_what_is_unfinished_is_not_listed
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(WorkError, match="shards"):
+    with refused(WorkError, str(tmp_path / "shards" / "b")):
         storage.publish("shards/b", full)
     temporary_name(tmp_path / "shards" / "c").write_bytes(b"left by a killed writer")
     assert storage.names("shards") == ["shards/a", "shards/b"] and storage.read("shards/b") == b"old"

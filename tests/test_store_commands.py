@@ -59,7 +59,7 @@ def test_encode_into_a_store_of_older_pictures(store: Path, tiny_vae_folder: Pat
     call("encode", tiny_vae_folder, image_folder, store, *options, "--check", "contents")
     shutil.copy(image_folder / "img_0001.png", image_folder / "img_0002.png")
     for check in ((), ("--check", "contents"), ("--check", "size")):
-        with pytest.raises(UsageError, match="img_0002"):
+        with pytest.raises(UsageError, match=r"img_0002\.png"):  # and its size as a PNG, so not golden
             call("encode", tiny_vae_folder, image_folder, store, *options, *check)
     call("encode", tiny_vae_folder, image_folder, store, *options, "--update")
     call("encode", tiny_vae_folder, image_folder, store, *options)
@@ -109,7 +109,7 @@ def test_wrong_calls_say_what_is_wrong(store: Path, tiny_vae_folder: Path, image
     with refused(UsageError, "batch_size") as error:
         call("encode", tiny_vae_folder, image_folder, tmp_path / "x", "--resolution", 32, "--batch_size", 0)
     assert "at least 1, got 0" in str(error.value)
-    with pytest.raises(UsageError, match="max_bad"):
+    with refused(UsageError, "max_bad"):
         call("encode", tiny_vae_folder, image_folder, tmp_path / "x", "--resolution", 32, "--max_bad", 2)
     with refused(UsageError, "nowhere"):
         call("encode", tiny_vae_folder, tmp_path / "nowhere", tmp_path / "x", "--resolution", 32)

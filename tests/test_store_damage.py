@@ -16,6 +16,7 @@ import pytest
 import torch
 from checksums import tree
 from diffusers import AutoencoderKL
+from sentences import refused
 from store_sources import AFTER, Album, Pictures, names
 from stores import SETTINGS, contents
 
@@ -70,7 +71,7 @@ def small_disk(limit: int) -> Iterator[None]:
 def test_a_full_disk_is_one_sentence_and_what_was_done_stays(
     store: Path, tiny_vae: AutoencoderKL, tmp_path: Path, limit: int
 ) -> None:
-    with small_disk(limit), pytest.raises(WorkError, match="cannot be written"):
+    with small_disk(limit), refused(WorkError, str(tmp_path / "full")):
         write_store(tiny_vae, Pictures(bad=(9,)), tmp_path / "full", **SETTINGS)
     left = [path.name for path in (tmp_path / "full").rglob("*") if atomic_io.is_temporary(path)]
     assert left == []
@@ -90,7 +91,7 @@ def test_no_space_in_the_middle_of_a_unit(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(WorkError, match="the disk is full; what was finished is kept, the same command goes on"):
+    with refused(WorkError, str(tmp_path / "full")):
         write_store(tiny_vae, Pictures(bad=(9,)), tmp_path / "full", **SETTINGS)
     assert len(list((tmp_path / "full" / "units").glob("*.json"))) >= 1
     write_store(tiny_vae, Pictures(bad=(9,)), tmp_path / "full", **SETTINGS)
@@ -103,7 +104,7 @@ def test_a_folder_that_may_not_be_written(tiny_vae: AutoencoderKL) -> None:
         if os.geteuid() == 0:
             os.seteuid(65534)
             undo.callback(os.seteuid, 0)
-        with pytest.raises(WorkError, match="cannot be made: Permission denied"):
+        with pytest.raises(WorkError, match=f"OUT {place}/s"):  # and the system's words, so not golden
             write_store(tiny_vae, Pictures(), Path(place) / "s", **SETTINGS)
 
 
@@ -166,7 +167,7 @@ def test_a_lost_manifest_is_made_again_by_the_same_command(store: Path, tiny_vae
     before = tree(store)
     times = {path: path.stat().st_mtime_ns for path in (store / "shards").iterdir()}
     truncate(store / "manifest.json")
-    with pytest.raises(WorkError, match=r"manifest\.json cannot be read"):
+    with pytest.raises(WorkError, match=r"manifest\.json"):  # and json's words, so not golden
         write_store(tiny_vae, Pictures(bad=(9,)), store, **SETTINGS)
     (store / "manifest.json").unlink()
     (store / "quarantine.jsonl").unlink()
@@ -212,7 +213,7 @@ def test_repair_says_what_cannot_be_brought_back(tiny_vae: AutoencoderKL, tmp_pa
 
 
 def test_repair_needs_a_finished_store_and_the_right_vae(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no manifest\.json there"):
+    with refused(UsageError, str(tmp_path)):
         repair(tmp_path, vae=never, source=never)
 
 

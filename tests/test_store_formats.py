@@ -142,7 +142,7 @@ def test_it_is_said_what_has_no_place(tiny_vae: AutoencoderKL, tmp_path: Path) -
     for phrase in ("logvar", "top_left, top_left.flip", "pixels", "captions"):
         assert phrase in lost
     assert not (tmp_path / "x").exists()
-    with pytest.raises(UsageError, match="exists already"):
+    with refused(UsageError, "OUT"):
         convert_to(tmp_path / "codes", tmp_path / "k", "parquet")
 
 
@@ -221,7 +221,7 @@ def test_latents_of_another_f_are_not_of_this_vae(name: str, tiny_vae: Autoencod
     manifest, _ = convert_from(source, tmp_path / "b", name, vae=tiny_vae)  # f = 2, whatever the shape of the buckets
     assert manifest.samples == 3 and manifest.recorded.claimed
     other = AutoencoderConfig(block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4).build()
-    with pytest.raises(UsageError, match=r"^--vae: .*f = 4"):
+    with refused(UsageError, "--vae"):
         convert_from(source, tmp_path / "c", name, vae=other)
     assert not (tmp_path / "c").exists()
 
@@ -233,7 +233,7 @@ def test_a_claim_is_not_encoded_again_and_not_merged_blindly(tiny_vae: Autoencod
     with refused(UsageError, "checksum"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
     (tmp_path / "a" / "shards" / "00000001.safetensors").unlink()
-    with pytest.raises(WorkError, match=r"preprocessed by 'unknown', .* 1 unit\(s\) cannot be made again"):
+    with refused(WorkError, str(tmp_path / "a")):
         repair(tmp_path / "a", vae=lambda: tiny_vae, source=lambda: Pictures(5))
     with refused(UsageError, "preprocessing"):
         write_store(tiny_vae, Pictures(5), tmp_path / "b", **SETTINGS, store="sample", dtype="fp32", update=True)

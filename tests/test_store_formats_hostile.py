@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from diffusers import AutoencoderKL
 from safetensors.numpy import save_file
+from sentences import refused
 from store_sources import Pictures
 from stores import SETTINGS
 from tiny_networks import vq_model
@@ -71,31 +72,31 @@ def test_what_a_stranger_may_send(tiny_vae: AutoencoderKL, tmp_path: Path, monke
     bomb = to_npy(LATENT) + bytes(1 << 21)
     ragged = pa.table({"latents": [[[[1.0]]] * 4, [[[1.0, 2.0]]] * 4]})
     cases: list[tuple[str, Callable[[Path], object], str]] = [
-        ("webdataset", lambda d: tar(d, {"../a.latents.npy": whole}), "'../a.latents.npy' its name climbs out"),
-        ("webdataset", lambda d: tar(d, {"/a.latents.npy": whole}), "climbs out of the archive"),
-        ("webdataset", lambda d: tar(d, {"a.latents.npy": b""}, tarfile.SYMTYPE), "a link or device"),
-        ("webdataset", lambda d: tar(d, {"a.latents.npy": pickled}), "expected numbers"),
-        ("webdataset", lambda d: tar(d, {"a.latents.npy": lying}), "its header does not fit its size"),
-        ("webdataset", lambda d: tar(d, {"a.latents.npy": huge}), "its header does not fit its size"),
-        ("webdataset", lambda d: tar(d, {"a.latents.npy": nan}), "sample of a holds NaN"),
-        ("webdataset", lambda d: tar(d, {"a.jpg": b"-"}), "no latents in it"),
-        ("webdataset", lambda d: tar(d, {"a.latents.npy": whole, "a.json": b"[" * 10**5}), "nested too deeply"),
-        ("kohya", lambda d: npz(d, {"latents": pickled}), "expected numbers"),
-        ("kohya", lambda d: npz(d, {"latents": lying}), "its header does not fit its size"),
-        ("kohya", lambda d: npz(d, {"latents": bomb}), "is larger than 1,048,576 bytes"),
-        ("kohya", lambda d: npz(d, {"latents": to_npy(LATENT[0])}), r"has the shape \[8, 8\], not"),
-        ("kohya", lambda d: npz(d, {"latents": nan}), "sample of x holds NaN"),
-        ("lightningdit", lambda d: save_file({"latents": LATENT}, d / "x.safetensors"), r"no tensor latents \[N, c"),
-        ("lightningdit", lambda d: (d / "x.safetensors").write_bytes(b"\xff" * 99), "no safetensors header"),
-        ("parquet", lambda d: pq.write_table(ragged, d / "x.parquet"), "one shape"),
-        ("parquet", lambda d: pq.write_table(pa.table({"latents": [None, [[[1.0]]]]}), d / "x.parquet"), "missing"),
-        ("parquet", lambda d: pq.write_table(pa.table({"latents": [["text"]]}), d / "x.parquet"), "but string"),
-        ("parquet", lambda d: pq.write_table(pa.table({"image": [1]}), d / "x.parquet"), "no column of latents"),
+        ("webdataset", lambda d: tar(d, {"../a.latents.npy": whole}), "../a.latents.npy"),
+        ("webdataset", lambda d: tar(d, {"/a.latents.npy": whole}), "/a.latents.npy"),
+        ("webdataset", lambda d: tar(d, {"a.latents.npy": b""}, tarfile.SYMTYPE), "a.latents.npy"),
+        ("webdataset", lambda d: tar(d, {"a.latents.npy": pickled}), "a.latents.npy"),
+        ("webdataset", lambda d: tar(d, {"a.latents.npy": lying}), "x.tar"),
+        ("webdataset", lambda d: tar(d, {"a.latents.npy": huge}), "x.tar"),
+        ("webdataset", lambda d: tar(d, {"a.latents.npy": nan}), "sample of a"),
+        ("webdataset", lambda d: tar(d, {"a.jpg": b"-"}), "SRC"),
+        ("webdataset", lambda d: tar(d, {"a.latents.npy": whole, "a.json": b"[" * 10**5}), "x.tar"),
+        ("kohya", lambda d: npz(d, {"latents": pickled}), "x.npz"),
+        ("kohya", lambda d: npz(d, {"latents": lying}), "x.npz"),
+        ("kohya", lambda d: npz(d, {"latents": bomb}), "latents"),
+        ("kohya", lambda d: npz(d, {"latents": to_npy(LATENT[0])}), "latents"),
+        ("kohya", lambda d: npz(d, {"latents": nan}), "sample of x"),
+        ("lightningdit", lambda d: save_file({"latents": LATENT}, d / "x.safetensors"), "latents"),
+        ("lightningdit", lambda d: (d / "x.safetensors").write_bytes(b"\xff" * 99), "x.safetensors"),
+        ("parquet", lambda d: pq.write_table(ragged, d / "x.parquet"), "latents"),
+        ("parquet", lambda d: pq.write_table(pa.table({"latents": [None, [[[1.0]]]]}), d / "x.parquet"), "latents"),
+        ("parquet", lambda d: pq.write_table(pa.table({"latents": [["text"]]}), d / "x.parquet"), "latents"),
+        ("parquet", lambda d: pq.write_table(pa.table({"image": [1]}), d / "x.parquet"), "latents"),
     ]
-    for number, (name, make, sentence) in enumerate(cases):
+    for number, (name, make, field) in enumerate(cases):
         (tmp_path / str(number)).mkdir()
         make(tmp_path / str(number))
-        with pytest.raises((WorkError, UsageError), match=sentence):
+        with refused((WorkError, UsageError), field):
             convert_from(tmp_path / str(number), tmp_path / "out", name, vae=tiny_vae)
     assert not (tmp_path / "out").exists() and not (tmp_path / "was-run").exists()
 
@@ -107,19 +108,19 @@ def test_what_a_damaged_store_of_ours_may_be(tiny_vae: AutoencoderKL, tmp_path: 
     told = dict(table.schema.metadata)
     told[b"ldm_vae"] = told[b"ldm_vae"].replace(b'"codes":32', b'"codes":2')
     pq.write_table(table.replace_schema_metadata(told), tmp_path / "parquet" / "00000000.parquet")
-    with pytest.raises(WorkError, match="holds an index outside of the 2 codes"):
+    with refused(WorkError, "index"):
         convert_from(tmp_path / "parquet", tmp_path / "x", "parquet")
     write_store(tiny_vae, Pictures(3), tmp_path / "s", **SETTINGS)
     convert_to(tmp_path / "s", tmp_path / "second", "parquet")
     shutil.copy(tmp_path / "second" / "00000000.parquet", tmp_path / "parquet" / "00000001.parquet")
-    with pytest.raises(WorkError, match="holds files of several stores"):
+    with refused(WorkError, str(tmp_path / "parquet")):
         convert_from(tmp_path / "parquet", tmp_path / "x", "parquet")
     convert_to(tmp_path / "s", tmp_path / "tars", "webdataset")
     told = json.loads((tmp_path / "tars" / "store.json").read_text())
     for change in ({"shard_size": 0}, {"resolution": []}, {"codes": 5}, {"views": ["flip"]}):
         broken = {**told, "manifest": {**told["manifest"], "identity": {**told["manifest"]["identity"], **change}}}
         (tmp_path / "tars" / "store.json").write_text(json.dumps(broken))
-        with pytest.raises(WorkError, match="identity"):
+        with pytest.raises(WorkError, match="identity"):  # one of them in pydantic's words, so not golden
             convert_from(tmp_path / "tars", tmp_path / "x", "webdataset")
     assert not (tmp_path / "x").exists()
 
@@ -134,7 +135,7 @@ def test_flipped_and_missing_bytes_never_end_in_a_traceback(
     files = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.suffix != ".pt")
     whole = {path: path.read_bytes() for path in files}
     draw = random.Random(0)
-    refused = sound = 0
+    errors = sound = 0
     for number in range(60):
         path = files[number % len(files)]
         data = bytearray(whole[path])
@@ -150,9 +151,9 @@ def test_flipped_and_missing_bytes_never_end_in_a_traceback(
             shutil.rmtree(tmp_path / "b")
             sound += 1
         except (WorkError, UsageError) as error:
-            refused += "\n" not in str(error)
+            errors += "\n" not in str(error)
         path.write_bytes(whole[path])
-    assert refused > 20 and refused + sound == 60 and not (tmp_path / "b").exists()
+    assert errors > 20 and errors + sound == 60 and not (tmp_path / "b").exists()
 
 
 def test_keys_that_are_no_paths_and_a_damaged_source(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
@@ -166,15 +167,15 @@ def test_keys_that_are_no_paths_and_a_damaged_source(tiny_vae: AutoencoderKL, tm
 
     write_store(tiny_vae, Climbing(1), tmp_path / "climbing", **SETTINGS)
     write_store(tiny_vae, Twins(2), tmp_path / "twins", **SETTINGS)
-    with pytest.raises(WorkError, match="is no path of an image"):
+    with refused(WorkError, "../../img_000.png"):
         convert_to(tmp_path / "climbing", tmp_path / "x", "kohya", KOHYA)
-    with pytest.raises(WorkError, match="another image has the same path up to the extension"):
+    with refused(WorkError, "img.png"):
         convert_to(tmp_path / "twins", tmp_path / "x", "kohya", KOHYA)
     for name in ("webdataset", "parquet"):
         convert_to(tmp_path / "climbing", tmp_path / name, name)
         assert convert_from(tmp_path / name, tmp_path / f"{name}-back", name)[0].samples == 1
     shard = tmp_path / "twins" / "shards" / "00000000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(WorkError, match="its checksum is not the manifest's"):
+    with refused(WorkError, "shards/00000000.safetensors"):
         convert_to(tmp_path / "twins", tmp_path / "x", "parquet")
     assert not (tmp_path / "x").exists() and not (tmp_path.parent / "img_000_0020x0024_sd.npz").exists()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from sentences import refused
 from store_sources import Pictures
 from stores import SETTINGS, shard_files
 
@@ -38,7 +39,7 @@ def test_sd_scripts_finds_what_it_reads(tiny_vae: AutoencoderKL, tmp_path: Path)
     convert_from(tmp_path / "flux", tmp_path / "b", "kohya")
     raw, back = LatentDataset(tmp_path / "f", raw=True), LatentDataset(tmp_path / "b", raw=True)
     torch.testing.assert_close(back[1]["sample"], raw[1]["sample"], rtol=1e-6, atol=1e-6)
-    with pytest.raises(UsageError, match="--model: a cache is made for one kind of model"):
+    with refused(UsageError, "--model"):
         convert_to(tmp_path / "s", tmp_path / "x", "kohya")
 
 
@@ -80,7 +81,7 @@ def test_the_versions_that_are_named_find_the_cache_and_no_others(
     write_store(tiny_vae, Pictures(3), tmp_path / "s", **SETTINGS, store="sample", dtype="fp32")
     options = Options(model=model, names=names)
     if model not in kohya.READERS[names]:
-        with pytest.raises(UsageError, match=r"^--names: "):
+        with refused(UsageError, "--names"):
             convert_to(tmp_path / "s", tmp_path / "out", "kohya", options)
         return
     convert_to(tmp_path / "s", tmp_path / "out", "kohya", options)
@@ -103,6 +104,6 @@ def test_names_without_a_size_hold_one_resolution_of_an_image(
     names: str, tiny_vae: AutoencoderKL, tmp_path: Path
 ) -> None:
     write_store(tiny_vae, Pictures(3), tmp_path / "s", **SETTINGS | {"resolution": (8, 16)}, store="sample")
-    with pytest.raises(WorkError, match="--names sized"):
+    with refused(WorkError, "--names"):
         convert_to(tmp_path / "s", tmp_path / "out", "kohya", Options(model="sd", names=names))
     assert not (tmp_path / "out").exists()

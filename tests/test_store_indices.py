@@ -111,20 +111,20 @@ def test_the_integer_holds_every_index(tmp_path: Path) -> None:
 def test_nan_is_quarantined_though_an_index_is_always_finite(tmp_path: Path) -> None:
     broken = vq_model()
     broken.encoder.conv_in.weight.data.fill_(float("nan"))
-    with pytest.raises(Exception, match="NaN or infinity"):
+    with refused(WorkError, "img_000.png"):
         write_store(broken, Pictures(3), tmp_path / "s", **SETTINGS)
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("settings", "field"),
     [
-        ({"store": "moments"}, "store: expected indices or mean of a VQModel, got moments"),
-        ({"dtype": "fp16"}, "dtype: indices of 32 codes are stored as uint16, got fp16"),
-        ({"store": "mean", "dtype": "uint16"}, "dtype: expected fp16, bf16 or fp32 for mean, got uint16"),
+        ({"store": "moments"}, "store"),
+        ({"dtype": "fp16"}, "dtype"),
+        ({"store": "mean", "dtype": "uint16"}, "dtype"),
     ],
 )
-def test_what_a_vae_cannot_give_is_said(vae: VQModel, tmp_path: Path, settings: Any, sentence: str) -> None:
-    with pytest.raises(UsageError, match=sentence):
+def test_what_a_vae_cannot_give_is_said(vae: VQModel, tmp_path: Path, settings: Any, field: str) -> None:
+    with refused(UsageError, field):
         write_store(vae, Pictures(3), tmp_path / "s", **SETTINGS, **settings)
     assert not (tmp_path / "s").exists()
 

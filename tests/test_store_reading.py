@@ -128,10 +128,10 @@ def test_no_store_a_newer_one_and_a_damaged_one(store: Path, tmp_path: Path) -> 
         LatentDataset(store)
     assert "version 2" in str(error.value) and "version 1" in str(error.value)
     (store / "manifest.json").write_text(manifest[: len(manifest) // 2])
-    with pytest.raises(WorkError, match=r"manifest\.json cannot be read"):
+    with pytest.raises(WorkError, match=r"manifest\.json"):  # and json's words, so not golden
         LatentDataset(store)
     (store / "manifest.json").write_text(manifest.replace('"00000001"', '"../../etc/passwd"'))
-    with pytest.raises(WorkError, match="damaged"):
+    with pytest.raises(WorkError, match=r"`shards\.1\.name`"):  # and pydantic's words, so not golden
         LatentDataset(store)
 
 
@@ -139,7 +139,7 @@ def test_a_truncated_shard_and_a_link_out_of_the_store_are_clear_errors(store: P
     shard = store / "shards" / "00000001.safetensors"
     data = shard.read_bytes()
     shard.write_bytes(data[:-100])
-    with pytest.raises(WorkError, match="truncated"):
+    with refused(WorkError, "00000001.safetensors"):
         LatentDataset(store)[8]
     LatentDataset(store)[0]
     shard.unlink()

@@ -20,6 +20,7 @@ from cli_call import run_cli
 from diffusers import AutoencoderKL
 from fork_server import fork, forkserver
 from kills import wait_until
+from sentences import refused
 from store_sources import Pictures
 from stores import SETTINGS, encoded, same
 from upstream import Upstream, serving
@@ -98,19 +99,26 @@ def test_what_passes_is_tried_again(folder: Path, upstream: Upstream, cache: Pat
 
 def test_what_stays_wrong_is_one_sentence_and_nothing_of_it_is_kept(upstream: Upstream, cache: Path) -> None:
     data = LatentDataset(f"{upstream.url}/latents", columns=())
-    wrong: dict[Any, str] = {"500": "after 6 attempts: 500", "corrupt": "its checksum is not", "404": "no such file"}
-    for fault, sentence in wrong.items():
-        upstream.faults = {"00000000.safetensors": [fault] * 20}
-        with pytest.raises(WorkError, match=rf"^{upstream.url}/latents/shards/00000000.safetensors: .*{sentence}"):
-            data[0]
+    file = f"{upstream.url}/latents/shards/00000000.safetensors"
+    upstream.faults = {"00000000.safetensors": ["corrupt"] * 20}
+    with refused(WorkError, file):
+        data[0]
+    upstream.faults = {"00000000.safetensors": ["404"] * 20}
+    with refused(WorkError, file):
+        data[0]
+    upstream.faults = {"00000000.safetensors": ["500"] * 20}
+    with pytest.raises(WorkError, match=file) as error:  # and aiohttp's words, so not golden; as the next
+        data[0]
+    assert "6 attempts" in str(error.value)
     upstream.faults = {"00000000.safetensors": ["cut"] * 20}
-    with pytest.raises(WorkError, match="cannot be read after 6 attempts"):
+    with pytest.raises(WorkError, match=file) as error:
         next(iter(data.loader(8, shuffle=False, num_workers=1)))
+    assert "6 attempts" in str(error.value)
     tensors = data.shards[0].files[TENSORS]
     assert not any(tensors.sha256 in name for name in held(cache))
     upstream.faults = {}
     data[0]
-    with pytest.raises(UsageError, match=r"store .*/nothing: no manifest.json there"):
+    with refused(UsageError, f"{upstream.url}/nothing"):
         LatentDataset(f"{upstream.url}/nothing")
 
 
@@ -168,13 +176,13 @@ def test_the_cache_is_bounded_and_evicted_maps_are_given_up(
         batches = list(data.loader(5, num_workers=2))
     for one, other in zip(batches, local.loader(5), strict=True):
         assert torch.equal(one["latents"], other["latents"])
-    with pytest.raises(UsageError, match=rf"cache_bytes: 100 bytes cannot hold a file of {max(files):,}"):
+    with refused(UsageError, "cache_bytes"):
         LatentDataset(f"{upstream.url}/latents", cache_bytes=100)
     monkeypatch.setenv("LDM_VAE_STORE_CACHE", "1e2")
-    with pytest.raises(UsageError, match="cache_bytes: 100 bytes"):
+    with refused(UsageError, "cache_bytes"):
         LatentDataset(f"{upstream.url}/latents")
     monkeypatch.setenv("LDM_VAE_STORE_CACHE", "much")
-    with pytest.raises(UsageError, match="LDM_VAE_STORE_CACHE: expected a number of bytes, such as 50e9, got 'much'"):
+    with refused(UsageError, "LDM_VAE_STORE_CACHE"):
         LatentDataset(f"{upstream.url}/latents")
 
 
@@ -206,9 +214,7 @@ def test_a_store_that_was_replaced_is_read_as_it_is_now(
     write_store(tiny_vae, Pictures(24), upstream.root / "latents", **SETTINGS)
     same(LatentDataset(url), LatentDataset(upstream.root / "latents"))
     assert torch.equal(before[0]["latents"], LatentDataset(folder / "latents")[0]["latents"]), "and what is open stays"
-    with pytest.raises(
-        WorkError, match=r"00000002.safetensors: .* or the store there has been replaced; open it again"
-    ):
+    with refused(WorkError, "00000002.safetensors"):
         before[20]
 
 
@@ -232,7 +238,7 @@ def test_a_manifest_that_points_elsewhere_is_refused(
     else:
         tree["shards"][0]["files"]["safetensors"]["sha256"] = new
     path.write_text(json.dumps(tree))
-    with pytest.raises(WorkError, match=r"manifest.json is damaged: `shards\.0"):
+    with pytest.raises(WorkError, match=r"manifest\.json.*`shards\.0"):  # and pydantic's words, so not golden
         LatentDataset(f"{upstream.url}/latents")
 
 
@@ -247,9 +253,9 @@ def test_the_loader_fetches_ahead_in_its_order(upstream: Upstream) -> None:
 
 
 def test_what_fsspec_does_not_know_or_is_not_installed() -> None:
-    with pytest.raises(UsageError, match=r"qqq://x/manifest.json: .*; fsspec knows .*memory"):
+    with pytest.raises(UsageError, match=r"^qqq://x/manifest\.json: .*memory"):  # all that fsspec knows, so not golden
         LatentDataset("qqq://x")
-    with pytest.raises(UsageError, match=r"gs://bucket/x/manifest.json: reading it needs `pip install gcsfs`$"):
+    with refused(UsageError, "gs://bucket/x/manifest.json"):
         LatentDataset("gs://bucket/x")
 
 

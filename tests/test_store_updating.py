@@ -13,6 +13,7 @@ import torch
 from checksums import tree
 from diffusers import AutoencoderKL
 from fork_server import fork, forkserver
+from sentences import refused
 from store_sources import AFTER, Album, Stop, Stopping, names
 from stores import SETTINGS, contents, encode, equal
 
@@ -85,9 +86,9 @@ def test_an_update_of_nothing_changes_nothing(store: Path, tiny_vae: Autoencoder
 
 
 def test_without_update_a_changed_source_is_refused(store: Path, tiny_vae: AutoencoderKL) -> None:
-    with pytest.raises(UsageError, match=r"other images \(20 of them, DATA has 20\); --update"):
+    with refused(UsageError, "--update"):
         encode(tiny_vae, Album(**AFTER), store)
-    with pytest.raises(UsageError, match="--update"):
+    with refused(UsageError, "--update"):
         encode(tiny_vae, Album(**AFTER), store, retry_quarantined=True)
 
 
@@ -103,7 +104,7 @@ def test_removing_everything_is_an_error_and_an_order_is_no_change(store: Path, 
     backwards = tuple(reversed(range(20)))
     encode(tiny_vae, Album(numbers=backwards, bad=(4,)), store, update=True)
     assert read_manifest(store).units == 3 and contents(store).keys() == names(set(range(20)) - {4})
-    with pytest.raises(WorkError, match="no usable image"):
+    with refused(WorkError, "img_004"):
         encode(tiny_vae, Album(numbers=(4,), bad=(4,)), store, update=True)
 
 
@@ -138,14 +139,14 @@ def test_a_store_that_was_never_finished_takes_up_a_changed_source(tiny_vae: Aut
         out = tmp_path / f"s{after}"
         with pytest.raises(Stop):
             encode(tiny_vae, Stopping(bad=(4,), after=after), out)
-        with pytest.raises(UsageError, match="other images"):
+        with refused(UsageError, "OUT"):
             encode(tiny_vae, Album(**AFTER), out)
         encode(tiny_vae, Album(**AFTER), out, update=True)
         assert equal(out, tmp_path / "fresh") and verify(out) == []
 
 
 def test_bad_images_are_tried_again_when_asked_or_when_their_bytes_change(store: Path, tiny_vae: AutoencoderKL) -> None:
-    with pytest.raises(UsageError, match="--update"):  # the bytes of img_004 have changed
+    with refused(UsageError, "img_004"):  # its bytes have changed
         encode(tiny_vae, Album(), store)
     assert "img_004" not in contents(store)
     encode(tiny_vae, Album(broken=(4,)), store, retry_quarantined=True)

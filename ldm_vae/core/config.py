@@ -135,8 +135,11 @@ def read_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
         raw = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise UsageError(f"config {path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from error
-    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+    if not isinstance(raw, dict):
         raise UsageError(f"config {path}: expected a mapping of sections, got {type(raw).__name__}")
+    for key in raw:
+        if not isinstance(key, str):
+            raise UsageError(f"config {path}: `{key}`: expected the name of a section, got {type(key).__name__}")
     included = raw.pop("include", [])
     names = [included] if isinstance(included, str) else included
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
