@@ -14,7 +14,6 @@ import torch
 from cli_call import run_cli
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
-from sentences import refused
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.load import load_autoencoder
