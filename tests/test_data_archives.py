@@ -100,7 +100,7 @@ def test_damaged_zips(tmp_path: Path) -> None:
     path.write_bytes(data[: offsets["c.png"] + 40])
     with pytest.raises(BadImage, match="cut off"):
         source[by_key["c.png"]]
-    with pytest.raises(UsageError, match="cannot be opened as a zip"):
+    with pytest.raises(UsageError, match=r"x\.zip"):
         open_source(path)
 
 

@@ -118,7 +118,7 @@ def test_captions_beside_the_images(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     with refused(UsageError, "nowhere"):
         open_source(tmp_path / "nowhere")
-    with pytest.raises(WorkError, match="holds no image"):  # and which kinds Pillow reads here, so not golden
+    with pytest.raises(WorkError, match="data"):  # and which kinds Pillow reads here, so not golden
         open_source(tmp_path)
     put(tmp_path / "test" / "a.png")
     with refused(UsageError, "data.split"):
@@ -134,7 +134,7 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         open_source(tmp_path)
     assert "metadata.csv and metadata.jsonl" in str(error.value)
     (tmp_path / "metadata.csv").unlink()
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match=r"metadata\.jsonl"):
         open_source(tmp_path)
 
 

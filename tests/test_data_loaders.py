@@ -148,6 +148,6 @@ def test_chosen_indices_and_views(image_folder: Path) -> None:
 
 def test_evaluation_refuses_jpeg_draft(image_folder: Path) -> None:
     source = open_source(image_folder, jpeg_draft=True)
-    with pytest.raises(UsageError, match="jpeg_draft"):
+    with refused(UsageError, "data.jpeg_draft"):
         ordered_loader(source, 16, batch_size=4)
     assert len(list(ordered_loader(source, 16, batch_size=12, draft_at_least=16))) == 1

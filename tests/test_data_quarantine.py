@@ -43,7 +43,7 @@ def test_max_bad_is_a_share_of_the_source() -> None:
     with refused(WorkError, "max_bad") as error:
         quarantine.add([Bad("c", "x")])
     assert "3 of 100 are bad, the first is a (x)" in str(error.value)
-    with pytest.raises(WorkError, match="max_bad 0"):
+    with refused(WorkError, "max_bad"):
         Quarantine(100, max_bad=0.0).add([Bad("a", "x")])
     never = Quarantine(2)
     never.add([Bad("a", "x"), Bad("b", "x")])
@@ -53,11 +53,11 @@ def test_max_bad_is_a_share_of_the_source() -> None:
 def test_of_a_stream_the_share_is_judged_at_its_end() -> None:
     stream = Quarantine(None, max_bad=0.1)
     stream.add([Bad("a", "x")], good=1)  # half of two: too early to say
-    with pytest.raises(WorkError, match="max_bad"):
+    with refused(WorkError, "max_bad"):
         stream.finish()
     long = Quarantine(None, max_bad=0.1)
     long.add([], good=700)
-    with pytest.raises(WorkError, match="max_bad"):
+    with refused(WorkError, "max_bad"):
         long.add([Bad(str(i), "x") for i in range(200)])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentences import refused
 
 from eval import collapse
 from ldm_vae.core.errors import UsageError
@@ -67,10 +68,10 @@ def test_the_spread_of_seeds_is_shown_where_there_is_one() -> None:
     assert collapse.spread([3.0, 3.5, 2.5], 2) == "3.00 (2.50 to 3.50)"
 
 
-@pytest.mark.parametrize(("flags", "says"), [(["--seeds", "0"], "seeds: expected"), (["--images", "5"], "images:")])
-def test_a_wrong_call_is_refused(flags: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("flags", "field"), [(["--seeds", "0"], "seeds"), (["--images", "5"], "images")])
+def test_a_wrong_call_is_refused(flags: list[str], field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["eval.collapse", "--output", str(tmp_path), *flags])
-    with pytest.raises(UsageError, match=says):
+    with refused(UsageError, field):
         collapse.main()
 
 

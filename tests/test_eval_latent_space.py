@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 from images import write_images
 from launcher import TWO, launch
+from sentences import refused
 
 from eval import latent_space
 from ldm_vae.autoencoder import latents
@@ -124,11 +125,11 @@ def test_an_encoder_without_a_variance_gives_what_applies(
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "field"),
     [
-        (("--resolution", "17"), "multiple of f = 2"),
-        (("--repeats", "1"), "repeats: expected at least 2"),
-        (("--bank", "1"), "bank: expected at least 2"),
+        (("--resolution", "17"), "resolution"),
+        (("--repeats", "1"), "repeats"),
+        (("--bank", "1"), "bank"),
     ],
 )
 def test_wrong_calls_name_the_argument(
@@ -137,9 +138,9 @@ def test_wrong_calls_name_the_argument(
     image_folder: Path,
     tmp_path: Path,
     change: tuple[str, ...],
-    sentence: str,
+    field: str,
 ) -> None:
-    with pytest.raises(UsageError, match=sentence):
+    with refused(UsageError, field):
         run_main(monkeypatch, tiny_vae_folder, image_folder, "--output", tmp_path / "out", *CHEAP, *change)
     assert not (tmp_path / "out").exists()
 
@@ -150,7 +151,7 @@ def test_no_usable_image_is_a_failure_and_leaves_no_result(
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"nothing")
-    with pytest.raises(WorkError, match=r"no usable image.*a\.png"):
+    with refused(WorkError, "a.png"):
         run_main(monkeypatch, tiny_vae_folder, folder, "--output", tmp_path / "out", *CHEAP)
     assert not (tmp_path / "out" / "latent_space.json").exists()
 

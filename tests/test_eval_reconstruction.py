@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from launcher import TWO, launch
+from sentences import refused
 
 from eval import reconstruction
 from ldm_vae import metrics
@@ -179,11 +180,11 @@ def test_spread_covers_the_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "field"),
     [
-        (("--resolution", "33"), "multiple of f = 2"),
-        (("--resolution", "8"), "at least 11"),
-        (("--metrics", "psnr,fid"), "unknown metric fid"),
+        (("--resolution", "33"), "resolution"),
+        (("--resolution", "8"), "resolution"),
+        (("--metrics", "psnr,fid"), "metrics"),
         (("--batch_size", "0"), "batch_size"),
     ],
 )
@@ -193,9 +194,9 @@ def test_wrong_calls_name_the_argument(
     image_folder: Path,
     tmp_path: Path,
     change: tuple[str, ...],
-    sentence: str,
+    field: str,
 ) -> None:
-    with pytest.raises(UsageError, match=sentence):
+    with refused(UsageError, field):
         run_main(monkeypatch, tiny_vae_folder, image_folder, "--output", tmp_path / "out", *CHEAP, *change)
     assert not (tmp_path / "out").exists()
 
@@ -206,7 +207,7 @@ def test_no_usable_image_is_a_failure_and_leaves_no_result(
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"nothing")
-    with pytest.raises(WorkError, match=r"no usable image.*a\.png"):
+    with refused(WorkError, "a.png"):
         run_main(monkeypatch, tiny_vae_folder, folder, "--output", tmp_path / "out", *CHEAP)
     assert not (tmp_path / "out" / "metrics.json").exists()
 

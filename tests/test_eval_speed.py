@@ -251,17 +251,14 @@ def test_nothing_is_held_per_sample(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_process_that_dies_is_said_to_have_died() -> None:
-    with (
-        grow.Group(Workload(net="none"), 1) as group,
-        pytest.raises(WorkError, match="a training process died"),
-    ):
+    with grow.Group(Workload(net="none"), 1) as group, refused(WorkError, "grow"):
         group.step()
 
 
 @pytest.mark.slow
 def test_the_first_step_is_waited_for_and_a_run_that_takes_none_is_reported(tmp_path: Path) -> None:
     write_images(tmp_path / "demo" / "train", 4)
-    with pytest.raises(WorkError, match=r"the smoke run took no step: .*heldout"):
+    with refused(WorkError, "heldout"):
         start.first_step(tmp_path / "demo", tmp_path)
     write_images(tmp_path / "demo" / "heldout", 4)
     start.first_step(tmp_path / "demo", tmp_path)
@@ -285,5 +282,5 @@ def test_each_variant_trains_and_costs_what_it_should(monkeypatch: pytest.Monkey
 def test_without_a_gpu_its_benchmarks_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for run in (gpu.training, gpu.compiled, gpu.encoding):
-        with pytest.raises(UsageError, match="expected a CUDA device"):
+        with refused(UsageError, "gpu"):
             run(argparse.Namespace(rounds=1))

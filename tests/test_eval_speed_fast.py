@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from repository import ROOT
+from sentences import refused
 
 from eval import chip
 from eval.speed import __main__ as speed
@@ -161,9 +162,8 @@ def test_every_part_is_a_benchmark_or_names_tests_that_exist() -> None:
         assert files or name in speed.BENCHMARKS
 
 
-def test_benchmarks_of_a_gpu_say_that_there_is_none() -> None:
-    if torch.cuda.is_available():
-        return
+def test_benchmarks_of_a_gpu_say_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for run in (fast.training, fast.regions, fast.batches, encoders.encoder, denoisers.denoiser):
-        with pytest.raises(UsageError, match="gpu"):
+        with refused(UsageError, "gpu"):
             run(argparse.Namespace(rounds=1))

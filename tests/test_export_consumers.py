@@ -20,6 +20,7 @@ from diffusers import (
     VQModel,
 )
 from PIL import Image
+from sentences import refused
 from tiny_pipeline import pipeline
 
 from ldm_vae import LatentDataset
@@ -196,7 +197,7 @@ def test_other_autoencoders_are_exported_too(build: Any, tmp_path: Path) -> None
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
     assert f"import {type(model).__name__}" in (out / "README.md").read_text()
     channel = Normalisation(1.0, None, (0.0,) * 4, (1.0,) * 4)
-    with pytest.raises(UsageError, match=r"normalisation `channel`.*no latents_mean"):
+    with refused(UsageError, "normalisation"):
         write_vae(model, tmp_path / "other", channel)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cli_call import run_cli
 from diffusers import AutoencoderKL
+from sentences import refused
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.core.errors import UsageError, WorkError
@@ -62,9 +63,9 @@ def test_the_verdict_follows_the_distance(tiny_vae: AutoencoderKL, image_folder:
 
 def test_other_shapes_and_no_images_are_refused(tiny_vae: AutoencoderKL, image_folder: Path) -> None:
     other = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=5).build()
-    with pytest.raises(UsageError, match="4 channels at f = 2, TUNED 5"):
+    with refused(UsageError, "TUNED"):
         drift(tiny_vae, other, image_folder)
-    with pytest.raises(WorkError, match="no usable image"):
+    with refused(WorkError, "image"):
         measure_drift(tiny_vae, tiny_vae, [], resolution=32, lpips=False)
 
 

@@ -11,6 +11,7 @@ import torch
 from cli_call import run_cli
 from diffusers import AutoencoderKL
 from safetensors import safe_open
+from sentences import refused
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.latents import Normalisation
@@ -62,7 +63,7 @@ def test_an_older_export_is_replaced_and_a_stranger_is_not(tiny_vae: Autoencoder
     write_vae(tiny_vae, out, KINDS["shift"])
     assert AutoencoderKL.from_pretrained(out).config.shift_factor == 0.1
     (out / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"thesis\.txt"):
+    with refused(UsageError, "thesis.txt"):
         write_vae(tiny_vae, out, KINDS["scale"])
     assert AutoencoderKL.from_pretrained(out).config.shift_factor == 0.1
 
@@ -78,7 +79,7 @@ def test_a_damaged_write_is_caught_before_it_is_published(
         return vae
 
     monkeypatch.setattr(diffusers_folder, "load_folder", damaged)
-    with pytest.raises(WorkError, match=r"decoder\.conv_out\.bias"):
+    with refused(WorkError, "decoder.conv_out.bias"):
         write_vae(tiny_vae, out, KINDS["scale"])
     assert AutoencoderKL.from_pretrained(out).config.shift_factor == 0.1
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
@@ -86,7 +87,7 @@ def test_a_damaged_write_is_caught_before_it_is_published(
 
 def test_two_normalisations_in_a_config_are_refused(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     tiny_vae.register_to_config(shift_factor=1.0, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
-    with pytest.raises(UsageError, match=r"^VAE: shift_factor"):
+    with refused(UsageError, "shift_factor"):
         write_vae(tiny_vae, tmp_path / "vae", None)
     assert not list(tmp_path.iterdir())
 
@@ -113,7 +114,7 @@ def test_measured_latents_are_standard_after_the_normalisation(tiny_vae: Autoenc
 
 
 def test_no_image_is_an_error(tiny_vae: AutoencoderKL) -> None:
-    with pytest.raises(WorkError, match="no usable image"):
+    with refused(WorkError, "image"):
         measure(tiny_vae, [], "cpu")
 
 
@@ -121,7 +122,7 @@ def test_over_a_folder_of_images(tiny_vae: AutoencoderKL, image_folder: Path) ->
     everything = measure(tiny_vae, Images(str(image_folder), 32, batch_size=5).batches(tiny_vae), "cpu")
     assert everything.images == 12
     assert [len(batch) for batch in Images(str(image_folder), 32, limit=4).batches(tiny_vae)] == [4]
-    with pytest.raises(UsageError, match="multiple of f = 2"):
+    with refused(UsageError, "resolution"):
         Images(str(image_folder), 33).batches(tiny_vae)
 
 
@@ -135,7 +136,7 @@ def test_a_store_hands_over_its_statistics(tiny_vae_folder: Path, image_folder: 
     assert found.images == 12 and found.intervals is not None
     torch.testing.assert_close(found.mean, measured.mean, rtol=1e-3, atol=1e-4)
     vae.quant_conv.bias += 1
-    with pytest.raises(UsageError, match="another encoder"):
+    with refused(UsageError, "stats"):
         statistics_of_store(vae, str(store))
 
 
@@ -153,5 +154,5 @@ def test_half_precision_variant_and_shards(tiny_vae: AutoencoderKL, tmp_path: Pa
         assert torch.equal(half.state_dict()[name], value.half())
     write_vae(tiny_vae, out, KINDS["scale"])  # the shards go with the older export
     assert [path.name for path in out.glob("*.safetensors*")] == ["diffusion_pytorch_model.safetensors"]
-    with pytest.raises(UsageError, match="max_shard_size"):
+    with refused(UsageError, "max_shard_size"):
         write_vae(tiny_vae, out, KINDS["scale"], max_shard_size="large")

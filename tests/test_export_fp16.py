@@ -10,6 +10,7 @@ import pytest
 import torch
 from cli_call import run_cli
 from diffusers import AutoencoderKL
+from sentences import refused
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.config import AutoencoderConfig
@@ -130,7 +131,7 @@ def test_nan_in_fp32_is_an_error() -> None:
     vae = build("no_attention")
     with torch.no_grad():
         vae.decoder.conv_in.bias[0] = float("inf")
-    with pytest.raises(WorkError, match="even in fp32"):
+    with refused(WorkError, "decoder.conv_in"):
         audit(vae, make_probes(vae))
 
 

@@ -12,6 +12,7 @@ import yaml
 from diffusers import AutoencoderKL
 from fork_server import fork
 from safetensors.torch import load_file, save_file
+from sentences import refused
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.load import load_autoencoder
@@ -112,13 +113,13 @@ def test_diffusers_names_in_one_file(tmp_path: Path) -> None:
 def test_a_shape_of_ones_own_needs_a_config(tiny_vae: AutoencoderKL, tiny_vae_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "vae.safetensors"
     save_file(to_ldm(tiny_vae.state_dict(), 2), path)
-    with pytest.raises(UsageError, match="--config FOLDER"):
+    with refused(UsageError, "--config"):
         load_single_file(path)
     assert same(load_single_file(path, tiny_vae_folder), tiny_vae)
     assert same(load_autoencoder(path, tiny_vae_folder), tiny_vae)
     config = json.loads((tiny_vae_folder / "config.json").read_text()) | {"latent_channels": 5}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=r"decoder\.conv_in\.weight"):
+    with refused(UsageError, "decoder.conv_in.weight"):
         load_single_file(path, tmp_path)
 
 
@@ -141,26 +142,26 @@ def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "field"),
     [
-        (lambda t: t.pop("encoder.conv_in.weight"), "holds no KL autoencoder"),
+        (lambda t: t.pop("encoder.conv_in.weight"), "encoder.conv_in.weight"),
         (lambda t: t.pop("decoder.mid.block_1.conv1.bias"), "decoder.mid.block_1.conv1.bias"),
         (lambda t: t.pop("decoder.conv_in.weight"), "decoder.conv_in.weight"),
         (lambda t: t.update({"encoder.extra.weight": torch.zeros(1)}), "encoder.extra.weight"),
-        (lambda t: t.update({"quant_conv.weight": torch.zeros(4, 8, 1, 1)}), "VQ model"),
+        (lambda t: t.update({"quant_conv.weight": torch.zeros(4, 8, 1, 1)}), "encoder"),
     ],
 )
-def test_files_that_are_none(change: Any, sentence: str, tmp_path: Path) -> None:
+def test_files_that_are_none(change: Any, field: str, tmp_path: Path) -> None:
     tensors = dict(to_ldm(build(SHAPES["f2"]).state_dict(), 2))
     change(tensors)
     save_file(tensors, tmp_path / "vae.safetensors")
-    with pytest.raises(UsageError, match=sentence):
+    with refused(UsageError, field):
         load_single_file(tmp_path / "vae.safetensors")
 
 
 def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "vae.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(UsageError, match="cannot be read as a safetensors file"):
+    with pytest.raises(UsageError, match=r"vae\.safetensors"):
         load_single_file(tmp_path / "vae.safetensors")
     vae = build(SHAPES["f2"])
     save_file(to_ldm(vae.state_dict(), 2), tmp_path / "vae.safetensors", metadata={CONFIG_KEY: "{"})
@@ -173,7 +174,7 @@ def test_pickles_are_read_with_a_flag_and_tensors_alone(tmp_path: Path) -> None:
     full = {f"first_stage_model.{name}": value for name, value in to_ldm(vae.state_dict(), 2).items()}
     path = tmp_path / "old.ckpt"
     torch.save({"state_dict": full, "global_step": 3}, path)
-    with pytest.raises(UsageError, match="is a pickle"):
+    with refused(UsageError, "--weights_only_pickle"):
         load_single_file(path)
     assert same(load_single_file(path, allow_pickle=True), vae)
 
@@ -182,7 +183,7 @@ def test_pickles_are_read_with_a_flag_and_tensors_alone(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "executed",))
 
     torch.save({"state_dict": full, "callback": Hostile()}, path)
-    with pytest.raises(UsageError, match="tensors alone"):
+    with pytest.raises(UsageError, match=r"old\.ckpt"):
         load_single_file(path, allow_pickle=True)
     assert not (tmp_path / "executed").exists()
 

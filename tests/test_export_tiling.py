@@ -10,6 +10,7 @@ import torch
 from cli_call import run_cli
 from diffusers import AutoencoderKL
 from images import write_images
+from sentences import refused
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.core.errors import UsageError
@@ -43,11 +44,11 @@ def test_seams_are_where_tiles_are_blended() -> None:
 
 def test_nothing_to_tile_is_refused(tiny_vae: AutoencoderKL) -> None:
     pixels = torch.zeros(1, 3, 32, 32)
-    with pytest.raises(UsageError, match="not larger than a tile"):
+    with refused(UsageError, "IMAGE"):
         measure_tiling(tiny_vae, pixels, tile=32)
-    with pytest.raises(UsageError, match="multiple of f = 2"):
+    with refused(UsageError, "tile"):
         measure_tiling(tiny_vae, pixels, tile=31)
-    with pytest.raises(UsageError, match="whole latents"):
+    with refused(UsageError, "overlap"):
         measure_tiling(tiny_vae, pixels, tile=16, overlap=0.3)
 
 

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from fork_server import Finished, fork
 from images import write_images
 from repository import ROOT
+from sentences import refused
 from tiny_networks import SHAPE
 from torch import nn
 from torch._dynamo.utils import counters
@@ -40,9 +41,9 @@ def test_patterns_freeze_and_unfreeze_in_their_order(tiny_vae: AutoencoderKL) ->
 
 
 def test_a_pattern_that_names_nothing_is_refused(tiny_vae: AutoencoderKL) -> None:
-    with pytest.raises(UsageError, match=r"trainable: `decodr\.\*` matches none of the \d+ parameters, e\.g\. decoder"):
+    with refused(UsageError, "trainable"):
         set_trainable(tiny_vae, ["decodr.*"])
-    with pytest.raises(UsageError, match="leaves no parameter to learn"):
+    with refused(UsageError, "trainable"):
         set_trainable(tiny_vae, ["*", "!*"])
 
 

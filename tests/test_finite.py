@@ -12,6 +12,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from repository import ROOT
+from sentences import refused
 
 from ldm_vae import cli
 from ldm_vae.autoencoder import finite
@@ -37,7 +38,7 @@ def test_whichever_tensor_holds_it_is_named(
         source, config = tmp_path / name, None
         if single_file:
             source, config = next((tmp_path / name).glob("*.safetensors")), tmp_path / name
-        with pytest.raises(UsageError, match=name.replace(".", r"\.")):
+        with refused(UsageError, name):
             load_autoencoder(source, config)
         weights[name].flatten()[-1] = 0.5
         tiny_vae.load_state_dict(weights)
@@ -50,7 +51,7 @@ def test_large_finite_weights_are_no_infinity(tiny_vae: AutoencoderKL) -> None:
     finite.check_weights(tiny_vae, "VAE")
     with torch.no_grad():
         tiny_vae.decoder.conv_out.weight[0, 0, 0, 0] = float("inf")
-    with pytest.raises(UsageError, match=r"decoder\.conv_out\.weight holds NaN or infinity in 1 of"):
+    with refused(UsageError, "decoder.conv_out.weight"):
         finite.check_weights(tiny_vae, "VAE")
 
 
@@ -155,10 +156,10 @@ def test_a_sound_network_computes_as_before(tiny_vae: AutoencoderKL) -> None:
 def test_the_image_is_named(tiny_vae: AutoencoderKL) -> None:
     pixels = torch.zeros(3, 3, 16, 16)
     pixels[1] = 3e38
-    with torch.no_grad(), pytest.raises(WorkError, match=r"encoder\.\S+ gives .* for b,"):
+    with torch.no_grad(), pytest.raises(WorkError, match=r"encoder\..* b,"):  # the layer is the machine's
         finite.encode(tiny_vae, pixels, ["a", "b", "c"])
 
 
 def test_what_was_not_finite_before_is_not_the_networks_fault(tiny_vae: AutoencoderKL) -> None:
-    with torch.no_grad(), pytest.raises(WorkError, match="is given NaN or infinity for b:"):
+    with torch.no_grad(), refused(WorkError, "b"):
         finite.decode(tiny_vae, torch.tensor([0.0, float("nan")]).view(2, 1, 1, 1).expand(2, 4, 8, 8), ["a", "b"])

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from sentences import refused
 from torch import nn
 
 from ldm_vae.core.errors import UsageError, WorkError
@@ -88,9 +89,9 @@ def test_grey_images_are_those_of_three_equal_channels(term: LPIPS) -> None:
     )
 
 
-@pytest.mark.parametrize(("shape", "says"), [((1, 4, 64, 64), "1 or 3 channels, got 4"), ((1, 3, 64, 8), "px, got 8")])
-def test_other_images_are_refused_in_a_sentence(term: LPIPS, shape: tuple[int, ...], says: str) -> None:
-    with pytest.raises(UsageError, match=says):
+@pytest.mark.parametrize("shape", [(1, 4, 64, 64), (1, 3, 64, 8)])
+def test_other_images_are_refused_in_a_sentence(term: LPIPS, shape: tuple[int, ...]) -> None:
+    with refused(UsageError, "losses.lpips"):
         term(torch.zeros(shape), torch.zeros(shape))
 
 

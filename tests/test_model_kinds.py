@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from fork_server import Finished, fork
 from images import write_images
 from safetensors.torch import load_file
+from sentences import refused
 from training_runs import metrics, newest, one_sentence, run, write_config
 
 from eval import reconstruction
@@ -328,5 +329,5 @@ def test_a_codebook_is_fine_tuned_from_its_export(trained: Any, images: Path, tm
 
 def test_a_folder_of_another_class_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderDC"}))
-    with pytest.raises(UsageError, match="expected one of AutoencoderKL, VQModel, AutoencoderTiny, its config"):
+    with refused(UsageError, "config.json"):
         load_autoencoder(tmp_path)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from sentences import refused
 
 from ldm_vae import cli, metrics
 from ldm_vae.core.errors import UsageError
@@ -62,10 +63,11 @@ def test_a_wrong_image_is_named_and_nothing_is_written(
 ) -> None:
     (tmp_path / "broken.png").write_bytes(b"no")
     good = image_folder / "img_0000.png"
-    for wrong, sentence in ((tmp_path / "broken.png", "not an image"), (tmp_path / "none.png", "No such file")):
-        with pytest.raises(UsageError, match=f"image {wrong}: {sentence}"):
-            call(tiny_vae_folder, good, wrong, tmp_path / "out")
-    with pytest.raises(UsageError, match="multiple of f"):
+    with refused(UsageError, "broken.png"):
+        call(tiny_vae_folder, good, tmp_path / "broken.png", tmp_path / "out")
+    with pytest.raises(UsageError, match=r"none\.png"):
+        call(tiny_vae_folder, good, tmp_path / "none.png", tmp_path / "out")
+    with refused(UsageError, "resolution"):
         call(tiny_vae_folder, good, tmp_path / "out", "--resolution", "15")
     assert not (tmp_path / "out").exists()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
+from sentences import refused
 from torch import nn
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
@@ -153,7 +154,7 @@ def test_every_term_reaches_what_it_should() -> None:
 
 
 def test_an_objective_without_a_pixel_term_is_refused() -> None:
-    with pytest.raises(UsageError, match="losses: expected at least one term on pixels, got kl"):
+    with refused(UsageError, "losses"):
         Objective({"kl": KL()})
 
 
