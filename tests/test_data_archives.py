@@ -199,9 +199,11 @@ def test_a_caption_in_the_json(shards: Path) -> None:
 
 def test_several_images_in_a_sample(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("1.jpg", b"first"), ("1.mask.png", b"mask"), ("1.txt", b"x")])
-    assert open_source(tmp_path / "a.tar")[0].image == b"first"
+    with refused(UsageError, "image_column"):
+        open_source(tmp_path / "a.tar")
+    assert open_source(tmp_path / "a.tar", image_column="jpg")[0].image == b"first"
     assert open_source(tmp_path / "a.tar", image_column="mask.png")[0].image == b"mask"
-    assert open_source(tmp_path / "a.tar").columns == ("txt",)
+    assert open_source(tmp_path / "a.tar", image_column="jpg").columns == ("txt",)
 
 
 def test_bad_members_are_bad_images(tmp_path: Path) -> None:

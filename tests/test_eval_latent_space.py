@@ -20,6 +20,7 @@ from sentences import refused
 from eval import latent_space
 from ldm_vae.autoencoder import latents
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.ownership import MARK
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.latent_space import summary
@@ -80,14 +81,14 @@ def test_one_vae(
     assert len(found["spectrum"]["latents"]) == 8 // 2 + 1
 
     files = {entry["file"] for entry in found["pictures"]}
-    assert files == {path.relative_to(out).as_posix() for path in (out / "latent_space").iterdir()}
+    assert files == {path.relative_to(out).as_posix() for path in (out / "latent_space").glob("*.png")}
     assert len(files) == 2 + 4 + 3  # one pair both ways, four channels, three priors
     strip = read_pixels(out / "latent_space" / "interpolation-0.linear.png")
     assert strip.shape == (16, 9 * 17 - 1, 3)
     with torch.no_grad():
         first = latents.decode(tiny_vae, moments.mean[:1]).clamp(-1, 1)
     assert abs(strip[:, :16] - (127.5 * (first[0] + 1)).permute(1, 2, 0).numpy()).max() < 1.01
-    assert not list(out.glob(".*"))
+    assert {path.name for path in out.rglob(".*")} == {MARK}
 
     # the page has every picture and number
     page = build_report(out).read_text(encoding="utf-8")

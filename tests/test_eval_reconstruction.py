@@ -18,6 +18,7 @@ from eval import reconstruction
 from ldm_vae import metrics
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.ownership import MARK
 from ldm_vae.data.source import open_source
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import Worst, evaluate_reconstruction
@@ -72,7 +73,7 @@ def test_one_vae(
         assert picture["vaes"][0]["metrics"]["psnr"] == pytest.approx(by_key[picture["key"]]["psnr"], abs=1e-12)
         for name in (f"{picture['name']}.original.png", picture["vaes"][0]["reconstruction"]):
             assert read_pixels(out / "pictures" / name).shape == (32, 32, 3)
-    assert not list(out.glob(".*"))
+    assert [path.name for path in out.glob(".*")] == [MARK]
     printed = capsys.readouterr().out
     assert f"{result['metrics']['psnr']['mean']:.2f}" in printed
     assert f"{result['metrics']['psnr']['mean']:.2f}" in (out / "metrics.md").read_text()

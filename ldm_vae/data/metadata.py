@@ -15,7 +15,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -26,8 +28,12 @@ import pyarrow.json
 import pyarrow.parquet
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import decode, lines
+from ldm_vae.core.validation import parse_json
 from ldm_vae.data.files import normal, printable
 from ldm_vae.data.quarantine import BadImage
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
@@ -89,16 +95,23 @@ class TreeColumns:
     ) -> None:
         self._read = read
         self._captions = caption_column
-        tables = _tables(names, exists, read)
+        tables = _tables(names, exists, read, {"file_name", "caption", "text", caption_column})
         # images that only a table knows are samples too, so that their absence is noticed
         self.all_names = sorted({*names, *(name for table in tables for name in table["file_name"].to_pylist())})
-        self._table = pa.concat_tables(tables, promote_options="permissive") if tables else None
+        try:
+            self._table = pa.concat_tables(tables, promote_options="permissive") if tables else None
+        except pa.ArrowException as error:
+            raise UsageError(f"data: the metadata tables have a column of different types: {error}") from error
         have: tuple[str, ...] = ()
         self.label_names: tuple[str, ...] = ()
         if self._table is not None:
             have = tuple(name for name in self._table.column_names if name != "file_name")
-            # the last row wins where a table names an image twice
-            row_of = {name: row for row, name in enumerate(self._table["file_name"].to_pylist())}
+            named = self._table["file_name"].to_pylist()
+            row_of = {name: row for row, name in enumerate(named)}
+            if len(row_of) < len(named):
+                name, count = Counter(named).most_common(1)[0]
+                logger.warning("data: metadata names %s %d times, %d rows repeat; the last one counts",
+                               printable(name), count, len(named) - len(row_of))  # fmt: skip
             self._rows = np.array([row_of.get(name, -1) for name in self.all_names], dtype=np.int64)
         else:
             self.label_names = _class_folders(names)
@@ -146,12 +159,18 @@ class TreeColumns:
 
     def _text(self, name: str) -> str | None:
         try:
-            return self._read(self._text_of(name)).decode("utf-8", "replace").strip()
+            data = self._read(self._text_of(name))
         except BadImage:
             return None
+        try:
+            return decode(data).strip()
+        except ValueError as error:
+            raise BadImage(f"its caption {printable(self._text_of(name))}: {error}") from error
 
 
-def _tables(names: Sequence[str], exists: Callable[[str], bool], read: Read) -> list[pa.Table]:
+def _tables(
+    names: Sequence[str], exists: Callable[[str], bool], read: Read, keep: Collection[str | None]
+) -> list[pa.Table]:
     """Every metadata table in the folders of the images and in those above them."""
     folders = {parent for name in names for parent in PurePosixPath(name).parents}
     tables = []
@@ -160,26 +179,51 @@ def _tables(names: Sequence[str], exists: Callable[[str], bool], read: Read) -> 
         here = [name for name in here if exists(name)]
         if len(here) > 1:
             raise UsageError(f"data: expected one metadata table in a folder, found {here[0]} and {here[1]}")
-        tables += [_table(folder, name, read(name)) for name in here]
+        tables += [_table(folder, name, read(name), keep) for name in here]
     return tables
 
 
-def _table(folder: PurePosixPath, name: str, data: bytes) -> pa.Table:
+def _table(folder: PurePosixPath, name: str, data: bytes, keep: Collection[str | None]) -> pa.Table:
     """A metadata table with `file_name` relative to the root of the tree."""
     try:
         if name.endswith(".csv"):
-            table = pa.csv.read_csv(io.BytesIO(data), parse_options=pa.csv.ParseOptions(newlines_in_values=True))
+            table = _csv(data, keep)
         elif name.endswith(".jsonl"):
-            table = pa.json.read_json(io.BytesIO(data))
+            # by Python: Arrow makes times of strings that look like some
+            table = pa.Table.from_pylist([parse_json(line) for line in lines(decode(data)) if line.strip()])
         else:
             table = pa.parquet.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError, UnicodeError) as error:
+    except (pa.ArrowException, OSError, ValueError, AttributeError, TypeError) as error:
         raise UsageError(f"data: {name} cannot be read: {str(error).splitlines()[0]}") from error
     if "file_name" not in table.column_names:
         have = ", ".join(table.column_names)
         raise UsageError(f"data: {name} has no column `file_name` that names the images; it has {have}")
     names = [str(folder / normal(str(relative))) for relative in table["file_name"].to_pylist()]
     return table.set_column(table.column_names.index("file_name"), "file_name", pa.array(names, pa.string()))
+
+
+def _csv(data: bytes, keep: Collection[str | None]) -> pa.Table:
+    """A CSV file as it is written. A column that is not to be kept as text becomes one of numbers only where each of
+    them, written out, is the text again (`007`, `1.50`, `true` and `2020-01-02` stay text)."""
+    text = decode(data).encode()
+    names = pa.csv.open_csv(io.BytesIO(text)).schema.names
+    table = pa.csv.read_csv(
+        io.BytesIO(text),
+        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pa.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
+        ),
+    )
+    for at, name in enumerate(table.column_names):
+        for kind in () if name in keep else (pa.int64(), pa.float64()):
+            try:
+                numbers = table[name].cast(kind)
+            except pa.ArrowInvalid:
+                continue
+            if numbers.null_count < len(numbers) and numbers.cast(pa.string()).equals(table[name]):
+                table = table.set_column(at, name, numbers)
+                break
+    return table
 
 
 def _class_folders(names: Sequence[str]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ldm_vae.core.errors import WorkError
+from ldm_vae.core.text import lines
 from ldm_vae.core.validation import parse_json
 
 logger = logging.getLogger(__name__)
@@ -112,17 +113,17 @@ class Quarantine:
     def _write(self, new: Iterable[Bad]) -> None:
         if self._path is None:
             return
-        lines = [json.dumps(asdict(entry)) + "\n" for entry in new if entry.key not in self._written]
-        if lines:
+        written = [json.dumps(asdict(entry)) + "\n" for entry in new if entry.key not in self._written]
+        if written:
             with self._path.open("ab", buffering=0) as file:  # O_APPEND and one call: lines of two ranks never mix
-                file.write("".join(lines).encode())
+                file.write("".join(written).encode())
 
 
 def read_quarantine(path: str | os.PathLike[str]) -> list[Bad]:
     """The entries of a quarantine.jsonl, each key once; a line cut off by a crash is left out; no file, no entries."""
     entries: dict[str, Bad] = {}
     if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in lines(Path(path).read_text(encoding="utf-8")):
             try:
                 raw = parse_json(line)
                 entries.setdefault(raw["key"], Bad(raw["key"], raw["reason"]))

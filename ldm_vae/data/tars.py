@@ -15,10 +15,23 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ldm_vae.core.text import decode
 from ldm_vae.core.validation import parse_json
 from ldm_vae.data.decoding import EXTENSIONS
-from ldm_vae.data.files import check_member_name
+from ldm_vae.data.files import check_member_name, normal
 from ldm_vae.data.quarantine import BadImage
+from ldm_vae.data.tree import is_hidden, is_system
+
+
+class SeveralImages(BadImage):
+    """Raised for a sample with more than one picture, of which none is the image for a reason."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        shown = ", ".join(names[:3])
+        super().__init__(
+            f"a sample holds one picture, and this one {len(names)} ({shown}): image_column names it by its extension; "
+            "a sample's name ends at the first dot, so 2024.01.05.jpg and 2024.02.07.jpg are one: name them without"
+        )
 
 
 @dataclass
@@ -55,6 +68,8 @@ class Group:
             if member.refused:
                 raise BadImage(member.refused)
         wanted = [member for member in self.members if is_image(member.extension, image_column)]
+        if len(wanted) > 1:
+            raise SeveralImages([member.name for member in wanted])
         if not wanted:
             have = ", ".join(member.extension for member in self.members)
             raise BadImage(f"the sample has no image, only {have}")
@@ -71,17 +86,17 @@ def is_image(extension: str, image_column: str | None) -> bool:
 
 
 def members(archive: tarfile.TarFile) -> Iterator[tuple[Member, tarfile.TarInfo]]:
-    """The files of an open tar, hidden ones (and macOS's `._x`) left out. Raises tarfile.TarError where it is cut."""
+    """The files of an open tar, hidden ones and those of systems left out. Raises tarfile.TarError where it is cut."""
     for info in archive:
-        hidden = any(part.startswith(".") and part not in (".", "..") for part in PurePosixPath(info.name).parts)
-        if info.isdir() or hidden:
+        *folders, last = PurePosixPath(info.name).parts or ("",)
+        if info.isdir() or any(is_hidden(part) for part in (*folders, last)) or any(map(is_system, folders)):
             continue
         refused = "" if info.isreg() else "a link or device, not a file"
         try:
             check_member_name(info.name)
         except BadImage as error:
             refused = error.reason
-        yield Member(info.name.removeprefix("./"), info.offset_data, info.size, refused), info
+        yield Member(normal(info.name.removeprefix("./")), info.offset_data, info.size, refused), info
 
 
 def group(found: Iterable[Member]) -> Iterator[Group]:
@@ -101,14 +116,11 @@ def column_value(extension: str, data: bytes) -> Any:
     """A member as a column: `cls` and `index` are integers, text is text (JSON too: it is passed on as it is), the rest
     bytes."""
     try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
+        text = decode(data)
+    except ValueError:
         return data
-    if extension in ("cls", "cls2", "index", "inx", "id"):
-        try:
-            return int(text)
-        except ValueError:
-            return text
+    if extension in ("cls", "cls2", "index", "inx", "id") and re.fullmatch(r"\s*-?(0|[1-9]\d{0,17})\s*", text):
+        return int(text)  # `007` is a name
     return text
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from ldm_vae.core.config import read_yaml
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import lines
 from ldm_vae.core.validation import first_line, parse_json
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -110,7 +111,7 @@ def _log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines(path.read_text(encoding="utf-8")):
         with contextlib.suppress(ValueError):  # a line that a kill cut short
             rows.append(parse_json(line))
     return [row for row in rows if isinstance(row, dict) and "images" in row]

@@ -77,7 +77,8 @@ class LatentPictures:
     def _keep(self, name: str, z: torch.Tensor, columns: int, **entry: Any) -> None:
         decoded = torch.cat([to_uint8(self._decode(one)) for one in torch.split(z, COLUMNS)])
         gap = max(1, decoded.shape[-1] // 32)
-        save(sheet(decoded, columns, gap=gap, value=128), self.folder / name)
+        # without the border: the page divides its width by the columns
+        save(sheet(decoded, columns, gap=gap, value=128)[:, gap:-gap, gap:-gap], self.folder / name)
         self.entries.append({"file": f"{FOLDER}/{name}", "frames": len(decoded), **entry})
 
     @torch.no_grad()

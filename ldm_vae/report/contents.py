@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm_vae.core.config import read_yaml
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.text import lines
 from ldm_vae.core.validation import parse_json
 
 Json = dict[str, Any]
@@ -99,10 +100,10 @@ def _json_or_none(path: Path) -> Any:
 
 def _lines(path: Path) -> list[Json]:
     """The lines of metrics.jsonl that are whole and say when: a running training may be writing the last one."""
-    lines = []
-    for text in _text(path).splitlines():
+    found = []
+    for text in lines(_text(path)):
         with contextlib.suppress(ValueError):
             line = parse_json(text)
             if isinstance(line, dict) and isinstance(seen := line.get("images"), int) and 0 <= seen < 2**63:
-                lines.append(line)
-    return lines
+                found.append(line)
+    return found

@@ -225,12 +225,12 @@ def find_image_column(dataset: Any, image_column: str | None, name: str) -> str:
             raise UsageError(f"data.image_column {image_column}: {name} has {', '.join(features)}")
         return image_column
     images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
-    # the usual name, also where a stream declares no features
-    if "image" in features or not features:
+    # the usual name, also where a stream declares no features; not where it is text (a path) beside real images
+    if not features or "image" in (images or features):
         return "image"
-    if len(images) == 1:
+    if len(images) == 1 and "image" not in features:
         return images[0]
-    told = ", ".join(images or features)
+    told = ", ".join({**dict.fromkeys(images), **({"image": None} if "image" in features else {})} or features)
     raise UsageError(f"data.image_column: which column of {name} holds the images? It has {told}")
 
 

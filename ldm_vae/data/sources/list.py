@@ -5,9 +5,11 @@ The key is the line, the order that of the file. For images that are scattered o
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import decode, lines
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.files import Names, printable, read_bytes
 from ldm_vae.data.source import Record, SourceConfig, not_empty
@@ -39,13 +41,17 @@ class ListSource:
         self.decoding = decoding
         self.root, self.name = path.parent, str(path)
         first_at: dict[str, int] = {}
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        for number, line in enumerate(text.splitlines(), start=1):
+        data = path.read_bytes()
+        try:
+            text = decode(data)
+        except ValueError as error:
+            if b"\0" in data:
+                raise UsageError(f"data {path}: is no list of paths: {error}") from error
+            text = os.fsdecode(data)  # names of files that are not UTF-8
+        for number, line in enumerate(lines(text), start=1):
             name = line.strip()
             if not name or name.startswith("#"):
                 continue
-            if "\0" in name:
-                raise UsageError(f"data {path}: line {number} is not a path; this is no text file")
             if name in first_at:
                 raise UsageError(f"data {path}: line {number} repeats line {first_at[name]} ({printable(name)})")
             first_at[name] = number

@@ -7,10 +7,11 @@ like any other source. Shards behind a URL, or compressed, are read in order (ld
 
 from __future__ import annotations
 
+import os
 import tarfile
 import urllib.request
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +23,7 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.core.validation import why_unreadable
 from ldm_vae.data import tars
 from ldm_vae.data.decoding import Decoding
-from ldm_vae.data.files import MAX_BYTES, Names, read_range
+from ldm_vae.data.files import MAX_BYTES, Names, check_unique, read_range
 from ldm_vae.data.metadata import rename_caption
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.source import Record, SourceConfig, not_empty
@@ -51,9 +52,14 @@ class Config(SourceConfig):
         return source
 
 
-def shard_key(shard: str, key: str) -> str:
-    """The key of a sample: unique over shards."""
-    return f"{PurePosixPath(shard).name.split('.', 1)[0]}/{key}"
+def shard_names(shards: Sequence[str]) -> dict[str, str]:
+    """The names of shards in keys: without folder and ending, or, where two would be the same, their path below the
+    folder that they share."""
+    stems = {shard: PurePosixPath(shard).name.split(".", 1)[0] for shard in shards}
+    if len(set(stems.values())) == len(stems):
+        return stems
+    above = os.path.commonpath([str(PurePosixPath(shard).parent) for shard in shards])
+    return {shard: str(PurePosixPath(shard).parent.relative_to(above) / stem) for shard, stem in stems.items()}
 
 
 def with_caption(columns: dict[str, Any], caption_column: str | None) -> dict[str, Any]:
@@ -77,6 +83,7 @@ class TarSource:
         self._extensions: list[str] = []
         self._refused: dict[int, str] = {}
         keys: list[str] = []
+        names = shard_names(shards)
         # shard, offset, size of each image; extension, offset, size of each other member, and where a sample's end
         # in flat arrays, which take a fraction of the memory of tuples of Python's integers
         images, others, ends = array("q"), array("q"), array("q")
@@ -93,8 +100,9 @@ class TarSource:
                         self._extensions.append(member.extension)
                     others.extend((self._extensions.index(member.extension), member.offset, member.size))
                 ends.append(len(others) // 3)
-                keys.append(shard_key(shard, key))
+                keys.append(f"{names[shard]}/{key}")
         self._names = Names(keys)
+        check_unique(self._names, self.name, "two samples of that name in one shard, or one shard given twice")
         self._images = np.array(images, dtype=np.int64).reshape(-1, 3)
         self._others = np.array(others, dtype=np.int64).reshape(-1, 3)
         self._ends = np.array(ends, dtype=np.int64)
@@ -112,6 +120,8 @@ class TarSource:
         for sample in tars.group(_members_until_damage(shard, damage)):
             try:
                 image: tars.Member | str = sample.image(image_column)
+            except tars.SeveralImages as error:
+                raise UsageError(f"data.image_column: {shard}, sample {sample.key}: {error.reason}") from error
             except BadImage as error:
                 image = error.reason
             yield sample.key, image, sample.others()
@@ -164,36 +174,36 @@ class TarStream(InOrderOnly):
         self.name = config.path
         self.decoding = config.decoding()
         self.shuffle_buffer = config.shuffle_buffer
-        self._shards = shards
+        self._shards = shard_names(shards)
         self._image_column = config.image_column
         self._captions = config.caption_column
 
     def __iter__(self) -> Iterator[Record | Bad]:
-        for shard in self._shards:
-            yield from self._samples(shard)
+        for shard, name in self._shards.items():
+            yield from self._samples(shard, name)
 
-    def _samples(self, shard: str) -> Iterator[Record | Bad]:
+    def _samples(self, shard: str, name: str) -> Iterator[Record | Bad]:
         bytes_of: dict[str, bytes] = {}
         try:
             with _open(shard) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
                 for sample in tars.group(_keep_bytes(archive, bytes_of)):
-                    yield self._record(shard, sample, bytes_of)
+                    yield self._record(name, sample, bytes_of)
                     for member in sample.members:
                         # only the current sample's bytes are held
                         bytes_of.pop(member.name, None)
         except Exception as error:  # the network, the server, the archive: any kind
             reason = str(error) or type(error).__name__
-            yield Bad(shard_key(shard, "rest-of-shard"), f"the rest of the shard cannot be read: {reason}")
+            yield Bad(f"{name}/rest-of-shard", f"the rest of the shard cannot be read: {reason}")
 
-    def _record(self, shard: str, sample: tars.Group, bytes_of: dict[str, bytes]) -> Record | Bad:
+    def _record(self, name: str, sample: tars.Group, bytes_of: dict[str, bytes]) -> Record | Bad:
         try:
             image = sample.image(self._image_column)
         except BadImage as error:
-            return Bad(shard_key(shard, sample.key), error.reason)
+            return Bad(f"{name}/{sample.key}", error.reason)
         columns = {
             member.extension: tars.column_value(member.extension, bytes_of[member.name]) for member in sample.others()
         }
-        return Record(shard_key(shard, sample.key), bytes_of[image.name], with_caption(columns, self._captions))
+        return Record(f"{name}/{sample.key}", bytes_of[image.name], with_caption(columns, self._captions))
 
 
 def _open(shard: str) -> Any:

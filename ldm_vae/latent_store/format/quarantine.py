@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm_vae.core.text import lines
 from ldm_vae.latent_store.format.layout import QUARANTINE
 from ldm_vae.latent_store.format.work_units import BadSample
 from ldm_vae.latent_store.storage.objects import LocalFolder
@@ -13,14 +14,14 @@ from ldm_vae.latent_store.storage.objects import LocalFolder
 
 def write_quarantine(store: Path, bad: Sequence[BadSample]) -> None:
     """Replace quarantine.jsonl; one entry a line, in the order given."""
-    lines = [json.dumps(entry.model_dump(mode="json"), ensure_ascii=False) + "\n" for entry in bad]
-    LocalFolder(store).replace(QUARANTINE, "".join(lines).encode())
+    entries = [json.dumps(entry.model_dump(mode="json"), ensure_ascii=False) + "\n" for entry in bad]
+    LocalFolder(store).replace(QUARANTINE, "".join(entries).encode())
 
 
 def read_quarantine(store: Path) -> list[BadSample]:
     """The entries of quarantine.jsonl; none where there is no such file."""
     try:
-        lines = LocalFolder(store).read(QUARANTINE).decode().splitlines()
+        text = LocalFolder(store).read(QUARANTINE).decode()
     except FileNotFoundError:
         return []
-    return [BadSample.model_validate_json(line) for line in lines]
+    return [BadSample.model_validate_json(line) for line in lines(text)]
