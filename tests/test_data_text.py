@@ -34,7 +34,7 @@ def test_captions_are_read_by_their_mark(encoding: str, tmp_path: Path) -> None:
     assert tars.column_value("txt", "a café".encode(encoding)) == "a café"
 
 
-@pytest.mark.parametrize("data", ["a café".encode("latin-1"), "a café".encode("utf-16-le"), b"\xef\xbb\xbf\xff"])
+@pytest.mark.parametrize("data", ["a café".encode("latin-1"), "a cat".encode("utf-16-le"), b"\xef\xbb\xbf\xff"])
 def test_a_caption_that_is_no_text_is_a_reason(data: bytes, tmp_path: Path) -> None:
     write_images(tmp_path, 1)
     (image,) = tmp_path.iterdir()

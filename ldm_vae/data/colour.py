@@ -7,14 +7,21 @@ colour (dropping it shows what the artist hid), CMYK goes through its profile wh
 from __future__ import annotations
 
 import io
+import itertools
+from collections.abc import Callable
 from functools import lru_cache
 
+import numpy as np
 from PIL import Image, ImageCms
 
 from ldm_vae.data.quarantine import BadImage
 
 Background = tuple[int, int, int]
+Convert = Callable[[Image.Image], Image.Image]
 
+ROUNDING = 1  # levels by which a profile that is sRGB's own moves a colour
+_LEVELS = range(0, 256, 15)
+_PROBE = bytes(level for colour in itertools.product(_LEVELS, repeat=3) for level in colour)  # 18^3 colours
 _BANDS = {1: "L", 3: "RGB", 4: "RGBA"}
 _TRANSPARENT = {"LA", "PA", "La", "RGBA", "RGBa"}
 
@@ -29,11 +36,18 @@ def to_bands(image: Image.Image, channels: int, background: Background) -> Image
         raise BadImage(f"a {image.mode} picture cannot give {channels} channels (use .npy files)")
     if image.mode == "P":
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    elif image.mode in ("L", "LA", "La"):
+        # grey stays grey until its profile has been applied
+        image = image.convert("LA") if image.mode == "La" or "transparency" in image.info else image
     elif image.mode in _TRANSPARENT or "transparency" in image.info:  # the latter: one colour of a PNG stands for it
         image = image.convert("RGBA")
     elif image.mode == "1":
         image = image.convert("L")
+    elif image.mode == "LAB":
+        image = _apply(image, _from_lab())
     image = _to_srgb(image)
+    if image.mode == "LA":
+        image = image.convert("RGBA")
     if image.mode == "RGBA" and channels != 4:
         image = _composite(image, background)
     return image if image.mode == _BANDS[channels] else image.convert(_BANDS[channels])
@@ -47,21 +61,56 @@ def _composite(image: Image.Image, background: Background) -> Image.Image:
 
 def _to_srgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("L", "RGB", "RGBA", "CMYK"):
+    if not profile or image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
         return image
-    transform = _transform(profile, image.mode)
-    return image if transform is None else ImageCms.applyTransform(image, transform) or image
+    colours = "L" if image.mode == "LA" else "RGB" if image.mode == "RGBA" else image.mode
+    convert = _conversion(profile, colours)
+    if convert is None:
+        return image
+    converted = convert(image.convert(colours))
+    if image.mode.endswith("A"):
+        converted.putalpha(image.getchannel("A"))
+    return converted
+
+
+@lru_cache(maxsize=1)
+def _from_lab() -> ImageCms.ImageCmsTransform:
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
 
 
 @lru_cache(maxsize=32)  # a dataset has few profiles; building a transform takes about 5 ms
-def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Transformation from `profile` to sRGB; None where it is sRGB already, or broken or of another colour space (then
-    the numbers are taken as sRGB, as every viewer does)."""
+def _conversion(profile: bytes, mode: str) -> Convert | None:
+    """Conversion of pictures of a mode (L, RGB, CMYK) from `profile` to sRGB; grey stays grey.
+
+    None where it changes nothing, or is broken or of another colour space: then the numbers are taken as sRGB, as every
+    viewer does.
+    """
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" in ImageCms.getProfileDescription(opened).lower() and mode != "CMYK":
-            return None
-        out = "RGBA" if mode == "RGBA" else "RGB"
-        return ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, out)
+        if mode == "L" and opened.profile.xcolor_space.strip() == "RGB":
+            coloured = _conversion(profile, "RGB")  # equal parts of all three
+            return None if coloured is None else lambda image: coloured(image.convert("RGB"))
+        # of grey a table of 256 numbers, exact: littleCMS's own shortcut is up to 10 levels off in the shadows
+        flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+        transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB", flags=flags)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
+    if mode == "CMYK":
+        return lambda image: _apply(image, transform)
+    # what it does decides, not what it is called: profiles with "sRGB" in their names are up to 73 levels from it
+    probe = Image.frombytes("L", (256, 1), bytes(range(256)))
+    if mode == "RGB":
+        probe = Image.frombytes("RGB", (len(_PROBE) // 3, 1), _PROBE)
+    before = np.asarray(probe.convert("RGB"), dtype=np.int16)
+    after = np.asarray(_apply(probe, transform), dtype=np.int16)
+    if int(np.abs(after - before).max()) <= ROUNDING:
+        return None
+    if mode == "L":
+        return lambda image: image.point(after[0, :, 0].tolist())
+    return lambda image: _apply(image, transform)
+
+
+def _apply(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
+    found = ImageCms.applyTransform(image, transform)
+    assert found is not None  # only in place it returns nothing
+    return found

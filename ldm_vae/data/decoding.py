@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ldm_vae.core.validation import HEAD, disguise
-from ldm_vae.data import arrays, colour, depth
+from ldm_vae.data import arrays, colour, depth, tiff
 from ldm_vae.data.arrays import Array
 from ldm_vae.data.colour import Background
 from ldm_vae.data.flags import Resize
@@ -44,6 +46,8 @@ _UPRIGHT = {  # EXIF orientation => what makes the image upright
 }
 
 Image.init()
+# unpacked text and colour profiles of a PNG: from 1 MB on Pillow would give up the image
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28
 _WANTED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "QOI")
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 EXTENSIONS = frozenset(
@@ -140,11 +144,14 @@ def read_size(image: RawImage, decoding: Decoding = DEFAULT) -> tuple[int, int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # arrays have no header that Pillow reads
-            if isinstance(image, np.ndarray) or (isinstance(image, bytes) and image.startswith(arrays.MAGIC)):
+            if not isinstance(image, Image.Image) and (isinstance(image, np.ndarray) or _array(image) is not None):
                 return read_image(image, decoding).original_size
             # only the header is parsed: nothing is decompressed for a size
             picture = _open(image)
             width, height = picture.size
+            tags: Any = getattr(picture, "tag_v2", None)  # of a TIFF
+            if tags is not None and (width, height) != (tags[256], tags[257]):  # Pillow has exchanged them already
+                return height, width
             return (width, height) if _orientation(picture) >= 5 else (height, width)
     except BadImage:
         raise
@@ -164,8 +171,9 @@ def _bad_image(error: Exception) -> BadImage:
 def _read(image: RawImage, decoding: Decoding, at_least: int | None) -> Decoded:
     if isinstance(image, np.ndarray):
         return _from_array(image, decoding, "array")
-    if isinstance(image, bytes) and image.startswith(arrays.MAGIC):
-        return _from_array(arrays.load_npy(image), decoding, "NPY")
+    if isinstance(image, bytes) and (found := _array(image)) is not None:
+        name, load = found
+        return _from_array(load(image), decoding, name)
     picture = _open(image)
     name, mode, (width, height) = picture.format or "array", picture.mode, picture.size
     stored = depth.stored(picture)  # known until it is loaded
@@ -193,6 +201,13 @@ def _read(image: RawImage, decoding: Decoding, at_least: int | None) -> Decoded:
             picture, made_of = depth.stretched(picture, stored, decoding.value_range)
         pixels = _pixels(colour.to_bands(picture, decoding.channels, decoding.background))
     return Decoded(pixels, (height, width), name, mode, made_of)
+
+
+def _array(data: bytes) -> tuple[str, Callable[[bytes], Array]] | None:
+    """The name of a format whose files are arrays, and its reader; None for pictures."""
+    if data.startswith(arrays.MAGIC):
+        return "NPY", arrays.load_npy
+    return ("TIFF", tiff.load) if tiff.is_foreign(data) else None
 
 
 def _open(image: bytes | Image.Image) -> Image.Image:
