@@ -23,7 +23,8 @@ KOHYA = Options(model="sdxl")
 def test_sd_scripts_finds_what_it_reads(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     write_store(tiny_vae, Pictures(3), tmp_path / "s", **SETTINGS, store="sample", views="flip")
     convert_to(tmp_path / "s", tmp_path / "out", "kohya", KOHYA)
-    plain = np.load(tmp_path / "out" / "folder" / "img_001_0020x0024_sdxl.npz")
+    with np.load(tmp_path / "out" / "folder" / "img_001_0020x0024_sdxl.npz") as file:
+        plain = dict(file)
     data = LatentDataset(tmp_path / "s", raw=True)
     np.testing.assert_array_equal(plain["latents_8x8"], data[1]["sample"].numpy())
     assert plain["latents_8x8"].dtype == np.float32 and "latents_flipped_8x8" in plain
@@ -34,7 +35,8 @@ def test_sd_scripts_finds_what_it_reads(tiny_vae: AutoencoderKL, tmp_path: Path)
     tiny_vae.register_to_config(scaling_factor=0.36, shift_factor=0.12)
     write_store(tiny_vae, Pictures(3), tmp_path / "f", **SETTINGS, store="sample", dtype="fp32")
     convert_to(tmp_path / "f", tmp_path / "flux", "kohya", Options(model="flux"))
-    scaled = np.load(tmp_path / "flux" / "folder" / "img_001_0020x0024_flux.npz")["latents_8x8"]
+    with np.load(tmp_path / "flux" / "folder" / "img_001_0020x0024_flux.npz") as file:
+        scaled = file["latents_8x8"]
     np.testing.assert_array_equal(scaled, LatentDataset(tmp_path / "f")[1]["latents"].numpy())
     convert_from(tmp_path / "flux", tmp_path / "b", "kohya")
     raw, back = LatentDataset(tmp_path / "f", raw=True), LatentDataset(tmp_path / "b", raw=True)

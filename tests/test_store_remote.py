@@ -267,7 +267,7 @@ def test_the_commands_take_a_url(
     assert f"{url}: 21 samples in 3 shards" in capsys.readouterr().out
     assert run_cli("decode", url, tmp_path / "pictures", "--count", "3") == 0
     assert run_cli("decode", folder / "latents", tmp_path / "local", "--count", "3") == 0
-    there, here = (sorted((tmp_path / name).iterdir()) for name in ("pictures", "local"))
+    there, here = (sorted((tmp_path / name).glob("*.png")) for name in ("pictures", "local"))
     assert len(there) == 3 and [path.read_bytes() for path in there] == [path.read_bytes() for path in here]
     capsys.readouterr()
     assert run_cli("store", "verify", url) == 0
