@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 from sentences import refused
 
 from ldm_vae.core import config
@@ -16,6 +17,7 @@ from ldm_vae.core.config import (
 )
 from ldm_vae.core.errors import UsageError
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
+from ldm_vae.training.config import Training
 
 
 class Inner(Section):
@@ -125,3 +127,67 @@ def test_a_wrong_flag_is_named(tmp_path: Path, flags: list[str], says: str) -> N
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with refused(UsageError, "none.yaml"):
         config.load(Outer, tmp_path / "none.yaml")
+
+
+# --- numbers and flags ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (["--seed", "1e3"], "--seed"),
+        (["--seed", "9" * 60], "--seed"),
+        (["--learning_rate", "inf"], "--learning_rate"),
+        (["--learning_rate", "nan"], "--learning_rate"),
+        (["--ema_halflife_images", "-5"], "--ema_halflife_images"),
+        (["--resolution", str(2**30)], "--resolution"),
+        (["--max_train_images", "9" * 20], "--max_train_images"),
+        (["--model.layers_per_block", "1000000000"], "--model.layers_per_block"),
+        (["--model.norm_num_groups", "0"], "--model.norm_num_groups"),
+        (["--model.block_out_channels", "33"], "--model.block_out_channels"),
+        (["--model.block_out_channels", "32", "x"], "--model.block_out_channels"),
+        (["--optimizer.betas", "0.5", "1"], "--optimizer.betas"),
+        (["--gradient_checkpointing", "perhaps"], "--gradient_checkpointing"),
+        (["--gradient_chekpointing"], "--gradient_checkpointing"),
+        (["--model.kind", "os"], "--model.kind"),
+        (["--data.kind", "..os"], "--data.kind"),
+        (["--model.kind", "vq", "--model.norm_num_groups", "7"], "--model.norm_num_groups"),
+        (["--seed", "1", "--seed", "2"], "--seed"),
+        (["--model", "x", "--model.kind", "kl"], "--model"),
+        (["--data.path=[", "--seed", "1"], "--data.path"),
+        (["extra", "--seed", "1"], "options"),
+        (["--model.in_channels", "1"], "model.in_channels"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_one_sentence(flags: list[str], field: str) -> None:
+    with refused(UsageError, field):
+        config.load(Training, ROOT / "configs" / "smoke.yaml", flags)
+
+
+def test_flags_are_what_the_file_could_have_held() -> None:
+    def load(*flags: str) -> Training:
+        return config.load(Training, ROOT / "configs" / "smoke.yaml", flags)
+
+    for order in (("--data.kind", "zip", "--data.path", "x.zip"), ("--data.path", "x.zip", "--data.kind=zip")):
+        assert load(*order).data.model_dump()["path"] == "x.zip"
+    for value in (["--gradient-checkpointing"], ["--gradient_checkpointing", "True"], ["--gradient_checkpointing=yes"]):
+        assert load(*value).gradient_checkpointing
+    assert not load("--gradient_checkpointing", "false").gradient_checkpointing
+    assert not load("--transform.no_flip").transform.flip
+    for widths in (["16", "32"], ["[16, 32]"]):
+        assert load("--model.block_out_channels", *widths).model.model_dump()["block_out_channels"] == (16, 32)
+    assert load("--trainable", "decoder.*").trainable == ("decoder.*",)
+    assert load("--data.path", "007").data.model_dump()["path"] == "007"
+    assert load("--max_grad_norm", "None").max_grad_norm is None
+    assert load("--optimizer.betas", "0.9", "0.99").optimizer.betas == (0.9, 0.99)
+
+
+@pytest.mark.parametrize("body", ["raise RuntimeError('no')", "raise SystemExit(0)", "import sys; sys.exit()", "1 / 0"])
+def test_a_module_that_fails_at_its_import_is_one_sentence(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_lab").mkdir()
+    (tmp_path / "my_lab" / "broken.py").write_text(body)
+    with refused(UsageError, "data"):
+        config.load(Training, ROOT / "configs" / "smoke.yaml", ["--data.kind", "my_lab.broken"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from diffusers import AutoencoderKL
@@ -9,6 +10,15 @@ from pydantic import model_validator
 
 from ldm_vae.autoencoder.bottleneck import Bottleneck, GaussianBottleneck
 from ldm_vae.core.config import Part
+from ldm_vae.core.numbers import Channels, Layers
+
+
+def check_widths(widths: Sequence[int], groups: int) -> None:
+    """Raise ValueError for widths that a GroupNorm cannot divide, or for none."""
+    odd = [width for width in widths if width % groups]
+    if odd or not widths:
+        got = odd[0] if odd else "none"
+        raise ValueError(f"block_out_channels: expected multiples of norm_num_groups {groups}, got {got}")
 
 
 class AutoencoderConfig(Part):
@@ -21,15 +31,15 @@ class AutoencoderConfig(Part):
     """
 
     kind: Literal["kl"] = "kl"
-    in_channels: int = 3
+    in_channels: Channels = 3
     """Channels of an image."""
-    latent_channels: int = 4
+    latent_channels: Channels = 4
     """Channels c of the latent."""
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    block_out_channels: tuple[Channels, ...] = (128, 256, 512, 512)
     """Widths per resolution, first to last; each step but the last halves the resolution."""
-    layers_per_block: int = 2
+    layers_per_block: Layers = 2
     """Residual blocks per resolution (the decoder has one more)."""
-    norm_num_groups: int = 32
+    norm_num_groups: Channels = 32
     """Groups of every GroupNorm; divides every width."""
     mid_block_add_attention: bool = True
     """Self-attention at the lowest resolution."""
@@ -40,12 +50,7 @@ class AutoencoderConfig(Part):
 
     @model_validator(mode="after")
     def _check(self) -> AutoencoderConfig:
-        odd = [width for width in self.block_out_channels if width <= 0 or width % self.norm_num_groups]
-        if odd or not self.block_out_channels:
-            raise ValueError(
-                f"block_out_channels: expected multiples of norm_num_groups {self.norm_num_groups}, got "
-                f"{odd[0] if odd else 'none'}"
-            )
+        check_widths(self.block_out_channels, self.norm_num_groups)
         return self
 
     def shape(self) -> dict[str, Any]:

@@ -11,22 +11,32 @@ option in that package, or a dotted path to the user's own module. The module ho
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import importlib.util
-import io
 import itertools
 import pkgutil
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
+from ldm_vae.core import overrides
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.numbers import LARGEST
+from ldm_vae.core.validation import first_line
 
 SectionType = TypeVar("SectionType", bound="Section")
 
@@ -34,7 +44,26 @@ SectionType = TypeVar("SectionType", bound="Section")
 class Section(BaseModel):
     """A group of knobs: immutable, and a key it does not know is an error. Field docstrings become the help text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any, info: ValidationInfo) -> Any:
+        """Text where a list is expected is a list of one, as on a command line."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+        kinds = [one for one in typing.get_args(kind) if one is not types.NoneType] if union else [kind]
+        listed = all(typing.get_origin(one) in (list, tuple) for one in kinds)
+        return [value] if listed and isinstance(value, str) else value
+
+    @field_validator("*")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"expected at most 2^53, got a number of {len(str(abs(value)))} digits")
+        return value
 
 
 class Part(Section):
@@ -74,8 +103,9 @@ def _part(package: str, value: Any, default: str | None = None) -> Any:
         raise ValueError(f"unknown kind `{kind}`; {package} has {', '.join(exist)}{_guess(kind, exist)}")
     try:
         module = importlib.import_module(kind if "." in kind else f"{package}.{kind}")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"kind `{kind}` cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # a module of somebody's own: whatever it does
+        what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"kind `{kind}` cannot be imported: {what}") from error
     part = getattr(module, "Config", None)
     if not (isinstance(part, type) and issubclass(part, Part)):
         raise ValueError(f"kind `{kind}`: the module has no class `Config(ldm_vae.core.config.Part)`")
@@ -190,19 +220,24 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def load(section: type[SectionType], path: str | Path, overrides: Sequence[str] = (), program: str = "") -> SectionType:
+def load(section: type[SectionType], path: str | Path, flags: Sequence[str] = (), program: str = "") -> SectionType:
     """Read a YAML file into `section` and apply command-line overrides such as `--losses.kl.weight 1e-5`.
 
     Raises:
         UsageError: one sentence that names the field, what was expected, what came and what exists.
     """
+    wanted_help = next((flag for flag in flags if flag in overrides.HELP), None)
+    given = overrides.parse([flag for flag in flags if flag not in overrides.HELP])
     raw = read_yaml(Path(path))
-    kinds, flags = _split_kinds(overrides)
-    for dotted, kind in kinds.items():
-        # before validation: another kind has other fields
-        raw = _set_kind(raw, dotted.split("."), kind)
-    config = validate(section, raw, f"config {path}")
-    return _override(section, config, flags, program) if flags else config
+    try:
+        config = section.model_validate(_merge(raw, overrides.tree(given)))
+    except ValidationError as error:
+        raise UsageError(_blame(section, error, raw, f"config {path}", given)) from error
+    if wanted_help:
+        import tyro  # 0.2 s, for the help text alone
+
+        tyro.cli(section, default=config, args=["--help"], prog=program or None, config=(tyro.conf.AvoidSubcommands,))
+    return config
 
 
 def validate(section: type[SectionType], raw: Mapping[str, Any], source: str) -> SectionType:
@@ -240,61 +275,6 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# --- overrides --------------------------------------------------------------------------------------------------------
-
-
-def _split_kinds(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """`--x.kind NAME` changes which fields exist, so it is taken out and applied before the file is validated."""
-    kinds, flags = {}, []
-    arguments = iter(overrides)
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name.startswith("--") and name.endswith(".kind"):
-            kinds[name.removeprefix("--")] = value if equals else next(arguments, "")
-        else:
-            flags.append(argument)
-    return kinds, flags
-
-
-def _set_kind(raw: dict[str, Any], path: list[str], kind: str) -> dict[str, Any]:
-    head, *rest = path
-    if head == "kind":
-        return raw if raw.get("kind") == kind else {"kind": kind}
-    inner = raw.get(head)
-    return {**raw, head: _set_kind(inner if isinstance(inner, dict) else {}, rest, kind)}
-
-
-def _override(section: type[SectionType], config: SectionType, flags: Sequence[str], program: str) -> SectionType:
-    import tyro  # 0.2 s, only where flags are given
-
-    known = [f"--{key}" for key in flatten(config)]
-    for flag in flags:
-        name = flag.partition("=")[0]
-        plain = name.replace("-", "_").replace("__", "--", 1)
-        # tyro turns a boolean `x.y` off by `--x.no_y`
-        positive = plain.rpartition(".no_")
-        if name.startswith("--") and name != "--help" and not name.startswith("--no-"):
-            if plain in known or (positive[1] and f"{positive[0]}.{positive[2]}" in known):
-                continue
-            if not any(key.startswith(f"{plain}.") for key in known):
-                raise UsageError(f"unknown option {name}{_guess(plain, known) or f'; options are {_shorten(known)}'}")
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                section, default=config, args=list(flags), prog=program or None, config=(tyro.conf.AvoidSubcommands,)
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # tyro draws its errors in a box; only the sentence is passed on
-        lines = [line.strip("│╭╮╰╯─ ") for line in errors.getvalue().splitlines()]
-        telling = [line for line in lines if line.startswith(("Error parsing", "Missing", "Unrecognized", "Invalid"))]
-        raise UsageError("options: " + (telling or lines)[0].removeprefix("Error parsing ")) from stop
-    except ValidationError as error:
-        raise UsageError(f"options: {_explain(section, error)}") from error
-
-
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -302,8 +282,28 @@ def _explain(section: type[Section], error: ValidationError) -> str:
     """One sentence for the first of pydantic's complaints, and how many more there are."""
     path, sentence = _first_problem(section, error)
     more = len(error.errors()) - 1
-    where = ".".join(map(str, path)) or "the file"
-    return f"`{where}`: {sentence}" + (f" (and {more} more)" if more else "")
+    where = f"`{'.'.join(map(str, path))}`: " if path else ""  # what several fields have to agree on names them
+    return where + sentence + (f" (and {more} more)" if more else "")
+
+
+def _blame(
+    section: type[Section], error: ValidationError, raw: Mapping[str, Any], source: str, given: Mapping[str, Any]
+) -> str:
+    """The sentence of `_explain`, on the flag where one brought the value in."""
+    path, sentence = _first_problem(section, error)
+    dotted = ".".join(map(str, path))
+    # of a list the flag is named and not its second number, of a section what was changed in it
+    flags = [name for name in given if f"{dotted}.".startswith(f"{name}.") or name.startswith(f"{dotted}.")]
+    if not flags:
+        return f"{source}: {_explain(section, error)}"
+    if not sentence.startswith("unknown key"):
+        return f"options: {', '.join(f'--{flag}' for flag in flags)}: {sentence}"
+    flag = flags[0]
+    try:
+        known = [f"--{name}" for name in flatten(section.model_validate(dict(raw)))]
+    except ValidationError:  # the file has another error: what is a key beside that one
+        return f"unknown option --{flag}{sentence.removeprefix('unknown key')}"
+    return f"unknown option --{flag}{_guess(f'--{flag}', known) or f'; options are {_shorten(known)}'}"
 
 
 def _first_problem(section: type[Section], error: ValidationError) -> tuple[tuple[int | str, ...], str]:

@@ -8,17 +8,19 @@ from diffusers import UNet2DModel
 from pydantic import Field, model_validator
 from torch import nn
 
+from ldm_vae.autoencoder.config import check_widths
 from ldm_vae.core.config import Part
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.numbers import Channels, Layers
 
 
 class Config(Part):
     """Shape of a U-Net, in diffusers' names."""
 
     kind: Literal["unet"] = "unet"
-    block_out_channels: tuple[int, ...] = (128, 256, 512)
+    block_out_channels: tuple[Channels, ...] = (128, 256, 512)
     """Widths per resolution, first to last; each step but the first halves the resolution."""
-    layers_per_block: int = Field(2, gt=0)
+    layers_per_block: Layers = Field(2, gt=0)
     """Residual blocks per resolution."""
     attention_levels: tuple[int, ...] = (1, 2)
     """Which of the resolutions have self-attention, the full one being 0."""
@@ -29,9 +31,7 @@ class Config(Part):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        odd = [width for width in self.block_out_channels if width <= 0 or width % self.norm_num_groups]
-        if odd or not self.block_out_channels:
-            raise ValueError(f"block_out_channels: expected multiples of norm_num_groups {self.norm_num_groups}")
+        check_widths(self.block_out_channels, self.norm_num_groups)
         if set(self.attention_levels) - set(range(len(self.block_out_channels))):
             raise ValueError(f"attention_levels: expected numbers below {len(self.block_out_channels)}")
         return self

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ldm_vae.autoencoder.latents import at_least_fp32
 from ldm_vae.core.config import Part
+from ldm_vae.core.numbers import Channels, Layers
 
 Norm = Literal["group", "spectral", "none", "batch", "sync_batch"]
 
@@ -20,9 +21,9 @@ class Config(Part):
     """PatchGAN discriminator."""
 
     kind: Literal["patchgan"] = "patchgan"
-    width: int = 64
+    width: Channels = 64
     """Channels of the first layer; doubled by each further layer up to 8 times."""
-    layers: int = 3
+    layers: Layers = 3
     """Layers of stride 2: the side of a patch is 16, 34, 70, 142 px for 1, 2, 3, 4."""
     norm: Norm = "group"
     """group, spectral and none do not depend on the other images, so that any number of processes and micro-batches

@@ -12,23 +12,24 @@ from pydantic import model_validator
 
 from ldm_vae.autoencoder.bottleneck import Bottleneck, PointBottleneck
 from ldm_vae.core.config import Part
+from ldm_vae.core.numbers import Channels, Layers
 
 
 class Config(Part):
     """Shape of a tiny autoencoder, in diffusers' names; f = 2 ** (number of widths - 1)."""
 
     kind: Literal["tiny"] = "tiny"
-    in_channels: int = 3
+    in_channels: Channels = 3
     """Channels of an image."""
-    latent_channels: int = 4
+    latent_channels: Channels = 4
     """Channels c of the latent: the teacher's."""
-    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    encoder_block_out_channels: tuple[Channels, ...] = (64, 64, 64, 64)
     """Widths of the encoder, first to last; each step but the first halves the resolution."""
-    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    decoder_block_out_channels: tuple[Channels, ...] = (64, 64, 64, 64)
     """Widths of the decoder; each step but the last doubles the resolution."""
-    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    num_encoder_blocks: tuple[Layers, ...] = (1, 3, 3, 3)
     """Residual blocks per width of the encoder."""
-    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    num_decoder_blocks: tuple[Layers, ...] = (3, 3, 3, 1)
     """Residual blocks per width of the decoder."""
 
     @model_validator(mode="after")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from diffusers import VQModel
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ldm_vae.autoencoder.bottleneck import Bottleneck
+from ldm_vae.autoencoder.config import check_widths
 from ldm_vae.core.config import Part, choice
+from ldm_vae.core.numbers import Channels, Layers
 from ldm_vae.quantizers.vq import Config as VQConfig
 
 
@@ -16,21 +18,26 @@ class Config(Part):
     """Shape of a vector-quantised autoencoder, in diffusers' names; f = 2 ** (number of widths - 1)."""
 
     kind: Literal["vq"] = "vq"
-    in_channels: int = 3
+    in_channels: Channels = 3
     """Channels of an image."""
-    latent_channels: int = 4
+    latent_channels: Channels = 4
     """Channels of a code; also those between encoder and decoder."""
     num_vq_embeddings: int = Field(16384, gt=1)
     """Codes K in the codebook."""
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    block_out_channels: tuple[Channels, ...] = (128, 256, 512, 512)
     """Widths per resolution, first to last; each step but the last halves the resolution."""
-    layers_per_block: int = 2
+    layers_per_block: Layers = 2
     """Residual blocks per resolution (the decoder has one more)."""
-    norm_num_groups: int = 32
+    norm_num_groups: Channels = 32
     """Groups of every GroupNorm; divides every width."""
     mid_block_add_attention: bool = True
     """Self-attention at the lowest resolution."""
     quantizer: choice("ldm_vae.quantizers", default="vq") = VQConfig()  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        check_widths(self.block_out_channels, self.norm_num_groups)
+        return self
 
     def shape(self) -> dict[str, Any]:
         """The knobs that stand in the model's config.json, by diffusers' names."""

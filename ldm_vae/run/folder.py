@@ -22,6 +22,7 @@ from ldm_vae.core import atomic_io, config
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.launch import DDP_TIMEOUT, build_accelerator, check_ranks_agree, check_same
+from ldm_vae.core.numbers import Count, Positive, Seed
 from ldm_vae.core.ownership import own
 from ldm_vae.kernels.group_norm import fuse_norms
 from ldm_vae.run import checkpoint
@@ -36,7 +37,7 @@ class RunConfig(Section):
 
     output_dir: Path
     """The run folder; an existing one of the same config is resumed."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the weights, the order of the data and all noise; each draw is keyed."""
     train_batch_size: int = Field(8, gt=0)
     """Images per process and micro-batch."""
@@ -48,13 +49,13 @@ class RunConfig(Section):
     """The run ends when so many images have been seen."""
     learning_rate: float = Field(1e-4, gt=0)
     """Absolute (latent-diffusion multiplies 4.5e-6 by the global batch)."""
-    lr_warmup_images: int = 0
+    lr_warmup_images: Count = 0
     """Linear warm-up."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """What follows the warm-up."""
-    max_grad_norm: float | None = None
+    max_grad_norm: Positive | None = None
     """Clip each network's gradient to this norm."""
-    ema_halflife_images: int = 500_000
+    ema_halflife_images: Count = 500_000
     """Half-life of the averaged weights, at most 5 % of the images seen; they are what is measured and exported."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, more time, the same result."""

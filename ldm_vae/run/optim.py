@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ldm_vae.core.config import Section
+from ldm_vae.core.numbers import Momentum, NotNegative, Positive
 
 
 class OptimizerConfig(Section):
@@ -18,12 +19,12 @@ class OptimizerConfig(Section):
     """The optimiser, and with it the meaning of weight_decay: adamw shrinks the weights beside Adam's step (Loshchilov
     & Hutter, ICLR 2019), adam adds weight_decay * weight to the gradient, an L2 penalty, which Adam then divides by the
     gradient's own size. With weight_decay 0 the two are the same."""
-    betas: tuple[float, float] = (0.5, 0.9)
+    betas: tuple[Momentum, Momentum] = (0.5, 0.9)
     """latent-diffusion's, usual against an adversary; (0.9, 0.999) without one."""
-    eps: float = 1e-12
+    eps: Positive = 1e-12
     """Losses are means per pixel value, so gradients are smaller than latent-diffusion's by C * H * W: with the usual
     1e-8 Adam's step would no longer be free of the scale."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """adamw: each update takes learning_rate * weight_decay of every weight, biases and norms included. adam: added to
     the gradient, so it pulls hardest where gradients are small; losses are means per pixel value, beside which 1e-2 is
     large."""

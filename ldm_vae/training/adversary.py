@@ -17,6 +17,7 @@ from ldm_vae.autoencoder.latents import at_least_fp32
 from ldm_vae.core import distributed
 from ldm_vae.core.config import Section
 from ldm_vae.core.micro_batches import Pending
+from ldm_vae.core.numbers import Count
 
 
 class AdversaryConfig(Section):
@@ -30,9 +31,9 @@ class AdversaryConfig(Section):
     loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
     """Hinge (Lim & Ye 2017), vanilla (Goodfellow et al. 2014, with the linear generator loss of latent-diffusion), or
     non-saturating."""
-    start_images: int = 0
+    start_images: Count = 0
     """Images seen before the autoencoder is trained against the discriminator."""
-    warmup_images: int = 0
+    warmup_images: Count = 0
     """Images before start_images in which the discriminator already learns, unseen by the autoencoder."""
     r1_weight: float = Field(0.0, ge=0)
     """gamma of R1, the discriminator's squared gradient on real images (Mescheder et al. 2018, eq. 9); 0: none."""

@@ -14,6 +14,7 @@ from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.config import choice, choices
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.numbers import Positive, Side
 from ldm_vae.core.rng import seeded
 from ldm_vae.data.buckets import BucketConfig
 from ldm_vae.data.preparation import check_same, shown
@@ -33,9 +34,9 @@ ValidationMetric = Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg", "del
 class Training(RunConfig):
     """All knobs of a run. Losses are per-pixel means, so the norms that max_grad_norm clips are small."""
 
-    resolution: int = 256
+    resolution: Side = 256
     """Side of the training crops in pixels; a multiple of f."""
-    discriminator_learning_rate: float | None = None
+    discriminator_learning_rate: Positive | None = None
     """Of the discriminator; default: the same."""
     init: Literal["noise", "linear"] = "noise"
     """Of a network from scratch. noise: random weights. linear: the first forward is the linear code of the model's own
