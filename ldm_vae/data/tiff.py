@@ -79,7 +79,7 @@ def load(data: bytes) -> Array:
 
 
 def _said(data: bytes) -> str:
-    """What the header says: `64 x 48 pixels, 5 bands of 8 bits (unsigned)`; empty where there is none."""
+    """Summary of the header: `64 x 48 pixels, 5 bands of 8 bits (unsigned)`; empty where there is none."""
     try:
         file = io.BytesIO(data)
         directory = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if data[2] == 43 else 8))

@@ -76,7 +76,7 @@ def is_written(names: set[str]) -> bool:
 
 
 class LeftOut:
-    """What a walk has left out; `tell` says it."""
+    """Files and folders that a walk has left out; `tell` says them."""
 
     def __init__(self) -> None:
         # dictionaries as sets that keep the order
@@ -94,7 +94,7 @@ class LeftOut:
         self.unread[ending] += any(start[at : at + len(signature)] == signature for at, signature in SIGNATURES)
 
     def sentences(self) -> list[str]:
-        """What was left out, and what would do."""
+        """One sentence for each kind that was left out, with what would do."""
         found = []
         for names, what in (
             (self.hidden, "hidden"),

@@ -39,13 +39,13 @@ class DiffusionTraining(RunConfig):
     latents: str
     """The latent store: a folder, or a URL."""
     vae: str | None = None
-    """What decodes the samples: a folder, a hub id, a single file or a run; default: the VAE that the store names."""
+    """Decoder of the samples: a folder, a hub id, a single file or a run; default: the VAE that the store names."""
     label_column: str | None = None
     """The store's column that holds the class: any value, each its own class. Default: `label` where there is one."""
     conditional: bool = True
     """False leaves labels out."""
     view: str = ""
-    """Which view of the store: "" the centre crop, flip, ..., or random, another one each epoch."""
+    """View of the store: "" the centre crop, flip, ..., or random, another one each epoch."""
     normalisation: NormalisationKind | None = None
     """Of the latents, from the store's statistics; default: the one that the VAE's config.json named."""
     crop: int | None = Field(None, gt=0)

@@ -51,7 +51,7 @@ class Config(TermConfig):
     teacher: str
     """A VAE: a diffusers folder, a hub id, a single file or a run."""
     latents: Literal["raw", "normalised"] = "raw"
-    """What the trained network gives: raw latents as the teacher's encoder, or (AutoencoderTiny) normalised ones."""
+    """Latents of the trained network: raw latents as the teacher's encoder, or (AutoencoderTiny) normalised ones."""
 
     def build(self) -> Drift:
         return Drift(self.teacher, self.latents, teacher(self.teacher))

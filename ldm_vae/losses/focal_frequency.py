@@ -39,7 +39,7 @@ class Config(TermConfig):
 
     kind: Literal["focal_frequency"] = "focal_frequency"
     alpha: float = Field(1.0, ge=0)
-    """How strongly badly met frequencies are preferred; 0: not at all."""
+    """Strength of the preference for badly met frequencies; 0: none."""
 
     def build(self) -> FocalFrequency:
         return FocalFrequency(self.alpha)

@@ -46,7 +46,7 @@ class Protocol:
     name: str
     version: int = 1
     posterior: Literal["mode", "sample"] = "mode"
-    """What is decoded: the mean, or one draw."""
+    """Latent that is decoded: the mean, or one draw."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Of the antialiased resize."""
     resize: Literal["bytes", "floats", "pillow"] = "bytes"
@@ -54,13 +54,13 @@ class Protocol:
     rounding: Literal["round", "truncate", "truncate_half_up"] = "round"
     """Floats to 8 bits: round(127.5 x + 127.5), its floor, or floor(127.5 x + 128)."""
     psnr: Literal["quantised", "floats"] = "quantised"
-    """What PSNR compares: 8-bit images, or clamped floats."""
+    """Images that PSNR compares: 8-bit images, or clamped floats."""
     ssim: Literal["pinned", "range_of_image", "range_two", "uniform_window"] = "pinned"
     """See ldm_vae.metrics.ssim."""
     lpips: Literal["quantised", "floats"] = "quantised"
-    """What LPIPS compares: 8-bit images, or the output as decoded, beyond [-1, 1] too."""
+    """Images that LPIPS compares: 8-bit images, or the output as decoded, beyond [-1, 1] too."""
     source: str = ""
-    """Where the protocol was read."""
+    """Source of the protocol."""
 
     def pair(self, original: torch.Tensor, reconstruction: torch.Tensor, indices: Sequence[int] | None = None) -> Pair:
         """original and reconstruction [B, C, H, W], pixels in [-1, 1] => what the metrics compare."""

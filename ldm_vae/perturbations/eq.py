@@ -56,7 +56,7 @@ class Config(PerturbationConfig):
 
     kind: Literal["eq"] = "eq"
     probability: float = Field(0.5, ge=0, le=1)
-    """How often a batch is transformed at all."""
+    """Share of batches that are transformed at all."""
     scales: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     """One of these, equally likely; LPIPS needs what is left of the image to be 16 (vgg) or 31 (alex) px."""
     rotate: bool = True

@@ -64,7 +64,7 @@ class Training(RunConfig):
     validation_images: int = Field(256, gt=0)
     """At most so many images of validation_data are used."""
     validation_metrics: tuple[ValidationMetric, ...] = ("psnr", "ssim", "lpips_alex")
-    """What is measured then."""
+    """Metrics of a validation."""
     best_metric: ValidationMetric = "lpips_alex"
     """The checkpoint with the best of these is kept beside the newest; one of validation_metrics."""
     normalisation: Literal["scale", "shift", "channel"] = "scale"
