@@ -1,4 +1,4 @@
-"""What a walk leaves out, and says: hidden, of systems, of this toolkit; images of other endings are counted."""
+"""Trees of files: hidden, system and own folders are left out and said; images of other endings are counted."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ Side = Annotated[int, Field(gt=0, le=2**16)]
 Channels = Annotated[int, Field(gt=0, le=2**16)]
 Layers = Annotated[int, Field(ge=0, le=256)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-"""What torch's generators take."""
+"""Range of the seeds of torch's generators."""
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 """Of an average that is kept."""
 Positive = Annotated[float, Field(gt=0)]
