@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from ldm_vae.core.config import Section, read_yaml
+from ldm_vae.core.config import Section, read_yaml, validate
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.validation import first_line, parse_json
 from ldm_vae.data.decoding import Decoding
@@ -66,7 +65,7 @@ class Preprocessing(Section):
     @field_validator("value_range")
     @classmethod
     def _check_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and (value[0] == value[1] or not all(map(math.isfinite, value))):
+        if value is not None and value[0] == value[1]:
             raise ValueError(f"expected two numbers, black's and white's, got {list(value)}")
         return value
 
@@ -131,12 +130,7 @@ def parse(content: bytes | str, where: object) -> Preprocessing:
 def _valid(tree: dict[str, Any], where: object) -> Preprocessing:
     if "alpha" not in tree:
         tree = tree | {"alpha": "channel" if tree.get("channels") == 4 else "background"}
-    try:
-        return Preprocessing.model_validate(tree)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        said = problem["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{where}: `{problem['loc'][0]}`: {said}") from error
+    return validate(Preprocessing, tree, str(where))
 
 
 # --- with a network ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ Sources are lazy and picklable: nothing but the list of keys is held, a file is 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -20,7 +19,7 @@ import numpy as np
 from pydantic import Field, field_validator
 from tqdm import tqdm
 
-from ldm_vae.core.config import Part
+from ldm_vae.core.config import Part, Section, choice, validate
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.decoding import EXTENSIONS, Decoding, RawImage
 from ldm_vae.data.flags import Resize
@@ -97,6 +96,10 @@ class SourceConfig(Part):
         raise NotImplementedError
 
 
+class _Chosen(Section):
+    data: choice("ldm_vae.data.sources")  # type: ignore[valid-type]
+
+
 def open_source(
     path: str | Path,
     *,
@@ -112,18 +115,20 @@ def open_source(
     written by `save_to_disk`; tar shards (file, folder, glob or braces); a hub id `owner/name`.
 
     Args:
-        kind: one of the files in `ldm_vae.data.sources`; found by looking at `path` if None.
+        kind: one of the files in `ldm_vae.data.sources`, or the dotted path of your own module; found by looking at
+            `path` if None.
         knobs: any other field of the kind's Config (`channels=1`).
 
     Raises:
-        UsageError: nothing is there, or it is none of these.
+        UsageError: nothing is there, it is none of these, or a knob is unknown or of no such value.
         WorkError: it holds no image.
     """
-    module = importlib.import_module(f"ldm_vae.data.sources.{kind or kind_of(str(path))}")
-    config: SourceConfig = module.Config(
-        path=str(path), image_column=image_column, caption_column=caption_column, split=split, **knobs
-    )
-    return config.build()
+    fields = {"path": str(path), "image_column": image_column, "caption_column": caption_column, "split": split}
+    # of a source of somebody's own, only what the caller says: it need not have our fields
+    given = {name: value for name, value in fields.items() if name == "path" or value not in (None, "train")}
+    chosen = validate(_Chosen, {"data": {"kind": kind or kind_of(str(path))} | given | knobs}, str(path))
+    source: Source = chosen.data.build()
+    return source
 
 
 SourceType = TypeVar("SourceType", bound="Images")
