@@ -25,7 +25,7 @@ from photographs to a latent space:
   ldm-vae evaluate my-vae HELD_OUT --output runs/mine/report --resolution 256
 
 several processes: replace `ldm-vae` with `accelerate launch -m ldm_vae`.
-exit status: 0 success, 1 failure, 2 usage error, 130 / 143 stopped after saving.
+exit status: 0 success, 1 failure, 2 usage error, 70 a fault of this program, 130 / 143 stopped after saving.
 """
 
 

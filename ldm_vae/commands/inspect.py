@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm_vae.core.paths import expanded
 from ldm_vae.core.request import argument, flag
 from ldm_vae.data.flags import DataFlags, data_flags
 
@@ -45,7 +46,7 @@ def run(request: Request) -> None:
     for name, least in (("resolution", 1), ("max_images", 0), ("num_workers", 0)):
         if getattr(request, name) < least:
             raise UsageError(f"{name}: expected at least {least}, got {getattr(request, name)}")
-    place, data = request.thumbnails or Path("inspect.png"), Path(request.data).expanduser()
+    place, data = request.thumbnails or Path("inspect.png"), expanded(request.data)
     if not place.parent.is_dir():
         raise UsageError(f"thumbnails {place}: there is no folder {place.parent}")
     within = data.is_dir() and place.resolve().is_relative_to(data.resolve())

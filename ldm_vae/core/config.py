@@ -11,11 +11,13 @@ option in that package, or a dotted path to the user's own module. The module ho
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import itertools
 import pkgutil
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -236,7 +238,10 @@ def load(section: type[SectionType], path: str | Path, flags: Sequence[str] = ()
     if wanted_help:
         import tyro  # 0.2 s, for the help text alone
 
-        tyro.cli(section, default=config, args=["--help"], prog=program or None, config=(tyro.conf.AvoidSubcommands,))
+        with contextlib.redirect_stdout(getattr(sys.stdout, "raw", sys.stdout)):  # its colours are meant
+            tyro.cli(
+                section, default=config, args=["--help"], prog=program or None, config=(tyro.conf.AvoidSubcommands,)
+            )
     return config
 
 

@@ -1,7 +1,7 @@
 """Errors and exit statuses of the programs: a failure is one sentence on stderr, never a traceback.
 
-0 done; 1 the work failed; 2 the call was wrong; 130 / 143 stopped by SIGINT / SIGTERM after saving; 141 nobody reads
-what it prints.
+0 done; 1 the work failed; 2 the call was wrong; 70 a fault of ldm-vae's own, the traceback is in the file that the
+sentence names; 130 / 143 stopped by SIGINT / SIGTERM after saving; 141 nobody reads what it prints.
 """
 
 from __future__ import annotations
@@ -9,8 +9,12 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections.abc import Callable
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
 from typing import NoReturn
+
+from ldm_vae.core import terminal
 
 
 class UsageError(ValueError):
@@ -30,7 +34,9 @@ class Stopped(SystemExit):
 
 def run_program(main: Callable[[], None]) -> NoReturn:
     """Run a program's `main` and exit with the status that its outcome stands for."""
+    terminal.prepare()
     try:
+        _check_arguments(sys.argv[1:])
         main()
         sys.stdout.flush()
     except UsageError as error:
@@ -43,14 +49,42 @@ def run_program(main: Callable[[], None]) -> NoReturn:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(141)
         if (what := environment_failure(error)) is None:
-            raise  # a mistake of ours: the traceback tells where
+            _leave(70, _fault(error))
         _leave(1, what)
     sys.exit(0)
 
 
-def _leave(status: int, error: Exception) -> NoReturn:
+def _check_arguments(words: Sequence[str]) -> None:
+    """Raises UsageError for a word that is not UTF-8: safetensors, Arrow, JSON and YAML have no way to write it."""
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise UsageError(
+                f"argument {word}: expected UTF-8, got other bytes; rename it (convmv renames whole folders)"
+            )
+
+
+def _leave(status: int, error: object) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk behind it was said; the interpreter would say it again, as status 120
+        _drop_output()
     sys.exit(status)
+
+
+def _fault(error: Exception) -> str:
+    """The sentence of an error that nobody foresaw; its traceback goes to a file, for whoever will mend it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((one for one in reversed(frames) if "site-packages" not in one.filename), frames[-1])
+    what = f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} ({frame.filename}:{frame.lineno})"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="backslashreplace", prefix="ldm-vae-", suffix=".traceback", delete=False
+        ) as file:
+            file.write(f"{' '.join(sys.argv)}\n{''.join(traceback.format_exception(error))}")
+    except OSError as problem:
+        return f"{what}; a fault of ldm-vae's, and its traceback could not be kept: {problem}"
+    return f"{what}; a fault of ldm-vae's: please report it with {file.name}"
 
 
 def _nobody_reads() -> bool:
@@ -58,8 +92,13 @@ def _nobody_reads() -> bool:
     watch = select.poll()
     watch.register(sys.stdout.fileno(), 0)
     if gone := any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on its way out
+        _drop_output()
     return gone
+
+
+def _drop_output() -> None:
+    """Lead stdout to /dev/null, or the interpreter complains on its way out."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # --- failures of the environment --------------------------------------------------------------------------------------

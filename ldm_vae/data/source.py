@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ldm_vae.core.config import Part, Section, choice, validate
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.paths import expanded
 from ldm_vae.data.decoding import EXTENSIONS, Decoding, RawImage
 from ldm_vae.data.flags import Resize
 from ldm_vae.data.quarantine import BadImage
@@ -168,7 +169,7 @@ def kind_of(path: str) -> str:
     # a pattern of shards is no file; a file with such a name is one
     if "://" in path or (".tar" in path and not Path(path).exists() and re.search(r"[*?{\[]", path)):
         return "webdataset"
-    place = Path(path).expanduser()
+    place = expanded(path)
     if place.is_dir():
         return _kind_of_folder(place)
     if place.is_file():

@@ -12,9 +12,10 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
+from ldm_vae.core.paths import expanded
 from ldm_vae.core.text import decode
 from ldm_vae.core.validation import parse_json
 from ldm_vae.data.decoding import EXTENSIONS
@@ -146,12 +147,12 @@ def expand(pattern: str) -> list[str]:
     for name in written:
         if "://" in name:
             found.append(name)
-        elif Path(name).expanduser().is_dir():
-            found += sorted(map(str, Path(name).expanduser().glob("*.tar*")))
+        elif expanded(name).is_dir():
+            found += sorted(map(str, expanded(name).glob("*.tar*")))
         elif any(character in name for character in "*?["):
-            found += sorted(glob.glob(str(Path(name).expanduser())))
+            found += sorted(glob.glob(str(expanded(name))))
         else:
-            found.append(str(Path(name).expanduser()))
+            found.append(str(expanded(name)))
     return found
 
 

@@ -10,6 +10,7 @@ import unicodedata
 from pathlib import Path
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.paths import expanded
 from ldm_vae.data.decoding import EXTENSIONS, Decoding
 from ldm_vae.data.files import Names, beneath, check_unique, printable, read_bytes
 from ldm_vae.data.metadata import TreeColumns
@@ -24,7 +25,7 @@ class Config(SourceConfig):
     kind: str = "folder"
 
     def build(self) -> FolderSource:
-        root = Path(self.path).expanduser()
+        root = expanded(self.path)
         if not root.is_dir():
             raise UsageError(f"data.path {self.path}: expected a folder of images, found no such folder")
         if self.split != "train":

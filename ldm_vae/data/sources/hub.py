@@ -18,6 +18,7 @@ from PIL import Image as PillowImage
 from pydantic import Field, model_validator
 
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.paths import expanded
 from ldm_vae.core.validation import disguised_file
 from ldm_vae.data.decoding import Decoding, RawImage
 from ldm_vae.data.files import read_bytes
@@ -163,7 +164,7 @@ def load(config: Config) -> Any:
     """The dataset that a config means. Raises UsageError with one sentence for whatever `datasets` raises."""
     import datasets
 
-    path = Path(config.path).expanduser()
+    path = expanded(config.path)
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))

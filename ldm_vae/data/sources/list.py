@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.paths import expanded
 from ldm_vae.core.text import decode, lines
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.files import Names, printable, read_bytes
@@ -22,7 +23,7 @@ class Config(SourceConfig):
     kind: str = "list"
 
     def build(self) -> ListSource:
-        path = Path(self.path).expanduser()
+        path = expanded(self.path)
         if not path.is_file():
             raise UsageError(f"data.path {self.path}: expected a text file of image paths, found no such file")
         if self.caption_column is not None:
@@ -71,4 +72,4 @@ class ListSource:
         return file_facts(self._path(self._names[index]))
 
     def _path(self, name: str) -> Path:
-        return self.root / Path(name).expanduser()
+        return self.root / expanded(name)

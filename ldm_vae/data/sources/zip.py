@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.paths import expanded
 from ldm_vae.core.validation import why_unreadable
 from ldm_vae.data import tree
 from ldm_vae.data.decoding import EXTENSIONS, Decoding
@@ -36,7 +37,7 @@ class Config(SourceConfig):
     kind: str = "zip"
 
     def build(self) -> ZipSource:
-        path = Path(self.path).expanduser()
+        path = expanded(self.path)
         if not path.is_file():
             raise UsageError(f"data.path {self.path}: expected a zip file, found no such file")
         source = ZipSource(path, self.decoding(), self.caption_column)
