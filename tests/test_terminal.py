@@ -56,9 +56,16 @@ def test_a_closed_output_is_no_error_and_goes_to_no_file(number: int, tmp_path: 
     assert (tmp_path / "made").read_bytes() == b""
 
 
-def test_a_full_disk_behind_the_output_is_one_sentence() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_the_output_is_one_sentence(unbuffered: str) -> None:
     with open("/dev/full", "wb") as full:
-        ended = program("print('x' * 100)", stdout=full, stderr=subprocess.PIPE, capture_output=False)
+        ended = program(
+            "print('x' * 100)",
+            stdout=full,
+            stderr=subprocess.PIPE,
+            capture_output=False,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},  # the flush fails, or the print
+        )
     assert ended.returncode == 1
     assert ended.stderr.startswith(b"error: ") and ended.stderr.count(b"\n") == 1
 
