@@ -23,6 +23,7 @@ from stores import SETTINGS, contents
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import read_manifest, verify, write_store
+from ldm_vae.latent_store.format.quarantine import read_quarantine
 from ldm_vae.latent_store.maintain.repair import Repaired, repair
 from ldm_vae.latent_store.maintain.spot_check import reencode
 
@@ -242,3 +243,13 @@ def test_encoding_again_finds_wrong_rows_and_changed_images(store: Path, tiny_va
         tiny_vae.quant_conv.bias += 0.5
     found = reencode(store, read_manifest(store), tiny_vae, Pictures(bad=(9,)), 5)
     assert found.identical == 0 and len(found.problems) == 5 and "standard deviations" in found.problems[0].what
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"version https://git-lfs", b"[1]\n", b'{"index": 0, "key": 1}', b"[" * 100_000]
+)
+def test_a_damaged_quarantine_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "quarantine.jsonl").write_bytes(content)
+    with refused(WorkError, "quarantine.jsonl") as refusal:
+        read_quarantine(tmp_path)
+    assert "\n" not in str(refusal.value)

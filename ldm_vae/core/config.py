@@ -245,10 +245,14 @@ def load(section: type[SectionType], path: str | Path, flags: Sequence[str] = ()
     return config
 
 
-def validate(section: type[SectionType], raw: Mapping[str, Any], source: str) -> SectionType:
-    """Check a plain dict against `section`; `source` names where it came from in the error."""
+def validate(section: type[SectionType], raw: object, source: str) -> SectionType:
+    """Check a tree of JSON or YAML against `section`; `source` names where it came from in the error.
+
+    Raises:
+        UsageError: one sentence that names the field.
+    """
     try:
-        return section.model_validate(dict(raw))
+        return section.model_validate(raw)
     except ValidationError as error:
         raise UsageError(f"{source}: {_explain(section, error)}") from error
 

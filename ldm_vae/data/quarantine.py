@@ -123,7 +123,7 @@ def read_quarantine(path: str | os.PathLike[str]) -> list[Bad]:
     """The entries of a quarantine.jsonl, each key once; a line cut off by a crash is left out; no file, no entries."""
     entries: dict[str, Bad] = {}
     if Path(path).exists():
-        for line in lines(Path(path).read_text(encoding="utf-8")):
+        for line in lines(Path(path).read_text(encoding="utf-8", errors="replace")):
             try:
                 raw = parse_json(line)
                 entries.setdefault(raw["key"], Bad(raw["key"], raw["reason"]))

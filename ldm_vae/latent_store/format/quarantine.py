@@ -6,7 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm_vae.core.config import validate
+from ldm_vae.core.errors import WorkError
 from ldm_vae.core.text import lines
+from ldm_vae.core.validation import parse_json
 from ldm_vae.latent_store.format.layout import QUARANTINE
 from ldm_vae.latent_store.format.work_units import BadSample
 from ldm_vae.latent_store.storage.objects import LocalFolder
@@ -19,9 +22,25 @@ def write_quarantine(store: Path, bad: Sequence[BadSample]) -> None:
 
 
 def read_quarantine(store: Path) -> list[BadSample]:
-    """The entries of quarantine.jsonl; none where there is no such file."""
+    """The entries of quarantine.jsonl; none where there is no such file.
+
+    Raises:
+        WorkError: it is damaged.
+    """
     try:
         text = LocalFolder(store).read(QUARANTINE).decode()
     except FileNotFoundError:
         return []
-    return [BadSample.model_validate_json(line) for line in lines(text)]
+    except ValueError as error:
+        raise WorkError(_damaged(store, str(error))) from error
+    entries = []
+    for number, line in enumerate(lines(text), 1):
+        try:
+            entries.append(validate(BadSample, parse_json(line), f"line {number}"))
+        except ValueError as error:
+            raise WorkError(_damaged(store, str(error))) from error
+    return entries
+
+
+def _damaged(store: Path, what: str) -> str:
+    return f"{store / QUARANTINE}: damaged: {what}; without this file an update tries again what it names"
