@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from images import write_images
 from PIL import Image
 from sentences import refused
 
@@ -189,3 +190,45 @@ def test_sources_are_picklable_and_checksums_notice_changes(image_folder: Path) 
     assert checksum(pickle.loads(pickle.dumps(source))) == before
     put(image_folder / "img_0003.png", 7)
     assert checksum(source) != before
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "remedy"),
+    [
+        ("folder", "a.zip", "kind: zip"),
+        ("folder", "a.tar", "kind: webdataset"),
+        ("folder", "a.lst", "kind: list"),
+        ("folder", "images/*.png", "2 files"),
+        ("zip", "images", "kind: folder"),
+        ("list", "images", "kind: folder"),
+        ("webdataset", "empty", "kind: folder"),
+        ("folder", "absent", "nothing there"),
+    ],
+)
+def test_a_path_of_another_kind_is_told_which(
+    kind: str, path: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images", 2)
+    (tmp_path / "empty").mkdir()
+    for name in ("a.zip", "a.tar", "a.lst"):
+        (tmp_path / name).write_bytes(b"")
+    with refused(UsageError, "data.path") as refusal:
+        open_source(path, kind=kind)
+    assert remedy in str(refusal.value)
+
+
+def test_a_list_written_for_another_folder_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "images", 2)
+    (tmp_path / "lists").mkdir()
+    chosen = tmp_path / "lists" / "chosen.txt"
+    chosen.write_text("images/img_0000.png\nimages/img_0001.png\n")
+    with refused(UsageError, "relative to the list's folder"):  # a parent of the list's folder has them
+        open_source(chosen)
+    (tmp_path / "images").rename(tmp_path / "lists" / "images")
+    assert len(open_source(chosen)) == 2
+    chosen = tmp_path / "chosen.txt"
+    chosen.write_text("images/img_0000.png\n")
+    monkeypatch.chdir(tmp_path / "lists")
+    with refused(UsageError, "relative to the list's folder"):
+        open_source(chosen)

@@ -6,6 +6,8 @@ Sources are lazy and picklable: nothing but the list of keys is held, a file is 
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import os
 import re
@@ -91,6 +93,18 @@ class SourceConfig(Part):
     def decoding(self) -> Decoding:
         """The knobs that change pixels."""
         return Decoding(self.channels, self.background, self.value_range, self.jpeg_draft)
+
+    def absent(self, expected: str) -> UsageError:
+        """The error where `path` is not what this kind reads, with the kind that reads it."""
+        place = expanded(self.path)
+        found = "a folder" if place.is_dir() else "another file" if place.exists() else "nothing there"
+        hint = ""
+        if place.exists():
+            with contextlib.suppress(UsageError, OSError):
+                hint = f"; `kind: {kind_of(self.path)}` reads it" if kind_of(self.path) != self.kind else ""
+        elif matches := glob.glob(str(place)):
+            hint = f"; as a pattern it means {len(matches)} files, which `kind: webdataset` reads of tars alone"
+        return UsageError(f"data.path {self.path}: expected {expected}, found {found}{hint}")
 
     def build(self) -> Source:
         """Open the source. Raises UsageError when nothing is there, WorkError when it is empty."""

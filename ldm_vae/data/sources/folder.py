@@ -27,7 +27,7 @@ class Config(SourceConfig):
     def build(self) -> FolderSource:
         root = expanded(self.path)
         if not root.is_dir():
-            raise UsageError(f"data.path {self.path}: expected a folder of images, found no such folder")
+            raise self.absent("a folder of images")
         if self.split != "train":
             there = f"; {root / self.split} is there" if (root / self.split).is_dir() else ""
             raise UsageError(f"data.split {self.split}: a folder is taken whole, name the sub-folder itself{there}")

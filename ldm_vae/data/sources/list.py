@@ -5,7 +5,9 @@ The key is the line, the order that of the file. For images that are scattered o
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldm_vae.core.errors import UsageError
@@ -25,7 +27,7 @@ class Config(SourceConfig):
     def build(self) -> ListSource:
         path = expanded(self.path)
         if not path.is_file():
-            raise UsageError(f"data.path {self.path}: expected a text file of image paths, found no such file")
+            raise self.absent("a text file of image paths")
         if self.caption_column is not None:
             raise UsageError("data.caption_column: a list file has no columns; use a folder with metadata.csv")
         source = ListSource(path, self.decoding())
@@ -57,6 +59,18 @@ class ListSource:
                 raise UsageError(f"data {path}: line {number} repeats line {first_at[name]} ({printable(name)})")
             first_at[name] = number
         self._names = Names(first_at)
+        self._check_root(list(itertools.islice(first_at, 16)))
+
+    def _check_root(self, names: Sequence[str]) -> None:
+        """Raises UsageError where the first lines are there below another folder than the list's own."""
+        if any(self._path(name).exists() for name in names):
+            return
+        for folder in (Path.cwd(), *self.root.resolve().parents):
+            if here := next((name for name in names if (folder / name).is_file()), None):
+                raise UsageError(
+                    f"data {self.name}: lines are paths relative to the list's folder, {self.root}, where none of the "
+                    f"first is; {here} is there from {folder}: move the list, or write whole paths"
+                )
 
     def __len__(self) -> int:
         return len(self._names)

@@ -44,7 +44,7 @@ class Config(SourceConfig):
             raise UsageError(f"data.path {self.path}: programs are not started; give files or URLs")
         shards = tars.expand(self.path)
         if not shards:
-            raise UsageError(f"data.path {self.path}: no such tar files")
+            raise self.absent("tar files")
         if any("://" in shard or not shard.endswith(".tar") for shard in shards):
             return TarStream(shards, self)
         source = TarSource(shards, self.decoding(), self.image_column, self.caption_column)

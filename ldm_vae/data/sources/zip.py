@@ -39,7 +39,7 @@ class Config(SourceConfig):
     def build(self) -> ZipSource:
         path = expanded(self.path)
         if not path.is_file():
-            raise UsageError(f"data.path {self.path}: expected a zip file, found no such file")
+            raise self.absent("a zip file")
         source = ZipSource(path, self.decoding(), self.caption_column)
         not_empty(source, self.path, f"image ({', '.join(sorted(EXTENSIONS))}); hidden files do not count")
         return source
