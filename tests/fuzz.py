@@ -40,14 +40,17 @@ from train import autoencoder
 SECONDS = 120.0
 KINDS = ("list", "tar", "zip", "parquet")
 NOT_OF_FILES = ("push", "pull", "demo", "digits")  # of the twins: these read none of ours, or need a hub
-
-
-DECODER_ONLY = {"max_train_images": 4, "model": None, "losses": {"l1": {}}, "adversary": None, "discriminator": None}
+DECODER_ONLY = {"max_train_images": 4, "losses": {"l1": {}}, "adversary": {}, "trainable": ["decoder.*"]}
 
 
 def old_run(place: Path, out: Path) -> None:
     """OUT/run is a training run that has come to its half."""
     shutil.copytree(place / "trained", out)
+    shutil.rmtree(out / "run" / "vae")
+    record = out / "run" / "config.yaml"  # a run is taken up by the config that it began with
+    settings = yaml.safe_load(record.read_text())
+    settings["output_dir"], settings["data"]["path"] = str(out / "run"), str(place / "images")
+    record.write_text(yaml.safe_dump(settings))
 
 
 def reading(verb: str, *flags: str, data: str = "images") -> Twin:
@@ -185,10 +188,17 @@ def make_all(folder: Path) -> None:
         folder / "trained", folder / "images", max_train_images=8, checkpoint_every_images=8
     )
     once(autoencoder.main, [str(path)])
-    shutil.rmtree(folder / "trained" / "run" / "vae")
     sources = folder / "sources"
     for kind in KINDS:
         NAMES[kind] = str(image_files.write(kind, sources / kind, image_files.pictures()).relative_to(sources))
+    # of the twins that is known: a verb that refuses what is whole would be silent about every mutation
+    for name, twin in VERBS.items():
+        if name not in TWINS:
+            out = folder / "made" / "out"
+            out.parent.mkdir()
+            twin.begin(folder, out)
+            once(twin.main, [str(word) for word in twin.words(folder, out)])
+            shutil.rmtree(out.parent)
 
 
 def files_of(words: Sequence[str], folder: Path) -> list[Path]:
@@ -200,7 +210,7 @@ def files_of(words: Sequence[str], folder: Path) -> list[Path]:
 
 @dataclass
 class Case:
-    """What became of one mutated file."""
+    """Outcome of one mutated file."""
 
     verb: str
     file: str

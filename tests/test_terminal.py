@@ -6,24 +6,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+from sentences import refused
 
 from ldm_vae.core import paths
 from ldm_vae.core.errors import UsageError
-from tests.helpers.sentences import refused
 
 NAMES = [b"\x1b[31mred", b"\x1b]0;title\x07", b"caf\xe9", "\u0085next".encode(), b"del\x7f", "日本".encode()]
 
 
 def program(code: str, *words: str | bytes, **options: object) -> subprocess.CompletedProcess[bytes]:
     """Run `code` as the main of a program."""
-    code = (
-        f"from ldm_vae.core.errors import run_program\ndef main():\n    import os, sys\n    {code}\nrun_program(main)"
-    )
-    options = {"capture_output": True} | options
-    return subprocess.run([sys.executable, "-c", code, *words], timeout=60, check=False, **options)  # type: ignore[call-overload,no-any-return]
+    code = f"import os, sys\nfrom ldm_vae.core.errors import run_program\ndef main():\n    {code}\nrun_program(main)"
+    settings: dict[str, Any] = {"capture_output": True, "timeout": 60, "check": False} | options
+    return subprocess.run([sys.executable, "-c", code, *words], **settings)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
