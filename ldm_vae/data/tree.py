@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
+from ldm_vae.core.files import open_plain
 from ldm_vae.core.ownership import MARK
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ def members(names: Iterable[str], extensions: frozenset[str], left_out: LeftOut,
 
 def _head(path: Path) -> bytes:
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+        with open_plain(path) as file:
             return file.read(HEAD)
     except OSError:
         return b""
