@@ -12,6 +12,11 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+WORKERS_HELP = (
+    "with 0 workers (dataloader_num_workers, --num_workers) the main process reads the data itself; those that run out "
+    "of memory need more of it, or of /dev/shm (a container's --shm-size)"
+)
+
 
 class UsageError(ValueError):
     """The call was wrong: the sentence names the argument or field, what was expected, what came and what exists."""
@@ -80,7 +85,7 @@ def environment_failure(error: Exception) -> WorkError | None:
     if not isinstance(error, RuntimeError):
         return None
     if "DataLoader worker" in said:
-        return WorkError(f"a data worker died, out of memory perhaps (dataloader_num_workers): {said}")
+        return WorkError(f"a data worker died: {said}; {WORKERS_HELP}")
     if kind in ("DistBackendError", "DistNetworkError", "DistStoreError") or "/gloo/" in said:
         silent = "imed out" in said or "imeout" in said
         what = "does not answer (ddp_timeout)" if silent else "died"
