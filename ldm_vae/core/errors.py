@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -44,6 +45,10 @@ def run_program(main: Callable[[], None]) -> NoReturn:
         _leave(1, error)
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as stop:
+        if (module := _who_left(stop)) is None:
+            raise
+        _leave(1, WorkError(f"{module} left the program with sys.exit({stop.code!r}) before it was done"))
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(141)
@@ -51,6 +56,14 @@ def run_program(main: Callable[[], None]) -> NoReturn:
             raise  # a mistake of ours: the traceback tells where
         _leave(1, what)
     sys.exit(0)
+
+
+def _who_left(stop: SystemExit) -> str | None:
+    """The module that raised it, unless it is this toolkit or a parser of command lines: a module of the user's own,
+    whose exit status 0 would say that the work is done."""
+    *_, (frame, _) = traceback.walk_tb(stop.__traceback__)
+    module = str(frame.f_globals.get("__name__"))
+    return None if module.partition(".")[0] in ("__main__", "ldm_vae", "train", "eval", "argparse", "tyro") else module
 
 
 def _leave(status: int, error: Exception) -> NoReturn:
