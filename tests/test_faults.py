@@ -303,8 +303,13 @@ class Failing:
     ],
 )  # fmt: skip
 def test_whatever_befalls_a_worker_is_a_sentence(work: Callable[[], Any], says: str) -> None:
-    with pytest.raises(WorkError, match=says) as error:  # and torch's and Python's words, so not golden
-        list(load(Failing(), [[work]] * 3, num_workers=1, context="fork"))
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for ever"))
+    signal.alarm(60)
+    try:
+        with pytest.raises(WorkError, match=says) as error:  # and torch's and Python's words, so not golden
+            list(load(Failing(), [[work]] * 3, num_workers=1, context="fork"))
+    finally:
+        signal.alarm(0)
     assert "--num_workers" in str(error.value) and "\n" not in str(error.value)
 
 
