@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from ldm_vae.core.config import (
     choice,
     choices,
 )
-from ldm_vae.core.errors import UsageError
+from ldm_vae.core.errors import UsageError, run_program
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.training.config import Training
 
@@ -191,3 +193,47 @@ def test_a_module_that_fails_at_its_import_is_one_sentence(
     (tmp_path / "my_lab" / "broken.py").write_text(body)
     with refused(UsageError, "data"):
         config.load(Training, ROOT / "configs" / "smoke.yaml", ["--data.kind", "my_lab.broken"])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: a\nname: b\n", "line 2: `name` is there twice, first in line 1"),
+        ("losses:\n  kl: {weight: 1}\n  kl: {weight: 2}\n", "line 3: `kl`"),
+        ("include: fan0.yaml\n", "64 files"),
+        ("include: enormous.yaml\n", "1,048,576 bytes"),
+        ("include: fifo\n", "no such file"),
+        ("include: /dev/zero\n", "no such file"),
+    ],
+)
+def test_a_file_that_has_no_end_or_two_meanings_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    for level in range(10):
+        write(tmp_path, f"include: [{', '.join([f'fan{level + 1}.yaml'] * 10)}]\n", f"fan{level}.yaml")
+    write(tmp_path, "{}", "fan10.yaml")
+    with (tmp_path / "enormous.yaml").open("wb") as file:
+        file.truncate(2**30)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UsageError, match=says):
+        config.read_yaml(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("kind", ["..os", ".", "os", "os.path", "os.", "../os"])
+def test_a_kind_that_is_no_option_and_no_module(kind: str, tmp_path: Path) -> None:
+    with refused(UsageError, "discriminator"):
+        config.load(Outer, write(tmp_path, GOOD.replace("kind: patchgan", f"kind: {kind}")))
+
+
+@pytest.mark.parametrize("flag", ["--rate=1e300", "--losses.l1.weight=-1e17", "--inner.steps=9007199254740993"])
+def test_a_number_beyond_all_meaning_is_refused(flag: str, tmp_path: Path) -> None:
+    with refused(UsageError, flag.partition("=")[0]):
+        config.load(Outer, write(tmp_path, GOOD), flag.split("="))
+
+
+def test_a_module_that_leaves_the_program_does_not_look_like_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "leaving_lab.py").write_text("import sys\nprint('here')\ndef build(): sys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run_program(lambda: importlib.import_module("leaving_lab").build())
+    assert stop.value.code == 1 and "leaving_lab" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import pickle
 import tarfile
@@ -19,6 +20,7 @@ import pytest
 from PIL import Image
 from sentences import refused
 
+from ldm_vae.core import files
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data import tars
 from ldm_vae.data.dataset import ordered_loader, training_loader
@@ -339,7 +341,7 @@ def test_a_stream_without_images_ends(shards: Path) -> None:
     assert "000/" in str(error.value)
 
 
-def test_shards_behind_a_url(shards: Path) -> None:
+def test_shards_behind_a_url(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args: object) -> None:
             pass
@@ -352,6 +354,11 @@ def test_shards_behind_a_url(shards: Path) -> None:
         stream = open_source(url)
         assert isinstance(stream, Stream)
         items = list(stream)
+        # a minute for each piece, and too little in it
+        clock = itertools.count(step=files.WINDOW)
+        monkeypatch.setattr("ldm_vae.data.sources.webdataset.clock", lambda: next(clock))
+        monkeypatch.setattr(files, "LEAST", 2**30)
+        stalled = list(stream)
     finally:
         server.shutdown()
         server.server_close()
@@ -359,3 +366,4 @@ def test_shards_behind_a_url(shards: Path) -> None:
     assert [item.key for item in items[:12]] == [f"{i // 4:03d}/{i:04d}" for i in range(12)]
     assert isinstance(items[12], Bad) and items[12].key == "003/rest-of-shard"
     assert len(items) == 13
+    assert [item.key for item in stalled] == [f"{i:03d}/rest-of-shard" for i in range(4)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -148,3 +150,17 @@ def test_utf8_without_its_flag(tmp_path: Path) -> None:
         content = content[:place] + bytes([content[place] & ~0x08]) + content[place + 1 :]
     path.write_bytes(content)
     assert open_source(path).key(0) == "Köln.png"
+
+
+def test_a_tree_deeper_than_pythons_stack(tmp_path: Path) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("d", dir_fd=folder)
+        folder, above = os.open("d", os.O_RDONLY, dir_fd=folder), folder
+        os.close(above)
+    os.close(os.open("x.png", os.O_CREAT, dir_fd=folder))
+    os.close(folder)
+    try:
+        assert tree.walk(tmp_path, frozenset({".png"})) == ["d/" * 1200 + "x.png"]
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # shutil's own descends by recursion

@@ -32,6 +32,7 @@ from training_runs import write_config
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.validation import check_model_config
 from ldm_vae.data.ordered import ordered_loader
 from ldm_vae.data.source import Record, open_source
 from ldm_vae.export.recipe import read_recipe
@@ -90,6 +91,31 @@ def as_torch_saves(content: object) -> bytes:
     file = io.BytesIO()
     torch.save(content, file)
     return file.getvalue()
+
+
+def test_a_config_of_more_layers_than_can_be_built_in_time() -> None:
+    blocks = {f"{side}_block_types": ["X"] * 100 for side in ("down", "up")}
+    check_model_config({"block_out_channels": [4] * 100, "layers_per_block": 2} | blocks)
+    with refused(ValueError, "layers_per_block"):
+        check_model_config({"block_out_channels": [4] * 100, "layers_per_block": 100} | blocks)
+
+
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors", "preprocessing.json"])
+def test_a_file_of_a_network_that_never_ends(
+    tiny_vae_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path = tiny_vae_folder / name
+    for put in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        path.unlink(missing_ok=True)
+        put(path)
+        assert name in refusal(capsys, "export", tiny_vae_folder, tmp_path / "out")
+
+
+def test_a_manifest_that_never_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for put in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (tmp_path / "manifest.json").unlink(missing_ok=True)
+        put(tmp_path / "manifest.json")
+        assert "manifest.json" in refusal(capsys, "store", "stats", tmp_path)
 
 
 def test_a_pickle_in_a_diffusers_folder_does_not_execute(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -23,8 +24,9 @@ from kills import wait_until
 from sentences import refused
 from store_sources import Pictures
 from stores import SETTINGS, encoded, same
-from upstream import Upstream, serving
+from upstream import FLOOD, Fault, Upstream, serving
 
+from ldm_vae.core import files
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import (
     LatentDataset,
@@ -120,6 +122,35 @@ def test_what_stays_wrong_is_one_sentence_and_nothing_of_it_is_kept(upstream: Up
     data[0]
     with refused(UsageError, f"{upstream.url}/nothing"):
         LatentDataset(f"{upstream.url}/nothing")
+
+
+@pytest.mark.parametrize("fault", ["endless", "bomb"])
+def test_no_more_is_taken_than_the_manifest_says(
+    fault: Fault, upstream: Upstream, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{upstream.url}/latents"
+    data = LatentDataset(url, columns=())
+    upstream.faults = {name: [fault] for name in ("00000000.safetensors", "00000001.safetensors", "manifest.json")}
+    with refused(WorkError, "00000000.safetensors"):
+        data[0]
+    assert not any(name.endswith(TENSORS) for name in held(cache))
+    with refused(WorkError, "manifest.json"):
+        monkeypatch.setattr(fsspec_files, "LARGEST", 1 << 20)
+        LatentDataset(url)
+    assert upstream.flooded < FLOOD / 2, "of two floods"
+
+
+def test_what_stands_still_is_given_up(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock is a minute after the one before: so long took the few bytes that came."""
+    data = LatentDataset(f"{upstream.url}/latents", columns=())
+    clock = itertools.count(step=files.WINDOW)
+    monkeypatch.setattr(fsspec_files, "clock", lambda: next(clock))
+    monkeypatch.setattr(files, "LEAST", 2**30)
+    with refused(WorkError, "00000000.safetensors"):
+        data[0]
+    assert upstream.asked["00000000.safetensors"] == 6
+    monkeypatch.setattr(files, "LEAST", 0)
+    data[0]
 
 
 def read_first(url: str) -> None:

@@ -78,6 +78,14 @@ def test_a_fault_of_ours_is_one_sentence_and_a_file(tmp_path: Path) -> None:
     assert "Traceback" in kept.read_text() and "word" in kept.read_text()
 
 
+def test_a_fault_inside_a_library_names_our_line_that_called_it(tmp_path: Path) -> None:
+    ended = program(
+        "from ldm_vae.core.validation import parse_json; parse_json(3)", env=os.environ | {"TMPDIR": str(tmp_path)}
+    )
+    assert ended.returncode == 70
+    assert b"core/validation.py:" in ended.stderr
+
+
 def test_a_fault_of_ours_without_a_folder_for_its_file_is_one_sentence(tmp_path: Path) -> None:
     ended = program("import tempfile; tempfile.tempdir = '/proc/none'; {}['lost']")
     assert ended.returncode == 70

@@ -37,6 +37,7 @@ from pydantic import (
 
 from ldm_vae.core import overrides
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.files import read_text
 from ldm_vae.core.numbers import LARGEST
 from ldm_vae.core.validation import first_line
 
@@ -63,8 +64,9 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _size(cls, value: Any) -> Any:
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise ValueError(f"expected at most 2^53, got a number of {len(str(abs(value)))} digits")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and abs(number) > LARGEST:
+                raise ValueError(f"expected at most 2^53, got a number of {len(str(abs(int(number))))} digits")
         return value
 
 
@@ -100,11 +102,14 @@ def _part(package: str, value: Any, default: str | None = None) -> Any:
     exist = options(package)
     if not isinstance(kind, str):
         raise ValueError(f"`kind` is missing; expected one of {', '.join(exist)}, or a dotted path to your module")
+    if "." in kind and not all(name.isidentifier() for name in kind.split(".")):
+        raise ValueError(f"kind `{kind}`: expected one of {', '.join(exist)}, or a dotted path to your module")
     # a dotted path is the user's own module, a plain name one of ours
     if "." not in kind and kind not in exist:
         raise ValueError(f"unknown kind `{kind}`; {package} has {', '.join(exist)}{_guess(kind, exist)}")
     try:
-        module = importlib.import_module(kind if "." in kind else f"{package}.{kind}")
+        with contextlib.redirect_stdout(sys.stderr):  # what it prints is no output of the program
+            module = importlib.import_module(kind if "." in kind else f"{package}.{kind}")
     except (Exception, SystemExit) as error:  # a module of somebody's own: whatever it does
         what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"kind `{kind}` cannot be imported: {what}") from error
@@ -153,18 +158,23 @@ def choices(package: str) -> Any:
 # --- file => sections -------------------------------------------------------------------------------------------------
 
 
-def read_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(path: Path, within: tuple[Path, ...] = (), read: list[Path] | None = None) -> dict[str, Any]:
     """A YAML file as a dict; `include: other.yaml` (one or a list, relative to the file) is merged in first.
 
     Only plain data is read: a tag that names a Python object is refused, as are aliases that stand for more than
-    LARGEST_CONFIG values (a few lines can for 10^9). `within`: the files that include this one.
+    LARGEST_CONFIG values (a few lines can for 10^9), a key that is there twice, and more than MOST_FILES in all.
+    `within`: the files that include this one; `read`: those read so far.
     """
     if not path.is_file():
         raise UsageError(f"config {path}: no such file")
     if path.resolve() in within:
         raise UsageError(f"config {path}: includes itself")
+    read = [] if read is None else read
+    read.append(path)
+    if len(read) > MOST_FILES:
+        raise UsageError(f"config {path}: include: expected at most {MOST_FILES} files, one by one and repeated")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+        raw = yaml.load(read_text(path, MOST_BYTES), _PlainLoader)
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise UsageError(f"config {path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(raw, dict):
@@ -179,10 +189,12 @@ def read_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for other in names:
         # later includes win over earlier ones, and the file itself over all
-        merged = _merge(merged, read_yaml(path.parent / other, (*within, path.resolve())))
+        merged = _merge(merged, read_yaml(path.parent / other, (*within, path.resolve()), read))
     return _merge(merged, raw)
 
 
+MOST_FILES = 64  # that a config consists of
+MOST_BYTES = 2**20  # of each
 LARGEST_CONFIG = 10_000  # values; what an alias stands for counts wherever the alias stands
 
 
@@ -207,7 +219,19 @@ def _count_values(node: yaml.Node, known: dict[yaml.Node, int | None]) -> int:
     parts = node.value if isinstance(node, yaml.CollectionNode) else []
     inner = itertools.chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in parts)
     known[node] = count = 1 + sum(_count_values(part, known) for part in inner)
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node)
     return count
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    """Raises YAMLError for a key that is there twice, of which YAML's loader takes the last."""
+    lines: dict[Any, int] = {}
+    for key, _ in node.value:
+        name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+        if name in lines:
+            raise yaml.YAMLError(f"line {line}: `{key.value}` is there twice, first in line {lines[name]}")
+        lines[name] = line
 
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

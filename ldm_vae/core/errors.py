@@ -12,9 +12,16 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from ldm_vae.core import terminal
+
+WORKERS_HELP = (
+    "with 0 workers (dataloader_num_workers, --num_workers) the main process reads the data itself; those that run out "
+    "of memory need more of it, or of /dev/shm (a container's --shm-size)"
+)
+_PACKAGE = Path(__file__).parents[1]
 
 
 class UsageError(ValueError):
@@ -45,6 +52,10 @@ def run_program(main: Callable[[], None]) -> NoReturn:
         _leave(1, error)
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as stop:
+        if (module := _leaving_module(stop)) is None:
+            raise
+        _leave(1, WorkError(f"{module} left the program with sys.exit({stop.code!r}) before it was done"))
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(141)
@@ -63,6 +74,14 @@ def _check_arguments(words: Sequence[str]) -> None:
             )
 
 
+def _leaving_module(stop: SystemExit) -> str | None:
+    """The module that raised it, unless it is this toolkit or a parser of command lines: a module of the user's own,
+    whose exit status 0 would say that the work is done."""
+    *_, (frame, _) = traceback.walk_tb(stop.__traceback__)
+    module = str(frame.f_globals.get("__name__"))
+    return None if module.partition(".")[0] in ("__main__", "ldm_vae", "train", "eval", "argparse", "tyro") else module
+
+
 def _leave(status: int, error: object) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     try:
@@ -75,7 +94,9 @@ def _leave(status: int, error: object) -> NoReturn:
 def _fault(error: Exception) -> str:
     """The sentence of an error that nobody foresaw; its traceback goes to a file, for whoever will mend it."""
     frames = traceback.extract_tb(error.__traceback__)
-    frame = next((one for one in reversed(frames) if "site-packages" not in one.filename), frames[-1])
+    # below it lie the libraries that it called; a wheel stands in site-packages itself, so the name alone says nothing
+    ours = (one for one in reversed(frames) if _PACKAGE in Path(one.filename).parents and one.filename != __file__)
+    frame = next(ours, frames[-1])
     what = f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} ({frame.filename}:{frame.lineno})"
     try:
         with tempfile.NamedTemporaryFile(
@@ -119,7 +140,7 @@ def environment_failure(error: Exception) -> WorkError | None:
     if not isinstance(error, RuntimeError):
         return None
     if "DataLoader worker" in said:
-        return WorkError(f"a data worker died, out of memory perhaps (dataloader_num_workers): {said}")
+        return WorkError(f"a data worker died: {said}; {WORKERS_HELP}")
     if kind in ("DistBackendError", "DistNetworkError", "DistStoreError") or "/gloo/" in said:
         silent = "imed out" in said or "imeout" in said
         what = "does not answer (ddp_timeout)" if silent else "died"

@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ldm_vae.core.files import open_plain
+
 LARGEST = 2**24  # of any whole number in a config: widths, codes, sides
 DEEPEST = 128  # of anything that is repeated: blocks, layers
+MOST_LAYERS = 1024  # of an encoder; 128 blocks of 128 take two minutes to build, on no device
 HEAD = 512  # bytes that tell what a file is; a git-LFS pointer has about 130
 _POINTERS = {  # a line that a version control system left in the place of a large file => what fetches the file
     b"version https://git-lfs.github.com/spec/": ("git-LFS", "git lfs pull"),
@@ -54,8 +57,11 @@ def check_model_config(config: Any) -> None:
             if isinstance(number, int | float) and not isinstance(number, bool):
                 if isinstance(number, float) and not math.isfinite(number):
                     raise ValueError(f"{name} is {number}")
-                layers = name == "layers_per_block" or (name.startswith("num_") and name.endswith(("blocks", "layers")))
-                _check_size(name, number, DEEPEST if layers else LARGEST)
+                deep = name == "layers_per_block" or (name.startswith("num_") and name.endswith(("blocks", "layers")))
+                _check_size(name, number, DEEPEST if deep else LARGEST)
+    widths, layers = config.get("block_out_channels"), config.get("layers_per_block")
+    if isinstance(widths, list | tuple) and isinstance(layers, int):
+        _check_size("layers_per_block of all block_out_channels", len(widths) * layers, MOST_LAYERS)
     for name in ("scaling_factor", "shift_factor"):
         if config.get(name) is not None and not isinstance(config[name], int | float):
             raise ValueError(f"{name}: expected a number, got {str(config[name])[:40]!r}")
@@ -135,7 +141,7 @@ def disguised_file(path: Path) -> str | None:
         return "is a folder, not a file"
     if path.is_symlink() and not path.exists():
         return f"is a link to {path.readlink()}, and there is nothing"
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return disguise(file.read(HEAD))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ldm_vae.core import files
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.quarantine import BadImage
 
@@ -24,13 +24,7 @@ MAX_BYTES = 2**30  # a larger "image" is a disk image under a wrong name
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """A file's bytes. Raises BadImage when it cannot be read, is no plain file (a FIFO would hang) or is enormous."""
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise BadImage("not a plain file")
-            if status.st_size > MAX_BYTES:
-                raise BadImage(f"a file of {status.st_size / 2**30:.1f} GiB, the limit is {MAX_BYTES / 2**30:.0f}")
-            return file.read()
+        return files.read_bytes(path, MAX_BYTES)
     except (OSError, ValueError) as error:
         raise BadImage(_reason(error)) from error
 

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from ldm_vae.core.config import Section, read_yaml, validate
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.files import read_bytes
 from ldm_vae.core.validation import first_line, parse_json
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.flags import Resize
@@ -164,8 +165,12 @@ def read_beside(config: Path) -> Preprocessing | None:
         UsageError: the file is damaged, or too new.
     """
     path = config.with_name(FILE)
-    if path.is_file():
-        return parse(path.read_bytes(), path)
+    if path.exists():
+        try:
+            content = read_bytes(path)
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {error}") from error
+        return parse(content, path)
     folder = config.parent
     return _of_old_run(folder.parent) if folder.name == "vae" else None
 
@@ -193,7 +198,7 @@ def read_hub(repo: str, subfolder: str | None = None) -> Preprocessing | None:
 
     name = FILE if subfolder is None else f"{subfolder}/{FILE}"
     try:
-        return parse(Path(hf_hub_download(repo, name)).read_bytes(), f"VAE {repo}: {name}")
+        return parse(read_bytes(hf_hub_download(repo, name)), f"VAE {repo}: {name}")
     except UsageError:
         raise
     except Exception as error:  # the network's errors are requests', httpx' or its own, by version

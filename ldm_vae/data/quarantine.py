@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ldm_vae.core.errors import WorkError
+from ldm_vae.core.files import LARGEST, read_bytes
 from ldm_vae.core.text import lines
 from ldm_vae.core.validation import parse_json
 
@@ -123,7 +124,7 @@ def read_quarantine(path: str | os.PathLike[str]) -> list[Bad]:
     """The entries of a quarantine.jsonl, each key once; a line cut off by a crash is left out; no file, no entries."""
     entries: dict[str, Bad] = {}
     if Path(path).exists():
-        for line in lines(Path(path).read_text(encoding="utf-8", errors="replace")):
+        for line in lines(read_bytes(path, LARGEST).decode(errors="replace")):
             try:
                 raw = parse_json(line)
                 entries.setdefault(raw["key"], Bad(raw["key"], raw["reason"]))

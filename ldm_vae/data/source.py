@@ -72,7 +72,7 @@ class SourceConfig(Part):
     """Split of a dataset."""
     max_bad: float = Field(1.0, ge=0.0, le=1.0)
     """Share of unusable images above which the work stops (1: never, with a warning above 1 %)."""
-    channels: int = Field(3, ge=1)
+    channels: int = Field(3, ge=1, le=2**16)
     """Channels of the decoded images: 1 (grey), 3 (RGB), 4 (RGBA); any number for .npy files and array columns."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour behind transparent pixels, 0 to 255 each."""

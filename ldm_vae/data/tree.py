@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
+from ldm_vae.core.files import open_plain
 from ldm_vae.core.ownership import MARK
 
 logger = logging.getLogger(__name__)
@@ -139,17 +140,19 @@ def walk(root: Path, extensions: frozenset[str], left_out: LeftOut | None = None
     entered: set[tuple[int, int]] = set()
     links: list[str] = []
 
-    def enter(folder: Path, prefix: str) -> None:
+    def enter(prefix: str) -> list[str]:
+        """Look at a folder; returns those in it."""
+        folder, inner = root / prefix, []
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in entered:
             left_out.links[prefix] = None
-            return
+            return []
         entered.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as scan:
             entries = sorted(scan, key=lambda entry: entry.name)
         if prefix and is_written({entry.name for entry in entries}):
             left_out.written[prefix] = None
-            return
+            return []
         for entry in entries:
             name, path = entry.name, prefix + entry.name
             ending = os.path.splitext(name)[1].lower()
@@ -166,17 +169,18 @@ def walk(root: Path, extensions: frozenset[str], left_out: LeftOut | None = None
             elif is_folder and entry.is_symlink():
                 links.append(path)
             elif is_folder:
-                enter(Path(entry.path), f"{path}/")
+                inner.append(f"{path}/")
             elif ending in extensions:
                 found.append(path)
             elif entry.is_file():
                 left_out.look(path, lambda path: _head(root / path))
+        return inner
 
-    enter(root, "")
-    while links:
-        # breadth first: in an order that does not depend on the file system
-        for link in [links.pop(0) for _ in range(len(links))]:
-            enter(root / link, f"{link}/")
+    # a stack, since a tree may be deeper than Python's
+    folders = [""]
+    while folders or links:
+        # links breadth first: in an order that does not depend on the file system
+        folders += reversed(enter(folders.pop() if folders else f"{links.pop(0)}/"))
     return sorted(found)
 
 
@@ -215,7 +219,7 @@ def members(names: Iterable[str], extensions: frozenset[str], left_out: LeftOut,
 
 def _head(path: Path) -> bytes:
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+        with open_plain(path) as file:
             return file.read(HEAD)
     except OSError:
         return b""

@@ -58,7 +58,7 @@ class DiffusionTraining(RunConfig):
     """Of the pictures and of what is measured; other samplers can be chosen later."""
     sample_every_images: int | None = Field(None, gt=0)
     """A grid of decoded samples in RUN/samples, of the averaged weights; there is one at the end in any case."""
-    sample_images: int = Field(32, gt=0)
+    sample_images: int = Field(32, gt=0, le=2**16)
     """Pictures in a grid; the same noise each time."""
     measure_images: int = Field(256, ge=0)
     """Samples that are compared with as many decoded latents at the end; 0: none."""

@@ -55,7 +55,7 @@ class SamplingConfig(Section):
 
     method: Literal["euler", "heun"] = "heun"
     """heun: second order, two calls of the network a step."""
-    steps: int = Field(25, gt=0)
+    steps: int = Field(25, gt=0, le=10_000)
     """Steps from noise to data."""
     guidance: float = Field(1.0, ge=0)
     """Classifier-free guidance (Ho & Salimans 2022): v = v(no label) + guidance (v(label) - v(no label)); 1 is none."""

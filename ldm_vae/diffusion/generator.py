@@ -24,6 +24,7 @@ from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.autoencoder.weights.networks import CONFIG, load_folder, read_config
 from ldm_vae.core import atomic_io, rng
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.files import read_bytes
 from ldm_vae.core.validation import parse_json, why_unreadable
 from ldm_vae.diffusion.flow import (
     Denoiser,
@@ -126,7 +127,7 @@ class Generator:
         network = load_folder(folder, place, _model_class(folder, place)).float().requires_grad_(False)
         check_weights(network, f"{place}: its {FOLDER}")
         try:
-            call = parse_json((folder / CALL).read_bytes())
+            call = parse_json(read_bytes(folder / CALL))
             channels, height, width = call["shape"]
             return cls(
                 denoiser=Denoiser(network, len(call["classes"])).eval(),

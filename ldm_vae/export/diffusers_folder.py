@@ -18,6 +18,7 @@ from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.files import read_bytes
 from ldm_vae.core.validation import parse_json
 from ldm_vae.data import preprocessing
 from ldm_vae.export.card import Card, card_name
@@ -117,7 +118,7 @@ def _save(vae: Any, folder: Path, max_shard_size: str, **variant: str) -> None:
 def read_statistics(path: Path) -> LatentStatistics:
     """Read the `statistics` of an export from the latent_statistics.json that `write_vae` wrote."""
     try:
-        return LatentStatistics.from_json(parse_json(path.read_bytes()))
+        return LatentStatistics.from_json(parse_json(read_bytes(path)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: cannot be read as latent statistics: {error}") from error
 

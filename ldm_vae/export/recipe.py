@@ -13,6 +13,7 @@ import yaml
 
 from ldm_vae.core.config import read_yaml
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.files import LARGEST, read_bytes, read_text
 from ldm_vae.core.text import lines
 from ldm_vae.core.validation import first_line, parse_json
 
@@ -48,7 +49,7 @@ def base_license(base: str) -> str | None:
     card = Path(base) / "README.md"
     if not card.is_file():
         return None
-    head = card.read_text(encoding="utf-8").split("---")
+    head = read_text(card).split("---")
     tree = yaml.safe_load(head[1]) if len(head) > 2 else None
     found = tree.get("license") if isinstance(tree, dict) else None
     return found if isinstance(found, str) else None
@@ -111,7 +112,7 @@ def _log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in lines(path.read_text(encoding="utf-8")):
+    for line in lines(read_text(path, LARGEST)):
         with contextlib.suppress(ValueError):  # a line that a kill cut short
             rows.append(parse_json(line))
     return [row for row in rows if isinstance(row, dict) and "images" in row]
@@ -119,6 +120,6 @@ def _log(path: Path) -> list[dict[str, Any]]:
 
 def _json(path: Path) -> Any:
     try:
-        return parse_json(path.read_bytes()) if path.is_file() else None
+        return parse_json(read_bytes(path)) if path.is_file() else None
     except ValueError as error:
         raise UsageError(f"{path}: not readable as JSON: {first_line(error)}") from error

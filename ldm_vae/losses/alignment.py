@@ -18,6 +18,7 @@ from torch import nn
 from ldm_vae.autoencoder.trainable import Reconstruction
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.frozen_module import Frozen
+from ldm_vae.core.numbers import Channels
 from ldm_vae.losses import TermConfig
 from ldm_vae.perceptual.features import spatial_network
 
@@ -69,7 +70,7 @@ class Config(TermConfig):
     """The paper's 0.1 is on top of an adaptive weight; this one is fixed."""
     features: str = "efflite0"
     """A DINOv2 (a transformers folder or hub id), or efflite0: EfficientNet-Lite0 of the extra `features`."""
-    latent_channels: int = 4
+    latent_channels: Channels = 4
     """The model's, for the projection."""
     cosine_margin: float = Field(0.5, ge=0)
     """m1: likeness beyond 1 - m1 is not asked for."""

@@ -48,7 +48,7 @@ class Config(TermConfig):
     """Haar wavelet coefficients."""
 
     kind: Literal["haar"] = "haar"
-    levels: int = Field(3, ge=1)
+    levels: int = Field(3, ge=1, le=16)
     """Halvings; crops are multiples of 2 ** levels."""
 
     def build(self) -> Haar:

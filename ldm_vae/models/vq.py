@@ -22,7 +22,7 @@ class Config(Part):
     """Channels of an image."""
     latent_channels: Channels = 4
     """Channels of a code; also those between encoder and decoder."""
-    num_vq_embeddings: int = Field(16384, gt=1)
+    num_vq_embeddings: int = Field(16384, gt=1, le=2**24)
     """Codes K in the codebook."""
     block_out_channels: tuple[Channels, ...] = (128, 256, 512, 512)
     """Widths per resolution, first to last; each step but the last halves the resolution."""

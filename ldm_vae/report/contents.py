@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm_vae.core.config import read_yaml
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.files import LARGEST, read_bytes, read_text
 from ldm_vae.core.text import lines
 from ldm_vae.core.validation import parse_json
 
@@ -84,12 +85,12 @@ def _is_run(folder: Path) -> bool:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return read_text(path, LARGEST) if path.is_file() else ""
 
 
 def _json(path: Path) -> Any:
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read_bytes(path, LARGEST))
     except (OSError, ValueError) as error:
         raise WorkError(f"{path}: not readable as JSON: {error}") from error
 

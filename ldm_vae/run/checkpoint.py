@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import WorkError
+from ldm_vae.core.files import read_bytes
 from ldm_vae.core.validation import first_line, parse_json
 
 PREFIX = "images-"
@@ -122,7 +123,7 @@ def load(checkpoint: Path, objects: Mapping[str, Stateful]) -> dict[str, Any]:
     """
     try:
         tensors = load_file(checkpoint / "tensors.safetensors")
-        state = parse_json((checkpoint / "state.json").read_bytes())
+        state = parse_json(read_bytes(checkpoint / "state.json"))
         for key, thing in objects.items():
             thing.load_state_dict(unpack(state["objects"][key], tensors))
         info: dict[str, Any] = dict(state["info"])
@@ -166,7 +167,7 @@ def _newest_first(folder: Path) -> list[Path]:
 
 def _damage(checkpoint: Path) -> str | None:
     try:
-        sums = parse_json((checkpoint / CHECKSUMS).read_bytes())
+        sums = parse_json(read_bytes(checkpoint / CHECKSUMS))
         wrong = [file for file in FILES if _sha256(checkpoint / file) != sums.get(file)]
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"

@@ -39,7 +39,7 @@ class RunConfig(Section):
     """The run folder; an existing one of the same config is resumed."""
     seed: Seed = 0
     """Of the weights, the order of the data and all noise; each draw is keyed."""
-    train_batch_size: int = Field(8, gt=0)
+    train_batch_size: int = Field(8, gt=0, le=2**20)
     """Images per process and micro-batch."""
     gradient_accumulation_steps: int = Field(1, gt=0)
     """Micro-batches per update; an adversary's adaptive weight is computed in each."""
@@ -72,7 +72,7 @@ class RunConfig(Section):
     """A checkpoint that resume starts from."""
     checkpoints_total_limit: int | None = Field(2, gt=0)
     """How many checkpoints are kept; a best one, where there is such a thing, is kept beside them."""
-    dataloader_num_workers: int = Field(2, ge=0)
+    dataloader_num_workers: int = Field(2, ge=0, le=1024)
     """Processes that read the data, per training process; the result does not depend on it."""
     ddp_timeout: int = Field(DDP_TIMEOUT, gt=0)
     """Seconds that a process waits for another one which hangs before the run ends (one that died is noticed at once).

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
-Fault = Literal["500", "404", "cut", "corrupt", "stall"]
+Fault = Literal["500", "404", "cut", "corrupt", "stall", "endless", "bomb"]
+
+
+FLOOD = 1 << 28  # bytes; without a bound all of them are taken
 
 
 class Upstream:
@@ -23,6 +28,7 @@ class Upstream:
         self.go_on = threading.Event()
         self.lock = threading.Lock()
         self.url = ""
+        self.flooded = 0  # bytes of floods that were sent, decoded
 
     def next_fault(self, name: str) -> Fault | None:
         """The fault that this request for it meets."""
@@ -46,6 +52,9 @@ def serving(root: Path) -> Iterator[Upstream]:
                 return
             content = path.read_bytes()
             self.send_response(200)
+            if fault in ("endless", "bomb"):
+                self._flood(gzipped=fault == "bomb")
+                return
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             half = len(content) // 2
@@ -59,6 +68,19 @@ def serving(root: Path) -> Iterator[Upstream]:
                 self.close_connection = True
                 return
             self.wfile.write(content)
+
+        def _flood(self, gzipped: bool) -> None:
+            """Send FLOOD bytes as they are, or 2 % of them that are as many when they are decoded."""
+            if gzipped:
+                self.send_header("Content-Encoding", "gzip")
+            self.end_headers()
+            self.close_connection = True
+            packer = zlib.compressobj(wbits=31)
+            with contextlib.suppress(ConnectionError):  # the client has had enough
+                for _ in range(FLOOD >> 20):
+                    piece = bytes(1 << 20)
+                    self.wfile.write(packer.compress(piece) + packer.flush(zlib.Z_SYNC_FLUSH) if gzipped else piece)
+                    upstream.flooded += len(piece)
 
         def log_message(self, format: str, *args: object) -> None:
             """Silent."""

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ldm_vae.autoencoder.weights import ldm_keys
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.files import open_plain, read_bytes
 from ldm_vae.core.validation import (
     disguised_file,
     first_line,
@@ -90,11 +91,11 @@ def refuse_disguise(path: Path, place: str) -> None:
     try:
         what = disguised_file(path)
         if what is None:
-            with path.open("rb") as file:
+            with open_plain(path) as file:
                 if file.read(4) == b"GGUF":
                     what = "is a GGUF file, whose weights are quantised; give the safetensors file"
     except OSError as error:
-        raise UsageError(f"{place}: {path.name} cannot be read: {error.strerror}") from error
+        raise UsageError(f"{place}: {path.name} cannot be read: {error.strerror or error}") from error
     if what is not None:
         raise UsageError(f"{place}: {path.name} {what}")
 
@@ -208,7 +209,7 @@ def read_index(index: Path, place: str) -> list[str]:
     """The names of the shards that an index.json has. Raises UsageError unless they are files of its own folder."""
     refuse_disguise(index, place)
     try:
-        shards = sorted(set(parse_json(index.read_bytes())["weight_map"].values()), key=str)
+        shards = sorted(set(parse_json(read_bytes(index))["weight_map"].values()), key=str)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{place}: {index.name} cannot be read as an index of shards: {first_line(error)}") from error
     strange = [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]

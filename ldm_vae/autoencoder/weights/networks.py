@@ -25,6 +25,7 @@ from ldm_vae.autoencoder.weights.files import (
 )
 from ldm_vae.autoencoder.weights.names import fit
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.files import read_bytes
 from ldm_vae.core.validation import check_model_config, first_line, parse_json
 
 CLASSES = {model.__name__: model for model in (AutoencoderKL, VQModel, AutoencoderTiny)}
@@ -49,7 +50,7 @@ def read_config(path: Path, place: str) -> dict[str, Any]:
     """A model's config.json. Raises UsageError where it is none."""
     refuse_disguise(path, place)
     try:
-        config = parse_json(path.read_bytes())
+        config = parse_json(read_bytes(path))
         check_model_config(config)
     except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
         raise UsageError(f"{place}: {path.name} is no model's config: {first_line(error)}") from error

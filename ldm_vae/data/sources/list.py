@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm_vae.core import files
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.paths import expanded
 from ldm_vae.core.text import decode, lines
@@ -44,7 +45,10 @@ class ListSource:
         self.decoding = decoding
         self.root, self.name = path.parent, str(path)
         first_at: dict[str, int] = {}
-        data = path.read_bytes()
+        try:
+            data = files.read_bytes(path, files.LARGEST)
+        except OSError as error:
+            raise UsageError(f"data {path}: cannot be read: {error}") from error
         try:
             text = decode(data)
         except ValueError as error:

@@ -7,8 +7,10 @@ like any other source. Shards behind a URL, or compressed, are read in order (ld
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tarfile
+import time
 import urllib.request
 from array import array
 from collections.abc import Iterator, Sequence
@@ -20,6 +22,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.files import WINDOW, Transfer
 from ldm_vae.core.validation import why_unreadable
 from ldm_vae.data import tars
 from ldm_vae.data.decoding import Decoding
@@ -29,6 +32,8 @@ from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.source import Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
 from ldm_vae.data.stream import InOrderOnly
+
+clock = time.monotonic
 
 
 class Config(SourceConfig):
@@ -209,12 +214,29 @@ class TarStream(InOrderOnly):
 def _open(shard: str) -> Any:
     """A file or URL for reading in order; http by the standard library, other schemes (s3, gs, hf) by fsspec."""
     if shard.startswith(("http://", "https://")):
-        return urllib.request.urlopen(shard, timeout=60)
+        return _Paced(urllib.request.urlopen(shard, timeout=WINDOW))
     if "://" in shard:
         import fsspec
 
         return fsspec.open(shard, "rb")
     return open(shard, "rb")
+
+
+class _Paced(contextlib.closing[Any]):
+    """An answer over http that is read as it comes, and given up when next to nothing does."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__(answer)
+        self._answer, self._transfer = answer, Transfer(None)
+
+    def __enter__(self) -> _Paced:
+        return self
+
+    def read(self, size: int) -> bytes:
+        began = clock()
+        data: bytes = self._answer.read1(size)  # `read` waits for all of them, at whatever pace
+        self._transfer.add(len(data), clock() - began)
+        return data
 
 
 def _keep_bytes(archive: tarfile.TarFile, bytes_of: dict[str, bytes]) -> Iterator[tars.Member]:

@@ -22,6 +22,7 @@ from ldm_vae.autoencoder.latents import Moments, Normalisation
 from ldm_vae.core import atomic_io, rng
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.files import LARGEST, read_bytes
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.layout import (
     FLIP,
@@ -80,7 +81,7 @@ def read_carried(folder: Path) -> Carried | None:
         return None
     if path.stat().st_size > MOST_JSON:
         raise WorkError(f"{path}: larger than {MOST_JSON:,} bytes")
-    return parse_carried(path.read_bytes(), path)
+    return parse_carried(read_bytes(path, LARGEST), path)
 
 
 def tensors_of(identity: Identity) -> list[str]:

@@ -22,6 +22,8 @@ from pydantic import Field, ValidationError, model_validator
 from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.files import LARGEST as LARGEST_FILE
+from ldm_vae.core.files import read_bytes
 from ldm_vae.core.validation import (
     HEAD,
     check_model_config,
@@ -265,7 +267,7 @@ def place_of(store: str | Path) -> str | Path:
 
 def _local(store: Path) -> bytes:
     try:
-        return manifest_path(store).read_bytes()
+        return read_bytes(manifest_path(store), LARGEST_FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(
             f"store {store}: no manifest.json there; `ldm-vae encode VAE DATA {store}` makes one"

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from tqdm import tqdm
 
 from ldm_vae.core.config import Section
+from ldm_vae.core.files import LARGEST, read_bytes
 from ldm_vae.data.source import Source
 from ldm_vae.latent_store.format.layout import PLAN, UNITS, shard_path
 from ldm_vae.latent_store.format.manifest import (
@@ -117,7 +118,7 @@ def fresh_plan(source: SourceIdentity) -> Plan:
 def read_plan(store: Path, units_so_far: int) -> Plan | None:
     """The update that is under way; None when there is none, or when it was merged and only its file is left."""
     try:
-        plan = Plan.model_validate_json((store / PLAN).read_bytes())
+        plan = Plan.model_validate_json(read_bytes(store / PLAN, LARGEST))
     except (OSError, ValidationError):
         return None
     # a merge counts its units in the manifest, so a smaller first unit is that of a merged plan
@@ -142,7 +143,7 @@ def record_path(store: Path, unit: int) -> Path:
 def read_record(store: Path, unit: int, work: str) -> UnitRecord | None:
     """A unit's record; None when the unit is to be done: there is none, it is damaged, or of other work."""
     try:
-        record = UnitRecord.model_validate_json(record_path(store, unit).read_bytes())
+        record = UnitRecord.model_validate_json(read_bytes(record_path(store, unit), LARGEST))
     except (OSError, ValidationError):
         return None
     # of another identity or plan: the unit of this number is another one

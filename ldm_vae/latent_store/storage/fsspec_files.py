@@ -1,8 +1,9 @@
 """Files of a store that lies at a URL: any file system that fsspec knows (s3, gs, hf, http, memory, ...).
 
 A file is fetched whole, under a temporary name, compared with the manifest's size and checksum, and only then given its
-name: an interrupted or damaged download is never a shard. What may pass (a lost connection, a server's 500, a body that
-ends early) is tried again after a growing, jittered wait; what stays wrong ends in one sentence.
+name: an interrupted or damaged download is never a shard. Never more bytes are taken than the manifest says, or LARGEST
+of a file that it does not name. What may pass (a lost connection, a server's 500, a body that ends early or stands
+still) is tried again after a growing, jittered wait; what stays wrong ends in one sentence.
 
 Credentials and options are those that fsspec finds: the cloud's own environment variables, or fsspec's configuration
 (FSSPEC_S3='{"anon": true}').
@@ -14,18 +15,21 @@ import errno
 import itertools
 import os
 import random
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.files import LARGEST, OversizeError, Transfer
 from ldm_vae.latent_store.storage.file_record import FileRecord, checksum
 
 T = TypeVar("T")
@@ -36,6 +40,7 @@ CONNECT_TIMEOUT, READ_TIMEOUT = 30.0, 60.0  # seconds without a byte; aiohttp's 
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # of the local disk: `publish` says what it is
 _PASSING = {408, 425, 429}  # of HTTP's 4xx: timeout, too early, too many requests
+clock = time.monotonic
 _jitter = random.SystemRandom()  # never the global generator
 
 
@@ -48,19 +53,22 @@ class _MismatchError(Exception):
 
 
 def read(url: str) -> bytes:
-    """The content of a small file, as it is there now.
+    """The content of a file that no manifest describes, as it is there now.
 
     Raises:
         UsageError: no such file system, or its package is not installed.
         AbsentError: no such file.
-        WorkError: it cannot be read.
+        WorkError: it cannot be read, or has more than LARGEST bytes.
     """
 
     def work() -> bytes:
-        files, path = _open(url)
+        files, remote = _open(url)
         files.invalidate_cache()  # listings of an earlier look
-        content: bytes = files.cat_file(path)
-        return content
+        # by way of the disk: a file on its way has an end there, and costs no memory until it has come
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "content")
+            _get(files, remote, path, LARGEST)
+            return path.read_bytes()
 
     return _patiently(url, work, ATTEMPTS)
 
@@ -80,7 +88,7 @@ def download(url: str, path: Path, record: FileRecord, *, attempts: int = ATTEMP
     def attempt(temporary: Path) -> None:
         files, remote = _open(url)
         try:
-            files.get_file(remote, str(temporary))
+            _get(files, remote, temporary, record.bytes)
         except Exception as error:
             listed = bool(
                 files.dircache
@@ -88,7 +96,7 @@ def download(url: str, path: Path, record: FileRecord, *, attempts: int = ATTEMP
             files.invalidate_cache()
             if not (listed and isinstance(error, FileNotFoundError)):
                 raise
-            files.get_file(remote, str(temporary))
+            _get(files, remote, temporary, record.bytes)
         found = checksum(temporary)
         if found == record:
             return
@@ -105,6 +113,25 @@ def download(url: str, path: Path, record: FileRecord, *, attempts: int = ATTEMP
     atomic_io.replace_by(path, fetch)
 
 
+class _Watch(Callback):  # type: ignore[misc]
+    """Watch of a file on its way, told by fsspec of each piece that was written."""
+
+    def __init__(self, largest: int) -> None:
+        super().__init__()
+        self._transfer, self._last = Transfer(largest), clock()
+
+    def relative_update(self, inc: int = 1) -> None:
+        last, self._last = self._last, clock()
+        self._transfer.add(inc, self._last - last)
+
+
+def _get(files: Any, remote: str, path: Path, largest: int) -> None:
+    """Fetch a file, of at most `largest` bytes. Raises whatever the file system does, OversizeError, StalledError."""
+    # the hub's own way tells a callback nothing; by a stream it does
+    options = {"block_size": 0} if "hf" in files.protocol else {}
+    files.get_file(remote, str(path), callback=_Watch(largest), **options)
+
+
 def _open(url: str) -> tuple[Any, str]:
     """The file system and the path on it; per process and thread, by fsspec's own cache."""
     scheme = url.partition("://")[0]
@@ -114,7 +141,9 @@ def _open(url: str) -> tuple[Any, str]:
             import aiohttp
 
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
-            options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}  # proxies as the environment has them
+            # proxies as the environment has them; bytes as they are stored
+            client = {"timeout": timeout, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}
+            options = {"client_kwargs": client}
         elif scheme == "hf" and os.environ.get("HF_ENDPOINT"):  # else a file system of another endpoint is given again
             options = {"endpoint": os.environ["HF_ENDPOINT"]}
         files, path = url_to_fs(url, **options)
@@ -134,9 +163,9 @@ def _patiently(url: str, work: Callable[[], T], attempts: int) -> T:
             return work()
         except (UsageError, WorkError):
             raise
-        except FileNotFoundError as error:
-            raise AbsentError(f"{url}: no such file there") from error
         except Exception as error:  # each file system has errors of its own
+            if isinstance(error, FileNotFoundError) or _status(error) == 404:
+                raise AbsentError(f"{url}: no such file there") from error
             if isinstance(error, OSError) and error.errno in _DISK:
                 raise  # to `publish`, which says it in a sentence
             if attempt == attempts or _is_final(error):
@@ -148,11 +177,16 @@ def _patiently(url: str, work: Callable[[], T], attempts: int) -> T:
 
 def _is_final(error: Exception) -> bool:
     """True for an error that another attempt cannot help: refused, forbidden, or not possible at all."""
+    if (status := _status(error)) is not None:
+        return 400 <= status < 500 and status not in _PASSING
+    final = OversizeError | PermissionError | OfflineModeIsEnabled | NotImplementedError | ValueError | TypeError
+    return isinstance(error, final)
+
+
+def _status(error: Exception) -> int | None:
     # aiohttp's errors have `status`, those of requests a response with one
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(status, int):
-        return 400 <= status < 500 and status not in _PASSING
-    return isinstance(error, PermissionError | OfflineModeIsEnabled | NotImplementedError | ValueError | TypeError)
+    return status if isinstance(status, int) else None
 
 
 def _sentence(error: Exception) -> str:

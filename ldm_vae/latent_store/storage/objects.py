@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from ldm_vae.core import atomic_io
+from ldm_vae.core.files import LARGEST, read_bytes
 from ldm_vae.latent_store.storage.file_record import FileRecord, checksum
 
 Write = Callable[["HashedFile"], None]  # write the content, the same at each call
@@ -76,7 +77,7 @@ class LocalFolder:
         atomic_io.replace(self.root / name, atomic_io.data(content))
 
     def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
+        return read_bytes(self.root / name, LARGEST)
 
     def names(self, folder: str) -> list[str]:
         paths = (self.root / folder).iterdir()
