@@ -10,7 +10,7 @@ import pytest
 from repository import ROOT
 from sentences import refused
 
-from ldm_vae.core import config
+from ldm_vae.core import config, config_file
 from ldm_vae.core.config import (
     Part,
     Section,
@@ -214,7 +214,7 @@ def test_a_file_that_has_no_end_or_two_meanings_is_refused(tmp_path: Path, text:
         file.truncate(2**30)
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UsageError, match=says):
-        config.read_yaml(write(tmp_path, text))
+        config_file.read_yaml(write(tmp_path, text))
 
 
 @pytest.mark.parametrize("kind", ["..os", ".", "os", "os.path", "os.", "../os"])

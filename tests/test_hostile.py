@@ -30,7 +30,7 @@ from stores import SETTINGS
 from training_runs import write_config
 
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.core import config
+from ldm_vae.core import config, config_file
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.validation import check_model_config
 from ldm_vae.data.ordered import ordered_loader
@@ -222,7 +222,7 @@ def test_yaml_without_an_end_or_a_section(tmp_path: Path, text: str, field: str)
 def test_aliases_of_a_few_values_are_read(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("data: &photos {kind: folder, path: p}\nvalidation_data: {<<: *photos, path: q}\nlosses: {}\n")
-    read = config.read_yaml(path)
+    read = config_file.read_yaml(path)
     assert read["data"] == {"kind": "folder", "path": "p"} and read["validation_data"] == read["data"] | {"path": "q"}
 
 

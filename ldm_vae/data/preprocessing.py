@@ -15,7 +15,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from ldm_vae.core.config import Section, read_yaml, validate
+from ldm_vae.core.config import Section, validate
+from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.files import read_bytes
 from ldm_vae.core.validation import first_line, parse_json

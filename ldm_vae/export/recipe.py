@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ldm_vae.core.config import read_yaml
+from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.files import LARGEST, read_bytes, read_text
 from ldm_vae.core.text import lines

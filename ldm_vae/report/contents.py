@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm_vae.core.config import read_yaml
+from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.files import LARGEST, read_bytes, read_text
 from ldm_vae.core.text import lines
