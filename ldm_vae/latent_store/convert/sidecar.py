@@ -25,10 +25,8 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.layout import (
     FLIP,
-    PIXELS,
     SAFETENSORS_DTYPES,
     TENSOR_NAMES,
-    crops_of,
     tensor_name,
 )
 from ldm_vae.latent_store.format.manifest import Identity, Manifest
@@ -37,7 +35,6 @@ from ldm_vae.latent_store.maintain.repack import Samples, Tensors
 
 STORE_JSON = "store.json"
 MOST_JSON = 1 << 28  # bytes of JSON that are read at once
-MOST_CODES = 1 << 31
 BYTES = "__base64__"
 
 
@@ -56,16 +53,10 @@ class Carried(Section):
 def parse_carried(text: str | bytes, where: object) -> Carried:
     """Parse JSON. Raises WorkError when it is not what `Carried` says."""
     try:
-        carried = Carried.model_validate_json(text)
+        return Carried.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         raise WorkError(f"{where}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from error
-    identity = carried.manifest.identity
-    indices = identity.store == "indices"
-    sound = identity.shard_size > 0 and identity.resolution and identity.views and identity.views[0] == ""
-    if not sound or indices != (identity.codes is not None) or not 0 < (identity.codes or 1) <= MOST_CODES:
-        raise WorkError(f"{where}: its identity is not that of a latent store")
-    return carried
 
 
 def write_carried(folder: Path, carried: Carried) -> None:
@@ -81,12 +72,6 @@ def read_carried(folder: Path) -> Carried | None:
     if path.stat().st_size > MOST_JSON:
         raise WorkError(f"{path}: larger than {MOST_JSON:,} bytes")
     return parse_carried(path.read_bytes(), path)
-
-
-def tensors_of(identity: Identity) -> list[str]:
-    """Names of the tensors in a store's shards, in their order."""
-    names = [tensor_name(name, view) for view in identity.views for name in TENSOR_NAMES[identity.store]]
-    return names + ([tensor_name(PIXELS, crop) for crop in crops_of(identity.views)] if identity.pixels else [])
 
 
 def as_numbers(identity: Identity, tensors: Tensors) -> Tensors:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
 from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.core import config
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.validation import (
@@ -28,15 +29,18 @@ from ldm_vae.core.validation import (
     disguise,
     parse_json,
 )
+from ldm_vae.latent_store.format.codes import Usage
 from ldm_vae.latent_store.format.layout import (
     EXTENSIONS,
     FORMAT,
     VERSION,
+    VIEWS,
     ComputeDtype,
     StorageDtype,
     StoreKind,
 )
 from ldm_vae.latent_store.format.layout import MANIFEST as MANIFEST  # part of this module's interface
+from ldm_vae.latent_store.format.statistics import Measured
 from ldm_vae.latent_store.storage.file_record import FileRecord
 from ldm_vae.latent_store.storage.objects import LocalFolder
 
@@ -71,6 +75,17 @@ class Identity(Section):
     codes: int | None = None
     """Codes in the codebook, where indices are stored."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Identity:
+        numbers = (*self.resolution, *(self.tile or ()), self.bucket_step or 1, self.codes or 1)
+        if not self.resolution or not all(0 < number <= LARGEST for number in numbers):
+            raise ValueError("resolution, tile, bucket_step and codes: expected numbers above 0")
+        if (self.store == "indices") != (self.codes is not None):
+            raise ValueError(f"codes: expected their number for indices alone, got {self.codes} for {self.store}")
+        if self.views[:1] != ("",) or len({*self.views, *VIEWS}) > len(VIEWS) or len({*self.views}) < len(self.views):
+            raise ValueError(f"views: expected the centre crop first, then some of {', '.join(VIEWS[1:])}")
+        return self
+
     @property
     def digest(self) -> str:
         """SHA-256 of the fields that are not at their default, so that a new field with a default changes nothing."""
@@ -89,8 +104,8 @@ class SourceIdentity(Section):
 class Settings(Section):
     """Settings that units were computed with. Equal settings promise equal bytes, others equality to rounding."""
 
-    batch_size: int
-    threads: int
+    batch_size: int = Field(gt=0)
+    threads: int = Field(gt=0)
     device: str
     memory_format: str
     torch: str
@@ -178,13 +193,39 @@ class Manifest(Section):
     source: SourceIdentity
     recorded: Recorded
     settings: tuple[Settings, ...] = ()
-    units: int = 0
+    units: int = Field(0, ge=0)
     """Units so far: the number of the next one."""
-    samples: int = 0
-    quarantined: int = 0
+    samples: int = Field(0, ge=0)
+    quarantined: int = Field(0, ge=0)
     columns: dict[str, str] = Field(default_factory=dict)
     statistics: dict[str, Any] | None = None
     shards: tuple[ShardRecord, ...] = ()
+
+    def check_contents(self) -> None:
+        """Raises ValueError unless the parts of a finished store agree: names, shapes and counts of its shards, its
+        statistics and the normalisation."""
+        names, shapes = [shard.name for shard in self.shards], {shard.shape for shard in self.shards}
+        if len({*names}) < len(names):
+            raise ValueError("shards: two have one name")
+        if (live := sum(shard.live for shard in self.shards)) != self.samples or not live:
+            raise ValueError(f"samples: {self.samples:,}, its shards have {live:,}")
+        if self.identity.codes is not None:
+            usage = config.validate(Usage, self.statistics or {}, "statistics")
+            images, good = usage.images, usage.codes == self.identity.codes and all(len(one) == 2 for one in shapes)
+        else:
+            measured = config.validate(Measured, self.statistics or {}, "statistics")
+            used, channels = self.normalisation.latents_mean, len(measured.mean)
+            images, good = measured.images, all(len(one) == 3 and one[0] == channels for one in shapes)
+            good = good and (used is None or len(used) == channels)
+        if not good:
+            raise ValueError("shards, statistics and normalisation: expected one number of channels, or of codes")
+        if images != live * len(self.identity.views):
+            raise ValueError(f"statistics: of {images:,} latents, the store has {live * len(self.identity.views):,}")
+
+    @property
+    def batch_size(self) -> int:
+        """Of the newest settings; without any (latents of another program) a usual one."""
+        return self.settings[-1].batch_size if self.settings else 8
 
     @property
     def normalisation(self) -> Normalisation:
@@ -235,11 +276,16 @@ def read_manifest(store: str | Path) -> Manifest:
             "use the version of ldm-vae that wrote it, or a newer one"
         )
     try:
-        return Manifest.model_validate(tree)
+        manifest = Manifest.model_validate(tree)
+        if manifest.complete:
+            manifest.check_contents()
+        return manifest
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise WorkError(f"store {store}: manifest.json is damaged: `{where}`: {first['msg']}") from error
+    except ValueError as error:
+        raise WorkError(f"store {store}: manifest.json is damaged: {error}") from error
 
 
 def read_finished(store: str | Path) -> Manifest:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm_vae.core.text import lines
+from ldm_vae.core.errors import WorkError
+from ldm_vae.core.text import decode, lines
+from ldm_vae.core.validation import why_unreadable
 from ldm_vae.latent_store.format.layout import QUARANTINE
 from ldm_vae.latent_store.format.work_units import BadSample
 from ldm_vae.latent_store.storage.objects import LocalFolder
@@ -19,9 +21,11 @@ def write_quarantine(store: Path, bad: Sequence[BadSample]) -> None:
 
 
 def read_quarantine(store: Path) -> list[BadSample]:
-    """The entries of quarantine.jsonl; none where there is no such file."""
+    """The entries of quarantine.jsonl; none where there is no such file. Raises WorkError for one that is damaged."""
     try:
-        text = LocalFolder(store).read(QUARANTINE).decode()
+        text = decode(LocalFolder(store).read(QUARANTINE))
+        return [BadSample.model_validate_json(line) for line in lines(text)]
     except FileNotFoundError:
         return []
-    return [BadSample.model_validate_json(line) for line in lines(text)]
+    except (OSError, ValueError) as error:
+        raise WorkError(f"{store / QUARANTINE}: cannot be read: {why_unreadable(store / QUARANTINE, error)}") from error

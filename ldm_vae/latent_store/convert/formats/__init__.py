@@ -23,10 +23,9 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.convert.import_rows import Claim, ForeignPiece, Load
 from ldm_vae.latent_store.convert.sidecar import Carried
 from ldm_vae.latent_store.format.layout import (
-    CORNERS,
-    FLIP,
     PIXELS,
     TENSOR_NAMES,
+    VIEWS,
     tensor_name,
 )
 from ldm_vae.latent_store.format.manifest import Identity, Manifest
@@ -99,8 +98,7 @@ def is_tensor(name: str) -> bool:
     """True for the name of a column or member that holds latents or pixels."""
     tensor, _, view = name.partition(".")
     known = {"latents", PIXELS, *(name for names in TENSOR_NAMES.values() for name in names)}
-    views = {"", FLIP, *CORNERS, *(f"{corner}.{FLIP}" for corner in CORNERS)}
-    return tensor in known and view in views
+    return tensor in known and view in VIEWS
 
 
 class Format(Protocol):

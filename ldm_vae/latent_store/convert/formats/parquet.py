@@ -36,12 +36,12 @@ from ldm_vae.latent_store.convert.sidecar import (
     Carried,
     as_numbers,
     parse_carried,
-    tensors_of,
 )
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.layout import ROWS, shard_path
 from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.quarantine import read_quarantine
+from ldm_vae.latent_store.format.rows import tensors_of
 from ldm_vae.latent_store.maintain.merge_split import StoredPiece
 from ldm_vae.latent_store.maintain.repack import Integers, Samples, Tensors
 
