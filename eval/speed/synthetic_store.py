@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     MAPPED_ROWS,
     ROWS,
@@ -21,7 +22,6 @@ from ldm_vae.latent_store.format.layout import (
     UNITS,
 )
 from ldm_vae.latent_store.format.manifest import (
-    Identity,
     Manifest,
     Recorded,
     Settings,

@@ -21,6 +21,7 @@ import torch
 from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     PIXELS,
     SAFETENSORS_DTYPES,
@@ -28,7 +29,6 @@ from ldm_vae.latent_store.format.layout import (
     passed_on,
     tensor_name,
 )
-from ldm_vae.latent_store.format.manifest import Identity
 from ldm_vae.latent_store.format.publication import Group
 from ldm_vae.latent_store.format.rows import tensors_of
 from ldm_vae.latent_store.maintain.repack import Integers, Samples, Tensors

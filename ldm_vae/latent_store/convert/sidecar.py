@@ -23,13 +23,14 @@ from ldm_vae.core import atomic_io, rng
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     FLIP,
     SAFETENSORS_DTYPES,
     TENSOR_NAMES,
     tensor_name,
 )
-from ldm_vae.latent_store.format.manifest import Identity, Manifest
+from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.work_units import BadSample
 from ldm_vae.latent_store.maintain.repack import Samples, Tensors
 
@@ -101,7 +102,7 @@ def draw(identity: Identity, tensors: Tensors, samples: Samples) -> dict[str, np
         if identity.store == "moments":
             logvar = torch.from_numpy(numbers[tensor_name("logvar", view)].astype(np.float32))
             # by the image's key, not by its place: the same sample whatever store it comes from
-            keys = [(_number(row["key"]), int(row["resolution"]), number) for row in samples]
+            keys = [(_number(row["key"]), int(row.get("resolution") or 0), number) for row in samples]
             z = Moments(z, logvar).sample(rng.normal(0, "converted sample", keys, z.shape[1:]))
         drawn[view] = z.numpy()
     return drawn

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.codes import CodeStatistics
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     PIXELS,
     SAFETENSORS_DTYPES,
@@ -20,7 +21,7 @@ from ldm_vae.latent_store.format.layout import (
     shard_path,
     tensor_name,
 )
-from ldm_vae.latent_store.format.manifest import Identity, ShardRecord
+from ldm_vae.latent_store.format.manifest import ShardRecord
 from ldm_vae.latent_store.format.shards import CHUNK_ROWS
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 

@@ -33,7 +33,7 @@ from ldm_vae.latent_store.storage.objects import HashedFile, Storage
 
 
 def _is_list_of_numbers(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) and pa.types.is_integer(kind.value_type)
+    return isinstance(kind, pa.ListType) and bool(pa.types.is_integer(kind.value_type))
 
 
 # a column that a store itself writes => the type that it has there, in words and as a test; null where nothing is
@@ -264,7 +264,7 @@ def map_rows(stem: Path, rows: int | None = None) -> pa.Table:
         return read_rows(stem, rows=rows)
     with _readable(mapped):
         table = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(map_file(mapped)))).read_all()
-        return check_table(_of_rows(table, rows))
+        return check_table(_of_rows(table, rows), whole=True)
 
 
 def read_rows(
@@ -282,7 +282,8 @@ def read_rows(
         if columns is not None and optional:
             there = head.schema.to_arrow_schema().names
             columns = [*columns, *(name for name in optional if name in there)]
-        return check_table(pq.read_table(path, columns=None if columns is None else list(columns)))
+        table = pq.read_table(path, columns=None if columns is None else list(columns))
+        return check_table(table, whole=columns is None)
 
 
 def row_columns(stem: Path) -> list[str]:
@@ -293,16 +294,20 @@ def row_columns(stem: Path) -> list[str]:
         return names
 
 
-def check_table(table: pa.Table) -> pa.Table:
+def check_table(table: pa.Table, whole: bool) -> pa.Table:
     """The table, if a store can hold it. Raises ValueError for columns of the store's own that have another type or
     value than they are written with, and for others whose values are none: text that is not UTF-8, times that no clock
     shows, types of an extension."""
+    if len({*table.column_names}) < len(table.column_names):
+        raise ValueError("two columns have one name")
+    if whole and "key" not in table.column_names:
+        raise ValueError("it has no column key")
     table.validate(full=True)  # offsets are believed later on: those of a tampered file lead out of its memory
     for field in table.schema:
         column, kinds = table.column(field.name), list(_within(field.type))
         wanted, fits = OWN_TYPES.get(field.name, ("a type of Arrow's own", lambda kind: True))
         unknown = pa.types.is_null(field.type) and field.name != "key"
-        if any(isinstance(kind, pa.BaseExtensionType) for kind in kinds) or not (unknown or fits(field.type)):
+        if any(map(_is_foreign, kinds)) or not (unknown or fits(field.type)):
             raise ValueError(f"column {field.name}: expected {wanted}, got {field.type}")
         if field.name == "key" and column.null_count:
             raise ValueError("column key: expected text in every row, got null")
@@ -313,6 +318,12 @@ def check_table(table: pa.Table) -> pa.Table:
         if any(map(pa.types.is_temporal, kinds)):
             column.to_pylist()  # raises for what Python has no date for
     return table
+
+
+def _is_foreign(kind: pa.DataType) -> bool:
+    """True for a type that no value of Python becomes, and that Arrow's own functions do not all know."""
+    views = pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)
+    return views or pa.types.is_map(kind) or isinstance(kind, pa.BaseExtensionType | pa.RunEndEncodedType)
 
 
 def _within(kind: pa.DataType) -> Iterator[pa.DataType]:

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import TENSORS, shard_path
 from ldm_vae.latent_store.format.manifest import (
-    Identity,
     Manifest,
     ShardRecord,
     read_finished,

@@ -13,13 +13,14 @@ import pyarrow as pa
 
 from ldm_vae.core.errors import WorkError
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     MAPPED_ROWS,
     ROWS,
     TENSORS,
     shard_path,
 )
-from ldm_vae.latent_store.format.manifest import Identity, Manifest, ShardRecord
+from ldm_vae.latent_store.format.manifest import Manifest, ShardRecord
 from ldm_vae.latent_store.format.rows import map_shard
 
 MOST_MAPS = 30_000  # the kernel allows a process 65,530 mappings; stores of more shards give up the oldest ones

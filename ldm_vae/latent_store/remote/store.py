@@ -20,13 +20,14 @@ import pyarrow as pa
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     MAPPED_ROWS,
     ROWS,
     TENSORS,
     shard_file,
 )
-from ldm_vae.latent_store.format.manifest import Identity, Manifest, ShardRecord
+from ldm_vae.latent_store.format.manifest import Manifest, ShardRecord
 from ldm_vae.latent_store.format.rows import map_shard
 from ldm_vae.latent_store.remote.cache import Cache, open_cache
 from ldm_vae.latent_store.storage.fsspec_files import AbsentError

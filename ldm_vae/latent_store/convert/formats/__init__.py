@@ -22,13 +22,14 @@ from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.convert.import_rows import Claim, ForeignPiece, Load
 from ldm_vae.latent_store.convert.sidecar import Carried
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     PIXELS,
     TENSOR_NAMES,
     VIEWS,
     tensor_name,
 )
-from ldm_vae.latent_store.format.manifest import Identity, Manifest
+from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.publication import Group
 from ldm_vae.latent_store.maintain.merge_split import StoredPiece
 
