@@ -42,6 +42,11 @@ def parse_json(content: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def check_text(tree: Any) -> None:
+    """Raises ValueError for half of a character (a lone surrogate), which JSON can hold and no file or table can."""
+    json.dumps(tree, ensure_ascii=False, default=str).encode()
+
+
 def check_model_config(config: Any) -> None:
     """Raises ValueError unless a diffusers config.json describes a network that can exist.
 

@@ -13,6 +13,7 @@ import yaml
 from ldm_vae.core.config import read_yaml
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.validation import as_written, first_line, parse_json
+from ldm_vae.metrics.result import markdown
 from ldm_vae.run.log_file import read_log
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -34,12 +35,17 @@ def read_recipe(run: Path) -> Recipe:
     if not path.is_file():
         return Recipe()
     config = read_yaml(path)
-    results = _json(run / "report" / "metrics.json")
+    measured = run / "report" / "metrics.json"
+    found = _json(measured)
+    results = found if isinstance(found, list) else [found] if found else []
+    with as_written(measured):
+        if results:
+            markdown(results)  # the card's table: said here of this file, not after the weights are written
     with as_written(path):
         return Recipe(
             metadata=_metadata(config),
             sections={"Training": _training(config, read_log(run / "metrics.jsonl"))},
-            results=results if isinstance(results, list) else [results] if results else [],
+            results=results,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from ldm_vae import __version__
 from ldm_vae.core import atomic_io
@@ -91,4 +91,7 @@ def render(contents: Contents) -> str:
     with as_written(home / "latent_space.json"):
         view["latent_space"] = latent_space.section(home, contents.latent_space)
     with as_written(contents.folder):
-        return environment.get_template("index.html.j2").render(view)
+        try:
+            return environment.get_template("index.html.j2").render(view)
+        except UndefinedError as error:
+            raise ValueError(str(error)) from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ldm_vae.core import atomic_io
+from ldm_vae.core.validation import parse_json
 from ldm_vae.data.inventory import Inventory, compare, take_inventory
 from ldm_vae.data.source import Source
 from ldm_vae.data.stream import Stream
@@ -67,7 +68,7 @@ def compare_store(run: Path, name: str, manifest: Manifest, accelerator: Acceler
 
 def _read(path: Path) -> dict[str, object] | None:
     try:
-        tree = json.loads(path.read_bytes())
+        tree = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return tree if isinstance(tree, dict) else None

@@ -22,6 +22,7 @@ from ldm_vae.autoencoder.latents import Moments, Normalisation
 from ldm_vae.core import atomic_io, rng
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.validation import check_text
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
@@ -121,6 +122,9 @@ def row_from_json(data: bytes) -> dict[str, Any]:
     """Parse what `row_to_json` wrote. Raises ValueError when it is not an object."""
     try:
         row = json.loads(data, object_hook=_from_json)
+        check_text(row)
+    except TypeError as error:
+        raise ValueError(f"{BYTES} holds something else than text") from error
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
     if not isinstance(row, dict):

@@ -278,7 +278,12 @@ def _remote(store: str) -> bytes:
 
 
 def write_manifest(store: Path, manifest: Manifest) -> None:
-    """Replace STORE/manifest.json in one step."""
+    """Replace STORE/manifest.json in one step. Raises WorkError for one that would not be read again."""
+    if manifest.complete:
+        try:
+            manifest.check_contents()
+        except ValueError as error:
+            raise WorkError(f"store {store}: cannot be finished: {error}") from error
     LocalFolder(store).replace(MANIFEST, manifest.to_bytes())
 
 

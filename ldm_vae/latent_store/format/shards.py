@@ -11,8 +11,10 @@ can. It is derived; a reader that misses it falls back to the parquet.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,8 @@ import pyarrow.parquet as pq
 import torch
 
 from ldm_vae.core.errors import WorkError
-from ldm_vae.core.validation import why_unreadable
+from ldm_vae.core.tables import check_values, kinds_within
+from ldm_vae.core.validation import parse_json, why_unreadable
 from ldm_vae.latent_store.format.layout import MAPPED_ROWS, ROWS, STATISTICS, TENSORS
 from ldm_vae.latent_store.storage.file_record import FileRecord
 from ldm_vae.latent_store.storage.objects import HashedFile, Storage
@@ -185,7 +188,10 @@ def to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def _plain(value: Any) -> Any:
-    """numpy scalars and arrays as Python values, which pyarrow takes in any nesting."""
+    """numpy scalars and arrays as Python values, which pyarrow takes in any nesting; a UUID or a duration,
+    for which parquet has no type, as text."""
+    if isinstance(value, uuid.UUID | datetime.timedelta):
+        return str(value)
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
@@ -223,7 +229,7 @@ def map_tensors(path: Path, rows: int = 0, specs: Sequence[TensorSpec] = ()) -> 
         # the header's length is the file's own claim: it must lie within the file
         if not 2 <= length <= min(len(raw) - 8, 100_000_000):
             raise ValueError("no safetensors header")
-        header = json.loads(raw[8 : 8 + length].tobytes())
+        header = parse_json(raw[8 : 8 + length].tobytes())
         header.pop("__metadata__", None)
         for spec in specs:
             _check_entry(spec, rows, header.get(spec.name))
@@ -298,13 +304,11 @@ def check_table(table: pa.Table, whole: bool) -> pa.Table:
     """The table, if a store can hold it. Raises ValueError for columns of the store's own that have another type or
     value than they are written with, and for others whose values are none: text that is not UTF-8, times that no clock
     shows, types of an extension."""
-    if len({*table.column_names}) < len(table.column_names):
-        raise ValueError("two columns have one name")
+    check_values(table)
     if whole and "key" not in table.column_names:
         raise ValueError("it has no column key")
-    table.validate(full=True)  # offsets are believed later on: those of a tampered file lead out of its memory
     for field in table.schema:
-        column, kinds = table.column(field.name), list(_within(field.type))
+        column, kinds = table.column(field.name), kinds_within(field.type)
         wanted, fits = OWN_TYPES.get(field.name, ("a type of Arrow's own", lambda kind: True))
         unknown = pa.types.is_null(field.type) and field.name != "key"
         if any(map(_is_foreign, kinds)) or not (unknown or fits(field.type)):
@@ -315,8 +319,6 @@ def check_table(table: pa.Table, whole: bool) -> pa.Table:
             good = pc.match_substring_regex(column.cast(pa.string()), "^[0-9a-f]{64}$")
             if pc.any(pc.invert(good)).as_py():
                 raise ValueError("column image_sha256: expected 64 hexadecimal digits")
-        if any(map(pa.types.is_temporal, kinds)):
-            column.to_pylist()  # raises for what Python has no date for
     return table
 
 
@@ -324,13 +326,6 @@ def _is_foreign(kind: pa.DataType) -> bool:
     """True for a type that no value of Python becomes, and that Arrow's own functions do not all know."""
     views = pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)
     return views or pa.types.is_map(kind) or isinstance(kind, pa.BaseExtensionType | pa.RunEndEncodedType)
-
-
-def _within(kind: pa.DataType) -> Iterator[pa.DataType]:
-    """A type, and those of its elements and fields."""
-    yield kind
-    for place in range(kind.num_fields):
-        yield from _within(kind.field(place).type)
 
 
 def _of_rows(table: Any, rows: int | None) -> Any:
