@@ -107,9 +107,9 @@ def merge(stores: Sequence[Path], out: Path) -> Manifest:
         check_same_identity(stores[0], manifests[0].identity, store, manifest.identity)
     parts: list[StoredPiece] = []
     earlier: list[StoredImages] = []
-    for store, manifest in zip(stores, manifests, strict=True):
+    for number, (store, manifest) in enumerate(zip(stores, manifests, strict=True), 1):
         parts += [new for piece in pieces(store, manifest) if len((new := _unseen(piece, earlier)).rows)]
-        if store != stores[-1]:
+        if number < len(stores):
             # each store is compared with those before it; none comes after the last
             earlier.append(StoredImages(store, manifest))
     quarantine = {entry.key: entry for store in stores for entry in read_quarantine(store)}
