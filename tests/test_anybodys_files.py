@@ -26,6 +26,7 @@ from stores import SETTINGS
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import Record, open_source
+from ldm_vae.export.store_push import plan_push
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latent_store.convert.conversion import convert_from, convert_to
 from ldm_vae.latent_store.format.quarantine import read_quarantine
@@ -81,8 +82,9 @@ def refuses(store: Path, tmp_path: Path) -> None:
         lambda: merge([store], tmp_path / "merged"),
         lambda: split(store, tmp_path / "parts", 2),
         lambda: convert_to(store, tmp_path / "converted", "parquet"),
+        lambda: plan_push(store, "somebody/latents"),
     ):
-        with pytest.raises(WorkError) as error:
+        with pytest.raises(WorkError, match="cannot be read") as error:
             use()
         assert "\n" not in str(error.value)
     assert run_cli("store", "repair", store) == 1  # nothing that it could do, and not sound

@@ -6,6 +6,7 @@ when nothing at all is usable.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -123,10 +124,8 @@ def read_quarantine(path: str | os.PathLike[str]) -> list[Bad]:
     """The entries of a quarantine.jsonl, each key once; a line cut off by a crash is left out; no file, no entries."""
     entries: dict[str, Bad] = {}
     if Path(path).exists():
-        for line in lines(Path(path).read_text(encoding="utf-8")):
-            try:
+        for line in lines(Path(path).read_bytes().decode("utf-8", "replace")):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 raw = parse_json(line)
-                entries.setdefault(raw["key"], Bad(raw["key"], raw["reason"]))
-            except (ValueError, KeyError, TypeError):
-                continue
+                entries.setdefault(str(raw["key"]), Bad(str(raw["key"]), str(raw["reason"])))
     return list(entries.values())
