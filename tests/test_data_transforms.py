@@ -28,7 +28,7 @@ from ldm_vae.data.transforms import (
     to_pixels,
     to_uint8,
 )
-from ldm_vae.latent_store.format.manifest import Identity
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.write.crops import Cutting, cutting_of
 from ldm_vae.metrics.batches import image_batches
 from ldm_vae.metrics.protocol import PINNED, VARIANTS

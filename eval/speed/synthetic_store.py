@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     MAPPED_ROWS,
     ROWS,
@@ -21,7 +22,6 @@ from ldm_vae.latent_store.format.layout import (
     UNITS,
 )
 from ldm_vae.latent_store.format.manifest import (
-    Identity,
     Manifest,
     Recorded,
     Settings,
@@ -30,7 +30,7 @@ from ldm_vae.latent_store.format.manifest import (
     read_manifest,
     write_manifest,
 )
-from ldm_vae.latent_store.format.statistics import REPLICATES
+from ldm_vae.latent_store.format.statistics import REPLICATES, LatentStatistics
 from ldm_vae.latent_store.format.work_units import (
     Plan,
     UnitRecord,
@@ -126,14 +126,19 @@ def _counts(samples: int, unit: int) -> list[int]:
 def _write_tensors(stem: Path, values: Mapping[str, npt.NDArray[Any]]) -> FileRecord:
     rows, *shape = values["mean"].shape
     specs = [shards.TensorSpec(name, "F16", tuple(shape)) for name in values]
-    positions = rows * int(np.prod(shape[1:]))
-    sums = np.full((1 + REPLICATES, 2 + 3 * shape[0]), float(positions))  # as if of a standard normal distribution
-    sums[:, 0], sums[:, 2 : 2 + shape[0]] = rows, 0.0
+    sums = np.repeat(_sums(rows, tuple(shape)), 1 + REPLICATES, axis=0)
     spool = shards.Spool(stem.parent, specs)
     spool.append(values)
     record = shards.write_tensors(LocalFolder(stem.parent), stem.name, spool, sums, {})
     spool.close()
     return record
+
+
+def _sums(rows: int, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """As if of a standard normal distribution [1, 2 + 3c]."""
+    sums = np.full((1, 2 + 3 * shape[0]), float(rows * int(np.prod(shape[1:]))))
+    sums[:, 0], sums[:, 2 : 2 + shape[0]] = rows, 0.0
+    return sums
 
 
 def _record(number: int, rows: int, shape: Shape, files: dict[str, FileRecord]) -> ShardRecord:
@@ -153,4 +158,5 @@ def _manifest(samples: int, records: list[ShardRecord], unit: int) -> Manifest:
         complete=True, identity=identity, source=SourceIdentity(samples=samples, keys="0" * 64),
         recorded=Recorded(vae="none", data="synthetic", decoder="0" * 64, normalisation=NONE, tool="0"),
         units=len(records), samples=samples, columns={"key": "string"}, shards=tuple(records),
+        statistics=LatentStatistics(_sums(samples, records[0].shape)).to_json(),
     )  # fmt: skip

@@ -20,6 +20,7 @@ from ldm_vae.core import rng
 from ldm_vae.core.errors import UsageError, WorkError
 
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to the same; stored logvar is clamped too
+LEAST_VARIANCE = 2 * math.exp(LOGVAR_RANGE[0])  # of a posterior at the end of that range, and rounding: nothing
 
 NormalisationKind = Literal["scale", "shift", "channel"]
 
@@ -194,8 +195,9 @@ class Normalisation:
         scalar_mean = float(mean.mean())
         # law of total variance over all elements
         scalar_variance = float(variance.mean() + mean.var(unbiased=False))
-        if not (scalar_variance > 0 and (kind != "channel" or bool((variance > 0).all()))):
-            what = "a channel of the latents does" if scalar_variance > 0 else "the latents do"
+        varies = scalar_variance > LEAST_VARIANCE
+        if not (varies and (kind != "channel" or bool((variance > LEAST_VARIANCE).all()))):
+            what = "a channel of the latents does" if varies else "the latents do"
             raise WorkError(f"normalisation {kind}: {what} not vary, and nothing scales that to a variance of 1")
         if kind == "channel":
             return cls(1.0, None, tuple(mean.tolist()), tuple(variance.sqrt().tolist()))

@@ -9,10 +9,11 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.files import open_plain
 
 LARGEST = 2**24  # of any whole number in a config: widths, codes, sides
@@ -41,6 +42,11 @@ def parse_json(content: str | bytes) -> Any:
         return json.loads(content)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def check_text(tree: Any) -> None:
+    """Raises ValueError for half of a character (a lone surrogate), which JSON can hold and no file or table can."""
+    json.dumps(tree, ensure_ascii=False, default=str).encode()
 
 
 def check_model_config(config: Any) -> None:
@@ -143,6 +149,22 @@ def disguised_file(path: Path) -> str | None:
         return f"is a link to {path.readlink()}, and there is nothing"
     with open_plain(path) as file:
         return disguise(file.read(HEAD))
+
+
+@contextlib.contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Around code that takes a file's content for what this program writes into it.
+
+    Raises:
+        WorkError: it is something else (a key is missing, text stands for a number), by the file's name.
+    """
+    try:
+        yield
+    except (UsageError, WorkError):
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
+        reason = why_unreadable(path, error)
+        raise WorkError(f"{path}: is not as this program writes it ({type(error).__name__}: {reason})") from error
 
 
 def why_unreadable(path: Path, error: BaseException) -> str:

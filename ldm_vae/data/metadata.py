@@ -28,6 +28,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.tables import check_values
 from ldm_vae.core.text import decode, lines
 from ldm_vae.core.validation import parse_json
 from ldm_vae.data.files import normal, printable
@@ -192,14 +193,27 @@ def _table(folder: PurePosixPath, name: str, data: bytes, keep: Collection[str |
             # by Python: Arrow makes times of strings that look like some
             table = pa.Table.from_pylist([parse_json(line) for line in lines(decode(data)) if line.strip()])
         else:
-            table = pa.parquet.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError, ValueError, AttributeError, TypeError) as error:
+            table = _in_microseconds(name, pa.parquet.read_table(io.BytesIO(data)))
+        check_values(table)
+    except (pa.ArrowException, OSError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
         raise UsageError(f"data: {name} cannot be read: {str(error).splitlines()[0]}") from error
     if "file_name" not in table.column_names:
         have = ", ".join(table.column_names)
         raise UsageError(f"data: {name} has no column `file_name` that names the images; it has {have}")
     names = [str(folder / normal(str(relative))) for relative in table["file_name"].to_pylist()]
     return table.set_column(table.column_names.index("file_name"), "file_name", pa.array(names, pa.string()))
+
+
+def _in_microseconds(name: str, table: pa.Table) -> pa.Table:
+    """Times as Python has them: a store would hold another value than a table of nanoseconds, and count as stale."""
+    for at, field in enumerate(table.schema):
+        if (pa.types.is_timestamp(field.type) or pa.types.is_duration(field.type)) and field.type.unit == "ns":
+            kind = pa.duration("us") if pa.types.is_duration(field.type) else pa.timestamp("us", field.type.tz)
+            cut = table.column(at).cast(kind, safe=False)
+            if not cut.cast(field.type).equals(table.column(at)):
+                logger.warning("data: %s: column %s is cut to microseconds", name, field.name)
+            table = table.set_column(at, field.name, cut)
+    return table
 
 
 def _csv(data: bytes, keep: Collection[str | None]) -> pa.Table:

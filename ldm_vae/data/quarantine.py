@@ -6,6 +6,7 @@ when nothing at all is usable.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -125,9 +126,7 @@ def read_quarantine(path: str | os.PathLike[str]) -> list[Bad]:
     entries: dict[str, Bad] = {}
     if Path(path).exists():
         for line in lines(read_bytes(path, LARGEST).decode(errors="replace")):
-            try:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 raw = parse_json(line)
-                entries.setdefault(raw["key"], Bad(raw["key"], raw["reason"]))
-            except (ValueError, KeyError, TypeError):
-                continue
+                entries.setdefault(str(raw["key"]), Bad(str(raw["key"]), str(raw["reason"])))
     return list(entries.values())

@@ -17,7 +17,7 @@ from typing import Any
 
 from ldm_vae.core.paths import expanded
 from ldm_vae.core.text import decode
-from ldm_vae.core.validation import parse_json
+from ldm_vae.core.validation import check_text, parse_json
 from ldm_vae.data.decoding import EXTENSIONS
 from ldm_vae.data.files import check_member_name, normal
 from ldm_vae.data.quarantine import BadImage
@@ -129,6 +129,7 @@ def json_field(text: Any, path: Sequence[str]) -> Any:
     """The value at a path in a JSON text, None where there is none (`caption_column: json.caption`)."""
     try:
         value = parse_json(text)
+        check_text(value)
         for step in path:
             value = value[step]
     except (ValueError, KeyError, IndexError, TypeError):

@@ -15,7 +15,6 @@ Legend: B batch, C image channels, H W pixels, c latent channels, h w latent pos
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from ldm_vae.core.pictures import save, sheet
+from ldm_vae.core.validation import as_written, parse_json
 from ldm_vae.diffusion.generator import Generator
 from ldm_vae.metrics import result
 from ldm_vae.metrics.cmmd import cmmd
@@ -178,8 +178,9 @@ def in_words(measured: dict[str, dict[str, Any]]) -> str:
 
 def _record(run: Path, found: dict[str, Any]) -> None:
     path = run / "report" / RECORD
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    result.write(path, before | found)
+    with as_written(path):
+        before = parse_json(path.read_bytes()) if path.is_file() else {}
+        result.write(path, before | found)
 
 
 def field_statistics(latents: torch.Tensor) -> dict[str, Any]:

@@ -129,5 +129,7 @@ def _interval(known: Mapping[str, Any] | None, key: str, channel: int | None = N
     return f"{_number(low)} to {_number(high)}"
 
 
-def _number(value: float | Sequence[float]) -> str:
+def _number(value: float | Sequence[float] | None) -> str:
+    if value is None:
+        return "none: the latents do not vary"
     return f"{value:.5g}" if isinstance(value, int | float) else ", ".join(f"{item:.5g}" for item in value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,9 +12,10 @@ import yaml
 
 from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError
-from ldm_vae.core.files import LARGEST, read_bytes, read_text
-from ldm_vae.core.text import lines
-from ldm_vae.core.validation import first_line, parse_json
+from ldm_vae.core.files import read_bytes, read_text
+from ldm_vae.core.validation import as_written, first_line, parse_json
+from ldm_vae.metrics.result import markdown
+from ldm_vae.run.log_file import read_log
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -36,12 +36,18 @@ def read_recipe(run: Path) -> Recipe:
     if not path.is_file():
         return Recipe()
     config = read_yaml(path)
-    results = _json(run / "report" / "metrics.json")
-    return Recipe(
-        metadata=_metadata(config),
-        sections={"Training": _training(config, _log(run / "metrics.jsonl"))},
-        results=results if isinstance(results, list) else [results] if results else [],
-    )
+    measured = run / "report" / "metrics.json"
+    found = _json(measured)
+    results = found if isinstance(found, list) else [found] if found else []
+    with as_written(measured):
+        if results:
+            markdown(results)  # the card's table: said here of this file, not after the weights are written
+    with as_written(path):
+        return Recipe(
+            metadata=_metadata(config),
+            sections={"Training": _training(config, read_log(run / "metrics.jsonl"))},
+            results=results,
+        )
 
 
 def base_license(base: str) -> str | None:
@@ -106,16 +112,6 @@ def _training(config: Mapping[str, Any], log: list[dict[str, Any]]) -> str:
 def _hours(seconds: float, processes: int) -> str:
     hours = seconds / 3600
     return f"{hours:.2g} hours" + (f", {hours * processes:.2g} process-hours" if processes > 1 else "")
-
-
-def _log(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    rows = []
-    for line in lines(read_text(path, LARGEST)):
-        with contextlib.suppress(ValueError):  # a line that a kill cut short
-            rows.append(parse_json(line))
-    return [row for row in rows if isinstance(row, dict) and "images" in row]
 
 
 def _json(path: Path) -> Any:

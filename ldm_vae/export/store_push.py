@@ -23,14 +23,18 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.export.hub import check_name, client, in_a_sentence
 from ldm_vae.export.store_card import store_card
 from ldm_vae.latent_store import LatentDataset
+from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.layout import (
     EXTENSIONS,
     MANIFEST,
     QUARANTINE,
     SHARDS,
+    TENSORS,
     shard_file,
+    shard_path,
 )
 from ldm_vae.latent_store.format.manifest import Manifest, read_finished
+from ldm_vae.latent_store.format.rows import map_shard
 from ldm_vae.latent_store.maintain.provenance import find_vae
 from ldm_vae.latent_store.read.pictures import contact_sheet
 from ldm_vae.latent_store.storage.file_record import FileRecord, checksum
@@ -66,10 +70,13 @@ def plan_push(store: Path, repo: str, revision: str | None = None) -> PushPlan:
 
     Raises:
         UsageError: no store, one that is not finished, or no name of a repository.
-        WorkError: the hub cannot be asked.
+        WorkError: a shard is not as the manifest says; the hub cannot be asked.
     """
     check_name(repo, "REPO_ID")
     manifest = read_finished(store)
+    for shard in manifest.shards:
+        map_shard(shard_path(store, shard.name, TENSORS), manifest.identity, shard)  # a look at its header
+        shards.map_rows(shard_path(store, shard.name), shard.rows)
     there = _files_there(repo, revision)
     wanted = {
         shard_file(shard.name, extension): shard.files[extension]

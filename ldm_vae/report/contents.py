@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.files import LARGEST, read_bytes, read_text
-from ldm_vae.core.text import lines
-from ldm_vae.core.validation import parse_json
+from ldm_vae.core.validation import as_written, parse_json
+from ldm_vae.run.log_file import read_log
 
 Json = dict[str, Any]
 
@@ -62,18 +61,20 @@ def read_contents(folder: Path) -> Contents:
     found = _json(home / "metrics.json") if (home / "metrics.json").is_file() else []
     pictures = home / "pictures" / "pictures.json"
     manifest = folder / "latents" / "manifest.json"
-    config_text = _text(folder / "config.yaml") if is_run else ""
+    config = read_yaml(folder / "config.yaml") if is_run and (folder / "config.yaml").is_file() else {}
+    with as_written(manifest):
+        statistics = _json(manifest).get("statistics") if manifest.is_file() else None
     return Contents(
         name=folder.resolve().name,
         home=home,
         folder=folder,
-        log=_lines(folder / "metrics.jsonl") if is_run else [],
+        log=read_log(folder / "metrics.jsonl") if is_run else [],
         results=found if isinstance(found, list) else [found],
         pictures=_json(pictures) if pictures.is_file() else [],
-        statistics=_json(manifest).get("statistics") if manifest.is_file() else None,
-        config=read_yaml(folder / "config.yaml") if config_text else {},
-        config_text=config_text,
-        samples=sorted((home / "samples").glob("*.png")),
+        statistics=statistics,
+        config=config,
+        config_text=read_text(folder / "config.yaml") if config else "",
+        samples=sorted(path for path in (home / "samples").glob("*.png") if not path.is_symlink()),
         diffusion=_json_or_none(home / "diffusion.json"),
         diffusability=_json_or_none(home / "diffusability.json"),
         latent_space=_json_or_none(home / "latent_space.json"),
@@ -82,10 +83,6 @@ def read_contents(folder: Path) -> Contents:
 
 def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl"))
-
-
-def _text(path: Path) -> str:
-    return read_text(path, LARGEST) if path.is_file() else ""
 
 
 def _json(path: Path) -> Any:
@@ -97,14 +94,3 @@ def _json(path: Path) -> Any:
 
 def _json_or_none(path: Path) -> Any:
     return _json(path) if path.is_file() else None
-
-
-def _lines(path: Path) -> list[Json]:
-    """The lines of metrics.jsonl that are whole and say when: a running training may be writing the last one."""
-    found = []
-    for text in lines(_text(path)):
-        with contextlib.suppress(ValueError):
-            line = parse_json(text)
-            if isinstance(line, dict) and isinstance(seen := line.get("images"), int) and 0 <= seen < 2**63:
-                found.append(line)
-    return found

@@ -22,7 +22,7 @@ def run(folder: Path, found: Json | None) -> Json | None:
     """RUN/samples and RUN/report/diffusion.json (`found`); None where there is no such run."""
     if found is None:
         return None
-    grids = [folder / "samples" / name for name in found["grids"]]
+    grids = [images.inside(folder / "samples", name) for name in found["grids"]]
     shown = [
         {"uri": images.embed(path), "caption": f"at {compact(_images_of(path))} images", "width": _width(path)}
         for path in grids
@@ -78,9 +78,9 @@ def probe(home: Path, found: Json | None) -> Json | None:
                     _cell(f"{entry['network']['gflop_per_image']:.3g}"),
                 ],
                 "pictures": [
-                    {"uri": images.embed(home / entry["pictures"][kind]), "caption": kind}
+                    {"uri": images.embed(path), "caption": kind}
                     for kind in ("reconstructions", "samples")
-                    if (home / entry["pictures"][kind]).is_file()
+                    if (path := images.inside(home, entry["pictures"][kind])).is_file()
                 ],
             }
         )

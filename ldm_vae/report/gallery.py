@@ -22,8 +22,8 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
     worst = {entry["index"] for entry in results[0].get("worst", [])} if results else set()
     folder = home / "pictures"
     pixels = [
-        (images.read_pixels(folder / f"{picture['name']}.original.png"), [
-            images.read_pixels(folder / vae["reconstruction"]) for vae in picture["vaes"]
+        (images.read_pixels(images.inside(folder, f"{picture['name']}.original.png")), [
+            images.read_pixels(images.inside(folder, vae["reconstruction"])) for vae in picture["vaes"]
         ])
         for picture in pictures
     ]  # fmt: skip
@@ -33,7 +33,10 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
     # one scale for all, so that maps compare; a few outliers may saturate
     largest = float(np.quantile(np.concatenate([error.ravel() for row in errors for error in row]), 0.998))
     perceived = [
-        [images.read_pixels(folder / vae["lpips"])[:, :, 0] if "lpips" in vae else None for vae in picture["vaes"]]
+        [
+            images.read_pixels(images.inside(folder, vae["lpips"]))[:, :, 0] if "lpips" in vae else None
+            for vae in picture["vaes"]
+        ]
         for picture in pictures
     ]
     everywhere = [values.ravel() for row in perceived for values in row if values is not None]
@@ -43,11 +46,11 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
         vaes = [
             {
                 "name": name,
-                "reconstruction": images.embed(folder / vae["reconstruction"]),
+                "reconstruction": images.embed(images.inside(folder, vae["reconstruction"])),
                 "difference": images.difference(original, other),
                 "heat": images.heat_map(error, largest),
                 "lpips": None if where is None else images.heat_map(where, most),
-                "latent": images.embed(folder / vae["latent"]),
+                "latent": images.embed(images.inside(folder, vae["latent"])),
                 "metrics": _metrics(vae["metrics"]),
             }
             for name, vae, other, error, where in zip(names, picture["vaes"], others, row, seen, strict=True)
@@ -60,7 +63,7 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
                 "kind": picture["kind"],
                 "width": original.shape[1],
                 "height": original.shape[0],
-                "original": images.embed(folder / f"{picture['name']}.original.png"),
+                "original": images.embed(images.inside(folder, f"{picture['name']}.original.png")),
                 "vaes": vaes,
             }
         )

@@ -18,6 +18,15 @@ DIFFERENCE_GAIN = 4
 STOPS = ((13, 12, 34), (63, 15, 92), (133, 32, 106), (205, 65, 73), (247, 133, 60), (252, 208, 110), (252, 253, 215))
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The file of that name, which a record gives, in a folder. Raises ValueError if it lies elsewhere, by `..`, by a
+    link or by an absolute path: a page is sent to others, with all that it shows."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name} leads out of the folder")
+    return path
+
+
 def read_pixels(path: Path) -> Pixels:
     """A PNG => [H, W, 3], 0..255."""
     with Image.open(path) as image:

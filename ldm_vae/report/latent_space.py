@@ -87,7 +87,7 @@ def _pairs(home: Path, entries: Sequence[Json]) -> list[Json]:
 
 def _strip(home: Path, entry: Json, caption: str, columns: int | None = None) -> Json:
     """One row of frames, or several of so many columns: its picture and the width to show it at."""
-    path = home / entry["file"]
+    path = images.inside(home, entry["file"])
     side = images.read_pixels(path).shape[1] // (columns or entry["frames"])
     return {
         "uri": images.embed(path),

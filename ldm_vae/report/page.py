@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from ldm_vae import __version__
 from ldm_vae.core import atomic_io
+from ldm_vae.core.validation import as_written
 from ldm_vae.report import diffusion, latent_space, tables
 from ldm_vae.report.contents import Contents, read_contents
 from ldm_vae.report.gallery import SHOWN_WIDTH, gallery, samples
@@ -46,34 +47,51 @@ def render(contents: Contents) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    results = contents.results
-    names = [result["vae"]["name"] for result in results]
-    measured = contents.statistics or {}
+    home, log, results = contents.home, contents.log, contents.results
     view: dict[str, Any] = {
         "title": contents.name,
         "kind": "Diffusion report" if contents.diffusion and not results else "Autoencoder report",
-        "subtitle": tables.subtitle(contents),
         "version": __version__,
-        "names": names,
-        "headline": tables.headline(contents),
-        "gallery": gallery(contents.home, contents.pictures, results),
         "shown_width": SHOWN_WIDTH,
-        "metrics": tables.metric_rows(results),
         "published": tables.published() if results else [],
-        "charts": curves(contents.log, contents.config),
-        "health": health(contents.log, contents.config),
-        "adversary": adversary_change(contents.log, contents.config),
-        "latents": [found for result in results if (found := tables.latents(result))],
-        "store": tables.store(measured) if "scaling_factor" in measured else None,  # a store of indices has none
-        "samples": samples(contents.samples),
-        "diffusion": diffusion.run(contents.folder, contents.diffusion),
-        "diffusability": diffusion.probe(contents.home, contents.diffusability),
-        "latent_space": latent_space.section(contents.home, contents.latent_space),
-        "protocol": tables.protocol(results) if results else [],
-        "checksum": results[0]["data"]["checksum"] if results else "",
-        "fingerprints": tables.fingerprints(results),
-        "versions": results[0]["versions"] if results else {},
-        "commands": tables.commands(contents),
         "config": contents.config_text,
     }
-    return environment.get_template("index.html.j2").render(view)
+    # each file's sections by themselves: what cannot be shown is said of the file that it stands in
+    with as_written(home / "metrics.json"):
+        view |= {
+            "names": [result["vae"]["name"] for result in results],
+            "subtitle": tables.subtitle(contents),
+            "headline": tables.headline(contents),
+            "metrics": tables.metric_rows(results),
+            "latents": [found for result in results if (found := tables.latents(result))],
+            "protocol": tables.protocol(results) if results else [],
+            "checksum": results[0]["data"]["checksum"] if results else "",
+            "fingerprints": tables.fingerprints(results),
+            "versions": dict(results[0]["versions"]) if results else {},
+            "commands": tables.commands(contents),
+        }
+    with as_written(home / "pictures" / "pictures.json"):
+        view["gallery"] = gallery(home, contents.pictures, results)
+    with as_written(contents.folder / "config.yaml"):
+        view |= {
+            "charts": curves(log, contents.config),
+            "health": health(log, contents.config),
+            "adversary": adversary_change(log, contents.config),
+        }
+    with as_written(contents.folder / "latents" / "manifest.json"):
+        measured = contents.statistics or {}
+        # a store of indices has none
+        view["store"] = tables.store(measured) if "scaling_factor" in measured else None
+    with as_written(home / "samples"):
+        view["samples"] = samples(contents.samples)
+    with as_written(home / "diffusion.json"):
+        view["diffusion"] = diffusion.run(contents.folder, contents.diffusion)
+    with as_written(home / "diffusability.json"):
+        view["diffusability"] = diffusion.probe(home, contents.diffusability)
+    with as_written(home / "latent_space.json"):
+        view["latent_space"] = latent_space.section(home, contents.latent_space)
+    with as_written(contents.folder):
+        try:
+            return environment.get_template("index.html.j2").render(view)
+        except UndefinedError as error:
+            raise ValueError(str(error)) from error

@@ -125,16 +125,36 @@ def load(checkpoint: Path, objects: Mapping[str, Stateful]) -> dict[str, Any]:
         tensors = load_file(checkpoint / "tensors.safetensors")
         state = parse_json(read_bytes(checkpoint / "state.json"))
         for key, thing in objects.items():
-            thing.load_state_dict(unpack(state["objects"][key], tensors))
-        info: dict[str, Any] = dict(state["info"])
-        if not isinstance(info["images_seen"], int):
-            raise TypeError(f"images_seen is {info['images_seen']!r}")
+            restored = unpack(state["objects"][key], tensors)
+            if hasattr(thing, "param_groups"):
+                _check_optimizer(thing, restored)
+            thing.load_state_dict(restored)
+        info = dict(state["info"])
+        if info["images_seen"] != images_of(checkpoint):
+            raise ValueError(f"images_seen is {info['images_seen']!r}")
     except Exception as error:  # of another version, or made by hand: whatever the objects make of it
         raise WorkError(
             f"checkpoint {checkpoint}: cannot be restored ({type(error).__name__}: {first_line(error)}); delete it to "
             "go on from the one before it"
         ) from error
     return info
+
+
+def _check_optimizer(optimizer: Any, state: Any) -> None:
+    """Raises ValueError unless a state has the settings of an optimiser and the shapes of its parameters: torch takes
+    whatever it is given, and stops or goes wrong at the next update."""
+    for group, found in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        for name in (group.keys() & found.keys()) - {"params", "lr"}:
+            if found[name] != group[name]:
+                raise ValueError(f"{name} of the optimiser is {found[name]!r}, the config's is {group[name]!r}")
+    shapes = [tuple(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]]
+    for place, moments in state["state"].items():
+        if set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"the optimiser's state {place} has {', '.join(map(str, moments))}")
+        if any(tuple(moments[name].shape) != shapes[place] for name in ("exp_avg", "exp_avg_sq")):
+            raise ValueError(f"the optimiser's state {place} is not of the shape {list(shapes[place])}")
+        if moments["step"].numel() != 1:
+            raise ValueError(f"the optimiser's state {place} has no step")
 
 
 def newest(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ldm_vae.core import atomic_io, config
 from ldm_vae.core.config import Section
-from ldm_vae.core.errors import UsageError
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.launch import DDP_TIMEOUT, build_accelerator, check_ranks_agree, check_same
 from ldm_vae.core.numbers import Count, Positive, Seed
 from ldm_vae.core.ownership import own
@@ -168,6 +168,21 @@ def global_batch(settings: RunConfig, accelerator: Accelerator) -> int:
     return int(settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps)
 
 
+class Best(Section):
+    """The best checkpoint so far, and its score."""
+
+    score: float
+    checkpoint: str = Field(pattern=rf"^{checkpoint.PREFIX}[0-9]+$")
+
+
+class Info(Section):
+    """The plain values of a checkpoint."""
+
+    images_seen: int = Field(ge=0)
+    global_batch: int = Field(gt=0)
+    best: Best | None = None
+
+
 def resume(
     settings: RunConfig, accelerator: Accelerator, stateful: Mapping[str, Any]
 ) -> tuple[Path, dict[str, Any]] | None:
@@ -177,7 +192,10 @@ def resume(
     check_same(accelerator, "checkpoints", -1 if newest is None else checkpoint.images_of(newest))
     if newest is None:
         return None
-    info = checkpoint.load(newest, stateful)
+    try:
+        info = config.validate(Info, checkpoint.load(newest, stateful), "its state.json").model_dump()
+    except UsageError as error:
+        raise WorkError(f"checkpoint {newest}: {error}; delete it to go on from the one before it") from error
     accelerator.print(f"resumed from {newest} at {info['images_seen']:,} images")
     before, now = info["global_batch"], global_batch(settings, accelerator)
     if before != now:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.files import read_bytes
+from ldm_vae.core.validation import parse_json
 from ldm_vae.data.inventory import Inventory, compare, take_inventory
 from ldm_vae.data.source import Source
 from ldm_vae.data.stream import Stream
@@ -68,7 +69,7 @@ def compare_store(run: Path, name: str, manifest: Manifest, accelerator: Acceler
 
 def _read(path: Path) -> dict[str, object] | None:
     try:
-        tree = json.loads(read_bytes(path))
+        tree = parse_json(read_bytes(path))
     except (OSError, ValueError):
         return None
     return tree if isinstance(tree, dict) else None

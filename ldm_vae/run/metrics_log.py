@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import WorkError
+from ldm_vae.run.log_file import read_lines
 
 
 class Averages:
@@ -42,6 +43,9 @@ class Averages:
         return self.sums
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Raises ValueError for what is no sum and count."""
+        if any(value.ndim < 1 or len(value) != 2 for value in state.values()):
+            raise ValueError("averages: expected a sum and a count of each")
         self.sums = dict(state)
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
@@ -87,9 +91,9 @@ class Logbook:
         """Drop the lines behind a checkpoint (resume) or all (a fresh start), so that each interval stands once."""
         if not (self.accelerator.is_main_process and self.path.exists()):
             return
-        lines = [line for line in self.path.read_text().splitlines(keepends=True) if _is_until(line, images_seen)]
-        atomic_io.replace(self.path, atomic_io.data("".join(lines).encode()))
-        self.lines = [json.loads(line) for line in lines]
+        kept = [(text, line) for text, line in read_lines(self.path) if line["images"] <= images_seen]
+        atomic_io.replace(self.path, atomic_io.data("".join(f"{text}\n" for text, _ in kept).encode()))
+        self.lines = [line for _, line in kept]
         self._before = float(self.lines[-1].get("seconds", 0.0)) if self.lines else 0.0
 
     def write(self, images_seen: int, values: Mapping[str, float], warnings: Mapping[str, str] | None = None) -> None:
@@ -105,10 +109,3 @@ class Logbook:
             file.write(json.dumps(line) + "\n")
         self.lines.append(line)
         self.accelerator.log(dict(values), step=images_seen)
-
-
-def _is_until(line: str, images_seen: int) -> bool:
-    try:
-        return int(json.loads(line)["images"]) <= images_seen
-    except (ValueError, KeyError, TypeError):  # a line that a kill cut short
-        return False

@@ -41,10 +41,13 @@ def logit_statistics(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> di
     }
 
 
+PLAYED = {"health/real_accuracy", "health/fake_accuracy", "health/logit_margin"}  # a log that was edited may lack one
+
+
 def diagnose(log: Sequence[Line], config: AdversaryConfig) -> dict[str, str]:
     """Diagnose the adversarial game in the last interval of `log` (lines of metrics.jsonl, oldest first): a name and a
     sentence with the remedy for each problem; empty when all is well or the discriminator does not play yet."""
-    played = [line for line in log if "health/logit_margin" in line]
+    played = [line for line in log if line.keys() >= PLAYED]
     averages = [line for line in log if "loss/total" in line]
     if not averages:
         return {}

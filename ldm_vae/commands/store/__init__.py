@@ -148,6 +148,7 @@ def _repair(request: Repair) -> None:
 
     import torch
 
+    from ldm_vae.core.errors import WorkError
     from ldm_vae.latent_store import read_manifest, verify
     from ldm_vae.latent_store.maintain.provenance import find_source, find_vae
     from ldm_vae.latent_store.maintain.repair import repair
@@ -176,8 +177,9 @@ def _repair(request: Repair) -> None:
     for key in done.lost:
         print(f"{key}: has left the store, since its image is gone or has changed; `encode --update` takes it up")
     problems = verify(store)
-    sound = "sound" if not problems else f"still damaged: {problems[0].file} {problems[0].what}"
-    print(f"{store}: {'nothing to repair, ' if not (done.copied or done.encoded_units) else ''}{sound}")
+    if problems:
+        raise WorkError(f"store {store}: still damaged: {problems[0].file} {problems[0].what}")
+    print(f"{store}: {'nothing to repair, ' if not (done.copied or done.encoded_units) else ''}sound")
 
 
 def _stats(request: Stats) -> None:

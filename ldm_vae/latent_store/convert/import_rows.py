@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,17 @@ import torch
 
 from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.latent_store.convert.sidecar import tensors_of
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     PIXELS,
     SAFETENSORS_DTYPES,
     TENSOR_NAMES,
+    passed_on,
     tensor_name,
 )
-from ldm_vae.latent_store.format.manifest import Identity
 from ldm_vae.latent_store.format.publication import Group
+from ldm_vae.latent_store.format.rows import tensors_of
 from ldm_vae.latent_store.maintain.repack import Integers, Samples, Tensors
 
 CHECKSUM = re.compile("[0-9a-f]{64}")
@@ -112,6 +113,13 @@ def group_of(row: dict[str, Any], where: object) -> Group:
         raise WorkError(f"{where}: a row does not say its resolution and bucket") from error
 
 
+def original_size(row: Mapping[str, Any]) -> list[int] | None:
+    """Height and width of a row's image; None where they are not known, or no such thing."""
+    size = row.get("original_size")
+    good = isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+    return size if good else None
+
+
 @dataclass(frozen=True)
 class Claim:
     """The user's statement about latents that carry no identity: the VAE that made them. Unknown fields stay
@@ -167,11 +175,14 @@ class Claim:
             self.check_crop(key, group, (other, one) if (other, one) == (height, width) else (one, other))
         own = {"key": key, "source": self.source, "source_index": index, "image_sha256": None}
         own |= {"resolution": resolution, "bucket": f"{height}x{width}"}
-        return own | {f"source_{name}" if name in own else name: value for name, value in more.items()}
+        if (size := original_size(more)) is not None:
+            own["original_size"] = size
+            more = {name: value for name, value in more.items() if name != "original_size"}
+        return own | passed_on(more)
 
     def identity(self, tensors: Sequence[str], dtype: np.dtype[Any], groups: Sequence[Group]) -> Identity:
         """That of a store of these tensors (`latents` are samples). Raises WorkError when there is no such store."""
-        views = tuple(dict.fromkeys(name.partition(".")[2] for name in tensors))
+        views = tuple(sorted({name.partition(".")[2] for name in tensors}))  # the centre crop first
         kind = next(
             (
                 kind
@@ -181,7 +192,7 @@ class Claim:
             None,
         )
         storage = {"e": "fp16", "f": "fp32", "d": "fp32", "H": "uint16", "i": "int32"}.get(dtype.char)
-        if kind is None or storage is None or (kind == "indices") != (dtype.kind in "iu"):
+        if kind is None or views[0] or storage is None or (kind == "indices") != (dtype.kind in "iu"):
             raise WorkError(f"{self.source}: tensors {', '.join(tensors)} of type {dtype} are not those of a store")
         if kind == "indices" and self.codes is None:
             raise WorkError(f"{self.source}: {kind} are not what this VAE gives")

@@ -22,23 +22,22 @@ from ldm_vae.autoencoder.latents import Moments, Normalisation
 from ldm_vae.core import atomic_io, rng
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.core.files import LARGEST, read_bytes
+from ldm_vae.core.files import read_bytes
+from ldm_vae.core.validation import check_text
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     FLIP,
-    PIXELS,
     SAFETENSORS_DTYPES,
     TENSOR_NAMES,
-    crops_of,
     tensor_name,
 )
-from ldm_vae.latent_store.format.manifest import Identity, Manifest
+from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.work_units import BadSample
 from ldm_vae.latent_store.maintain.repack import Samples, Tensors
 
 STORE_JSON = "store.json"
 MOST_JSON = 1 << 28  # bytes of JSON that are read at once
-MOST_CODES = 1 << 31
 BYTES = "__base64__"
 
 
@@ -57,16 +56,10 @@ class Carried(Section):
 def parse_carried(text: str | bytes, where: object) -> Carried:
     """Parse JSON. Raises WorkError when it is not what `Carried` says."""
     try:
-        carried = Carried.model_validate_json(text)
+        return Carried.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         raise WorkError(f"{where}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from error
-    identity = carried.manifest.identity
-    indices = identity.store == "indices"
-    sound = identity.shard_size > 0 and identity.resolution and identity.views and identity.views[0] == ""
-    if not sound or indices != (identity.codes is not None) or not 0 < (identity.codes or 1) <= MOST_CODES:
-        raise WorkError(f"{where}: its identity is not that of a latent store")
-    return carried
 
 
 def write_carried(folder: Path, carried: Carried) -> None:
@@ -79,15 +72,11 @@ def read_carried(folder: Path) -> Carried | None:
     path = folder / STORE_JSON
     if not path.is_file():
         return None
-    if path.stat().st_size > MOST_JSON:
-        raise WorkError(f"{path}: larger than {MOST_JSON:,} bytes")
-    return parse_carried(read_bytes(path, LARGEST), path)
-
-
-def tensors_of(identity: Identity) -> list[str]:
-    """Names of the tensors in a store's shards, in their order."""
-    names = [tensor_name(name, view) for view in identity.views for name in TENSOR_NAMES[identity.store]]
-    return names + ([tensor_name(PIXELS, crop) for crop in crops_of(identity.views)] if identity.pixels else [])
+    try:
+        content = read_bytes(path, MOST_JSON)
+    except OSError as error:
+        raise WorkError(f"{path}: cannot be read: {error}") from error
+    return parse_carried(content, path)
 
 
 def as_numbers(identity: Identity, tensors: Tensors) -> Tensors:
@@ -117,7 +106,7 @@ def draw(identity: Identity, tensors: Tensors, samples: Samples) -> dict[str, np
         if identity.store == "moments":
             logvar = torch.from_numpy(numbers[tensor_name("logvar", view)].astype(np.float32))
             # by the image's key, not by its place: the same sample whatever store it comes from
-            keys = [(_number(row["key"]), int(row["resolution"]), number) for row in samples]
+            keys = [(_number(row["key"]), int(row.get("resolution") or 0), number) for row in samples]
             z = Moments(z, logvar).sample(rng.normal(0, "converted sample", keys, z.shape[1:]))
         drawn[view] = z.numpy()
     return drawn
@@ -136,6 +125,9 @@ def row_from_json(data: bytes) -> dict[str, Any]:
     """Parse what `row_to_json` wrote. Raises ValueError when it is not an object."""
     try:
         row = json.loads(data, object_hook=_from_json)
+        check_text(row)
+    except TypeError as error:
+        raise ValueError(f"{BYTES} holds something else than text") from error
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
     if not isinstance(row, dict):

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from diffusers import AutoencoderKL, VQModel
+from pydantic import ConfigDict, Field
 
+from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError
 from ldm_vae.latent_store.format.layout import StorageDtype, StoreKind
 
@@ -45,6 +47,18 @@ def choose(vae: Any, store: StoreKind | None, dtype: StorageDtype | None) -> tup
     if dtype not in (None, integer):
         raise UsageError(f"dtype: indices of {codes:,} codes are stored as {integer}, got {dtype}")
     return store, integer, codes
+
+
+class Usage(Section):
+    """Statistics of indices as JSON."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    images: int = Field(gt=0)
+    count: int = Field(gt=0)
+    codes: int = Field(gt=0)
+    used: int = Field(gt=0)
+    entropy_bits: float
+    perplexity: float
 
 
 class CodeStatistics:

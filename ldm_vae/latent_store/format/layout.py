@@ -45,6 +45,7 @@ OWN_COLUMNS = (
 
 CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
 FLIP = "flip"
+VIEWS = ("", FLIP, *(view for corner in CORNERS for view in (corner, f"{corner}.{FLIP}")))
 
 
 def shard_file(name: str, extension: str = "") -> str:

@@ -7,7 +7,6 @@ every store valid. docs/latent_store_format.md describes each field for readers 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
 from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.core import config
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.files import LARGEST as LARGEST_FILE
@@ -30,54 +30,17 @@ from ldm_vae.core.validation import (
     disguise,
     parse_json,
 )
+from ldm_vae.latent_store.format.codes import Usage
+from ldm_vae.latent_store.format.identity import LARGEST, Identity
 from ldm_vae.latent_store.format.layout import (
     EXTENSIONS,
     FORMAT,
     VERSION,
-    ComputeDtype,
-    StorageDtype,
-    StoreKind,
 )
 from ldm_vae.latent_store.format.layout import MANIFEST as MANIFEST  # part of this module's interface
+from ldm_vae.latent_store.format.statistics import Measured
 from ldm_vae.latent_store.storage.file_record import FileRecord
 from ldm_vae.latent_store.storage.objects import LocalFolder
-
-LARGEST = 2**31  # rows of a shard, sides, channels: what is beyond it was not made by an encoder
-
-
-class Identity(Section):
-    """Properties that must be equal for two samples to live in one store."""
-
-    encoder: str
-    """SHA-256 of the encoder's and quant_conv's tensors."""
-    preprocessing: str
-    """Version of resize, crop and scaling to [-1, 1]."""
-    resolution: tuple[int, ...]
-    """Side of the square crops in pixels; several give several shapes."""
-    store: StoreKind
-    """Which tensors: mean and logvar, mean alone, one sample, or indices of codes."""
-    dtype: StorageDtype
-    """How a value is stored."""
-    mixed_precision: ComputeDtype
-    """How the encoder computed; `no` is fp32."""
-    shard_size: int = Field(gt=0)
-    """Source samples per work unit."""
-    views: tuple[str, ...] = ("",)
-    """View suffixes; the empty one is the centre crop as it is."""
-    bucket_step: int | None = None
-    """Aspect buckets with sides in steps of this; None is one square."""
-    tile: tuple[int, int] | None = None
-    """Tile and overlap in pixels, where larger images are encoded in tiles."""
-    pixels: bool = False
-    """Whether the crops are stored too, as uint8."""
-    codes: int | None = None
-    """Codes in the codebook, where indices are stored."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the fields that are not at their default, so that a new field with a default changes nothing."""
-        tree = self.model_dump(mode="json", exclude_defaults=True)
-        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 class SourceIdentity(Section):
@@ -91,8 +54,8 @@ class SourceIdentity(Section):
 class Settings(Section):
     """Settings that units were computed with. Equal settings promise equal bytes, others equality to rounding."""
 
-    batch_size: int
-    threads: int
+    batch_size: int = Field(gt=0)
+    threads: int = Field(gt=0)
     device: str
     memory_format: str
     torch: str
@@ -180,13 +143,39 @@ class Manifest(Section):
     source: SourceIdentity
     recorded: Recorded
     settings: tuple[Settings, ...] = ()
-    units: int = 0
+    units: int = Field(0, ge=0)
     """Units so far: the number of the next one."""
-    samples: int = 0
-    quarantined: int = 0
+    samples: int = Field(0, ge=0)
+    quarantined: int = Field(0, ge=0)
     columns: dict[str, str] = Field(default_factory=dict)
     statistics: dict[str, Any] | None = None
     shards: tuple[ShardRecord, ...] = ()
+
+    def check_contents(self) -> None:
+        """Raises ValueError unless the parts of a finished store agree: names, shapes and counts of its shards, its
+        statistics and the normalisation."""
+        names, shapes = [shard.name for shard in self.shards], {shard.shape for shard in self.shards}
+        if len({*names}) < len(names):
+            raise ValueError("shards: two have one name")
+        if (live := sum(shard.live for shard in self.shards)) != self.samples or not live:
+            raise ValueError(f"samples: {self.samples:,}, its shards have {live:,}")
+        if self.identity.codes is not None:
+            usage = config.validate(Usage, self.statistics or {}, "statistics")
+            images, good = usage.images, usage.codes == self.identity.codes and all(len(one) == 2 for one in shapes)
+        else:
+            measured = config.validate(Measured, self.statistics or {}, "statistics")
+            used, channels = self.normalisation.latents_mean, len(measured.mean)
+            images, good = measured.images, all(len(one) == 3 and one[0] == channels for one in shapes)
+            good = good and (used is None or len(used) == channels)
+        if not good:
+            raise ValueError("shards, statistics and normalisation: expected one number of channels, or of codes")
+        if images != live * len(self.identity.views):
+            raise ValueError(f"statistics: of {images:,} latents, the store has {live * len(self.identity.views):,}")
+
+    @property
+    def batch_size(self) -> int:
+        """Of the newest settings; without any (latents of another program) a usual one."""
+        return self.settings[-1].batch_size if self.settings else 8
 
     @property
     def normalisation(self) -> Normalisation:
@@ -237,11 +226,16 @@ def read_manifest(store: str | Path) -> Manifest:
             "use the version of ldm-vae that wrote it, or a newer one"
         )
     try:
-        return Manifest.model_validate(tree)
+        manifest = Manifest.model_validate(tree)
+        if manifest.complete:
+            manifest.check_contents()
+        return manifest
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise WorkError(f"store {store}: manifest.json is damaged: `{where}`: {first['msg']}") from error
+    except ValueError as error:
+        raise WorkError(f"store {store}: manifest.json is damaged: {error}") from error
 
 
 def read_finished(store: str | Path) -> Manifest:
@@ -286,7 +280,12 @@ def _remote(store: str) -> bytes:
 
 
 def write_manifest(store: Path, manifest: Manifest) -> None:
-    """Replace STORE/manifest.json in one step."""
+    """Replace STORE/manifest.json in one step. Raises WorkError for one that would not be read again."""
+    if manifest.complete:
+        try:
+            manifest.check_contents()
+        except ValueError as error:
+            raise WorkError(f"store {store}: cannot be finished: {error}") from error
     LocalFolder(store).replace(MANIFEST, manifest.to_bytes())
 
 

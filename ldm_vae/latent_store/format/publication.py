@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+
+from ldm_vae.core.errors import WorkError
+from ldm_vae.core.validation import first_line
 from ldm_vae.latent_store.format import rows, shards
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import TENSORS, shard_file
-from ldm_vae.latent_store.format.manifest import Identity, ShardRecord
+from ldm_vae.latent_store.format.manifest import ShardRecord
 from ldm_vae.latent_store.storage.objects import Storage
 
 Group = tuple[int, int, int]  # resolution, height, width: what rows of one shard share
@@ -36,6 +41,10 @@ def publish_shard(
     one_group = len(identity.resolution) == 1 and identity.bucket_step is None
     name = f"{unit:08d}" if one_group else f"{unit:08d}-{resolution}-{height}x{width}"
     table = shards.to_table(samples)
+    try:
+        shards.check_table(table, whole=True)  # what would not be read again is not written
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise WorkError(f"{shard_file(name)}: {first_line(error)}") from error
     sums = rows.statistics(identity, spool.read, [sample["key"] for sample in samples])
     metadata = {"encoder": identity.encoder, "unit": str(unit)}
     files = {TENSORS: shards.write_tensors(storage, shard_file(name), spool, sums, metadata)}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ldm_vae.core.config import validate
 from ldm_vae.core.errors import WorkError
-from ldm_vae.core.text import lines
-from ldm_vae.core.validation import parse_json
+from ldm_vae.core.text import decode, lines
+from ldm_vae.core.validation import parse_json, why_unreadable
 from ldm_vae.latent_store.format.layout import QUARANTINE
 from ldm_vae.latent_store.format.work_units import BadSample
 from ldm_vae.latent_store.storage.objects import LocalFolder
@@ -27,20 +27,12 @@ def read_quarantine(store: Path) -> list[BadSample]:
     Raises:
         WorkError: it is damaged.
     """
+    path = store / QUARANTINE
     try:
-        text = LocalFolder(store).read(QUARANTINE).decode()
+        text = decode(LocalFolder(store).read(QUARANTINE))
+        return [validate(BadSample, parse_json(line), f"line {at}") for at, line in enumerate(lines(text), 1)]
     except FileNotFoundError:
         return []
-    except ValueError as error:
-        raise WorkError(_damaged(store, str(error))) from error
-    entries = []
-    for number, line in enumerate(lines(text), 1):
-        try:
-            entries.append(validate(BadSample, parse_json(line), f"line {number}"))
-        except ValueError as error:
-            raise WorkError(_damaged(store, str(error))) from error
-    return entries
-
-
-def _damaged(store: Path, what: str) -> str:
-    return f"{store / QUARANTINE}: damaged: {what}; without this file an update tries again what it names"
+    except (OSError, ValueError) as error:
+        reason = why_unreadable(path, error)
+        raise WorkError(f"{path}: damaged: {reason}; without this file an update tries again what it names") from error

@@ -12,13 +12,16 @@ import numpy.typing as npt
 
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.codes import CodeStatistics
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
+    PIXELS,
     SAFETENSORS_DTYPES,
     TENSOR_NAMES,
+    crops_of,
     shard_path,
     tensor_name,
 )
-from ldm_vae.latent_store.format.manifest import Identity, ShardRecord
+from ldm_vae.latent_store.format.manifest import ShardRecord
 from ldm_vae.latent_store.format.shards import CHUNK_ROWS
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 
@@ -54,6 +57,31 @@ def statistics(identity: Identity, read: ReadRows, keys: Sequence[str]) -> npt.N
             total.update_values(values, variance, images[first:stop])
     assert total.sums is not None
     return total.sums
+
+
+def tensors_of(identity: Identity) -> list[str]:
+    """Names of the tensors in a store's shards, in their order."""
+    names = [tensor_name(name, view) for view in identity.views for name in TENSOR_NAMES[identity.store]]
+    return names + ([tensor_name(PIXELS, crop) for crop in crops_of(identity.views)] if identity.pixels else [])
+
+
+def map_shard(path: Path, identity: Identity, shard: ShardRecord) -> dict[str, npt.NDArray[Any]]:
+    """The tensors of a store's shard, mapped. Raises WorkError unless their types and shapes are the manifest's."""
+    pixels, values = (-1, *shard.size), SAFETENSORS_DTYPES[identity.dtype]
+    specs = [
+        shards.TensorSpec(name, "U8", pixels) if name.split(".")[0] == PIXELS
+        else shards.TensorSpec(name, values, shard.shape)
+        for name in tensors_of(identity)
+    ]  # fmt: skip
+    return shards.map_tensors(path, shard.rows, specs)
+
+
+def are_sums(table: npt.NDArray[Any] | None, identity: Identity, shard: ShardRecord) -> bool:
+    """Whether a shard's table of sums is one of such a shard: other programs leave it out, or write anything."""
+    width = 2 + 3 * shard.shape[0] if identity.codes is None else 1 + identity.codes
+    if table is None or table.dtype != np.float64 or table.ndim != 2 or table.shape[1] != width or not len(table):
+        return False
+    return bool(np.isfinite(table).all()) and table[0, 0] == shard.rows * len(identity.views)
 
 
 def accumulator(identity: Identity) -> LatentStatistics | CodeStatistics:

@@ -11,9 +11,11 @@ can. It is derived; a reader that misses it falls back to the parquet.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from ldm_vae.core.errors import WorkError
-from ldm_vae.core.validation import why_unreadable
+from ldm_vae.core.tables import check_values, kinds_within
+from ldm_vae.core.validation import parse_json, why_unreadable
 from ldm_vae.latent_store.format.layout import MAPPED_ROWS, ROWS, STATISTICS, TENSORS
 from ldm_vae.latent_store.storage.file_record import FileRecord
 from ldm_vae.latent_store.storage.objects import HashedFile, Storage
 
+
+def _is_list_of_numbers(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.ListType) and bool(pa.types.is_integer(kind.value_type))
+
+
+# a column that a store itself writes => the type that it has there, in words and as a test; null where nothing is
+# known. `image_bytes` is not among them: a store of an older version has a source's own column under that name.
+OWN_TYPES: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
+    **dict.fromkeys(("key", "source", "image_sha256", "bucket"), ("text", pa.types.is_string)),
+    **dict.fromkeys(("source_index", "resolution"), ("whole numbers", pa.types.is_integer)),
+    "original_size": ("lists of whole numbers", _is_list_of_numbers),
+}
 HEADER_ALIGNMENT = 4096  # tensors begin on a page
 CHUNK_ROWS = 256
 
@@ -172,7 +188,10 @@ def to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def _plain(value: Any) -> Any:
-    """numpy scalars and arrays as Python values, which pyarrow takes in any nesting."""
+    """numpy scalars and arrays as Python values, which pyarrow takes in any nesting; a UUID or a duration,
+    for which parquet has no type, as text."""
+    if isinstance(value, uuid.UUID | datetime.timedelta):
+        return str(value)
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
@@ -195,11 +214,14 @@ def map_file(path: Path) -> npt.NDArray[np.uint8]:
     return raw
 
 
-def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
+def map_tensors(path: Path, rows: int = 0, specs: Sequence[TensorSpec] = ()) -> dict[str, npt.NDArray[Any]]:
     """The tensors of a shard as read-only arrays that are mapped, not read; bfloat16 comes as its 16 bits (uint16).
 
+    Args:
+        specs: tensors of `rows` rows that must be there, of this type and shape (-1: any extent).
+
     Raises:
-        WorkError: the file is missing, truncated or not a shard.
+        WorkError: the file is missing, truncated, not a shard, or not of these tensors.
     """
     try:
         raw = map_file(path)
@@ -207,13 +229,24 @@ def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
         # the header's length is the file's own claim: it must lie within the file
         if not 2 <= length <= min(len(raw) - 8, 100_000_000):
             raise ValueError("no safetensors header")
-        header = json.loads(raw[8 : 8 + length].tobytes())
+        header = parse_json(raw[8 : 8 + length].tobytes())
         header.pop("__metadata__", None)
+        for spec in specs:
+            _check_entry(spec, rows, header.get(spec.name))
         return {name: _view(raw[8 + length :], entry) for name, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise WorkError(
             f"shard {path}: cannot be read: {why_unreadable(path, error)}; `ldm-vae store verify` tells what is damaged"
         ) from error
+
+
+def _check_entry(spec: TensorSpec, rows: int, entry: Mapping[str, Any] | None) -> None:
+    # 16 bits are two floats or an integer: the type is what the header says, and must be what the manifest says
+    wanted, found = [rows, *spec.shape], (entry or {}).get("shape", [])
+    fits = len(found) == len(wanted) and all(one in (-1, other) for one, other in zip(wanted, found, strict=True))
+    if entry is None or entry["dtype"] != spec.dtype or not fits:
+        came = "is missing" if entry is None else f"is {entry['dtype']} {found}"
+        raise ValueError(f"tensor {spec.name} {came}, the manifest says {spec.dtype} {wanted}")
 
 
 def _view(data: npt.NDArray[np.uint8], entry: Mapping[str, Any]) -> npt.NDArray[Any]:
@@ -237,8 +270,7 @@ def map_rows(stem: Path, rows: int | None = None) -> pa.Table:
         return read_rows(stem, rows=rows)
     with _readable(mapped):
         table = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(map_file(mapped)))).read_all()
-        table.validate(full=True)  # offsets are believed later on: those of a tampered file lead out of its memory
-        return _of_rows(table, rows)
+        return check_table(_of_rows(table, rows), whole=True)
 
 
 def read_rows(
@@ -256,7 +288,8 @@ def read_rows(
         if columns is not None and optional:
             there = head.schema.to_arrow_schema().names
             columns = [*columns, *(name for name in optional if name in there)]
-        return pq.read_table(path, columns=None if columns is None else list(columns))
+        table = pq.read_table(path, columns=None if columns is None else list(columns))
+        return check_table(table, whole=columns is None)
 
 
 def row_columns(stem: Path) -> list[str]:
@@ -265,6 +298,34 @@ def row_columns(stem: Path) -> list[str]:
     with _readable(path):
         names: list[str] = pq.read_schema(path).names
         return names
+
+
+def check_table(table: pa.Table, whole: bool) -> pa.Table:
+    """The table, if a store can hold it. Raises ValueError for columns of the store's own that have another type or
+    value than they are written with, and for others whose values are none: text that is not UTF-8, times that no clock
+    shows, types of an extension."""
+    check_values(table)
+    if whole and "key" not in table.column_names:
+        raise ValueError("it has no column key")
+    for field in table.schema:
+        column, kinds = table.column(field.name), kinds_within(field.type)
+        wanted, fits = OWN_TYPES.get(field.name, ("a type of Arrow's own", lambda kind: True))
+        unknown = pa.types.is_null(field.type) and field.name != "key"
+        if any(map(_is_foreign, kinds)) or not (unknown or fits(field.type)):
+            raise ValueError(f"column {field.name}: expected {wanted}, got {field.type}")
+        if field.name == "key" and column.null_count:
+            raise ValueError("column key: expected text in every row, got null")
+        if field.name == "image_sha256":
+            good = pc.match_substring_regex(column.cast(pa.string()), "^[0-9a-f]{64}$")
+            if pc.any(pc.invert(good)).as_py():
+                raise ValueError("column image_sha256: expected 64 hexadecimal digits")
+    return table
+
+
+def _is_foreign(kind: pa.DataType) -> bool:
+    """True for a type that no value of Python becomes, and that Arrow's own functions do not all know."""
+    views = pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)
+    return views or pa.types.is_map(kind) or isinstance(kind, pa.BaseExtensionType | pa.RunEndEncodedType)
 
 
 def _of_rows(table: Any, rows: int | None) -> Any:
@@ -277,7 +338,7 @@ def _of_rows(table: Any, rows: int | None) -> Any:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, RuntimeError, pa.ArrowException) as error:
         raise WorkError(
             f"shard {path}: cannot be read: {why_unreadable(path, error)}; `ldm-vae store verify` tells more"
         ) from error

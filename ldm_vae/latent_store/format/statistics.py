@@ -15,6 +15,7 @@ Legend: B batch, c latent channels, h w latent positions.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,13 +23,52 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from ldm_vae.autoencoder.latents import Moments, Normalisation, NormalisationKind
-from ldm_vae.core import intervals, rng
+from ldm_vae.core import config, intervals, rng
+from ldm_vae.core.config import Section
+from ldm_vae.core.errors import WorkError
 
 REPLICATES = 200  # they know a standard error to 5 %
 
 Array = npt.NDArray[np.float64]
+
+
+class Intervals(Section):
+    """Ends [low, high] of the 95 % intervals; of a vector [c] each end is one."""
+
+    model_config = ConfigDict(strict=True)
+    latents_mean: list[list[float]] = Field(min_length=2, max_length=2)
+    latents_std: list[list[float]] = Field(min_length=2, max_length=2)
+    scaling_factor: list[float] = Field(min_length=2, max_length=2)
+    shift_factor: list[float] = Field(min_length=2, max_length=2)
+
+
+class Measured(Section):
+    """Statistics as JSON: per channel [c], over that many images and values of each channel."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    images: int = Field(gt=0)
+    count: int = Field(gt=0)
+    mean: list[float] = Field(min_length=1)
+    variance: list[NonNegativeFloat]
+    posterior_variance: list[NonNegativeFloat]
+    scaling_factor: PositiveFloat | None
+    """None: the latents do not vary, and nothing scales them to a variance of 1."""
+    shift_factor: float
+    latents_mean: list[float]
+    latents_std: list[NonNegativeFloat]
+    ci95: Intervals | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Measured:
+        channels = [self.variance, self.posterior_variance, self.latents_mean, self.latents_std]
+        if self.ci95 is not None:
+            channels += [*self.ci95.latents_mean, *self.ci95.latents_std]
+        if any(len(values) != len(self.mean) for values in channels):
+            raise ValueError(f"expected one number for each of {len(self.mean)} channels")
+        return self
 
 
 class LatentStatistics:
@@ -125,6 +165,8 @@ class LatentStatistics:
         by_channel = intervals.of_variance(variance, mean_error, error(second - 2 * mean * first), images)
         scalar, scalar_influence = variance.mean() + mean.var(), (second - 2 * mean.mean() * first).mean(axis=1)
         low, high = intervals.of_variance(scalar, all_error, error(scalar_influence), images)
+        if not all(np.isfinite(by_channel).all() and 0 < end < np.inf for end in (low, high)):
+            return None  # latents that hardly vary
         return {
             "latents_mean": _interval(*intervals.of_mean(mean, mean_error, images)),
             "latents_std": _interval(*map(np.sqrt, by_channel)),
@@ -150,15 +192,17 @@ class LatentStatistics:
 
     def to_json(self) -> dict[str, Any]:
         """Everything that a model card or an exporter needs, as plain JSON."""
-        shift = self.normalisation("shift")
+        scale: float | None = None
+        with contextlib.suppress(WorkError):  # constant latents: a result too, of images of one colour
+            scale = self.normalisation("scale").scaling_factor
         return {
             "images": self.images,
             "count": self.count,
             "mean": self.mean.tolist(),
             "variance": self.variance.tolist(),
             "posterior_variance": self.posterior_variance.tolist(),
-            "scaling_factor": shift.scaling_factor,
-            "shift_factor": shift.shift_factor,
+            "scaling_factor": scale,
+            "shift_factor": float(self.mean.mean()),
             "latents_mean": self.mean.tolist(),
             "latents_std": self.variance.sqrt().tolist(),  # 0 of a dead channel
             "ci95": None if self.intervals is None else dict(self.intervals),
@@ -168,7 +212,8 @@ class LatentStatistics:
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> LatentStatistics:
         """Rebuild from `to_json`; the replicates are not in it, so the intervals stay as they were until more is
-        added."""
+        added. Raises UsageError for what is not that."""
+        config.validate(Measured, tree, "statistics")
         mean, variance = np.asarray(tree["mean"], np.float64), np.asarray(tree["variance"], np.float64)
         posterior, count = np.asarray(tree["posterior_variance"], np.float64), float(tree["count"])
         squares = variance - posterior + mean**2

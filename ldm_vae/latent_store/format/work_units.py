@@ -18,9 +18,9 @@ from tqdm import tqdm
 from ldm_vae.core.config import Section
 from ldm_vae.core.files import LARGEST, read_bytes
 from ldm_vae.data.source import Source
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import PLAN, UNITS, shard_path
 from ldm_vae.latent_store.format.manifest import (
-    Identity,
     Settings,
     ShardRecord,
     SourceIdentity,

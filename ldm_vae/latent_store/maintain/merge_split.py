@@ -17,15 +17,16 @@ import numpy.typing as npt
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.format import shards
-from ldm_vae.latent_store.format.layout import STATISTICS, TENSORS, shard_path
+from ldm_vae.latent_store.format.identity import Identity
+from ldm_vae.latent_store.format.layout import TENSORS, shard_path
 from ldm_vae.latent_store.format.manifest import (
-    Identity,
     Manifest,
     ShardRecord,
     read_finished,
 )
 from ldm_vae.latent_store.format.publication import Group
 from ldm_vae.latent_store.format.quarantine import read_quarantine
+from ldm_vae.latent_store.format.rows import map_shard, tensors_of
 from ldm_vae.latent_store.maintain.repack import (
     Integers,
     Samples,
@@ -69,9 +70,9 @@ class StoredPiece:
 
     def read(self, positions: Integers) -> Iterator[tuple[Tensors, Samples]]:
         """Mapped tensors and the columns, a few rows at a time."""
-        mapped = shards.map_tensors(shard_path(self.store, self.shard.name, TENSORS))
+        mapped = map_shard(shard_path(self.store, self.shard.name, TENSORS), self.manifest.identity, self.shard)
         table = shards.read_rows(shard_path(self.store, self.shard.name))
-        names = [name for name in mapped if name != STATISTICS]
+        names = tensors_of(self.manifest.identity)
         for begin in range(0, len(positions), shards.CHUNK_ROWS):
             some = self.rows[positions[begin : begin + shards.CHUNK_ROWS]]
             yield {name: mapped[name][some] for name in names}, table.take(some).to_pylist()
@@ -106,9 +107,9 @@ def merge(stores: Sequence[Path], out: Path) -> Manifest:
         check_same_identity(stores[0], manifests[0].identity, store, manifest.identity)
     parts: list[StoredPiece] = []
     earlier: list[StoredImages] = []
-    for store, manifest in zip(stores, manifests, strict=True):
+    for number, (store, manifest) in enumerate(zip(stores, manifests, strict=True), 1):
         parts += [new for piece in pieces(store, manifest) if len((new := _unseen(piece, earlier)).rows)]
-        if store != stores[-1]:
+        if number < len(stores):
             # each store is compared with those before it; none comes after the last
             earlier.append(StoredImages(store, manifest))
     quarantine = {entry.key: entry for store in stores for entry in read_quarantine(store)}

@@ -19,6 +19,7 @@ from ldm_vae import __version__
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     PIXELS,
     SAFETENSORS_DTYPES,
@@ -26,7 +27,6 @@ from ldm_vae.latent_store.format.layout import (
     UNITS,
 )
 from ldm_vae.latent_store.format.manifest import (
-    Identity,
     Manifest,
     ShardRecord,
     SourceIdentity,

@@ -153,7 +153,7 @@ def _encode_again(
     # rows under a digest of its own.
     as_it_was, by_key = whole.digest(identity), hashlib.sha256(f"repair {manifest.units}".encode()).hexdigest()
     jobs: dict[str, list[Unit]] = {as_it_was: [], by_key: []}
-    batch_size = manifest.settings[-1].batch_size
+    batch_size = manifest.batch_size
     for number in numbers:
         rows, record = old[number], work_units.read_record(store, number, as_it_was)
         if record is not None:  # the source has the keys that it had then: the unit is the slice that it was

@@ -22,6 +22,7 @@ from ldm_vae.latent_store.format.layout import (
     shard_path,
 )
 from ldm_vae.latent_store.format.manifest import Manifest
+from ldm_vae.latent_store.format.rows import map_shard
 from ldm_vae.latent_store.format.work_units import Unit
 from ldm_vae.latent_store.write import sample_stream
 from ldm_vae.latent_store.write.crops import cutting_of
@@ -54,11 +55,11 @@ def measure_costs(store: Path, manifest: Manifest, vae: Any, source: Source) -> 
     # the same encode stored in fp32, which rounds nothing: the difference is the storage dtype's alone
     if identity.codes is None:
         exact = exact.model_copy(update={"dtype": "fp32"})
-    encoder = Encoder(vae, exact, batch_size=manifest.settings[-1].batch_size, device=vae.device)
+    encoder = Encoder(vae, exact, batch_size=manifest.batch_size, device=vae.device)
     stream = sample_stream.samples(source, "", cutting_of(exact, vae), [Unit(0, indices)], encoder.batch_size, 0)
     ready = [item for dealt in stream for item in dealt.ready]
     name = TENSOR_NAMES[identity.store][0]
-    mapped = shards.map_tensors(shard_path(store, shard.name, TENSORS))[name][: len(ready)]
+    mapped = map_shard(shard_path(store, shard.name, TENSORS), identity, shard)[name][: len(ready)]
     stored = shards.to_float(mapped, SAFETENSORS_DTYPES[identity.dtype])
     psnr, worst = [], 0
     for sample, z, rounded in zip(ready, encoder(ready)[0][name], stored, strict=True):

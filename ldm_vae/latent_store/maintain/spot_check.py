@@ -19,6 +19,7 @@ from ldm_vae.latent_store.format.layout import (
     shard_path,
 )
 from ldm_vae.latent_store.format.manifest import Manifest
+from ldm_vae.latent_store.format.rows import map_shard
 from ldm_vae.latent_store.format.work_units import Unit
 from ldm_vae.latent_store.maintain.provenance import indices_of
 from ldm_vae.latent_store.maintain.verify import Problem
@@ -72,7 +73,7 @@ def reencode(
     ]
     cutting = cutting_of(manifest.identity, vae)
     # the newest settings: older units may have had others, which TOLERANCE allows for
-    encoder = Encoder(vae, manifest.identity, batch_size=manifest.settings[-1].batch_size, device=device)
+    encoder = Encoder(vae, manifest.identity, batch_size=manifest.batch_size, device=device)
     unit = Unit(0, sorted(set(places.values())))
     std = None if manifest.identity.codes is not None else np.sqrt((manifest.statistics or {})["variance"])
     compared = identical = 0
@@ -127,7 +128,8 @@ def _compare(
 ) -> tuple[bool, float]:
     """Compare one row: True if all tensors have the same bits, and how far the first one (mean, sample or indices) is
     off."""
-    mapped = shards.map_tensors(shard_path(store, manifest.shards[stored.shard].name, TENSORS))
+    shard = manifest.shards[stored.shard]
+    mapped = map_shard(shard_path(store, shard.name, TENSORS), manifest.identity, shard)
     same = all(value[0].tobytes() == mapped[name][stored.row].tobytes() for name, value in rows.items())
     name = TENSOR_NAMES[manifest.identity.store][0]
     if std is None:

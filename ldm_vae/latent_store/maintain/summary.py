@@ -65,7 +65,9 @@ def _statistics(manifest: Manifest) -> list[str]:
     lines = [
         f"  measured over {measured['images']:,} latents, "
         f"{'95 % intervals over images' if known is not None else intervals.why_none(measured['images'])}:",
-        f"    scaling_factor {measured['scaling_factor']:9.5f}{interval('scaling_factor')}",
+        "    scaling_factor      none  (the latents do not vary)"
+        if measured["scaling_factor"] is None
+        else f"    scaling_factor {measured['scaling_factor']:9.5f}{interval('scaling_factor')}",
         f"    shift_factor   {measured['shift_factor']:9.5f}{interval('shift_factor')}",
     ]
     for channel, (mean, std) in enumerate(zip(measured["latents_mean"], measured["latents_std"], strict=True)):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 from ldm_vae.core.errors import WorkError
@@ -15,14 +16,11 @@ from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.layout import (
     EXTENSIONS,
     MAPPED_ROWS,
-    ROWS,
     SAFETENSORS_DTYPES,
     SHARDS,
-    TENSOR_NAMES,
     TENSORS,
     shard_file,
     shard_path,
-    tensor_name,
 )
 from ldm_vae.latent_store.format.manifest import (
     Manifest,
@@ -30,6 +28,7 @@ from ldm_vae.latent_store.format.manifest import (
     place_of,
     read_finished,
 )
+from ldm_vae.latent_store.format.rows import map_shard, tensors_of
 from ldm_vae.latent_store.format.shards import CHUNK_ROWS
 from ldm_vae.latent_store.storage.file_record import checksum
 
@@ -64,9 +63,6 @@ def verify(store: str | Path) -> list[Problem]:
         problems += (
             check_shard(place, manifest, shard) if isinstance(place, Path) else _check_at(place, manifest, shard)
         )
-    rows = sum(shard.live for shard in manifest.shards)
-    if rows != manifest.samples:
-        problems.append(Problem("manifest.json", f"says {manifest.samples} samples, its shards have {rows}"))
     return problems
 
 
@@ -111,21 +107,20 @@ def _check_at(url: str, manifest: Manifest, shard: ShardRecord) -> Iterator[Prob
 
 
 def _check_rows(manifest: Manifest, shard: ShardRecord, stem: Path) -> Iterator[Problem]:
-    table = shards.read_rows(stem)
-    if table.num_rows != shard.rows:
-        yield Problem(shard_file(shard.name, ROWS), f"has {table.num_rows} rows, not {shard.rows}")
+    table = shards.read_rows(stem, rows=shard.rows)
     # a checksum proves that a file is as it was written, this that both were written from the same rows
-    if not table.equals(shards.map_rows(stem)):
+    if not _same(table, shards.map_rows(stem, shard.rows)):
         yield Problem(shard_file(shard.name, MAPPED_ROWS), "does not hold the rows of the parquet")
     file = shard_file(shard.name, TENSORS)
-    mapped = shards.map_tensors(stem.with_name(f"{shard.name}.{TENSORS}"))
+    mapped = map_shard(stem.with_name(f"{shard.name}.{TENSORS}"), manifest.identity, shard)
     dtype = SAFETENSORS_DTYPES[manifest.identity.dtype]
-    names = [tensor_name(t, v) for v in manifest.identity.views for t in TENSOR_NAMES[manifest.identity.store]]
-    for name in names:
-        if name not in mapped or mapped[name].shape != (shard.rows, *shard.shape):
-            yield Problem(file, f"tensor {name} is missing or not of shape {[shard.rows, *shard.shape]}")
-            continue
+    for name in tensors_of(manifest.identity):
         for first in range(0, shard.rows, CHUNK_ROWS):
             if not np.isfinite(shards.to_float(mapped[name][first : first + CHUNK_ROWS], dtype)).all():
                 yield Problem(file, f"tensor {name} holds NaN or infinity in rows {first} to {first + CHUNK_ROWS}")
                 break
+
+
+def _same(one: pa.Table, other: pa.Table) -> bool:
+    """Equal schemas and values; to Arrow no NaN equals another, so tables that differ are compared as text again."""
+    return one.equals(other) or (one.schema.equals(other.schema) and str(one.to_pylist()) == str(other.to_pylist()))

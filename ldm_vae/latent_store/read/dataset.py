@@ -138,9 +138,8 @@ class LatentDataset(Dataset[Item]):
             if shard.removed
         }
         self._several_shapes = len({shard.shape for shard in self.shards}) > 1
-        names = [tensor_name(name, view) for view in identity.views for name in self._names]
         self.files = open_files(self.path, self.manifest, cache_bytes)
-        self._maps = Maps(self.files, self.shards, names)
+        self._maps = Maps(self.files, self.shards)
 
     def _choose(self, normalisation: Normalisation | NormalisationKind | None) -> Normalisation:
         if normalisation is not None and self.manifest.identity.codes is not None:

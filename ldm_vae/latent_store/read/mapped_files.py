@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from ldm_vae.core.errors import WorkError
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     MAPPED_ROWS,
     ROWS,
@@ -20,6 +21,7 @@ from ldm_vae.latent_store.format.layout import (
     shard_path,
 )
 from ldm_vae.latent_store.format.manifest import Manifest, ShardRecord
+from ldm_vae.latent_store.format.rows import map_shard
 
 MOST_MAPS = 30_000  # the kernel allows a process 65,530 mappings; stores of more shards give up the oldest ones
 LOOK_EVERY = 5.0  # seconds between looks for maps whose file has left the cache
@@ -43,10 +45,11 @@ class LocalFiles:
     """The shards of a store in a folder."""
 
     store: Path
+    identity: Identity
 
     def tensors(self, shard: ShardRecord) -> dict[str, npt.NDArray[Any]]:
         """Its tensors, mapped."""
-        return shards.map_tensors(self._inside(shard, TENSORS))
+        return map_shard(self._inside(shard, TENSORS), self.identity, shard)
 
     def rows(self, shard: ShardRecord) -> pa.Table:
         """Its table: mapped from .arrow, or read from .parquet where that is missing."""
@@ -68,7 +71,7 @@ class LocalFiles:
 def open_files(place: str | Path, manifest: Manifest, cache_bytes: float | None = None) -> Files:
     """The shards of a store in a folder, or at a URL."""
     if isinstance(place, Path):
-        return LocalFiles(place)
+        return LocalFiles(place, manifest.identity)
     from ldm_vae.latent_store.remote.store import open_remote  # fsspec, which readers of folders have no need of
 
     return open_remote(place, manifest, cache_bytes)
@@ -79,11 +82,10 @@ class Maps:
 
     Args:
         records: the shards, which are then named by their place in this list.
-        names: the tensors that each of them must have.
     """
 
-    def __init__(self, files: Files, records: Sequence[ShardRecord], names: Sequence[str]) -> None:
-        self.files, self._records, self._names = files, records, names
+    def __init__(self, files: Files, records: Sequence[ShardRecord]) -> None:
+        self.files, self._records = files, records
         self._tensors: dict[int, dict[str, npt.NDArray[Any]]] = {}
         self._columns: dict[int, dict[str, Any]] = {}
         self._next_look = 0.0
@@ -95,11 +97,7 @@ class Maps:
         """All tensors of a shard. Raises WorkError for one that is not as the manifest says."""
         mapped = self._tensors.get(shard)
         if mapped is None:
-            record = self._records[shard]
-            mapped = self.files.tensors(record)
-            for name in self._names:
-                if name not in mapped or mapped[name].shape != (record.rows, *record.shape):
-                    raise WorkError(f"shard {record.name}: is not as the manifest says; run `ldm-vae store verify`")
+            mapped = self.files.tensors(self._records[shard])
             self._give_up_what_left()
             _make_room(self._tensors)
             self._tensors[shard] = mapped

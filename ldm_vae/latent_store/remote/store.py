@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     MAPPED_ROWS,
     ROWS,
@@ -27,6 +28,7 @@ from ldm_vae.latent_store.format.layout import (
     shard_file,
 )
 from ldm_vae.latent_store.format.manifest import Manifest, ShardRecord
+from ldm_vae.latent_store.format.rows import map_shard
 from ldm_vae.latent_store.remote.cache import Cache, open_cache
 from ldm_vae.latent_store.storage.fsspec_files import AbsentError
 
@@ -45,10 +47,11 @@ class RemoteFiles:
 
     url: str
     cache: Cache
+    identity: Identity
 
     def tensors(self, shard: ShardRecord) -> dict[str, npt.NDArray[Any]]:
         """Its tensors, mapped."""
-        return self._opened(shard, TENSORS, shards.map_tensors)
+        return self._opened(shard, TENSORS, lambda path: map_shard(path, self.identity, shard))
 
     def rows(self, shard: ShardRecord) -> pa.Table:
         """Its table: mapped from .arrow, or read from .parquet where that is missing."""
@@ -81,7 +84,7 @@ class RemoteFiles:
 
 def open_remote(url: str, manifest: Manifest, cache_bytes: float | None) -> RemoteFiles:
     """The shards of a store at a URL. Raises UsageError when the cache could not hold one of them."""
-    files = RemoteFiles(url, open_cache(cache_bytes))
+    files = RemoteFiles(url, open_cache(cache_bytes), manifest.identity)
     largest = max((file.bytes for shard in manifest.shards for file in shard.files.values()), default=0)
     if largest > files.cache.limit:
         raise UsageError(

@@ -17,8 +17,8 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.data import buckets
 from ldm_vae.data.flags import Resize
 from ldm_vae.data.transforms import Crop, centre_crop, decoding_of
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import CORNERS, FLIP, crops_of
-from ldm_vae.latent_store.format.manifest import Identity
 
 CORNER_SHARE = 7 / 8  # side of a corner crop relative to the centre crop's: 224 of 256, as in the five- and ten-crop
 

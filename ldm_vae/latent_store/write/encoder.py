@@ -25,6 +25,7 @@ from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.core import rng
 from ldm_vae.core.errors import WorkError
 from ldm_vae.data.transforms import to_pixels
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     PIXELS,
     SAFETENSORS_DTYPES,
@@ -34,7 +35,7 @@ from ldm_vae.latent_store.format.layout import (
     is_flipped,
     tensor_name,
 )
-from ldm_vae.latent_store.format.manifest import Identity, Settings
+from ldm_vae.latent_store.format.manifest import Settings
 from ldm_vae.latent_store.format.shards import TensorSpec
 from ldm_vae.latent_store.write.sample_stream import Ready
 from ldm_vae.latent_store.write.tiled_encode import encode_tiled

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ldm_vae.core import atomic_io, intervals
 from ldm_vae.core.errors import WorkError
-from ldm_vae.latent_store.format import rows, shards, work_units
+from ldm_vae.latent_store.format import rows, work_units
 from ldm_vae.latent_store.format.codes import CodeStatistics
 from ldm_vae.latent_store.format.layout import (
     PLAN,
@@ -108,8 +108,8 @@ def merged_statistics(
     for shard in entries:
         if shard.live == 0:
             continue
-        mapped = shards.map_tensors(shard_path(store, shard.name, TENSORS))
-        if shard.removed:
+        mapped = rows.map_shard(shard_path(store, shard.name, TENSORS), manifest.identity, shard)
+        if shard.removed or not rows.are_sums(mapped.get(STATISTICS), manifest.identity, shard):
             total.add(rows.live_statistics(store, manifest.identity, shard, mapped))
         else:
             total.add(np.array(mapped[STATISTICS]))

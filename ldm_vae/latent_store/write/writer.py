@@ -25,6 +25,7 @@ from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import preprocessing_identity
 from ldm_vae.latent_store.format import work_units
 from ldm_vae.latent_store.format.codes import choose
+from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     SHARDS,
     UNITS,
@@ -33,7 +34,6 @@ from ldm_vae.latent_store.format.layout import (
     StoreKind,
 )
 from ldm_vae.latent_store.format.manifest import (
-    Identity,
     Manifest,
     Recorded,
     check_identity,

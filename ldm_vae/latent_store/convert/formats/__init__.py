@@ -22,14 +22,14 @@ from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.convert.import_rows import Claim, ForeignPiece, Load
 from ldm_vae.latent_store.convert.sidecar import Carried
+from ldm_vae.latent_store.format.identity import LARGEST, Identity
 from ldm_vae.latent_store.format.layout import (
-    CORNERS,
-    FLIP,
     PIXELS,
     TENSOR_NAMES,
+    VIEWS,
     tensor_name,
 )
-from ldm_vae.latent_store.format.manifest import Identity, Manifest
+from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.publication import Group
 from ldm_vae.latent_store.maintain.merge_split import StoredPiece
 
@@ -75,6 +75,9 @@ def found(path: Path, origin: Carried | Claim, sketches: Sequence[Sketch], notes
     """
     if not sketches:
         raise WorkError(f"SRC {path}: no latents in it")
+    for sketch in sketches:
+        if len(sketch.shape) not in (2, 3) or not all(0 < side < LARGEST for side in sketch.shape):
+            raise WorkError(f"{sketch.where}: has arrays of the shape {list(sketch.shape)}, not latents [c, h, w]")
     if isinstance(origin, Carried):
         identity = origin.manifest.identity
     else:
@@ -85,6 +88,9 @@ def found(path: Path, origin: Carried | Claim, sketches: Sequence[Sketch], notes
         if others or len(dtypes) > 1:
             raise WorkError(f"SRC {path}: its files do not all hold the same tensors in one type")
         identity = origin.identity(names, dtypes[0], [sketch.group for sketch in sketches])
+    for sketch in sketches:
+        if (len(sketch.shape) == 2) != (identity.codes is not None):
+            raise WorkError(f"{sketch.where}: has the shape {list(sketch.shape)}, which {identity.store} have not")
     pieces = [ForeignPiece(s.where, identity, s.keys, s.group, s.shape, s.load) for s in sketches]
     return Found(identity, pieces, tuple(notes))
 
@@ -99,8 +105,7 @@ def is_tensor(name: str) -> bool:
     """True for the name of a column or member that holds latents or pixels."""
     tensor, _, view = name.partition(".")
     known = {"latents", PIXELS, *(name for names in TENSOR_NAMES.values() for name in names)}
-    views = {"", FLIP, *CORNERS, *(f"{corner}.{FLIP}" for corner in CORNERS)}
-    return tensor in known and view in views
+    return tensor in known and view in VIEWS
 
 
 class Format(Protocol):

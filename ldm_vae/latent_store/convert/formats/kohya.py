@@ -42,7 +42,7 @@ from ldm_vae.latent_store.convert.formats import (
     Sketch,
     found,
 )
-from ldm_vae.latent_store.convert.import_rows import Claim, group_of
+from ldm_vae.latent_store.convert.import_rows import Claim, group_of, original_size
 from ldm_vae.latent_store.convert.npy import from_npy, npy_header, to_npy
 from ldm_vae.latent_store.convert.sidecar import (
     Carried,
@@ -132,7 +132,7 @@ def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], optio
             if options.model in SCALED:
                 drawn = {view: manifest.normalisation.apply(torch.from_numpy(z)).numpy() for view, z in drawn.items()}
             for position, row in enumerate(samples):
-                height, width = row["original_size"] or piece.group[1:]
+                height, width = original_size(row) or piece.group[1:]
                 arrays = {"latents": drawn[""][position]}
                 if FLIP in drawn:
                     arrays["latents_flipped"] = drawn[FLIP][position]

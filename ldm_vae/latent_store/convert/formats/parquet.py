@@ -36,12 +36,12 @@ from ldm_vae.latent_store.convert.sidecar import (
     Carried,
     as_numbers,
     parse_carried,
-    tensors_of,
 )
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.layout import ROWS, shard_path
 from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.quarantine import read_quarantine
+from ldm_vae.latent_store.format.rows import tensors_of
 from ldm_vae.latent_store.maintain.merge_split import StoredPiece
 from ldm_vae.latent_store.maintain.repack import Integers, Samples, Tensors
 
@@ -152,7 +152,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             yield file
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
         raise WorkError(f"{path}: cannot be read: {why_unreadable(path, error)}") from error
 
 
