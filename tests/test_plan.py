@@ -12,10 +12,12 @@ from accelerate import Accelerator
 from fork_server import Finished, fork
 from images import write_images
 from repository import ROOT
+from sentences import refused
 from torch import nn
 
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core import config
+from ldm_vae.core.errors import UsageError
 from ldm_vae.core.flop_counter import Cost, gpu_autocast
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.losses.kl import Config as KL
@@ -23,9 +25,11 @@ from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.lpips import Config as LPIPSConfig
 from ldm_vae.perceptual.lpips import LPIPS, SMALLEST
 from ldm_vae.training.adversary import Adversary, AdversaryConfig
-from ldm_vae.training.config import Training
+from ldm_vae.training.config import Training, build_autoencoder
 from ldm_vae.training.dry_run import plan
 from ldm_vae.training.objective import Objective
+from ldm_vae.training.smallest_crop import sides
+from ldm_vae.training.state import build_state
 from ldm_vae.training.step import TrainingStep
 from train import autoencoder as training_program
 
@@ -189,3 +193,32 @@ def test_a_dry_run_tells_of_what_is_there(tmp_path: Path, tiny_vae_folder: Path)
 def test_every_config_has_a_plan(path: Path) -> None:
     found = plan(config.load(Training, path))
     assert found.step_gflop > 3 * found.forward_gflop["encoder"] and all(found.bytes.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "crop"),
+    [
+        ({"discriminator": {"kind": "patchgan", "width": 8, "layers": 4}}, "discriminator", "32 x 32"),
+        ({"perturbations": {"eq": {"scales": [0.25, 1.0]}}}, "discriminator", "8 x 8"),
+        ({"buckets": {"shapes": [[6, 64], [32, 32]]}}, "discriminator", "6 x 64"),
+        (
+            {"adversary": {"weight": 0.0}, "losses": {"l1": {}, "lpips": {"net": "alex"}}, "resolution": 16},
+            "lpips",
+            "16",
+        ),
+    ],
+)
+def test_what_has_no_room_in_the_smallest_crop_is_refused_before_the_first_step(
+    changes: dict[str, Any], field: str, crop: str
+) -> None:
+    deep = settings(**{"discriminator": {"kind": "patchgan", "width": 8, "layers": 2}} | changes)
+    for start in (lambda: plan(deep), lambda: build_state(deep, Accelerator(cpu=True), build_autoencoder(deep))):
+        with refused(UsageError, field) as refusal:
+            start()
+        assert crop in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_the_smallest_crop_is_one_that_a_step_sees() -> None:
+    assert sides(settings(), 2) == (32, 32)
+    assert sides(settings(perturbations={"eq": {"scales": [0.3]}}), 4) == (8, 8)  # 2.4 latents are 2
+    assert sides(settings(buckets={"shapes": [[64, 16], [32, 32]]}), 2) == (64, 16)

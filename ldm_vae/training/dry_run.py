@@ -37,6 +37,7 @@ from ldm_vae.training.config import (
     build_objective,
 )
 from ldm_vae.training.decoder_only import drop_encoder
+from ldm_vae.training.smallest_crop import check_smallest
 from ldm_vae.training.step import TrainingStep
 
 GB = 1e9
@@ -70,6 +71,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
     with FakeTensorMode(), gpu_autocast(settings.mixed_precision):
         # the base's own weights are not wanted here, its shape is `model`
         vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
+        check_smallest(settings, downsampling_factor(vae))
         if settings.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         network = build_network(settings, vae, outline=True)

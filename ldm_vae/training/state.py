@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
+from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.errors import WorkError
 from ldm_vae.run.ema import Ema
@@ -19,6 +20,7 @@ from ldm_vae.run.optim import schedule, set_learning_rate, trainable_parameters
 from ldm_vae.training.adversary import Adversary
 from ldm_vae.training.config import Training, build_discriminator, build_network, build_objective, check_teachers
 from ldm_vae.training.objective import Objective
+from ldm_vae.training.smallest_crop import check_smallest
 from ldm_vae.training.step import TrainingStep
 
 
@@ -115,7 +117,11 @@ def build_state(settings: Training, accelerator: Accelerator, vae: Any) -> Train
     """Networks, averages and optimisers around `vae`, as they are before the first update.
 
     Accelerate wraps networks (DDP, autocast) and optimisers, not the data: the stream is sharded by its keys.
+
+    Raises:
+        UsageError: a loss or the discriminator has no room in the smallest crop; a teacher prepares images otherwise.
     """
+    check_smallest(settings, downsampling_factor(vae))
     if settings.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     ema = Ema(vae, settings.ema_halflife_images)
