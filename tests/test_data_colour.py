@@ -78,6 +78,17 @@ def test_profiles_of_grey_are_applied(gamma: float) -> None:
     assert np.abs(four[0, 4] - expected).max() < 2 and (four[3] == 255).all()
 
 
+@pytest.mark.parametrize("gamma", [1.0, 2.2])
+def test_profiles_of_grey_of_16_bits_are_applied_before_the_bits_are_cut(gamma: float) -> None:
+    grey = np.tile(np.arange(0, 65536, 64, dtype=np.uint16), (64, 1))
+    light = (grey[0] / 65535) ** gamma
+    expected = 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    for file_format in ("PNG", "TIFF"):
+        found = decode(saved(Image.fromarray(grey), file_format, icc_profile=grey_profile(gamma))).numpy()
+        assert np.abs(found[:, 4] - expected).max() < 2.5
+    assert len(np.unique(found)) > 200  # of linear grey cut to 8 bits first, 184 levels are left
+
+
 def test_what_a_profile_does_decides_and_not_its_name() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     tags = {srgb[132 + 12 * at : 136 + 12 * at]: 136 + 12 * at for at in range(struct.unpack_from(">I", srgb, 128)[0])}

@@ -44,7 +44,9 @@ def load_npy(data: bytes) -> Array:
     return loaded
 
 
-def from_array(array: Array, channels: int, value_range: Range | None = None) -> tuple[torch.Tensor, Values]:
+def from_array(
+    array: Array, channels: int, value_range: Range | None = None, curve: Array | None = None
+) -> tuple[torch.Tensor, Values]:
     """[H, W], [H, W, C] or [C, H, W] of any number type => uint8 [C, H, W], and the values that it was made of.
 
     Args:
@@ -52,11 +54,12 @@ def from_array(array: Array, channels: int, value_range: Range | None = None) ->
             need `value_range`.
         channels: one channel is repeated to three, three become one by ITU-R 601 luma; other differences are refused.
         value_range: the values that become 0 and 255, of any type; outside of them is clipped.
+        curve: [256], level 0 to 255 => that in sRGB; between two levels straight.
 
     Raises:
         BadImage: another shape, NaN or Inf, floats outside of [0, 1] or integers without a range.
     """
-    scaled, values = _to_uint8(_height_width_channels(array, channels), value_range)
+    scaled, values = _to_uint8(_height_width_channels(array, channels), value_range, curve)
     have = scaled.shape[2]
     if have == 1 and channels == 3:
         scaled = np.repeat(scaled, 3, axis=2)
@@ -67,11 +70,13 @@ def from_array(array: Array, channels: int, value_range: Range | None = None) ->
     return torch.from_numpy(np.ascontiguousarray(scaled)).permute(2, 0, 1), values
 
 
-def scaled_to_uint8(array: Array, value_range: Range) -> Array:
-    """Numbers => uint8 of the same shape: value_range becomes 0 to 255, what lies outside is clipped."""
+def scaled_to_uint8(array: Array, value_range: Range, curve: Array | None = None) -> Array:
+    """Numbers => uint8 of the same shape: value_range becomes 0 to 255, outside is clipped; then the curve."""
     low, high = value_range
-    scaled: Array = (array.astype(np.float64) - low) * (255.0 / (high - low))
-    rounded: Array = np.rint(scaled.clip(0, 255)).astype(np.uint8)
+    scaled: Array = ((array.astype(np.float64) - low) * (255.0 / (high - low))).clip(0, 255)
+    if curve is not None:  # before rounding: of a linear curve's shadows 8 bits would keep one level in 13
+        scaled = np.interp(scaled, np.arange(256), curve)
+    rounded: Array = np.rint(scaled).astype(np.uint8)
     return rounded
 
 
@@ -87,7 +92,7 @@ def _height_width_channels(array: Array, channels: int) -> Array:
     return array
 
 
-def _to_uint8(array: Array, value_range: Range | None) -> tuple[Array, Values]:
+def _to_uint8(array: Array, value_range: Range | None, curve: Array | None) -> tuple[Array, Values]:
     if array.dtype.kind not in "buif":
         raise BadImage(f"numbers of type {array.dtype} are not pixels")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -95,12 +100,13 @@ def _to_uint8(array: Array, value_range: Range | None) -> tuple[Array, Values]:
     low, high = array.min().item(), array.max().item()
     black, white = value_range or _assumed_range(array.dtype, low, high)
     values = Values(low, high, black, white)
-    if array.dtype == np.uint8 and (black, white) == (0, 255):
+    if array.dtype == np.uint8 and curve is None and (black, white) == (0, 255):
         return array, values
     if array.dtype.itemsize > 1:
-        return scaled_to_uint8(array, (black, white)), values
+        return scaled_to_uint8(array, (black, white), curve), values
     every = np.arange(256, dtype=np.uint8).view(np.int8 if array.dtype == np.int8 else np.uint8)
-    return scaled_to_uint8(every, (black, white))[array.view(np.uint8)], values  # a table: no float for every pixel
+    # a table: no float for every pixel
+    return scaled_to_uint8(every, (black, white), curve)[array.view(np.uint8)], values
 
 
 def _assumed_range(dtype: np.dtype[Any], low: float, high: float) -> Range:

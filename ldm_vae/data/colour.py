@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageCms
 
 from ldm_vae.data.quarantine import BadImage
@@ -20,6 +21,7 @@ Background = tuple[int, int, int]
 Convert = Callable[[Image.Image], Image.Image]
 
 ROUNDING = 1  # levels by which a profile that is sRGB's own moves a colour
+_GREYS = Image.frombytes("L", (256, 1), bytes(range(256)))
 _LEVELS = range(0, 256, 15)
 _PROBE = bytes(level for colour in itertools.product(_LEVELS, repeat=3) for level in colour)  # 18^3 colours
 _BANDS = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -51,6 +53,17 @@ def to_bands(image: Image.Image, channels: int, background: Background) -> Image
     if image.mode == "RGBA" and channels != 4:
         image = _composite(image, background)
     return image if image.mode == _BANDS[channels] else image.convert(_BANDS[channels])
+
+
+def grey_curve(image: Image.Image) -> npt.NDArray[np.uint8] | None:
+    """[256], levels of grey in sRGB by a picture's profile; None where it changes nothing. For more than 8 bits, which
+    Pillow does not hand to littleCMS."""
+    profile = image.info.get("icc_profile")
+    convert = _conversion(profile, "L") if profile else None
+    if convert is None:
+        return None
+    curve: npt.NDArray[np.uint8] = np.asarray(convert(_GREYS).convert("L")).reshape(256)
+    return curve
 
 
 def _composite(image: Image.Image, background: Background) -> Image.Image:
@@ -98,9 +111,7 @@ def _conversion(profile: bytes, mode: str) -> Convert | None:
     if mode == "CMYK":
         return lambda image: _apply(image, transform)
     # what it does decides, not what it is called: profiles with "sRGB" in their names are up to 73 levels from it
-    probe = Image.frombytes("L", (256, 1), bytes(range(256)))
-    if mode == "RGB":
-        probe = Image.frombytes("RGB", (len(_PROBE) // 3, 1), _PROBE)
+    probe = _GREYS if mode == "L" else Image.frombytes("RGB", (len(_PROBE) // 3, 1), _PROBE)
     before = np.asarray(probe.convert("RGB"), dtype=np.int16)
     after = np.asarray(_apply(probe, transform), dtype=np.int16)
     if int(np.abs(after - before).max()) <= ROUNDING:

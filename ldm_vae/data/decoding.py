@@ -195,7 +195,8 @@ def _read(image: RawImage, decoding: Decoding, at_least: int | None) -> Decoded:
     # more than 8 bits: mapped by their range, as arrays are, since Pillow would clip them
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         array, own = depth.numbers(picture, stored)
-        pixels, made_of = arrays.from_array(array, decoding.channels, decoding.value_range or own)
+        curve = colour.grey_curve(picture)
+        pixels, made_of = arrays.from_array(array, decoding.channels, decoding.value_range or own, curve)
     else:
         if decoding.value_range is not None:
             picture, made_of = depth.stretched(picture, stored, decoding.value_range)
