@@ -18,6 +18,7 @@ from stores import SETTINGS
 from ldm_vae.autoencoder.latents import encode
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.decoding import Decoding
+from ldm_vae.data.inventory import take_inventory
 from ldm_vae.data.transforms import centre_crop, to_pixels
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latent_store.write.writer import Processes
@@ -68,6 +69,18 @@ def test_decoding_processes_change_nothing(tiny_vae: AutoencoderKL, tmp_path: Pa
     for name, workers in (("inline", 0), ("workers", 2)):
         write_store(tiny_vae, Pictures(bad=(3,)), tmp_path / name, **SETTINGS, num_workers=workers)
     assert tree(tmp_path / "inline") == tree(tmp_path / "workers")
+
+
+@pytest.mark.parametrize("names", [["a", "b", "a"], ["a", 7, "b"]], ids=["twice", "no text"])
+def test_keys_that_cannot_name_one_image_each_are_refused_before_anything_is_written(
+    tiny_vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[Any]
+) -> None:
+    source = Pictures(count=3)
+    monkeypatch.setattr(source, "key", names.__getitem__)
+    for start in (lambda: write_store(tiny_vae, source, tmp_path / "s", **SETTINGS), lambda: take_inventory(source)):
+        with refused(UsageError, "data"):
+            start()
+    assert not list(tmp_path.glob("s/*"))
 
 
 def test_a_finished_store_is_left_alone(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import errno
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ldm_vae.core import files
 from ldm_vae.core.errors import UsageError
@@ -88,11 +89,14 @@ class Names:
 
     def repeated(self) -> str | None:
         """A name that is there twice, None if there is none."""
-        hashes = np.fromiter((hash(name) for name in self), dtype=np.int64, count=len(self))
-        values, counts = np.unique(hashes, return_counts=True)
-        # of equal hashes alone are the names compared
-        found = Counter(self[index] for index in np.flatnonzero(np.isin(hashes, values[counts > 1])).tolist())
-        return next((name for name, count in found.items() if count > 1), None)
+        return repeated(np.fromiter((hash(name) for name in self), dtype=np.int64, count=len(self)), self.__getitem__)
+
+
+def repeated(hashes: npt.NDArray[np.int64], name_of: Callable[[int], str]) -> str | None:
+    """A name that is there twice, None if there is none; of equal hashes alone are the names asked for."""
+    values, counts = np.unique(hashes, return_counts=True)
+    found = Counter(name_of(index) for index in np.flatnonzero(np.isin(hashes, values[counts > 1])).tolist())
+    return next((name for name, count in found.items() if count > 1), None)
 
 
 def check_unique(names: Names, data: str, hint: str) -> None:

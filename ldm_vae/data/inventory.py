@@ -82,7 +82,7 @@ class Difference:
 
 
 def take_inventory(source: Source) -> Inventory:
-    """Take the inventory of the images as they are now."""
+    """Take the inventory of the images as they are now. Raises UsageError for keys that are not those of one each."""
     found = _look(source)
     budget = GIGABYTE
     with tqdm(total=len(source), desc="inventory", unit="images", disable=None, leave=False) as bar:

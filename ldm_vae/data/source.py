@@ -25,6 +25,7 @@ from ldm_vae.core.config import Part, Section, choice, validate
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.paths import expanded
 from ldm_vae.data.decoding import EXTENSIONS, Decoding, RawImage
+from ldm_vae.data.files import printable, repeated
 from ldm_vae.data.flags import Resize
 from ldm_vae.data.quarantine import BadImage
 
@@ -250,6 +251,25 @@ def checksum(source: Source, indices: Iterator[int] | range | None = None) -> st
         except BadImage:
             digest.update(f"{source.key(index)}\nunreadable\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def each_key(source: Source) -> Iterator[str]:
+    """Keys in the order of the source, to be taken to their end: a class of somebody's own may promise too much.
+
+    Raises:
+        UsageError: a key that is no text, or, behind the last, one that two images have.
+    """
+    hashes = np.empty(len(source), np.int64)
+    for index in range(len(source)):
+        key = source.key(index)
+        if not isinstance(key, str):
+            raise UsageError(f"data: key({index}) of {type(source).__name__}: expected text, got {key!r:.60}")
+        hashes[index] = hash(key)
+        yield key
+    if (twice := repeated(hashes, source.key)) is not None:
+        raise UsageError(
+            f"data: key of {type(source).__name__}: expected keys that differ, got {printable(twice)} twice"
+        )
 
 
 def not_empty(source: Any, path: str, what: str) -> None:

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from ldm_vae.data.source import each_key
+
 SETTLED = 2 * 10**9  # nanoseconds after which a file that changes again is seen to have changed
 SECOND = 10**9
 CHUNK = 1024  # images per task of a thread
@@ -112,8 +114,7 @@ def stamps_of(source: Any, chunks: Iterator[Sequence[int]]) -> Iterator[tuple[Se
 def key_numbers(source: Any) -> Stamps:
     """The first 8 bytes of a hash of each key, in the order of the source."""
     digests = (
-        hashlib.blake2b(source.key(index).encode("utf-8", "surrogateescape"), digest_size=8).digest()
-        for index in range(len(source))
+        hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest() for key in each_key(source)
     )
     return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldm_vae.core.config import Section
 from ldm_vae.core.files import LARGEST, read_bytes
-from ldm_vae.data.source import Source
+from ldm_vae.data.source import Source, each_key
 from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import PLAN, UNITS, shard_path
 from ldm_vae.latent_store.format.manifest import (
@@ -179,11 +179,12 @@ def write_record(store: Path, record: UnitRecord) -> None:
 
 
 def source_identity(source: Source) -> SourceIdentity:
-    """Length and keys of a source, from which the slices are cut."""
+    """Length and keys of a source, from which the slices are cut. Raises UsageError as `each_key`."""
     digest = hashlib.sha256()
     count = len(source)
-    for index in tqdm(range(count), desc="keys", unit="keys", disable=None if count > 1_000_000 else True, leave=False):
-        digest.update(f"{storable(source.key(index))}\n".encode())
+    bar = tqdm(each_key(source), "keys", count, unit="keys", disable=None if count > 1_000_000 else True, leave=False)
+    for key in bar:
+        digest.update(f"{storable(key)}\n".encode())
     return SourceIdentity(samples=count, keys=digest.hexdigest())
 
 
