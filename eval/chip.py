@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_vae.core.errors import UsageError, run_program
+from ldm_vae.core.request import Parser
 
 from .speed.timing import machine
 
@@ -57,9 +58,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="eval.chip", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="eval.chip", description=__doc__)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where chip.json goes")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (8)")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts, in this order")

@@ -33,6 +33,7 @@ from ldm_vae.autoencoder.latents import Moments, posterior_noise
 from ldm_vae.autoencoder.trainable import Reconstruction
 from ldm_vae.core.errors import UsageError, WorkError, run_program
 from ldm_vae.core.ownership import own
+from ldm_vae.core.request import Parser
 from ldm_vae.demo.digits import digits, held_out
 from ldm_vae.losses import Schedule, TermConfig
 from ldm_vae.losses.kl import Config as KL
@@ -259,9 +260,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="eval.collapse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="eval.collapse", description=__doc__)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the results go")
     parser.add_argument("--decoder_images", type=int, default=40_000, help="images the decoder sees alone (40,000)")
     parser.add_argument("--images", type=int, default=40_000, help="images each run sees then (40,000)")

@@ -11,7 +11,6 @@ Legend: B batch, C image channels, H W pixels.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from typing import Any
 
@@ -26,6 +25,7 @@ from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, run_program
 from ldm_vae.core.flop_counter import Cost
+from ldm_vae.core.request import Parser
 from ldm_vae.models.vq import Config as VQModelConfig
 
 NEEDS_TEACHER = ("drift",)
@@ -86,9 +86,7 @@ def _encoder(vae: nn.Module, images: torch.Tensor) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="eval.objective_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="eval.objective_cost", description=__doc__)
     parser.add_argument("--resolution", type=int, default=256, help="side of the images in pixels (256)")
     options = parser.parse_args()
     if options.resolution < 32 or options.resolution % 8:

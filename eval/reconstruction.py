@@ -31,6 +31,7 @@ from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError, WorkError, run_program
 from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
 from ldm_vae.core.ownership import own_together
+from ldm_vae.core.request import Parser
 from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.preparation import preparation_of
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
@@ -47,9 +48,7 @@ from ldm_vae.metrics.select import NAMES, Weights, build_metrics, check
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="eval.reconstruction", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="eval.reconstruction", description=__doc__)
     add = parser.add_argument
     add("vae", nargs="+", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
     add("data", metavar="DATA", help="a folder of images, a dataset's hub id, parquet or tar files")

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ldm_vae.core.errors import UsageError, run_program
+from ldm_vae.core.request import Parser
 
 HOUR = 3600.0
 REPETITIONS = 300  # of a simulated run
@@ -199,9 +200,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="eval.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="eval.scale", description=__doc__)
     defaults = {
         "images": (1_000_000_000, "to encode"),
         "resolution": (256, "of their crops"),

@@ -13,7 +13,6 @@ Legend: c latent channels.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ldm_vae.autoencoder import finite, latents
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, only_kl
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError, run_program
+from ldm_vae.core.request import Parser
 from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.preparation import preparation_of
 from ldm_vae.data.transforms import to_pixels
@@ -55,9 +55,7 @@ def mix(vae: Any, matrix: torch.Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="eval.scramble", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="eval.scramble", description=__doc__)
     parser.add_argument("vae", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
     parser.add_argument("data", metavar="DATA", help="images that the covariance is measured on")
     parser.add_argument("out", type=Path, metavar="OUT", help="where the other VAE goes")

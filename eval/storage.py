@@ -15,7 +15,6 @@ Legend: N images, c latent channels, h w latent positions.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.latents import LOGVAR_RANGE, Moments
 from ldm_vae.core import atomic_io, rng
 from ldm_vae.core.errors import UsageError, run_program
+from ldm_vae.core.request import Parser
 from ldm_vae.denoisers.dit import Config as DiT
 from ldm_vae.diffusion.flow import Denoiser, FlowConfig, draw_flow
 
@@ -146,7 +146,7 @@ def reading(moments: Moments, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("vae", metavar="VAE", help="the store's VAE")
     parser.add_argument("store", metavar="STORE", help="moments in fp32, with pixels, of one square latent shape")
     parser.add_argument("--output", required=True, metavar="DIR", help="where storage.json goes")

@@ -10,7 +10,7 @@ import sys
 
 from ldm_vae import __version__, commands
 from ldm_vae.core.errors import run_program
-from ldm_vae.core.request import add_actions, add_request
+from ldm_vae.core.request import Parser, add_actions, add_request
 
 ORDER = (
     "assets", "inspect", "config", "train", "export", "encode", "store", "evaluate", "latent_space", "report",
@@ -31,11 +31,10 @@ exit status: 0 success, 1 failure, 2 usage error, 70 a fault of this program, 13
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="ldm-vae",
         description="Train, export, cache and measure the autoencoder of a latent diffusion model.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"ldm-vae {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -46,7 +45,6 @@ def parser() -> argparse.ArgumentParser:
             name,
             help=command.HELP,
             description=command.DESCRIPTION,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
             add_help=getattr(command, "ADD_HELP", True),
             prefix_chars=getattr(command, "PREFIX_CHARS", "-"),
         )

@@ -12,7 +12,6 @@ seed and number and can be run alone (`--seed 7 --first 31 --cases 1`). The exit
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -33,6 +32,7 @@ import training_runs
 import yaml
 from fork_server import fork
 
+from ldm_vae.core.request import Parser
 from tests.torture import place
 from tests.twins import CROP, TWINS, UNITS, Twin, config, ended_well, make_materials, once
 from train import autoencoder
@@ -260,9 +260,7 @@ def fuzz(folder: Path, *, cases: int, seed: int, first: int, only: Sequence[str]
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Case]:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")

@@ -10,7 +10,6 @@ nor threads are ever more than in the first of them. The exit status is 1 if the
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import io
@@ -31,6 +30,7 @@ from cli_call import run_cli
 from images import write_images
 from training_runs import write_config
 
+from ldm_vae.core.request import Parser
 from ldm_vae.latent_store import LatentDataset
 from train import autoencoder
 
@@ -102,9 +102,7 @@ def verdict(samples: Sequence[Sample]) -> tuple[bool, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--warm_up", type=int, default=5, metavar="ROUNDS", help="rounds that do not count (5)")
     chosen = parser.parse_args()

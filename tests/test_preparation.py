@@ -21,6 +21,7 @@ from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.cli import parser
 from ldm_vae.core.config import options
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.request import Parser
 from ldm_vae.data.flags import KINDS, DataFlags, add_data_arguments
 from ldm_vae.data.preprocessing import Preprocessing, record, recorded
 from ldm_vae.export.diffusers_folder import write_vae
@@ -60,7 +61,7 @@ def verbs_with_data() -> dict[str, argparse.ArgumentParser]:
 
 
 def test_every_verb_with_data_has_every_flag() -> None:
-    shared = argparse.ArgumentParser()
+    shared = Parser()
     add_data_arguments(shared)
     found = verbs_with_data()
     assert {"encode", "export", "drift", "fp16 audit", "fp16 fix", "inspect", "store verify"} < {*found}
@@ -72,7 +73,7 @@ def test_every_verb_with_data_has_every_flag() -> None:
 def test_every_program_with_data_has_every_flag(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         program(module, "--help")
-    shared = argparse.ArgumentParser()
+    shared = Parser()
     add_data_arguments(shared)
     shown = capsys.readouterr().out.split()
     assert all(flag in shown for flag in flags_of(shared) - {"-h", "--help"})

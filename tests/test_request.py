@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import pytest
 
-from ldm_vae.core.request import Action, add_actions, add_request, argument, flag, shared
+from ldm_vae.cli import parser
+from ldm_vae.core.errors import UsageError
+from ldm_vae.core.request import Action, Parser, add_actions, add_request, argument, flag, shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +29,9 @@ class Request:
 
 def parsed(*words: str) -> Any:
     seen: list[Any] = []
-    parser = argparse.ArgumentParser()
-    add_request(parser, Request, seen.append)
-    arguments = parser.parse_args(words)
+    one = Parser(prog="do")
+    add_request(one, Request, seen.append)
+    arguments = one.parse_args(words)
     arguments.run(arguments)
     return seen[0]
 
@@ -52,25 +54,55 @@ def test_what_is_given_has_its_type() -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "named"),
     [
-        ("x", "--to", "y"),
-        ("x", "out"),
-        ("x", "out", "--to", "y", "--from", "z"),
-        ("x", "out", "--to", "y", "--kind", "c"),
-        ("x", "out", "--to", "y", "--side", "many"),
+        (("x", "--to", "y"), "OUT"),
+        (("x", "out"), "--from"),
+        (("x", "out", "--to", "y", "--from", "z"), "--from"),
+        (("x", "out", "--to", "y", "--kind", "c"), "--kind"),
+        (("x", "out", "--to", "y", "--side", "many"), "--side"),
+        (("x", "out", "--to", "y", "--side"), "--side"),
+        (("x", "--sied", "3"), "--side"),  # rather than what is missing because of it
+        (("x", "out", "--to", "y", "--shar=2"), "--shares"),  # half of a name is no name
+        (("x", "out", "--to", "y", "--from-x"), "--from"),
+        (("x", "out", "--to", "y", "--unheard_of"), "--unheard_of"),
     ],
-)
-def test_a_wrong_call_ends_with_status_2(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
+)  # fmt: skip
+def test_a_wrong_call_is_one_sentence_that_names_the_argument(words: tuple[str, ...], named: str) -> None:
+    with pytest.raises(UsageError, match=named) as refusal:  # and argparse's words, so not golden
         parsed(*words)
-    assert left.value.code == 2 and "error: " in capsys.readouterr().err
+    assert "\n" not in str(refusal.value) and "do --help" in str(refusal.value)
+
+
+def test_what_stands_behind_two_dashes_is_no_flag() -> None:
+    assert parsed("--to", "y", "--", "x", "--side").out == "--side"
+
+
+def test_every_flag_of_every_verb_is_recognised_when_it_is_mistyped() -> None:
+    """Two neighbouring letters exchanged, in the place of all that is required."""
+    for words, one in verbs():
+        for name in (name for action in one._actions for name in action.option_strings if len(name) > 5):
+            typo = f"{name[:3]}{name[4]}{name[3]}{name[5:]}"
+            if typo == name:
+                continue
+            with pytest.raises(UsageError) as refusal:
+                parser().parse_args([*words, typo, "1"])
+            assert f"unknown flag {typo}, did you mean --" in str(refusal.value)
+
+
+def verbs() -> list[tuple[list[str], argparse.ArgumentParser]]:
+    found: list[tuple[list[str], argparse.ArgumentParser]] = [([], parser())]
+    for words, one in found:
+        for action in one._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [([*words, name], inner) for name, inner in action.choices.items()]
+    return [(words, one) for words, one in found if one._subparsers is None and "-" in one.prefix_chars]
 
 
 def test_an_action_gets_its_own_request() -> None:
     seen: list[Any] = []
-    parser = argparse.ArgumentParser()
-    add_actions(parser, {"do": Action("do it", Request, seen.append), "other": Action("not it", Request, print)})
-    arguments = parser.parse_args(["do", "x", "out", "--to", "y"])
+    top = Parser()
+    add_actions(top, {"do": Action("do it", Request, seen.append), "other": Action("not it", Request, print)})
+    arguments = top.parse_args(["do", "x", "out", "--to", "y"])
     arguments.run(arguments)
     assert seen[0].out == "out"

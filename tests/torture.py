@@ -14,7 +14,6 @@ was lost, doubled, unreadable or different.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import random
@@ -30,6 +29,8 @@ import psutil
 from kills import Launched, Reaper
 from loopback_hub import serve
 from victims import KINDS, Bench, Figures
+
+from ldm_vae.core.request import Parser
 
 # --- the rounds -------------------------------------------------------------------------------------------------------
 
@@ -137,9 +138,7 @@ def table(figures: dict[str, Figures], names: Mapping[str, str] = COLUMNS) -> st
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Figures]:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.torture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--minutes", type=float, required=True, help="stop killing after so long")
     parser.add_argument("--kills", type=int, default=10**6, help="or when each victim was killed so often")
     parser.add_argument("--seed", type=int, default=0)

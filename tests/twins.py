@@ -11,7 +11,6 @@ is 1 if anything was lost, doubled, unreadable or different.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -34,6 +33,7 @@ from victims import Figures, online, write_vae
 from ldm_vae import cli
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core import ownership
+from ldm_vae.core.request import Parser
 from ldm_vae.data.source import open_source
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from tests.torture import FAULTS, place, table
@@ -268,9 +268,7 @@ COLUMNS = {"finished": "rounds", "programs": "launches", **FAULTS}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Figures]:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.twins", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m tests.twins", description=__doc__)
     parser.add_argument("--rounds", type=int, required=True, help="times that each verb is started twice")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=tuple(TWINS), default=tuple(TWINS), metavar="VERB")

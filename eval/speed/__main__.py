@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ldm_vae.core.errors import UsageError, run_program
+from ldm_vae.core.request import Parser
 
 from . import (
     compiled,
@@ -138,9 +139,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="eval.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="eval.speed", description=__doc__)
     known = "; ".join(f"{name}: {text}" for name, (text, _) in BENCHMARKS.items())
     parser.add_argument("what", choices=[*BENCHMARKS, "all"], help=known)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where speed.json goes")

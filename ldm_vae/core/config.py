@@ -40,6 +40,7 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.core.numbers import LARGEST
 from ldm_vae.core.validation import first_line
 
+_SCALARS = (bool, int, float, str, Path)
 SectionType = TypeVar("SectionType", bound="Section")
 
 
@@ -53,11 +54,15 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any, info: ValidationInfo) -> Any:
-        """Text where a list is expected is a list of one, as on a command line."""
+        """Text where a list is expected is a list of one, as on a command line. Raises ValueError for several values
+        where one is expected, which pydantic would say by the type of that one."""
         kind = cls.model_fields[str(info.field_name)].annotation
         union = typing.get_origin(kind) in (typing.Union, types.UnionType)
         kinds = [one for one in typing.get_args(kind) if one is not types.NoneType] if union else [kind]
         listed = all(typing.get_origin(one) in (list, tuple) for one in kinds)
+        single = all(one in _SCALARS or typing.get_origin(one) is typing.Literal for one in kinds)
+        if single and isinstance(value, list):
+            raise ValueError(f"expected one value, got {len(value)}: {', '.join(map(str, value))}")
         return [value] if listed and isinstance(value, str) else value
 
     @field_validator("*")

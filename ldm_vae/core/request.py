@@ -8,12 +8,42 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import itertools
+import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NoReturn, TypeVar
+
+from ldm_vae.core.errors import UsageError
 
 T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one sentence for what is wrong, an unknown flag first, and no flag by half of its name."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(*arguments, **(layout | options))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else [*args]
+        if self._subparsers is None and "-" in self.prefix_chars:  # what stands behind a verb is that verb's affair
+            self._check_flags(words)
+        return super().parse_known_args(words, namespace)
+
+    def _check_flags(self, words: Sequence[str]) -> None:
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag not in known:
+                close = difflib.get_close_matches(flag.replace("-", "_"), known, n=1, cutoff=0.5)
+                self.error(f"unknown flag {flag}" + (f", did you mean {close[0]}" if close else ""))
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message} (`{self.prog} --help` shows all)")
 
 
 def argument(metavar: str, help: str, **options: Any) -> Any:
@@ -48,7 +78,7 @@ class Action:
     run: Callable[[Any], None]
 
 
-def add_actions(parser: argparse.ArgumentParser, actions: Mapping[str, Action]) -> None:
+def add_actions(parser: Parser, actions: Mapping[str, Action]) -> None:
     """Give a parser a sub-command for each action."""
     names = parser.add_subparsers(metavar="ACTION", required=True)
     for name, action in actions.items():
