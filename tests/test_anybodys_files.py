@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -319,3 +320,13 @@ def test_a_page_of_results_that_are_none(change: dict[str, Any], tmp_path: Path)
     found = json.loads((tmp_path / "metrics.json").read_text()) | change
     (tmp_path / "metrics.json").write_text(json.dumps(found))
     assert run_cli("report", tmp_path) == (0 if change == {"versions": []} else 1)
+
+
+@pytest.mark.parametrize("verb", ["reconstruct", "tiling"])
+def test_a_pipe_in_the_place_of_a_picture_is_not_waited_for(
+    verb: str, tiny_vae_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    out = [tmp_path / "out"] if verb == "reconstruct" else []
+    assert run_cli(verb, tiny_vae_folder, tmp_path / "a.png", *out) == 2
+    assert str(tmp_path / "a.png") in capsys.readouterr().err

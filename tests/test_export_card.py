@@ -23,7 +23,7 @@ from ldm_vae.export.drift_report import measure_drift
 from ldm_vae.export.measurement import Images
 from ldm_vae.export.picture import reconstruction_sheet
 from ldm_vae.export.preview import FILE, fit_preview, pairs_of_images, pairs_of_store
-from ldm_vae.export.recipe import read_recipe
+from ldm_vae.export.recipe import base_license, read_recipe
 from ldm_vae.export.store_card import store_card
 from ldm_vae.latent_store import read_manifest
 
@@ -74,6 +74,12 @@ def test_a_run_gives_its_recipe_and_results(run_folder: Path, tmp_path: Path) ->
         assert words in card, words
     assert 'AutoencoderKL.from_pretrained("mine")' in card and "scaling_factor: 0.7" in card
     assert "/home/me" not in card
+
+
+@pytest.mark.parametrize("head", [b"license: [", b"license: " + b"[" * 10**5, b"- a", b"\xff", b"license: 7"])
+def test_a_base_whose_card_cannot_be_read_lends_none(tmp_path: Path, head: bytes) -> None:
+    (tmp_path / "README.md").write_bytes(b"---\n" + head + b"\n---\n")
+    assert base_license(str(tmp_path)) is None
 
 
 def test_local_paths_stay_at_home_and_a_local_base_lends_its_licence(run_folder: Path, tmp_path: Path) -> None:

@@ -100,11 +100,10 @@ def _reconstruct(
 def _read(path: Path, decoding: Decoding) -> torch.Tensor:
     from ldm_vae.core.errors import UsageError
     from ldm_vae.data.decoding import BadImage, read_image
+    from ldm_vae.data.files import read_bytes
 
     try:
-        return read_image(path.read_bytes(), decoding).pixels
-    except OSError as error:
-        raise UsageError(f"image {path}: {error.strerror or error}") from error
+        return read_image(read_bytes(path), decoding).pixels
     except BadImage as error:
         raise UsageError(f"image {path}: {error.reason}") from error
 

@@ -41,6 +41,7 @@ def run(request: Request) -> None:
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.core.errors import UsageError
     from ldm_vae.data.decoding import read_image
+    from ldm_vae.data.files import read_bytes
     from ldm_vae.data.preparation import preparation_of
     from ldm_vae.data.quarantine import BadImage
     from ldm_vae.data.transforms import to_pixels
@@ -57,7 +58,7 @@ def run(request: Request) -> None:
     for note in preparation.notes:
         print(note, file=sys.stderr)
     try:
-        image = read_image(path.read_bytes(), preparation.decoding).pixels
+        image = read_image(read_bytes(path), preparation.decoding).pixels
     except BadImage as error:
         raise UsageError(f"IMAGE {path}: {error.reason}") from error
     height, width = (side // factor * factor for side in image.shape[1:])

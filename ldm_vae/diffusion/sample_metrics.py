@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ldm_vae.core.files import read_bytes
 from ldm_vae.core.pictures import save, sheet
 from ldm_vae.core.validation import as_written, parse_json
 from ldm_vae.diffusion.generator import Generator
@@ -179,7 +180,7 @@ def in_words(measured: dict[str, dict[str, Any]]) -> str:
 def _record(run: Path, found: dict[str, Any]) -> None:
     path = run / "report" / RECORD
     with as_written(path):
-        before = parse_json(path.read_bytes()) if path.is_file() else {}
+        before = parse_json(read_bytes(path)) if path.is_file() else {}
         result.write(path, before | found)
 
 

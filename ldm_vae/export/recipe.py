@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,11 +53,11 @@ def read_recipe(run: Path) -> Recipe:
 
 def base_license(base: str) -> str | None:
     """The licence that the card of a local base names; None when there is none to read."""
-    card = Path(base) / "README.md"
-    if not card.is_file():
-        return None
-    head = read_text(card).split("---")
-    tree = yaml.safe_load(head[1]) if len(head) > 2 else None
+    card, tree = Path(base) / "README.md", None
+    # a card of anybody; without a licence that can be read, ours names none either
+    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+        head = read_text(card).split("---") if card.is_file() else []
+        tree = yaml.safe_load(head[1]) if len(head) > 2 else None
     found = tree.get("license") if isinstance(tree, dict) else None
     return found if isinstance(found, str) else None
 

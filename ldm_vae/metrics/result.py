@@ -18,6 +18,7 @@ from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerp
 from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import atomic_io
+from ldm_vae.core.files import LARGEST, read_bytes
 from ldm_vae.core.validation import as_written, parse_json
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.metrics.evaluate import Evaluation
@@ -122,7 +123,7 @@ def write(path: Path, content: Any) -> None:
 def read(path: Path) -> list[Json]:
     """The results of a metrics.json: one or several."""
     with as_written(path):
-        found = parse_json(path.read_bytes())
+        found = parse_json(read_bytes(path, LARGEST))
     return found if isinstance(found, list) else [found]
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.files import LARGEST, read_bytes
 from ldm_vae.core.validation import (
     HEAD,
     disguise,
@@ -97,7 +98,10 @@ def inception(weights: Path, device: torch.device, sha256: str = INCEPTION_SHA25
     """
     if not weights.is_file():
         raise UsageError(f"inception_weights: {weights}: no such file")
-    content = weights.read_bytes()
+    try:
+        content = read_bytes(weights, LARGEST)
+    except OSError as error:
+        raise WorkError(f"inception_weights: {weights}: cannot be read: {error}") from error
     if not hashlib.sha256(content).hexdigest().startswith(sha256):
         if (what := disguise(content[:HEAD])) is not None:
             raise WorkError(f"inception_weights: {weights} {what}")
