@@ -58,7 +58,12 @@ def arguments() -> argparse.Namespace:
     add("--num_workers", type=int, default=2, help="processes that decode images, per process (2)")
     add("--pictures", type=int, default=8, metavar="N", help="how many images are kept to look at (8)")
     add("--max_images", type=int, help="measure the first N images of DATA only")
-    add("--metrics", default=",".join(NAMES), metavar="NAME,...", help=f"default: {','.join(NAMES)}")
+    add(
+        "--metrics",
+        default=",".join(NAMES),
+        metavar="NAME,...",
+        help=f"default: {','.join(NAMES)}; or your module, as my_lab.sharpness",
+    )
     add("--lpips_weights", metavar="PATH", help="the LPIPS trunk, where it is not found by itself")
     add(
         "--inception_weights", type=Path, metavar="PATH", help="weights-inception-2015-12-05-6726825d.pth: rFID and KID"
@@ -193,11 +198,11 @@ def measure(
     return evaluation
 
 
-def build(options: argparse.Namespace, accelerator: Accelerator, only: Sequence[str] = NAMES) -> list[Metric]:
+def build(options: argparse.Namespace, accelerator: Accelerator, only: Sequence[str] | None = None) -> list[Metric]:
     """The metrics that were asked for, ready to update; `only`: among these."""
     weights = Weights(options.lpips_weights, options.inception_weights, options.dinov2, options.clip)
     return build_metrics(
-        [name for name in options.metrics if name in only],
+        [name for name in options.metrics if only is None or name in only],
         accelerator.device,
         options.resolution,
         weights=weights,

@@ -99,6 +99,21 @@ def verbs() -> list[tuple[list[str], argparse.ArgumentParser]]:
     return [(words, one) for words, one in found if one._subparsers is None and "-" in one.prefix_chars]
 
 
+@pytest.mark.parametrize(
+    "words", [["--data.side", "3", "x", "--data.names=[a, b]"], ["x", "--data.names", "[a, b]", "--data.side=3"]]
+)
+def test_fields_of_a_section_are_taken_from_anywhere(words: list[str]) -> None:
+    one = Parser(prog="do")
+    one.section = "data"
+    one.add_argument("name")
+    for parse in (one.parse_args, one.parse_intermixed_args):
+        found = parse(words)
+        assert found.name == "x" and found.data_fields == {"side": "3", "names": ["a", "b"]}
+    for wrong in (["x", "--data.side"], ["x", "--data.side", "--data.names", "a"], ["x", "--data.side", "[1"]):
+        with pytest.raises(UsageError, match=r"--data\.side"):
+            one.parse_args(wrong)
+
+
 def test_an_action_gets_its_own_request() -> None:
     seen: list[Any] = []
     top = Parser()

@@ -15,6 +15,7 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
 import types
@@ -112,11 +113,9 @@ def _part(package: str, value: Any, default: str | None = None) -> Any:
     if "." not in kind and kind not in exist:
         raise ValueError(f"unknown kind `{kind}`; {package} has {', '.join(exist)}{_guess(kind, exist)}")
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what it prints is no output of the program
-            module = importlib.import_module(kind if "." in kind else f"{package}.{kind}")
-    except (Exception, SystemExit) as error:  # a module of somebody's own: whatever it does
-        what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"kind `{kind}` cannot be imported: {what}") from error
+        module = import_own(kind) if "." in kind else importlib.import_module(f"{package}.{kind}")
+    except ImportError as error:
+        raise ValueError(f"kind `{kind}` cannot be imported: {error}") from error
     part = getattr(module, "Config", None)
     if not (isinstance(part, type) and issubclass(part, Part)):
         raise ValueError(f"kind `{kind}`: the module has no class `Config(ldm_vae.core.config.Part)`")
@@ -124,12 +123,30 @@ def _part(package: str, value: Any, default: str | None = None) -> Any:
     names = typing.get_args(part.model_fields["kind"].annotation)
     if names and kind not in names:
         raise ValueError(
-            f"kind `{kind}`: its Config fixes `kind` as {names[0]!r}; a module of yours leaves that line out"
+            f"kind `{kind}`: its Config fixes `kind` as {names[0]!r}; in a module of yours it is `kind: str`"
         )
     try:
         return part.model_validate(dict(value))
     except ValidationError as error:
         raise _NestedError(*_first_problem(part, error)) from error
+
+
+def import_own(path: str) -> types.ModuleType:
+    """Import a module of the user's own by its dotted path: one that is installed, else one of the current folder.
+
+    Raises:
+        ImportError: there is none, or it fails in any way at all.
+    """
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)  # at the end: nothing that lies there stands in for something installed
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what it prints is no output of the program
+            return importlib.import_module(path)
+    except ImportError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ImportError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def choice(package: str, default: str | None = None) -> Any:

@@ -32,7 +32,7 @@ def parse(flags: Sequence[str]) -> dict[str, Any]:
             return
         if name in found:
             raise UsageError(f"options: --{name} stands twice")
-        found[name] = _value(name, values)
+        found[name] = value_of(name, values)
 
     for token in flags:
         if token.startswith("--") and len(token) > 2:
@@ -51,7 +51,8 @@ def parse(flags: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _value(name: str, values: Sequence[str]) -> Any:
+def value_of(name: str, values: Sequence[str]) -> Any:
+    """The value that these words behind --NAME mean. Raises UsageError for brackets that do not close."""
     if not values:
         return True
     if len(values) > 1:

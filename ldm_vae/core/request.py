@@ -17,12 +17,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.overrides import value_of
 
 T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one sentence for what is wrong, an unknown flag first, and no flag by half of its name."""
+    """argparse with one sentence for what is wrong, an unknown flag first, and no flag by half of its name; and with
+    `--SECTION.NAME VALUE` for fields that are known only to what SECTION turns out to be."""
+
+    section: str | None = None
+    """Those fields are in `SECTION_fields` of what was parsed, by name."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
@@ -30,9 +35,28 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else [*args]
+        words, fields = self._take_fields(words)
         if self._subparsers is None and "-" in self.prefix_chars:  # what stands behind a verb is that verb's affair
             self._check_flags(words)
-        return super().parse_known_args(words, namespace)
+        found, rest = super().parse_known_args(words, namespace)
+        if self.section is not None:  # argparse parses twice where flags and arguments mix
+            setattr(found, f"{self.section}_fields", getattr(found, f"{self.section}_fields", {}) | fields)
+        return found, rest
+
+    def _take_fields(self, words: list[str]) -> tuple[list[str], dict[str, Any]]:
+        left: list[str] = []
+        fields: dict[str, Any] = {}
+        coming = iter(words)
+        for word in coming:
+            if self.section is None or not word.startswith(f"--{self.section}."):
+                left.append(word)
+                continue
+            name, equals, value = word.partition("=")
+            value = value if equals else next(coming, "--")
+            if value.startswith("--"):
+                self.error(f"argument {name}: expected one argument")
+            fields[name.partition(".")[2]] = value_of(name[2:], [value])
+        return left, fields
 
     def _check_flags(self, words: Sequence[str]) -> None:
         known = [flag for action in self._actions for flag in action.option_strings]

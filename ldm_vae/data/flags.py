@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ldm_vae.core.errors import UsageError
-from ldm_vae.core.request import shared
+from ldm_vae.core.request import Parser, shared
 
 Resize = Literal["short_side", "none"]
 
@@ -33,6 +34,7 @@ class DataFlags:
     caption_column: str | None = None
     split: str = "train"
     kind: str | None = None
+    data_fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def decide(self) -> bool:
@@ -46,7 +48,7 @@ class DataFlags:
         Raises:
             UsageError: a value that nothing can be decoded with.
         """
-        given = {field.name: getattr(arguments, field.name) for field in fields(cls) if hasattr(arguments, field.name)}
+        given = {one.name: getattr(arguments, one.name) for one in fields(cls) if hasattr(arguments, one.name)}
         for name in ("value_range", "background"):
             if given.get(name) is not None:
                 given[name] = tuple(given[name])
@@ -89,16 +91,17 @@ def add_decoding_arguments(
         )  # fmt: skip
 
 
-def add_data_arguments(
-    parser: argparse.ArgumentParser, *, resize: bool = True, recorded: str | None = "the network"
-) -> None:
+def add_data_arguments(parser: Parser, *, resize: bool = True, recorded: str | None = "the network") -> None:
     """Add the flags for the choice of images in DATA, and those of `add_decoding_arguments`."""
     add_decoding_arguments(parser, resize=resize, recorded=recorded)
-    add = parser.add_argument_group("which images of DATA").add_argument
+    parser.section = "data"
+    add = parser.add_argument_group(
+        "which images of DATA", "--data.NAME VALUE is another field of the kind's Config, as in a training config"
+    ).add_argument
     add("--image_column", metavar="NAME", help="image column, if DATA has several")
     add("--caption_column", metavar="NAME", help="column used as `caption`; for a folder also an extension (txt)")
     add("--split", default="train", metavar="NAME", help="split of a dataset (train)")
-    add("--kind", choices=KINDS, help="kind of DATA (default: detected)")
+    add("--kind", metavar="KIND", help=f"{', '.join(KINDS)}, or your module, as my_lab.scans (default: detected)")
 
 
 def data_flags(**options: Any) -> Any:

@@ -42,9 +42,12 @@ class Preparation:
         source = open_source(
             data, image_column=flags.image_column, caption_column=flags.caption_column, split=flags.split,
             kind=flags.kind, channels=decoding.channels, background=decoding.background,
-            value_range=decoding.value_range, jpeg_draft=decoding.jpeg_draft,
+            value_range=decoding.value_range, jpeg_draft=decoding.jpeg_draft, **flags.data_fields,
         )  # fmt: skip
-        return with_resize(source, decoding.resize)
+        source = with_resize(source, decoding.resize)
+        if source.decoding != decoding:  # of a kind of somebody's own
+            raise UsageError(f"data {data}: expected the decoding {decoding}, its kind has {source.decoding}")
+        return source
 
 
 class _Says(Protocol):
@@ -85,12 +88,14 @@ def open_images(
     caption_column: str | None = None,
     split: str = "train",
     kind: str | None = None,
+    **fields: Any,
 ) -> Source:
     """Open images as `vae` takes them: its channels, and decoded as its record says (value range, background, resize).
 
     Args:
         data: a folder, zip, list file, parquet or arrow files, tar shards, or a hub dataset: see `open_source`.
         vae: what `load_autoencoder` gave.
+        kind, fields: as for `open_source`.
 
     Raises:
         UsageError: nothing is there, or it is none of these.
@@ -101,7 +106,9 @@ def open_images(
     >>> len(photos), photos.key(0)
     (12, 'img_0000.png')
     """
-    flags = DataFlags(image_column=image_column, caption_column=caption_column, split=split, kind=kind)
+    flags = DataFlags(
+        image_column=image_column, caption_column=caption_column, split=split, kind=kind, data_fields=fields
+    )
     return preparation_of({"": vae}, flags).open(data)
 
 

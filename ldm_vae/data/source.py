@@ -139,10 +139,11 @@ def open_source(
         UsageError: nothing is there, it is none of these, or a knob is unknown or of no such value.
         WorkError: it holds no image.
     """
-    fields = {"path": str(path), "image_column": image_column, "caption_column": caption_column, "split": split}
-    # of a source of somebody's own, only what the caller says: it need not have our fields
-    given = {name: value for name, value in fields.items() if name == "path" or value not in (None, "train")}
-    chosen = validate(_Chosen, {"data": {"kind": kind or kind_of(str(path))} | given | knobs}, str(path))
+    fields = {"image_column": image_column, "caption_column": caption_column, "split": split} | knobs
+    # a source of somebody's own need not have our fields: it gets those that say something
+    known = SourceConfig.model_fields
+    given = {name: value for name, value in fields.items() if name not in known or value != known[name].default}
+    chosen = validate(_Chosen, {"data": {"kind": kind or kind_of(str(path)), "path": str(path)} | given}, str(path))
     source: Source = chosen.data.build()
     return source
 

@@ -9,7 +9,7 @@ import hashlib
 import heapq
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from ldm_vae.metrics.protocol import PINNED, Pair, Protocol
 from ldm_vae.metrics.ranks import gather
 from ldm_vae.metrics.running import Summary
 from ldm_vae.metrics.select import build_metrics
+from ldm_vae.metrics.titles import TITLES
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def evaluate(
         vae: what `load_autoencoder` gave.
         source: what `open_images` gave; each image is resized and its centre cropped to `resolution`. What cannot be
             read is left out, with a warning for each.
-        metrics: names of `ldm_vae.metrics.select.NAMES`.
+        metrics: names of `ldm_vae.metrics.select.NAMES`, or dotted paths of your modules.
 
     Raises:
         UsageError: a metric does not exist, or the resolution is no multiple of f.
@@ -135,7 +136,7 @@ def evaluate_reconstruction(
     if images == 0:
         raise WorkError("evaluation: there was no image to measure")
     return Evaluation(
-        metrics={metric.name: metric.compute() for metric in metrics},
+        metrics={metric.name: _summary(metric) for metric in metrics},
         images=images,
         checksum=checksum.compute(),
         worst_by=worst.by,
@@ -143,6 +144,11 @@ def evaluate_reconstruction(
         latents=profile.compute(),
         linear={} if linear is None else linear.compute(),
     )
+
+
+def _summary(metric: Metric) -> Summary:
+    found = metric.compute()
+    return found if metric.name in TITLES else replace(found, better=metric.better)
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.metrics.evaluate import Evaluation
 from ldm_vae.metrics.protocol import Protocol
 from ldm_vae.metrics.ranks import world_size
-from ldm_vae.metrics.titles import TITLES, heading, number
+from ldm_vae.metrics.titles import heading, measured, number
 
 Json = dict[str, Any]
 
@@ -129,12 +129,12 @@ def read(path: Path) -> list[Json]:
 
 def table(results: Sequence[Json]) -> list[list[str]]:
     """Rows of cells, headings first: one row a metric, one column a VAE, each with its interval."""
-    names = [name for name in TITLES if any(name in found["metrics"] for found in results)]
+    titles = measured(results)
     rows = [["metric", *(found["vae"]["name"] for found in results)]]
-    for name in names:
+    for name, shown in titles.items():
         cells = [_cell(name, found["metrics"].get(name)) for found in results]
-        rows.append([f"{heading(name)} {'↑' if TITLES[name].better == 'higher' else '↓'}", *cells])
-    for name in names:
+        rows.append([f"{heading(name)} {'↑' if shown.better == 'higher' else '↓'}", *cells])
+    for name in titles:
         floors = [found.get("linear_code", {}).get(name) for found in results]
         if any(floors):
             rows.append([f"{heading(name)} of {LINEAR}", *(_cell(name, floor) for floor in floors)])

@@ -17,18 +17,20 @@ from ldm_vae.metrics.ranks import gather
 
 @dataclass(frozen=True)
 class Summary:
-    """A metric over a data set. `mean` is None where it could not be measured, and `note` says why."""
+    """A metric over a data set. `mean` is None where it could not be measured, and `note` says why; `better` (higher,
+    lower) of a metric of somebody's own, which has no row in `TITLES`."""
 
     mean: float | None
     ci95: tuple[float, float] | None
     n: int
     std: float | None = None
     note: str | None = None
+    better: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """{"mean", "ci95", "n"} and, where there are, "std" and "note"."""
+        """{"mean", "ci95", "n"} and, where there are, "std", "note" and "better"."""
         base = {"mean": self.mean, "ci95": None if self.ci95 is None else list(self.ci95), "n": self.n}
-        extra = {"std": self.std, "note": self.note}
+        extra = {"std": self.std, "note": self.note, "better": self.better}
         return base | {key: value for key, value in extra.items() if value is not None}
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from ldm_vae.core.config import import_own
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.validation import first_line
 from ldm_vae.metrics import cmmd, delta_e, kid, l1, lpips, ms_ssim, psnr, ssim
 from ldm_vae.metrics.frechet import FrechetDistance
 from ldm_vae.metrics.metric import Metric, Unmeasured
@@ -33,8 +35,8 @@ class Weights:
 def check(names: Sequence[str], resolution: int) -> None:
     """Raises UsageError for a name that does not exist and for a resolution below SSIM's window."""
     for name in names:
-        if name not in NAMES:
-            raise UsageError(f"metrics: unknown metric {name}; there are {', '.join(NAMES)}")
+        if name not in NAMES and "." not in name:
+            raise UsageError(f"metrics: unknown metric {name}; there are {', '.join(NAMES)}, and dotted paths to yours")
     if resolution < WINDOW and any("ssim" in name for name in names):
         raise UsageError(f"resolution: SSIM's window needs at least {WINDOW} px, got {resolution}")
 
@@ -50,7 +52,7 @@ def build_metrics(
     """The metrics of `names`, ready to update; one whose network is not there has a row that says so.
 
     Raises:
-        UsageError: see `check`.
+        UsageError: see `check`; a module of somebody's own gives no metric.
         WorkError: the weights of a network that was named or that LPIPS needs cannot be had.
     """
     check(names, resolution)
@@ -80,7 +82,20 @@ def build_metrics(
         metrics["fd_efflite0"] = _frechet(
             "fd_efflite0", features.efflite0(device), "not installed: pip install 'ldm-vae[features]'"
         )
-    return [metrics[name] for name in NAMES if name in names and name in metrics]
+    own = [_own(name) for name in dict.fromkeys(names) if "." in name]
+    return [metrics[name] for name in NAMES if name in names and name in metrics] + own
+
+
+def _own(path: str) -> Metric:
+    """The metric of a module of somebody's own, under the path of the module."""
+    try:
+        metric: Metric = import_own(path).build()
+    except Exception as error:  # of somebody's own: whatever it does
+        raise UsageError(f"metrics: {path}: expected a module with `build() -> Metric`: {first_line(error)}") from error
+    if getattr(metric, "better", None) not in ("higher", "lower"):
+        raise UsageError(f"metrics: {path}: expected `build() -> Metric` whose `better` is higher or lower")
+    metric.name = path
+    return metric
 
 
 def _frechet(name: str, network: features.Features | None, absent: str) -> Metric:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 
 class Title(NamedTuple):
@@ -39,17 +40,33 @@ TITLES = {
 }
 
 
+def title(name: str, better: str = "") -> Title:
+    """The title of a metric; of one of somebody's own, by the dotted path of its module, its last part."""
+    return TITLES.get(name) or Title(name.rpartition(".")[2], "", 4, better, f"A metric of {name}.")
+
+
+def measured(results: Sequence[Mapping[str, Any]]) -> dict[str, Title]:
+    """Titles of the metrics that these results hold, in the order of every table, those of somebody's own last."""
+    own = {
+        name: title(name, str(summary.get("better", "")))
+        for found in results
+        for name, summary in found["metrics"].items()
+        if name not in TITLES
+    }
+    return {name: TITLES[name] for name in TITLES if any(name in found["metrics"] for found in results)} | own
+
+
 def number(name: str, value: float) -> str:
     """A value with as many decimals as the metric is worth."""
     if not math.isfinite(value):
         return "-"
-    title = TITLES.get(name)
-    if title is None:
+    if name not in TITLES:
         return f"{value:.4g}"
-    return f"{value * (1000 if title.unit == '× 1000' else 1):.{title.decimals}f}"
+    shown = TITLES[name]
+    return f"{value * (1000 if shown.unit == '× 1000' else 1):.{shown.decimals}f}"
 
 
 def heading(name: str) -> str:
     """Heading with its unit, such as PSNR (dB)."""
-    title = TITLES[name]
-    return f"{title.heading} ({title.unit})" if title.unit else title.heading
+    shown = title(name)
+    return f"{shown.heading} ({shown.unit})" if shown.unit else shown.heading

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_vae.metrics.titles import TITLES, number
+from ldm_vae.metrics.titles import number, title
 from ldm_vae.report import images
 
 Json = dict[str, Any]
@@ -106,6 +106,6 @@ def samples(files: Sequence[Path]) -> list[Json]:
 def _metrics(values: Json) -> list[Json]:
     chosen = [name for name in ("psnr", "ssim", "lpips_alex") if name in values] or list(values)[:3]
     return [
-        {"heading": TITLES[name].heading, "value": number(name, values[name]), "unit": TITLES[name].unit}
+        {"heading": title(name).heading, "value": number(name, values[name]), "unit": title(name).unit}
         for name in chosen
     ]

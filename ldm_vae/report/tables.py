@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from ldm_vae import metrics
 from ldm_vae.core import intervals
 from ldm_vae.data.transforms import decoding_of
 from ldm_vae.metrics.result import LINEAR, how_decoded
-from ldm_vae.metrics.titles import TITLES, heading, number
+from ldm_vae.metrics.titles import TITLES, heading, measured, number
 from ldm_vae.report.charts import Series, bar_chart, line_chart
 from ldm_vae.report.contents import Contents
 
@@ -83,9 +84,9 @@ def metric_rows(results: Sequence[Json]) -> list[Json]:
     """One row a metric, one cell a VAE; where there are several, the best is marked. Behind them what a linear code of
     each VAE's size reaches."""
     rows = []
-    listed = [(name, "metrics") for name in TITLES] + [(name, "linear_code") for name in TITLES]
-    for name, where in listed:
-        title = TITLES[name]
+    titles = measured(results)
+    for where, name in itertools.product(("metrics", "linear_code"), titles):
+        title = titles[name]
         summaries = [result.get(where, {}).get(name) for result in results]
         if not any(summaries):
             continue
