@@ -203,6 +203,7 @@ def test_a_module_that_fails_at_its_import_is_one_sentence(
     [
         ("name: a\nname: b\n", "line 2: `name` is there twice, first in line 1"),
         ("losses:\n  kl: {weight: 1}\n  kl: {weight: 2}\n", "line 3: `kl`"),
+        ('losses:\n  a: "\\ud800"\n', "line 2: half of a character"),
         ("include: fan0.yaml\n", "64 files"),
         ("include: enormous.yaml\n", "1,048,576 bytes"),
         ("include: fifo\n", "no such file"),

@@ -85,6 +85,8 @@ def _count_values(node: yaml.Node, known: dict[yaml.Node, int | None]) -> int:
     known[node] = None
     parts = node.value if isinstance(node, yaml.CollectionNode) else []
     inner = itertools.chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in parts)
+    if isinstance(node, yaml.ScalarNode) and any("\ud800" <= letter <= "\udfff" for letter in node.value):
+        raise yaml.YAMLError(f"line {node.start_mark.line + 1}: half of a character (a lone surrogate)")
     known[node] = count = 1 + sum(_count_values(part, known) for part in inner)
     if isinstance(node, yaml.MappingNode):
         _check_keys(node)
