@@ -29,21 +29,8 @@ from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.latents import Moments, Normalisation, NormalisationKind
 from ldm_vae.core import rng
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.latent_store.format import shards
-from ldm_vae.latent_store.format.layout import (
-    PIXELS,
-    SAFETENSORS_DTYPES,
-    TENSOR_NAMES,
-    crop_of,
-    is_flipped,
-    tensor_name,
-)
-from ldm_vae.latent_store.format.manifest import (
-    Manifest,
-    ShardRecord,
-    place_of,
-    read_finished,
-)
+from ldm_vae.latent_store.format.layout import PIXELS, SAFETENSORS_DTYPES, TENSOR_NAMES
+from ldm_vae.latent_store.format.manifest import Manifest, ShardRecord, place_of, read_finished
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.latent_store.read.batch import BatchRows, Item
 from ldm_vae.latent_store.read.mapped_files import Maps, open_files
@@ -265,7 +252,7 @@ class LatentDataset(Dataset[Item]):
         shard, row = self._places(np.asarray(indices, dtype=np.int64))
         shape = self.shards[shard[0]].shape
         views = self._view if self._view != "random" else self.views(indices, epochs, visits)
-        stored = {name: self._gather(name, views, shard, row, shape) for name in self._names}
+        stored = {name: self._maps.gather(name, views, shard, row, shape, self._dtype) for name in self._names}
         batch: Item = {}
         if self.raw:
             as_stored = isinstance(self.raw, str)
@@ -280,10 +267,10 @@ class LatentDataset(Dataset[Item]):
                 z = Moments(z, stored["logvar"].float()).sample(noise)
             batch["latents"] = self.normalisation.apply(z)
         if self._pixels:
-            batch[PIXELS] = self._gather_pixels(views, shard, row)
+            batch[PIXELS] = self._maps.pixels(views, shard, row)
         batch["index"] = torch.tensor(indices)
         for name in columns:
-            batch[name] = [self._value(s, r, name) for s, r in zip(shard, row, strict=True)]
+            batch[name] = [self._maps.value(s, r, name) for s, r in zip(shard, row, strict=True)]
         return batch
 
     def _places(self, indices: Integers) -> tuple[list[int], list[int]]:
@@ -303,7 +290,7 @@ class LatentDataset(Dataset[Item]):
     def row(self, index: int, columns: Sequence[str]) -> Item:
         """Columns of one sample, without its tensors."""
         shard, row = self._places(self._checked(np.asarray([index], dtype=np.int64)))
-        return {name: self._value(shard[0], row[0], name) for name in columns}
+        return {name: self._maps.value(shard[0], row[0], name) for name in columns}
 
     def shards_of(self, indices: Sequence[int]) -> list[ShardRecord]:
         """The shards that hold some samples, each once."""
@@ -327,36 +314,6 @@ class LatentDataset(Dataset[Item]):
         views = self.manifest.identity.views
         keys = _keys(indices, epochs, visits)
         return [views[int(rng.generator(self.seed, "view", *key).integers(len(views)))] for key in keys]
-
-    def _gather(
-        self, name: str, views: list[str] | str, shard: list[int], row: list[int], shape: Sequence[int]
-    ) -> torch.Tensor:
-        """Stored rows => [B, c, h, w] in storage dtype, copied once."""
-        dtype: np.dtype[Any] = shards.STORAGE[self._dtype]
-        out = np.empty((len(shard), *shape), dtype=dtype)
-        if isinstance(views, str):
-            one = tensor_name(name, views)
-            # each shard's map is looked up once a batch, not once a row
-            arrays = {s: self._maps.tensors(s)[one] for s in set(shard)}
-            for position, (s, r) in enumerate(zip(shard, row, strict=True)):
-                out[position] = arrays[s][r]
-        else:
-            for position, (s, r, view) in enumerate(zip(shard, row, views, strict=True)):
-                out[position] = self._maps.tensors(s)[tensor_name(name, view)][r]
-        return torch.from_numpy(out) if self._dtype != "BF16" else torch.from_numpy(out).view(torch.bfloat16)
-
-    def _gather_pixels(self, views: list[str] | str, shard: list[int], row: list[int]) -> torch.Tensor:
-        """Stored crops => uint8 [B, C, H, W], mirrored where the view is."""
-        each = [views] * len(shard) if isinstance(views, str) else views
-        crops = []
-        for s, r, view in zip(shard, row, each, strict=True):
-            crop = self._maps.tensors(s)[tensor_name(PIXELS, crop_of(view))][r]
-            crops.append(crop[:, :, ::-1] if is_flipped(view) else crop)
-        return torch.from_numpy(np.stack(crops))
-
-    def _value(self, shard: int, row: int, name: str) -> Any:
-        column = self._maps.columns(shard).get(name)
-        return None if column is None else column[row].as_py()
 
     # --- back to pixels -----------------------------------------------------------------------------------------------
 
