@@ -73,10 +73,10 @@ def choose(request: Request, vae: AutoencoderKL, measured: LatentStatistics | No
                 f"--normalisation {kind}: {request.source} names `{own.kind}` only; give --stats to measure it"
             )
         found = measured.normalisation(kind)
-        known = given or (beside is None and not _is_default(own, vae))
+        known = given or (beside is None and not is_default(own, vae))
         return Choice(found, _lines(found, "", measured), _broken(request, own) if known and found != own else None)
     # a config that was never set has this default, which would pass unseen and be wrong
-    if own == Normalisation(SD_SCALING) and _is_default(own, vae) and not given:
+    if own == Normalisation(SD_SCALING) and is_default(own, vae) and not given:
         raise UsageError(
             f"SRC {request.source}: its scaling_factor {SD_SCALING} is diffusers' default and Stable Diffusion's, and "
             "this is another VAE; give --stats STORE or --stats DATA to measure it"
@@ -92,7 +92,7 @@ def choose(request: Request, vae: AutoencoderKL, measured: LatentStatistics | No
     return Choice(own, _lines(own, whose, measured), warning=warning)
 
 
-def _is_default(own: Normalisation, vae: AutoencoderKL) -> bool:
+def is_default(own: Normalisation, vae: AutoencoderKL) -> bool:
     """True for what stands in a config whose scaling nobody has set."""
     return own == Normalisation(1.0) or (own == Normalisation(SD_SCALING) and not is_sd_shape(vae.config))
 
@@ -100,8 +100,8 @@ def _is_default(own: Normalisation, vae: AutoencoderKL) -> bool:
 def _base(source: str) -> str:
     """Who else has SRC's normalisation, as the run's config says."""
     path = Path(source) / "config.yaml"
-    base = read_yaml(path).get("normalisation_from") if path.is_file() else None
-    return str(base) if base else "its base"
+    config = read_yaml(path) if path.is_file() else {}
+    return str(config.get("normalisation_from") or config.get("init_from") or "its base")
 
 
 def _broken(request: Request, own: Normalisation) -> str:
