@@ -21,7 +21,7 @@ class Request:
     )
     config: str | None = flag("for a single file: folder with its config.json", metavar="FOLDER")
     stats: str | None = flag(
-        "statistics of the latents: of a latent store of this encoder, or measured over images; they give the normalisation unless SRC has a base's",
+        "latent store of this encoder, or images to measure: source of the normalisation, unless SRC has a base's",
         metavar="STORE|DATA",
     )
     normalisation: Literal["scale", "shift", "channel"] | None = flag(
