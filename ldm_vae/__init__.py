@@ -12,7 +12,7 @@ torch.Size([1, 3, 64, 64])
 
 >>> photos = ldm_vae.open_images("photos", vae)  # a folder, zip, tar shards, parquet, a hub dataset
 >>> manifest = ldm_vae.write_store(vae, photos, "my-latents", resolution=64)
->>> latents = ldm_vae.LatentDataset("my-latents")  # memory-mapped; noise anew in each epoch
+>>> latents = ldm_vae.LatentDataset("my-latents")  # memory-mapped; noise anew at each visit
 >>> len(latents), latents[0]["latents"].shape
 (12, torch.Size([4, 32, 32]))
 

@@ -101,9 +101,13 @@ def test_drift_stands_in_the_card(
     monkeypatch.setattr("ldm_vae.export.workflow.measure_drift", metrics)
     call = ("export", tiny_vae_folder, tmp_path / "out", "--resolution", 32, "--drift_from", tiny_vae_folder)
     assert run_cli(*call) == 2
-    assert run_cli(*call, "--stats", image_folder) == 0
+    stats = ("--stats", image_folder)
+    assert run_cli(*call, *stats, "--normalisation_from", tiny_vae_folder) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "## Drift" in card and "encoder: identical; 12 images" in card and "verdict: compatible" in card
+    # what is written counts, not what SRC's config says: a measured scaling is another one than the base's
+    assert run_cli(*call, *stats) == 0
+    assert "verdict: not compatible as it is" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_names() -> None:

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 from cli_call import run_cli
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.latents import Moments, Normalisation
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.weights.ldm_keys import to_ldm, to_ldm_name
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.targets import TARGETS, warnings_for, warnings_for_pipelines, write_target
+from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.perceptual import features
 from ldm_vae.perceptual.pretrained import load_lpips
 
@@ -83,6 +86,74 @@ def test_a_bases_normalisation_is_kept(
     assert run_cli(*call, tmp_path / "other") == 2
     assert "it has 8 latent channels, this VAE 4" in capsys.readouterr().err
     assert run_cli(*call, tmp_path / "nothing") == 2
+
+
+def tuned(vae: AutoencoderKL, base: Path, run: Path) -> None:
+    """RUN as a training with `normalisation_from: BASE` leaves it; BASE has a scaling_factor of 0.5."""
+    vae.register_to_config(scaling_factor=0.5)
+    vae.save_pretrained(base)
+    statistics = LatentStatistics()
+    statistics.update(Moments(torch.randn(9, 4, 8, 8), torch.zeros(9, 4, 8, 8)))
+    write_vae(vae, run / "vae", Normalisation(0.5), statistics=statistics)
+    (run / "config.yaml").write_text(f"normalisation_from: {base}\n")
+
+
+@pytest.mark.parametrize("source", ["run", "run/vae", "exported", "fixed"])
+def test_statistics_do_not_undo_the_normalisation_of_a_runs_base(
+    source: str, tiny_vae: AutoencoderKL, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned(tiny_vae, tmp_path / "base", tmp_path / "run")
+    stats = ("--stats", image_folder, "--resolution", 32)
+    if source == "exported":
+        assert run_cli("export", tmp_path / "run", tmp_path / source, *stats) == 0
+    if source == "fixed":
+        assert run_cli("fp16", "fix", tmp_path / "run", tmp_path / source, image_folder, "--resolution", 32) == 0
+    capsys.readouterr()
+    for more in ((), stats):
+        assert run_cli("export", tmp_path / source, tmp_path / "out", *more) == 0
+        assert config_of(tmp_path / "out")["scaling_factor"] == 0.5
+        said = capsys.readouterr().out
+        (written,) = re.findall("^normalisation.*", said, flags=re.MULTILINE)
+        (compared,) = re.findall("^not written.*", said, flags=re.MULTILINE)
+        assert "scaling_factor 0.5, as SRC has it" in written and "interval" not in written
+        assert "95 % interval" in compared and f"over {12 if more or source == 'exported' else 9} images" in compared
+        assert (str(tmp_path / "base") in written) == (source == "run" and bool(more))
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "scaling_factor: 0.5" in card and "given, not measured" in card and "Compatibility" not in card
+    # by its name another one is written, and said to be one
+    assert run_cli("export", tmp_path / source, tmp_path / "out", *stats, "--normalisation", "scale") == 0
+    said = capsys.readouterr().out
+    assert "incompatible with diffusion models" in said and "scaling_factor 0.5;" in said
+    assert "not written" not in said and "interval" in said
+    assert config_of(tmp_path / "out")["scaling_factor"] not in (0.5, 1.0)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Compatibility" in card and "given, not measured" not in card
+
+
+def test_a_foreign_normalisation_that_is_measured_anew_is_said(
+    tiny_vae: AutoencoderKL, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = ("--stats", image_folder, "--resolution", 32)
+    for scale, known in ((0.5, True), (1.0, False), (0.18215, False)):  # the last two are nobody's, in this shape
+        tiny_vae.register_to_config(scaling_factor=scale)
+        tiny_vae.save_pretrained(tmp_path / "vae")
+        assert run_cli("export", tmp_path / "vae", tmp_path / "out", *stats) == 0
+        assert ("incompatible with diffusion models" in capsys.readouterr().out) == known
+        assert config_of(tmp_path / "out")["scaling_factor"] != scale
+    # measured here before: other images give another number of the same VAE's own
+    assert run_cli("export", tmp_path / "out", tmp_path / "again", *stats, "--stats_images", 6) == 0
+    assert "incompatible" not in capsys.readouterr().out
+    assert config_of(tmp_path / "again") != config_of(tmp_path / "out")
+
+
+def test_a_distilled_network_keeps_the_normalisation_of_its_teacher(image_folder: Path, tmp_path: Path) -> None:
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(tmp_path / "tiny")  # fmt: skip
+    stats = ("--stats", image_folder, "--resolution", 32)
+    assert run_cli("export", tmp_path / "tiny", tmp_path / "out", *stats) == 0
+    assert config_of(tmp_path / "out")["scaling_factor"] == 1.0
 
 
 def test_a_kind_that_was_not_measured_is_refused(

@@ -137,6 +137,23 @@ def test_a_tuned_decoder_keeps_the_normalisation_of_its_base(
     assert refused.returncode == 2 and not (tmp_path / "wrong" / "run").exists(), refused.stderr
 
 
+def test_a_frozen_encoder_keeps_the_normalisation_unless_another_is_named(
+    tiny_vae: AutoencoderKL, tiny_vae_folder: Path, tmp_path: Path
+) -> None:
+    tiny_vae.register_to_config(scaling_factor=0.5)
+    tiny_vae.save_pretrained(tiny_vae_folder)
+    for name, kept, knobs in (
+        ("decoder", True, {"trainable": ["decoder.*"]}),
+        ("by_name", False, {"trainable": ["decoder.*"], "normalisation": "scale"}),
+        ("encoder", False, {}),
+    ):
+        (tmp_path / name).mkdir()
+        done = tune(tmp_path / name, tiny_vae_folder, **knobs)
+        assert done.returncode == 0, done.stderr
+        assert (load_autoencoder(tmp_path / name / "run").config.scaling_factor == 0.5) == kept, name
+        assert (f"--normalisation_from {tiny_vae_folder}" in done.stdout) != kept, name
+
+
 def test_latent_channels_change_only_when_asked(tiny_vae_folder: Path, tmp_path: Path) -> None:
     refused = tune(tmp_path, tiny_vae_folder, model=SHAPE | {"latent_channels": 6})
     assert refused.returncode == 2

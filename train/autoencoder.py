@@ -20,9 +20,10 @@ from accelerate import Accelerator
 from diffusers import AutoencoderTiny
 from tqdm.auto import tqdm
 
+from ldm_vae.autoencoder.fine_tuning import encoder_learns
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
 from ldm_vae.autoencoder.latents import Normalisation, posterior_noise
-from ldm_vae.core.errors import Stopped, run_program
+from ldm_vae.core.errors import Stopped, UsageError, run_program
 from ldm_vae.core.launch import StopSignal
 from ldm_vae.data import preprocessing
 from ldm_vae.data.quarantine import Quarantine
@@ -32,6 +33,7 @@ from ldm_vae.data.stream import warning as stream_warning
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.measurement import normalisation_of
+from ldm_vae.export.normalisation import is_default
 from ldm_vae.export.targets import warnings_for_pipelines
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.bound import evidence_bound
@@ -72,9 +74,7 @@ def train(settings: Training) -> None:
     if settings.init == "linear" and checkpoint.newest(run / "checkpoints", say) is None:
         start_from_data(vae, source, settings, accelerator)
     feed = (ImageFeed if settings.latent_store is None else StoredFeed)(settings, vae, source)
-    given = settings.normalisation_from and normalisation_of(
-        settings.normalisation_from, settings.model.latent_channels
-    )
+    given = given_normalisation(settings, vae)
     state = build_state(settings, accelerator, vae)
     if held_out is not None:  # what its metrics need is fetched now and not after the first hours
         build_metrics(settings.validation_metrics, accelerator.device, settings.resolution)
@@ -215,6 +215,22 @@ def validate(vae: Any, objective: Any, source: Source, state: TrainingState) -> 
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
+def given_normalisation(settings: Training, vae: Any) -> Normalisation | None:
+    """The normalisation that diffusion models know: of `normalisation_from`, else of the base whose encoder stays as it
+    is. None: it is measured."""
+    channels = settings.model.latent_channels
+    if settings.normalisation_from is not None:
+        return normalisation_of(settings.normalisation_from, channels)
+    by_name, resized = settings.normalisation is not None, settings.ignore_mismatched_sizes
+    if settings.init_from is None or by_name or resized or encoder_learns(vae):
+        return None
+    try:
+        base = normalisation_of(settings.init_from, channels)
+    except UsageError:  # its config names none that holds
+        return None
+    return None if is_default(base, vae) else base
+
+
 def export(state: TrainingState, feed: ImageFeed | StoredFeed, given: Normalisation | None) -> None:
     """Write RUN/vae: the averaged weights, how their images were decoded, and the normalisation: a `given` one, or what
     is measured."""
@@ -223,7 +239,13 @@ def export(state: TrainingState, feed: ImageFeed | StoredFeed, given: Normalisat
     statistics = feed.statistics(trained, state.accelerator.device)
     # the latents of a distilled network are its teacher's, normalised already
     distilled = Normalisation(1.0) if isinstance(trained, AutoencoderTiny) else None
-    normalisation = distilled or given or statistics.normalisation(settings.normalisation)
+    normalisation = distilled or given or statistics.normalisation(settings.normalisation or "scale")
+    if settings.init_from is not None and distilled is None and given is None:
+        base = settings.init_from
+        state.accelerator.print(
+            f"normalisation `{normalisation.kind}`: measured; diffusion models of {base} need its own, which "
+            f"`ldm-vae export {settings.output_dir} OUT --normalisation_from {base}` writes"
+        )
     out = settings.output_dir / "vae"
     write_vae(trained, out, normalisation, sample_size=settings.resolution, statistics=statistics)
     for warning in warnings_for_pipelines({**trained.config, **normalisation.to_config()}):

@@ -95,6 +95,7 @@ def _fix(request: Fix) -> None:
     from ldm_vae.export.fp16.audit import audit
     from ldm_vae.export.fp16.certificate import certify
     from ldm_vae.export.fp16.rescale import rescale
+    from ldm_vae.export.normalisation import statistics_beside
     from ldm_vae.export.replacement import check_replaceable
 
     out = Path(request.out)
@@ -108,8 +109,10 @@ def _fix(request: Fix) -> None:
         reason = certificate.limits[0] if certificate.limits else "fp16 is too far from fp32"
         raise WorkError(f"{request.vae}: rescaling does not make it safe in fp16 ({reason}); {out} was not written")
     sections = {"Half precision": "\n".join(f"- {line}" for line in certificate.lines())}
-    card = Card(card_name(out), sections=sections).text(rescaling.vae)
-    write_vae(rescaling.vae, out, None, card=card, force_upcast=False)
+    # the latents are those of before, so what was measured stays true, and whether the normalisation is that
+    statistics = statistics_beside(request.vae)
+    card = Card(card_name(out), statistics, sections=sections).text(rescaling.vae)
+    write_vae(rescaling.vae, out, None, card=card, statistics=statistics, force_upcast=False)
     print("\n".join([f"wrote {out}: force_upcast is false", *certificate.lines()]))
 
 

@@ -6,8 +6,18 @@ only if it is computed from the whole batch.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
+
+
+def rank() -> int:
+    """This process among those that train together: in its process group, else as its launcher says, else 0."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    given = os.environ.get("RANK", "")
+    return int(given) if given.isdecimal() else 0
 
 
 def world_size() -> int:

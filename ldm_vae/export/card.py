@@ -96,6 +96,8 @@ def _latents(vae: Any, statistics: LatentStatistics | None) -> str:
     values = {key: value for key, value in normalisation.to_config().items() if value is not None}
     lines = [f"`config.json` names one normalisation, `{normalisation.kind}`: `{_FORMULA[normalisation.kind]}`.", ""]
     lines += [f"- {key}: {_number(value)}" for key, value in values.items()]
+    if statistics is not None and not statistics.gives(normalisation):
+        lines += ["", "It was given, not measured: diffusion models of the VAE that has it need it. For comparison:"]
     if statistics is not None:
         lines += ["", f"Measured in fp64 over {statistics.images:,} images; {about_intervals(statistics)}.", ""]
         lines += statistics_table(statistics)

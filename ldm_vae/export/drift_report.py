@@ -79,7 +79,10 @@ class Drift:
                 "a diffusion model of the base must be trained on the new latents"
             )
         if not self.same_normalisation:
-            text += "; the configs name different normalisations, and a frozen diffusion model needs the base's"
+            return (
+                "not compatible as it is: the configs name different normalisations, and a frozen diffusion model "
+                f"needs the base's (`ldm-vae export --normalisation_from BASE` writes it); with that, {text}"
+            )
         return text
 
     def to_json(self) -> dict[str, Any]:
@@ -115,8 +118,12 @@ def measure_drift(
     resolution: int,
     lpips: bool = True,
     total: int | None = None,
+    normalisation: Normalisation | None = None,
 ) -> Drift:
     """Compare two VAEs on one device over `batches` of images.
+
+    Args:
+        normalisation: the one that `tuned` is about to be written with; by default its config's.
 
     Raises:
         UsageError: their latents have different shapes.
@@ -152,7 +159,7 @@ def measure_drift(
     return Drift(
         same_encoder=encoder_fingerprint(base) == encoder_fingerprint(tuned),
         same_normalisation=Normalisation.from_config(base.config, "the base")
-        == Normalisation.from_config(tuned.config, "the VAE"),
+        == (normalisation or Normalisation.from_config(tuned.config, "the VAE")),
         images=len(before),
         cosine=float(cosine.mean()),
         rms=float(apart.square().mean().sqrt()),

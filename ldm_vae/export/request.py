@@ -21,9 +21,12 @@ class Request:
     )
     config: str | None = flag("for a single file: folder with its config.json", metavar="FOLDER")
     stats: str | None = flag(
-        "source of the normalisation: a latent store of this encoder, or images to measure it", metavar="STORE|DATA"
+        "latent store of this encoder, or images to measure: source of the normalisation, unless SRC has a base's",
+        metavar="STORE|DATA",
     )
-    normalisation: Literal["scale", "shift", "channel"] | None = flag("normalisation to write (default: SRC's kind)")
+    normalisation: Literal["scale", "shift", "channel"] | None = flag(
+        "measured normalisation to write, also in place of a base's (default: SRC's kind)"
+    )
     normalisation_from: str | None = flag(
         "use BASE's normalisation: for a fine-tuned decoder, whose diffusion model was trained on BASE's latents",
         metavar="BASE",

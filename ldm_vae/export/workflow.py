@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL
 
 from ldm_vae.autoencoder.geometry import downsampling_factor, only_kl, sample_size
 from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.single_file import SD_SCALING, is_sd_shape, load_single_file
-from ldm_vae.core import atomic_io, intervals
+from ldm_vae.autoencoder.single_file import load_single_file
+from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.ownership import own_name
 from ldm_vae.data.preparation import Preparation, preparation_of
 from ldm_vae.data.preprocessing import record, recorded
 from ldm_vae.export import hub
 from ldm_vae.export.card import Card, card_name
-from ldm_vae.export.diffusers_folder import STATISTICS, configured_copy, read_statistics, write_configured
+from ldm_vae.export.diffusers_folder import configured_copy, write_configured
 from ldm_vae.export.drift_report import measure_drift
 from ldm_vae.export.fp16.audit import audit
 from ldm_vae.export.fp16.probes import make_probes
@@ -29,9 +29,9 @@ from ldm_vae.export.measurement import (
     Images,
     is_store,
     measure,
-    normalisation_of,
     statistics_of_store,
 )
+from ldm_vae.export.normalisation import choose, statistics_beside
 from ldm_vae.export.picture import PICTURE, reconstruction_sheet
 from ldm_vae.export.preview import FILE as PREVIEW
 from ldm_vae.export.preview import Preview, fit_preview, pairs_of_images, pairs_of_store
@@ -62,8 +62,12 @@ def export(request: Request) -> Done:
     # before anything is measured: statistics, preview and drift must see images as OUT's record will say
     preparation = _preparation(request, vae, base, done)
     statistics = _statistics(request, vae, preparation)
-    normalisation = _normalisation(request, vae, statistics, done)
+    choice = choose(request, vae, statistics)
+    normalisation = choice.normalisation
+    done.warnings += [] if choice.warning is None else [choice.warning]
     card, files = _card(request, statistics), {}
+    if choice.incompatible is not None:
+        card.sections["Compatibility"] = f"The normalisation was chosen anew at the export: {choice.incompatible}."
     if request.preview:
         preview = _preview(request, vae, normalisation, preparation)
         done.lines += preview.lines()
@@ -73,7 +77,7 @@ def export(request: Request) -> Done:
         files[PICTURE] = reconstruction_sheet(vae, first[:4])
         card.sections = {"Pictures": f"Originals above, reconstructions below.\n\n![]({PICTURE})"} | card.sections
     if base is not None:
-        card.sections["Drift"] = _drift(request, vae, base, preparation, done)
+        card.sections["Drift"] = _drift(request, vae, base, normalisation, preparation, done)
     if request.target != "diffusers":
         only_kl(vae, f"--target {request.target}")
     if request.target == "diffusers":
@@ -81,7 +85,7 @@ def export(request: Request) -> Done:
         load = f'{type(vae).__name__}.from_pretrained("{request.place}")'
     else:
         load = f'ldm_vae.load_autoencoder("{_write_file(vae, request, normalisation, card, files, done)}")'
-    done.lines += [_describe(normalisation, statistics, request.normalisation_from), f"load it: {load}"]
+    done.lines += [*choice.lines, *([] if choice.incompatible is None else [choice.incompatible]), f"load it: {load}"]
     if request.push_to_hub is not None:
         done.lines.append(f"uploaded to {_push(request)}")
     return done
@@ -135,75 +139,19 @@ def _preparation(request: Request, vae: AutoencoderKL, base: AutoencoderKL | Non
     return preparation
 
 
-def _images(request: Request, vae: AutoencoderKL, preparation: Preparation) -> Images:
-    assert request.stats is not None
-    side = request.resolution or sample_size(vae)
-    return Images(request.stats, side, request.batch_size, request.stats_images, preparation)
-
-
-# --- the normalisation ------------------------------------------------------------------------------------------------
-
-
 def _statistics(request: Request, vae: AutoencoderKL, preparation: Preparation) -> LatentStatistics | None:
     """Statistics of the latents: measured now if asked, else as they were measured when SRC was written."""
     if request.stats is None:
-        places = (Path(request.source) / STATISTICS, Path(request.source) / "vae" / STATISTICS)
-        return next((read_statistics(place) for place in places if place.is_file()), None)
+        return statistics_beside(request.source)
     if is_store(request.stats):
         return statistics_of_store(vae, request.stats, preparation)
     return measure(vae, _images(request, vae, preparation).batches(vae), vae.device)
 
 
-def _normalisation(
-    request: Request, vae: AutoencoderKL, statistics: LatentStatistics | None, done: Done
-) -> Normalisation:
-    """The normalisation to write: a base's, or measured in this call, or SRC's own or of another kind."""
-    # a base's normalisation wins over any measurement: its diffusion model knows no other
-    if request.normalisation_from is not None:
-        return normalisation_of(request.normalisation_from, int(vae.config.latent_channels))
-    try:
-        own = Normalisation.from_config(vae.config, f"SRC {request.source}")
-    except UsageError:
-        if request.stats is None:
-            raise
-        # SRC's config names none that holds; with --stats that does not matter
-        own = Normalisation(1.0)  # and is measured
-    kind = request.normalisation or own.kind
-    # measured in this call, or measured earlier and asked for in another kind
-    if statistics is not None and (request.stats is not None or kind != own.kind):
-        return statistics.normalisation(kind)
-    if kind != own.kind:
-        raise UsageError(
-            f"--normalisation {kind}: {request.source} names `{own.kind}` only; give --stats to measure it"
-        )
-    # a config that was never set has this default, which would pass unseen and be wrong
-    if own == Normalisation(SD_SCALING) and not is_sd_shape(vae.config):
-        raise UsageError(
-            f"SRC {request.source}: its scaling_factor {SD_SCALING} is diffusers' default and Stable Diffusion's, and "
-            "this is another VAE; give --stats STORE or --stats DATA to measure it"
-        )
-    if own == Normalisation(1.0) and not isinstance(vae, AutoencoderTiny):  # a distilled one's is 1
-        done.warnings.append("scaling_factor is 1, not measured: give --stats STORE or --stats DATA")
-    return own
-
-
-def _describe(normalisation: Normalisation, statistics: LatentStatistics | None, base: str | None) -> str:
-    known = statistics.intervals if statistics is not None and base is None else None
-    parts = []
-    for key, value in normalisation.to_config().items():
-        if isinstance(value, list):
-            parts.append(f"{key} [{', '.join(f'{item:.4g}' for item in value)}]")
-        elif value is not None and normalisation.kind == "channel":
-            parts.append(f"{key} {value:g}")
-        elif value is not None:
-            low, high = (known or {}).get(key, (None, None))
-            parts.append(f"{key} {value:.5g}" + ("" if low is None else f" (95 % interval {low:.5g} to {high:.5g})"))
-    over = ", as SRC has it"
-    if statistics is not None:
-        why = "" if known is not None else f" ({intervals.why_none(statistics.images)})"
-        over = f", measured over {statistics.images:,} images{why}"
-    over = over if base is None else f", as {base} has it"
-    return f"normalisation `{normalisation.kind}`: {', '.join(parts)}{over}"
+def _images(request: Request, vae: AutoencoderKL, preparation: Preparation) -> Images:
+    assert request.stats is not None
+    side = request.resolution or sample_size(vae)
+    return Images(request.stats, side, request.batch_size, request.stats_images, preparation)
 
 
 # --- what goes with the weights ---------------------------------------------------------------------------------------
@@ -226,10 +174,18 @@ def _preview(request: Request, vae: AutoencoderKL, normalisation: Normalisation,
     return fit_preview(pairs)
 
 
-def _drift(request: Request, vae: AutoencoderKL, base: AutoencoderKL, preparation: Preparation, done: Done) -> str:
+def _drift(
+    request: Request,
+    vae: AutoencoderKL,
+    base: AutoencoderKL,
+    normalisation: Normalisation,
+    preparation: Preparation,
+    done: Done,
+) -> str:
     """Measure the drift from the base that a diffusion model was trained with, over the images of --stats."""
     images = _images(request, vae, preparation)
-    found = measure_drift(base, vae, images.image_batches(vae), resolution=images.resolution)
+    batches = images.image_batches(vae)
+    found = measure_drift(base, vae, batches, resolution=images.resolution, normalisation=normalisation)
     done.lines.append(f"drift from {request.drift_from}: {found.verdict}")
     return "\n".join(f"- {line}" for line in found.lines())
 

@@ -67,11 +67,12 @@ class Training(RunConfig):
     """Metrics of a validation."""
     best_metric: ValidationMetric = "lpips_alex"
     """The checkpoint with the best of these is kept beside the newest; one of validation_metrics."""
-    normalisation: Literal["scale", "shift", "channel"] = "scale"
-    """The one normalisation measured and written into vae/config.json (scale: Stable Diffusion; shift: SD3, FLUX)."""
+    normalisation: Literal["scale", "shift", "channel"] | None = None
+    """The one normalisation measured and written into vae/config.json (scale: Stable Diffusion; shift: SD3, FLUX). By
+    default that of init_from where its encoder does not learn, else scale."""
     normalisation_from: str | None = None
-    """Write this VAE's normalisation instead: for a fine-tuned decoder, whose diffusion model knows the base's latents.
-    What is measured still stands beside the weights."""
+    """Write this VAE's normalisation instead: for a fine-tuned VAE whose diffusion model knows the base's latents. What
+    is measured still stands beside the weights."""
     normalisation_images: int = Field(1024, gt=0)
     """Training images that it is measured on."""
     model: choice("ldm_vae.models", default="kl") = AutoencoderConfig()  # type: ignore[valid-type]

@@ -145,6 +145,19 @@ class LatentStatistics:
         """The measured normalisation of that kind: `scale`, `shift` or `channel`."""
         return Normalisation.from_statistics(kind, self.mean, self.variance)
 
+    def gives(self, normalisation: Normalisation) -> bool:
+        """True if this normalisation is the measured one of its kind, to what a config file keeps of it."""
+        try:
+            measured = self.normalisation(normalisation.kind).to_config()
+        except WorkError:  # latents that do not vary
+            return False
+        # from JSON and from the sums, rounding differs
+        return all(
+            np.allclose(np.asarray(value, np.float64), np.asarray(measured[name], np.float64), rtol=1e-6, atol=1e-9)
+            for name, value in normalisation.to_config().items()
+            if value is not None
+        )
+
     @property
     def intervals(self) -> Mapping[str, Any] | None:
         """95 % intervals [low, high] of mean, std, scaling_factor and shift_factor; None when they cannot be had: of

@@ -5,6 +5,7 @@
     data[0]["caption"]                    # and every other column of the store
     data.decode(data[0]["latents"], vae)  # back to pixels [C, H, W]
     for batch in data.loader(64): ...     # shuffled batches of an epoch; new noise each epoch
+    data[0]["latents"]                    # the next draw of the posterior: no two visits share one (`visits.py`)
 
 No file is opened per sample: each shard is mapped once per process, when it is first touched, and its pages are shared
 between workers (`mapped_files.py`). Rows go straight from the map into the batch's buffer.
@@ -14,7 +15,8 @@ Legend: B batch, c latent channels, h w latent positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,24 +29,12 @@ from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.latents import Moments, Normalisation, NormalisationKind
 from ldm_vae.core import rng
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.latent_store.format import shards
-from ldm_vae.latent_store.format.layout import (
-    PIXELS,
-    SAFETENSORS_DTYPES,
-    TENSOR_NAMES,
-    crop_of,
-    is_flipped,
-    tensor_name,
-)
-from ldm_vae.latent_store.format.manifest import (
-    Manifest,
-    ShardRecord,
-    place_of,
-    read_finished,
-)
+from ldm_vae.latent_store.format.layout import PIXELS, SAFETENSORS_DTYPES, TENSOR_NAMES
+from ldm_vae.latent_store.format.manifest import Manifest, ShardRecord, place_of, read_finished
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.latent_store.read.batch import BatchRows, Item
 from ldm_vae.latent_store.read.mapped_files import Maps, open_files
+from ldm_vae.latent_store.read.visits import Visits
 
 if TYPE_CHECKING:
     from ldm_vae.latent_store.read.loader import LatentLoader
@@ -55,20 +45,25 @@ Integers = npt.NDArray[np.int64]
 class LatentDataset(Dataset[Item]):
     """Map-style dataset of a latent store.
 
-    Items hold `latents` [c, h, w] fp32, sampled anew each epoch and normalised as the VAE's config.json says (of a
+    Items hold `latents` [c, h, w] fp32, sampled anew at each visit and normalised as the VAE's config.json says (of a
     VQModel's store: `indices` [h, w] int64), `index`, and the columns. Works with any torch DataLoader and sampler;
-    `loader` is the fast way.
+    `loader` is the fast way, and the one that resumes exactly whatever was read ahead.
+
+    A draw is keyed by (seed, epoch, index, visit, rank): the epoch of `set_epoch` (0), the number of earlier visits of
+    the sample in it, and the rank of the process (torch.distributed's, else $RANK). Visits are counted in memory that
+    data workers share, 4 bytes per sample. So no draw comes twice in a launch, in any order, by any worker and on any
+    rank, unless `set_epoch` goes back. The first visit in an epoch on rank 0 is the draw that `loader` gives in it.
 
     Args:
         path: the store's folder, or a URL of any file system that fsspec knows (`remote/`).
         raw: give the stored tensors instead (`mean` and `logvar`, or what the store has), unscaled, fp32; or the name
             of one of them, which is then given as it is stored.
-        sample: z = mean + sigma * noise; False gives the mean. Noise is keyed by (seed, epoch, index).
+        sample: z = mean + sigma * noise; False gives the mean, at every visit.
         seed: of the noise and of random views.
         columns: which columns to give; None is all (of `loader`: caption and label, where they exist).
         normalisation: one of your own, or `scale`, `shift`, `channel` from the store's measured statistics; None is the
             one that the VAE's config.json named.
-        view: which view (`""`, `flip`, `top_left`, ...), or `random`: another one each epoch, keyed as the noise is.
+        view: which view (`""`, `flip`, `top_left`, ...), or `random`: another one each visit, keyed as the noise is.
         resolution: only samples of this resolution; None is all.
         pixels: also give `pixels`, uint8 [C, H, W], of a store that was made with them.
         cache_bytes: of a URL, the most that its cache may hold (default: $LDM_VAE_STORE_CACHE, else 50 GB or half of
@@ -104,7 +99,7 @@ class LatentDataset(Dataset[Item]):
     ) -> None:
         self.path = place_of(path)
         self.manifest: Manifest = read_finished(self.path)
-        self.raw, self.sample, self.seed, self.epoch = raw, sample, seed, 0
+        self.raw, self.sample, self.seed = raw, sample, seed
         identity = self.manifest.identity
         _known("view", view, (*identity.views, "random"))
         self._view = view
@@ -140,6 +135,9 @@ class LatentDataset(Dataset[Item]):
         self._several_shapes = len({shard.shape for shard in self.shards}) > 1
         self.files = open_files(self.path, self.manifest, cache_bytes)
         self._maps = Maps(self.files, self.shards)
+        # what is the same at every visit needs no count
+        self._draws = view == "random" or (sample and not raw and "logvar" in self._names)
+        self._visits = Visits(len(self) if self._draws else 0)
 
     def _choose(self, normalisation: Normalisation | NormalisationKind | None) -> Normalisation:
         if normalisation is not None and self.manifest.identity.codes is not None:
@@ -160,9 +158,39 @@ class LatentDataset(Dataset[Item]):
         except (ValueError, KeyError, TypeError) as error:
             raise WorkError(f"store {self.path}: manifest.json is damaged: statistics: {error}") from error
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that noise and random views are keyed by."""
+        return self._visits.epoch
+
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that noise and random views are keyed by (`loader` does it by itself)."""
-        self.epoch = epoch
+        """Begin an epoch, between two passes: its draws are the same in every process that begins it, whatever was
+        drawn or read ahead before (`loader` needs no such call). In the epoch that is under way nothing changes;
+        an earlier one, whose draws would come again, is warned of."""
+        if epoch < self.epoch:
+            warnings.warn(
+                f"set_epoch: {epoch} after {self.epoch} draws the noise of that epoch again; where a run is resumed, "
+                f"also give its loader the epoch (of Accelerate: `loader.set_epoch({self.epoch})`)",
+                stacklevel=2,
+            )
+        self._visits.begin(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and visits of this process, for a DataLoader of one's own. They are counted where samples are read:
+        what workers or `accelerator.prepare` have read ahead, and was not given yet, is counted too, and draws anew
+        after a resume. `loader` has no such limit, nor has `set_epoch` at each pass."""
+        return {"samples": len(self), "seed": self.seed, **self._visits.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the draws behind those.
+
+        Raises:
+            UsageError: the state is of another store, seed or rank.
+        """
+        for name, mine in (("samples", len(self)), ("seed", self.seed), ("rank", self._visits.rank)):
+            if state[name] != mine:
+                raise UsageError(f"dataset state: {name} was {state[name]}, is {mine}: the draws would be others")
+        self._visits.load_state_dict(state)
 
     def __len__(self) -> int:
         return int(self._stops[-1]) if len(self._stops) else 0
@@ -201,7 +229,9 @@ class LatentDataset(Dataset[Item]):
             shard, _ = self._places(checked)
             if len({self.shards[number].shape for number in set(shard)}) > 1:
                 return [self[index] for index in checked.tolist()]  # one buffer cannot hold them: single items
-        return BatchRows(self.read(checked.tolist(), [self.epoch] * len(checked), self.columns), len(checked))
+        found = checked.tolist()
+        epoch, visits = self._visits.next(found) if self._draws else (self.epoch, None)
+        return BatchRows(self.read(found, [epoch] * len(found), self.columns, visits), len(found))
 
     def _checked(self, indices: Integers) -> Integers:
         """Non-negative indices. Raises IndexError for the first that is outside of the store."""
@@ -210,12 +240,19 @@ class LatentDataset(Dataset[Item]):
             raise IndexError(f"index {indices[outside][0]} of a store of {len(self)} samples")
         return np.where(indices < 0, indices + len(self), indices)
 
-    def read(self, indices: Sequence[int], epochs: Sequence[int], columns: Sequence[str]) -> Item:
-        """One batch of samples that share a latent shape, each of its own epoch: tensors [B, ...], columns as lists."""
+    def read(
+        self,
+        indices: Sequence[int],
+        epochs: Sequence[int],
+        columns: Sequence[str],
+        visits: Sequence[int] | None = None,
+    ) -> Item:
+        """One batch of samples that share a latent shape, each of its own epoch (and visit in it: the first), not
+        counted: tensors [B, ...], columns as lists."""
         shard, row = self._places(np.asarray(indices, dtype=np.int64))
         shape = self.shards[shard[0]].shape
-        views = self._view if self._view != "random" else self.views(indices, epochs)
-        stored = {name: self._gather(name, views, shard, row, shape) for name in self._names}
+        views = self._view if self._view != "random" else self.views(indices, epochs, visits)
+        stored = {name: self._maps.gather(name, views, shard, row, shape, self._dtype) for name in self._names}
         batch: Item = {}
         if self.raw:
             as_stored = isinstance(self.raw, str)
@@ -226,14 +263,14 @@ class LatentDataset(Dataset[Item]):
             # fp32 before noise and normalisation: rounding happens once, in the store
             z = stored[self._names[0]].float()
             if "logvar" in stored and self.sample:
-                noise = rng.normal(self.seed, "latent store", zip(epochs, indices, strict=True), shape)
+                noise = rng.normal(self.seed, "latent store", _keys(indices, epochs, visits), shape)
                 z = Moments(z, stored["logvar"].float()).sample(noise)
             batch["latents"] = self.normalisation.apply(z)
         if self._pixels:
-            batch[PIXELS] = self._gather_pixels(views, shard, row)
+            batch[PIXELS] = self._maps.pixels(views, shard, row)
         batch["index"] = torch.tensor(indices)
         for name in columns:
-            batch[name] = [self._value(s, r, name) for s, r in zip(shard, row, strict=True)]
+            batch[name] = [self._maps.value(s, r, name) for s, r in zip(shard, row, strict=True)]
         return batch
 
     def _places(self, indices: Integers) -> tuple[list[int], list[int]]:
@@ -253,7 +290,7 @@ class LatentDataset(Dataset[Item]):
     def row(self, index: int, columns: Sequence[str]) -> Item:
         """Columns of one sample, without its tensors."""
         shard, row = self._places(self._checked(np.asarray([index], dtype=np.int64)))
-        return {name: self._value(shard[0], row[0], name) for name in columns}
+        return {name: self._maps.value(shard[0], row[0], name) for name in columns}
 
     def shards_of(self, indices: Sequence[int]) -> list[ShardRecord]:
         """The shards that hold some samples, each once."""
@@ -270,43 +307,13 @@ class LatentDataset(Dataset[Item]):
             values += [rows[row] for row in shard.live_rows.tolist()]
         return values
 
-    def views(self, indices: Sequence[int], epochs: Sequence[int]) -> list[str]:
-        """View of each sample in its epoch."""
+    def views(self, indices: Sequence[int], epochs: Sequence[int], visits: Sequence[int] | None = None) -> list[str]:
+        """View of each sample in its epoch (and visit in it: the first)."""
         if self._view != "random":
             return [self._view] * len(indices)
         views = self.manifest.identity.views
-        keys = zip(epochs, indices, strict=True)
+        keys = _keys(indices, epochs, visits)
         return [views[int(rng.generator(self.seed, "view", *key).integers(len(views)))] for key in keys]
-
-    def _gather(
-        self, name: str, views: list[str] | str, shard: list[int], row: list[int], shape: Sequence[int]
-    ) -> torch.Tensor:
-        """Stored rows => [B, c, h, w] in storage dtype, copied once."""
-        dtype: np.dtype[Any] = shards.STORAGE[self._dtype]
-        out = np.empty((len(shard), *shape), dtype=dtype)
-        if isinstance(views, str):
-            one = tensor_name(name, views)
-            # each shard's map is looked up once a batch, not once a row
-            arrays = {s: self._maps.tensors(s)[one] for s in set(shard)}
-            for position, (s, r) in enumerate(zip(shard, row, strict=True)):
-                out[position] = arrays[s][r]
-        else:
-            for position, (s, r, view) in enumerate(zip(shard, row, views, strict=True)):
-                out[position] = self._maps.tensors(s)[tensor_name(name, view)][r]
-        return torch.from_numpy(out) if self._dtype != "BF16" else torch.from_numpy(out).view(torch.bfloat16)
-
-    def _gather_pixels(self, views: list[str] | str, shard: list[int], row: list[int]) -> torch.Tensor:
-        """Stored crops => uint8 [B, C, H, W], mirrored where the view is."""
-        each = [views] * len(shard) if isinstance(views, str) else views
-        crops = []
-        for s, r, view in zip(shard, row, each, strict=True):
-            crop = self._maps.tensors(s)[tensor_name(PIXELS, crop_of(view))][r]
-            crops.append(crop[:, :, ::-1] if is_flipped(view) else crop)
-        return torch.from_numpy(np.stack(crops))
-
-    def _value(self, shard: int, row: int, name: str) -> Any:
-        column = self._maps.columns(shard).get(name)
-        return None if column is None else column[row].as_py()
 
     # --- back to pixels -----------------------------------------------------------------------------------------------
 
@@ -327,6 +334,13 @@ class LatentDataset(Dataset[Item]):
 def _widened(stored: torch.Tensor) -> torch.Tensor:
     """fp32 of any float, int64 of any integer."""
     return stored.float() if stored.is_floating_point() else stored.long()
+
+
+def _keys(
+    indices: Sequence[int], epochs: Sequence[int], visits: Sequence[int] | None
+) -> Iterable[tuple[int, int, int]]:
+    """Coordinates of each sample's draw."""
+    return zip(epochs, indices, visits or [0] * len(indices), strict=True)
 
 
 def _known(what: str, name: Any, exist: Sequence[Any]) -> None:

@@ -8,17 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
 from ldm_vae.core.errors import WorkError
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     MAPPED_ROWS,
+    PIXELS,
     ROWS,
     TENSORS,
+    crop_of,
+    is_flipped,
     shard_path,
+    tensor_name,
 )
 from ldm_vae.latent_store.format.manifest import Manifest, ShardRecord
 from ldm_vae.latent_store.format.rows import map_shard
@@ -119,6 +125,36 @@ class Maps:
             _make_room(self._columns)
             self._columns[shard] = columns
         return columns
+
+    def gather(
+        self, name: str, views: list[str] | str, shard: list[int], row: list[int], shape: Sequence[int], dtype: str
+    ) -> torch.Tensor:
+        """Stored rows => [B, c, h, w] in storage dtype, copied once; views: of each row, or of all."""
+        out = np.empty((len(shard), *shape), dtype=shards.STORAGE[dtype])
+        if isinstance(views, str):
+            one = tensor_name(name, views)
+            # each shard's map is looked up once a batch, not once a row
+            arrays = {s: self.tensors(s)[one] for s in set(shard)}
+            for position, (s, r) in enumerate(zip(shard, row, strict=True)):
+                out[position] = arrays[s][r]
+        else:
+            for position, (s, r, view) in enumerate(zip(shard, row, views, strict=True)):
+                out[position] = self.tensors(s)[tensor_name(name, view)][r]
+        return torch.from_numpy(out) if dtype != "BF16" else torch.from_numpy(out).view(torch.bfloat16)
+
+    def pixels(self, views: list[str] | str, shard: list[int], row: list[int]) -> torch.Tensor:
+        """Stored crops => uint8 [B, C, H, W], mirrored where the view is."""
+        each = [views] * len(shard) if isinstance(views, str) else views
+        crops = []
+        for s, r, view in zip(shard, row, each, strict=True):
+            crop = self.tensors(s)[tensor_name(PIXELS, crop_of(view))][r]
+            crops.append(crop[:, :, ::-1] if is_flipped(view) else crop)
+        return torch.from_numpy(np.stack(crops))
+
+    def value(self, shard: int, row: int, name: str) -> Any:
+        """One value of a column; None where the shard has no such column."""
+        column = self.columns(shard).get(name)
+        return None if column is None else column[row].as_py()
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers map the files themselves: maps are not sent, their pages are shared anyway."""
