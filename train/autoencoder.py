@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from diffusers import AutoencoderTiny
 from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
@@ -31,7 +30,6 @@ from ldm_vae.data.stream import Stream, length
 from ldm_vae.data.stream import warning as stream_warning
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.export.diffusers_folder import write_vae
-from ldm_vae.export.measurement import normalisation_of
 from ldm_vae.export.targets import warnings_for_pipelines
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.bound import evidence_bound
@@ -49,6 +47,7 @@ from ldm_vae.training.data import ImageFeed, open_sources, start_from_data
 from ldm_vae.training.decoder_only import StoredFeed
 from ldm_vae.training.dry_run import describe
 from ldm_vae.training.monitor import below_linear, diagnose
+from ldm_vae.training.scaling import given_normalisation, normalise
 from ldm_vae.training.state import TrainingState, build_state
 from ldm_vae.training.validation import record_validation
 
@@ -72,9 +71,8 @@ def train(settings: Training) -> None:
     if settings.init == "linear" and checkpoint.newest(run / "checkpoints", say) is None:
         start_from_data(vae, source, settings, accelerator)
     feed = (ImageFeed if settings.latent_store is None else StoredFeed)(settings, vae, source)
-    given = settings.normalisation_from and normalisation_of(
-        settings.normalisation_from, settings.model.latent_channels
-    )
+    preprocessing.record(vae, feed.prepared)  # goes into checkpoints and the export
+    given = given_normalisation(settings)
     state = build_state(settings, accelerator, vae)
     if held_out is not None:  # what its metrics need is fetched now and not after the first hours
         build_metrics(settings.validation_metrics, accelerator.device, settings.resolution)
@@ -219,11 +217,8 @@ def export(state: TrainingState, feed: ImageFeed | StoredFeed, given: Normalisat
     """Write RUN/vae: the averaged weights, how their images were decoded, and the normalisation: a `given` one, or what
     is measured."""
     settings = state.settings
-    trained = preprocessing.record(feed.complete(state.ema.module), feed.prepared)
-    statistics = feed.statistics(trained, state.accelerator.device)
-    # the latents of a distilled network are its teacher's, normalised already
-    distilled = Normalisation(1.0) if isinstance(trained, AutoencoderTiny) else None
-    normalisation = distilled or given or statistics.normalisation(settings.normalisation)
+    trained = feed.complete(state.ema.module)
+    normalisation, statistics = normalise(settings, trained, given)
     out = settings.output_dir / "vae"
     write_vae(trained, out, normalisation, sample_size=settings.resolution, statistics=statistics)
     for warning in warnings_for_pipelines({**trained.config, **normalisation.to_config()}):

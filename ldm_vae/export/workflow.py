@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from ldm_vae.autoencoder.geometry import downsampling_factor, only_kl, sample_size
-from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.latents import Normalisation, NormalisationKind
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.single_file import SD_SCALING, is_sd_shape, load_single_file
+from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import atomic_io, intervals
+from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.ownership import own_name
 from ldm_vae.data.preparation import Preparation, preparation_of
@@ -52,8 +54,12 @@ class Done:
     warnings: list[str] = field(default_factory=list)
 
 
-def export(request: Request) -> Done:
-    """Export a VAE. Raises UsageError for a wrong request, WorkError when what was written does not read back."""
+def export(request: Request, measure_checkpoint: Callable[[Any, str, torch.device], LatentStatistics | None]) -> Done:
+    """Export a VAE. Raises UsageError for a wrong request, WorkError when what was written does not read back.
+
+    Args:
+        measure_checkpoint: `ldm_vae.training.scaling.measure_checkpoint`, asked where --stats is not given.
+    """
     done = Done()
     # everything that the request alone can be refused for, before weights are loaded or images read
     _check(request)
@@ -61,7 +67,8 @@ def export(request: Request) -> Done:
     base = None if request.drift_from is None else load_autoencoder(request.drift_from).to(vae.device)
     # before anything is measured: statistics, preview and drift must see images as OUT's record will say
     preparation = _preparation(request, vae, base, done)
-    statistics = _statistics(request, vae, preparation)
+    measured = measure_checkpoint(vae, request.source, vae.device) if request.stats is None else None
+    statistics = measured or _statistics(request, vae, preparation)
     normalisation = _normalisation(request, vae, statistics, done)
     card, files = _card(request, statistics), {}
     if request.preview:
@@ -163,12 +170,13 @@ def _normalisation(
         return normalisation_of(request.normalisation_from, int(vae.config.latent_channels))
     try:
         own = Normalisation.from_config(vae.config, f"SRC {request.source}")
+        kind = request.normalisation or own.kind
     except UsageError:
         if request.stats is None:
             raise
         # SRC's config names none that holds; with --stats that does not matter
         own = Normalisation(1.0)  # and is measured
-    kind = request.normalisation or own.kind
+        kind = request.normalisation or _kind_of_run(request.source) or own.kind
     # measured in this call, or measured earlier and asked for in another kind
     if statistics is not None and (request.stats is not None or kind != own.kind):
         return statistics.normalisation(kind)
@@ -185,6 +193,12 @@ def _normalisation(
     if own == Normalisation(1.0) and not isinstance(vae, AutoencoderTiny):  # a distilled one's is 1
         done.warnings.append("scaling_factor is 1, not measured: give --stats STORE or --stats DATA")
     return own
+
+
+def _kind_of_run(source: str) -> NormalisationKind | None:
+    """The kind that the end of a checkpoint's run would write; None for another source."""
+    kind = read_yaml(Path(source) / "config.yaml").get("normalisation") if is_checkpoint(source) else None
+    return kind if kind in get_args(NormalisationKind) else None
 
 
 def _describe(normalisation: Normalisation, statistics: LatentStatistics | None, base: str | None) -> str:
