@@ -46,7 +46,7 @@ from ldm_vae.training.config import MAY_CHANGE, Training, build_autoencoder
 from ldm_vae.training.data import ImageFeed, open_sources, start_from_data
 from ldm_vae.training.decoder_only import StoredFeed
 from ldm_vae.training.dry_run import describe
-from ldm_vae.training.monitor import below_linear, diagnose
+from ldm_vae.training.monitor import below_linear, diagnose, overfitting
 from ldm_vae.training.scaling import given_normalisation, normalise
 from ldm_vae.training.state import TrainingState, build_state
 from ldm_vae.training.validation import record_validation
@@ -172,10 +172,11 @@ class Events:
         averaged = self.feed.complete(state.ema.module)
         assert self.held_out is not None
         scores = validate(averaged, state.ema_objective.module, self.held_out, state)
-        below = below_linear(scores)
-        for sentence in below.values():
+        log = [*self.logbook.lines, {"images": state.images_seen, **scores}]
+        warnings = below_linear(scores) | overfitting(log, settings.best_metric, settings.output_dir)
+        for sentence in warnings.values():
             state.accelerator.print(f"at {state.images_seen:,} images: {sentence}")
-        self.logbook.write(state.images_seen, scores, below)
+        self.logbook.write(state.images_seen, scores, warnings)
         score, higher_is_better = scores[f"validation/{settings.best_metric}"], settings.best_metric in ("psnr", "ssim")
         improved = state.best is None or (score > state.best["score"]) == higher_is_better
         if improved:
