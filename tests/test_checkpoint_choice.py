@@ -23,6 +23,7 @@ from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.preprocessing import recorded
+from ldm_vae.metrics.result import labels
 from ldm_vae.run.selection import at_checkpoint
 from train import autoencoder as training_program
 
@@ -126,6 +127,14 @@ def test_a_store_of_a_checkpoint_is_not_taken_for_one_of_the_finished_run(home: 
         call(*encode, "--checkpoint", "last")
     call(*encode, "--checkpoint", "32")  # the best, by its other name
     assert torch.equal(LatentDataset(tmp_path / "store")[0]["latents"], before)
+
+
+def test_two_checkpoints_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    names = [tmp_path / name / "checkpoints/images-000000016" for name in ("one", "other")]
+    for checkpoint in names:
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "tensors.safetensors").touch()
+    assert labels([str(name) for name in names]) == ["one-images-000000016", "other-images-000000016"]
 
 
 # --- the scaling ------------------------------------------------------------------------------------------------------
