@@ -56,6 +56,8 @@ from ldm_vae.metrics.batches import image_batches, spread
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.running import Running
 from ldm_vae.report import build_report
+from ldm_vae.run import selection
+from ldm_vae.training.scaling import measure_checkpoint
 
 Json = dict[str, Any]
 SHOWN = 16  # pictures of each kind
@@ -68,6 +70,7 @@ def arguments() -> argparse.Namespace:
     add("data", metavar="DATA", help="a folder of images, a dataset's hub id, parquet or tar files")
     add("--output", required=True, type=Path, metavar="DIR", help="where stores and results go")
     add("--resolution", type=int, default=256, help="side of the crops in pixels (256)")
+    add("--checkpoint", metavar=selection.METAVAR, help=selection.HELP)
     add("--seeds", type=int, default=3, help="trainings per VAE; of weights, order and noise (3)")
     add("--train_images", type=int, default=Recipe.train_images, help=f"images of each ({Recipe.train_images:,})")
     add("--batch_size", type=int, default=Recipe.batch_size, help=f"images of a step ({Recipe.batch_size})")
@@ -91,6 +94,7 @@ def arguments() -> argparse.Namespace:
             raise UsageError(f"{name}: expected at least 1, got {getattr(found, name)}")
     if found.train_images < found.batch_size:
         raise UsageError(f"train_images: expected at least a batch of {found.batch_size}, got {found.train_images}")
+    found.vae = [selection.at_checkpoint(vae, found.checkpoint) for vae in found.vae]
     return found
 
 
@@ -123,6 +127,8 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
     vaes = [load_autoencoder(vae) for vae in options.vae]
     for vae in vaes:
         check_resolution(options.resolution, downsampling_factor(vae))
+    for name, vae in zip(options.vae, vaes, strict=True):
+        measure_checkpoint(vae.to(device), name)
     preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
     source = preparation.open(options.data)
     recipe = Recipe(options.train_images, options.batch_size, options.learning_rate)

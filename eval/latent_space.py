@@ -55,6 +55,7 @@ from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.psnr import psnr
 from ldm_vae.metrics.ranks import gather, gather_rows
 from ldm_vae.metrics.running import Running, Summary
+from ldm_vae.run import selection
 
 
 def arguments() -> argparse.Namespace:
@@ -73,6 +74,7 @@ def arguments() -> argparse.Namespace:
     add("--components", type=int, default=10, metavar="N", help="of the Gaussian mixture; 0: none (10)")
     add("--pairs", type=int, default=3, metavar="N", help="pairs of images between which is interpolated (3)")
     add("--seed", type=int, default=0, help="of every draw (0)")
+    add("--checkpoint", metavar=selection.METAVAR, help=selection.HELP)
     add("--config", metavar="FOLDER", help="config.json of a single-file VAE of a shape of its own")
     add("--max_bad", type=float, default=1.0, help="share of unreadable images above which the work stops (1: never)")
     add_data_arguments(parser)
@@ -83,6 +85,7 @@ def arguments() -> argparse.Namespace:
             raise UsageError(f"{name}: expected at least {least}, got {getattr(found, name)}")
     if found.components:
         check_installed()
+    found.vae = selection.at_checkpoint(found.vae, found.checkpoint)
     return found
 
 

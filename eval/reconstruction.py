@@ -45,6 +45,7 @@ from ldm_vae.metrics.pictures import keep_pictures
 from ldm_vae.metrics.protocol import PINNED, VARIANTS, by_name
 from ldm_vae.metrics.samples import keep_samples
 from ldm_vae.metrics.select import NAMES, Weights, build_metrics, check
+from ldm_vae.run import selection
 
 
 def arguments() -> argparse.Namespace:
@@ -74,6 +75,7 @@ def arguments() -> argparse.Namespace:
         "--protocol", default=PINNED.name, metavar="NAME",
         help=f"reproduce the numbers of others: {', '.join(VARIANTS)} (default: {PINNED.name}, which is pinned)",
     )  # fmt: skip
+    add("--checkpoint", metavar=selection.METAVAR, help=selection.HELP)
     add("--config", metavar="FOLDER", help="config.json of a single-file VAE of a shape of its own")
     add("--max_bad", type=float, default=1.0, help="share of unreadable images above which the work stops (1: never)")
     add_data_arguments(parser)
@@ -81,6 +83,7 @@ def arguments() -> argparse.Namespace:
     for name in ("batch_size", "resolution"):
         if getattr(found, name) < 1:
             raise UsageError(f"{name}: expected at least 1, got {getattr(found, name)}")
+    found.vae = [selection.at_checkpoint(vae, found.checkpoint) for vae in found.vae]
     found.metrics = found.metrics.split(",")
     check(found.metrics, found.resolution)
     found.protocol = by_name(found.protocol)

@@ -82,6 +82,15 @@ def test_a_damaged_newest_is_passed_over_aloud(tmp_path: Path, damage: str) -> N
     assert len(said) == 1 and bad.name in said[0] and "damaged" in said[0]
 
 
+def test_what_describes_the_network_is_checked_too(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 10, {}, "", {"images_seen": 10}, {"config.json": b"{}"})
+    assert checkpoint.damage_of(path) is None
+    (path / "config.json").write_bytes(b"{ }")
+    assert "config.json" in str(checkpoint.damage_of(path))
+    (path / "checksums.json").write_text("[[]]")
+    assert checkpoint.damage_of(path) is not None
+
+
 def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
     for images in (10, 20, 30, 40):
         save(tmp_path, images)

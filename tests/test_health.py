@@ -4,19 +4,25 @@ one."""
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from cli_call import call
 from fork_server import fork
 from images import write_images
+from PIL import Image
 from torch import nn
+from training_runs import metrics, run, write_config
 
 from ldm_vae.report.training import health
 from ldm_vae.training.adversary import Adversary, AdversaryConfig
-from ldm_vae.training.monitor import diagnose
+from ldm_vae.training.monitor import diagnose, overfitting
 from train import autoencoder as training_program
 
 # --- regularisers -----------------------------------------------------------------------------------------------------
@@ -136,3 +142,88 @@ def test_a_run_made_sick_on_purpose_says_so(tmp_path: Path, rate: float | None) 
     else:
         assert "saturated" in said and "the discriminator has won" in page
         assert "warning at" in done.stderr and done.stderr.count("the discriminator has won") == 1  # once, not at each
+
+
+# --- overfitting ------------------------------------------------------------------------------------------------------
+
+
+def history(*validations: tuple[float, float], **others: float) -> list[dict[str, Any]]:
+    """A log: for each pair (LPIPS, loss), two intervals whose losses have this mean, and a validation."""
+    log: list[dict[str, Any]] = []
+    for number, (score, loss) in enumerate(validations, 1):
+        log += [
+            {"images": 100 * number + shift, "loss/total": loss * (1 + sign * 0.05)}
+            for shift, sign in ((-50, 1), (0, -1))
+        ]
+        log.append({"images": 100 * number, "validation/lpips_alex": score, **others})
+    return log
+
+
+FALLING = [(0.3, 1.0), (0.2, 0.8), (0.21, 0.7), (0.22, 0.6), (0.23, 0.5)]
+
+
+def test_held_out_metrics_that_get_worse_while_the_objective_falls_are_overfitting() -> None:
+    folder = Path("my runs/one")
+    found = overfitting(history(*FALLING), "lpips_alex", folder)
+    assert list(found) == ["overfitting"]
+    assert "images-000000200" in found["overfitting"]
+    assert "`ldm-vae export 'my runs/one' OUT --checkpoint best`" in found["overfitting"]
+    assert overfitting(history(*FALLING[:4]), "lpips_alex", folder) == {}  # two of them may be chance
+
+
+@pytest.mark.parametrize(
+    "healthy",
+    [
+        [*FALLING[:4], (0.203, 0.5)],  # within 2 % of the best
+        [*FALLING, (0.19, 0.4)],  # a better one since
+        [(0.3, 1.0), (0.2, 0.8), (0.21, 0.7), (0.22, 0.9), (0.23, 0.7)],  # the objective rose: it is not learning
+        [(0.2, 0.5), (0.21, 0.8), (0.22, 0.9), (0.23, 1.0)],
+        [],
+    ],
+)
+def test_a_healthy_or_an_otherwise_sick_run_does_not_overfit(healthy: list[tuple[float, float]]) -> None:
+    assert overfitting(history(*healthy), "lpips_alex", Path("run")) == {}
+
+
+def test_metrics_that_trade_are_no_overfitting() -> None:
+    """PSNR fell by more than 0.17 dB, as an adversary or LPIPS makes it, and LPIPS got better."""
+    log = history(*[(0.3 - 0.01 * place, 1 - 0.1 * place) for place in range(5)])
+    for place, line in enumerate(line for line in log if "validation/lpips_alex" in line):
+        line["validation/psnr"] = 30.0 - 0.2 * place
+    assert overfitting(log, "psnr", Path("run")) == {}
+    for line in log:
+        line.pop("validation/lpips_alex", None)
+    assert list(overfitting(log, "psnr", Path("run"))) == ["overfitting"]
+    for line in log:
+        if "validation/psnr" in line:
+            line["validation/psnr"] = 30.0 - (30.0 - line["validation/psnr"]) / 8  # 0.1 dB at the end
+    assert overfitting(log, "psnr", Path("run")) == {}
+
+
+@pytest.mark.slow
+def test_a_run_that_overfits_says_so_and_its_command_works(tmp_path: Path) -> None:
+    """Two dark pictures over and over: what was learned of pictures at first is unlearned, and bright ones suffer."""
+    for name, (low, high) in {"train": (0, 60), "heldout": (120, 256)}.items():
+        (tmp_path / name).mkdir()
+        draw = np.random.default_rng(len(name))
+        for index in range(2):
+            coarse = Image.fromarray(draw.integers(low, high, (4, 4, 3), dtype=np.uint8))
+            coarse.resize((32, 32), Image.Resampling.BICUBIC).save(tmp_path / name / f"{index}.png")
+    config = write_config(
+        tmp_path, tmp_path / "train", max_train_images=96, train_batch_size=4, adversary={"weight": 0.0},
+        discriminator=None, checkpoints_total_limit=1, validate_every_images=16, validation_images=2,
+        validation_metrics=["psnr"], best_metric="psnr", learning_rate=3e-3, ema_halflife_images=2,
+        validation_data={"kind": "folder", "path": str(tmp_path / "heldout")},
+    )  # fmt: skip
+    done = run(config)
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"the network overfits: .*`ldm-vae (export .*)`", done.stdout)
+    assert said is not None, metrics(tmp_path / "run")
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "the network overfits" in page and "--checkpoint best" in page
+    call(*shlex.split(said[1].replace(" OUT ", f" {tmp_path}/out ")))
+    best = max(
+        (line for line in metrics(tmp_path / "run") if "validation/psnr" in line),
+        key=lambda line: line["validation/psnr"],
+    )
+    assert best["images"] < 64 and f"{best['images']} images seen" in (tmp_path / "out" / "README.md").read_text()

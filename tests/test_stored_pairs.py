@@ -93,6 +93,10 @@ def test_it_is_training_with_a_frozen_encoder(
     measured = json.loads((store / "manifest.json").read_text())["statistics"]
     variance = torch.tensor(measured["variance"]).mean() + torch.tensor(measured["mean"]).var(unbiased=False)
     assert config["scaling_factor"] == pytest.approx(float(variance) ** -0.5)
+    # its checkpoints held no encoder, and are whole again with that of init_from
+    assert run_cli("export", tmp_path / "stored" / "run", tmp_path / "last", "--checkpoint", "last") == 0
+    assert same(dict(load_autoencoder(tmp_path / "last").state_dict()), stored)
+    assert json.loads((tmp_path / "last" / "config.json").read_text())["scaling_factor"] == config["scaling_factor"]
 
 
 @pytest.mark.slow

@@ -20,10 +20,9 @@ from accelerate import Accelerator
 from diffusers import AutoencoderTiny
 from tqdm.auto import tqdm
 
-from ldm_vae.autoencoder.fine_tuning import encoder_learns
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
 from ldm_vae.autoencoder.latents import Normalisation, posterior_noise
-from ldm_vae.core.errors import Stopped, UsageError, run_program
+from ldm_vae.core.errors import Stopped, run_program
 from ldm_vae.core.launch import StopSignal
 from ldm_vae.data import preprocessing
 from ldm_vae.data.quarantine import Quarantine
@@ -32,8 +31,6 @@ from ldm_vae.data.stream import Stream, length
 from ldm_vae.data.stream import warning as stream_warning
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.export.diffusers_folder import write_vae
-from ldm_vae.export.measurement import normalisation_of
-from ldm_vae.export.normalisation import is_default
 from ldm_vae.export.targets import warnings_for_pipelines
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.bound import evidence_bound
@@ -50,7 +47,8 @@ from ldm_vae.training.config import MAY_CHANGE, Training, build_autoencoder
 from ldm_vae.training.data import ImageFeed, open_sources, start_from_data
 from ldm_vae.training.decoder_only import StoredFeed
 from ldm_vae.training.dry_run import describe
-from ldm_vae.training.monitor import below_linear, diagnose
+from ldm_vae.training.monitor import below_linear, diagnose, overfitting
+from ldm_vae.training.scaling import given_normalisation, normalise
 from ldm_vae.training.state import TrainingState, build_state
 from ldm_vae.training.validation import record_validation
 
@@ -74,6 +72,7 @@ def train(settings: Training) -> None:
     if settings.init == "linear" and checkpoint.newest(run / "checkpoints", say) is None:
         start_from_data(vae, source, settings, accelerator)
     feed = (ImageFeed if settings.latent_store is None else StoredFeed)(settings, vae, source)
+    preprocessing.record(vae, feed.prepared)  # goes into checkpoints and the export
     given = given_normalisation(settings, vae)
     state = build_state(settings, accelerator, vae)
     if held_out is not None:  # what its metrics need is fetched now and not after the first hours
@@ -174,10 +173,11 @@ class Events:
         averaged = self.feed.complete(state.ema.module)
         assert self.held_out is not None
         scores = validate(averaged, state.ema_objective.module, self.held_out, state)
-        below = below_linear(scores)
-        for sentence in below.values():
+        log = [*self.logbook.lines, {"images": state.images_seen, **scores}]
+        warnings = below_linear(scores) | overfitting(log, settings.best_metric, settings.output_dir)
+        for sentence in warnings.values():
             state.accelerator.print(f"at {state.images_seen:,} images: {sentence}")
-        self.logbook.write(state.images_seen, scores, below)
+        self.logbook.write(state.images_seen, scores, warnings)
         score, higher_is_better = scores[f"validation/{settings.best_metric}"], settings.best_metric in ("psnr", "ssim")
         improved = state.best is None or (score > state.best["score"]) == higher_is_better
         if improved:
@@ -215,32 +215,13 @@ def validate(vae: Any, objective: Any, source: Source, state: TrainingState) -> 
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def given_normalisation(settings: Training, vae: Any) -> Normalisation | None:
-    """The normalisation that diffusion models know: of `normalisation_from`, else of the base whose encoder stays as it
-    is. None: it is measured."""
-    channels = settings.model.latent_channels
-    if settings.normalisation_from is not None:
-        return normalisation_of(settings.normalisation_from, channels)
-    by_name, resized = settings.normalisation is not None, settings.ignore_mismatched_sizes
-    if settings.init_from is None or by_name or resized or encoder_learns(vae):
-        return None
-    try:
-        base = normalisation_of(settings.init_from, channels)
-    except UsageError:  # its config names none that holds
-        return None
-    return None if is_default(base, vae) else base
-
-
 def export(state: TrainingState, feed: ImageFeed | StoredFeed, given: Normalisation | None) -> None:
     """Write RUN/vae: the averaged weights, how their images were decoded, and the normalisation: a `given` one, or what
     is measured."""
     settings = state.settings
-    trained = preprocessing.record(feed.complete(state.ema.module), feed.prepared)
-    statistics = feed.statistics(trained, state.accelerator.device)
-    # the latents of a distilled network are its teacher's, normalised already
-    distilled = Normalisation(1.0) if isinstance(trained, AutoencoderTiny) else None
-    normalisation = distilled or given or statistics.normalisation(settings.normalisation or "scale")
-    if settings.init_from is not None and distilled is None and given is None:
+    trained = feed.complete(state.ema.module)
+    normalisation, statistics = normalise(settings, trained, given)
+    if settings.init_from is not None and given is None and not isinstance(trained, AutoencoderTiny):
         base = settings.init_from
         state.accelerator.print(
             f"normalisation `{normalisation.kind}`: measured; diffusion models of {base} need its own, which "

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffusers import AutoencoderTiny
+
 from ldm_vae.autoencoder.finite import check_weights
-from ldm_vae.autoencoder.weights.files import print_note
+from ldm_vae.autoencoder.weights.checkpoint import UNMEASURED, is_checkpoint, open_averages
+from ldm_vae.autoencoder.weights.files import Entry, print_note
 from ldm_vae.autoencoder.weights.networks import (
     CLASSES,
     CONFIG,
+    build,
+    fill,
     find_folder,
     load_folder,
+    read_config,
 )
+from ldm_vae.core.config_file import read_yaml
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.preprocessing import read_beside, read_hub, record
 
 
@@ -24,7 +33,8 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
     on stderr.
 
     Args:
-        source: a diffusers folder, a pipeline folder with `vae/`, a run folder (its exported `vae/`), a single
+        source: a diffusers folder, a pipeline folder with `vae/`, a run folder (its exported `vae/`), the folder of a
+            run's checkpoint (its averaged weights; scaling_factor is 0, since it was never measured), a single
             `.safetensors` file, or a hub id (of a VAE or of a pipeline).
         config: for a single file of another shape than it tells by itself, a folder that holds its config.json.
 
@@ -46,8 +56,27 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
         if config is not None:
             print_note(f"{place}: its own config.json is taken; {config} is for single files")
         folder = find_folder(str(source), place)
-        vae = load_folder(folder, place, CLASSES)
+        vae = _load_checkpoint(folder, place) if is_checkpoint(folder) else load_folder(folder, place, CLASSES)
         local, subfolder = path.is_dir(), "vae" if folder.name == "vae" else None
         record(vae, read_beside(folder / CONFIG) if local else read_hub(str(source), subfolder))
     check_weights(vae, place)
     return vae.float().eval().requires_grad_(False)
+
+
+def _load_checkpoint(folder: Path, place: str) -> Any:
+    """The averaged weights in a checkpoint. A run that trained the decoder alone, from a store, held no encoder: it is
+    that of the config's init_from."""
+    averages = open_averages(folder, place)
+    entries = dict(averages.entries)
+    if not any(name.startswith("encoder.") for name in entries):
+        base = read_yaml(folder / "config.yaml").get("init_from")
+        if not isinstance(base, str):
+            raise UsageError(f"{place}: holds no encoder, and its config.yaml names no init_from that has it")
+        print_note(f"{place}: trained without its encoder, which is that of {base}")
+        for name, value in load_autoencoder(base).state_dict().items():
+            entries.setdefault(name, Entry(tuple(value.shape), lambda value=value: value))  # type: ignore[misc]
+    network = build(read_config(folder / CONFIG, place), place)
+    fill(network, replace(averages, entries=entries))
+    if not isinstance(network, AutoencoderTiny):  # whose latents are its teacher's, scaled already
+        network.register_to_config(scaling_factor=UNMEASURED)
+    return network.eval()

@@ -7,6 +7,7 @@ from typing import Literal
 
 from ldm_vae.core.request import argument, flag
 from ldm_vae.data.flags import DataFlags, data_flags
+from ldm_vae.run.selection import checkpoint_flag
 
 HELP = "write the latents of a dataset into a store"
 DESCRIPTION = """\
@@ -65,6 +66,7 @@ class Request:
     )
     max_bad: float = flag("share of unusable images above which encoding fails", 1.0)
     config: str | None = flag("for a single-file VAE: folder with its config.json", metavar="FOLDER")
+    checkpoint: str | None = checkpoint_flag()
     jpeg_draft: bool = flag(
         "decode JPEGs at reduced size if sufficient: faster, differs at about 50 dB; part of the store's identity",
         False,
@@ -86,14 +88,18 @@ def run(request: Request) -> None:
     from ldm_vae.latent_store.write.encoder import default_threads, default_workers
     from ldm_vae.latent_store.write.tiled_encode import tile_of
     from ldm_vae.latent_store.write.writer import Processes
+    from ldm_vae.run.selection import at_checkpoint
+    from ldm_vae.training.scaling import measure_checkpoint
 
     if not 0 <= request.max_bad <= 1:
         raise UsageError(f"--max_bad: expected a share between 0 and 1, got {request.max_bad}")
     accelerator = build_accelerator(request.mixed_precision, ddp_timeout=ON_THEIR_OWN)
-    vae = load_autoencoder(request.vae, request.config)
-    preparation = preparation_of({request.vae: vae}, request.flags)
+    name = at_checkpoint(request.vae, request.checkpoint)
+    vae = load_autoencoder(name, request.config)
+    preparation = preparation_of({name: vae}, request.flags)
     source = preparation.open(request.data)
     processes, device = accelerator.num_processes, accelerator.device
+    measure_checkpoint(vae.to(device), name)
     before = units_in(request.out)
     manifest = write_store(
         vae,
@@ -118,7 +124,7 @@ def run(request: Request) -> None:
         processes=Processes(accelerator.process_index, processes, accelerator.wait_for_everyone),
         device=device,
         source_name=request.data,
-        vae_name=request.vae,
+        vae_name=name,
     )
     if accelerator.is_main_process:
         print("\n".join([describe(request.out, manifest), *preparation.notes]))

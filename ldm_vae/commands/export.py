@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 from ldm_vae.export.request import Request as Request
@@ -14,8 +15,10 @@ Write SRC in another program's format, read it back and compare. Success is repo
   ldm-vae export runs/mine my-vae --stats photographs --resolution 256  # measure the scaling over these images first
   ldm-vae export my-vae my-vae.safetensors --target comfyui             # one file, with ComfyUI's tensor names
   ldm-vae export sd-vae.safetensors my-vae                              # convert back
+  ldm-vae export runs/mine my-vae --checkpoint best                     # of a run that is not over, or went too far
 
-SRC is a run folder (its EMA weights), a diffusers folder, a hub id, or a single file (LDM or diffusers names, bare
+SRC is a run folder (its EMA weights; --checkpoint takes those of one of its checkpoints and measures their scaling as
+the end of the run does), a diffusers folder, a hub id, or a single file (LDM or diffusers names, bare
 or inside a full checkpoint). Exactly one normalisation is written, `--normalisation scale` (Stable Diffusion, SDXL),
 `shift` (SD3, FLUX) or `channel` (per channel, SDXL's formula). docs/export.md lists what each program ignores.
 """
@@ -24,8 +27,11 @@ or inside a full checkpoint). Exactly one normalisation is written, `--normalisa
 def run(request: Request) -> None:
     from ldm_vae.core.errors import WorkError
     from ldm_vae.export.workflow import export
+    from ldm_vae.run.selection import at_checkpoint
+    from ldm_vae.training.scaling import measure_checkpoint
 
-    done = export(request)
+    source = at_checkpoint(request.source, request.checkpoint)
+    done = export(dataclasses.replace(request, source=source), measure_checkpoint)
     for line in done.lines:
         print(line)
     for warning in done.warnings:

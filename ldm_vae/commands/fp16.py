@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm_vae.core.request import Action, argument, flag
 from ldm_vae.data.flags import DataFlags, data_flags
+from ldm_vae.run.selection import checkpoint_flag
 
 HELP = "find fp16 overflows, and remove them by rescaling, without training"
 DESCRIPTION = """\
@@ -27,6 +28,7 @@ class _Probed:
     resolution: int | None = flag("side in pixels (default: the VAE's sample_size, at most 512)")
     images: int = flag("number of images of DATA (default 8)", 8, metavar="N")
     config: str | None = flag("for a single-file VAE: folder with its config.json", metavar="FOLDER")
+    checkpoint: str | None = checkpoint_flag()
     flags: DataFlags = data_flags()
 
 
@@ -56,10 +58,15 @@ def _prepare(request: Audit | Fix) -> tuple[Any, Any]:
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.data.preparation import preparation_of
     from ldm_vae.export.fp16.probes import make_probes
+    from ldm_vae.run.selection import at_checkpoint
+    from ldm_vae.training.scaling import measure_checkpoint
 
-    vae = load_autoencoder(request.vae, request.config).to("cuda" if torch.cuda.is_available() else "cpu")
+    name = at_checkpoint(request.vae, request.checkpoint)
+    vae = load_autoencoder(name, request.config).to("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(request, Fix):
+        measure_checkpoint(vae, name)
     only_kl(vae, "fp16")
-    preparation = preparation_of({request.vae: vae}, request.flags)
+    preparation = preparation_of({name: vae}, request.flags)
     for note in preparation.notes:
         print(note, file=sys.stderr)
     probes = make_probes(vae, request.data, preparation, resolution=request.resolution, count=request.images)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm_vae.core.request import argument, flag
 from ldm_vae.data.flags import DataFlags, decoding_flags
+from ldm_vae.run.selection import checkpoint_flag
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,7 @@ class Request:
     config: str | None = flag(
         "for a single-file VAE of a non-standard architecture: folder with its config.json", metavar="FOLDER"
     )
+    checkpoint: str | None = checkpoint_flag()
     flags: DataFlags = decoding_flags()
 
 
@@ -46,13 +48,15 @@ def run(request: Request) -> None:
     from ldm_vae.core.errors import UsageError
     from ldm_vae.core.ownership import own
     from ldm_vae.data.preparation import preparation_of
+    from ldm_vae.run.selection import at_checkpoint
 
-    vae = load_autoencoder(request.vae, request.config)
+    name = at_checkpoint(request.vae, request.checkpoint)
+    vae = load_autoencoder(name, request.config)
     factor = downsampling_factor(vae)
     if request.resolution is not None:
         check_resolution(request.resolution, factor)
     # every image is read before the first is reconstructed: a mistyped name costs nothing
-    preparation = preparation_of({request.vae: vae}, request.flags)
+    preparation = preparation_of({name: vae}, request.flags)
     images = [(path, _read(path, preparation.decoding)) for path in request.images]
     for path, image in images:
         if request.resolution is None and min(image.shape[1:]) < factor:

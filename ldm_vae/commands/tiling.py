@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ldm_vae.core.request import argument, flag
 from ldm_vae.data.flags import DataFlags, decoding_flags
+from ldm_vae.run.selection import checkpoint_flag
 
 HELP = "measure the error of enable_tiling for an image"
 DESCRIPTION = """\
@@ -26,6 +27,7 @@ class Request:
     tile: int | None = flag("side of a tile in pixels (default: the VAE's sample_size)")
     overlap: tuple[float, ...] = flag("overlaps as shares of a tile (default 0.25 0.5)", (0.25, 0.5), nargs="+")
     config: str | None = flag("for a single-file VAE: folder with its config.json", metavar="FOLDER")
+    checkpoint: str | None = checkpoint_flag()
     json: bool = flag("print JSON", False)
     flags: DataFlags = decoding_flags(resize=False)
 
@@ -46,15 +48,17 @@ def run(request: Request) -> None:
     from ldm_vae.data.quarantine import BadImage
     from ldm_vae.data.transforms import to_pixels
     from ldm_vae.export.seam_error import measure_tiling
+    from ldm_vae.run.selection import at_checkpoint
 
-    vae = load_autoencoder(request.vae, request.config).to("cuda" if torch.cuda.is_available() else "cpu")
+    name = at_checkpoint(request.vae, request.checkpoint)
+    vae = load_autoencoder(name, request.config).to("cuda" if torch.cuda.is_available() else "cpu")
     only_kl(vae, "tiling")
     path, factor = Path(request.image), downsampling_factor(vae)
     if not path.is_file():
         raise UsageError(f"IMAGE {path}: no such file")
     if not all(0 < share < 1 for share in request.overlap):
         raise UsageError(f"--overlap: expected shares between 0 and 1, got {request.overlap}")
-    preparation = preparation_of({request.vae: vae}, request.flags)
+    preparation = preparation_of({name: vae}, request.flags)
     for note in preparation.notes:
         print(note, file=sys.stderr)
     try:

@@ -97,7 +97,7 @@ def statistics_of_store(vae: Any, store: str, preparation: Preparation | None = 
     Raises:
         UsageError: another encoder made it, or from images that were decoded in another way than is recorded.
     """
-    manifest = read_manifest(Path(store))
+    manifest = read_manifest(store)
     if manifest.statistics is None:
         raise UsageError(f"stats {store}: the store is not finished and has no statistics yet")
     if manifest.identity.encoder != encoder_fingerprint(vae):

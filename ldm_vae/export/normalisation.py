@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.autoencoder.single_file import SD_SCALING, is_sd_shape
+from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import intervals
 from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError, WorkError
@@ -63,7 +64,9 @@ def choose(request: Request, vae: AutoencoderKL, measured: LatentStatistics | No
         # SRC's config names none that holds; with --stats that does not matter
         found = measured.normalisation(request.normalisation or "scale")
         return Choice(found, _lines(found, "", measured))
-    kind, beside = request.normalisation or own.kind, statistics_beside(request.source)
+    # of a checkpoint, whose law is what its run gives it: what is measured now is what would lie beside it
+    beside = measured if is_checkpoint(request.source) else statistics_beside(request.source)
+    kind = request.normalisation or own.kind
     # a distilled network's latents are its teacher's, normalised already
     given = isinstance(vae, AutoencoderTiny) or (beside is not None and not beside.gives(own))
     by_name = request.normalisation is not None and (request.stats is not None or kind != own.kind)

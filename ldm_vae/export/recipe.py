@@ -11,11 +11,13 @@ from typing import Any
 
 import yaml
 
+from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.files import read_bytes, read_text
 from ldm_vae.core.validation import as_written, first_line, parse_json
 from ldm_vae.metrics.result import markdown
+from ldm_vae.run.checkpoint import PREFIX
 from ldm_vae.run.log_file import read_log
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -32,11 +34,17 @@ class Recipe:
 
 
 def read_recipe(run: Path) -> Recipe:
-    """Read a recipe from RUN/config.yaml, metrics.jsonl and report/metrics.json; empty for a folder that is no run."""
+    """Read a recipe from RUN/config.yaml, metrics.jsonl and report/metrics.json; of a checkpoint from its config and
+    the log up to it, since the report measured later weights. Empty for a folder that is no run."""
     path = run / "config.yaml"
     if not path.is_file():
         return Recipe()
     config = read_yaml(path)
+    log = read_log(run / "metrics.jsonl")
+    if is_checkpoint(run):
+        seen = run.resolve().name.removeprefix(PREFIX)  # a copy may have another name
+        whole = read_log(run.resolve().parents[1] / "metrics.jsonl")
+        log = [line for line in whole if seen.isdecimal() and line["images"] <= int(seen)]
     measured = run / "report" / "metrics.json"
     found = _json(measured)
     results = found if isinstance(found, list) else [found] if found else []
@@ -46,7 +54,7 @@ def read_recipe(run: Path) -> Recipe:
     with as_written(path):
         return Recipe(
             metadata=_metadata(config),
-            sections={"Training": _training(config, read_log(run / "metrics.jsonl"))},
+            sections={"Training": _training(config, log)},
             results=results,
         )
 

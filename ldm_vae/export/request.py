@@ -8,6 +8,7 @@ from typing import Literal
 
 from ldm_vae.core.request import argument, flag
 from ldm_vae.data.flags import DataFlags, data_flags
+from ldm_vae.run.selection import checkpoint_flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class Request:
     target: Literal["diffusers", "comfyui", "kohya", "a1111"] = flag(
         "program that loads the result (default: diffusers)", "diffusers"
     )
+    checkpoint: str | None = checkpoint_flag()
     config: str | None = flag("for a single file: folder with its config.json", metavar="FOLDER")
     stats: str | None = flag(
         "latent store of this encoder, or images to measure: source of the normalisation, unless SRC has a base's",

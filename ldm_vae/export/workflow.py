@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,14 @@ class Done:
     warnings: list[str] = field(default_factory=list)
 
 
-def export(request: Request) -> Done:
-    """Export a VAE. Raises UsageError for a wrong request, WorkError when what was written does not read back."""
+def export(
+    request: Request, measure_checkpoint: Callable[[Any, str, LatentStatistics | None], LatentStatistics | None]
+) -> Done:
+    """Export a VAE. Raises UsageError for a wrong request, WorkError when what was written does not read back.
+
+    Args:
+        measure_checkpoint: `ldm_vae.training.scaling.measure_checkpoint`.
+    """
     done = Done()
     # everything that the request alone can be refused for, before weights are loaded or images read
     _check(request)
@@ -62,6 +68,7 @@ def export(request: Request) -> Done:
     # before anything is measured: statistics, preview and drift must see images as OUT's record will say
     preparation = _preparation(request, vae, base, done)
     statistics = _statistics(request, vae, preparation)
+    statistics = measure_checkpoint(vae, request.source, statistics) or statistics
     choice = choose(request, vae, statistics)
     normalisation = choice.normalisation
     done.warnings += [] if choice.warning is None else [choice.warning]

@@ -17,6 +17,7 @@ from ldm_vae import __version__
 from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
 from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.autoencoder.trainable import count_parameters
+from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import atomic_io
 from ldm_vae.core.files import LARGEST, read_bytes
 from ldm_vae.core.validation import as_written, parse_json
@@ -39,6 +40,8 @@ def labels(vaes: Sequence[str]) -> list[str]:
         name = (
             path.parent.name if path.name == "vae" and path.parent.name else path.stem if path.is_file() else path.name
         )
+        if is_checkpoint(path):
+            name = f"{path.resolve().parents[1].name}-{name}"
         names.append(name if name not in names else f"{name} ({len(names) + 1})")
     return names
 
@@ -53,7 +56,7 @@ def describe_vae(vae: Any, name: str, source: str) -> Json:
         "parameters": count_parameters(vae.parameters()),
         "downsampling_factor": downsampling_factor(vae),
         "latent_channels": int(vae.config.latent_channels),
-        "scaling_factor": vae.config.scaling_factor,
+        "scaling_factor": vae.config.scaling_factor or None,  # 0: of a checkpoint, never measured
     }
 
 

@@ -4,6 +4,7 @@
         state.json            the objects' state as a JSON tree, tensors by name
         tensors.safetensors   the tensors
         config.yaml           the resolved config
+        config.json, ...      what makes it an autoencoder to other programs (autoencoder/weights/checkpoint.py)
         checksums.json        SHA-256 of each file above; written last
 
 A checkpoint is written beside its final name, fsynced and renamed, so what has the name is whole.
@@ -22,13 +23,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ldm_vae.autoencoder.weights.checkpoint import TENSORS
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import WorkError
 from ldm_vae.core.files import read_bytes
 from ldm_vae.core.validation import first_line, parse_json
 
 PREFIX = "images-"
-FILES = ("config.yaml", "state.json", "tensors.safetensors")
+FILES = ("config.yaml", "state.json", TENSORS)
 CHECKSUMS = "checksums.json"
 
 
@@ -84,8 +86,16 @@ def images_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def save(folder: Path, images_seen: int, objects: Mapping[str, Stateful], config: str, info: Mapping[str, Any]) -> Path:
-    """Write `folder`/images-N with the state of the named objects, the config's text and a few plain values.
+def save(
+    folder: Path,
+    images_seen: int,
+    objects: Mapping[str, Stateful],
+    config: str,
+    info: Mapping[str, Any],
+    files: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write `folder`/images-N with the state of the named objects, the config's text, a few plain values, and further
+    `files` by name.
 
     Raises:
         WorkError: it cannot be written (a full disk, no permission); older checkpoints stay as they are.
@@ -98,9 +108,11 @@ def save(folder: Path, images_seen: int, objects: Mapping[str, Stateful], config
         beside = atomic_io.beside(final)
         tensors: dict[str, torch.Tensor] = {}
         state = {key: pack(thing.state_dict(), tensors, key) for key, thing in objects.items()}
-        save_file(tensors, beside / "tensors.safetensors")
+        save_file(tensors, beside / TENSORS)
         (beside / "state.json").write_text(json.dumps({"info": dict(info), "objects": state}))
         (beside / "config.yaml").write_text(config, encoding="utf-8")
+        for file, content in (files or {}).items():
+            (beside / file).write_bytes(content)
         # last, over the files as they are on disk: a checkpoint without it, or with another one, counts as damaged
         sums = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
         (beside / CHECKSUMS).write_text(json.dumps(sums, indent=1))
@@ -122,7 +134,7 @@ def load(checkpoint: Path, objects: Mapping[str, Stateful]) -> dict[str, Any]:
         WorkError: it is whole, and still not the state of these objects.
     """
     try:
-        tensors = load_file(checkpoint / "tensors.safetensors")
+        tensors = load_file(checkpoint / TENSORS)
         state = parse_json(read_bytes(checkpoint / "state.json"))
         for key, thing in objects.items():
             restored = unpack(state["objects"][key], tensors)
@@ -160,8 +172,8 @@ def _check_optimizer(optimizer: Any, state: Any) -> None:
 def newest(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
     """The newest whole checkpoint; older ones are not read unless it is damaged."""
     # checkpoints are large: hashing stops at the first that is whole
-    for checkpoint in _newest_first(folder):
-        if not (damage := _damage(checkpoint)):
+    for checkpoint in newest_first(folder):
+        if not (damage := damage_of(checkpoint)):
             return checkpoint
         say(f"checkpoint {checkpoint.name} is damaged ({damage}): the one before it is used")
     return None
@@ -169,7 +181,7 @@ def newest(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path | 
 
 def prune(folder: Path, keep: int | None, best: str | None = None) -> None:
     """Delete all but the newest `keep` checkpoints and the best, and what killed processes left half-written."""
-    checkpoints = _newest_first(folder)
+    checkpoints = newest_first(folder)
     for checkpoint in checkpoints[keep:] if keep is not None else []:
         # the best one is kept beside the newest `keep`, however old it is
         if checkpoint.name != best:
@@ -179,17 +191,18 @@ def prune(folder: Path, keep: int | None, best: str | None = None) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def newest_first(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first; a name with a suffix that is no number (a copy put aside) is ignored."""
     named = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
     return sorted(named, key=images_of, reverse=True)
 
 
-def _damage(checkpoint: Path) -> str | None:
+def damage_of(checkpoint: Path) -> str | None:
+    """The first damage of a checkpoint's files in words, None where it is whole."""
     try:
         sums = parse_json(read_bytes(checkpoint / CHECKSUMS))
-        wrong = [file for file in FILES if _sha256(checkpoint / file) != sums.get(file)]
-    except (OSError, ValueError, AttributeError) as error:
+        wrong = [file for file in sorted({*FILES, *sums}) if _sha256(checkpoint / Path(file).name) != sums.get(file)]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{wrong[0]} does not match its checksum" if wrong else None
 

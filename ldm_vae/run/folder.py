@@ -211,9 +211,10 @@ def save(
     networks: Mapping[str, nn.Module],
     averages: Averages,
     best: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Save a checkpoint of all that is `stateful`, after checking that the ranks' `networks` are equal; older ones are
-    pruned.
+    """Save a checkpoint of all that is `stateful`, and further `files` by name, after checking that the ranks'
+    `networks` are equal; older ones are pruned.
 
     Raises:
         WorkError: the ranks diverged, or it cannot be written.
@@ -225,7 +226,7 @@ def save(
     averages.synchronise(accelerator)
     if accelerator.is_main_process:
         info = {"images_seen": images_seen, "best": best, "global_batch": global_batch(settings, accelerator)}
-        checkpoint.save(folder, images_seen, stateful, config.dump(settings), info)
+        checkpoint.save(folder, images_seen, stateful, config.dump(settings), info, files)
         checkpoint.prune(folder, settings.checkpoints_total_limit, None if best is None else best["checkpoint"])
     accelerator.wait_for_everyone()
     return folder / checkpoint.name(images_seen)

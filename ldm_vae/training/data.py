@@ -27,10 +27,6 @@ from ldm_vae.data.quarantine import Bad, Quarantine
 from ldm_vae.data.sizes import shared_sizes
 from ldm_vae.data.source import Source, with_resize
 from ldm_vae.data.stream import Stream
-from ldm_vae.data.transforms import to_pixels
-from ldm_vae.export.measurement import measure
-from ldm_vae.latent_store.format.statistics import LatentStatistics
-from ldm_vae.metrics.batches import image_batches, some_of
 from ldm_vae.run.inputs import compare_images
 from ldm_vae.training.config import Training
 
@@ -110,26 +106,6 @@ class ImageFeed:
             num_workers=self.settings.dataloader_num_workers,
         )  # fmt: skip
         return assign(shapes, sizes), unreadable
-
-    def statistics(self, vae: Any, device: torch.device) -> LatentStatistics:
-        """Measure the latents that `vae` gives of some training images."""
-        return measure(vae, self._measured(), device)
-
-    def _measured(self) -> Iterator[torch.Tensor]:
-        """Training images [B, C, R, R] in [-1, 1], decoded exactly, as encoding will, whatever jpeg_draft says."""
-        settings = self.settings
-        # a draft's pixels differ, and the statistics would be those of other latents than encoding gives
-        source = settings.data.model_copy(update={"jpeg_draft": False} if settings.data.jpeg_draft else {}).build()
-        source = with_resize(source, settings.transform.resize)
-        chosen = some_of(source, settings.normalisation_images)
-        batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size)
-        # counted here too: of a stream `some_of` cannot choose
-        left = settings.normalisation_images
-        for batch in batches:
-            yield to_pixels(batch.pixels)
-            left -= settings.train_batch_size
-            if left <= 0:
-                return
 
     def complete(self, vae: Any) -> Any:
         """The whole VAE for validation and export: `vae` itself, which has all its parts."""

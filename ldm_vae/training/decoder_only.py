@@ -25,7 +25,7 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data import sampler
 from ldm_vae.data.dataset import MOST_BAD_IN_A_ROW
 from ldm_vae.data.decoding import read_image
-from ldm_vae.data.preprocessing import Preprocessing
+from ldm_vae.data.preprocessing import Preprocessing, record
 from ldm_vae.data.quarantine import Bad, BadImage, Quarantine
 from ldm_vae.data.sampler import Work
 from ldm_vae.data.source import Source, image_checksum
@@ -39,7 +39,6 @@ from ldm_vae.latent_store.format.layout import (
     is_flipped,
 )
 from ldm_vae.latent_store.format.manifest import read_manifest
-from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.latent_store.format.work_units import storable
 from ldm_vae.latent_store.read.dataset import LatentDataset
 from ldm_vae.latent_store.write.crops import Cutting, resize_of
@@ -217,15 +216,10 @@ class StoredFeed:
         work = sampler.batches(layout.pop("seed"), len(self.pairs.latents), **layout)
         return load(self.pairs, work, workers, pinned)
 
-    def statistics(self, vae: Any, device: torch.device) -> LatentStatistics:
-        """Statistics of the store: the latents are what they were."""
-        assert isinstance(self.pairs.latents.statistics, LatentStatistics)
-        return self.pairs.latents.statistics
-
     def complete(self, vae: Any) -> Any:
         """The whole VAE for validation and export: `vae` with the encoder of init_from, which made the store."""
         assert self.settings.init_from is not None
         complete = load_autoencoder(self.settings.init_from)
         # not strict: the trained network has no encoder, that of init_from stays
         complete.load_state_dict(vae.state_dict(), strict=False)
-        return complete.to(vae.device)
+        return record(complete.to(vae.device), self.prepared)

@@ -1,5 +1,5 @@
 """Health monitor: statistics of the logits, and plain sentences when the adversary saturates, collapses or runs away,
-or when a linear code beats the network.
+when a linear code beats the network, or when the network overfits.
 
 The sentences are a function of the lines of metrics.jsonl alone, so a resumed run says what an undisturbed one says.
 """
@@ -7,14 +7,18 @@ The sentences are a function of the lines of metrics.jsonl alone, so a resumed r
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
+from ldm_vae.run import checkpoint
 from ldm_vae.training.adaptive_weight import LARGEST
 from ldm_vae.training.adversary import AdversaryConfig
+from ldm_vae.training.config import ValidationMetric
 
 INTERVALS_IN_A_ROW = 3  # of the log, before a state is called one: single intervals of a healthy game look like any
 WON = 0.98  # accuracy on both sides; healthy runs of the demo stay below 0.9
@@ -23,6 +27,9 @@ BLIND = 0.015  # mean accuracy within this of a half
 JUMP = 20.0  # a gradient norm over the median of those before, of which there are at least so many:
 HISTORY = 10
 START = 15  # intervals that a discriminator may be blind for: the demo's needs a dozen
+WORSE = 0.02  # of the best held-out error (0.17 dB PSNR); neighbouring validations of a settled run differ by under 1 %
+
+METRICS = get_args(ValidationMetric)
 
 Line = Mapping[str, Any]
 
@@ -96,6 +103,56 @@ def below_linear(scores: Line) -> dict[str, str]:
         f"LPIPS {lpips:.3f} against {lpips_floor:.3f}): train on, or start from that code with `init: linear`"
     )
     return {"below_linear": sentence}
+
+
+def overfitting(log: Sequence[Line], metric: str, run: Path) -> dict[str, str]:
+    """A name and a sentence when the last validations in `log` are worse than the best while the objective fell.
+
+    In each of the last INTERVALS_IN_A_ROW validations the error is above the best one's by more than WORSE, no other
+    held-out metric is better than there (l1 and LPIPS may trade), and the mean of loss/total (without the adversary)
+    since the validation before is below that of the best.
+
+    Args:
+        metric: the run's `best_metric`.
+        run: its folder, for the command in the sentence.
+    """
+    validations = [line for line in log if f"validation/{metric}" in line]
+    errors = [_errors(line) for line in validations]
+    losses = [
+        _mean_loss(log, after, line["images"]) for after, line in zip([None, *validations], validations, strict=False)
+    ]
+    if len(validations) <= INTERVALS_IN_A_ROW:
+        return {}
+    best = min(range(len(errors)), key=lambda place: errors[place][metric])
+    for place in range(len(errors) - INTERVALS_IN_A_ROW, len(errors)):
+        worse = errors[place][metric] > (1 + WORSE) * errors[best][metric]
+        traded = any(errors[place][name] < errors[best][name] for name in errors[place].keys() & errors[best].keys())
+        if not worse or traded or not losses[place] < losses[best]:
+            return {}
+    at, now = validations[best], validations[-1]
+    command = f"`ldm-vae export {shlex.quote(str(run))} OUT --checkpoint best`"
+    sentence = (
+        f"the network overfits: held-out {metric} was best at {at['images']:,} images "
+        f"({at[f'validation/{metric}']:.4g}) and has been worse in the last {INTERVALS_IN_A_ROW} validations (now "
+        f"{now[f'validation/{metric}']:.4g}), while the training objective fell from {losses[best]:.3g} to "
+        f"{losses[-1]:.3g}: {command} writes checkpoint {checkpoint.name(at['images'])}; train on more images, or for "
+        "less long"
+    )
+    return {"overfitting": sentence}
+
+
+def _errors(validation: Line) -> dict[str, float]:
+    """Held-out metrics as errors, of which a share can be taken: the RMSE for PSNR, 1 - SSIM."""
+    known = {name: float(validation[f"validation/{name}"]) for name in METRICS if f"validation/{name}" in validation}
+    forms = {"psnr": lambda value: 10 ** (-value / 20), "ssim": lambda value: 1 - value}
+    return {name: forms.get(name, float)(value) for name, value in known.items()}
+
+
+def _mean_loss(log: Sequence[Line], after: Line | None, until: int) -> float:
+    """The mean of loss/total over the log's intervals between two validations; NaN where there is none."""
+    start = -1 if after is None else after["images"]
+    losses = [line["loss/total"] for line in log if "loss/total" in line and start < line["images"] <= until]
+    return statistics.fmean(losses) if losses else math.nan
 
 
 def _started(played: Sequence[Line]) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
+from ldm_vae.autoencoder.weights.checkpoint import AVERAGE, describe
 from ldm_vae.core.errors import WorkError
 from ldm_vae.run.ema import Ema
 from ldm_vae.run.folder import global_batch, prepare_network, resume, save
@@ -60,8 +61,8 @@ class TrainingState:
     def stateful(self) -> dict[str, Any]:
         """Contents of a checkpoint, by name."""
         found = {
-            "autoencoder": self.network.vae, "objective": self.objective, "optimizer": self.optimizer, "ema": self.ema,
-            "ema_objective": self.ema_objective, "averages": self.averages,
+            "autoencoder": self.network.vae, "objective": self.objective, "optimizer": self.optimizer,
+            AVERAGE: self.ema, "ema_objective": self.ema_objective, "averages": self.averages,
         }  # fmt: skip
         if self.network.bottleneck.state_dict():
             found["bottleneck"] = self.network.bottleneck
@@ -85,8 +86,9 @@ class TrainingState:
         networks = {"autoencoder": self.network.vae, "objective": self.objective}
         networks |= {} if self.critic is None else {"discriminator": self.critic}
         self.newest = save(
-            self.settings, self.accelerator, self.images_seen, self.stateful, networks, self.averages, self.best
-        )
+            self.settings, self.accelerator, self.images_seen, self.stateful, networks, self.averages, self.best,
+            describe(self.ema.module),
+        )  # fmt: skip
 
     def set_learning_rate(self) -> float:
         """Set the rates that the schedule has for the images seen so far; that of the autoencoder."""

@@ -123,8 +123,18 @@ def find_folder(source: str, place: str) -> Path:
     parts = sorted(part.parent for part in path.glob(f"*/{CONFIG}") if _is_autoencoder(part.parent))
     if parts:
         hint = f"; give {parts[0]}, which holds one"
+    elif saved := sorted(one.parent for one in path.glob(f"checkpoints/*/{CONFIG}")):
+        hint = (
+            "; the run has no vae/, which is written at its end, but checkpoints: --checkpoint best, last or N takes "
+            f"one, and so does its folder in the place of the run's ({saved[-1]})"
+        )
+    elif (path / "state.json").exists():
+        hint = "; the checkpoint is a diffusion model's, or an older version of ldm-vae wrote it: the run's next has it"
     elif (path / "config.yaml").exists():
-        hint = "; the run has not finished (its vae/ is written at the end)"
+        hint = (
+            "; the run has neither ended (its vae/ is written then) nor saved a checkpoint of an autoencoder: the "
+            "training command, given again, goes on"
+        )
     elif weights := sorted(path.glob("*.safetensors")):
         hint = f"; for weights alone give the file {weights[0]}"
     else:

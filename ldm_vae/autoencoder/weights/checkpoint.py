@@ -1,0 +1,45 @@
+"""An autoencoder in a checkpoint of its training run: the averaged weights, and what describes them.
+
+    config.json, preprocessing.json    the network and its images, as in a diffusers folder of ours
+    tensors.safetensors                `ema.NAME` are the averaged weights, among the rest of the run's state
+
+So a checkpoint's folder is read like any other folder of a VAE. Its scaling was never measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ldm_vae.autoencoder.weights.files import Weights, open_weights
+from ldm_vae.autoencoder.weights.networks import CONFIG
+from ldm_vae.data import preprocessing
+
+TENSORS = "tensors.safetensors"
+AVERAGE = "ema"  # the averaged network's name in a checkpoint
+UNMEASURED = 0.0  # scaling_factor of what was loaded: nobody can divide by it, so whatever needs one says so
+
+
+def is_checkpoint(source: str | Path) -> bool:
+    """True for the folder of a checkpoint."""
+    return (Path(source) / TENSORS).is_file()
+
+
+def describe(vae: Any) -> dict[str, bytes]:
+    """Files that make a checkpoint of `vae` readable as an autoencoder: its config, and its record of preprocessing."""
+    found = preprocessing.recorded(vae)
+    files = {CONFIG: vae.to_json_string().encode()}
+    return files if found is None else files | {preprocessing.FILE: found.to_bytes()}
+
+
+def open_averages(folder: Path, place: str) -> Weights:
+    """The averaged weights in a checkpoint.
+
+    Raises:
+        UsageError: its file of tensors cannot be read.
+    """
+    weights = open_weights(folder / TENSORS, place)
+    prefix = f"{AVERAGE}."
+    averages = {name.removeprefix(prefix): one for name, one in weights.entries.items() if name.startswith(prefix)}
+    return replace(weights, entries=averages, usual=("",))

@@ -1,0 +1,103 @@
+"""The normalisation of what a run has trained: a base's, or measured on its latents. At the end of the run, and for a
+checkpoint when a command needs it.
+
+Legend: B batch, C image channels, R side of a crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny
+
+from ldm_vae.autoencoder.fine_tuning import encoder_learns, set_trainable
+from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
+from ldm_vae.core import config
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.data.source import with_resize
+from ldm_vae.data.transforms import to_pixels
+from ldm_vae.export.measurement import measure, normalisation_of, statistics_of_store
+from ldm_vae.export.normalisation import is_default
+from ldm_vae.latent_store.format.statistics import LatentStatistics
+from ldm_vae.metrics.batches import image_batches, some_of
+from ldm_vae.training.config import Training
+
+
+def given_normalisation(settings: Training, vae: Any) -> Normalisation | None:
+    """The normalisation that diffusion models know: of `normalisation_from`, else of the base whose encoder stays as it
+    is. None: it is measured. Raises UsageError as `normalisation_of`.
+
+    vae: whose parameters that learn have gradients.
+    """
+    channels = settings.model.latent_channels
+    if settings.normalisation_from is not None:
+        return normalisation_of(settings.normalisation_from, channels)
+    by_name, resized = settings.normalisation is not None, settings.ignore_mismatched_sizes
+    if settings.init_from is None or by_name or resized or encoder_learns(vae):
+        return None
+    try:
+        base = normalisation_of(settings.init_from, channels)
+    except UsageError:  # its config names none that holds
+        return None
+    return None if is_default(base, vae) else base
+
+
+def normalise(
+    settings: Training, vae: Any, given: Normalisation | None, statistics: LatentStatistics | None = None
+) -> tuple[Normalisation, LatentStatistics]:
+    """The normalisation that goes with trained weights, and the statistics of their latents: those of the caller, else
+    of the run's latent store, or measured on some of its training images."""
+    if statistics is None and settings.latent_store is not None:
+        statistics = statistics_of_store(vae, settings.latent_store)
+    statistics = statistics or measure(vae, _images(settings), vae.device)
+    # the latents of a distilled network are its teacher's, normalised already
+    distilled = Normalisation(1.0) if isinstance(vae, AutoencoderTiny) else None
+    return distilled or given or statistics.normalisation(settings.normalisation or "scale"), statistics
+
+
+def measure_checkpoint(
+    vae: Any, source: str | Path, statistics: LatentStatistics | None = None
+) -> LatentStatistics | None:
+    """Write the normalisation into the config of a network that was loaded from a checkpoint, which has none: what the
+    end of its run would write. What was loaded from elsewhere has its own and stays as it is (None).
+
+    statistics: of its latents, where they have been measured; else the run's images are.
+
+    Raises:
+        UsageError: the run's images are not there any more, or its config cannot be read; the sentence says what would
+            do.
+    """
+    if not is_checkpoint(source):
+        return None
+    try:
+        settings = config.load(Training, Path(source) / "config.yaml")
+        set_trainable(vae, settings.trainable)
+        given = given_normalisation(settings, vae)
+        normalisation, statistics = normalise(settings, vae.requires_grad_(False), given, statistics)
+    except (UsageError, WorkError) as error:
+        raise UsageError(
+            f"VAE {source}: the scaling of a checkpoint is measured on its run's images ({error}); `ldm-vae export "
+            f"{source} OUT --stats DATA` measures it on others"
+        ) from error
+    vae.register_to_config(**normalisation.to_config())
+    return statistics
+
+
+def _images(settings: Training) -> Iterator[torch.Tensor]:
+    """Training images [B, C, R, R] in [-1, 1], decoded exactly, as encoding will, whatever jpeg_draft says."""
+    # a draft's pixels differ, and the statistics would be those of other latents than encoding gives
+    source = settings.data.model_copy(update={"jpeg_draft": False} if settings.data.jpeg_draft else {}).build()
+    source = with_resize(source, settings.transform.resize)
+    chosen = some_of(source, settings.normalisation_images)
+    batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size)
+    # counted here too: of a stream `some_of` cannot choose
+    left = settings.normalisation_images
+    for batch in batches:
+        yield to_pixels(batch.pixels)
+        left -= settings.train_batch_size
+        if left <= 0:
+            return
