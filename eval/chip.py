@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(prog="eval.chip", description=__doc__)
+    parser = Parser(program="eval.chip", description=__doc__)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where chip.json goes")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (8)")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts, in this order")

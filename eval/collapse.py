@@ -260,7 +260,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = Parser(prog="eval.collapse", description=__doc__)
+    parser = Parser(program="eval.collapse", description=__doc__)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the results go")
     parser.add_argument("--decoder_images", type=int, default=40_000, help="images the decoder sees alone (40,000)")
     parser.add_argument("--images", type=int, default=40_000, help="images each run sees then (40,000)")

@@ -1,7 +1,7 @@
 """Compare VAEs by how well a diffusion model learns their latents: the same small network on the latents of each.
 
-    python -m eval.diffusability vae-a vae-b PHOTOS --output compared --resolution 64
-    python -m eval.diffusability vae-a vae-b PHOTOS --output compared --train_images 1_000_000 --layers 12 --heads 6
+    ldm-vae probe vae-a vae-b PHOTOS --output compared --resolution 64
+    ldm-vae probe vae-a vae-b PHOTOS --output compared --train_images 1_000_000 --layers 12 --heads 6
 
 DATA is encoded with each VAE into DIR/stores. On each store a small transformer is trained unconditionally by flow
 matching, with the same number of images, tokens and operations for each VAE (within --tolerance), --seeds times. The
@@ -64,7 +64,7 @@ SHOWN = 16  # pictures of each kind
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(prog="eval.diffusability", description=__doc__)
+    parser = Parser(program="eval.diffusability", description=__doc__)
     add = parser.add_argument
     add("vae", nargs="+", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
     add("data", metavar="DATA", help="a folder of images, a dataset's hub id, parquet or tar files")

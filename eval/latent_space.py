@@ -1,8 +1,8 @@
 """Measure a VAE's latent space: channels, information, likelihood and geometry, with images.
 
-    python -m eval.latent_space runs/demo/vae HELD_OUT --output runs/demo/report --resolution 64
-    python -m eval.latent_space runs/textbook_vae/vae data/digits/heldout --output measured --resolution 8
-    accelerate launch -m eval.latent_space my-vae PHOTOS --output measured --resolution 256
+    ldm-vae latent_space runs/demo/vae HELD_OUT --output runs/demo/report --resolution 64
+    ldm-vae latent_space runs/textbook_vae/vae data/digits/heldout --output measured --resolution 8
+    accelerate launch -m ldm_vae latent_space my-vae PHOTOS --output measured --resolution 256
 
 Protocol: images are resized by their short side (antialiased bicubic) and centre-cropped to --resolution. One pass over
 all images gives channels, rate, distortion and spectrum; every image counts once on any number of processes, and sums
@@ -59,7 +59,7 @@ from ldm_vae.run import selection
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(prog="eval.latent_space", description=__doc__)
+    parser = Parser(program="eval.latent_space", description=__doc__)
     add = parser.add_argument
     add("vae", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
     add("data", metavar="DATA", help="a folder of images, a dataset's hub id, parquet or tar files")

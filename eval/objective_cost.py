@@ -86,7 +86,7 @@ def _encoder(vae: nn.Module, images: torch.Tensor) -> int:
 
 
 def main() -> None:
-    parser = Parser(prog="eval.objective_cost", description=__doc__)
+    parser = Parser(program="eval.objective_cost", description=__doc__)
     parser.add_argument("--resolution", type=int, default=256, help="side of the images in pixels (256)")
     options = parser.parse_args()
     if options.resolution < 32 or options.resolution % 8:

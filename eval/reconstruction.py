@@ -1,8 +1,8 @@
 """Measure how well one or several VAEs reconstruct images, with a fixed protocol.
 
-    python -m eval.reconstruction runs/demo/vae HELD_OUT --output runs/demo/report --resolution 64
-    python -m eval.reconstruction my-vae stabilityai/sd-vae-ft-mse PHOTOS --output compared --resolution 256
-    accelerate launch -m eval.reconstruction my-vae PHOTOS --output measured
+    ldm-vae evaluate runs/demo/vae HELD_OUT --output runs/demo/report --resolution 64
+    ldm-vae evaluate my-vae stabilityai/sd-vae-ft-mse PHOTOS --output compared --resolution 256
+    accelerate launch -m ldm_vae evaluate my-vae PHOTOS --output measured
 
 Protocol: the mode of the posterior is decoded. Images are decoded as the VAEs record (flags override it), resized by
 their short side (antialiased bicubic; not if the record says none) and centre-cropped to --resolution. Output is
@@ -49,7 +49,7 @@ from ldm_vae.run import selection
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(prog="eval.reconstruction", description=__doc__)
+    parser = Parser(program="eval.reconstruction", description=__doc__)
     add = parser.add_argument
     add("vae", nargs="+", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
     add("data", metavar="DATA", help="a folder of images, a dataset's hub id, parquet or tar files")

@@ -200,7 +200,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(prog="eval.scale", description=__doc__)
+    parser = Parser(program="eval.scale", description=__doc__)
     defaults = {
         "images": (1_000_000_000, "to encode"),
         "resolution": (256, "of their crops"),

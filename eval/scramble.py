@@ -55,7 +55,7 @@ def mix(vae: Any, matrix: torch.Tensor) -> None:
 
 
 def main() -> None:
-    parser = Parser(prog="eval.scramble", description=__doc__)
+    parser = Parser(program="eval.scramble", description=__doc__)
     parser.add_argument("vae", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
     parser.add_argument("data", metavar="DATA", help="images that the covariance is measured on")
     parser.add_argument("out", type=Path, metavar="OUT", help="where the other VAE goes")

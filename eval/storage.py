@@ -146,7 +146,7 @@ def reading(moments: Moments, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__)
+    parser = Parser(program="eval.storage", description=__doc__)
     parser.add_argument("vae", metavar="VAE", help="the store's VAE")
     parser.add_argument("store", metavar="STORE", help="moments in fp32, with pixels, of one square latent shape")
     parser.add_argument("--output", required=True, metavar="DIR", help="where storage.json goes")

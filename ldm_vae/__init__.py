@@ -20,7 +20,7 @@ torch.Size([1, 3, 64, 64])
 >>> result.images, result.metrics["psnr"].mean > 0
 (12, True)
 
-Training is a program: `accelerate launch -m train.autoencoder CONFIG`, or `ldm-vae train CONFIG`; `ldm-vae --help` has
+Training is a program: `accelerate launch -m ldm_vae train CONFIG`, or `ldm-vae train CONFIG`; `ldm-vae --help` has
 the rest. Names are loaded on first use, since torch takes seconds to import.
 """
 

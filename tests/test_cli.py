@@ -51,9 +51,9 @@ def test_every_verb_explains_itself(verb: str) -> None:
 
 @pytest.mark.slow
 def test_the_programs_help_is_shown_by_their_verbs() -> None:
-    assert "accelerate launch -m train.autoencoder" in forked("train", "--help").stdout
-    assert "eval.reconstruction" in forked("evaluate", "--help").stdout
-    assert "eval.latent_space" in forked("latent_space", "--help").stdout
+    assert "ldm-vae train" in forked("train", "--help").stdout
+    assert "ldm-vae evaluate" in forked("evaluate", "--help").stdout
+    assert "ldm-vae latent_space" in forked("latent_space", "--help").stdout
 
 
 @pytest.mark.parametrize(

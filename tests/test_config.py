@@ -198,6 +198,14 @@ def test_a_module_that_fails_at_its_import_is_one_sentence(
         config.load(Training, ROOT / "configs" / "smoke.yaml", ["--data.kind", "my_lab.broken"])
 
 
+def test_what_ships_with_the_project_is_included_by_its_name(tmp_path: Path) -> None:
+    one = write(tmp_path, "include: [kl_f8_d4, profiles/small_gpu.yaml]\nresolution: 64\n")
+    found = config_file.read_yaml(one)
+    assert found["resolution"] == 64 and found["gradient_checkpointing"] is True and "losses" in found
+    (tmp_path / "kl_f8_d4").write_text("seed: 7\n")
+    assert config_file.read_yaml(one)["seed"] == 7, "a file beside it comes first"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -110,7 +110,7 @@ def test_a_shift_that_the_pipelines_of_such_latents_ignore_is_said(images: Path,
 
 
 def test_nan_stops_the_run_and_names_the_interval(images: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, images, learning_rate=1e30, checkpoint_every_images=8)
+    config = write_config(tmp_path, images, learning_rate=1e15, checkpoint_every_images=8)
     said = one_sentence(run(config), 1)
     assert "became NaN or infinite between" in said and "images" in said
     assert "is kept" in said or "no checkpoint yet" in said

@@ -183,5 +183,5 @@ def test_another_vae_than_the_stores_is_refused_and_another_config_too(
 
 
 def test_nan_stops_the_run_and_names_the_interval(home: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, home / "latents", learning_rate=1e30, checkpoint_every_images=8)
+    config = write_config(tmp_path, home / "latents", learning_rate=1e15, checkpoint_every_images=8)
     assert "became NaN or infinite between" in one_sentence(run(config), 1)

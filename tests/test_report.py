@@ -137,9 +137,9 @@ def test_numbers_are_those_of_metrics_json(run: Path, page: Page) -> None:
 
 def test_the_calls_that_give_the_page_again(ingredients: tuple[Path, list[Path]], run: Path, page: Page) -> None:
     images, vaes = ingredients
-    measured = f"python -m eval.reconstruction {vaes[0]} {images} --output {run / 'report'} --resolution 32 "
+    measured = f"ldm-vae evaluate {vaes[0]} {images} --output {run / 'report'} --resolution 32 "
     assert f"{measured}--batch_size 6 --pictures 3 --num_workers 0 --metrics psnr,ssim" in page.text
-    assert "accelerate launch -m train.autoencoder" in page.text
+    assert "ldm-vae train runs/shown/config.yaml" in page.text
 
 
 def test_names_of_files_are_text(page: Page) -> None:

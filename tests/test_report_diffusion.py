@@ -43,7 +43,7 @@ def test_a_run_shows_its_samples_and_distances_the_nearest_first(tmp_path: Path)
     assert "at 16k images" in page.text and "at 400 images" in page.text
     places = [page.text.index(value) for value in ("50.2", "70.0", "90.0", "CMMD", "1.234", "2.500", "3.750")]
     assert places == sorted(places)
-    assert "accelerate launch -m train.diffusion runs/mine/config.yaml" in page.text
+    assert "ldm-vae diffuse runs/mine/config.yaml" in page.text
     assert "train.autoencoder" not in page.text
 
 

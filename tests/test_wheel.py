@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 from images import write_images
 from repository import ROOT
+
+from ldm_vae.report.contents import read_contents
+from ldm_vae.report.tables import commands
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +82,26 @@ def test_an_installed_wheel_trains_and_evaluates(installed: Path, tmp_path: Path
     done = run([*evaluate, "--metrics", "psnr,ssim"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "measured" / "metrics.json").is_file()
+
+
+def test_every_command_that_a_page_prints_runs_where_it_was_printed(installed: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", 6)
+    (tmp_path / "own.yaml").write_text("include: smoke\nmax_train_images: 8\noutput_dir: mine\ndata: {path: photos}\n")
+    for words in (
+        ["train", "own.yaml", "--validation_data.path", "photos"],
+        ["evaluate", "mine", "photos", "--output", "mine/report", "--resolution", "32", "--metrics", "psnr"],
+        ["evaluate", "--help"],
+        ["train", "own.yaml", "--resolutoin", "3"],
+    ):
+        done = run([str(installed / "ldm-vae"), *words], tmp_path)
+        assert done.returncode == (2 if "--resolutoin" in words else 0), done.stderr
+        assert "python -m" not in done.stdout + done.stderr
+    found = commands(read_contents(tmp_path / "mine"))
+    assert [line.split()[:2] for line in found] == [["ldm-vae", verb] for verb in ("train", "evaluate", "report")]
+    for line in found:
+        program, *words = shlex.split(line)
+        done = run([str(installed / program), *words], tmp_path)
+        assert done.returncode == 0, done.stderr
 
 
 def test_an_editable_install_shows_the_package_only(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Train or fine-tune a KL autoencoder with a perceptual and an adversarial loss.
 
-    accelerate launch -m train.autoencoder configs/demo.yaml --output_dir runs/mine --data.path photos
-    python -m train.autoencoder configs/smoke.yaml            # one process, CPU or GPU, under a minute
-    python -m train.autoencoder configs/demo.yaml --dry_run   # print the resolved config and stop
-    python -m train.autoencoder configs/demo.yaml --help      # every option of that config
+    accelerate launch -m ldm_vae train demo --output_dir runs/mine --data.path photos
+    ldm-vae train smoke            # one process, CPU or GPU, under a minute
+    ldm-vae train demo --dry_run   # print the resolved config and stop
+    ldm-vae train demo --help      # every option of that config
 
 Repeat the command to resume from the last checkpoint. At the end, RUN/vae is a diffusers folder (EMA weights, measured
 scaling) and RUN/report/index.html is the report. Schedules and intervals count images over all processes.

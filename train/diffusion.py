@@ -1,8 +1,8 @@
 """Train a small diffusion model on a latent store: flow matching, class-conditional if the store has labels.
 
-    accelerate launch -m train.diffusion configs/diffusion/demo.yaml --latents runs/demo/latents
-    python -m train.diffusion configs/diffusion/demo.yaml --dry_run   # print the resolved config and its cost, and stop
-    python -m train.diffusion configs/diffusion/demo.yaml --help      # every option of that config
+    accelerate launch -m ldm_vae diffuse diffusion/demo --latents runs/demo/latents
+    ldm-vae diffuse diffusion/demo --dry_run   # print the resolved config and its cost, and stop
+    ldm-vae diffuse diffusion/demo --help      # every option of that config
 
 Repeat the command to resume from the last checkpoint. At the end, RUN/denoiser is a diffusers network (EMA weights) for
 `ldm_vae.diffusion.generator`, RUN/samples holds decoded samples, and RUN/report/index.html is the report. Schedules and

@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(prog="eval.speed", description=__doc__)
+    parser = Parser(program="eval.speed", description=__doc__)
     known = "; ".join(f"{name}: {text}" for name, (text, _) in BENCHMARKS.items())
     parser.add_argument("what", choices=[*BENCHMARKS, "all"], help=known)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where speed.json goes")

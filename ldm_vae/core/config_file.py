@@ -11,6 +11,7 @@ import yaml
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.files import read_text
+from ldm_vae.core.programs import find_shipped
 
 MOST_FILES = 64  # that a config consists of
 MOST_BYTES = 2**20  # of each
@@ -18,7 +19,8 @@ LARGEST_CONFIG = 10_000  # values; what an alias stands for counts wherever the 
 
 
 def read_yaml(path: Path, within: tuple[Path, ...] = (), read: list[Path] | None = None) -> dict[str, Any]:
-    """A YAML file as a dict; `include: other.yaml` (one or a list, relative to the file) is merged in first.
+    """A YAML file as a dict; `include: other` (one or a list; a file beside this one, else the name of a config that
+    ships with the project) is merged in first.
 
     Only plain data is read: a tag that names a Python object is refused, as are aliases that stand for more than
     LARGEST_CONFIG values (a few lines can for 10^9), a key that is there twice, and more than MOST_FILES in all.
@@ -28,6 +30,7 @@ def read_yaml(path: Path, within: tuple[Path, ...] = (), read: list[Path] | None
         raise UsageError(f"config {path}: no such file")
     if path.resolve() in within:
         raise UsageError(f"config {path}: includes itself")
+    within = (*within, path.resolve())
     read = [] if read is None else read
     read.append(path)
     if len(read) > MOST_FILES:
@@ -48,7 +51,9 @@ def read_yaml(path: Path, within: tuple[Path, ...] = (), read: list[Path] | None
     merged: dict[str, Any] = {}
     for other in names:
         # later includes win over earlier ones, and the file itself over all
-        merged = merge(merged, read_yaml(path.parent / other, (*within, path.resolve()), read))
+        beside = path.parent / other
+        found = beside if beside.is_file() else find_shipped(other) or beside
+        merged = merge(merged, read_yaml(found, within, read))
     return merge(merged, raw)
 
 

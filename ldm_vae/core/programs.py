@@ -8,6 +8,14 @@ from pathlib import Path
 
 from ldm_vae.core.errors import UsageError
 
+# programs that are verbs of `ldm-vae`, which is there in a clone and from a wheel
+VERBS = {
+    "train.autoencoder": "train",
+    "train.diffusion": "diffuse",
+    "eval.reconstruction": "evaluate",
+    "eval.latent_space": "latent_space",
+    "eval.diffusability": "probe",
+}
 PACKAGE = Path(__file__).parent.parent
 
 
@@ -17,6 +25,11 @@ def root() -> Path:
         if (folder / "train" / "autoencoder.py").is_file():
             return folder
     raise UsageError("the programs train/ and eval/ are neither in the installed package nor beside it; reinstall it")
+
+
+def words_of(program: str) -> list[str]:
+    """The words by which a user starts a program (`eval.reconstruction`); what is no verb is there in a clone alone."""
+    return ["ldm-vae", VERBS[program]] if program in VERBS else ["python", "-m", program]
 
 
 def run(program: str, arguments: list[str]) -> None:
@@ -45,9 +58,14 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shipped = root() / "configs"
-    for candidate in (shipped / name, shipped / f"{name}.yaml", shipped / name.removeprefix("configs/")):
-        if candidate.is_file():
-            return candidate
+    if (found := find_shipped(name)) is not None:
+        return found
     exist = ", ".join(shipped_configs())
     raise UsageError(f"config {name}: no such file, and none that ships with the project; these do: {exist}")
+
+
+def find_shipped(name: str) -> Path | None:
+    """A config that ships with the project, by its name (`demo`, `profiles/small_gpu.yaml`)."""
+    home = root() / "configs"
+    candidates = (home / name, home / f"{name}.yaml", home / name.removeprefix("configs/"))
+    return next((path for path in candidates if path.is_file()), None)

@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.overrides import value_of
+from ldm_vae.core.programs import words_of
 
 T = TypeVar("T")
 
@@ -29,9 +30,12 @@ class Parser(argparse.ArgumentParser):
     section: str | None = None
     """Those fields are in `SECTION_fields` of what was parsed, by name."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-        super().__init__(*arguments, **(layout | options))
+    def __init__(self, *arguments: Any, program: str | None = None, **options: Any) -> None:
+        """program: the module of one; its usage and errors name it as a user starts it."""
+        ours: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        if program is not None:
+            ours["prog"] = " ".join(words_of(program))
+        super().__init__(*arguments, **(ours | options))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else [*args]

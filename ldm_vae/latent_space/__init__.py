@@ -8,5 +8,5 @@ equivariance.py   whether to encode and to transform commute
 walks.py          interpolations, linear and spherical, and traversals of one channel
 mixture.py        a Gaussian mixture over whole latents, to draw new ones from
 
-`python -m eval.latent_space` applies all of them to a data set.
+`ldm-vae latent_space` applies all of them to a data set.
 """

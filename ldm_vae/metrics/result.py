@@ -20,6 +20,7 @@ from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import atomic_io
 from ldm_vae.core.files import LARGEST, read_bytes
+from ldm_vae.core.programs import words_of
 from ldm_vae.core.validation import as_written, parse_json
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.metrics.evaluate import Evaluation
@@ -96,7 +97,7 @@ def result(
 
 def command(program: str) -> Json:
     """The call that this process is, for `settings`; `program`: the module that was run."""
-    return {"command": shlex.join(["python", "-m", program, *sys.argv[1:]])}
+    return {"command": shlex.join([*words_of(program), *sys.argv[1:]])}
 
 
 def settings(device: torch.device, batch_size: int) -> Json:

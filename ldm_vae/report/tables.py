@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm_vae import metrics
 from ldm_vae.core import intervals
+from ldm_vae.core.programs import words_of
 from ldm_vae.data.transforms import decoding_of
 from ldm_vae.metrics.result import LINEAR, how_decoded
 from ldm_vae.metrics.titles import TITLES, heading, measured, number
@@ -234,7 +236,8 @@ def commands(contents: Contents) -> list[str]:
     lines = []
     if contents.config_text:
         program = "train.diffusion" if contents.diffusion else "train.autoencoder"
-        lines.append(f"accelerate launch -m {program} {contents.config.get('output_dir', contents.home)}/config.yaml")
+        config = f"{contents.config.get('output_dir', contents.home)}/config.yaml"
+        lines.append(shlex.join([*words_of(program), config]))
     if contents.results:
         lines += filter(None, [contents.results[0].get("settings", {}).get("command")])  # none if training measured
     lines.append(f"ldm-vae report {contents.config.get('output_dir', contents.name)}")

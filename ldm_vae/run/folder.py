@@ -24,6 +24,7 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.launch import DDP_TIMEOUT, build_accelerator, check_ranks_agree, check_same
 from ldm_vae.core.numbers import Count, Positive, Seed
 from ldm_vae.core.ownership import own
+from ldm_vae.core.programs import words_of
 from ldm_vae.kernels.group_norm import fuse_norms
 from ldm_vae.run import checkpoint
 from ldm_vae.run.metrics_log import Averages
@@ -120,7 +121,7 @@ def start_from_command_line(
         print(manual)
         return
     flags = [flag for flag in arguments[1:] if flag not in ("--dry_run", "--dry-run")]
-    settings = config.load(section, arguments[0], flags, program=f"{program} {arguments[0]}")
+    settings = config.load(section, arguments[0], flags, program=" ".join([*words_of(program), arguments[0]]))
     main = os.environ.get("RANK", "0") == "0"
     if len(flags) < len(arguments) - 1:
         if main:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm_vae.core.config import validate
 from ldm_vae.core.errors import WorkError
-from ldm_vae.core.text import decode, lines
+from ldm_vae.core.text import lines
 from ldm_vae.core.validation import parse_json, why_unreadable
 from ldm_vae.latent_store.format.layout import QUARANTINE
 from ldm_vae.latent_store.format.work_units import BadSample
@@ -29,7 +29,7 @@ def read_quarantine(store: Path) -> list[BadSample]:
     """
     path = store / QUARANTINE
     try:
-        text = decode(LocalFolder(store).read(QUARANTINE))
+        text = LocalFolder(store).read(QUARANTINE).decode()
         return [validate(BadSample, parse_json(line), f"line {at}") for at, line in enumerate(lines(text), 1)]
     except FileNotFoundError:
         return []
