@@ -7,9 +7,11 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,18 +150,31 @@ def test_no_memory_before_it_is_counted_in() -> None:
 # --- several at once ----------------------------------------------------------------------------------------------
 
 
-COUNTERS, EACH = 3, 20_000
+COUNTERS, EACH = 3, 100_000
 
 
-def count(visits: Visits, out: Path) -> None:
-    out.write_bytes(pickle.dumps([visits.next([0])[1][0] for _ in range(EACH)]))
+class Zero:
+    """Index 0, that Python code gives: a place where threads change."""
+
+    def __index__(self) -> int:
+        return 0
+
+
+def count(visits: Visits, out: Path, ready: Any) -> None:
+    zeros: Any = [Zero()] * 50
+    ready.wait()
+    out.write_bytes(pickle.dumps([number for _ in range(EACH // 50) for number in visits.next(zeros)[1]]))
 
 
 @pytest.mark.parametrize("kind", ["processes", "threads"])
-def test_several_that_count_at_the_same_time(kind: str, tmp_path: Path) -> None:
+def test_several_that_count_at_the_same_time(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)
     visits, files = Visits(1), [tmp_path / str(number) for number in range(COUNTERS)]
-    start = multiprocessing.get_context("fork").Process if kind == "processes" else threading.Thread
-    counters = [start(target=count, args=(visits, file)) for file in files]
+    context: Any = multiprocessing.get_context("fork")
+    start = context.Process if kind == "processes" else threading.Thread
+    ready = (context if kind == "processes" else threading).Barrier(COUNTERS, timeout=100)
+    counters = [start(target=count, args=(visits, file, ready)) for file in files]
     for one in counters:
         one.start()
     for one in counters:
