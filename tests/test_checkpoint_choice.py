@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_call import call, program, run_cli
+from diffusers import AutoencoderKL
 from images import write_images
 from kills import fork_until
 from safetensors.torch import load_file
@@ -21,6 +22,7 @@ from eval import reconstruction as evaluation_program
 from ldm_vae import LatentDataset, load_autoencoder, read_manifest
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.weights.checkpoint import describe
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.preprocessing import recorded
 from ldm_vae.metrics.result import labels
@@ -135,6 +137,10 @@ def test_two_checkpoints_of_one_name_are_told_apart(tmp_path: Path) -> None:
         checkpoint.mkdir(parents=True)
         (checkpoint / "tensors.safetensors").touch()
     assert labels([str(name) for name in names]) == ["one-images-000000016", "other-images-000000016"]
+
+
+def test_a_checkpoint_tells_the_side_of_its_images(tiny_vae: AutoencoderKL) -> None:
+    assert json.loads(describe(tiny_vae, 24)["config.json"])["sample_size"] == 24  # diffusers cuts its tiles by it
 
 
 # --- the scaling ------------------------------------------------------------------------------------------------------

@@ -245,6 +245,13 @@ def test_the_other_programs_take_it(kind: str, trained: Any, images: Path, tmp_p
         strict=True,
     ):
         assert torch.equal(ours, theirs)
+    # and its last checkpoint is the same network, with the same scaling
+    done = command("export", str(folder), str(tmp_path / "last"), "--checkpoint", "last")
+    assert done.returncode == 0, done.stderr
+    ends = [load_autoencoder(one) for one in (folder, tmp_path / "last")]
+    assert ends[0].config.scaling_factor == ends[1].config.scaling_factor
+    for one, other in zip(*(end.state_dict().values() for end in ends), strict=True):
+        assert torch.equal(one, other)
     picture = str(next(images.glob("*.png")))
     done = command("reconstruct", str(folder), picture, str(tmp_path / "pictures"))
     assert done.returncode == 0, done.stderr

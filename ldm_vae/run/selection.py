@@ -40,20 +40,19 @@ def at_checkpoint(source: str, which: str | None) -> str:
     place, folder = f"--checkpoint {which}", Path(source) / "checkpoints"
     if not folder.is_dir():
         raise UsageError(f"{place}: expected a run folder, which has checkpoints/, got {source}")
-    images = [str(checkpoint.images_of(one)) for one in reversed(checkpoint.newest_first(folder))]
-    exist = f"there are {', '.join(images)}"
+    found = {str(checkpoint.images_of(one)): one for one in reversed(checkpoint.newest_first(folder))}
+    exist = f"there are {', '.join(found)}"
     last = checkpoint.newest(folder, lambda sentence: print_note(f"{source}: {sentence}"))
     if last is None:
         raise UsageError(f"{place}: {source} has no whole checkpoint")
-    chosen, why = last, "its last"
     if which == "best":
         chosen, why = _best(last, f"{place}: {source}", exist)
-    elif which.isdecimal():
-        chosen, why = folder / checkpoint.name(int(which)), "as asked for"
-    elif which != "last":
-        raise UsageError(f"{place}: expected best, last or a number of images seen; {exist}")
-    if not chosen.is_dir():
-        raise UsageError(f"{place}: {source} has no checkpoint {chosen.name}; {exist}")
+    elif which == "last":
+        chosen, why = last, "its last"
+    elif which in found:
+        chosen, why = found[which], "as asked for"
+    else:
+        raise UsageError(f"{place}: expected best, last or the images seen of a checkpoint of {source}; {exist}")
     if chosen != last and (damage := checkpoint.damage_of(chosen)):
         raise UsageError(f"{place}: {chosen} is damaged ({damage}); {exist}")
     print_note(f"{source}: the averaged weights of checkpoint {chosen.name} are taken, {why}")
@@ -72,5 +71,8 @@ def _best(last: Path, place: str, exist: str) -> tuple[Path, str]:
     best = validate(Info, parse_json(read_bytes(last / "state.json"))["info"], f"{last}/state.json").best
     if best is None:
         raise UsageError(f"{place} was not validated (validate_every_images), so none is known as the best; {exist}")
+    chosen = last.parent / best.checkpoint
+    if not chosen.is_dir():
+        raise UsageError(f"{place}: its best checkpoint, {chosen.name}, is not there any more; {exist}")
     metric = read_yaml(last / "config.yaml").get("best_metric", "its metric")
-    return last.parent / best.checkpoint, f"its best by {metric} on held-out images ({best.score:.5g})"
+    return chosen, f"its best by {metric} on held-out images ({best.score:.5g})"

@@ -87,7 +87,7 @@ class TrainingState:
         networks |= {} if self.critic is None else {"discriminator": self.critic}
         self.newest = save(
             self.settings, self.accelerator, self.images_seen, self.stateful, networks, self.averages, self.best,
-            describe(self.ema.module),
+            describe(self.ema.module, self.settings.resolution),
         )  # fmt: skip
 
     def set_learning_rate(self) -> float:

@@ -8,6 +8,7 @@ So a checkpoint's folder is read like any other folder of a VAE. Its scaling was
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ def is_checkpoint(source: str | Path) -> bool:
     return (Path(source) / TENSORS).is_file()
 
 
-def describe(vae: Any) -> dict[str, bytes]:
-    """Files that make a checkpoint of `vae` readable as an autoencoder: its config, and its record of preprocessing."""
-    found = preprocessing.recorded(vae)
-    files = {CONFIG: vae.to_json_string().encode()}
+def describe(vae: Any, sample_size: int) -> dict[str, bytes]:
+    """Files that make a checkpoint of `vae` readable as an autoencoder: its config, with the side of its images, and
+    its record of preprocessing."""
+    found, config = preprocessing.recorded(vae), json.loads(vae.to_json_string())
+    if "sample_size" in config:  # an AutoencoderTiny has none
+        config["sample_size"] = sample_size
+    files = {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
     return files if found is None else files | {preprocessing.FILE: found.to_bytes()}
 
 
