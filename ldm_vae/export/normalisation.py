@@ -34,7 +34,7 @@ class Choice:
 
 
 def statistics_beside(source: str) -> LatentStatistics | None:
-    """What was measured when SRC was written; None where nothing was."""
+    """Statistics that were measured when SRC was written; None where nothing was."""
     places = (Path(source) / STATISTICS, Path(source) / "vae" / STATISTICS)
     return next((read_statistics(place) for place in places if place.is_file()), None)
 
@@ -101,7 +101,7 @@ def is_default(own: Normalisation, vae: AutoencoderKL) -> bool:
 
 
 def _base(source: str) -> str:
-    """Who else has SRC's normalisation, as the run's config says."""
+    """The VAE that SRC's normalisation is of, as the run's config says."""
     path = Path(source) / "config.yaml"
     config = read_yaml(path) if path.is_file() else {}
     return str(config.get("normalisation_from") or config.get("init_from") or "its base")
@@ -120,7 +120,7 @@ def _broken(request: Request, own: Normalisation) -> str:
 
 
 def _lines(written: Normalisation, whose: str, measured: LatentStatistics | None) -> list[str]:
-    """What is written, with an interval only where it is what was measured; and what was measured and is not
+    """Sentences on what is written, with an interval only where that was measured; and on what was measured and is not
     written."""
     if measured is not None and measured.gives(written):
         over = ", ".join(part for part in (whose, _over(measured)) if part)
