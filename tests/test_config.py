@@ -147,6 +147,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (["--model.layers_per_block", "1000000000"], "--model.layers_per_block"),
         (["--model.norm_num_groups", "0"], "--model.norm_num_groups"),
         (["--model.block_out_channels", "33"], "--model.block_out_channels"),
+        (["--model.block_out_channels", "65536", "65536", "65536"], "--model"),
         (["--model.block_out_channels", "32", "x"], "--model.block_out_channels"),
         (["--optimizer.betas", "0.5", "1"], "--optimizer.betas"),
         (["--gradient_checkpointing", "perhaps"], "--gradient_checkpointing"),

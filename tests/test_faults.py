@@ -382,5 +382,8 @@ def test_only_what_nobody_can_help_becomes_a_sentence() -> None:
         == "[Errno 28] No space left on device: '/x'"
     )
     assert "out of memory" in str(environment_failure(MemoryError()))
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(2**50)
+    assert "out of memory" in str(environment_failure(failed.value))
     assert environment_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert environment_failure(KeyError("x")) is None

@@ -11,6 +11,7 @@ from pydantic import model_validator
 from ldm_vae.autoencoder.bottleneck import Bottleneck, GaussianBottleneck
 from ldm_vae.core.config import Part
 from ldm_vae.core.numbers import Channels, Layers
+from ldm_vae.core.validation import check_parameters
 
 
 def check_widths(widths: Sequence[int], groups: int) -> None:
@@ -51,6 +52,7 @@ class AutoencoderConfig(Part):
     @model_validator(mode="after")
     def _check(self) -> AutoencoderConfig:
         check_widths(self.block_out_channels, self.norm_num_groups)
+        check_parameters(self.block_out_channels, self.layers_per_block)
         return self
 
     def shape(self) -> dict[str, Any]:

@@ -139,6 +139,8 @@ def environment_failure(error: Exception) -> WorkError | None:
         return WorkError(f"out of memory{f': {said}' if said else ''}")
     if not isinstance(error, RuntimeError):
         return None
+    if "t allocate memory" in said:  # torch's on a CPU
+        return WorkError(f"out of memory: {said}")
     if "DataLoader worker" in said:
         return WorkError(f"a data worker died: {said}; {WORKERS_HELP}")
     if kind in ("DistBackendError", "DistNetworkError", "DistStoreError") or "/gloo/" in said:

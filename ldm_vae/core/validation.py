@@ -9,13 +9,14 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.files import open_plain
 
+MOST_PARAMETERS = 10**10  # 40 GB in fp32; diffusers' largest autoencoder has 1.1e9
 LARGEST = 2**24  # of any whole number in a config: widths, codes, sides
 DEEPEST = 128  # of anything that is repeated: blocks, layers
 MOST_LAYERS = 1024  # of an encoder; 128 blocks of 128 take two minutes to build, on no device
@@ -68,6 +69,8 @@ def check_model_config(config: Any) -> None:
     widths, layers = config.get("block_out_channels"), config.get("layers_per_block")
     if isinstance(widths, list | tuple) and isinstance(layers, int):
         _check_size("layers_per_block of all block_out_channels", len(widths) * layers, MOST_LAYERS)
+        if all(isinstance(width, int) for width in widths):
+            check_parameters(widths, layers)
     for name in ("scaling_factor", "shift_factor"):
         if config.get(name) is not None and not isinstance(config[name], int | float):
             raise ValueError(f"{name}: expected a number, got {str(config[name])[:40]!r}")
@@ -83,6 +86,18 @@ def check_model_config(config: Any) -> None:
             not isinstance(per_channel, list | tuple) or len(per_channel) != config.get("latent_channels")
         ):
             raise ValueError(f"{name}: expected one number for each of {config.get('latent_channels')} latent channels")
+
+
+def check_parameters(widths: Sequence[int], layers: int) -> None:
+    """Raises ValueError for block_out_channels whose 3x3 convolutions alone fill the memory of any machine: from the
+    first allocations on, a system that promises more than it has would kill this process without a word."""
+    # an encoder's and a decoder's residual blocks, of two convolutions each
+    count = 2 * (2 * layers + 1) * 2 * 9 * sum(width * width for width in widths)
+    if count > MOST_PARAMETERS:
+        raise ValueError(
+            f"block_out_channels: expected a network of at most {MOST_PARAMETERS / 1e9:.0f} billion parameters, got "
+            f"about {count / 1e9:,.0f} billion"
+        )
 
 
 def _check_size(name: str, size: float, largest: int) -> None:

@@ -11,6 +11,7 @@ from ldm_vae.autoencoder.bottleneck import Bottleneck
 from ldm_vae.autoencoder.config import check_widths
 from ldm_vae.core.config import Part, choice
 from ldm_vae.core.numbers import Channels, Layers
+from ldm_vae.core.validation import check_parameters
 from ldm_vae.quantizers.vq import Config as VQConfig
 
 
@@ -37,6 +38,7 @@ class Config(Part):
     @model_validator(mode="after")
     def _check(self) -> Config:
         check_widths(self.block_out_channels, self.norm_num_groups)
+        check_parameters(self.block_out_channels, self.layers_per_block)
         return self
 
     def shape(self) -> dict[str, Any]:
