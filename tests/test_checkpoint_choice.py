@@ -4,6 +4,7 @@ every verb that takes a network; with the scaling that the end of the run would 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -65,6 +66,17 @@ def averages(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_that_went_on_after_its_vae_was_written_says_so(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(home / "finished", tmp_path / "mine", copy_function=shutil.copy2)
+    load_autoencoder(folder)
+    assert "older" not in capsys.readouterr().err
+    os.utime(folder / "checkpoints" / "images-000000064" / "config.json")
+    load_autoencoder(folder)
+    assert "vae/ is older than its checkpoint images-000000064" in capsys.readouterr().err
 
 
 # --- the four verbs ---------------------------------------------------------------------------------------------------

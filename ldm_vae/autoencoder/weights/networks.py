@@ -119,6 +119,7 @@ def find_folder(source: str, place: str) -> Path:
     if len(folders) == 2 and not _is_autoencoder(path):
         return folders[1]
     if folders:
+        _note_age(path, folders[0], place)
         return folders[0]
     parts = sorted(part.parent for part in path.glob(f"*/{CONFIG}") if _is_autoencoder(part.parent))
     if parts:
@@ -140,6 +141,14 @@ def find_folder(source: str, place: str) -> Path:
     else:
         hint = ""
     raise UsageError(f"{place}: expected {CONFIG} in the folder or in its vae/, found neither{hint}")
+
+
+def _note_age(run: Path, folder: Path, place: str) -> None:
+    """Say that a run went on after its vae/ was written, and has not ended again."""
+    written = (folder / CONFIG).stat().st_mtime
+    later = [one.parent.name for one in run.glob(f"checkpoints/*/{CONFIG}") if one.stat().st_mtime > written]
+    if later:
+        print_note(f"{place}: its vae/ is older than its checkpoint {max(later)}, which --checkpoint last takes")
 
 
 def _is_autoencoder(folder: Path) -> bool:
