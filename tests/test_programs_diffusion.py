@@ -58,7 +58,7 @@ def test_a_run_leaves_what_other_programs_rely_on(finished: Path, home: Path) ->
     assert {"samples", "field", "noise"} <= set(found["distances"]) and found["distances"]["n"] == 3
     assert found["cmmd"]["metric"] == "cmmd" and found["cmmd"]["noise"] > 0
     page = (finished / "report" / "index.html").read_text()
-    assert "CMMD" in page and "train.diffusion" in page and "train.autoencoder" not in page
+    assert "CMMD" in page and "ldm-vae diffuse" in page and "ldm-vae train" not in page
     # what is loaded draws the same pictures as the run did, from the averaged weights
     ema = load_file(newest(finished) / "tensors.safetensors")
     generator = Generator.load(finished, load_autoencoder(home / "vae"))
