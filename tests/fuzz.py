@@ -111,6 +111,14 @@ def mutate(value: Any, draw: random.Random) -> Any:
     return value
 
 
+def mutate_json(content: bytes, draw: random.Random) -> bytes:
+    return json.dumps(mutate(json.loads(content), draw)).encode()
+
+
+def mutate_yaml(content: bytes, draw: random.Random) -> bytes:
+    return yaml.safe_dump(mutate(yaml.safe_load(content), draw), allow_unicode=True).encode(errors="surrogatepass")
+
+
 def mutate_lines(content: bytes, draw: random.Random) -> bytes:
     lines = content.splitlines(keepends=True)
     chosen = draw.randrange(len(lines))
@@ -155,10 +163,8 @@ def mutate_file(path: Path, draw: random.Random) -> str:
     """Mutate a file in its place; what was done, in words."""
     content = path.read_bytes()
     structured: dict[str, Callable[[bytes, random.Random], bytes]] = {
-        ".json": lambda content, draw: json.dumps(mutate(json.loads(content), draw)).encode(),
-        ".yaml": lambda content, draw: yaml.safe_dump(mutate(yaml.safe_load(content), draw), allow_unicode=True).encode(
-            errors="surrogatepass"
-        ),
+        ".json": mutate_json,
+        ".yaml": mutate_yaml,
         ".jsonl": mutate_lines,
         ".safetensors": mutate_header,
         ".parquet": mutate_table,
@@ -173,7 +179,10 @@ def mutate_file(path: Path, draw: random.Random) -> str:
         path.mkdir()
         return "a folder"
     change = mutate_bytes if what < 0.3 or not content else change
-    path.write_bytes(change(content, draw))
+    try:
+        path.write_bytes(change(content, draw))
+    except (ValueError, pa.ArrowException):  # damaged already: a shard for `repair`
+        path.write_bytes(mutate_bytes(content, draw))
     return change.__name__
 
 

@@ -60,6 +60,7 @@ def test_what_is_given_has_its_type() -> None:
         (("x", "out"), "--from"),
         (("x", "out", "--to", "y", "--from", "z"), "--from"),
         (("x", "out", "--to", "y", "--kind", "c"), "--kind"),
+        (("x", "out", "--to", "y", "--kind", "bb"), "--kind: expected one of a, b, got bb, did you mean b"),
         (("x", "out", "--to", "y", "--side", "many"), "--side"),
         (("x", "out", "--to", "y", "--side"), "--side"),
         (("x", "--sied", "3"), "--side"),  # rather than what is missing because of it

@@ -67,11 +67,22 @@ class Parser(argparse.ArgumentParser):
         for word in itertools.takewhile(lambda word: word != "--", words):
             flag = word.partition("=")[0]
             if flag.startswith("--") and flag not in known:
-                close = difflib.get_close_matches(flag.replace("-", "_"), known, n=1, cutoff=0.5)
-                self.error(f"unknown flag {flag}" + (f", did you mean {close[0]}" if close else ""))
+                self.error(f"unknown flag {flag}{_meant(flag.replace('-', '_'), known)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(
+                action, f"expected one of {', '.join(known)}, got {value}{_meant(value, known)}"
+            )
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message} (`{self.prog} --help` shows all)")
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]}" if close else ""
 
 
 def argument(metavar: str, help: str, **options: Any) -> Any:
