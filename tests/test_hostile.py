@@ -136,7 +136,7 @@ def test_a_pickle_in_a_diffusers_folder_does_not_execute(
         {"block_out_channels": [8] * 10**5}, {"block_out_channels": [10**12, 16]}, {"block_out_channels": "no"},
         {"block_out_channels": [2**16, 2**16]}, {"norm_num_groups": 0}, {"norm_num_groups": -4}, {"in_channels": None},
         {"act_fn": "os.system"}, {"scaling_factor": "nothing"}, {"scaling_factor": float("nan")},
-        {"latents_mean": [0.0] * 99}, {"_class_name": "os.system"}, {"down_block_types": ["DownEncoderBlock2D"]},
+        {"latents_mean": [0.0] * 99}, {"_class_name": "os.system"}, {"_class_name": ["x"]}, {"down_block_types": ["DownEncoderBlock2D"]},
         {"sample_size": 10**30},
     ],
     ids=lambda change: "-".join(change),

@@ -64,7 +64,7 @@ def class_of(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] =
         UsageError: it is of another class, or nothing in it says of which.
     """
     name = config.get("_class_name", "AutoencoderKL" if "block_out_channels" in config else None)
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         told = f"its {CONFIG} says {name}" if name is not None else f"its {CONFIG} names no class (_class_name)"
         raise UsageError(f"{place}: expected one of {', '.join(classes)}, {told}")
     if config.get("quantization_config"):
@@ -72,7 +72,7 @@ def class_of(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] =
             f"{place}: its {CONFIG} has a quantization_config: quantised weights are not read; give the weights that "
             "they were made from"
         )
-    return str(name)
+    return name
 
 
 def build(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] = CLASSES) -> Any:
