@@ -54,7 +54,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _one_is_a_list(cls, value: Any, info: ValidationInfo) -> Any:
+    def _one_or_several(cls, value: Any, info: ValidationInfo) -> Any:
         """Text where a list is expected is a list of one, as on a command line. Raises ValueError for several values
         where one is expected, which pydantic would say by the type of that one."""
         kind = cls.model_fields[str(info.field_name)].annotation
