@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fork_server import fork
 from images import write_images
 from repository import ROOT
 from sentences import refused
 from training_runs import TINY
 
+from eval import scramble
+from ldm_vae import cli
 from ldm_vae.core.config import import_own
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.flags import DataFlags
@@ -35,46 +39,93 @@ def write_modules(folder: Path) -> list[str]:
     return [name for name, _ in blocks]
 
 
-def call(folder: Path, *words: object) -> str:
-    # -P: the current folder is not on the path by the way of starting it
-    command = [sys.executable, "-P", "-m", "ldm_vae", *map(str, words)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+def call(folder: Path, *words: object, main: Callable[[], None] = cli.main) -> str:
+    done = fork(main, [*map(str, words)], where=folder).wait()
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
-@pytest.mark.slow
-def test_modules_of_the_current_folder_serve_in_every_verb(tmp_path: Path) -> None:
-    assert len(write_modules(tmp_path)) == 6
-    write_images(tmp_path / "scans", 6)
-    (tmp_path / "scans" / "notes.jpg").write_text("no scan")
+OWN = ("--kind", "my_lab.scans", "--data.pattern", "*.png")
+PROBE = "--layers 1 --heads 2 --head_dim 8 --train_images 8 --batch_size 4 --seeds 1 --samples 4 --steps 1"
+# every command that takes DATA, by the file that gives it its flags: each reads the same source of the user's own
+COMMANDS = {
+    "ldm_vae/commands/inspect.py": ["inspect scans"],
+    "ldm_vae/commands/encode.py": ["encode vae scans store2 --resolution 32"],
+    "ldm_vae/commands/store/__init__.py": [
+        "store verify store --reencode 2 --data scans",
+        "store repair damaged --data scans",
+    ],
+    "ldm_vae/commands/drift.py": ["drift vae vae scans --no_lpips --resolution 32"],
+    "ldm_vae/commands/fp16.py": ["fp16 audit vae scans", "fp16 fix vae half scans"],
+    "ldm_vae/export/request.py": ["export vae again --stats scans --drift_from vae"],
+    "eval/reconstruction.py": ["evaluate vae scans --metrics psnr --resolution 32 --output found"],
+    "eval/latent_space.py": ["latent_space vae scans --resolution 32 --likelihood_images 2 --output space"],
+    "eval/diffusability.py": [f"probe vae scans --resolution 32 --output probed {PROBE}"],
+    "eval/scramble.py": ["eval.scramble vae scans scrambled --resolution 32 --images 4"],
+}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the modules of the docs, images that only they read right, and the network trained on them."""
+    folder = tmp_path_factory.mktemp("lab")
+    assert len(write_modules(folder)) == 6
+    write_images(folder / "scans", 6)
+    (folder / "scans" / "notes.jpg").write_text("no scan")  # what `kind: folder` would stop at
     settings = TINY | {
         "output_dir": "run",
         "data": {"kind": "my_lab.scans", "path": "scans", "pattern": "*.png"},
-        "model": TINY["model"] | {"kind": "my_lab.grey"},  # type: ignore[operator]
+        "model": TINY["model"] | {"kind": "my_lab.grey", "use_quant_conv": True, "use_post_quant_conv": True},  # type: ignore[operator]
         "losses": {"l1": {}, "edges": {"kind": "my_lab.edges", "weight": 0.1}},
         "discriminator": {"kind": "my_lab.critic", "width": 8},
         "perturbations": {"shrink": {"kind": "my_lab.shrink"}},
         "max_train_images": 32,
         "dataloader_num_workers": 2,
     }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    call(tmp_path, "train", "config.yaml")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    call(folder, "train", "config.yaml")
+    call(folder, "export", "run", "vae", "--stats", "scans", *OWN)
+    call(folder, "encode", "vae", "scans", "store", "--resolution", 32, *OWN)
+    shutil.copytree(folder / "store", folder / "damaged")
+    for shard in (folder / "damaged" / "shards").glob("*.safetensors"):
+        shard.write_bytes(b"")
+    return folder
+
+
+@pytest.mark.slow
+def test_modules_of_the_current_folder_serve_in_training_and_as_a_metric(lab: Path) -> None:
+    lines = [json.loads(line) for line in (lab / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all("loss/edges" in line for line in lines)
-    own = ("--kind", "my_lab.scans", "--data.pattern", "*.png")
-    assert "6 images" in call(tmp_path, "inspect", "scans", *own)
-    call(tmp_path, "export", "run", "vae", "--stats", "scans", *own)
-    call(tmp_path, "encode", "vae", "scans", "store", "--resolution", 32, *own)
-    assert read_manifest(tmp_path / "store").samples == 6
-    call(tmp_path, "store", "verify", "store", "--reencode", 2, "--data", "scans", *own)
-    metrics = ("--metrics", "psnr,my_lab.sharpness", "--resolution", 32, "--output", "measured")
-    call(tmp_path, "evaluate", "vae", "scans", *own, *metrics)
-    found = json.loads((tmp_path / "measured" / "metrics.json").read_text())
+    assert read_manifest(lab / "store").samples == 6
+    metrics = ("--metrics", "psnr,my_lab.sharpness", "--resolution", "32", "--output", "measured")
+    # an interpreter of its own, and -P: the current folder is not on the path by the way of starting it
+    command = [sys.executable, "-P", "-m", "ldm_vae", "evaluate", "vae", "scans", *OWN, *metrics]
+    subprocess.run(command, cwd=lab, check=True)
+    found = json.loads((lab / "measured" / "metrics.json").read_text())
     assert found["data"]["images"] == 6 and found["metrics"]["my_lab.sharpness"]["better"] == "higher"
-    assert "sharpness ↑" in (tmp_path / "measured" / "metrics.md").read_text()
-    call(tmp_path, "report", "measured")
-    assert "sharpness" in (tmp_path / "measured" / "index.html").read_text()
+    assert "sharpness ↑" in (lab / "measured" / "metrics.md").read_text()
+    call(lab, "report", "measured")
+    assert "sharpness" in (lab / "measured" / "index.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [one for some in COMMANDS.values() for one in some])
+def test_a_source_of_the_current_folder_serves_in_every_command_with_data(command: str, lab: Path) -> None:
+    program, *words = command.split()
+    main, words = (scramble.main, words) if program == "eval.scramble" else (cli.main, [program, *words])
+    said = call(lab, *words, *OWN, main=main)
+    assert "notes.jpg" not in said  # which any other source would read, or name
+    assert words[:2] != ["store", "repair"] or "unit 0: encoded again" in said
+
+
+def test_every_command_with_data_is_tried_with_a_source_of_the_users_own() -> None:
+    programs = [file for part in ("ldm_vae", "train", "eval") for file in (ROOT / part).rglob("*.py")]
+    given = {
+        file.relative_to(ROOT).as_posix()
+        for file in programs
+        if re.search(r"(?<!def )(data_flags|add_data_arguments)\(", file.read_text(encoding="utf-8"))
+    }
+    assert given == {*COMMANDS}
 
 
 def test_a_folder_stands_in_for_nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

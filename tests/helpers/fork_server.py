@@ -85,18 +85,22 @@ def forkserver() -> ForkServerContext:
     return context
 
 
-def fork(main: Callable[[], Any], arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
-    """Start `main`, a function of a module, with `sys.argv[1:]` = arguments, in this process's environment and with
-    what `environment` adds to it."""
+def fork(
+    main: Callable[[], Any], arguments: Sequence[str], environment: Mapping[str, str] | None = None, where: Path = ROOT
+) -> Child:
+    """Start `main`, a function of a module, with `sys.argv[1:]` = arguments, in the folder `where`, in this process's
+    environment and with what `environment` adds to it."""
     folder = Path(tempfile.mkdtemp(prefix="forked-"))
     added = {**os.environ, **(environment or {})}
-    process = forkserver().Process(target=_child, args=(main, list(arguments), added, folder))
+    process = forkserver().Process(target=_child, args=(main, list(arguments), added, folder, where))
     process.start()
     atexit.register(process.kill)  # when its test fails, multiprocessing would wait for the end of a long training
     return Child(process, folder)
 
 
-def _child(main: Callable[[], Any], arguments: list[str], environment: dict[str, str], folder: Path) -> None:
+def _child(
+    main: Callable[[], Any], arguments: list[str], environment: dict[str, str], folder: Path, where: Path
+) -> None:
     status = 70
     try:
         for number, name in ((1, "out"), (2, "err")):
@@ -106,7 +110,7 @@ def _child(main: Callable[[], Any], arguments: list[str], environment: dict[str,
         multiprocessing.set_start_method(None, force=True)  # that of a program, and not the server's, for data workers
         os.environ.clear()
         os.environ.update(environment)
-        os.chdir(ROOT)
+        os.chdir(where)
         sys.argv = [getattr(main, "__module__", "program"), *arguments]
         warnings.simplefilter("ignore")
         run_program(main)
