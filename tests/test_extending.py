@@ -114,7 +114,7 @@ def test_a_source_of_the_current_folder_serves_in_every_command_with_data(comman
     program, *words = command.split()
     main, words = (scramble.main, words) if program == "eval.scramble" else (cli.main, [program, *words])
     said = call(lab, *words, *OWN, main=main)
-    assert "notes.jpg" not in said  # which any other source would read, or name
+    assert "notes.jpg" not in said  # which any other source would read, or name; and its keys would be others
     assert words[:2] != ["store", "repair"] or "unit 0: encoded again" in said
 
 
@@ -129,14 +129,13 @@ def test_every_command_with_data_is_tried_with_a_source_of_the_users_own() -> No
 
 
 def test_a_folder_stands_in_for_nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "yaml").mkdir()
-    (tmp_path / "yaml" / "__init__.py").write_text("raise AssertionError")
-    (tmp_path / "mine.py").touch()
+    for name in ("mine", "tabnanny"):  # the other one is Python's, and nothing has imported it yet
+        (tmp_path / f"{name}.py").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "yaml.tokens", raising=False)
+    monkeypatch.delitem(sys.modules, "tabnanny", raising=False)
     assert import_own("mine").__file__ == str(tmp_path / "mine.py")
-    assert import_own("yaml.tokens").__file__ != str(tmp_path / "yaml" / "tokens.py")
+    assert import_own("tabnanny").__file__ != str(tmp_path / "tabnanny.py")
 
 
 @pytest.mark.parametrize(
