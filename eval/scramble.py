@@ -21,6 +21,7 @@ import torch
 from ldm_vae.autoencoder import finite, latents
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, only_kl
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core.errors import UsageError, run_program
 from ldm_vae.core.request import Parser
 from ldm_vae.data.flags import DataFlags, add_data_arguments
@@ -76,7 +77,7 @@ def main() -> None:
     before = finite.decode(vae, finite.encode(vae, pixels).mean)
     scramble(vae, pixels)
     off = (finite.decode(vae, finite.encode(vae, pixels).mean) - before).abs().max()
-    normalisation = latents.Normalisation.from_config(vae.config, f"VAE {options.vae}")
+    normalisation = Normalisation.from_config(vae.config, f"VAE {options.vae}")
     write_vae(vae, options.out, normalisation, sample_size=options.resolution)
     print(*preparation.notes, sep="\n", end="\n" * bool(preparation.notes))
     print(f"wrote {options.out}: no pixel of {len(pixels)} reconstructions differs by more than {float(off):.1e} of 2")

@@ -34,8 +34,9 @@ from ldm_vae.core import parent_process as parent_process
 
 if TYPE_CHECKING:
     from ldm_vae.autoencoder.config import AutoencoderConfig
-    from ldm_vae.autoencoder.latents import Moments, Normalisation, decode, encode
+    from ldm_vae.autoencoder.latents import Moments, decode, encode
     from ldm_vae.autoencoder.load import load_autoencoder
+    from ldm_vae.autoencoder.normalisation import Normalisation
     from ldm_vae.data.preparation import open_images
     from ldm_vae.export.diffusers_folder import write_vae
     from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
@@ -62,7 +63,7 @@ _HOMES = {
     "AutoencoderConfig": "autoencoder.config",
     "LatentDataset": "latent_store",
     "Moments": "autoencoder.latents",
-    "Normalisation": "autoencoder.latents",
+    "Normalisation": "autoencoder.normalisation",
     "decode": "autoencoder.latents",
     "encode": "autoencoder.latents",
     "evaluate": "metrics.evaluate",

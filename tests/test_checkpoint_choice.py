@@ -22,7 +22,7 @@ from training_runs import metrics, run, write_config
 from eval import reconstruction as evaluation_program
 from ldm_vae import LatentDataset, load_autoencoder, read_manifest
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
-from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.weights.checkpoint import describe
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.preprocessing import recorded

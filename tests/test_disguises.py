@@ -22,7 +22,7 @@ from store_sources import Pictures
 from stores import SETTINGS
 from training_runs import write_config
 
-from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.validation import disguise
 from ldm_vae.data.decoding import BadImage, decode, read_size

@@ -15,8 +15,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from sentences import refused
 
-from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core.errors import WorkError
 from ldm_vae.export.card import Card, card_name
 from ldm_vae.export.drift_report import measure_drift

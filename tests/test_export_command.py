@@ -16,8 +16,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
-from ldm_vae.autoencoder.latents import Moments, Normalisation
+from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.weights.ldm_keys import to_ldm, to_ldm_name
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.export.diffusers_folder import write_vae

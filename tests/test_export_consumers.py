@@ -25,8 +25,8 @@ from tiny_pipeline import pipeline
 
 from ldm_vae import LatentDataset
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.latents import Normalisation, NormalisationKind
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.normalisation import Normalisation, NormalisationKind
 from ldm_vae.core.errors import UsageError
 from ldm_vae.export.diffusers_folder import write_vae
 

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from sentences import refused
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.export import diffusers_folder
 from ldm_vae.export.diffusers_folder import write_vae

@@ -14,7 +14,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from sentences import refused
 from torch import nn
 
-from ldm_vae.autoencoder.latents import Moments, Normalisation, posterior_noise
+from ldm_vae.autoencoder.latents import Moments, posterior_noise
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core import rng
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.discriminators.patchgan import Config as PatchGAN

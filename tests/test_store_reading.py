@@ -15,7 +15,7 @@ from store_sources import Pictures
 from stores import SETTINGS
 from torch.utils.data import DataLoader
 
-from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core import rng
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, read_manifest, write_store

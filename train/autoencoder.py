@@ -21,7 +21,8 @@ from diffusers import AutoencoderTiny
 from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
-from ldm_vae.autoencoder.latents import Normalisation, posterior_noise
+from ldm_vae.autoencoder.latents import posterior_noise
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core.errors import Stopped, run_program
 from ldm_vae.core.launch import StopSignal
 from ldm_vae.data import preprocessing

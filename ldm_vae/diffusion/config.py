@@ -14,8 +14,8 @@ from pydantic import Field
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
-from ldm_vae.autoencoder.latents import NormalisationKind
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.normalisation import NormalisationKind
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import config, rng
 from ldm_vae.core.config import choice

@@ -20,7 +20,7 @@ import torch
 
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.finite import check_weights
-from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.weights.networks import CONFIG, load_folder, read_config
 from ldm_vae.core import atomic_io, rng
 from ldm_vae.core.errors import UsageError

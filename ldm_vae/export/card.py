@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core import intervals
 from ldm_vae.data.preparation import shown
 from ldm_vae.data.preprocessing import FILE, recorded

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.files import read_bytes

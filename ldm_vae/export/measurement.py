@@ -16,8 +16,8 @@ from tqdm import tqdm
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
-from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.preparation import Preparation, check_same, preparation_of
 from ldm_vae.data.preprocessing import recorded

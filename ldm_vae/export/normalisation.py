@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.single_file import SD_SCALING, is_sd_shape
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import intervals

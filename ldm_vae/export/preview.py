@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.geometry import downsampling_factor
-from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core.errors import WorkError
 from ldm_vae.latent_store.read.dataset import LatentDataset
 

@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from ldm_vae.autoencoder.geometry import downsampling_factor, only_kl, sample_size
-from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.single_file import load_single_file
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError

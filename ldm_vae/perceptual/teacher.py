@@ -10,8 +10,8 @@ from functools import cache
 import torch
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.latents import Normalisation
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core.frozen_module import Frozen
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from ldm_vae.autoencoder.fine_tuning import encoder_learns, set_trainable
-from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError

@@ -65,7 +65,7 @@ def convert_from(
     """
     from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
     from ldm_vae.autoencoder.geometry import downsampling_factor
-    from ldm_vae.autoencoder.latents import Normalisation
+    from ldm_vae.autoencoder.normalisation import Normalisation
 
     chosen = formats.load(name)
     if not path.exists():

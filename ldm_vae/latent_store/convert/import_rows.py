@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.identity import Identity

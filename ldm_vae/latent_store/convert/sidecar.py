@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 from pydantic import ValidationError
 
-from ldm_vae.autoencoder.latents import Moments, Normalisation
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core import atomic_io, rng
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError, WorkError

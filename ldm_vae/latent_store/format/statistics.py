@@ -25,7 +25,8 @@ import numpy.typing as npt
 import torch
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from ldm_vae.autoencoder.latents import Moments, Normalisation, NormalisationKind
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.normalisation import Normalisation, NormalisationKind
 from ldm_vae.core import config, intervals, rng
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import WorkError

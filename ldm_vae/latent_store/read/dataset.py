@@ -26,7 +26,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm_vae.autoencoder import finite
-from ldm_vae.autoencoder.latents import Moments, Normalisation, NormalisationKind
+from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.normalisation import Normalisation, NormalisationKind
 from ldm_vae.core import rng
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.format.layout import PIXELS, SAFETENSORS_DTYPES, TENSOR_NAMES

@@ -17,7 +17,7 @@ import torch
 from ldm_vae import __version__
 from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
-from ldm_vae.autoencoder.latents import Normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.ownership import Ownership, is_mark, own_together
