@@ -28,12 +28,12 @@ from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.preparation import preparation_of
 from ldm_vae.core.errors import UsageError, WorkError, run_program
 from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
 from ldm_vae.core.ownership import own_together
 from ldm_vae.core.request import Parser
 from ldm_vae.data.flags import DataFlags, add_data_arguments
-from ldm_vae.data.preparation import preparation_of
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
 from ldm_vae.data.source import Source
 from ldm_vae.metrics import result

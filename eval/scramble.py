@@ -22,10 +22,10 @@ from ldm_vae.autoencoder import finite, latents
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, only_kl
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.preparation import preparation_of
 from ldm_vae.core.errors import UsageError, run_program
 from ldm_vae.core.request import Parser
 from ldm_vae.data.flags import DataFlags, add_data_arguments
-from ldm_vae.data.preparation import preparation_of
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.metrics.batches import image_batches, spread

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ldm_vae.autoencoder.latents import Moments, decode, encode
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.normalisation import Normalisation
-    from ldm_vae.data.preparation import open_images
+    from ldm_vae.autoencoder.preparation import open_images
     from ldm_vae.export.diffusers_folder import write_vae
     from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
     from ldm_vae.metrics.evaluate import evaluate
@@ -68,7 +68,7 @@ _HOMES = {
     "encode": "autoencoder.latents",
     "evaluate": "metrics.evaluate",
     "load_autoencoder": "autoencoder.load",
-    "open_images": "data.preparation",
+    "open_images": "autoencoder.preparation",
     "read_manifest": "latent_store",
     "verify": "latent_store",
     "write_store": "latent_store",

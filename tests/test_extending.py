@@ -22,10 +22,10 @@ from training_runs import TINY
 
 from eval import scramble
 from ldm_vae import cli
+from ldm_vae.autoencoder.preparation import plain
 from ldm_vae.core.config import import_own
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.flags import DataFlags
-from ldm_vae.data.preparation import plain
 from ldm_vae.latent_store import read_manifest
 from ldm_vae.metrics.select import build_metrics
 

@@ -39,7 +39,7 @@ def run(request: Request) -> None:
 
     from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, sample_size
     from ldm_vae.autoencoder.load import load_autoencoder
-    from ldm_vae.data.preparation import preparation_of
+    from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.export.drift_report import measure_drift
     from ldm_vae.metrics.batches import image_batches, spread
 

@@ -79,9 +79,9 @@ def run(request: Request) -> None:
 
     from ldm_vae.autoencoder.geometry import downsampling_factor
     from ldm_vae.autoencoder.load import load_autoencoder
+    from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.core.errors import UsageError
     from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
-    from ldm_vae.data.preparation import preparation_of
     from ldm_vae.latent_store import write_store
     from ldm_vae.latent_store.maintain.rounding_error import describe_costs, measure_costs
     from ldm_vae.latent_store.maintain.summary import describe, units_in

@@ -56,7 +56,7 @@ def _prepare(request: Audit | Fix) -> tuple[Any, Any]:
 
     from ldm_vae.autoencoder.geometry import only_kl
     from ldm_vae.autoencoder.load import load_autoencoder
-    from ldm_vae.data.preparation import preparation_of
+    from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.export.fp16.probes import make_probes
     from ldm_vae.run.selection import at_checkpoint
     from ldm_vae.training.scaling import measure_checkpoint

@@ -37,9 +37,9 @@ class Request:
 
 
 def run(request: Request) -> None:
+    from ldm_vae.autoencoder.preparation import plain
     from ldm_vae.core.errors import UsageError, WorkError
     from ldm_vae.data import buckets
-    from ldm_vae.data.preparation import plain
     from ldm_vae.data.stream import Stream
     from ldm_vae.data.survey import lines, survey, thumbnails
 

@@ -14,8 +14,8 @@ from ldm_vae.run.selection import checkpoint_flag
 if TYPE_CHECKING:
     import torch
 
+    from ldm_vae.autoencoder.preparation import Preparation
     from ldm_vae.data.decoding import Decoding
-    from ldm_vae.data.preparation import Preparation
 
 HELP = "encode and decode images, and write before and after"
 DESCRIPTION = """\
@@ -45,9 +45,9 @@ class Request:
 def run(request: Request) -> None:
     from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
     from ldm_vae.autoencoder.load import load_autoencoder
+    from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.core.errors import UsageError
     from ldm_vae.core.ownership import own
-    from ldm_vae.data.preparation import preparation_of
     from ldm_vae.run.selection import at_checkpoint
 
     name = at_checkpoint(request.vae, request.checkpoint)

@@ -41,10 +41,10 @@ def run(request: Request) -> None:
 
     from ldm_vae.autoencoder.geometry import downsampling_factor, only_kl
     from ldm_vae.autoencoder.load import load_autoencoder
+    from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.core.errors import UsageError
     from ldm_vae.data.decoding import read_image
     from ldm_vae.data.files import read_bytes
-    from ldm_vae.data.preparation import preparation_of
     from ldm_vae.data.quarantine import BadImage
     from ldm_vae.data.transforms import to_pixels
     from ldm_vae.export.seam_error import measure_tiling

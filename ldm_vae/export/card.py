@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.preparation import shown
 from ldm_vae.core import intervals
-from ldm_vae.data.preparation import shown
 from ldm_vae.data.preprocessing import FILE, recorded
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.metrics.result import markdown

@@ -18,8 +18,8 @@ from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.preparation import Preparation, check_same, preparation_of
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.data.preparation import Preparation, check_same, preparation_of
 from ldm_vae.data.preprocessing import recorded
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.transforms import decoding_of, to_pixels

@@ -12,7 +12,7 @@ import torch
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import downsampling_factor, sample_size
-from ldm_vae.data.preparation import Preparation, preparation_of
+from ldm_vae.autoencoder.preparation import Preparation, preparation_of
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import image_batches, spread
 

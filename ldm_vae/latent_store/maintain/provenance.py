@@ -9,9 +9,9 @@ from typing import Any
 
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.preparation import preparation_of_store
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.flags import NO_FLAGS, DataFlags
-from ldm_vae.data.preparation import preparation_of_store
 from ldm_vae.data.source import Source
 from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.work_units import storable
