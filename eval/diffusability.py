@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
+from ldm_vae.autoencoder.geometry import check_resolution
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import preparation_of
 from ldm_vae.core.errors import UsageError, WorkError, run_program
@@ -126,7 +126,7 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
         raise WorkError(NOT_INSTALLED)
     vaes = [load_autoencoder(vae) for vae in options.vae]
     for vae in vaes:
-        check_resolution(options.resolution, downsampling_factor(vae))
+        check_resolution(options.resolution, vae)
     for name, vae in zip(options.vae, vaes, strict=True):
         measure_checkpoint(vae.to(device), name)
     preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))

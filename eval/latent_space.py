@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder import finite, latents
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
+from ldm_vae.autoencoder.geometry import check_resolution, image_channels
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import preparation_of
@@ -125,7 +125,7 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
 
     # --- everything that can be wrong is opened before the first image is measured ------------------------------------
     vae = load_autoencoder(options.vae, options.config)
-    check_resolution(options.resolution, downsampling_factor(vae))
+    check_resolution(options.resolution, vae)
     preparation = preparation_of({options.vae: vae}, DataFlags.of(options))
     source = preparation.open(options.data)
     indices = range(min(len(source), options.max_images or len(source)))
@@ -264,7 +264,7 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
 
 def latent_shape(vae: Any, resolution: int, device: torch.device) -> tuple[int, ...]:
     """(c, h, w), by encoding an empty image: a VQModel's config does not say it in one word."""
-    empty = torch.zeros(1, vae.config.in_channels, resolution, resolution, device=device)
+    empty = torch.zeros(1, image_channels(vae), resolution, resolution, device=device)
     return tuple(finite.encode(vae, empty).mean.shape[1:])
 
 

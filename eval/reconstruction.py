@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
+from ldm_vae.autoencoder.geometry import check_resolution
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import preparation_of
 from ldm_vae.core.errors import UsageError, WorkError, run_program
@@ -103,7 +103,7 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     # --- everything that can be wrong is opened before the first image is measured ------------------------------------
     vaes = [load_autoencoder(vae, options.config) for vae in options.vae]
     for vae in vaes:
-        check_resolution(options.resolution, downsampling_factor(vae))
+        check_resolution(options.resolution, vae)
     preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
     source = preparation.open(options.data)
     indices = range(min(len(source), options.max_images or len(source)))

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import finite, latents
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, only_kl
+from ldm_vae.autoencoder.geometry import check_resolution, only_kl
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.normalisation import normalisation_of
 from ldm_vae.autoencoder.preparation import preparation_of
 from ldm_vae.core.errors import UsageError, run_program
 from ldm_vae.core.request import Parser
@@ -68,7 +68,7 @@ def main() -> None:
     only_kl(vae, f"vae {options.vae}")
     if vae.quant_conv is None or vae.post_quant_conv is None:
         raise UsageError(f"vae {options.vae}: expected one with quant_conv and post_quant_conv, which hold the matrix")
-    check_resolution(options.resolution, downsampling_factor(vae))
+    check_resolution(options.resolution, vae)
     preparation = preparation_of({options.vae: vae}, DataFlags.of(options))
     source = preparation.open(options.data)
     chosen = spread(len(source), options.images)
@@ -77,7 +77,7 @@ def main() -> None:
     before = finite.decode(vae, finite.encode(vae, pixels).mean)
     scramble(vae, pixels)
     off = (finite.decode(vae, finite.encode(vae, pixels).mean) - before).abs().max()
-    normalisation = Normalisation.from_config(vae.config, f"VAE {options.vae}")
+    normalisation = normalisation_of(vae, f"VAE {options.vae}")
     write_vae(vae, options.out, normalisation, sample_size=options.resolution)
     print(*preparation.notes, sep="\n", end="\n" * bool(preparation.notes))
     print(f"wrote {options.out}: no pixel of {len(pixels)} reconstructions differs by more than {float(off):.1e} of 2")

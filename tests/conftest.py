@@ -133,7 +133,8 @@ def grey_vae() -> AutoencoderKL:
 @pytest.fixture
 def grey_folder(grey_vae: AutoencoderKL, tmp_path: Path) -> Path:
     """With a record: 12 bits in the file, pixels as they are."""
-    from ldm_vae.data.preprocessing import Preprocessing, record
+    from ldm_vae.autoencoder.preparation import record
+    from ldm_vae.data.preprocessing import Preprocessing
     from ldm_vae.export.diffusers_folder import write_vae
 
     found = Preprocessing(channels=1, value_range=(0, 4095), resize="none")

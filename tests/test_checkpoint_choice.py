@@ -23,9 +23,9 @@ from eval import reconstruction as evaluation_program
 from ldm_vae import LatentDataset, load_autoencoder, read_manifest
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.preparation import recorded
 from ldm_vae.autoencoder.weights.checkpoint import describe
 from ldm_vae.core.errors import UsageError
-from ldm_vae.data.preprocessing import recorded
 from ldm_vae.metrics.result import labels
 from ldm_vae.run.selection import at_checkpoint
 from train import autoencoder as training_program

@@ -18,12 +18,13 @@ from tiny_networks import SHAPE
 from eval import diffusability, latent_space, reconstruction, scramble
 from ldm_vae import metrics
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.preparation import record, recorded
 from ldm_vae.cli import parser
 from ldm_vae.core.config import options
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.request import Parser
 from ldm_vae.data.flags import KINDS, DataFlags, add_data_arguments
-from ldm_vae.data.preprocessing import Preprocessing, record, recorded
+from ldm_vae.data.preprocessing import Preprocessing
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.latent_store import read_manifest
 from ldm_vae.report import tables

@@ -15,17 +15,12 @@ from diffusers import AutoencoderKL
 from sentences import refused
 
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.preparation import preparation_of
+from ldm_vae.autoencoder.preparation import preparation_of, record, recorded
 from ldm_vae.autoencoder.single_file import save_single_file
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data import preprocessing
 from ldm_vae.data.decoding import Decoding
-from ldm_vae.data.preprocessing import (
-    FILE,
-    Preprocessing,
-    record,
-    recorded,
-)
+from ldm_vae.data.preprocessing import FILE, Preprocessing
 from ldm_vae.latent_store import read_manifest
 
 RANGE = Preprocessing(channels=1, value_range=(0, 4095), resize="none")  # of conftest's grey_folder

@@ -20,12 +20,12 @@ from accelerate import Accelerator
 from diffusers import AutoencoderTiny
 from tqdm.auto import tqdm
 
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
+from ldm_vae.autoencoder.geometry import check_resolution
 from ldm_vae.autoencoder.latents import posterior_noise
 from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.preparation import record
 from ldm_vae.core.errors import Stopped, run_program
 from ldm_vae.core.launch import StopSignal
-from ldm_vae.data import preprocessing
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
 from ldm_vae.data.stream import Stream, length
@@ -69,11 +69,11 @@ def train(settings: Training) -> None:
 
     # --- networks: from the config, another's weights or the linear code; a store's feed takes the encoder away -------
     vae = build_autoencoder(settings)
-    check_resolution(settings.resolution, downsampling_factor(vae))
+    check_resolution(settings.resolution, vae)
     if settings.init == "linear" and checkpoint.newest(run / "checkpoints", say) is None:
         start_from_data(vae, source, settings, accelerator)
     feed = (ImageFeed if settings.latent_store is None else StoredFeed)(settings, vae, source)
-    preprocessing.record(vae, feed.prepared)  # goes into checkpoints and the export
+    record(vae, feed.prepared)  # goes into checkpoints and the export
     given = given_normalisation(settings, vae)
     state = build_state(settings, accelerator, vae)
     if held_out is not None:  # what its metrics need is fetched now and not after the first hours

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.geometry import latent_channels
 from ldm_vae.autoencoder.latents import Moments
 
 
@@ -56,8 +57,7 @@ class Bottleneck(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no posterior to draw from")
 
     def decode(self, vae: Any, z: torch.Tensor) -> torch.Tensor:
-        pixels: torch.Tensor = vae.decode(z).sample
-        return pixels
+        return latents.decode(vae, z)
 
     def last_layer(self, vae: Any) -> nn.Conv2d:
         """The decoder's last convolution: the adaptive weight compares gradients there."""
@@ -80,7 +80,7 @@ class GaussianBottleneck(Bottleneck):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.noise_channels = int(vae.config.latent_channels)
+        self.noise_channels = latent_channels(vae)
 
     def encode(self, vae: Any, images: torch.Tensor, noise: torch.Tensor, images_seen: int) -> Encoded:
         return self.draw(latents.encode(vae, images), noise)

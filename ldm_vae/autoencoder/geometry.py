@@ -1,22 +1,105 @@
-"""Sizes and kinds: what an autoencoder's config says of its images."""
+"""Sizes and kinds: what an autoencoder makes of an image, from a run without values.
+
+Legend: C image channels, c latent channels, H W pixels, h w latent positions.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from diffusers import AutoencoderKL
+from torch import nn
 
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.families import family_of
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.validation import first_line
+
+SIDES = (256, 512)  # of the images that are tried: the largest f is 64, and 256 leaves an RAE's patches whole
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """in_channels C and latent_channels c; factor f, pixels per latent position along one side; is_point: its encoder
+    gives no variance; side: of the only images that it takes and makes, where it takes no others (AutoencoderRAE)."""
+
+    in_channels: int
+    latent_channels: int
+    factor: int
+    is_point: bool
+    side: int | None = None
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, Geometry] = WeakKeyDictionary()
+
+
+def geometry_of(vae: Any) -> Geometry:
+    """The geometry of an autoencoder of diffusers' kind, by `encode` (and `decode`) of a copy without values.
+
+    Raises:
+        UsageError: it encodes no image.
+    """
+    if (known := _KNOWN.get(vae)) is None:
+        known = _KNOWN[vae] = _measure(vae)
+    return known
+
+
+@torch.no_grad()
+def _measure(vae: Any) -> Geometry:
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        empty = type(vae).from_config(vae.config).eval()
+        failed: Exception | None = None
+        for channels in _channels(vae):
+            try:
+                found = [latents.encode(empty, torch.empty(1, channels, side, side)) for side in SIDES]
+            except Exception as error:  # of another number of channels, or of another signal: any kind
+                failed = failed or error
+                continue
+            (small, large), c = (moments.mean.shape[-1] for moments in found), int(found[0].mean.shape[1])
+            if small == large:  # it resizes what it is given, and makes what that decodes to
+                made = int(latents.decode(empty, found[0].mean).shape[-1])
+                return Geometry(channels, c, made // small, found[0].is_point, made)
+            return Geometry(channels, c, SIDES[0] // small, found[0].is_point)
+    assert failed is not None
+    raise UsageError(
+        f"VAE: a {type(vae).__name__} encodes no image [B, C, H, W]: {first_line(failed)}; "
+        "a class that takes images in another form needs a row in ldm_vae/autoencoder/families.py"
+    )
+
+
+def _channels(vae: Any) -> Iterator[int]:
+    """Numbers of image channels to try: what the config says, which a class of patches counts in another way."""
+    said = [vae.config.get(name) for name in ("in_channels", "num_channels", "input_channels")]
+    yield from dict.fromkeys([int(number) for number in said if number] + [3, 4, 1])
+
+
+def image_channels(vae: Any) -> int:
+    """C: channels of an image."""
+    return geometry_of(vae).in_channels
+
+
+def latent_channels(vae: Any) -> int:
+    """c: channels of z."""
+    return geometry_of(vae).latent_channels
 
 
 def downsampling_factor(vae: Any) -> int:
     """f: pixels per latent position along one side."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+    return geometry_of(vae).factor
+
+
+def step_of(vae: Any) -> int:
+    """Pixels that sides of images are multiples of: f, times the side of the patches that pipelines make of latents."""
+    return geometry_of(vae).factor * family_of(vae).patch
 
 
 def sample_size(vae: Any) -> int:
     """Side in pixels of the images that it was trained on; 512 where its config does not say (AutoencoderTiny)."""
-    return int(vae.config.get("sample_size", 512))
+    return geometry_of(vae).side or int(vae.config.get("sample_size", 512))
 
 
 def only_kl(vae: Any, what: str) -> None:
@@ -25,8 +108,15 @@ def only_kl(vae: Any, what: str) -> None:
         raise UsageError(f"{what}: expected an AutoencoderKL, got a {type(vae).__name__}")
 
 
-def check_resolution(resolution: int, factor: int) -> None:
-    """Raises UsageError unless `resolution` is a positive multiple of the downsampling factor f."""
-    if resolution <= 0 or resolution % factor:
-        near = max(factor, round(resolution / factor) * factor)
-        raise UsageError(f"resolution: expected a positive multiple of f = {factor}, got {resolution}; {near} would do")
+def check_resolution(resolution: int, vae: Any) -> None:
+    """Raises UsageError unless the autoencoder takes images of this side whole: a multiple of its f, or its only
+    side."""
+    geometry, step = geometry_of(vae), step_of(vae)
+    if geometry.side is not None and resolution != geometry.side:
+        raise UsageError(f"resolution: a {type(vae).__name__} makes {geometry.side} px only, got {resolution}")
+    if resolution <= 0 or resolution % step:
+        near = max(step, round(resolution / step) * step)
+        of = "f" if step == geometry.factor else f"{geometry.factor} x {step // geometry.factor}"
+        raise UsageError(
+            f"resolution: expected a positive multiple of {of} = {step}, got {resolution}; {near} would do"
+        )

@@ -9,13 +9,15 @@ Legend: B batch, C image channels, c latent channels, H W pixels, h w latent pos
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ldm_vae.autoencoder.families import family_of
 from ldm_vae.core import rng
+from ldm_vae.core.errors import UsageError
 
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to the same; stored logvar is clamped too
 
@@ -51,11 +53,36 @@ class Moments:
         return cls(mean, logvar.clamp(*LOGVAR_RANGE))
 
     @classmethod
+    def of(cls, encoded: Any) -> Moments:
+        """Make from what an autoencoder's `encode` gives, in fp32: its posterior's mean and variance, logvar clamped to
+        LOGVAR_RANGE, or its latents where it gives no posterior.
+
+        Raises:
+            UsageError: it gives neither.
+        """
+        posterior: Any = getattr(encoded, "latent_dist", None)
+        if hasattr(posterior, "mean"):
+            mean = at_least_fp32(posterior.mean)
+            logvar = posterior.logvar if hasattr(posterior, "logvar") else 2.0 * at_least_fp32(posterior.std).log()
+            return cls(mean, at_least_fp32(logvar).clamp(*LOGVAR_RANGE))
+        for name in ("latent", "latents"):
+            if torch.is_tensor(point := getattr(encoded, name, None)):
+                return cls.point(point)
+        given = ", ".join(encoded) if isinstance(encoded, Mapping) else type(encoded).__name__
+        raise UsageError(f"VAE: its encode gives {given}; expected latent_dist with a mean, latent or latents")
+
+    @classmethod
     def point(cls, mean: torch.Tensor) -> Moments:
         """Make from the output of an encoder without a variance [B, c, h, w], in fp32: a VQModel's vectors before the
         codebook, say."""
         mean = at_least_fp32(mean)
         return cls(mean, torch.full_like(mean, LOGVAR_RANGE[0]), is_point=True)
+
+    def image(self) -> Moments:
+        """The same without a time axis: of a clip of one frame [B, c, 1, h, w]."""
+        if self.mean.ndim < 5:
+            return self
+        return replace(self, mean=self.mean[:, :, 0], logvar=self.logvar[:, :, 0])
 
     def to(self, device: torch.device) -> Moments:
         """The same on a device."""
@@ -82,10 +109,7 @@ def encode(vae: Any, pixels: torch.Tensor) -> Moments:
     >>> moments.mean.shape, moments.logvar.shape
     (torch.Size([2, 4, 16, 16]), torch.Size([2, 4, 16, 16]))
     """
-    encoded = vae.encode(pixels)
-    if hasattr(encoded, "latent_dist"):
-        return Moments.from_parameters(encoded.latent_dist.parameters)
-    return Moments.point(encoded.latents)
+    return Moments.of(vae.encode(family_of(vae).enter(pixels))).image()
 
 
 def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:
@@ -96,8 +120,18 @@ def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:
     >>> decode(load_autoencoder("my-vae"), torch.zeros(2, 4, 16, 16)).shape
     torch.Size([2, 3, 32, 32])
     """
-    pixels: torch.Tensor = vae.decode(z.to(vae.dtype)).sample
-    return at_least_fp32(pixels)
+    return pixels_of(vae, z)
+
+
+def pixels_of(vae: Any, z: torch.Tensor, **options: Any) -> torch.Tensor:
+    """`decode`, with options of that class's own."""
+    family = family_of(vae)
+    if family.noise and (len(z) > 1 or "generator" not in options):  # one draw for each, so that no neighbour matters
+        draws = [{"generator": torch.Generator(z.device).manual_seed(0), **options} for _ in z]
+        return torch.cat([pixels_of(vae, one[None], **draw) for one, draw in zip(z, draws, strict=True)])
+    z = z.to(vae.dtype)
+    decoded = vae.decode(z[:, :, None] if family.signal == "still" else z, **options)
+    return at_least_fp32(family.leave(decoded if torch.is_tensor(decoded) else decoded.sample))
 
 
 @torch.no_grad()
@@ -112,8 +146,7 @@ def nearest_codes(vae: Any, vectors: torch.Tensor) -> torch.Tensor:
 def decode_indices(vae: Any, indices: torch.Tensor) -> torch.Tensor:
     """indices [B, h, w] of a VQModel's codes => pixels [B, C, H, W], fp32 and not clamped."""
     vectors = vae.quantize.embedding(indices).permute(0, 3, 1, 2)
-    pixels: torch.Tensor = vae.decode(vectors.to(vae.dtype), force_not_quantize=True).sample
-    return at_least_fp32(pixels)
+    return pixels_of(vae, vectors, force_not_quantize=True)
 
 
 def posterior_noise(seed: int, positions: Iterable[int], shape: Iterable[int]) -> torch.Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 from diffusers import AutoencoderTiny
 
 from ldm_vae.autoencoder.finite import check_weights
+from ldm_vae.autoencoder.preparation import record
 from ldm_vae.autoencoder.weights.checkpoint import UNMEASURED, is_checkpoint, open_averages
 from ldm_vae.autoencoder.weights.files import Entry, print_note
 from ldm_vae.autoencoder.weights.networks import (
-    CLASSES,
     CONFIG,
     build,
     fill,
@@ -22,11 +22,11 @@ from ldm_vae.autoencoder.weights.networks import (
 )
 from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError
-from ldm_vae.data.preprocessing import read_beside, read_hub, record
+from ldm_vae.data.preprocessing import read_beside, read_hub
 
 
 def load_autoencoder(source: str | Path, config: str | Path | None = None) -> Any:
-    """Load a VAE (an AutoencoderKL, VQModel or AutoencoderTiny) for inference: fp32, eval mode, no gradients; with the
+    """Load a VAE, any autoencoder of images that diffusers has, for inference: fp32, eval mode, no gradients; with the
     record of its preprocessing, if it has one (ldm_vae/data/preprocessing.py).
 
     What had to be done for it (a prefix taken from names, a variant in the place of full weights, 8-bit floats) is said
@@ -56,7 +56,7 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
         if config is not None:
             print_note(f"{place}: its own config.json is taken; {config} is for single files")
         folder = find_folder(str(source), place)
-        vae = _load_checkpoint(folder, place) if is_checkpoint(folder) else load_folder(folder, place, CLASSES)
+        vae = _load_checkpoint(folder, place) if is_checkpoint(folder) else load_folder(folder, place)
         local, subfolder = path.is_dir(), "vae" if folder.name == "vae" else None
         record(vae, read_beside(folder / CONFIG) if local else read_hub(str(source), subfolder))
     check_weights(vae, place)

@@ -6,12 +6,13 @@ Legend: c latent channels, h w latent positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
+from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.latents import LOGVAR_RANGE
 from ldm_vae.core.errors import UsageError, WorkError
 
@@ -22,12 +23,15 @@ NormalisationKind = Literal["scale", "shift", "channel"]
 
 @dataclass(frozen=True)
 class Normalisation:
-    """The one way from z to latents that a VAE's config.json names, and back.
+    """The one way from z to latents that a VAE names (in its config.json, or its buffers), and back.
 
-    - scale:   z * scaling_factor (Stable Diffusion, SDXL);
+    - scale:   z * scaling_factor (Stable Diffusion, SDXL, SANA);
     - shift:   (z - shift_factor) * scaling_factor (SD3, FLUX);
     - channel: (z - latents_mean) * scaling_factor / latents_std, the inverse of SDXL's
-      z * latents_std / scaling_factor + latents_mean.
+      z * latents_std / scaling_factor + latents_mean; without a scaling_factor (z - latents_mean) * (1 / latents_std),
+      as pipelines of Wan and Qwen-Image have it.
+
+    patch: side of the squares of positions whose values become channels (c, row, column) first: 2 of FLUX.2.
 
     >>> import torch
     >>> from ldm_vae import Normalisation
@@ -36,16 +40,19 @@ class Normalisation:
     ('scale', 1.0)
     """
 
-    scaling_factor: float
+    scaling_factor: float | None = None
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
+    patch: int = 1
 
     def __post_init__(self) -> None:
         if self.shift_factor is not None and self.latents_mean is not None:
             raise ValueError("shift_factor and latents_mean are both set: latents would be shifted twice")
         if (self.latents_mean is None) != (self.latents_std is None):
             raise ValueError("latents_mean and latents_std are set together or not at all")
+        if self.scaling_factor is None and self.latents_mean is None:
+            raise ValueError("neither scaling_factor nor latents_mean is set")
         for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
             value, divides = getattr(self, name), name in ("scaling_factor", "latents_std")
             for number in value if isinstance(value, tuple) else [] if value is None else [value]:
@@ -69,17 +76,21 @@ class Normalisation:
         mean, std = config.get("latents_mean"), config.get("latents_std")
         try:
             return cls(
-                scaling_factor=1.0 if scale is None else float(scale),
+                scaling_factor=float(scale) if scale is not None else 1.0 if mean is None else None,
                 shift_factor=None if shift is None else float(shift),
                 latents_mean=None if mean is None else tuple(map(float, mean)),
                 latents_std=None if std is None else tuple(map(float, std)),
+                patch=int(config.get("patch") or 1),
             )
         except (ValueError, TypeError, OverflowError) as error:
             raise UsageError(f"{where}: {error}; `ldm-vae export SRC OUT --stats DATA` measures it") from error
 
     @classmethod
-    def from_statistics(cls, kind: NormalisationKind, mean: torch.Tensor, variance: torch.Tensor) -> Normalisation:
-        """Make from measured per-channel mean [c] and variance [c] (fp64) of the sampled latents.
+    def from_statistics(
+        cls, kind: NormalisationKind, mean: torch.Tensor, variance: torch.Tensor, patch: int = 1
+    ) -> Normalisation:
+        """Make from measured per-channel mean [c] and variance [c] (fp64) of the sampled latents, patchified if they
+        are.
 
         The scalar variance is that of all elements together: E[variance_c] + Var[mean_c].
 
@@ -94,31 +105,119 @@ class Normalisation:
             what = "a channel of the latents does" if varies else "the latents do"
             raise WorkError(f"normalisation {kind}: {what} not vary, and nothing scales that to a variance of 1")
         if kind == "channel":
-            return cls(1.0, None, tuple(mean.tolist()), tuple(variance.sqrt().tolist()))
-        return cls(1.0 / math.sqrt(scalar_variance), scalar_mean if kind == "shift" else None)
+            return cls(1.0, None, tuple(mean.tolist()), tuple(variance.sqrt().tolist()), patch)
+        return cls(1.0 / math.sqrt(scalar_variance), scalar_mean if kind == "shift" else None, patch=patch)
 
     def to_config(self) -> dict[str, Any]:
-        """All four keys, the unused ones null, so that writing one normalisation erases any other."""
+        """All four keys, the unused ones null, so that writing one normalisation erases any other; and the patch, where
+        there is one."""
         return {
             "scaling_factor": self.scaling_factor,
             "shift_factor": self.shift_factor,
             "latents_mean": None if self.latents_mean is None else list(self.latents_mean),
             "latents_std": None if self.latents_std is None else list(self.latents_std),
+            **({} if self.patch == 1 else {"patch": self.patch}),
         }
 
+    def per_channel(self, channels: int) -> Normalisation:
+        """The same with a mean and a deviation for each of the latents' channels, and no scaling_factor."""
+        scale = 1.0 if self.scaling_factor is None else self.scaling_factor
+        mean = self.latents_mean or (self.shift_factor or 0.0,) * channels
+        std = tuple(one / scale for one in self.latents_std or (1.0,) * channels)
+        return Normalisation(None, None, mean, std, self.patch)
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the latents of a z of this shape (c, h, w)."""
+        channels, *positions = stored
+        return (channels * self.patch**2, *(side // self.patch for side in positions))
+
+    # in the order of operations of diffusers' pipelines: equal to the bit
+
     def apply(self, z: torch.Tensor) -> torch.Tensor:
-        """z => latents, both [..., c, h, w]."""
-        shift, scale = self._affine(z)
-        return (z - shift) * scale
+        """z [..., c, h, w] => latents, of the same shape unless they are patchified."""
+        z = torch.pixel_unshuffle(z, self.patch)
+        if self.latents_mean is None or self.latents_std is None:
+            return (z - (self.shift_factor or 0.0)) * self.scaling_factor  # type: ignore[operator]
+        mean, std = _channels(self.latents_mean, z), _channels(self.latents_std, z)
+        if self.scaling_factor is None:
+            return (z - mean) * (1.0 / std)
+        return (z - mean) * self.scaling_factor / std
 
     def undo(self, latents: torch.Tensor) -> torch.Tensor:
-        """latents => z, both [..., c, h, w]."""
-        shift, scale = self._affine(latents)
-        return latents / scale + shift
+        """latents [..., c, h, w] => z."""
+        return torch.pixel_shuffle(self._undone(latents), self.patch)
 
-    def _affine(self, like: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    def _undone(self, latents: torch.Tensor) -> torch.Tensor:
         if self.latents_mean is None or self.latents_std is None:
-            return self.shift_factor or 0.0, self.scaling_factor
-        shift = torch.tensor(self.latents_mean, device=like.device, dtype=like.dtype).view(-1, 1, 1)
-        std = torch.tensor(self.latents_std, device=like.device, dtype=like.dtype).view(-1, 1, 1)
-        return shift, self.scaling_factor / std
+            return latents / self.scaling_factor + (self.shift_factor or 0.0)  # type: ignore[operator]
+        mean, std = _channels(self.latents_mean, latents), _channels(self.latents_std, latents)
+        if self.scaling_factor is None:
+            return latents / (1.0 / std) + mean
+        return latents * std / self.scaling_factor + mean
+
+
+def _channels(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, device=like.device, dtype=like.dtype).view(-1, 1, 1)
+
+
+# --- of a network -----------------------------------------------------------------------------------------------------
+
+
+def own_normalisation(vae: Any, where: str = "VAE") -> Normalisation | None:
+    """The normalisation that a network names, as its family's pipelines read it; None where it names none.
+
+    Raises:
+        UsageError: it names two, or one by which nobody can divide; `where` is what opens the sentence.
+    """
+    family = family_of(vae)
+    if (
+        family.law == "inside" or vae.config.get("norm_type") == "spatial"
+    ):  # MoVQ: Kandinsky's pipelines take z as it is
+        return Normalisation(1.0)
+    if family.law == "batch_norm":
+        std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        return Normalisation(1.0, None, tuple(vae.bn.running_mean.tolist()), tuple(std.tolist()), family.patch)
+    if all(vae.config.get(name) is None for name in ("scaling_factor", "latents_mean")):
+        return None
+    return Normalisation.from_config(vae.config, where)
+
+
+def normalisation_of(vae: Any, where: str = "VAE") -> Normalisation:
+    """`own_normalisation`. Raises UsageError where the network names none."""
+    if (found := own_normalisation(vae, where)) is None:
+        raise UsageError(
+            f"{where}: a {type(vae).__name__} whose config names no normalisation of its latents; measure one: "
+            "`ldm-vae export SRC OUT --stats DATA`, or `normalisation` of a latent store's readers"
+        )
+    return found
+
+
+def held_by(model: Any, normalisation: Normalisation, keys: Collection[str]) -> Normalisation:
+    """The same normalisation as a class can hold it.
+
+    Args:
+        model: a network of that class, or the class.
+        keys: what its config can say.
+
+    Raises:
+        UsageError: it cannot hold it.
+    """
+    law, name = family_of(model).law, getattr(model, "__name__", type(model).__name__)
+    if law == "inside" and normalisation != Normalisation(1.0):
+        raise UsageError(f"normalisation `{normalisation.kind}`: a {name} normalises inside; its z stays as it is")
+    if law == "batch_norm":
+        return replace(normalisation.per_channel(model.bn.num_features), scaling_factor=1.0)
+    if "scaling_factor" not in keys and "latents_mean" in keys:
+        return normalisation.per_channel(int(model.config.z_dim))
+    missing = [key for key, value in normalisation.to_config().items() if value is not None and key not in keys]
+    if law == "config" and missing:
+        raise UsageError(f"normalisation `{normalisation.kind}`: the config of a {name} has no {missing[0]}")
+    return normalisation
+
+
+def write_statistics(vae: Any, normalisation: Normalisation) -> None:
+    """Give a network the normalisation that stands in its weights and not in its config, where one does."""
+    if family_of(vae).law == "batch_norm":
+        like = vae.bn.running_mean
+        vae.bn.running_mean = like.new_tensor(normalisation.latents_mean)
+        vae.bn.running_var = like.new_tensor(normalisation.latents_std).square() - vae.config.batch_norm_eps

@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from ldm_vae.autoencoder.geometry import image_channels
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import DEFAULT, Decoding
 from ldm_vae.data.flags import NO_FLAGS, DataFlags, Resize
-from ldm_vae.data.preprocessing import SETTABLE, Preprocessing, recorded
+from ldm_vae.data.preprocessing import FILE, SETTABLE, Preprocessing
 from ldm_vae.data.source import Source, open_source, with_resize
 from ldm_vae.data.transforms import decoding_of, preprocessing_identity
+
+Network = TypeVar("Network")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Prep
         UsageError: they take different numbers of channels, a flag asks for another, or two records differ and no
             flag decides.
     """
-    channels = {name: int(vae.config.in_channels) for name, vae in vaes.items()}
+    channels = {name: image_channels(vae) for name, vae in vaes.items()}
     if len(set(channels.values())) > 1:
         raise UsageError(f"vae: all must take images of one kind, these take {sorted(set(channels.values()))} channels")
     name, wanted = next(iter(channels.items()))
@@ -123,7 +126,7 @@ def preparation_of_store(identity: str, vae: Any, flags: DataFlags = NO_FLAGS) -
     if known is None:  # another program's latents: as the network records
         return preparation_of({"of the store": vae}, flags)
     flags = replace(flags, jpeg_draft=flags.jpeg_draft or known.jpeg_draft)
-    found = _decide([("the store", known)], int(vae.config.in_channels), "the VAE of the store", flags)
+    found = _decide([("the store", known)], image_channels(vae), "the VAE of the store", flags)
     own = recorded(vae) or known
     notes = [
         f"{field}: {shown(getattr(known, field))}, as the store says; its VAE records {shown(getattr(own, field))}"
@@ -186,3 +189,27 @@ def shown(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(f"{number:g}" for number in value) + "]"
     return str(value)
+
+
+# --- with a network ---------------------------------------------------------------------------------------------------
+
+_ATTRIBUTE = "_ldm_vae_preprocessing"
+
+
+def record(vae: Network, found: Preprocessing | None) -> Network:
+    """Attach a record to a network in memory (None: it has none); returns the network.
+
+    Raises:
+        UsageError: the record is of another number of channels.
+    """
+    if found is not None and found.channels != (expected := image_channels(vae)):
+        raise UsageError(f"{FILE}: `channels` is {found.channels}, and the network's in_channels {expected}")
+    vae.__dict__[_ATTRIBUTE] = found
+    return vae
+
+
+def recorded(vae: Any) -> Preprocessing | None:
+    """The record that came with a network, None where there was none."""
+    found = vars(vae).get(_ATTRIBUTE)  # not getattr: diffusers looks into a config that anybody may have written
+    assert found is None or isinstance(found, Preprocessing)
+    return found

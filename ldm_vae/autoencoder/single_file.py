@@ -14,6 +14,7 @@ from typing import Any
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
+from ldm_vae.autoencoder.preparation import record, recorded
 from ldm_vae.autoencoder.weights import ldm_keys, networks
 from ldm_vae.autoencoder.weights.files import (
     STEM,
@@ -81,7 +82,7 @@ def _load(path: Path, config: Path | None, allow_pickle: bool) -> Any:
         found = preprocessing.parse(
             weights.header[preprocessing.HEADER], f"{place}: {preprocessing.HEADER} in its header"
         )
-    return preprocessing.record(vae.eval(), found)
+    return record(vae.eval(), found)
 
 
 def save_single_file(vae: AutoencoderKL, path: Path, prefix: str = "") -> Path:
@@ -93,7 +94,7 @@ def save_single_file(vae: AutoencoderKL, path: Path, prefix: str = "") -> Path:
     }
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     header = {"format": "pt", CONFIG_KEY: json.dumps(config)}
-    if (found := preprocessing.recorded(vae)) is not None:
+    if (found := recorded(vae)) is not None:
         header[preprocessing.HEADER] = found.to_bytes().decode()
     path.parent.mkdir(parents=True, exist_ok=True)
 

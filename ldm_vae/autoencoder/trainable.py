@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.bottleneck import Bottleneck, Codes, GaussianBottleneck
 from ldm_vae.autoencoder.fine_tuning import encoder_learns
-from ldm_vae.autoencoder.geometry import downsampling_factor
+from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels
 from ldm_vae.autoencoder.latents import Moments
 
 
@@ -84,7 +83,7 @@ class TrainableAutoencoder(nn.Module):
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(c, h, w) for images of this size."""
         factor = downsampling_factor(self.vae)
-        return (self._latent_channels, height // factor, width // factor)
+        return (latent_channels(self.vae), height // factor, width // factor)
 
     def noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(n, h, w) of the noise that `forward` takes for each image of this size."""
@@ -93,12 +92,7 @@ class TrainableAutoencoder(nn.Module):
 
     def _wanted(self) -> list[int]:
         """Channels of noise of each perturbation."""
-        return [int(part.noise_channels(self._latent_channels)) for part in self.perturbations]  # type: ignore[operator]
-
-    @property
-    def _latent_channels(self) -> int:
-        # a VQModel's quant_conv may end in another number than its encoder
-        return int(self.vae.config.get("vq_embed_dim") or self.vae.config.latent_channels)
+        return [int(part.noise_channels(latent_channels(self.vae))) for part in self.perturbations]  # type: ignore[operator]
 
     def forward(
         self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0, stored: Moments | None = None
@@ -117,7 +111,7 @@ class TrainableAutoencoder(nn.Module):
         for perturbation, wanted in zip(self.perturbations, self._wanted(), strict=True):
             z, target = perturbation(z, target, Draw(noise[:, used : used + wanted].to(z), images, images_seen))
             used += wanted
-        pixels = latents.at_least_fp32(self.bottleneck.decode(self.vae, z))
+        pixels = self.bottleneck.decode(self.vae, z)
         last_hidden, self._last_hidden = self._last_hidden, None
         assert last_hidden is not None
         return Reconstruction(

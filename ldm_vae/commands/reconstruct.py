@@ -43,7 +43,7 @@ class Request:
 
 
 def run(request: Request) -> None:
-    from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
+    from ldm_vae.autoencoder.geometry import check_resolution, step_of
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.core.errors import UsageError
@@ -52,9 +52,9 @@ def run(request: Request) -> None:
 
     name = at_checkpoint(request.vae, request.checkpoint)
     vae = load_autoencoder(name, request.config)
-    factor = downsampling_factor(vae)
+    factor = step_of(vae)
     if request.resolution is not None:
-        check_resolution(request.resolution, factor)
+        check_resolution(request.resolution, vae)
     # every image is read before the first is reconstructed: a mistyped name costs nothing
     preparation = preparation_of({name: vae}, request.flags)
     images = [(path, _read(path, preparation.decoding)) for path in request.images]
@@ -71,14 +71,14 @@ def _reconstruct(
     """Write each image's reconstruction, and the two side by side."""
     import torch
 
-    from ldm_vae.autoencoder.geometry import downsampling_factor
+    from ldm_vae.autoencoder.geometry import step_of
     from ldm_vae.core.pictures import save
     from ldm_vae.data.transforms import centre_crop
     from ldm_vae.metrics.batches import ImageBatch
     from ldm_vae.metrics.evaluate import reconstruct
     from ldm_vae.metrics.psnr import psnr
 
-    factor = downsampling_factor(vae)
+    factor = step_of(vae)
     for note in preparation.notes:
         print(note)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -76,16 +76,15 @@ def check_model_config(config: Any) -> None:
             raise ValueError(f"{name}: expected a number, got {str(config[name])[:40]!r}")
     for name in ("down_block_types", "up_block_types"):
         # diffusers builds as many blocks as are named, and leaves the weights of the others out
-        if name in config and len(config[name]) != len(config["block_out_channels"]):
+        if name in config and widths is not None and len(config[name]) != len(widths):
             raise ValueError(f"{name}: expected one for each of block_out_channels, got {len(config[name])}")
     if config.get("norm_num_groups", 1) < 1:
         raise ValueError(f"norm_num_groups: expected at least 1, got {config['norm_num_groups']}")
+    channels = config.get("latent_channels", config.get("z_dim", config.get("encoder_hidden_size")))
     for name in ("latents_mean", "latents_std"):
         per_channel = config.get(name)
-        if per_channel is not None and (
-            not isinstance(per_channel, list | tuple) or len(per_channel) != config.get("latent_channels")
-        ):
-            raise ValueError(f"{name}: expected one number for each of {config.get('latent_channels')} latent channels")
+        if per_channel is not None and (not isinstance(per_channel, list | tuple) or len(per_channel) != channels):
+            raise ValueError(f"{name}: expected one number for each of {channels} latent channels")
 
 
 def check_parameters(widths: Sequence[int], layers: int) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -31,8 +31,6 @@ HEADER = "ldm_vae.data.preprocessing"  # in the header of our single files: the 
 FORMAT, VERSION = "ldm-vae preprocessing", 1
 
 SETTABLE = ("value_range", "background", "resize")  # what two networks of equally many channels may differ in
-
-Network = TypeVar("Network")
 
 
 class Preprocessing(Section):
@@ -133,30 +131,6 @@ def _valid(tree: dict[str, Any], where: object) -> Preprocessing:
     if "alpha" not in tree:
         tree = tree | {"alpha": "channel" if tree.get("channels") == 4 else "background"}
     return validate(Preprocessing, tree, str(where))
-
-
-# --- with a network ---------------------------------------------------------------------------------------------------
-
-_ATTRIBUTE = "_ldm_vae_preprocessing"
-
-
-def record(vae: Network, found: Preprocessing | None) -> Network:
-    """Attach a record to a network in memory (None: it has none); returns the network.
-
-    Raises:
-        UsageError: the record is of another number of channels.
-    """
-    if found is not None and found.channels != (expected := int(vae.config.in_channels)):  # type: ignore[attr-defined]
-        raise UsageError(f"{FILE}: `channels` is {found.channels}, and the network's in_channels {expected}")
-    vae.__dict__[_ATTRIBUTE] = found
-    return vae
-
-
-def recorded(vae: Any) -> Preprocessing | None:
-    """The record that came with a network, None where there was none."""
-    found = vars(vae).get(_ATTRIBUTE)  # not getattr: diffusers looks into a config that anybody may have written
-    assert found is None or isinstance(found, Preprocessing)
-    return found
 
 
 def read_beside(config: Path) -> Preprocessing | None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from ldm_vae.autoencoder.normalisation import Normalisation
-from ldm_vae.autoencoder.preparation import shown
+from ldm_vae.autoencoder.normalisation import normalisation_of
+from ldm_vae.autoencoder.preparation import recorded, shown
 from ldm_vae.core import intervals
-from ldm_vae.data.preprocessing import FILE, recorded
+from ldm_vae.data.preprocessing import FILE
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.metrics.result import markdown
 
@@ -92,7 +92,7 @@ def _loading(vae: Any, name: str) -> str:
 
 
 def _latents(vae: Any, statistics: LatentStatistics | None) -> str:
-    normalisation = Normalisation.from_config(vae.config)
+    normalisation = normalisation_of(vae)
     values = {key: value for key, value in normalisation.to_config().items() if value is not None}
     lines = [f"`config.json` names one normalisation, `{normalisation.kind}`: `{_FORMULA[normalisation.kind]}`.", ""]
     lines += [f"- {key}: {_number(value)}" for key, value in values.items()]

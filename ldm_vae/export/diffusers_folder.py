@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.families import family_of
+from ldm_vae.autoencoder.geometry import latent_channels
+from ldm_vae.autoencoder.normalisation import Normalisation, held_by, own_normalisation, write_statistics
+from ldm_vae.autoencoder.preparation import record, recorded
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.files import read_bytes
@@ -88,7 +91,7 @@ def write_configured(
     """Write what `configured_copy` gave, as `write_vae` does. It is used up: in fp16 afterwards where `half` is asked
     for."""
     everything = dict(files or {})
-    if (found := preprocessing.recorded(copy)) is not None:
+    if (found := recorded(copy)) is not None:
         everything[preprocessing.FILE] = found.to_bytes()
     if statistics is not None:
         everything[STATISTICS] = (json.dumps(statistics.to_json(), indent=1) + "\n").encode()
@@ -129,15 +132,13 @@ def configured_copy(vae: Any, normalisation: Normalisation | None = None, **chan
     # a config also holds what diffusers notes for itself; what the class takes is what is written
     defaults = {name: one.default for name, one in inspect.signature(type(vae).__init__).parameters.items()}
     config = {name: value for name, value in vae.config.items() if name in defaults}
-    if normalisation is None:
-        normalisation = Normalisation.from_config(config, "VAE")
-    for name, value in normalisation.to_config().items():
-        if name in defaults:
-            config[name] = defaults[name] if value is None else value
-        elif value is not None:  # VQModel and AutoencoderTiny know a scaling_factor only
-            raise UsageError(
-                f"normalisation `{normalisation.kind}`: the config of a {type(vae).__name__} has no {name}"
-            )
+    normalisation = own_normalisation(vae) if normalisation is None else held_by(vae, normalisation, defaults)
+    if normalisation is not None and family_of(vae).law == "config":
+        config |= {
+            name: defaults[name] if value is None else value
+            for name, value in normalisation.to_config().items()
+            if name in defaults
+        }
     # the config's own network without values: the weights are assigned below, not copied
     with torch.device("meta"):
         # an AutoencoderTiny has no sample_size
@@ -145,7 +146,9 @@ def configured_copy(vae: Any, normalisation: Normalisation | None = None, **chan
         copy = type(vae).from_config(config | known)
     weights = {name: value.detach().cpu() for name, value in vae.state_dict().items()}
     copy.load_state_dict(weights, strict=True, assign=True)
-    preprocessing.record(copy, preprocessing.recorded(vae))
+    if normalisation is not None:
+        write_statistics(copy, normalisation)
+    record(copy, recorded(vae))
     return copy.eval().requires_grad_(False)
 
 
@@ -169,7 +172,7 @@ def compare(written: Any, loaded: Any) -> float:
     for name, value in expected.items():
         if value.dtype != came[name].dtype or not torch.equal(value, came[name]):
             raise WorkError(f"reload check: tensor {name} is not what was written")
-    size = (1, int(written.config.latent_channels), 4, 4)
+    size = (1, latent_channels(written), 4, 4)
     # equal weights under another config can still decode otherwise
     z = torch.randn(size, generator=torch.Generator().manual_seed(0))
     before, after = latents.decode(written, z), latents.decode(loaded.to("cpu").eval(), z)

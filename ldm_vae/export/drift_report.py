@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
-from ldm_vae.autoencoder.geometry import downsampling_factor
-from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels
+from ldm_vae.autoencoder.normalisation import Normalisation, normalisation_of
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import ImageBatch
@@ -129,7 +129,7 @@ def measure_drift(
         UsageError: their latents have different shapes.
         WorkError: there was no image.
     """
-    shapes = [(int(vae.config.latent_channels), downsampling_factor(vae)) for vae in (base, tuned)]
+    shapes = [(latent_channels(vae), downsampling_factor(vae)) for vae in (base, tuned)]
     if shapes[0] != shapes[1]:
         raise UsageError(
             f"BASE has {shapes[0][0]} channels at f = {shapes[0][1]}, TUNED {shapes[1][0]} at {shapes[1][1]}"
@@ -158,8 +158,7 @@ def measure_drift(
     cosine = torch.cosine_similarity((before - centre).flatten(1), (after - centre).flatten(1))
     return Drift(
         same_encoder=encoder_fingerprint(base) == encoder_fingerprint(tuned),
-        same_normalisation=Normalisation.from_config(base.config, "the base")
-        == (normalisation or Normalisation.from_config(tuned.config, "the VAE")),
+        same_normalisation=normalisation_of(base, "the base") == (normalisation or normalisation_of(tuned, "the VAE")),
         images=len(before),
         cosine=float(cosine.mean()),
         rms=float(apart.square().mean().sqrt()),

@@ -14,13 +14,13 @@ import torch
 from tqdm import tqdm
 
 from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
+from ldm_vae.autoencoder.geometry import check_resolution, latent_channels
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.normalisation import Normalisation
-from ldm_vae.autoencoder.preparation import Preparation, check_same, preparation_of
+from ldm_vae.autoencoder.normalisation import Normalisation, normalisation_of
+from ldm_vae.autoencoder.preparation import Preparation, check_same, preparation_of, recorded
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.data.preprocessing import recorded
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.transforms import decoding_of, to_pixels
 from ldm_vae.latent_store.format.manifest import MANIFEST, read_manifest
@@ -36,7 +36,7 @@ def measure(vae: Any, pixel_batches: Iterable[torch.Tensor], device: torch.devic
     Raises:
         WorkError: there was no image, or the encoder gives NaN or Inf.
     """
-    statistics = LatentStatistics()
+    statistics = LatentStatistics(patch=family_of(vae).patch)
     for pixels in tqdm(pixel_batches, desc="measure latents", unit="batch", disable=None, leave=False):
         statistics.update(finite.encode(vae, pixels.to(device=device, dtype=vae.dtype)))
     if not statistics.images:
@@ -61,7 +61,7 @@ class Images:
 
     def image_batches(self, vae: Any) -> Iterator[ImageBatch]:
         """Batches of the same images, as metrics take them."""
-        check_resolution(self.resolution, downsampling_factor(vae))
+        check_resolution(self.resolution, vae)
         source = (self.preparation or preparation_of({"": vae})).open(self.data)
         indices = spread(len(source), self.limit or len(source))
         quarantine = Quarantine(len(source))
@@ -73,7 +73,7 @@ def is_store(stats: str) -> bool:
     return (Path(stats) / MANIFEST).is_file()
 
 
-def normalisation_of(base: str, latent_channels: int) -> Normalisation:
+def base_normalisation(base: str, channels: int) -> Normalisation:
     """The normalisation that another VAE's config names: a fine-tuned decoder keeps it, since the diffusion model that
     it serves was trained on latents so normalised.
 
@@ -81,11 +81,11 @@ def normalisation_of(base: str, latent_channels: int) -> Normalisation:
         UsageError: there is no such VAE, its config names two normalisations or none that can be divided by, or its
             latents have another number of channels.
     """
-    config = load_autoencoder(base).config
-    if int(config.latent_channels) != latent_channels:
-        came = f"{config.latent_channels} latent channels, this VAE {latent_channels}"
+    vae = load_autoencoder(base)
+    if latent_channels(vae) != channels:
+        came = f"{latent_channels(vae)} latent channels, this VAE {channels}"
         raise UsageError(f"normalisation_from {base}: expected a VAE with the same latents, it has {came}")
-    return Normalisation.from_config(config, f"normalisation_from {base}")
+    return normalisation_of(vae, f"normalisation_from {base}")
 
 
 def statistics_of_store(vae: Any, store: str, preparation: Preparation | None = None) -> LatentStatistics:

@@ -10,14 +10,15 @@ from typing import Any
 
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.geometry import latent_channels
+from ldm_vae.autoencoder.normalisation import Normalisation, normalisation_of
 from ldm_vae.autoencoder.single_file import SD_SCALING, is_sd_shape
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import intervals
 from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.export.diffusers_folder import STATISTICS, read_statistics
-from ldm_vae.export.measurement import normalisation_of
+from ldm_vae.export.measurement import base_normalisation
 from ldm_vae.export.request import Request
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 
@@ -54,10 +55,10 @@ def choose(request: Request, vae: AutoencoderKL, measured: LatentStatistics | No
         UsageError: nothing is measured for the kind that is asked for, or SRC names none that holds.
     """
     if request.normalisation_from is not None:
-        base = normalisation_of(request.normalisation_from, int(vae.config.latent_channels))
+        base = base_normalisation(request.normalisation_from, latent_channels(vae))
         return Choice(base, _lines(base, f"as {request.normalisation_from} has it", measured))
     try:
-        own = Normalisation.from_config(vae.config, f"SRC {request.source}")
+        own = normalisation_of(vae, f"SRC {request.source}")
     except UsageError:
         if measured is None or request.stats is None:
             raise

@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.geometry import image_channels, latent_channels
 from ldm_vae.autoencoder.ldm_network import LdmNetwork
 from ldm_vae.autoencoder.single_file import is_sd_shape, save_single_file
 from ldm_vae.core.errors import WorkError
@@ -170,8 +171,8 @@ def _differences(vae: AutoencoderKL, tensors: Mapping[str, torch.Tensor]) -> tup
     network = LdmNetwork(tensors, int(vae.config.norm_num_groups))
     # the smallest image that every downsampling divides, times two
     side = 2 ** len(vae.config.block_out_channels)
-    pixels = torch.rand(1, int(vae.config.in_channels), side, side, generator=draw) * 2 - 1
-    z = torch.randn(1, int(vae.config.latent_channels), 4, 4, generator=draw)
+    pixels = torch.rand(1, image_channels(vae), side, side, generator=draw) * 2 - 1
+    z = torch.randn(1, latent_channels(vae), 4, 4, generator=draw)
     moments = vae.encode(pixels).latent_dist.parameters
     return _relative(network.encode(pixels), moments), _relative(network.decode(z), latents.decode(vae, z))
 

@@ -13,12 +13,11 @@ from diffusers import AutoencoderKL
 from ldm_vae.autoencoder.geometry import downsampling_factor, only_kl, sample_size
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.normalisation import Normalisation
-from ldm_vae.autoencoder.preparation import Preparation, preparation_of
+from ldm_vae.autoencoder.preparation import Preparation, preparation_of, record, recorded
 from ldm_vae.autoencoder.single_file import load_single_file
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.ownership import own_name
-from ldm_vae.data.preprocessing import record, recorded
 from ldm_vae.export import hub
 from ldm_vae.export.card import Card, card_name
 from ldm_vae.export.diffusers_folder import configured_copy, write_configured

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import finite, latents
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
+from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, latent_channels
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.core.errors import WorkError
 from ldm_vae.data.quarantine import Quarantine
@@ -80,7 +80,7 @@ def evaluate(
     (12, True)
     """
     device = torch.device(device)
-    check_resolution(resolution, downsampling_factor(vae))
+    check_resolution(resolution, vae)
     bad = Quarantine(len(source))
     batches = image_batches(source, None, resolution, batch_size=batch_size, num_workers=num_workers, quarantine=bad)
     chosen = build_metrics(metrics, device, resolution)
@@ -177,7 +177,7 @@ def reconstruct(
 
 def _latent_shape(vae: Any, resolution: int) -> tuple[int, int, int]:
     side = resolution // downsampling_factor(vae)
-    return int(vae.config.latent_channels), side, side
+    return latent_channels(vae), side, side
 
 
 class Checksum:

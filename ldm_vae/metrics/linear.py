@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import VQModel
 
-from ldm_vae.autoencoder.geometry import downsampling_factor
+from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, latent_channels
 from ldm_vae.autoencoder.linear_code import LinearCode, PatchMoments
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.source import Source
@@ -55,13 +55,13 @@ def fit_code(
     if isinstance(vae, VQModel):
         return None
     chosen = [indices[place] for place in spread(len(indices), LARGEST)]
-    moments = PatchMoments(downsampling_factor(vae), int(vae.config.in_channels))
+    moments = PatchMoments(downsampling_factor(vae), image_channels(vae))
     for batch in image_batches(
         source, share_of(rank, world_size, chosen, batch_size), resolution, batch_size=batch_size
     ):
         moments.update(batch.pixels)
     moments.add_up(total)
     try:
-        return moments.code(int(vae.config.latent_channels))
+        return moments.code(latent_channels(vae))
     except UsageError:
         return None

@@ -15,7 +15,7 @@ import torch
 
 from ldm_vae import __version__
 from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
-from ldm_vae.autoencoder.geometry import downsampling_factor
+from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import atomic_io
@@ -56,7 +56,7 @@ def describe_vae(vae: Any, name: str, source: str) -> Json:
         "decoder_fingerprint": decoder_fingerprint(vae),
         "parameters": count_parameters(vae.parameters()),
         "downsampling_factor": downsampling_factor(vae),
-        "latent_channels": int(vae.config.latent_channels),
+        "latent_channels": latent_channels(vae),
         "scaling_factor": vae.config.scaling_factor or None,  # 0: of a checkpoint, never measured
     }
 

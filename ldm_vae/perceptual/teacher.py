@@ -11,7 +11,7 @@ import torch
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.normalisation import normalisation_of
 from ldm_vae.core.frozen_module import Frozen
 
 
@@ -20,7 +20,7 @@ class Teacher(Frozen):
 
     def __init__(self, source: str) -> None:
         super().__init__(load_autoencoder(source))
-        self.normalisation = Normalisation.from_config(self.network.config, f"VAE {source}")
+        self.normalisation = normalisation_of(self.network, f"VAE {source}")
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()

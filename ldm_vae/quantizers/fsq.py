@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
+from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.bottleneck import Bottleneck, Codes, Encoded
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.core.config import Part
@@ -61,8 +62,7 @@ class FiniteScalar(Bottleneck):
         return Encoded(moments, before + (after - before).detach(), Codes(indices, before, after))
 
     def decode(self, vae: Any, z: torch.Tensor) -> torch.Tensor:
-        pixels: torch.Tensor = vae.decode(z, force_not_quantize=True).sample
-        return pixels
+        return latents.pixels_of(vae, z, force_not_quantize=True)
 
     def after_update(self, vae: Any) -> dict[str, torch.Tensor]:
         return usage(self.pending.total())

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
+from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.bottleneck import Bottleneck, Codes, Encoded
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.core.config import Part
@@ -59,8 +60,7 @@ class GumbelSoftmax(Bottleneck):
         return Encoded(moments, z, codes)
 
     def decode(self, vae: Any, z: torch.Tensor) -> torch.Tensor:
-        pixels: torch.Tensor = vae.decode(z, force_not_quantize=True).sample
-        return pixels
+        return latents.pixels_of(vae, z, force_not_quantize=True)
 
     def after_update(self, vae: Any) -> dict[str, torch.Tensor]:
         counts = self.pending.total()

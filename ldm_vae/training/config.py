@@ -11,14 +11,13 @@ from torch import nn
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.fine_tuning import resize_channels, set_trainable
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.preparation import check_same, shown
+from ldm_vae.autoencoder.preparation import check_same, recorded, shown
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.config import choice, choices
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.numbers import Positive, Side
 from ldm_vae.core.rng import seeded
 from ldm_vae.data.buckets import BucketConfig
-from ldm_vae.data.preprocessing import recorded
 from ldm_vae.data.source import SourceConfig
 from ldm_vae.data.transforms import TransformConfig
 from ldm_vae.perceptual.teacher import teacher

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from ldm_vae.autoencoder.geometry import downsampling_factor
+from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels, step_of
 from ldm_vae.autoencoder.linear_code import PatchMoments, k_means, to_patches
 from ldm_vae.autoencoder.linear_init import start_linear
 from ldm_vae.core import distributed, rng
@@ -71,7 +71,7 @@ class ImageFeed:
 
     def __init__(self, settings: Training, vae: Any, source: Source | Stream) -> None:
         self.settings, self.source = settings, source
-        self._shapes = settings.buckets and settings.buckets.choose(settings.resolution, downsampling_factor(vae))
+        self._shapes = settings.buckets and settings.buckets.choose(settings.resolution, step_of(vae))
 
     @property
     def prepared(self) -> Preprocessing:
@@ -132,7 +132,7 @@ def start_from_data(vae: Any, source: Source | Stream, settings: Training, accel
     moments, patches = _patches_of(vae, source, settings, accelerator, -(-VECTORS * codes // settings.init_images))
     with seeded(settings.seed):
         if codes:
-            code = moments.code(int(vae.config.vq_embed_dim or vae.config.latent_channels))
+            code = moments.code(latent_channels(vae))
             scale = code.deviations / code.deviations[0]  # k-means then weighs errors as the picture does
             start_linear(vae, code, scale)
             vae.quantize.embedding.weight.data.copy_(k_means(code.of_patches(patches) * scale, codes, settings.seed))

@@ -21,11 +21,12 @@ from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.geometry import only_kl
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.preparation import record
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data import sampler
 from ldm_vae.data.dataset import MOST_BAD_IN_A_ROW
 from ldm_vae.data.decoding import read_image
-from ldm_vae.data.preprocessing import Preprocessing, record
+from ldm_vae.data.preprocessing import Preprocessing
 from ldm_vae.data.quarantine import Bad, BadImage, Quarantine
 from ldm_vae.data.sampler import Work
 from ldm_vae.data.source import Source, image_checksum

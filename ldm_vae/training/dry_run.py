@@ -162,7 +162,7 @@ def describe(settings: Training, processes: int = 1) -> str:
         UsageError: the config does not hold together.
     """
     vae = _outline(settings)
-    check_resolution(settings.resolution, downsampling_factor(vae))
+    check_resolution(settings.resolution, vae)
     found = plan(settings, processes)
     global_batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
     latent = build_network(settings, vae, outline=True).latent_shape(settings.resolution, settings.resolution)

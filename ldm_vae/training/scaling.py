@@ -20,7 +20,7 @@ from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import with_resize
 from ldm_vae.data.transforms import to_pixels
-from ldm_vae.export.measurement import measure, normalisation_of, statistics_of_store
+from ldm_vae.export.measurement import base_normalisation, measure, statistics_of_store
 from ldm_vae.export.normalisation import is_default
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.metrics.batches import image_batches, some_of
@@ -35,12 +35,12 @@ def given_normalisation(settings: Training, vae: Any) -> Normalisation | None:
     """
     channels = settings.model.latent_channels
     if settings.normalisation_from is not None:
-        return normalisation_of(settings.normalisation_from, channels)
+        return base_normalisation(settings.normalisation_from, channels)
     by_name, resized = settings.normalisation is not None, settings.ignore_mismatched_sizes
     if settings.init_from is None or by_name or resized or encoder_learns(vae):
         return None
     try:
-        base = normalisation_of(settings.init_from, channels)
+        base = base_normalisation(settings.init_from, channels)
     except UsageError:  # its config names none that holds
         return None
     return None if is_default(base, vae) else base

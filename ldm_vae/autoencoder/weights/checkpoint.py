@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ldm_vae.autoencoder.preparation import recorded
 from ldm_vae.autoencoder.weights.files import Weights, open_weights
 from ldm_vae.autoencoder.weights.networks import CONFIG
 from ldm_vae.data import preprocessing
@@ -30,7 +31,7 @@ def is_checkpoint(source: str | Path) -> bool:
 def describe(vae: Any, sample_size: int) -> dict[str, bytes]:
     """Files that make a checkpoint of `vae` readable as an autoencoder: its config, with the side of its images, and
     its record of preprocessing."""
-    found, config = preprocessing.recorded(vae), json.loads(vae.to_json_string())
+    found, config = recorded(vae), json.loads(vae.to_json_string())
     if "sample_size" in config:  # an AutoencoderTiny has none
         config["sample_size"] = sample_size
     files = {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers import ModelMixin
+from diffusers.models import autoencoders
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.weights import rounding
 from ldm_vae.autoencoder.weights.files import (
     STEM,
@@ -28,15 +30,15 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.core.files import read_bytes
 from ldm_vae.core.validation import check_model_config, first_line, parse_json
 
-CLASSES = {model.__name__: model for model in (AutoencoderKL, VQModel, AutoencoderTiny)}
 CONFIG = "config.json"
 
 
-def load_folder(folder: Path, place: str, classes: Mapping[str, Any]) -> Any:
+def load_folder(folder: Path, place: str, classes: Mapping[str, Any] | None = None) -> Any:
     """The network of a diffusers folder, of the class that its config.json names, in eval mode.
 
     Args:
         place: opens every sentence ("VAE my-vae").
+        classes: those that it may be of; an autoencoder of images by default.
 
     Raises:
         UsageError: the folder does not hold such a network, whole; the sentence names the file or the tensors.
@@ -57,33 +59,57 @@ def read_config(path: Path, place: str) -> dict[str, Any]:
     return dict(config)
 
 
-def class_of(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] = CLASSES) -> str:
-    """The name of the class that a config is of; an AutoencoderKL's where it names none and has one's widths.
+def class_of(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] | None = None) -> Any:
+    """The class that a config is of; AutoencoderKL where it names none and has one's widths.
 
     Raises:
         UsageError: it is of another class, or nothing in it says of which.
     """
     name = config.get("_class_name", "AutoencoderKL" if "block_out_channels" in config else None)
-    if not isinstance(name, str) or name not in classes:
+    found = None
+    if isinstance(name, str):
+        found = _autoencoder(name) if classes is None else classes.get(name)
+    if found is None:
         told = f"its {CONFIG} says {name}" if name is not None else f"its {CONFIG} names no class (_class_name)"
-        raise UsageError(f"{place}: expected one of {', '.join(classes)}, {told}")
+        expected = "an autoencoder of diffusers" if classes is None else f"one of {', '.join(classes)}"
+        raise UsageError(f"{place}: expected {expected}, {told}")
+    if classes is None and (signal := family_of(found).signal) not in ("image", "still"):
+        what = {"video": "clips", "audio": "sounds"}.get(signal, "something else than images")
+        raise UsageError(f"{place}: expected an autoencoder of images, got a {name}, which is one of {what}")
     if config.get("quantization_config"):
         raise UsageError(
             f"{place}: its {CONFIG} has a quantization_config: quantised weights are not read; give the weights that "
             "they were made from"
         )
-    return name
+    return found
 
 
-def build(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] = CLASSES) -> Any:
+def _autoencoder(name: str) -> Any:
+    """The autoencoder class of that name: diffusers', else one that a module of the user's own has defined by now; None
+    where there is none."""
+    found = getattr(autoencoders, name, None)
+    if isinstance(found, type):
+        return found
+    return next(
+        (model for model in _subclasses(ModelMixin) if model.__name__ == name and hasattr(model, "encode")), None
+    )
+
+
+def _subclasses(model: Any) -> Iterator[Any]:
+    for one in model.__subclasses__():
+        yield one
+        yield from _subclasses(one)
+
+
+def build(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] | None = None) -> Any:
     """The network of a config, without values. Raises UsageError for a config of nothing."""
-    name = class_of(config, place, classes)
+    model = class_of(config, place, classes)
     try:
         # no values yet: neither time nor memory for a config whose weights may not fit
         with init_empty_weights():
-            return classes[name].from_config(dict(config))
+            return model.from_config(dict(config))
     except Exception as error:  # what a hostile config makes of diffusers: any kind
-        raise UsageError(f"{place}: {CONFIG} describes no {name}: {first_line(error)}") from error
+        raise UsageError(f"{place}: {CONFIG} describes no {model.__name__}: {first_line(error)}") from error
 
 
 def fill(network: torch.nn.Module, weights: Weights) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.geometry import image_channels
 from ldm_vae.autoencoder.weights.files import Entry, Weights, few
 from ldm_vae.core.errors import UsageError
 
@@ -108,7 +109,7 @@ def _psnr(vae: Any, rounded: Mapping[str, Rounding]) -> float:
             value += rounded[name].unit(value) * (torch.rand(value.shape, generator=generator) - 0.5)
     # a smooth picture with an edge: what photographs are made of
     rows, columns = torch.meshgrid(torch.linspace(-1, 1, SIDE), torch.linspace(-1, 1, SIDE), indexing="ij")
-    channels = [0.6 * torch.sin(3 * rows + k) * torch.cos(2 * columns - k) for k in range(int(vae.config.in_channels))]
+    channels = [0.6 * torch.sin(3 * rows + k) * torch.cos(2 * columns - k) for k in range(image_channels(vae))]
     picture = torch.stack(channels)[None] + 0.3 * (rows > columns)
     first, second = (latents.decode(one, latents.encode(one, picture).mean) for one in (vae, other))
     error = float((first - second).double().square().mean())

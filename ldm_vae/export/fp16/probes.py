@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.geometry import downsampling_factor, sample_size
+from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, sample_size
 from ldm_vae.autoencoder.preparation import Preparation, preparation_of
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import image_batches, spread
@@ -49,7 +49,7 @@ def make_probes(
     """
     factor = downsampling_factor(vae)
     side = resolution or max(factor, min(LARGEST_SIDE, sample_size(vae)) // factor * factor)
-    channels = int(vae.config.in_channels)
+    channels = image_channels(vae)
     real = torch.empty(0, channels, side, side)
     if data is not None:
         source = (preparation or preparation_of({"": vae})).open(data)

@@ -14,6 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ldm_vae import __version__
+from ldm_vae.autoencoder.geometry import latent_channels
+from ldm_vae.autoencoder.normalisation import normalisation_of
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
 from ldm_vae.latent_store.convert import formats
@@ -65,7 +67,6 @@ def convert_from(
     """
     from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
     from ldm_vae.autoencoder.geometry import downsampling_factor
-    from ldm_vae.autoencoder.normalisation import Normalisation
 
     chosen = formats.load(name)
     if not path.exists():
@@ -86,8 +87,8 @@ def convert_from(
         raise UsageError(f"--shard_size: expected at least 1, got {shard_size}")
     assert encoder is not None
     codes = getattr(vae.config, "num_vq_embeddings", None)
-    normalisation = Normalisation.from_config(vae.config, f"VAE {vae_name}")
-    channels = int(vae.config.get("vq_embed_dim") or vae.config.latent_channels)
+    normalisation = normalisation_of(vae, f"VAE {vae_name}")
+    channels = latent_channels(vae)
     claim = Claim(encoder, downsampling_factor(vae), channels, codes, str(path), shard_size, normalisation)
     found = chosen.read(path, claim)
     head = Manifest(

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from diffusers import AutoencoderKL, VQModel
+from diffusers import VQModel
 from pydantic import ConfigDict, Field
 
+from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError
 from ldm_vae.latent_store.format.layout import StorageDtype, StoreKind
@@ -25,15 +26,17 @@ MOST_UINT16 = 1 << 16
 def choose(vae: Any, store: StoreKind | None, dtype: StorageDtype | None) -> tuple[StoreKind, StorageDtype, int | None]:
     """Choose what a store holds of a VAE: the kind of tensors, their dtype, and for indices the number of codes.
 
-    None selects what most readers need: moments of an AutoencoderKL, indices of a VQModel, the mean of an
-    AutoencoderTiny (neither of the latter two has a variance); fp16, or the smallest integer that holds every index.
+    None selects what most readers need: indices of a VQModel, the mean of an encoder without a variance, the moments of
+    any other; fp16, or the smallest integer that holds every index.
 
     Raises:
         UsageError: the VAE does not give that, or the dtype cannot hold it.
     """
     kinds: tuple[StoreKind, ...] = ("moments", "mean", "sample")
-    if not isinstance(vae, AutoencoderKL):
-        kinds = ("indices", "mean") if isinstance(vae, VQModel) else ("mean",)
+    if isinstance(vae, VQModel):
+        kinds = ("indices", "mean")
+    elif geometry_of(vae).is_point:
+        kinds = ("mean",)
     store = kinds[0] if store is None else store
     if store not in kinds:
         raise UsageError(f"store: expected {' or '.join(kinds)} of a {type(vae).__name__}, got {store}")

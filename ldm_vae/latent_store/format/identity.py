@@ -40,6 +40,8 @@ class Identity(Section):
     """Whether the crops are stored too, as uint8."""
     codes: int | None = None
     """Codes in the codebook, where indices are stored."""
+    patch: int = Field(1, gt=0, le=64)
+    """Side of the squares of positions that the VAE's pipelines make channels of; statistics are of these channels."""
 
     @model_validator(mode="after")
     def _check(self) -> Identity:

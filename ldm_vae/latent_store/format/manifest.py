@@ -71,7 +71,7 @@ class Recorded(Section):
     decoder: str
     """SHA-256 of the decoder's and post_quant_conv's tensors."""
     normalisation: dict[str, Any]
-    """The four keys of the VAE's config.json that say how z becomes latents."""
+    """What the VAE says of how z becomes latents (`Normalisation.to_config`); nothing where it says nothing."""
     tool: str
     """Version of ldm-vae that began the store."""
     claimed: bool = False
@@ -81,7 +81,8 @@ class Recorded(Section):
     def _check(self) -> Recorded:
         mean = self.normalisation.get("latents_mean")
         check_model_config(self.normalisation | {"latent_channels": len(mean) if isinstance(mean, list) else 0})
-        Normalisation.from_config(self.normalisation, "normalisation")
+        if self.normalisation:
+            Normalisation.from_config(self.normalisation, "normalisation")
         return self
 
 
@@ -164,8 +165,11 @@ class Manifest(Section):
             images, good = usage.images, usage.codes == self.identity.codes and all(len(one) == 2 for one in shapes)
         else:
             measured = config.validate(Measured, self.statistics or {}, "statistics")
-            used, channels = self.normalisation.latents_mean, len(measured.mean)
-            images, good = measured.images, all(len(one) == 3 and one[0] == channels for one in shapes)
+            used, channels = self.recorded.normalisation.get("latents_mean"), len(measured.mean)
+            images, good = (
+                measured.images,
+                all(len(one) == 3 and one[0] * self.identity.patch**2 == channels for one in shapes),
+            )
             good = good and (used is None or len(used) == channels)
         if not good:
             raise ValueError("shards, statistics and normalisation: expected one number of channels, or of codes")
@@ -179,7 +183,12 @@ class Manifest(Section):
 
     @property
     def normalisation(self) -> Normalisation:
-        """The one normalisation that the VAE's config.json named when the store was made."""
+        """The one normalisation that the VAE named when the store was made. Raises UsageError where it named none."""
+        if not self.recorded.normalisation:
+            raise UsageError(
+                "normalisation: the VAE of this store names none; LatentDataset(..., normalisation=KIND) takes what "
+                "was measured on the store: scale, shift or channel"
+            )
         return Normalisation.from_config(self.recorded.normalisation, "the store's recorded.normalisation")
 
     def to_bytes(self) -> bytes:

@@ -45,7 +45,7 @@ def statistics(identity: Identity, read: ReadRows, keys: Sequence[str]) -> npt.N
         return usage.sums
     images = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
     dtype = SAFETENSORS_DTYPES[identity.dtype]
-    total = LatentStatistics()
+    total = LatentStatistics(patch=identity.patch)
     for view in identity.views:
         for first in range(0, len(images), CHUNK_ROWS):
             stop = min(first + CHUNK_ROWS, len(images))
@@ -78,7 +78,7 @@ def map_shard(path: Path, identity: Identity, shard: ShardRecord) -> dict[str, n
 
 def are_sums(table: npt.NDArray[Any] | None, identity: Identity, shard: ShardRecord) -> bool:
     """Whether a shard's table of sums is one of such a shard: other programs leave it out, or write anything."""
-    width = 2 + 3 * shard.shape[0] if identity.codes is None else 1 + identity.codes
+    width = 2 + 3 * shard.shape[0] * identity.patch**2 if identity.codes is None else 1 + identity.codes
     if table is None or table.dtype != np.float64 or table.ndim != 2 or table.shape[1] != width or not len(table):
         return False
     return bool(np.isfinite(table).all()) and table[0, 0] == shard.rows * len(identity.views)
@@ -86,7 +86,7 @@ def are_sums(table: npt.NDArray[Any] | None, identity: Identity, shard: ShardRec
 
 def accumulator(identity: Identity) -> LatentStatistics | CodeStatistics:
     """Empty accumulator for the tables of sums of a store's shards."""
-    return LatentStatistics() if identity.codes is None else CodeStatistics(identity.codes)
+    return LatentStatistics(patch=identity.patch) if identity.codes is None else CodeStatistics(identity.codes)
 
 
 def live_statistics(

@@ -60,6 +60,7 @@ class Measured(Section):
     shift_factor: float
     latents_mean: list[float]
     latents_std: list[NonNegativeFloat]
+    patch: int = Field(1, gt=0)
     ci95: Intervals | None = None
 
     @model_validator(mode="after")
@@ -78,8 +79,9 @@ class LatentStatistics:
     sums [1 + REPLICATES, 2 + 3c] fp64, each row: images, positions, then per channel the sums of mu, mu^2, sigma^2.
     """
 
-    def __init__(self, sums: Array | None = None) -> None:
-        self.sums = sums
+    def __init__(self, sums: Array | None = None, patch: int = 1) -> None:
+        """patch: side of the squares of positions that become channels before anything is summed."""
+        self.sums, self.patch = sums, patch
         self._intervals: Mapping[str, Any] | None = None
 
     # --- accumulating -------------------------------------------------------------------------------------------------
@@ -94,6 +96,7 @@ class LatentStatistics:
     ) -> None:
         """Add posterior means [B, c, h, w] and variances of the same shape (None: z itself was given)."""
         start = self.images
+        mean, variance = _patched(mean, self.patch), None if variance is None else _patched(variance, self.patch)
         keys = range(start, start + len(mean)) if keys is None else keys
         # one row an image, then weighted sums over images: row 0 with weight 1, replicates with Poisson's
         rows = _image_sums(mean, variance)
@@ -144,7 +147,7 @@ class LatentStatistics:
 
     def normalisation(self, kind: NormalisationKind) -> Normalisation:
         """The measured normalisation of that kind: `scale`, `shift` or `channel`."""
-        return Normalisation.from_statistics(kind, self.mean, self.variance)
+        return Normalisation.from_statistics(kind, self.mean, self.variance, self.patch)
 
     def gives(self, normalisation: Normalisation) -> bool:
         """True if this normalisation is the measured one of its kind, to what a config file keeps of it."""
@@ -221,6 +224,7 @@ class LatentStatistics:
             "latents_std": self.variance.sqrt().tolist(),  # 0 of a dead channel
             "ci95": None if self.intervals is None else dict(self.intervals),
             "ci95_method": intervals.METHOD,
+            **({} if self.patch == 1 else {"patch": self.patch}),
         }
 
     @classmethod
@@ -232,9 +236,14 @@ class LatentStatistics:
         posterior, count = np.asarray(tree["posterior_variance"], np.float64), float(tree["count"])
         squares = variance - posterior + mean**2
         sums = np.concatenate([[float(tree["images"]), count], mean * count, squares * count, posterior * count])
-        statistics = cls(sums[None])
+        statistics = cls(sums[None], int(tree.get("patch", 1)))
         statistics._intervals = intervals.recorded(tree)
         return statistics
+
+
+def _patched(values: npt.NDArray[Any], patch: int) -> npt.NDArray[Any]:
+    """[B, c, h, w] => [B, c * p * p, h / p, w / p]."""
+    return values if patch == 1 else torch.pixel_unshuffle(torch.from_numpy(values), patch).numpy()
 
 
 def _image_sums(mean: npt.NDArray[Any], variance: npt.NDArray[Any] | None) -> Array:

@@ -145,7 +145,8 @@ class LatentDataset(Dataset[Item]):
             raise UsageError("normalisation: the store holds indices of codes, which are not scaled")
         if isinstance(normalisation, str):
             return self.statistics.normalisation(normalisation)
-        return self.manifest.normalisation if normalisation is None else normalisation
+        unused = self.raw and not self.manifest.recorded.normalisation
+        return normalisation or (Normalisation(1.0) if unused else self.manifest.normalisation)
 
     @property
     def statistics(self) -> LatentStatistics:
@@ -197,9 +198,10 @@ class LatentDataset(Dataset[Item]):
         return int(self._stops[-1]) if len(self._stops) else 0
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """Latent shape (c, h, w) of one sample; a store of one resolution without buckets has one shape."""
+        """Shape (c, h, w) of one sample as it is given; a store of one resolution without buckets has one."""
         checked = self._checked(np.asarray([index], dtype=np.int64))
-        return self.shards[int(np.searchsorted(self._stops, checked, side="right")[0])].shape
+        stored = self.shards[int(np.searchsorted(self._stops, checked, side="right")[0])].shape
+        return stored if self.raw or len(stored) < 3 else self.normalisation.shape(stored)
 
     def shapes(self) -> dict[tuple[int, ...], Sequence[int] | Integers]:
         """The latent shapes in the store, each with the indices of its samples."""

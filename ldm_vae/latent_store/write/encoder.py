@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.geometry import downsampling_factor
+from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.core import rng
 from ldm_vae.core.errors import WorkError
@@ -94,7 +94,7 @@ class Encoder:
         """The stored tensors of crops [C, H, W]."""
         shape: tuple[int, ...] = (height // self._factor, width // self._factor)
         if self.identity.store != "indices":
-            shape = (int(self.vae.config.latent_channels), *shape)
+            shape = (latent_channels(self.vae), *shape)
         dtype = SAFETENSORS_DTYPES[self.identity.dtype]
         views = self.identity.views
         specs = [TensorSpec(tensor_name(name, view), dtype, shape) for view in views for name in self._names]

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from ldm_vae import __version__
+from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
-from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.normalisation import own_normalisation
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.ownership import Ownership, is_mark, own_together
@@ -130,13 +131,12 @@ def write_store(
     (12, 'moments')
     """
     out, processes = Path(out), processes or Processes()
-    factor = downsampling_factor(vae)
     resolutions = (resolution,) if isinstance(resolution, int) else tuple(resolution)
     for side in resolutions:
-        check_resolution(side, factor)
+        check_resolution(side, vae)
     _at_least_one(batch_size=batch_size, shard_size=shard_size, encode_threads=encode_threads)
     if tile is not None:
-        check_tile(*tile, factor)
+        check_tile(*tile, downsampling_factor(vae))
     kind, storage, codes = choose(vae, store, dtype)
     identity = Identity(
         encoder=encoder_fingerprint(vae),
@@ -151,14 +151,15 @@ def write_store(
         tile=tile,
         pixels=pixels,
         codes=codes,
+        patch=family_of(vae).patch,
     )
     cutting = cutting_of(identity, vae)
-    normalisation = Normalisation.from_config(vae.config, f"VAE {vae_name}").to_config()
+    normalisation = own_normalisation(vae, f"VAE {vae_name}")
     recorded = Recorded(
         vae=vae_name,
         data=source_name,
         decoder=decoder_fingerprint(vae),
-        normalisation=normalisation,
+        normalisation={} if normalisation is None else normalisation.to_config(),
         tool=__version__,
     )
     wanted = Manifest(identity=identity, source=work_units.source_identity(source), recorded=recorded)
