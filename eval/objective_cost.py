@@ -54,7 +54,7 @@ def cut(r: Reconstruction) -> tuple[Reconstruction, list[torch.Tensor]]:
         codes, more = Codes(codes.indices, before, after, kl), [before, after]
     moments = latents.Moments(mean, logvar, r.moments.is_point)
     images = r.images
-    return Reconstruction(images, pixels, images, moments, z, r.last_hidden, codes), [mean, logvar, pixels, z, *more]
+    return Reconstruction(images, pixels, images, moments, z, r.last_calls, codes), [mean, logvar, pixels, z, *more]
 
 
 def count(kind: str, size: int) -> tuple[float, float]:

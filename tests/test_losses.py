@@ -277,9 +277,9 @@ def test_alignment_is_zero_where_latents_are_the_features() -> None:
     term.project.weight.data.copy_(torch.eye(8)[:, :, None, None])
     r = forward(network(codes=False))
     features = stem((images() + 1) * 127.5).detach()
-    perfect = Reconstruction(images(), r.pixels, r.target, r.moments, 3 * features, r.last_hidden)
+    perfect = Reconstruction(images(), r.pixels, r.target, r.moments, 3 * features, r.last_calls)
     assert term(perfect).item() == pytest.approx(0.0, abs=1e-5)
-    other = Reconstruction(images(), r.pixels, r.target, r.moments, features.flip(3), r.last_hidden)
+    other = Reconstruction(images(), r.pixels, r.target, r.moments, features.flip(3), r.last_calls)
     assert term(other).item() > 0.1
     with refused(UsageError, "latent_channels") as error:
         term(r)

@@ -14,6 +14,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from sentences import refused
 from torch import nn
 
+from ldm_vae.autoencoder.last_layer import Call
 from ldm_vae.autoencoder.latents import Moments, posterior_noise
 from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core import rng
@@ -181,10 +182,13 @@ def test_who_plays_when() -> None:
 def test_the_last_layer_gradient_is_autograds_even_when_tiny() -> None:
     layer = nn.Conv2d(4, 3, 3, padding=1)
     hidden = torch.randn(2, 4, 8, 8)
+    calls = [Call((hidden,), None)]
     cotangent = torch.randn(2, 3, 8, 8) * 1e-38
     (expected,) = torch.autograd.grad(layer(hidden).double(), layer.weight, cotangent.double() * 1e30)
-    torch.testing.assert_close(last_layer_gradient(layer, hidden, cotangent * 1e30), expected, rtol=1e-4, atol=1e-12)
-    tiny = last_layer_gradient(layer, hidden, cotangent * 1e8)
+    torch.testing.assert_close(
+        last_layer_gradient(layer, calls, hidden, cotangent * 1e30), expected, rtol=1e-4, atol=1e-12
+    )
+    tiny = last_layer_gradient(layer, calls, hidden, cotangent * 1e8)
     torch.testing.assert_close(tiny * 1e22, expected, rtol=1e-3, atol=1e-12)
 
 

@@ -118,7 +118,7 @@ def parts(work: Workload, changes: tuple[str, ...]) -> dict[str, Part]:
 
     def adaptive_weight() -> None:
         layer = networks.network.last_layer
-        adaptive_ratio(networks.accelerator, layer, made.last_hidden, cotangent, cotangent)
+        adaptive_ratio(networks.accelerator, layer, made, cotangent, cotangent)
 
     def update() -> None:
         for parameters, optimizer in zip(weights, optimizers, strict=True):

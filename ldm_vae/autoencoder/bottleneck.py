@@ -59,11 +59,6 @@ class Bottleneck(nn.Module):
     def decode(self, vae: Any, z: torch.Tensor) -> torch.Tensor:
         return latents.decode(vae, z)
 
-    def last_layer(self, vae: Any) -> nn.Conv2d:
-        """The decoder's last convolution: the adaptive weight compares gradients there."""
-        layer: nn.Conv2d = vae.decoder.conv_out
-        return layer
-
     def after_update(self, vae: Any) -> dict[str, torch.Tensor]:
         """Move its state by all micro-batches of an update that was taken, and restore what must hold of the weights;
         figures for the log, the same on every rank."""
@@ -98,7 +93,3 @@ class PointBottleneck(Bottleneck):
     def encode(self, vae: Any, images: torch.Tensor, noise: torch.Tensor, images_seen: int) -> Encoded:
         moments = latents.encode(vae, images)
         return Encoded(moments, moments.mean)
-
-    def last_layer(self, vae: Any) -> nn.Conv2d:
-        layer: nn.Conv2d = vae.decoder.layers[-1]
-        return layer

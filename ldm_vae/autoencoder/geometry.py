@@ -24,13 +24,15 @@ SIDES = (256, 512)  # of the images that are tried: the largest f is 64, and 256
 
 @dataclass(frozen=True)
 class Geometry:
-    """in_channels C and latent_channels c; factor f, pixels per latent position along one side; is_point: its encoder
-    gives no variance; side: of the only images that it takes and makes, where it takes no others (AutoencoderRAE)."""
+    """Of the images: in_channels C; side, where it takes and makes one size only (AutoencoderRAE). Of the latents:
+    latent_channels c; factor f, pixels per position along one side; is_point, where there is no variance; field of the
+    encoder's output that holds them."""
 
     in_channels: int
     latent_channels: int
     factor: int
     is_point: bool
+    field: str
     side: int | None = None
 
 
@@ -48,22 +50,29 @@ def geometry_of(vae: Any) -> Geometry:
     return known
 
 
+def without_values(vae: Any) -> Any:
+    """A network of the same class and config, for use in `torch.device("meta")`."""
+    return type(vae).from_config(vae.config).eval()
+
+
 @torch.no_grad()
 def _measure(vae: Any) -> Geometry:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        empty = type(vae).from_config(vae.config).eval()
+        empty = without_values(vae)
         failed: Exception | None = None
         for channels in _channels(vae):
             try:
-                found = [latents.encode(empty, torch.empty(1, channels, side, side)) for side in SIDES]
+                images = [torch.empty(1, channels, side, side) for side in SIDES]
+                found = [latents.encode(empty, pixels) for pixels in images]
             except Exception as error:  # of another number of channels, or of another signal: any kind
                 failed = failed or error
                 continue
             (small, large), c = (moments.mean.shape[-1] for moments in found), int(found[0].mean.shape[1])
+            field = latents.field_of(empty.encode(family_of(vae).enter(images[0])))
             if small == large:  # it resizes what it is given, and makes what that decodes to
                 made = int(latents.decode(empty, found[0].mean).shape[-1])
-                return Geometry(channels, c, made // small, found[0].is_point, made)
-            return Geometry(channels, c, SIDES[0] // small, found[0].is_point)
+                return Geometry(channels, c, made // small, found[0].is_point, field, made)
+            return Geometry(channels, c, SIDES[0] // small, found[0].is_point, field)
     assert failed is not None
     raise UsageError(
         f"VAE: a {type(vae).__name__} encodes no image [B, C, H, W]: {first_line(failed)}; "
@@ -106,6 +115,15 @@ def only_kl(vae: Any, what: str) -> None:
     """Raises UsageError unless the VAE is an AutoencoderKL; `what` is the argument that asked for more."""
     if not isinstance(vae, AutoencoderKL):
         raise UsageError(f"{what}: expected an AutoencoderKL, got a {type(vae).__name__}")
+
+
+def some_latents(vae: Any, count: int = 1) -> torch.Tensor:
+    """Standard normal z [B, c, h, w] that it decodes: of 4 x 4 positions, or of its only number of them; the same at
+    every call."""
+    geometry = geometry_of(vae)
+    side = 4 if geometry.side is None else geometry.side // geometry.factor
+    shape = (count, geometry.latent_channels, side, side)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def check_resolution(resolution: int, vae: Any) -> None:

@@ -60,16 +60,11 @@ class Moments:
         Raises:
             UsageError: it gives neither.
         """
-        posterior: Any = getattr(encoded, "latent_dist", None)
-        if hasattr(posterior, "mean"):
-            mean = at_least_fp32(posterior.mean)
-            logvar = posterior.logvar if hasattr(posterior, "logvar") else 2.0 * at_least_fp32(posterior.std).log()
-            return cls(mean, at_least_fp32(logvar).clamp(*LOGVAR_RANGE))
-        for name in ("latent", "latents"):
-            if torch.is_tensor(point := getattr(encoded, name, None)):
-                return cls.point(point)
-        given = ", ".join(encoded) if isinstance(encoded, Mapping) else type(encoded).__name__
-        raise UsageError(f"VAE: its encode gives {given}; expected latent_dist with a mean, latent or latents")
+        found = getattr(encoded, field_of(encoded))
+        if torch.is_tensor(found):
+            return cls.point(found)
+        logvar = found.logvar if hasattr(found, "logvar") else 2.0 * at_least_fp32(found.std).log()
+        return cls(at_least_fp32(found.mean), at_least_fp32(logvar).clamp(*LOGVAR_RANGE))
 
     @classmethod
     def point(cls, mean: torch.Tensor) -> Moments:
@@ -95,6 +90,18 @@ class Moments:
     def kl(self) -> torch.Tensor:
         """KL(q || N(0, I)) in nats, one value per latent element [B, c, h, w] (Kingma & Welling 2014, appendix B)."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
+
+
+def field_of(encoded: Any) -> str:
+    """The field of an `encode`'s output that holds latents: `latent_dist`, `latent` or `latents`. Raises UsageError
+    where there is none."""
+    if hasattr(getattr(encoded, "latent_dist", None), "mean"):
+        return "latent_dist"
+    for name in ("latent", "latents"):
+        if torch.is_tensor(getattr(encoded, name, None)):
+            return name
+    given = ", ".join(encoded) if isinstance(encoded, Mapping) else type(encoded).__name__
+    raise UsageError(f"VAE: its encode gives {given}; expected latent_dist with a mean, latent or latents")
 
 
 def encode(vae: Any, pixels: torch.Tensor) -> Moments:

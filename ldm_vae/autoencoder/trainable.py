@@ -18,6 +18,7 @@ from torch import nn
 from ldm_vae.autoencoder.bottleneck import Bottleneck, Codes, GaussianBottleneck
 from ldm_vae.autoencoder.fine_tuning import encoder_learns
 from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels
+from ldm_vae.autoencoder.last_layer import Call, Watch
 from ldm_vae.autoencoder.latents import Moments
 
 
@@ -27,8 +28,8 @@ class Reconstruction:
 
     images [B, C, H, W] as encoded; pixels as decoded, not clamped, and target what they are compared with, of one shape
     (that of the images unless a perturbation moved both); moments of q(z|x); latents z [B, c, h, w] before any
-    perturbation; last_hidden the detached input of the decoder's last convolution, from which the adaptive weight is
-    computed; codes where there is a codebook; images_seen when it was made.
+    perturbation; last_calls of the decoder's last layer, from which the adaptive weight is computed; codes where there
+    is a codebook; images_seen when it was made.
     """
 
     images: torch.Tensor
@@ -36,7 +37,7 @@ class Reconstruction:
     target: torch.Tensor
     moments: Moments
     latents: torch.Tensor
-    last_hidden: torch.Tensor
+    last_calls: tuple[Call, ...]
     codes: Codes | None = None
     images_seen: int = 0
 
@@ -69,16 +70,12 @@ class TrainableAutoencoder(nn.Module):
         self.encoder_learns = encoder_learns(vae)
         self.bottleneck = GaussianBottleneck(vae) if bottleneck is None else bottleneck
         self.perturbations = nn.ModuleList(sorted(perturbations, key=lambda part: getattr(part, "resizes", False)))
-        self._last_hidden: torch.Tensor | None = None
-        self.last_layer.register_forward_pre_hook(self._keep_last_hidden)
-
-    def _keep_last_hidden(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._last_hidden = inputs[0].detach()
+        self._watch = Watch(vae)
 
     @property
-    def last_layer(self) -> nn.Conv2d:
-        """The decoder's last convolution: the adaptive weight compares gradients there."""
-        return self.bottleneck.last_layer(self.vae)
+    def last_layer(self) -> nn.Module:
+        """The decoder's last layer with weights: the adaptive weight compares gradients there."""
+        return self._watch.layer
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(c, h, w) for images of this size."""
@@ -112,10 +109,8 @@ class TrainableAutoencoder(nn.Module):
             z, target = perturbation(z, target, Draw(noise[:, used : used + wanted].to(z), images, images_seen))
             used += wanted
         pixels = self.bottleneck.decode(self.vae, z)
-        last_hidden, self._last_hidden = self._last_hidden, None
-        assert last_hidden is not None
         return Reconstruction(
-            images, pixels, target, encoded.moments, encoded.latents, last_hidden, encoded.codes, images_seen
+            images, pixels, target, encoded.moments, encoded.latents, self._watch.take(), encoded.codes, images_seen
         )
 
 

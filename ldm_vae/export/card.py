@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
-from ldm_vae.autoencoder.normalisation import normalisation_of
+from ldm_vae.autoencoder.families import family_of
+from ldm_vae.autoencoder.geometry import downsampling_factor, geometry_of, latent_channels
+from ldm_vae.autoencoder.normalisation import own_normalisation
 from ldm_vae.autoencoder.preparation import recorded, shown
 from ldm_vae.core import intervals
 from ldm_vae.data.preprocessing import FILE
@@ -25,6 +27,11 @@ _FORMULA = {
 }
 
 
+_WHERE = {
+    "config": "`config.json` names",
+    "batch_norm": "The buffers of `bn` hold",
+    "inside": "Encoding and decoding normalise by themselves; what is left is",
+}
 _KINDS = {"AutoencoderKL": "A KL-regularised", "VQModel": "A vector-quantised", "AutoencoderTiny": "A distilled, tiny"}
 
 
@@ -60,13 +67,12 @@ class Card:
 
 def _shape(vae: Any) -> str:
     config, kind = vae.config, _KINDS.get(type(vae).__name__, "An")
-    widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
-    factor = 2 ** (len(widths) - 1)
-    millions = sum(parameter.numel() for parameter in vae.parameters()) / 1e6
+    widths = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
+    factor, millions = downsampling_factor(vae), sum(parameter.numel() for parameter in vae.parameters()) / 1e6
     return (
-        f"{kind} autoencoder for latent diffusion: f = {factor} (an image of H x W pixels has "
-        f"H/{factor} x W/{factor} latents), {config.latent_channels} latent channels, {millions:.2f} M parameters, "
-        f"widths {', '.join(map(str, widths))}.{_decoding(vae)}"
+        f"{kind} autoencoder for latent diffusion: f = {factor} (an image of H x W pixels has H/{factor} x W/{factor} "
+        f"latents), {latent_channels(vae)} latent channels, {millions:.2f} M parameters"
+        f"{', widths ' * bool(widths)}{', '.join(map(str, widths))}.{_decoding(vae)}"
     )
 
 
@@ -86,17 +92,24 @@ def _decoding(vae: Any) -> str:
 def _loading(vae: Any, name: str) -> str:
     kind = type(vae).__name__
     load = f'vae = {kind}.from_pretrained("{name}")'
-    code = "latent_dist.sample()" if kind == "AutoencoderKL" else "latents"
-    decode = f"pixels = vae.decode(vae.encode(images).{code}).sample  # images [B, C, H, W] in [-1, 1]"
+    field, family = geometry_of(vae).field, family_of(vae)
+    code = f"{field}.sample()" if field == "latent_dist" else field
+    shape = "[B, C, 1, H, W]" if family.signal == "still" else "[B, C, H, W]"
+    within = "[0, 1]" if family.unit_range else "[-1, 1]"
+    decode = f"pixels = vae.decode(vae.encode(images).{code}).sample  # images {shape} in {within}"
     return f"```python\nfrom diffusers import {kind}\n{load}\n{decode}\n```"
 
 
 def _latents(vae: Any, statistics: LatentStatistics | None) -> str:
-    normalisation = normalisation_of(vae)
-    values = {key: value for key, value in normalisation.to_config().items() if value is not None}
-    lines = [f"`config.json` names one normalisation, `{normalisation.kind}`: `{_FORMULA[normalisation.kind]}`.", ""]
-    lines += [f"- {key}: {_number(value)}" for key, value in values.items()]
-    if statistics is not None and not statistics.gives(normalisation):
+    normalisation = own_normalisation(vae)
+    if normalisation is None:
+        lines = ["`config.json` names no normalisation of the latents: this class has none."]
+    else:
+        values = {key: value for key, value in normalisation.to_config().items() if value is not None}
+        where, formula = _WHERE[family_of(vae).law], _FORMULA[normalisation.kind]
+        lines = [f"{where} one normalisation, `{normalisation.kind}`: `{formula}`.", ""]
+        lines += [f"- {key}: {_number(value)}" for key, value in values.items()]
+    if normalisation is not None and statistics is not None and not statistics.gives(normalisation):
         lines += ["", "It was given, not measured: diffusion models of the VAE that has it need it. For comparison:"]
     if statistics is not None:
         lines += ["", f"Measured in fp64 over {statistics.images:,} images; {about_intervals(statistics)}.", ""]

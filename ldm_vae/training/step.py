@@ -74,7 +74,7 @@ class TrainingStep:
         logs["loss/pixels"] = pixel_total.detach()
 
         if self.adversary.generator_plays(images_seen):
-            weighted, adversary_logs = self._adversary_cotangent(pixels, cotangent, reconstruction.last_hidden)
+            weighted, adversary_logs = self._adversary_cotangent(pixels, cotangent, reconstruction)
             cotangent = cotangent + weighted
             logs |= adversary_logs
 
@@ -105,7 +105,7 @@ class TrainingStep:
         return logs | update_logs
 
     def _adversary_cotangent(
-        self, pixels: torch.Tensor, pixel_cotangent: torch.Tensor, last_hidden: torch.Tensor
+        self, pixels: torch.Tensor, pixel_cotangent: torch.Tensor, reconstruction: Reconstruction
     ) -> tuple[torch.Tensor, Logs]:
         # with respect to the pixels only: no gradient reaches the discriminator's weights, and unwrapped, so that DDP
         # does not wait for any
@@ -114,7 +114,7 @@ class TrainingStep:
         weight = loss.new_full((), self.adversary.config.weight)  # no copy from the host
         if self.adversary.config.adaptive:
             layer = self._network.last_layer
-            weight = weight * adaptive_ratio(self.accelerator, layer, last_hidden, pixel_cotangent, cotangent)
+            weight = weight * adaptive_ratio(self.accelerator, layer, reconstruction, pixel_cotangent, cotangent)
         logs = {
             "adversary/generator": loss.detach(),
             "adversary/weight": weight,
