@@ -20,6 +20,7 @@ from torch import nn
 
 from ldm_vae import LatentDataset, load_autoencoder, open_images, write_store
 from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.checkpointing import enable_checkpointing
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import check_resolution, geometry_of, some_latents
 from ldm_vae.autoencoder.normalisation import Normalisation, held_by, normalisation_of, own_normalisation
@@ -203,6 +204,26 @@ def test_the_last_layers_gradient_is_the_textbooks(name: str) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     assert float(expected.abs().max()) > 0
     found.pixels.sum().backward()  # the graph is still there
+
+
+def gradients(vae: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    vae.zero_grad()
+    moments = latents.encode(vae, pixels)
+    (latents.decode(vae, moments.mean).square().mean() + moments.logvar.mean()).backward()
+    return {name: value.grad.clone() for name, value in vae.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("name", [*TRAINED, "VQModel"])
+def test_checkpointing_changes_no_gradient(name: str) -> None:
+    vae = tiny(name).double().requires_grad_(True).train()
+    pixels = pixels_for(vae).double()
+    plain = gradients(vae, pixels)
+    enable_checkpointing(vae)
+    assert vae.is_gradient_checkpointing
+    again = gradients(vae, pixels)
+    assert plain.keys() == again.keys()
+    for key, value in plain.items():
+        torch.testing.assert_close(again[key], value, rtol=1e-10, atol=1e-10)
 
 
 def test_a_decoder_that_draws_noise_is_not_trained() -> None:

@@ -291,7 +291,6 @@ def test_what_is_for_kl_alone_says_so(call: tuple[str, ...], trained: Any, image
             {"model": VQ | {"quantizer": {"kind": "vq", "codebook": "learned"}}, "losses": {"l1": {}}},
             "model.quantizer.codebook: learned needs the term losses.codebook",
         ),
-        ({"model": VQ, "losses": {"l1": {}}, "gradient_checkpointing": True}, "gradient_checkpointing"),
         ({"model": {"kind": "vqq"}}, "`model`: unknown kind `vqq`; ldm_vae.models has kl, tiny, vq"),
         ({"model": {**TINY_SHAPE, "num_encoder_blocks": [1]}}, "one f on both sides"),
         ({"losses": {"l1": {}, "drift": {"teacher": "no/such/folder"}}}, "VAE no/such/folder"),

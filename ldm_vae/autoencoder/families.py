@@ -26,6 +26,7 @@ class Family:
     encode and decode, so that z is what a diffusion model sees.
     patch: side of the squares of positions that its pipelines make channels of.
     unit_range: images are in [0, 1] instead of [-1, 1].
+    checkpointing: that of the class is right, where it has one.
     noise: its decoder draws noise, from a generator that its `decode` takes.
     """
 
@@ -33,6 +34,7 @@ class Family:
     law: Law = "config"
     patch: int = 1
     unit_range: bool = False
+    checkpointing: bool = True
     noise: bool = False
 
     def enter(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -49,6 +51,7 @@ class Family:
 _STILL, _VIDEO, _AUDIO, _OTHER = Family("still"), Family("video"), Family("audio"), Family("other")
 FAMILIES: dict[str, Family] = {
     "AutoencoderKLFlux2": Family(law="batch_norm", patch=2),
+    "AutoencoderTiny": Family(checkpointing=False),
     "AutoencoderRAE": Family(law="inside", unit_range=True),
     "ConsistencyDecoderVAE": Family(noise=True),
     "AutoencoderKLWan": _STILL,

@@ -106,8 +106,6 @@ class Training(RunConfig):
             part.kind == "codebook" for part in self.losses.values()
         ):
             raise ValueError("model.quantizer.codebook: learned needs the term losses.codebook")
-        if self.gradient_checkpointing and self.model.kind == "vq":
-            raise ValueError("gradient_checkpointing: diffusers' VQModel has none; expected false")
         if isinstance(self.data, SourceConfig) and isinstance(self.validation_data, SourceConfig):
             for name in ("value_range", "background"):
                 ours, theirs = getattr(self.data, name), getattr(self.validation_data, name)

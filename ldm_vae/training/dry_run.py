@@ -17,6 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ldm_vae.autoencoder.checkpointing import enable_checkpointing
 from ldm_vae.autoencoder.fine_tuning import set_trainable
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
 from ldm_vae.autoencoder.latents import Moments
@@ -73,7 +74,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
         vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
         check_smallest(settings, downsampling_factor(vae))
         if settings.gradient_checkpointing:
-            vae.enable_gradient_checkpointing()
+            enable_checkpointing(vae)
         network = build_network(settings, vae, outline=True)
         if settings.channels_last:
             fuse_norms(network)

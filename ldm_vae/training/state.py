@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from ldm_vae.autoencoder.checkpointing import enable_checkpointing
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
@@ -124,9 +125,9 @@ def build_state(settings: Training, accelerator: Accelerator, vae: Any) -> Train
         UsageError: a loss or the discriminator has no room in the smallest crop; a teacher prepares images otherwise.
     """
     check_smallest(settings, downsampling_factor(vae))
-    if settings.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
     ema = Ema(vae, settings.ema_halflife_images)
+    if settings.gradient_checkpointing:
+        enable_checkpointing(vae)
     ema.module.to(accelerator.device)
     network = build_network(settings, vae)
     held = getattr(vae, "encoder", None) is not None
