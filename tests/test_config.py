@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from repository import ROOT
 from sentences import refused
 
@@ -168,6 +170,17 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_flag_that_cannot_be_is_one_sentence(flags: list[str], field: str) -> None:
     with refused(UsageError, field):
         config.load(Training, ROOT / "configs" / "smoke.yaml", flags)
+
+
+@pytest.mark.parametrize("field", ["output_dir", "init_from", "data.path", "trainable"])
+def test_text_that_no_system_takes_is_refused(field: str, tmp_path: Path) -> None:
+    value = ["*", "\0"] if field == "trainable" else "a\0b"
+    tree: dict[str, Any] = {"include": str(ROOT / "configs" / "smoke.yaml")}
+    section, _, name = field.rpartition(".")
+    (tree.setdefault(section, {}) if section else tree)[name] = value
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with refused(UsageError, field):
+        config.load(Training, tmp_path / "config.yaml", [])
 
 
 def test_flags_are_what_the_file_could_have_held() -> None:

@@ -157,7 +157,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def put(tree: Any, path: tuple[Any, ...], leaf: Any) -> None:
     for step in path[:-1]:
         tree = tree[step]
-    tree[path[-1]] = leaf
+    tree[path[-1]] = copy.deepcopy(leaf)  # the next one may be put into it
 
 
 @pytest.mark.slow

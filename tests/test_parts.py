@@ -205,6 +205,11 @@ def test_patchgan_sees_patches_of_the_published_size(norm: str, layers: int, pat
         assert int(rows[-1] - rows[0]) + 1 == patch
 
 
+def test_patchgan_is_as_narrow_as_it_is_asked_to_be() -> None:
+    critic = PatchGAN(width=1, layers=1).build()
+    assert [layer.num_groups for layer in critic.network if isinstance(layer, nn.GroupNorm)] == [1]
+
+
 # --- logbook ----------------------------------------------------------------------------------------------------------
 
 

@@ -68,10 +68,12 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _size(cls, value: Any) -> Any:
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and abs(number) > LARGEST:
-                raise ValueError(f"expected at most 2^53, got a number of {len(str(abs(int(number))))} digits")
+    def _possible(cls, value: Any) -> Any:
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, int | float) and abs(one) > LARGEST:
+                raise ValueError(f"expected at most 2^53, got a number of {len(str(abs(int(one))))} digits")
+            if isinstance(one, str | Path) and "\0" in str(one):
+                raise ValueError("expected text without the character NUL")
         return value
 
 

@@ -85,7 +85,7 @@ def _convolution(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Modul
 def _normalisation(norm: Norm, channels: int) -> nn.Module:
     if norm == "group":
         # 32 groups at the published widths; never groups of one channel, where the bias before them would be dead
-        return nn.GroupNorm(math.gcd(32, channels // 4), channels)
+        return nn.GroupNorm(math.gcd(32, max(1, channels // 4)), channels)
     kind = nn.SyncBatchNorm if norm == "sync_batch" else nn.BatchNorm2d
     layer = kind(channels)
     nn.init.normal_(layer.weight, 1.0, 0.02)
