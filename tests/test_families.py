@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, Flux2Pipeline
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models import ModelMixin, autoencoders
+from diffusers.models import ModelMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from images import write_images
 from sentences import refused
-from tiny_classes import CONFIGS, tiny
+from tiny_classes import CLASSES, CONFIGS, IMAGES, TRAINED, pixels_for, tiny
 from torch import nn
 
 from ldm_vae import LatentDataset, load_autoencoder, open_images, write_store
@@ -28,17 +27,6 @@ from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.errors import UsageError
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.training.adaptive_weight import last_layer_gradient
-
-CLASSES = sorted(name for name, one in vars(autoencoders).items() if inspect.isclass(one))
-IMAGES = [name for name in CLASSES if family_of(name).signal in ("image", "still")]
-TRAINED = [name for name in IMAGES if not family_of(name).noise and name != "VQModel"]
-
-
-def pixels_for(vae: Any, count: int = 2) -> torch.Tensor:
-    geometry = geometry_of(vae)
-    draw = torch.Generator().manual_seed(1)
-    side = geometry.side or 32
-    return torch.rand(count, geometry.in_channels, side, side, generator=draw) * 2 - 1
 
 
 def test_every_class_of_images_has_a_tiny_instance() -> None:
@@ -176,8 +164,7 @@ def test_a_store_gives_what_the_pipelines_of_a_class_see(name: str, tmp_path: Pa
 def test_an_export_is_read_back_with_its_normalisation(name: str, tmp_path: Path) -> None:
     vae = tiny(name)
     own = normalisation_of(vae)
-    keys = inspect.signature(type(vae).__init__).parameters
-    measured = held_by(vae, Normalisation(0.5, patch=own.patch), keys) if family_of(vae).law != "inside" else own
+    measured = held_by(vae, Normalisation(0.5, patch=own.patch)) if family_of(vae).law != "inside" else own
     for wanted in (None, measured):
         back = load_autoencoder(write_vae(vae, tmp_path / str(wanted is None), wanted))
         found, expected = normalisation_of(back), wanted or own

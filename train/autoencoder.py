@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from diffusers import AutoencoderTiny
 from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder.geometry import check_resolution
 from ldm_vae.autoencoder.latents import posterior_noise
-from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation, is_fixed
 from ldm_vae.autoencoder.preparation import record
 from ldm_vae.core.errors import Stopped, run_program
 from ldm_vae.core.launch import StopSignal
@@ -222,7 +221,7 @@ def export(state: TrainingState, feed: ImageFeed | StoredFeed, given: Normalisat
     settings = state.settings
     trained = feed.complete(state.ema.module)
     normalisation, statistics = normalise(settings, trained, given)
-    if settings.init_from is not None and given is None and not isinstance(trained, AutoencoderTiny):
+    if settings.init_from is not None and given is None and normalisation is not None and not is_fixed(trained):
         base = settings.init_from
         state.accelerator.print(
             f"normalisation `{normalisation.kind}`: measured; diffusion models of {base} need its own, which "
@@ -230,7 +229,7 @@ def export(state: TrainingState, feed: ImageFeed | StoredFeed, given: Normalisat
         )
     out = settings.output_dir / "vae"
     write_vae(trained, out, normalisation, sample_size=settings.resolution, statistics=statistics)
-    for warning in warnings_for_pipelines({**trained.config, **normalisation.to_config()}):
+    for warning in warnings_for_pipelines({**trained.config, **(normalisation.to_config() if normalisation else {})}):
         state.accelerator.print(f"warning: {warning}")
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.geometry import geometry_of, without_values
 from ldm_vae.core.errors import UsageError
 
-ENCODER = ("encoder.", "quant_conv.", "quantize.")
+# the other side; what is on none, a buffer that both use say, counts as the encoder's: a store is then rather stale
+DECODER = ("decoder.", "decoder_unet.", "post_quant_conv.", "bn.")
 
 # --- freezing ---------------------------------------------------------------------------------------------------------
 
@@ -42,7 +46,26 @@ def set_trainable(vae: nn.Module, patterns: Sequence[str]) -> None:
 
 def encoder_learns(vae: nn.Module) -> bool:
     """True if any parameter between pixels and moments learns; if none does, the encoder needs no graph."""
-    return any(parameter.requires_grad for name, parameter in vae.named_parameters() if name.startswith(ENCODER))
+    return any(parameter.requires_grad for name, parameter in vae.named_parameters() if is_encoders(name))
+
+
+def is_encoders(name: str) -> bool:
+    """True for a tensor, by its diffusers name, that decides what an image is encoded to."""
+    return not name.startswith(DECODER)
+
+
+def idle_parameters(vae: Any) -> list[str]:
+    """Names of the parameters that the class freezes (AutoencoderRAE's encoder), or that get no gradient from the
+    reconstruction of an image, by one without values: layers for later frames of a clip (Wan), for masks
+    (AsymmetricAutoencoderKL)."""
+    geometry = geometry_of(vae)
+    side = geometry.side or 8 * geometry.factor
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        empty = without_values(vae)
+        moments = latents.encode(empty, torch.empty(1, geometry.in_channels, side, side))
+        total = latents.decode(empty, moments.mean).sum() + moments.logvar.sum()
+        total.backward()  # type: ignore[no-untyped-call]
+    return [name for name, parameter in empty.named_parameters() if parameter.grad is None]
 
 
 # --- another number of channels ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Legend: C image channels, c latent channels, H W pixels, h w latent positions.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,9 @@ def geometry_of(vae: Any) -> Geometry:
 
 def without_values(vae: Any) -> Any:
     """A network of the same class and config, for use in `torch.device("meta")`."""
-    return type(vae).from_config(vae.config).eval()
+    # a config also holds what diffusers notes for itself, of which it warns when it is given back
+    taken = inspect.signature(type(vae).__init__).parameters
+    return type(vae).from_config({name: value for name, value in vae.config.items() if name in taken}).eval()
 
 
 @torch.no_grad()

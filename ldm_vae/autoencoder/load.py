@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderTiny
-
 from ldm_vae.autoencoder.finite import check_weights
+from ldm_vae.autoencoder.normalisation import take_away
 from ldm_vae.autoencoder.preparation import record
-from ldm_vae.autoencoder.weights.checkpoint import UNMEASURED, is_checkpoint, open_averages
+from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint, open_averages
 from ldm_vae.autoencoder.weights.files import Entry, print_note
 from ldm_vae.autoencoder.weights.networks import (
     CONFIG,
@@ -77,6 +76,5 @@ def _load_checkpoint(folder: Path, place: str) -> Any:
             entries.setdefault(name, Entry(tuple(value.shape), lambda value=value: value))  # type: ignore[misc]
     network = build(read_config(folder / CONFIG, place), place)
     fill(network, replace(averages, entries=entries))
-    if not isinstance(network, AutoencoderTiny):  # whose latents are its teacher's, scaled already
-        network.register_to_config(scaling_factor=UNMEASURED)
+    take_away(network)
     return network.eval()

@@ -5,18 +5,22 @@ Legend: c latent channels, h w latent positions.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from diffusers import AutoencoderTiny
 
-from ldm_vae.autoencoder.families import family_of
+from ldm_vae.autoencoder.families import Law, family_of
 from ldm_vae.autoencoder.latents import LOGVAR_RANGE
 from ldm_vae.core.errors import UsageError, WorkError
 
 LEAST_VARIANCE = 2 * math.exp(LOGVAR_RANGE[0])  # of a posterior at the end of that range, and rounding: nothing
+
+UNMEASURED = 0.0  # what nobody can divide by: of weights whose latents were never measured
 
 NormalisationKind = Literal["scale", "shift", "channel"]
 
@@ -163,6 +167,12 @@ def _channels(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
 # --- of a network -----------------------------------------------------------------------------------------------------
 
 
+def law_of(vae: Any) -> Law:
+    """Where a network's normalisation stands: as its family says; MoVQ is a VQModel whose z Kandinsky's pipelines take
+    as it is."""
+    return "inside" if vae.config.get("norm_type") == "spatial" else family_of(vae).law
+
+
 def own_normalisation(vae: Any, where: str = "VAE") -> Normalisation | None:
     """The normalisation that a network names, as its family's pipelines read it; None where it names none.
 
@@ -176,7 +186,7 @@ def own_normalisation(vae: Any, where: str = "VAE") -> Normalisation | None:
         return Normalisation(1.0)
     if family.law == "batch_norm":
         std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
-        return Normalisation(1.0, None, tuple(vae.bn.running_mean.tolist()), tuple(std.tolist()), family.patch)
+        return Normalisation(1.0, None, tuple(vae.bn.running_mean.tolist()), tuple(std.tolist()), family_of(vae).patch)
     if all(vae.config.get(name) is None for name in ("scaling_factor", "latents_mean")):
         return None
     return Normalisation.from_config(vae.config, where)
@@ -192,32 +202,54 @@ def normalisation_of(vae: Any, where: str = "VAE") -> Normalisation:
     return found
 
 
-def held_by(model: Any, normalisation: Normalisation, keys: Collection[str]) -> Normalisation:
-    """The same normalisation as a class can hold it.
-
-    Args:
-        model: a network of that class, or the class.
-        keys: what its config can say.
-
-    Raises:
-        UsageError: it cannot hold it.
-    """
-    law, name = family_of(model).law, getattr(model, "__name__", type(model).__name__)
+def held_by(vae: Any, normalisation: Normalisation) -> Normalisation:
+    """The same normalisation as a network's class can hold it. Raises UsageError where it cannot."""
+    law, name, keys = law_of(vae), type(vae).__name__, _keys(vae)
     if law == "inside" and normalisation != Normalisation(1.0):
-        raise UsageError(f"normalisation `{normalisation.kind}`: a {name} normalises inside; its z stays as it is")
+        raise UsageError(
+            f"normalisation `{normalisation.kind}`: a {name} normalises inside, so that its z stays as it is"
+        )
     if law == "batch_norm":
-        return replace(normalisation.per_channel(model.bn.num_features), scaling_factor=1.0)
+        return replace(normalisation.per_channel(vae.bn.num_features), scaling_factor=1.0)
     if "scaling_factor" not in keys and "latents_mean" in keys:
-        return normalisation.per_channel(int(model.config.z_dim))
+        return normalisation.per_channel(int(vae.config.z_dim))
     missing = [key for key, value in normalisation.to_config().items() if value is not None and key not in keys]
-    if law == "config" and missing:
+    if law == "config" and missing:  # VQModel and AutoencoderTiny know no latents_mean
         raise UsageError(f"normalisation `{normalisation.kind}`: the config of a {name} has no {missing[0]}")
     return normalisation
 
 
-def write_statistics(vae: Any, normalisation: Normalisation) -> None:
-    """Give a network the normalisation that stands in its weights and not in its config, where one does."""
-    if family_of(vae).law == "batch_norm":
+def _keys(vae: Any) -> dict[str, Any]:
+    """What the config of a class can say, with its defaults."""
+    return {name: one.default for name, one in inspect.signature(type(vae).__init__).parameters.items()}
+
+
+def is_fixed(vae: Any) -> bool:
+    """True where z is normalised already: by the network itself, or by the teacher that an AutoencoderTiny is of."""
+    return law_of(vae) == "inside" or isinstance(vae, AutoencoderTiny)
+
+
+def give(vae: Any, normalisation: Normalisation) -> None:
+    """Make a network in memory name this normalisation, where its class keeps it. Raises UsageError as `held_by`."""
+    held, law, keys = held_by(vae, normalisation), law_of(vae), _keys(vae)
+    if law == "config":
+        values = held.to_config()
+        vae.register_to_config(
+            **{name: keys[name] if values[name] is None else values[name] for name in values.keys() & keys.keys()}
+        )
+    if law == "batch_norm":
         like = vae.bn.running_mean
-        vae.bn.running_mean = like.new_tensor(normalisation.latents_mean)
-        vae.bn.running_var = like.new_tensor(normalisation.latents_std).square() - vae.config.batch_norm_eps
+        vae.bn.running_mean = like.new_tensor(held.latents_mean)
+        vae.bn.running_var = like.new_tensor(held.latents_std).square() - vae.config.batch_norm_eps
+
+
+def take_away(vae: Any) -> None:
+    """Make a network whose weights have moved since it was measured name a normalisation that nobody can divide by."""
+    if is_fixed(vae) or own_normalisation(vae) is None:
+        return
+    if law_of(vae) == "batch_norm":
+        vae.bn.running_var = torch.full_like(vae.bn.running_var, -vae.config.batch_norm_eps)
+    elif "scaling_factor" in vae.config:
+        vae.register_to_config(scaling_factor=UNMEASURED)
+    else:
+        vae.register_to_config(latents_std=[UNMEASURED] * len(vae.config.latents_std))

@@ -108,6 +108,7 @@ class TrainableAutoencoder(nn.Module):
         for perturbation, wanted in zip(self.perturbations, self._wanted(), strict=True):
             z, target = perturbation(z, target, Draw(noise[:, used : used + wanted].to(z), images, images_seen))
             used += wanted
+        self._watch.take()  # what others have decoded meanwhile
         pixels = self.bottleneck.decode(self.vae, z)
         return Reconstruction(
             images, pixels, target, encoded.moments, encoded.latents, self._watch.take(), encoded.codes, images_seen

@@ -11,7 +11,7 @@ import yaml
 
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import downsampling_factor, geometry_of, latent_channels
-from ldm_vae.autoencoder.normalisation import own_normalisation
+from ldm_vae.autoencoder.normalisation import law_of, own_normalisation
 from ldm_vae.autoencoder.preparation import recorded, shown
 from ldm_vae.core import intervals
 from ldm_vae.data.preprocessing import FILE
@@ -106,7 +106,7 @@ def _latents(vae: Any, statistics: LatentStatistics | None) -> str:
         lines = ["`config.json` names no normalisation of the latents: this class has none."]
     else:
         values = {key: value for key, value in normalisation.to_config().items() if value is not None}
-        where, formula = _WHERE[family_of(vae).law], _FORMULA[normalisation.kind]
+        where, formula = _WHERE[law_of(vae)], _FORMULA[normalisation.kind]
         lines = [f"{where} one normalisation, `{normalisation.kind}`: `{formula}`.", ""]
         lines += [f"- {key}: {_number(value)}" for key, value in values.items()]
     if normalisation is not None and statistics is not None and not statistics.gives(normalisation):

@@ -16,9 +16,8 @@ import torch
 from accelerate import init_empty_weights
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import some_latents
-from ldm_vae.autoencoder.normalisation import Normalisation, held_by, own_normalisation, write_statistics
+from ldm_vae.autoencoder.normalisation import Normalisation, give, own_normalisation
 from ldm_vae.autoencoder.preparation import record, recorded
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
@@ -130,25 +129,19 @@ def read_statistics(path: Path) -> LatentStatistics:
 def configured_copy(vae: Any, normalisation: Normalisation | None = None, **changes: Any) -> Any:
     """A model of the same class, weights (shared when they are on the CPU) and record of preprocessing whose config is
     as it will be written: with this normalisation, and with those of the `changes` that are not None."""
+    own_normalisation(vae)  # which raises where it names two
     # a config also holds what diffusers notes for itself; what the class takes is what is written
-    defaults = {name: one.default for name, one in inspect.signature(type(vae).__init__).parameters.items()}
-    config = {name: value for name, value in vae.config.items() if name in defaults}
-    normalisation = own_normalisation(vae) if normalisation is None else held_by(vae, normalisation, defaults)
-    if normalisation is not None and family_of(vae).law == "config":
-        config |= {
-            name: defaults[name] if value is None else value
-            for name, value in normalisation.to_config().items()
-            if name in defaults
-        }
+    taken = inspect.signature(type(vae).__init__).parameters
+    config = {name: value for name, value in vae.config.items() if name in taken}
     # the config's own network without values: the weights are assigned below, not copied
     with init_empty_weights():
         # an AutoencoderTiny has no sample_size
-        known = {name: value for name, value in changes.items() if value is not None and name in defaults}
+        known = {name: value for name, value in changes.items() if value is not None and name in taken}
         copy = type(vae).from_config(config | known)
     weights = {name: value.detach().cpu() for name, value in vae.state_dict().items()}
     copy.load_state_dict(weights, strict=True, assign=True)
     if normalisation is not None:
-        write_statistics(copy, normalisation)
+        give(copy, normalisation)
     record(copy, recorded(vae))
     return copy.eval().requires_grad_(False)
 

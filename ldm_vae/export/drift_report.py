@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels
-from ldm_vae.autoencoder.normalisation import Normalisation, normalisation_of
+from ldm_vae.autoencoder.normalisation import Normalisation, own_normalisation
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import ImageBatch
@@ -158,7 +158,8 @@ def measure_drift(
     cosine = torch.cosine_similarity((before - centre).flatten(1), (after - centre).flatten(1))
     return Drift(
         same_encoder=encoder_fingerprint(base) == encoder_fingerprint(tuned),
-        same_normalisation=normalisation_of(base, "the base") == (normalisation or normalisation_of(tuned, "the VAE")),
+        same_normalisation=own_normalisation(base, "the base")
+        == (normalisation or own_normalisation(tuned, "the VAE")),
         images=len(before),
         cosine=float(cosine.mean()),
         rms=float(apart.square().mean().sqrt()),

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL
 
 from ldm_vae.autoencoder.geometry import latent_channels
-from ldm_vae.autoencoder.normalisation import Normalisation, normalisation_of
+from ldm_vae.autoencoder.normalisation import Normalisation, is_fixed, own_normalisation
 from ldm_vae.autoencoder.single_file import SD_SCALING, is_sd_shape
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import intervals
@@ -28,7 +28,7 @@ class Choice:
     """The normalisation to write; lines that say whose it is, and what is measured; what it breaks (for the card too),
     and a warning, or None."""
 
-    normalisation: Normalisation
+    normalisation: Normalisation | None
     lines: list[str]
     incompatible: str | None = None
     warning: str | None = None
@@ -58,18 +58,20 @@ def choose(request: Request, vae: AutoencoderKL, measured: LatentStatistics | No
         base = base_normalisation(request.normalisation_from, latent_channels(vae))
         return Choice(base, _lines(base, f"as {request.normalisation_from} has it", measured))
     try:
-        own = normalisation_of(vae, f"SRC {request.source}")
+        own = own_normalisation(vae, f"SRC {request.source}")
     except UsageError:
         if measured is None or request.stats is None:
             raise
         # SRC's config names none that holds; with --stats that does not matter
         found = measured.normalisation(request.normalisation or "scale")
         return Choice(found, _lines(found, "", measured))
+    if own is None:
+        return Choice(None, [f"normalisation: none, as a {type(vae).__name__} has no place for one"])
     # of a checkpoint, whose law is what its run gives it: what is measured now is what would lie beside it
     beside = measured if is_checkpoint(request.source) else statistics_beside(request.source)
     kind = request.normalisation or own.kind
     # a distilled network's latents are its teacher's, normalised already
-    given = isinstance(vae, AutoencoderTiny) or (beside is not None and not beside.gives(own))
+    given = is_fixed(vae) or (beside is not None and not beside.gives(own))
     by_name = request.normalisation is not None and (request.stats is not None or kind != own.kind)
     if by_name or (request.stats is not None and not given):
         if measured is None:

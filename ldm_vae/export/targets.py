@@ -76,7 +76,7 @@ def warnings_for_pipelines(config: Config) -> list[str]:
 
     Their `vae.decode(latents / scaling_factor)` knows shift_factor in SD3's and FLUX's pipelines only.
     """
-    shift, channels = config.get("shift_factor"), int(config["latent_channels"])
+    shift, channels = config.get("shift_factor"), config.get("latent_channels")
     takers = {name: offset for name, (width, _, offset) in FAMILIES.items() if width == channels}
     if not shift or not takers or any(offset is not None for offset in takers.values()):
         return []

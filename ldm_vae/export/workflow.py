@@ -75,7 +75,7 @@ def export(
     if choice.incompatible is not None:
         card.sections["Compatibility"] = f"The normalisation was chosen anew at the export: {choice.incompatible}."
     if request.preview:
-        preview = _preview(request, vae, normalisation, preparation)
+        preview = _preview(request, vae, normalisation or Normalisation(1.0), preparation)
         done.lines += preview.lines()
         files[PREVIEW] = preview.to_json().encode()
     if request.stats is not None and not is_store(request.stats):
@@ -184,7 +184,7 @@ def _drift(
     request: Request,
     vae: AutoencoderKL,
     base: AutoencoderKL,
-    normalisation: Normalisation,
+    normalisation: Normalisation | None,
     preparation: Preparation,
     done: Done,
 ) -> str:
@@ -202,7 +202,7 @@ def _drift(
 def _write_folder(
     vae: AutoencoderKL,
     request: Request,
-    normalisation: Normalisation,
+    normalisation: Normalisation | None,
     preparation: Preparation,
     card: Card,
     files: dict[str, bytes],
@@ -244,7 +244,7 @@ def _audit(vae: AutoencoderKL, request: Request, preparation: Preparation, card:
 def _write_file(
     vae: AutoencoderKL,
     request: Request,
-    normalisation: Normalisation,
+    normalisation: Normalisation | None,
     card: Card,
     files: dict[str, bytes],
     done: Done,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
+from diffusers import VQModel
 from pydantic import Field, model_validator
 from torch import nn
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
-from ldm_vae.autoencoder.fine_tuning import resize_channels, set_trainable
+from ldm_vae.autoencoder.fine_tuning import idle_parameters, resize_channels, set_trainable
+from ldm_vae.autoencoder.geometry import image_channels
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import check_same, recorded, shown
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
@@ -94,6 +96,10 @@ class Training(RunConfig):
             raise ValueError("latent_store: needs init_from, the autoencoder whose encoder made it")
         if self.latent_store is not None and self.buckets is not None:
             raise ValueError("latent_store: its crops are what was encoded; expected no buckets")
+        if self.model.kind == "pretrained" and self.init_from is None:
+            raise ValueError("model.kind: pretrained needs init_from, the network that it is")
+        if self.model.kind == "pretrained" and self.ignore_mismatched_sizes:
+            raise ValueError("ignore_mismatched_sizes: model.kind pretrained takes init_from as it is; expected false")
         quantizer = getattr(self.model, "quantizer", None)
         if self.init == "linear":
             if self.init_from is not None:
@@ -143,6 +149,8 @@ def build_autoencoder(settings: Training) -> Any:
         UsageError: the shape of `init_from` is not `model`, it records another preprocessing, or `trainable` names
             nothing.
     """
+    if settings.model.kind == "pretrained":
+        return _pretrained(settings)
     # drawn whatever init_from brings: what does not fit keeps these weights, the same on every rank
     with seeded(settings.seed):
         vae = settings.model.build()
@@ -164,6 +172,26 @@ def build_autoencoder(settings: Training) -> Any:
         check_preprocessing(settings, base, f"init_from {settings.init_from}")
         vae = resize_channels(base, vae)
     set_trainable(vae, settings.trainable)
+    return vae.train()
+
+
+def _pretrained(settings: Training) -> Any:
+    """The network of init_from, of whatever class; what has no part in an image's reconstruction does not learn."""
+    assert settings.init_from is not None
+    vae = load_autoencoder(settings.init_from)
+    if isinstance(vae, VQModel):
+        raise UsageError(f"init_from {settings.init_from}: is a VQModel, which model.kind vq trains, by its quantizer")
+    if (channels := image_channels(vae)) != settings.model.in_channels:
+        raise UsageError(f"model.in_channels: expected {channels} of init_from, got {settings.model.in_channels}")
+    check_preprocessing(settings, vae, f"init_from {settings.init_from}")
+    set_trainable(vae, settings.trainable)
+    for name in (idle := idle_parameters(vae)):
+        vae.get_parameter(name).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in vae.parameters()):
+        raise UsageError(
+            f"trainable: {', '.join(settings.trainable)} names no parameter that a {type(vae).__name__} lets learn; it "
+            f"holds still, e.g., {idle[0]}"
+        )
     return vae.train()
 
 

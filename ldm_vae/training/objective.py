@@ -45,8 +45,8 @@ class Objective(nn.Module):
         for name, term in self.terms.items():
             needs = getattr(term, "needs", gives)
             if needs != gives:
-                kinds = {"posterior": "kl", "codes": "vq", "point": "tiny"}
-                raise UsageError(f"losses.{name}: expected model.kind {kinds[needs]}, got {kinds[gives]}")
+                kinds = {"posterior": "a posterior (kl)", "codes": "codes (vq)", "point": "points (tiny)"}
+                raise UsageError(f"losses.{name}: expected a model that gives {kinds[needs]}, got {kinds[gives]}")
             if hasattr(term, "attach"):
                 self._term(name).attach(network)
 

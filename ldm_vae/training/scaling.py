@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
 
 from ldm_vae.autoencoder.fine_tuning import encoder_learns, set_trainable
-from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.geometry import latent_channels
+from ldm_vae.autoencoder.normalisation import Normalisation, give, is_fixed, own_normalisation
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
@@ -33,7 +33,7 @@ def given_normalisation(settings: Training, vae: Any) -> Normalisation | None:
 
     vae: whose parameters that learn have gradients.
     """
-    channels = settings.model.latent_channels
+    channels = latent_channels(vae)
     if settings.normalisation_from is not None:
         return base_normalisation(settings.normalisation_from, channels)
     by_name, resized = settings.normalisation is not None, settings.ignore_mismatched_sizes
@@ -48,15 +48,19 @@ def given_normalisation(settings: Training, vae: Any) -> Normalisation | None:
 
 def normalise(
     settings: Training, vae: Any, given: Normalisation | None, statistics: LatentStatistics | None = None
-) -> tuple[Normalisation, LatentStatistics]:
-    """The normalisation that goes with trained weights, and the statistics of their latents: those of the caller, else
-    of the run's latent store, or measured on some of its training images."""
+) -> tuple[Normalisation | None, LatentStatistics]:
+    """The normalisation that goes with trained weights, None where their class names none; and the statistics of their
+    latents: those of the caller, else of the run's latent store, or measured on some of its training images."""
     if statistics is None and settings.latent_store is not None:
         statistics = statistics_of_store(vae, settings.latent_store)
     statistics = statistics or measure(vae, _images(settings), vae.device)
-    # the latents of a distilled network are its teacher's, normalised already
-    distilled = Normalisation(1.0) if isinstance(vae, AutoencoderTiny) else None
-    return distilled or given or statistics.normalisation(settings.normalisation or "scale"), statistics
+    if is_fixed(vae):
+        return Normalisation(1.0), statistics
+    own = own_normalisation(vae)
+    if own is None:  # the class has no place for one
+        return None, statistics
+    usual = own.kind if settings.model.kind == "pretrained" else "scale"
+    return given or statistics.normalisation(settings.normalisation or usual), statistics
 
 
 def measure_checkpoint(
@@ -83,7 +87,8 @@ def measure_checkpoint(
             f"VAE {source}: the scaling of a checkpoint is measured on its run's images ({error}); `ldm-vae export "
             f"{source} OUT --stats DATA` measures it on others"
         ) from error
-    vae.register_to_config(**normalisation.to_config())
+    if normalisation is not None:
+        give(vae, normalisation)
     return statistics
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from diffusers.models import autoencoders
+
+from ldm_vae.autoencoder.families import family_of
+from ldm_vae.autoencoder.geometry import geometry_of
 
 
 def _blocks(kind: str) -> tuple[str, str]:
@@ -68,3 +72,15 @@ def tiny(name: str, **changes: Any) -> Any:
         found.bn.running_mean.normal_()
         found.bn.running_var.uniform_(0.5, 2.0)
     return found
+
+
+CLASSES = sorted(name for name, one in vars(autoencoders).items() if inspect.isclass(one))
+IMAGES = [name for name in CLASSES if family_of(name).signal in ("image", "still")]
+TRAINED = [name for name in IMAGES if not family_of(name).noise and name != "VQModel"]
+
+
+def pixels_for(vae: Any, count: int = 2) -> torch.Tensor:
+    geometry = geometry_of(vae)
+    draw = torch.Generator().manual_seed(1)
+    side = geometry.side or 32
+    return torch.rand(count, geometry.in_channels, side, side, generator=draw) * 2 - 1

@@ -20,7 +20,6 @@ from ldm_vae.data import preprocessing
 
 TENSORS = "tensors.safetensors"
 AVERAGE = "ema"  # the averaged network's name in a checkpoint
-UNMEASURED = 0.0  # scaling_factor of what was loaded: nobody can divide by it, so whatever needs one says so
 
 
 def is_checkpoint(source: str | Path) -> bool:

@@ -199,8 +199,7 @@ class LatentDataset(Dataset[Item]):
 
     def shape(self, index: int) -> tuple[int, ...]:
         """Shape (c, h, w) of one sample as it is given; a store of one resolution without buckets has one."""
-        checked = self._checked(np.asarray([index], dtype=np.int64))
-        stored = self.shards[int(np.searchsorted(self._stops, checked, side="right")[0])].shape
+        stored = self.shards_of([int(self._checked(np.asarray([index], dtype=np.int64))[0])])[0].shape
         return stored if self.raw or len(stored) < 3 else self.normalisation.shape(stored)
 
     def shapes(self) -> dict[tuple[int, ...], Sequence[int] | Integers]:

@@ -1,0 +1,99 @@
+"""`model.kind: pretrained`: every class of images is fine-tuned with the full objective."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers.models import autoencoders
+from images import write_images
+from pydantic import ValidationError
+from sentences import refused
+from tiny_classes import TRAINED, pixels_for, tiny
+from training_runs import TINY, run, write_config
+
+from ldm_vae.autoencoder.fine_tuning import idle_parameters, is_encoders
+from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
+from ldm_vae.autoencoder.geometry import geometry_of
+from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.normalisation import own_normalisation
+from ldm_vae.core.errors import UsageError
+from ldm_vae.training.config import Training, build_autoencoder
+from ldm_vae.training.state import build_state
+
+OBJECTIVE = {
+    "losses": {"l1": {}}, "adversary": {"weight": 0.5}, "discriminator": {"kind": "patchgan", "width": 8, "layers": 1},
+}  # fmt: skip
+
+
+def settings_for(vae: Any, folder: Path, **changes: Any) -> Training:
+    vae.save_pretrained(folder / "base")
+    channels = geometry_of(vae).in_channels
+    given: dict[str, Any] = {
+        "output_dir": folder / "run", "max_train_images": 8, "train_batch_size": 2, "learning_rate": 1e-3,
+        "resolution": geometry_of(vae).side or 32, "init_from": str(folder / "base"),
+        "model": {"kind": "pretrained", "in_channels": channels},
+        "data": {"kind": "folder", "path": "none", "channels": channels},
+    }  # fmt: skip
+    return Training(**given | OBJECTIVE | changes)
+
+
+@pytest.mark.parametrize("trainable", [("*",), ("decoder.*", "post_quant_conv.*")], ids=["all", "decoder"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_step_moves_what_has_a_part_and_nothing_else(name: str, trainable: tuple[str, ...], tmp_path: Path) -> None:
+    base = tiny(name)
+    names = [pattern for pattern in trainable if pattern != "post_quant_conv.*" or hasattr(base, "post_quant_conv")]
+    settings = settings_for(base, tmp_path, trainable=names)
+    vae = build_autoencoder(settings)
+    state = build_state(settings, Accelerator(cpu=True), vae)
+    before = {key: value.clone() for key, value in vae.state_dict().items()}
+    pixels = pixels_for(vae)
+    noise = torch.randn(2, *state.network.noise_shape(*pixels.shape[2:]), generator=torch.Generator().manual_seed(3))
+    logs = state.step(pixels, noise, 2, None)
+    assert torch.isfinite(logs["adversary/weight"]) and logs["adversary/weight"] > 0
+    idle = {*idle_parameters(vae)}
+    expected = {key for key in before if not (trainable != ("*",) and is_encoders(key)) and key not in idle}
+    expected &= {key for key, _ in vae.named_parameters()}
+    moved = {key for key, value in vae.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved <= expected
+    # a bias before a norm of single channels moves by rounding or not at all
+    assert len(moved) > 0.9 * len(expected)
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKLFlux2", "AutoencoderKLWan", "AutoencoderRAE"])
+@pytest.mark.slow
+def test_the_decoder_of_a_run_is_exported_with_the_bases_law(name: str, tmp_path: Path) -> None:
+    base = tiny(name)
+    base.save_pretrained(tmp_path / "base")
+    trainable = ["decoder.*"] + ["post_quant_conv.*"] * hasattr(base, "post_quant_conv")
+    config = write_config(
+        tmp_path, write_images(tmp_path / "images", 6), model={"kind": "pretrained"}, init_from=str(tmp_path / "base"),
+        trainable=trainable, max_train_images=16, adversary={"weight": 0.5}, checkpoint_every_images=8,
+        gradient_checkpointing=True, losses={"l1": {}} if name == "AutoencoderRAE" else TINY["losses"],
+    )  # fmt: skip
+    done = run(config)
+    assert done.returncode == 0, done.stderr
+    trained = load_autoencoder(tmp_path / "run" / "vae")
+    assert type(trained) is getattr(autoencoders, name) and own_normalisation(trained) == own_normalisation(base)
+    assert encoder_fingerprint(trained) == encoder_fingerprint(base)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["images"] == 16
+
+
+def test_what_cannot_be_trained_so_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="init_from"):
+        Training(**TINY | {"output_dir": "x", "data": {"kind": "folder", "path": "x"}, "model": {"kind": "pretrained"}})
+    with refused(UsageError, "init_from"):
+        build_autoencoder(settings_for(tiny("VQModel"), tmp_path / "vq"))
+    with refused(UsageError, "model.in_channels"):
+        grey = {
+            "model": {"kind": "pretrained", "in_channels": 1},
+            "data": {"kind": "folder", "path": "x", "channels": 1},
+        }
+        build_autoencoder(settings_for(tiny("AutoencoderDC"), tmp_path / "dc", **grey))
+    with refused(UsageError, "trainable"):
+        build_autoencoder(settings_for(tiny("AutoencoderRAE"), tmp_path / "rae", trainable=["encoder.*"]))
