@@ -285,13 +285,19 @@ def test_what_is_for_kl_alone_says_so(call: tuple[str, ...], trained: Any, image
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model": VQ, "losses": {"l1": {}, "kl": {}}}, "losses.kl: expected model.kind kl, got vq"),
-        ({"losses": {"l1": {}, "commitment": {}}}, "losses.commitment: expected model.kind vq, got kl"),
+        (
+            {"model": VQ, "losses": {"l1": {}, "kl": {}}},
+            "losses.kl: expected a model that gives a posterior (kl), got codes (vq)",
+        ),
+        (
+            {"losses": {"l1": {}, "commitment": {}}},
+            "losses.commitment: expected a model that gives codes (vq), got a posterior (kl)",
+        ),
         (
             {"model": VQ | {"quantizer": {"kind": "vq", "codebook": "learned"}}, "losses": {"l1": {}}},
             "model.quantizer.codebook: learned needs the term losses.codebook",
         ),
-        ({"model": {"kind": "vqq"}}, "`model`: unknown kind `vqq`; ldm_vae.models has kl, tiny, vq"),
+        ({"model": {"kind": "vqq"}}, "`model`: unknown kind `vqq`; ldm_vae.models has kl, pretrained, tiny, vq"),
         ({"model": {**TINY_SHAPE, "num_encoder_blocks": [1]}}, "one f on both sides"),
         ({"losses": {"l1": {}, "drift": {"teacher": "no/such/folder"}}}, "VAE no/such/folder"),
         (
@@ -334,6 +340,6 @@ def test_a_codebook_is_fine_tuned_from_its_export(trained: Any, images: Path, tm
 
 
 def test_a_folder_of_another_class_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderDC"}))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan3"}))
     with refused(UsageError, "config.json"):
         load_autoencoder(tmp_path)

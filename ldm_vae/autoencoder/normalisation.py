@@ -173,6 +173,16 @@ def law_of(vae: Any) -> Law:
     return "inside" if vae.config.get("norm_type") == "spatial" else family_of(vae).law
 
 
+def kind_of(vae: Any) -> NormalisationKind | None:
+    """The kind of normalisation that a network names, with whatever numbers; None where it names none."""
+    law, config = law_of(vae), vae.config
+    if law == "batch_norm" or (law == "config" and config.get("latents_mean") is not None):
+        return "channel"
+    if law == "inside" or config.get("scaling_factor") is not None:
+        return "scale" if law == "inside" or config.get("shift_factor") is None else "shift"
+    return None
+
+
 def own_normalisation(vae: Any, where: str = "VAE") -> Normalisation | None:
     """The normalisation that a network names, as its family's pipelines read it; None where it names none.
 
@@ -187,7 +197,7 @@ def own_normalisation(vae: Any, where: str = "VAE") -> Normalisation | None:
     if family.law == "batch_norm":
         std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
         return Normalisation(1.0, None, tuple(vae.bn.running_mean.tolist()), tuple(std.tolist()), family_of(vae).patch)
-    if all(vae.config.get(name) is None for name in ("scaling_factor", "latents_mean")):
+    if kind_of(vae) is None:
         return None
     return Normalisation.from_config(vae.config, where)
 
@@ -245,7 +255,7 @@ def give(vae: Any, normalisation: Normalisation) -> None:
 
 def take_away(vae: Any) -> None:
     """Make a network whose weights have moved since it was measured name a normalisation that nobody can divide by."""
-    if is_fixed(vae) or own_normalisation(vae) is None:
+    if is_fixed(vae) or kind_of(vae) is None:
         return
     if law_of(vae) == "batch_norm":
         vae.bn.running_var = torch.full_like(vae.bn.running_var, -vae.config.batch_norm_eps)

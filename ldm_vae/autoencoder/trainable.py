@@ -108,7 +108,7 @@ class TrainableAutoencoder(nn.Module):
         for perturbation, wanted in zip(self.perturbations, self._wanted(), strict=True):
             z, target = perturbation(z, target, Draw(noise[:, used : used + wanted].to(z), images, images_seen))
             used += wanted
-        self._watch.take()  # what others have decoded meanwhile
+        self._watch.take()  # of decodes elsewhere, and of the adaptive weight's calls
         pixels = self.bottleneck.decode(self.vae, z)
         return Reconstruction(
             images, pixels, target, encoded.moments, encoded.latents, self._watch.take(), encoded.codes, images_seen

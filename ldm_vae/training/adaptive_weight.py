@@ -50,20 +50,9 @@ def _weight_gradient(layer: nn.Module, arguments: tuple[Any, ...], cotangent: to
     weight = layer.weight.detach().requires_grad_()  # type: ignore[operator]
     given = tuple(one.to(weight.dtype) if torch.is_tensor(one) else one for one in arguments)
     with torch.enable_grad():
-        output = functional_call(_Unwatched(layer), {"layer.weight": weight}, given)
+        output = functional_call(layer, {"weight": weight}, given)
     (gradient,) = torch.autograd.grad(output, weight, cotangent.to(output.dtype))
     return gradient
-
-
-class _Unwatched(nn.Module):
-    """A layer without its hooks."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.layer.forward(*arguments)
 
 
 def adaptive_ratio(

@@ -14,7 +14,7 @@ import torch
 
 from ldm_vae.autoencoder.fine_tuning import encoder_learns, set_trainable
 from ldm_vae.autoencoder.geometry import latent_channels
-from ldm_vae.autoencoder.normalisation import Normalisation, give, is_fixed, own_normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation, give, is_fixed, kind_of
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
@@ -56,11 +56,10 @@ def normalise(
     statistics = statistics or measure(vae, _images(settings), vae.device)
     if is_fixed(vae):
         return Normalisation(1.0), statistics
-    own = own_normalisation(vae)
-    if own is None:  # the class has no place for one
+    if (usual := kind_of(vae)) is None:  # the class has no place for one
         return None, statistics
-    usual = own.kind if settings.model.kind == "pretrained" else "scale"
-    return given or statistics.normalisation(settings.normalisation or usual), statistics
+    kind = settings.normalisation or (usual if settings.model.kind == "pretrained" else "scale")
+    return given or statistics.normalisation(kind), statistics
 
 
 def measure_checkpoint(
