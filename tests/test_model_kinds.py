@@ -287,11 +287,11 @@ def test_what_is_for_kl_alone_says_so(call: tuple[str, ...], trained: Any, image
     [
         (
             {"model": VQ, "losses": {"l1": {}, "kl": {}}},
-            "losses.kl: expected a model that gives a posterior (kl), got codes (vq)",
+            "losses.kl: expected a model that gives a posterior",
         ),
         (
             {"losses": {"l1": {}, "commitment": {}}},
-            "losses.commitment: expected a model that gives codes (vq), got a posterior (kl)",
+            "losses.commitment: expected a model that gives codes",
         ),
         (
             {"model": VQ | {"quantizer": {"kind": "vq", "codebook": "learned"}}, "losses": {"l1": {}}},
