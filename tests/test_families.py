@@ -13,10 +13,12 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models import ModelMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from images import write_images
+from repository import ROOT
 from sentences import refused
 from tiny_classes import CLASSES, CONFIGS, IMAGES, TRAINED, pixels_for, tiny
 from torch import nn
 
+from eval import families
 from ldm_vae import LatentDataset, load_autoencoder, open_images, write_store
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.checkpointing import enable_checkpointing
@@ -38,6 +40,12 @@ def test_a_class_of_something_else_is_refused(name: str, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
     with refused(UsageError, name):
         load_autoencoder(tmp_path)
+
+
+def test_the_page_has_the_table_and_the_count() -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert f"<!-- python -m eval.families -->\n{families.table()}\n<!-- end -->" in page
+    assert families.count() in page
 
 
 # --- sizes and moments ------------------------------------------------------------------------------------------------

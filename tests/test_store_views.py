@@ -188,6 +188,8 @@ class Moody(torch.nn.Module):
         self.encoder = self.vae.encoder
 
     def encode(self, pixels: torch.Tensor) -> Any:
+        if pixels.device.type == "meta":  # where sizes are measured
+            return self.vae.encode(pixels)
         self.sizes.append(len(pixels))
         if len(pixels) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")

@@ -5,6 +5,7 @@ Legend: C image channels, c latent channels, H W pixels, h w latent positions.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,7 +53,10 @@ def geometry_of(vae: Any) -> Geometry:
 
 
 def without_values(vae: Any) -> Any:
-    """A network of the same class and config, for use in `torch.device("meta")`."""
+    """A network of the same class and config, for use in `torch.device("meta")`; of one that has no config of
+    diffusers', a copy."""
+    if not hasattr(vae, "from_config"):
+        return copy.deepcopy(vae).to("meta") if isinstance(vae, nn.Module) else vae
     # a config also holds what diffusers notes for itself, of which it warns when it is given back
     taken = inspect.signature(type(vae).__init__).parameters
     return type(vae).from_config({name: value for name, value in vae.config.items() if name in taken}).eval()
@@ -85,7 +89,7 @@ def _measure(vae: Any) -> Geometry:
 
 def _channels(vae: Any) -> Iterator[int]:
     """Numbers of image channels to try: what the config says, which a class of patches counts in another way."""
-    said = [vae.config.get(name) for name in ("in_channels", "num_channels", "input_channels")]
+    said = [getattr(vae.config, name, None) for name in ("in_channels", "num_channels", "input_channels")]
     yield from dict.fromkeys([int(number) for number in said if number] + [3, 4, 1])
 
 

@@ -129,7 +129,8 @@ def read_statistics(path: Path) -> LatentStatistics:
 def configured_copy(vae: Any, normalisation: Normalisation | None = None, **changes: Any) -> Any:
     """A model of the same class, weights (shared when they are on the CPU) and record of preprocessing whose config is
     as it will be written: with this normalisation, and with those of the `changes` that are not None."""
-    own_normalisation(vae)  # which raises where it names two
+    if normalisation is None:
+        own_normalisation(vae)  # which raises where it names two, or one that nobody can divide by
     # a config also holds what diffusers notes for itself; what the class takes is what is written
     taken = inspect.signature(type(vae).__init__).parameters
     config = {name: value for name, value in vae.config.items() if name in taken}

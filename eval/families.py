@@ -1,0 +1,99 @@
+"""The autoencoder classes of the installed diffusers: what each is, and which pipelines use it.
+
+    python -m eval.families              # the table of docs/families.md
+    python -m eval.families --count      # families of pipelines that have a VAE, and how many are served
+
+Read from the classes and from the pipelines' sources: a family of pipelines is a folder of diffusers/pipelines, and it
+has the classes that the type of an argument of one of its pipelines names.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import diffusers
+from diffusers.models import autoencoders
+
+from ldm_vae.autoencoder.families import Family, family_of
+from ldm_vae.core.errors import run_program
+from ldm_vae.core.request import Parser
+
+PIPELINES = Path(diffusers.__file__).parent / "pipelines"
+KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+LAWS = {
+    "batch_norm": "per channel of {patch}x{patch} patches, in the buffers of `bn`",
+    "inside": "inside `encode` and `decode`",
+}
+
+
+def classes() -> list[str]:
+    """Names of the autoencoder classes, sorted."""
+    return sorted(name for name, one in vars(autoencoders).items() if inspect.isclass(one))
+
+
+def pipelines(argument: str = "") -> dict[str, set[str]]:
+    """Autoencoder classes of each family of pipelines that has any (as an argument of that name)."""
+    known: set[str] = {*classes()}
+    found: dict[str, set[str]] = {}
+    for file in sorted(PIPELINES.glob("*/**/*.py")):
+        used = _argument_types(ast.parse(file.read_text(encoding="utf-8")), argument) & known
+        found.setdefault(file.relative_to(PIPELINES).parts[0], set()).update(used)
+    return {family: used for family, used in found.items() if used}
+
+
+def _argument_types(tree: ast.AST, argument: str) -> set[str]:
+    """Names in the annotations of the arguments of every __init__."""
+    starts = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    arguments = [one for start in starts for one in start.args.args if argument in ("", one.arg)]
+    types = [one.annotation for one in arguments if one.annotation is not None]
+    return {node.id for one in types for node in ast.walk(one) if isinstance(node, ast.Name)}
+
+
+def is_served(family: Family) -> bool:
+    """True for a class of images, and for one of clips that pipelines use with one frame."""
+    return family.signal in ("image", "still")
+
+
+def _law(name: str, family: Family) -> str:
+    if family.law != "config":
+        return LAWS[family.law].format(patch=family.patch)
+    keys = inspect.signature(getattr(autoencoders, name).__init__).parameters
+    return ", ".join(f"`{key}`" for key in KEYS if key in keys) or "none: measured on a store"
+
+
+def table() -> str:
+    """Markdown, one row a class."""
+    users = pipelines()
+    rows = ["| class | of | pipelines of diffusers | normalisation | training |", "|---|---|---|---|---|"]
+    for name in classes():
+        family = family_of(name)
+        using = sorted(one for one, used in users.items() if name in used)
+        shown = ", ".join(using[:6]) + (f" and {len(using) - 6} more" if len(using) > 6 else "")
+        if not is_served(family):
+            rows.append(f"| {name} | {family.signal} | {shown or 'none'} | | refused |")
+            continue
+        law = _law(name, family)
+        kind = {"AutoencoderKL": "`kl`", "VQModel": "`vq`", "AutoencoderTiny": "`tiny`"}.get(name, "`pretrained`")
+        signal = "image" if family.signal == "image" else "clip, one frame"
+        rows.append(f"| {name} | {signal} | {shown or 'none'} | {law} | {'no' if family.noise else kind} |")
+    return "\n".join(rows)
+
+
+def count() -> str:
+    """One sentence: families of pipelines with an argument `vae`, and those of which a class is served."""
+    users = pipelines("vae")
+    any_served = [one for one, used in users.items() if any(is_served(family_of(name)) for name in used)]
+    return f"{len(any_served)} of {len(users)} families of pipelines with a `vae` use a class that is served"
+
+
+def main() -> None:
+    parser = Parser(program="eval.families", description=__doc__)
+    parser.add_argument("--count", action="store_true", help="print the number of families only")
+    options = parser.parse_args()
+    print(count() if options.count else table())
+
+
+if __name__ == "__main__":
+    run_program(main)
