@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from ldm_vae.autoencoder.geometry import check_resolution
+from ldm_vae.autoencoder.geometry import check_resolution, image_channels, latent_channels
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import preparation_of
 from ldm_vae.core.errors import UsageError, WorkError, run_program
@@ -125,8 +125,10 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
     if judge is None:
         raise WorkError(NOT_INSTALLED)
     vaes = [load_autoencoder(vae) for vae in options.vae]
-    for vae in vaes:
+    for name, vae in zip(options.vae, vaes, strict=True):
         check_resolution(options.resolution, vae)
+        if (channels := image_channels(vae)) not in (1, 3):
+            raise UsageError(f"VAE {name}: expected images of 1 or 3 channels, to compare features, got {channels}")
     for name, vae in zip(options.vae, vaes, strict=True):
         measure_checkpoint(vae.to(device), name)
     preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
@@ -211,7 +213,8 @@ def original_images(
 
 def reconstructions(candidate: Candidate, chosen: Sequence[int], batch_size: int) -> Iterator[torch.Tensor]:
     """The modes in the store, decoded."""
-    stored = LatentDataset(candidate.dataset.path, sample=False, columns=())
+    like = candidate.dataset
+    stored = LatentDataset(like.path, sample=False, columns=(), normalisation=like.manifest.for_decoding)
     for start in range(0, len(chosen), batch_size):
         rows = [stored[index]["latents"] for index in chosen[start : start + batch_size]]
         yield stored.decode(torch.stack(rows), candidate.vae)
@@ -229,7 +232,8 @@ def describe(
     """All about a VAE that needs no diffusion model: shape, spectrum, equivariance, distance of reconstructions."""
     shape, dataset = next(iter(candidate.dataset.shapes())), candidate.dataset
     share, error = Running(), Running()
-    mean = dataset.statistics.mean
+    # of z, where it was measured of the channels of patches
+    mean = dataset.statistics.mean.view(latent_channels(candidate.vae), -1).mean(dim=1)
     for start in range(0, len(chosen), options.batch_size):
         part = chosen[start : start + options.batch_size]
         share.update(high_frequency_share(torch.stack([dataset[index]["latents"] for index in part])))

@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder import finite, latents
-from ldm_vae.autoencoder.geometry import check_resolution, image_channels
+from ldm_vae.autoencoder.geometry import check_resolution, geometry_of, image_channels
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import preparation_of
@@ -275,7 +275,8 @@ def latent_shape(vae: Any, resolution: int, device: torch.device) -> tuple[int, 
 def look_from_the_side(task: Task, survey: Survey) -> dict[str, Summary]:
     """Errors of equivariance of the bank's images, by the name of the transformation."""
     values: dict[str, Running] = {}
-    for name in applicable(*survey.moments.mean.shape[2:]):  # of a rank without images too
+    any_size = geometry_of(task.vae).side is None
+    for name in applicable(*survey.moments.mean.shape[2:], any_size):  # of a rank without images too
         values |= {f"equivariance_{name}": Running(), f"equivariance_psnr_{name}": Running()}
     for _, pixels in task.batches("equivariance", survey.bank if values else []):
         for name, found in equivariance_error(task.vae, pixels, survey.channels.mean).items():

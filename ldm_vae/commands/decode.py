@@ -33,10 +33,12 @@ def run(request: Request) -> None:
 
     from ldm_vae.core.errors import UsageError
     from ldm_vae.latent_store import LatentDataset
+    from ldm_vae.latent_store.format.manifest import place_of, read_finished
     from ldm_vae.latent_store.maintain.provenance import find_vae
     from ldm_vae.latent_store.read.pictures import decode_to_png
 
-    dataset = LatentDataset(request.store, sample=False, columns=("key",))
+    law = read_finished(place_of(request.store)).for_decoding
+    dataset = LatentDataset(request.store, sample=False, columns=("key",), normalisation=law)
     if not 0 <= request.first < len(dataset):
         raise UsageError(f"--first: expected 0 to {len(dataset) - 1}, got {request.first}")
     stop = len(dataset) if request.count is None else min(len(dataset), request.first + request.count)

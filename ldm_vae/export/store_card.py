@@ -117,12 +117,15 @@ def _making(manifest: Manifest) -> list[str]:
     shape = (
         sides if identity.bucket_step is None else f"aspect buckets of about {sides}, steps of {identity.bucket_step}"
     )
-    used = manifest.normalisation
-    values = ", ".join(f"{key} {value}" for key, value in used.to_config().items() if value is not None)
+    normalisation = "names no normalisation"
+    if recorded.normalisation:
+        used = manifest.normalisation
+        values = ", ".join(f"{key} {value}" for key, value in used.to_config().items() if value is not None)
+        normalisation = f"its normalisation, `{used.kind}`: {values}"
     vae = f" (`{recorded.vae}`)" if _is_hub_id(recorded.vae) else ""
     return [
         f"- VAE{vae}: encoder {identity.encoder}, decoder {recorded.decoder}",
-        f"- its normalisation, `{used.kind}`: {values}",
+        f"- {normalisation}",
         f"- crops: {shape}; preprocessing {identity.preprocessing}",
         f"- encoded in {'fp32' if identity.mixed_precision == 'no' else identity.mixed_precision} by ldm-vae "
         f"{recorded.tool}",

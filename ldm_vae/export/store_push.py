@@ -171,4 +171,6 @@ def _picture(plan: PushPlan, named: str | None) -> bytes | None:
         if named is not None:
             raise
         return None
-    return contact_sheet(LatentDataset(plan.store, sample=False, columns=()), vae)
+    return contact_sheet(
+        LatentDataset(plan.store, sample=False, columns=(), normalisation=plan.manifest.for_decoding), vae
+    )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import finite
-from ldm_vae.autoencoder.geometry import downsampling_factor
+from ldm_vae.autoencoder.geometry import downsampling_factor, geometry_of
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.psnr import psnr
 from ldm_vae.perturbations.eq import moved
@@ -51,15 +51,19 @@ class Equivariance:
     psnr: torch.Tensor
 
 
-def applicable(height: int, width: int) -> dict[str, Transformation]:
+def applicable(height: int, width: int, scales: bool = True) -> dict[str, Transformation]:
     """Those of TRANSFORMATIONS that a latent of h x w positions can undergo: one position has neither scale nor
-    direction, and half of an odd number of positions is none."""
+    direction, and half of an odd number of positions is none.
+
+    scales: the network takes images of other sizes too.
+    """
     if height * width == 1:
         return {}
     return {
         name: transformation
         for name, transformation in TRANSFORMATIONS.items()
         if all((transformation.scale * side).is_integer() for side in (height, width))
+        and (scales or transformation.scale == 1)
     }
 
 
@@ -77,7 +81,8 @@ def equivariance_error(
     """
     factor = downsampling_factor(vae)
     if transformations is None:
-        transformations = applicable(images.shape[2] // factor, images.shape[3] // factor)
+        whole = geometry_of(vae).side is None
+        transformations = applicable(images.shape[2] // factor, images.shape[3] // factor, whole)
     mean = finite.encode(vae, images).mean
     m = mean.double().mean(dim=(0, 2, 3)) if center is None else center.double().to(mean.device)
     found = {}

@@ -57,7 +57,7 @@ def describe_vae(vae: Any, name: str, source: str) -> Json:
         "parameters": count_parameters(vae.parameters()),
         "downsampling_factor": downsampling_factor(vae),
         "latent_channels": latent_channels(vae),
-        "scaling_factor": vae.config.scaling_factor or None,  # 0: of a checkpoint, never measured
+        "scaling_factor": vae.config.get("scaling_factor") or None,  # 0: of a checkpoint, never measured
     }
 
 

@@ -191,6 +191,11 @@ class Manifest(Section):
             )
         return Normalisation.from_config(self.recorded.normalisation, "the store's recorded.normalisation")
 
+    @property
+    def for_decoding(self) -> Normalisation | None:
+        """What a reader that only decodes is given: any will do where the VAE names none; None is the VAE's own."""
+        return None if self.recorded.normalisation else Normalisation(1.0)
+
     def to_bytes(self) -> bytes:
         """JSON with one line per shard, so that a manifest of thousands of shards can still be read and compared."""
         tree = self.model_dump(mode="json")

@@ -61,7 +61,6 @@ def _statistics(manifest: Manifest) -> list[str]:
         low, high = known[name] if position is None else (end[position] for end in known[name])
         return f"  [{low:.4f}, {high:.4f}]"
 
-    used = manifest.normalisation
     lines = [
         f"  measured over {measured['images']:,} latents, "
         f"{'95 % intervals over images' if known is not None else intervals.why_none(measured['images'])}:",
@@ -75,8 +74,11 @@ def _statistics(manifest: Manifest) -> list[str]:
             f"    channel {channel:<3d}    mean {mean:9.5f}{interval('latents_mean', channel)}   "
             f"std {std:9.5f}{interval('latents_std', channel)}"
         )
-    lines.append(f"  read with the VAE's own normalisation: {used.kind}, scaling_factor {used.scaling_factor:.5f}")
-    return lines
+    if not manifest.recorded.normalisation:
+        return [*lines, "  the VAE names no normalisation: readers choose scale, shift or channel of these"]
+    used = manifest.normalisation
+    scale = "" if used.scaling_factor is None else f", scaling_factor {used.scaling_factor:.5f}"
+    return [*lines, f"  read with the VAE's own normalisation: {used.kind}{scale}"]
 
 
 def _usage(manifest: Manifest) -> list[str]:

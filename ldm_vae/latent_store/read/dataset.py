@@ -199,17 +199,19 @@ class LatentDataset(Dataset[Item]):
 
     def shape(self, index: int) -> tuple[int, ...]:
         """Shape (c, h, w) of one sample as it is given; a store of one resolution without buckets has one."""
-        stored = self.shards_of([int(self._checked(np.asarray([index], dtype=np.int64))[0])])[0].shape
+        return self._given(self.shards_of(self._checked(np.asarray([index], dtype=np.int64)).tolist())[0].shape)
+
+    def _given(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         return stored if self.raw or len(stored) < 3 else self.normalisation.shape(stored)
 
     def shapes(self) -> dict[tuple[int, ...], Sequence[int] | Integers]:
-        """The latent shapes in the store, each with the indices of its samples."""
+        """The shapes of samples as they are given, each with the indices of its samples."""
         # the usual store: a range instead of an array of all indices
         if len({shard.shape for shard in self.shards}) == 1:
-            return {self.shards[0].shape: range(len(self))}
+            return {self._given(self.shards[0].shape): range(len(self))}
         found: dict[tuple[int, ...], list[Integers]] = {}
         for number, shard in enumerate(self.shards):
-            found.setdefault(shard.shape, []).append(np.arange(self._starts[number], self._stops[number]))
+            found.setdefault(self._given(shard.shape), []).append(np.arange(self._starts[number], self._stops[number]))
         return {shape: np.concatenate(parts) for shape, parts in found.items()}
 
     def loader(self, batch_size: int, **options: Any) -> LatentLoader:
@@ -217,8 +219,6 @@ class LatentDataset(Dataset[Item]):
         from ldm_vae.latent_store.read.loader import LatentLoader
 
         return LatentLoader(self, batch_size, **options)
-
-    # --- items --------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, index: int) -> Item:
         item: Item = self.__getitems__([index])[0]
@@ -326,10 +326,10 @@ class LatentDataset(Dataset[Item]):
         if self.manifest.identity.codes is not None:
             single = scaled.ndim == 2
             pixels = finite.decode_indices(vae, (scaled[None] if single else scaled).to(vae.device))
-            return pixels[0] if single else pixels
-        single = scaled.ndim == 3
-        z = self.normalisation.undo(scaled[None] if single else scaled)
-        pixels = finite.decode(vae, z.to(vae.device))
+        else:
+            single = scaled.ndim == 3
+            z = self.normalisation.undo(scaled[None] if single else scaled)
+            pixels = finite.decode(vae, z.to(vae.device))
         return pixels[0] if single else pixels
 
 
