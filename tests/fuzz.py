@@ -244,7 +244,7 @@ def run_case(name: str, materials: Path, work: Path, draw: random.Random) -> Cas
     ending = draw.choice(sorted({file.suffix for file in files}))
     file = draw.choice([file for file in files if file.suffix == ending])
     case = Case(name, str(file.relative_to(folder)), mutate_file(file, draw), -1)
-    child = fork(twin.main, words)
+    child = fork(twin.main, words, where=folder)  # what a relative path makes lies there
     try:
         done = child.wait(SECONDS)
     except TimeoutError:

@@ -38,12 +38,12 @@ class Family:
     noise: bool = False
 
     def enter(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels [B, C, H, W] in [-1, 1] => what the network encodes."""
+        """pixels [B, C, H, W] in [-1, 1] => the network's input."""
         pixels = pixels * 0.5 + 0.5 if self.unit_range else pixels
         return pixels[:, :, None] if self.signal == "still" else pixels
 
     def leave(self, decoded: torch.Tensor) -> torch.Tensor:
-        """What the network decodes => pixels [B, C, H, W] in [-1, 1]."""
+        """The network's output => pixels [B, C, H, W] in [-1, 1]."""
         decoded = decoded * 2.0 - 1.0 if self.unit_range else decoded
         return decoded[:, :, 0] if self.signal == "still" else decoded
 

@@ -168,8 +168,8 @@ def _channels(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
 
 
 def law_of(vae: Any) -> Law:
-    """Where a network's normalisation stands: as its family says; MoVQ is a VQModel whose z Kandinsky's pipelines take
-    as it is."""
+    """The place of a network's normalisation, as its family has it; MoVQ is a VQModel whose z Kandinsky's pipelines
+    take as it is."""
     return "inside" if vae.config.get("norm_type") == "spatial" else family_of(vae).law
 
 
@@ -230,7 +230,7 @@ def held_by(vae: Any, normalisation: Normalisation) -> Normalisation:
 
 
 def _keys(vae: Any) -> dict[str, Any]:
-    """What the config of a class can say, with its defaults."""
+    """The keys of a class's config, with its defaults."""
     return {name: one.default for name, one in inspect.signature(type(vae).__init__).parameters.items()}
 
 

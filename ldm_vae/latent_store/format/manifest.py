@@ -71,7 +71,7 @@ class Recorded(Section):
     decoder: str
     """SHA-256 of the decoder's and post_quant_conv's tensors."""
     normalisation: dict[str, Any]
-    """What the VAE says of how z becomes latents (`Normalisation.to_config`); nothing where it says nothing."""
+    """The VAE's own normalisation (`Normalisation.to_config`); empty where it names none."""
     tool: str
     """Version of ldm-vae that began the store."""
     claimed: bool = False
@@ -193,7 +193,7 @@ class Manifest(Section):
 
     @property
     def for_decoding(self) -> Normalisation | None:
-        """What a reader that only decodes is given: any will do where the VAE names none; None is the VAE's own."""
+        """Normalisation for a reader that only decodes: any will do where the VAE names none; None is the VAE's own."""
         return None if self.recorded.normalisation else Normalisation(1.0)
 
     def to_bytes(self) -> bytes:
