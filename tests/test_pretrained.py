@@ -75,6 +75,8 @@ def test_the_decoder_of_a_run_is_exported_with_the_bases_law(name: str, tmp_path
         trainable=trainable, max_train_images=16, adversary={"weight": 0.5}, checkpoint_every_images=8,
         gradient_checkpointing=True, losses={"l1": {}} if name == "AutoencoderRAE" else TINY["losses"],
     )  # fmt: skip
+    planned = run(config, "--dry_run")
+    assert planned.returncode == 0 and "GFLOP" in planned.stdout, planned.stderr
     done = run(config)
     assert done.returncode == 0, done.stderr
     trained = load_autoencoder(tmp_path / "run" / "vae")

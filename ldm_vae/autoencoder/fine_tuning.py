@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.geometry import geometry_of, without_values
+from ldm_vae.autoencoder.geometry import geometry_of, on_meta, without_values
 from ldm_vae.core.errors import UsageError
 
 # the other side; what is on none, a buffer that both use say, counts as the encoder's: a store is then rather stale
@@ -60,7 +60,7 @@ def idle_parameters(vae: Any) -> list[str]:
     (AsymmetricAutoencoderKL)."""
     geometry = geometry_of(vae)
     side = geometry.side or 8 * geometry.factor
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with on_meta():
         empty = without_values(vae)
         moments = latents.encode(empty, torch.empty(1, geometry.in_channels, side, side))
         total = latents.decode(empty, moments.mean).sum() + moments.logvar.sum()

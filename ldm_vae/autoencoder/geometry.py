@@ -5,6 +5,7 @@ Legend: C image channels, c latent channels, H W pixels, h w latent positions.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.families import family_of
@@ -53,7 +55,7 @@ def geometry_of(vae: Any) -> Geometry:
 
 
 def without_values(vae: Any) -> Any:
-    """A network of the same class and config, for use in `torch.device("meta")`; of one that has no config of
+    """A network of the same class and config, for use in `on_meta`; of one that has no config of
     diffusers', a copy."""
     if not hasattr(vae, "from_config"):
         return copy.deepcopy(vae).to("meta") if isinstance(vae, nn.Module) else vae
@@ -62,9 +64,16 @@ def without_values(vae: Any) -> Any:
     return type(vae).from_config({name: value for name, value in vae.config.items() if name in taken}).eval()
 
 
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Around tensors without values, also where a caller's tensors are fake; the global random state stays."""
+    with torch.random.fork_rng(devices=[]), unset_fake_temporarily(), torch.device("meta"):
+        yield
+
+
 @torch.no_grad()
 def _measure(vae: Any) -> Geometry:
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with on_meta():
         empty = without_values(vae)
         failed: Exception | None = None
         for channels in _channels(vae):

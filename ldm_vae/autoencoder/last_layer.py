@@ -18,7 +18,7 @@ from torch import nn
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.families import family_of
-from ldm_vae.autoencoder.geometry import some_latents, without_values
+from ldm_vae.autoencoder.geometry import on_meta, some_latents, without_values
 from ldm_vae.core.errors import UsageError
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -81,7 +81,7 @@ def place_of(vae: Any) -> Place:
 @torch.no_grad()
 def _trace(vae: Any) -> Place:
     calls: list[tuple[str, Any]] = []
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with on_meta():
         empty = without_values(vae)
         for name, module in empty.named_modules():
             if isinstance(module, KINDS):

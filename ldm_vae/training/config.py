@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -150,7 +151,7 @@ def build_autoencoder(settings: Training) -> Any:
             nothing.
     """
     if settings.model.kind == "pretrained":
-        return _pretrained(settings)
+        return learning(_pretrained(settings), settings.trainable)
     # drawn whatever init_from brings: what does not fit keeps these weights, the same on every rank
     with seeded(settings.seed):
         vae = settings.model.build()
@@ -176,7 +177,7 @@ def build_autoencoder(settings: Training) -> Any:
 
 
 def _pretrained(settings: Training) -> Any:
-    """The network of init_from, of whatever class; what has no part in an image's reconstruction does not learn."""
+    """The network of init_from, of whatever class."""
     assert settings.init_from is not None
     vae = load_autoencoder(settings.init_from)
     if isinstance(vae, VQModel):
@@ -184,12 +185,18 @@ def _pretrained(settings: Training) -> Any:
     if (channels := image_channels(vae)) != settings.model.in_channels:
         raise UsageError(f"model.in_channels: expected {channels} of init_from, got {settings.model.in_channels}")
     check_preprocessing(settings, vae, f"init_from {settings.init_from}")
-    set_trainable(vae, settings.trainable)
+    return vae
+
+
+def learning(vae: Any, trainable: Sequence[str]) -> Any:
+    """A network of any class in training: what `trainable` names learns, but for what has no part in an image's
+    reconstruction."""
+    set_trainable(vae, trainable)
     for name in (idle := idle_parameters(vae)):
         vae.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in vae.parameters()):
         raise UsageError(
-            f"trainable: {', '.join(settings.trainable)} names no parameter that a {type(vae).__name__} lets learn; it "
+            f"trainable: {', '.join(trainable)} names no parameter that a {type(vae).__name__} lets learn; it "
             f"holds still, e.g., {idle[0]}"
         )
     return vae.train()

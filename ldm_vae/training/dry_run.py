@@ -6,8 +6,10 @@ Legend: B batch, C image channels, H W pixels, c latent channels, h w latent pos
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from ldm_vae.autoencoder.checkpointing import enable_checkpointing
 from ldm_vae.autoencoder.fine_tuning import set_trainable
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
-from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, without_values
+from ldm_vae.autoencoder.latents import Moments, decode, encode
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
@@ -36,6 +39,7 @@ from ldm_vae.training.config import (
     build_discriminator,
     build_network,
     build_objective,
+    learning,
 )
 from ldm_vae.training.decoder_only import drop_encoder
 from ldm_vae.training.smallest_crop import check_smallest
@@ -69,9 +73,16 @@ def plan(settings: Training, processes: int = 1) -> Plan:
     accelerator = Accelerator(cpu=True)
     # gradients that wait for the next micro-batch lie beside its activations: two show what any number holds
     micro_batches = accelerator.gradient_accumulation_steps = min(2, settings.gradient_accumulation_steps)
-    with FakeTensorMode(), gpu_autocast(settings.mixed_precision):
-        # the base's own weights are not wanted here, its shape is `model`
-        vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
+    base = _base(settings)
+    fake = FakeTensorMode()
+    if base is not None:
+        with FakeCopyMode(fake):
+            base = copy.deepcopy(base)
+    with fake, gpu_autocast(settings.mixed_precision):
+        if base is None:  # the weights of init_from are not wanted, its shape is `model`
+            vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
+        else:
+            vae = learning(base, settings.trainable)
         check_smallest(settings, downsampling_factor(vae))
         if settings.gradient_checkpointing:
             enable_checkpointing(vae)
@@ -86,8 +97,8 @@ def plan(settings: Training, processes: int = 1) -> Plan:
         noise = torch.empty(len(images), *network.noise_shape(size, size))
         latents = torch.empty(len(images), *network.latent_shape(size, size))
         parts: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
-            "encoder": (vae.encode, (images,)),
-            "decoder": (vae.decode, (latents,)),
+            "encoder": (partial(encode, vae), (images,)),
+            "decoder": (partial(decode, vae), (latents,)),
         }
         stored = None
         if settings.latent_store is not None:
@@ -192,9 +203,15 @@ def _on_a_cpu(peak: int) -> str:
     )
 
 
+def _base(settings: Training) -> Any:
+    """The network whose shape is the model's, where no config says it."""
+    return load_autoencoder(str(settings.init_from)) if settings.model.kind == "pretrained" else None
+
+
 def _outline(settings: Training) -> Any:
+    base = _base(settings)
     with torch.device("meta"):
-        vae = settings.model.build()
+        vae = settings.model.build() if base is None else without_values(base)
     set_trainable(vae, settings.trainable)
     return vae
 
