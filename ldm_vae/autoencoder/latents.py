@@ -136,7 +136,9 @@ def pixels_of(vae: Any, z: torch.Tensor, **options: Any) -> torch.Tensor:
     if family.noise and (len(z) > 1 or "generator" not in options):  # one draw for each, so that no neighbour matters
         draws = [{"generator": torch.Generator(z.device).manual_seed(0), **options} for _ in z]
         return torch.cat([pixels_of(vae, one[None], **draw) for one, draw in zip(z, draws, strict=True)])
-    z = z.to(vae.dtype).contiguous()  # AutoencoderRAE takes views of it
+    z = z.to(vae.dtype)
+    if family.law == "inside":
+        z = z.contiguous()  # AutoencoderRAE takes views of it
     decoded = vae.decode(z[:, :, None] if family.signal == "still" else z, **options)
     return at_least_fp32(family.leave(decoded if torch.is_tensor(decoded) else decoded.sample))
 
