@@ -185,6 +185,18 @@ def test_any_manifest_is_read_or_refused(data: st.DataObject, sound: Path, tmp_p
     assert tree(path) == before
 
 
+def test_half_a_character_is_refused(store: Path) -> None:
+    path = store / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["recorded"]["tool"] = "\ud800"
+    path.write_text(json.dumps(manifest))
+    with refused(WorkError, "manifest.json"):
+        read_manifest(store)
+    manifest["recorded"]["tool"] = "\U0001f600"  # two halves
+    path.write_text(json.dumps(manifest))
+    assert read_manifest(store).recorded.tool == "\U0001f600"
+
+
 @pytest.mark.parametrize("value", [[[1]] * 4, [None] * 4, [10**400] * 4, {"a": 1}, 1, True])
 @pytest.mark.parametrize("name", ["scaling_factor", "shift_factor", "latents_mean", "latents_std"])
 def test_a_normalisation_of_something_else_than_numbers(name: str, value: Any, store: Path) -> None:

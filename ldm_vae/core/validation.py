@@ -25,6 +25,7 @@ _POINTERS = {  # a line that a version control system left in the place of a lar
     b"version https://git-lfs.github.com/spec/": ("git-LFS", "git lfs pull"),
     b"/annex/objects/": ("git-annex", "git annex get"),
 }
+_HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # escapes of surrogates: two make a character
 _PAGES = (b"<!doctype html", b"<html", b"<head")
 # what hubs answer in the place of a file, when a program saves the answer unseen
 _ANSWERS = (
@@ -38,16 +39,22 @@ _ANSWERS = (
 
 def parse_json(content: str | bytes) -> Any:
     """Parse JSON as json.loads does. Raises ValueError for whatever is wrong, 10^5 brackets too (Python's own is a
-    RecursionError)."""
+    RecursionError), and half a character, which nothing that is written again could hold."""
     try:
-        return json.loads(content)
+        tree = json.loads(content)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    if _HALVES.search(content if isinstance(content, str) else content.decode("latin-1")):
+        check_text(tree)
+    return tree
 
 
 def check_text(tree: Any) -> None:
     """Raises ValueError for half of a character (a lone surrogate), which JSON can hold and no file or table can."""
-    json.dumps(tree, ensure_ascii=False, default=str).encode()
+    try:
+        json.dumps(tree, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds half of a character, {error.object[error.start]!r}") from error
 
 
 def check_model_config(config: Any) -> None:
