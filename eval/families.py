@@ -51,11 +51,6 @@ def _argument_types(tree: ast.AST, argument: str) -> set[str]:
     return {node.id for one in types for node in ast.walk(one) if isinstance(node, ast.Name)}
 
 
-def is_served(family: Family) -> bool:
-    """True for a class of images, and for one of clips that pipelines use with one frame."""
-    return family.signal in ("image", "still")
-
-
 def _law(name: str, family: Family) -> str:
     if family.law != "config":
         return LAWS[family.law].format(patch=family.patch)
@@ -71,7 +66,7 @@ def table() -> str:
         family = family_of(name)
         using = sorted(one for one, used in users.items() if name in used)
         shown = ", ".join(using[:6]) + (f" and {len(using) - 6} more" if len(using) > 6 else "")
-        if not is_served(family):
+        if not family.is_served:
             rows.append(f"| {name} | {family.signal} | {shown or 'none'} | | refused |")
             continue
         law = _law(name, family)
@@ -84,7 +79,7 @@ def table() -> str:
 def count() -> str:
     """One sentence: families of pipelines with an argument `vae`, and those of which a class is served."""
     users = pipelines("vae")
-    any_served = [one for one, used in users.items() if any(is_served(family_of(name)) for name in used)]
+    any_served = [one for one, used in users.items() if any(family_of(name).is_served for name in used)]
     return f"{len(any_served)} of {len(users)} families of pipelines with a `vae` use a class that is served"
 
 

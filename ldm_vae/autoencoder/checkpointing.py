@@ -32,15 +32,15 @@ def _blocks(vae: nn.Module) -> Iterator[nn.Module]:
     """The innermost members of lists of layers that hold several layers with weights themselves: residual and attention
     blocks."""
     members = [
-        (name, one)
-        for name, group in vae.named_modules()
+        one
+        for group in vae.modules()
         if isinstance(group, nn.ModuleList | nn.Sequential)
         for one in group
         if sum(isinstance(part, nn.Conv2d | nn.Conv3d | nn.Linear) for part in one.modules()) > 1
     ]
-    for _, one in members:
+    for one in members:
         inside = {id(part) for part in one.modules()} - {id(one)}
-        if not isinstance(one, nn.Sequential) and not any(id(other) in inside for _, other in members):
+        if not isinstance(one, nn.Sequential) and not any(id(other) in inside for other in members):
             yield one
 
 

@@ -37,6 +37,11 @@ class Family:
     checkpointing: bool = True
     noise: bool = False
 
+    @property
+    def is_served(self) -> bool:
+        """True for a class of images, and for one of clips that pipelines use with one frame."""
+        return self.signal in ("image", "still")
+
     def enter(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels [B, C, H, W] in [-1, 1] => the network's input."""
         pixels = pixels * 0.5 + 0.5 if self.unit_range else pixels

@@ -189,12 +189,10 @@ def own_normalisation(vae: Any, where: str = "VAE") -> Normalisation | None:
     Raises:
         UsageError: it names two, or one by which nobody can divide; `where` is what opens the sentence.
     """
-    family = family_of(vae)
-    if (
-        family.law == "inside" or vae.config.get("norm_type") == "spatial"
-    ):  # MoVQ: Kandinsky's pipelines take z as it is
+    law = law_of(vae)
+    if law == "inside":
         return Normalisation(1.0)
-    if family.law == "batch_norm":
+    if law == "batch_norm":
         std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
         return Normalisation(1.0, None, tuple(vae.bn.running_mean.tolist()), tuple(std.tolist()), family_of(vae).patch)
     if kind_of(vae) is None:

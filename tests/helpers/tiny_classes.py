@@ -75,7 +75,7 @@ def tiny(name: str, **changes: Any) -> Any:
 
 
 CLASSES = sorted(name for name, one in vars(autoencoders).items() if inspect.isclass(one))
-IMAGES = [name for name in CLASSES if family_of(name).signal in ("image", "still")]
+IMAGES = [name for name in CLASSES if family_of(name).is_served]
 TRAINED = [name for name in IMAGES if not family_of(name).noise and name != "VQModel"]
 
 

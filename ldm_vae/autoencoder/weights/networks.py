@@ -73,8 +73,8 @@ def class_of(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] |
         told = f"its {CONFIG} says {name}" if name is not None else f"its {CONFIG} names no class (_class_name)"
         expected = "an autoencoder of diffusers" if classes is None else f"one of {', '.join(classes)}"
         raise UsageError(f"{place}: expected {expected}, {told}")
-    if classes is None and (signal := family_of(found).signal) not in ("image", "still"):
-        what = {"video": "clips", "audio": "sounds"}.get(signal, "something else than images")
+    if classes is None and not family_of(found).is_served:
+        what = {"video": "clips", "audio": "sounds"}.get(family_of(found).signal, "something else than images")
         raise UsageError(f"{place}: expected an autoencoder of images, got a {name}, which is one of {what}")
     if config.get("quantization_config"):
         raise UsageError(
