@@ -18,7 +18,8 @@ from PIL import Image
 from sentences import refused
 
 from eval.speed import __main__ as speed
-from eval.speed import data, encode, gpu, grow, plot, quality, start, store, timing, variants
+from eval.speed import checkpointing, data, encode, gpu, grow, plot, quality, start, store, timing, variants
+from eval.speed.networks import NETWORKS
 from eval.speed.recipes import Workload
 from eval.speed.synthetic_store import write_empty, write_sparse, write_synthetic
 from ldm_vae import LatentDataset
@@ -98,6 +99,12 @@ def test_speed_encode_writes_its_rows(tmp_path: Path, monkeypatch: pytest.Monkey
     assert named == [
         ("bare_encoder", None),
         ("encode", "bare_encoder"),
+        ("bare_encoder_dc", None),
+        ("encode_dc", "bare_encoder_dc"),
+        ("bare_encoder_flux2", None),
+        ("encode_flux2", "bare_encoder_flux2"),
+        ("bare_encoder_wan", None),
+        ("encode_wan", "bare_encoder_wan"),
         ("waiting_encoder", None),
         ("usual_script", None),
         ("sd_scripts", None),
@@ -112,6 +119,23 @@ def test_speed_encode_writes_its_rows(tmp_path: Path, monkeypatch: pytest.Monkey
     # usual one image by image
     each = min(filter(None, waits))
     assert sum(waits) == pytest.approx(2 * (64 + 4 * 8) * each) and waits.count(each) == 2 * 8
+
+
+# --- checkpointing ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_checkpointing_holds_at_most_six_tenths_of_the_plain_memory(name: str) -> None:
+    assert checkpointing.count(name, True) <= 0.6 * checkpointing.count(name, False)
+
+
+@pytest.mark.slow
+def test_speed_checkpointing_measures_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpointing, "NETWORKS", {"dc": NETWORKS["dc"]})
+    rows = checkpointing.run(argparse.Namespace())
+    assert [row["name"] for row in rows] == ["checkpointing_dc", "checkpointing_counted_dc"]
+    assert all(0.2 < row["ratio"]["median"] < 0.8 and 50 < row["of"] < 5000 for row in rows)
+    assert rows[0]["of"] > rows[1]["of"] * 0.9  # a process holds more than its tensors
 
 
 # --- read -------------------------------------------------------------------------------------------------------------

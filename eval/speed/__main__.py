@@ -23,6 +23,7 @@ from ldm_vae.core.errors import UsageError, run_program
 from ldm_vae.core.request import Parser
 
 from . import (
+    checkpointing,
     compiled,
     data,
     denoisers,
@@ -111,6 +112,10 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], list[dict[str, A
     "grow": (
         "a training step as resolution, batch and processes grow: seconds and memory",
         grow.run,
+    ),
+    "checkpointing": (
+        "the memory of a backward pass of the newer classes with gradient checkpointing, beside the plain one",
+        checkpointing.run,
     ),
     "store": (
         "a latent store as it grows: reading, opening, writing, and its books",

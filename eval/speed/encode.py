@@ -2,6 +2,8 @@
 
 - `encode`: `write_store` at 256 px with a narrow f8 network, all that it does: decoding, encoding, statistics, files;
 - `bare_encoder`: `vae.encode` in a loop over tensors in memory, at the same batch, with torch's own threads;
+- `encode_CLASS`, `bare_encoder_CLASS`: the same of a class that is deterministic (`dc`), whose latents become patches
+  (`flux2`) and that encodes frame by frame (`wan`);
 - `encode_waiting`: the same `write_store`, driven with a stand-in encoder. A CPU cannot overlap with itself: this one
   waits, off the interpreter lock and one batch at a time as an accelerator does, for 0.7 of the time that the usual
   script needs to decode and save an image; `waiting_encoder` is that wait alone;
@@ -34,11 +36,13 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
+from ldm_vae.autoencoder import latents
 from ldm_vae.data.source import Record, Source, open_source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.latent_store import write_store
 from ldm_vae.latent_store.write.encoder import default_threads
 
+from . import networks
 from .data import write_photographs
 from .timing import interleave, row
 
@@ -49,6 +53,7 @@ SIZE = (1024, 768)
 WAITING_IMAGES = 1536  # enough that the start of the decoding processes does not count
 SCRIPT_IMAGES = 48
 SHARE = 0.7
+CLASSES = ("dc", "flux2", "wan")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -56,35 +61,33 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         files = write_photographs(Path(folder) / "photographs", PHOTOGRAPHS, SIZE)
         source = open_source(Path(folder) / "photographs")
-        return [
-            *_computing(Path(folder), source, options.rounds),
-            *_waiting(Path(folder), source, files, options.rounds),
+        encoders = {"": network(WIDTHS)} | {f"_{name}": networks.network(name) for name in CLASSES}
+        rows = [
+            one
+            for suffix, vae in encoders.items()
+            for one in _computing(Path(folder), source, options.rounds, suffix, vae)
         ]
+        return [*rows, *_waiting(Path(folder), source, files, options.rounds)]
 
 
 # --- an encoder that computes -----------------------------------------------------------------------------------------
 
 
-def _computing(folder: Path, source: Source, rounds: int) -> list[dict[str, Any]]:
-    vae = network(WIDTHS)
+def _computing(folder: Path, source: Source, rounds: int, suffix: str, vae: Any) -> list[dict[str, Any]]:
     pixels = to_pixels(torch.randint(0, 256, (BATCH, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8))
 
     @torch.no_grad()
     def bare() -> None:
         for _ in range(PHOTOGRAPHS // BATCH):
-            vae.encode(pixels)
+            latents.encode(vae, pixels)
 
     threads = default_threads(1, torch.device("cpu"))
+    alone, whole = f"bare_encoder{suffix}", f"encode{suffix}"
     times = interleave(
-        {"bare_encoder": bare, "encode": lambda: write(vae, source, folder, encode_threads=threads, num_workers=1)},
-        rounds,
-        "encode",
+        {alone: bare, whole: lambda: write(vae, source, folder, encode_threads=threads, num_workers=1)}, rounds, whole
     )
     rate = {name: {"images_per_s": PHOTOGRAPHS / float(np.median(values))} for name, values in times.items()}
-    return [
-        row("bare_encoder", times, "bare_encoder", None, **rate["bare_encoder"]),
-        row("encode", times, "encode", "bare_encoder", **rate["encode"]),
-    ]
+    return [row(alone, times, alone, None, **rate[alone]), row(whole, times, whole, alone, **rate[whole])]
 
 
 def network(widths: tuple[int, ...], groups: int = 32) -> AutoencoderKL:
@@ -192,8 +195,8 @@ def _pieces(vae: Any, files: list[Path], folder: Path, *, read: int, batch: int,
             images = list(threads.map(_opened, piece))
             for first in range(0, len(piece), batch):
                 pixels = torch.stack([_pixels(image) for image in images[first : first + batch]])
-                latents = vae.encode(pixels).latent_dist.sample()
-                for file, latent in zip(piece[first : first + batch], latents, strict=True):
+                z = vae.encode(pixels).latent_dist.sample()
+                for file, latent in zip(piece[first : first + batch], z, strict=True):
                     save(folder / file.stem, latent)
 
 

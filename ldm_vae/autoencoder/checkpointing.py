@@ -28,20 +28,25 @@ def enable_checkpointing(vae: Any) -> None:
     vae.gradient_checkpointing = True  # as diffusers marks a network that does it
 
 
-def _blocks(vae: nn.Module) -> Iterator[nn.Module]:
-    """The innermost members of lists of layers that hold several layers with weights themselves: residual and attention
-    blocks."""
-    members = [
-        one
-        for group in vae.modules()
-        if isinstance(group, nn.ModuleList | nn.Sequential)
-        for one in group
-        if sum(isinstance(part, nn.Conv2d | nn.Conv3d | nn.Linear) for part in one.modules()) > 1
-    ]
-    for one in members:
-        inside = {id(part) for part in one.modules()} - {id(one)}
-        if not isinstance(one, nn.Sequential) and not any(id(other) in inside for other in members):
+def _blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """Residual and attention blocks: the members of lists of layers that hold several layers with weights. A member
+    whose own members hold most of its weights is a stage: its blocks are meant."""
+    listed = isinstance(network, nn.ModuleList | nn.Sequential)
+    for one in network.children():
+        inside = [*_blocks(one)]
+        stage = isinstance(one, nn.ModuleList | nn.Sequential) or 2 * sum(map(_weights, inside)) > _weights(one)
+        if listed and not stage and _layers(one) > 1:
             yield one
+        else:
+            yield from inside
+
+
+def _layers(network: nn.Module) -> int:
+    return sum(isinstance(part, nn.Conv2d | nn.Conv3d | nn.Linear) for part in network.modules())
+
+
+def _weights(network: nn.Module) -> int:
+    return sum(one.numel() for one in network.parameters())
 
 
 def _checkpointed(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -1,0 +1,83 @@
+"""`eval.speed checkpointing`: the memory of a backward pass with gradient checkpointing, beside the plain one.
+
+- `checkpointing`: the growth of the resident memory of a process that has loaded a network, in one encode, decode and
+  backward of one image, the gradients of all its weights included; `seconds` of both passes;
+- `checkpointing_counted`: the most bytes that tensors hold in the same pass, free of the allocator and of what a
+  convolution takes while it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm.auto import tqdm
+
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.checkpointing import enable_checkpointing
+from ldm_vae.core.flop_counter import Cost
+
+from .networks import NETWORKS, network
+from .timing import PeakMemory
+
+RESOLUTION = 256
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of speed.json; `ratio` is the share of the plain pass's memory."""
+    rows = []
+    for name in tqdm(NETWORKS, desc="checkpointing", disable=None, leave=False):
+        plain, spared = (_in_a_process(name, checkpointing) for checkpointing in (False, True))
+        rows.append(_row("checkpointing", name, plain[0], spared[0]) | {"seconds": [plain[1], spared[1]]})
+        rows.append(_row("checkpointing_counted", name, *(count(name, one) for one in (False, True))))
+    return rows
+
+
+def _row(figure: str, name: str, plain: int, spared: int) -> dict[str, Any]:
+    share = spared / plain
+    return {
+        "name": f"{figure}_{name}", "class": NETWORKS[name][0].__name__, "resolution": RESOLUTION,
+        "value": spared / 1e6, "of": plain / 1e6, "unit": "MB",
+        "ratio": {"to": "plain", "median": share, "min": share, "max": share},
+    }  # fmt: skip
+
+
+def count(name: str, checkpointing: bool) -> int:
+    """The most bytes that tensors hold in one pass above the network's weights, counted on tensors without content."""
+    with FakeTensorMode():
+        vae, pixels = _trainable(name, checkpointing)
+        with Cost() as cost:
+            _backward(vae, pixels)
+    return cost.peak_bytes
+
+
+def _in_a_process(name: str, checkpointing: bool) -> tuple[int, float]:
+    """(bytes, seconds) of one pass in a process of its own, which finds no memory that another pass left."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found: tuple[int, float] = pool.apply(_measure, (name, checkpointing, RESOLUTION))
+        return found
+
+
+def _measure(name: str, checkpointing: bool, resolution: int) -> tuple[int, float]:
+    vae, pixels = _trainable(name, checkpointing, resolution)
+    with torch.no_grad():  # libraries load what they need at their first call
+        latents.encode(vae, pixels[:, :, :64, :64])
+    started = time.perf_counter()
+    with PeakMemory() as memory:
+        _backward(vae, pixels)
+    return memory.bytes, time.perf_counter() - started
+
+
+def _trainable(name: str, checkpointing: bool, resolution: int = 0) -> tuple[Any, torch.Tensor]:
+    vae, side = network(name).train().requires_grad_(True), resolution or RESOLUTION
+    if checkpointing:
+        enable_checkpointing(vae)
+    return vae, torch.rand(1, 3, side, side) * 2 - 1
+
+
+def _backward(vae: Any, pixels: torch.Tensor) -> None:
+    latents.decode(vae, latents.encode(vae, pixels).mean).square().mean().backward()
