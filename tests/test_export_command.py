@@ -15,7 +15,7 @@ from cli_call import run_cli
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file
 
-from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.config import AutoencoderConfig, block_types
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.normalisation import Normalisation
@@ -246,7 +246,7 @@ def test_a_file_of_wrong_names_is_caught(
     assert not (tmp_path / "wrong.safetensors").exists()
 
 
-SD = AutoencoderConfig().model_dump() | {"out_channels": 3, "scaling_factor": 0.18215}
+SD = AutoencoderConfig().shape() | {"out_channels": 3, "scaling_factor": 0.18215}
 
 
 @pytest.mark.parametrize(
@@ -259,6 +259,9 @@ SD = AutoencoderConfig().model_dump() | {"out_channels": 3, "scaling_factor": 0.
         ("comfyui", {"latent_channels": 64}, ["another network", "ignores"]),
         ("comfyui", {"block_out_channels": (128, 256, 512), "latent_channels": 3}, ["ignores"]),
         ("comfyui", {"norm_num_groups": 16}, ["32 groups"]),
+        ("comfyui", block_types((3,), 4), ["middle block only"]),
+        ("kohya", block_types((3,), 4), ["neither"]),
+        ("a1111", block_types((3,), 4), ["not that of SD"]),
         ("comfyui", {"latent_channels": 32}, ["0.3.72", "ignores"]),
         ("comfyui", {"latent_channels": 32, "norm_num_groups": 16}, ["32 groups", "ignores"]),  # no version
         ("a1111", {"latent_channels": 32}, ["not that of SD", "ignores"]),

@@ -24,6 +24,7 @@ from ldm_vae.export.fp16.structure import structure_of
 
 SHAPES: dict[str, dict[str, Any]] = {
     "shortcuts": {"block_out_channels": (8, 16, 16), "layers_per_block": 2},
+    "attention": {"block_out_channels": (8, 16, 16), "layers_per_block": 2, "attention_levels": (1, 2)},
     "no_attention": {"block_out_channels": (8, 16), "mid_block_add_attention": False},
     "no_quant_conv": {"block_out_channels": (16, 8), "use_quant_conv": False, "use_post_quant_conv": False},
 }

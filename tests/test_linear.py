@@ -112,6 +112,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "f4": {"latent_channels": 8, "block_out_channels": (48, 64, 64), "norm_num_groups": 4},
     "f4, other widths": {"latent_channels": 4, "block_out_channels": (32, 48, 96), "norm_num_groups": 2},
     "f2, attention": {"latent_channels": 4, "block_out_channels": (32, 32), "mid_block_add_attention": True},
+    "f4, attention": {"latent_channels": 8, "block_out_channels": (48, 64, 64), "attention_levels": (1, 2)},
     "f8, two layers": {"latent_channels": 4, "block_out_channels": (32, 64, 64, 64), "layers_per_block": 2},
     "f8, sixteen": {"latent_channels": 16, "block_out_channels": (48, 128, 160, 160), "norm_num_groups": 2},
     "no quant convs": {"block_out_channels": (32, 48), "use_quant_conv": False, "use_post_quant_conv": False},

@@ -1,4 +1,4 @@
-"""`model.kind: pretrained`: every class of images is fine-tuned with the full objective."""
+"""Every class of images is fine-tuned with the full objective (`model.kind: pretrained`), or trained from scratch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusers.models import autoencoders
 from images import write_images
 from pydantic import ValidationError
 from sentences import refused
-from tiny_classes import TRAINED, pixels_for, tiny
+from tiny_classes import SCRATCH, TRAINED, pixels_for, tiny
 from training_runs import TINY, run, write_config
 
 from ldm_vae.autoencoder.fine_tuning import idle_parameters, is_encoders
@@ -28,6 +28,7 @@ from ldm_vae.training.state import build_state
 OBJECTIVE = {
     "losses": {"l1": {}}, "adversary": {"weight": 0.5}, "discriminator": {"kind": "patchgan", "width": 8, "layers": 1},
 }  # fmt: skip
+DECODER = ("decoder.*", "post_quant_conv.*")
 
 
 def settings_for(vae: Any, folder: Path, **changes: Any) -> Training:
@@ -42,13 +43,18 @@ def settings_for(vae: Any, folder: Path, **changes: Any) -> Training:
     return Training(**given | OBJECTIVE | changes)
 
 
-@pytest.mark.parametrize("trainable", [("*",), ("decoder.*", "post_quant_conv.*")], ids=["all", "decoder"])
-@pytest.mark.parametrize("name", TRAINED)
+STEPS = [(name, trainable) for name in [*TRAINED, *SCRATCH] for trainable in (("*",), DECODER)]
+STEPS += [(name, ("*", "!decoder.*")) for name in SCRATCH]
+
+
+@pytest.mark.parametrize(("name", "trainable"), STEPS)
 def test_a_step_moves_what_has_a_part_and_nothing_else(name: str, trainable: tuple[str, ...], tmp_path: Path) -> None:
-    base = tiny(name)
+    base = tiny("AutoencoderKL" if name in SCRATCH else name)
+    scratch = {"model": SCRATCH[name], "init_from": None} if name in SCRATCH else {}
+    settings = settings_for(base, tmp_path, **scratch)
+    base = settings.model.build() if scratch else base
     names = [pattern for pattern in trainable if pattern != "post_quant_conv.*" or hasattr(base, "post_quant_conv")]
-    settings = settings_for(base, tmp_path, trainable=names)
-    vae = build_autoencoder(settings)
+    vae = build_autoencoder(settings.model_copy(update={"trainable": tuple(names)}))
     state = build_state(settings, Accelerator(cpu=True), vae)
     before = {key: value.clone() for key, value in vae.state_dict().items()}
     pixels = pixels_for(vae)
@@ -57,10 +63,13 @@ def test_a_step_moves_what_has_a_part_and_nothing_else(name: str, trainable: tup
         logs = state.step(pixels, noise, 2, None)
     assert torch.isfinite(logs["adversary/weight"]) and logs["adversary/weight"] > 0
     idle = {*idle_parameters(vae)}
-    expected = {key for key in before if not (trainable != ("*",) and is_encoders(key)) and key not in idle}
-    expected &= {key for key, _ in vae.named_parameters()}
+    expected = {key for key, _ in vae.named_parameters() if key not in idle}
+    if trainable != ("*",):
+        expected = {
+            key for key in expected if not (is_encoders(key) if trainable == DECODER else key[:8] == "decoder.")
+        }
     moved = {key for key, value in vae.state_dict().items() if not torch.equal(value, before[key])}
-    assert moved <= expected
+    assert moved <= expected and (name != "asymmetric" or any(".condition_encoder." in key for key in idle))
     # a bias before a norm of single channels moves by rounding or not at all
     assert len(moved) > 0.9 * len(expected)
 
@@ -100,3 +109,14 @@ def test_what_cannot_be_trained_so_is_refused(tmp_path: Path) -> None:
         build_autoencoder(settings_for(tiny("AutoencoderDC"), tmp_path / "dc", **grey))
     with refused(UsageError, "trainable"):
         build_autoencoder(settings_for(tiny("AutoencoderRAE"), tmp_path / "rae", trainable=["encoder.*"]))
+    bases = {
+        "kl": (tiny("AutoencoderKL", block_out_channels=[8, 16], norm_num_groups=4), "model.attention_levels"),
+        "flux2": (tiny("AutoencoderKLFlux2"), "model.block_out_channels"),
+        "dc": (tiny("AutoencoderDC"), "model.attention_head_dim"),
+        "asymmetric": (tiny("AutoencoderKL"), "model.kind"),
+    }
+    for kind, (base, field) in bases.items():
+        with refused(UsageError, field):
+            build_autoencoder(settings_for(base, tmp_path / kind, model=SCRATCH[kind]))
+    with pytest.raises(ValidationError, match="ignore_mismatched_sizes"):
+        settings_for(tiny("AutoencoderDC"), tmp_path / "dc", model=SCRATCH["dc"], ignore_mismatched_sizes=True)

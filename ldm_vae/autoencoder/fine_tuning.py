@@ -65,7 +65,8 @@ def idle_parameters(vae: Any) -> list[str]:
         moments = latents.encode(empty, torch.empty(1, geometry.in_channels, side, side))
         total = latents.decode(empty, moments.mean).sum() + moments.logvar.sum()
         total.backward()  # type: ignore[no-untyped-call]
-    return [name for name, parameter in empty.named_parameters() if parameter.grad is None]
+    # a codebook is its quantizer's to move (ldm_vae/quantizers)
+    return [name for name, one in empty.named_parameters() if one.grad is None and not name.startswith("quantize.")]
 
 
 # --- another number of channels ---------------------------------------------------------------------------------------
@@ -77,11 +78,11 @@ def resize_channels(base: AutoencoderKL, fresh: AutoencoderKL) -> AutoencoderKL:
     Where `fresh` is larger, what reads a new channel starts at zero and what writes one keeps its random weights: with
     more latent channels the moments of the old ones and the decoded image are at first exactly those of `base`.
     """
-    ours = fresh.state_dict()
+    ours, is_point = fresh.state_dict(), geometry_of(base).is_point
     for name, theirs in base.state_dict().items():
         # the encoder ends in 2c channels, means before log-variances: each half is resized by itself
-        writes_moments = name.startswith(("encoder.conv_out.", "quant_conv."))
-        reads_moments = name == "quant_conv.weight"
+        writes_moments = not is_point and name.startswith(("encoder.conv_out.", "quant_conv."))
+        reads_moments = not is_point and name == "quant_conv.weight"
         ours[name] = _overlap(theirs, ours[name], 2 if writes_moments else 1, 2 if reads_moments else 1)
     fresh.load_state_dict(ours)
     return fresh

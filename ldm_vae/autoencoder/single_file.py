@@ -143,14 +143,21 @@ def _told_by(weights: Weights, path: Path) -> dict[str, Any]:
 
 
 def is_sd_shape(config: Mapping[str, Any]) -> bool:
-    """True for the config of Stable Diffusion's VAE (SDXL's has the same shape)."""
+    """True for the config of Stable Diffusion's VAE (SDXL's has the same shape), and of an AsymmetricAutoencoderKL with
+    its encoder."""
     return (
-        tuple(config["block_out_channels"]) == (128, 256, 512, 512)
+        tuple(config.get("down_block_out_channels") or config.get("block_out_channels") or ()) == (128, 256, 512, 512)
         and config["latent_channels"] == 4
-        and config["layers_per_block"] == 2
+        and config.get("layers_per_block", config.get("layers_per_down_block")) == 2
         and (config["in_channels"], config["out_channels"], config["norm_num_groups"]) == (3, 3, 32)
-        and bool(config["mid_block_add_attention"] and config["use_quant_conv"] and config["use_post_quant_conv"])
+        and all(config.get(name, True) for name in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"))
+        and not has_attention_levels(config)
     )
+
+
+def has_attention_levels(config: Mapping[str, Any]) -> bool:
+    """True for a config with attention outside of the middle block."""
+    return any(name.startswith("Attn") for name in config.get("down_block_types", ()))
 
 
 def _scaling(config: Mapping[str, Any], names: list[str], path: Path) -> dict[str, float | None]:

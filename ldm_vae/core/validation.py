@@ -94,14 +94,14 @@ def check_model_config(config: Any) -> None:
             raise ValueError(f"{name}: expected one number for each of {channels} latent channels")
 
 
-def check_parameters(widths: Sequence[int], layers: int) -> None:
-    """Raises ValueError for block_out_channels whose 3x3 convolutions alone fill the memory of any machine: from the
+def check_parameters(widths: Sequence[int], layers: int, name: str = "block_out_channels") -> None:
+    """Raises ValueError for widths whose 3x3 convolutions alone fill the memory of any machine: from the
     first allocations on, a system that promises more than it has would kill this process without a word."""
     # an encoder's and a decoder's residual blocks, of two convolutions each
     count = 2 * (2 * layers + 1) * 2 * 9 * sum(width * width for width in widths)
     if count > MOST_PARAMETERS:
         raise ValueError(
-            f"block_out_channels: expected a network of at most {MOST_PARAMETERS / 1e9:.0f} billion parameters, got "
+            f"{name}: expected a network of at most {MOST_PARAMETERS / 1e9:.0f} billion parameters, got "
             f"about {count / 1e9:,.0f} billion"
         )
 

@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from pydantic import Field, model_validator
 from torch import nn
 
-from ldm_vae.autoencoder.config import check_widths
+from ldm_vae.autoencoder.config import check_levels, check_widths
 from ldm_vae.core.config import Part
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.numbers import Channels, Layers
@@ -32,8 +32,7 @@ class Config(Part):
     @model_validator(mode="after")
     def _check(self) -> Config:
         check_widths(self.block_out_channels, self.norm_num_groups)
-        if set(self.attention_levels) - set(range(len(self.block_out_channels))):
-            raise ValueError(f"attention_levels: expected numbers below {len(self.block_out_channels)}")
+        check_levels(self.attention_levels, self.block_out_channels)
         return self
 
     def build(self, channels: int, size: tuple[int, int], classes: int) -> UNet2DModel:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import image_channels, latent_channels
 from ldm_vae.autoencoder.ldm_network import LdmNetwork
-from ldm_vae.autoencoder.single_file import is_sd_shape, save_single_file
+from ldm_vae.autoencoder.single_file import has_attention_levels, is_sd_shape, save_single_file
 from ldm_vae.core.errors import WorkError
 
 Config = Mapping[str, Any]
@@ -129,6 +129,8 @@ def _common(config: Config) -> str | None:
         return f"it builds 2 residual blocks per resolution, this VAE has {config['layers_per_block']}"
     if not config["mid_block_add_attention"]:
         return "it builds attention in the middle block, this VAE has none"
+    if has_attention_levels(config):
+        return "it builds attention in the middle block only, this VAE has more"
     if bool(config["use_quant_conv"]) != bool(config["use_post_quant_conv"]):
         return "it expects quant_conv and post_quant_conv, or neither"
     if int(config["in_channels"]) != 3 or int(config["out_channels"]) != 3:

@@ -8,7 +8,7 @@ from diffusers import VQModel
 from pydantic import Field, model_validator
 
 from ldm_vae.autoencoder.bottleneck import Bottleneck
-from ldm_vae.autoencoder.config import check_widths
+from ldm_vae.autoencoder.config import check_layers, check_widths
 from ldm_vae.core.config import Part, choice
 from ldm_vae.core.numbers import Channels, Layers
 from ldm_vae.core.validation import check_parameters
@@ -38,6 +38,7 @@ class Config(Part):
     @model_validator(mode="after")
     def _check(self) -> Config:
         check_widths(self.block_out_channels, self.norm_num_groups)
+        check_layers(self.layers_per_block, self.block_out_channels)
         check_parameters(self.block_out_channels, self.layers_per_block)
         return self
 

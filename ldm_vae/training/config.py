@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -42,7 +43,8 @@ class Training(RunConfig):
     """Of the discriminator; default: the same."""
     init: Literal["noise", "linear"] = "noise"
     """Of a network from scratch. noise: random weights. linear: the first forward is the linear code of the model's own
-    size, principal components of patches of the training crops (`autoencoder/linear_init.py`); model.kind kl or vq."""
+    size, principal components of patches of the training crops (`autoencoder/linear_init.py`); model.kind kl, vq or
+    flux2."""
     init_images: int = Field(1024, gt=0)
     """Training crops that the linear code is fitted on."""
     init_from: str | None = None
@@ -71,7 +73,7 @@ class Training(RunConfig):
     """The checkpoint with the best of these is kept beside the newest; one of validation_metrics."""
     normalisation: Literal["scale", "shift", "channel"] | None = None
     """The one normalisation measured and written into vae/config.json (scale: Stable Diffusion; shift: SD3, FLUX). By
-    default that of init_from where its encoder does not learn, else scale."""
+    default that of init_from where its encoder does not learn, else scale, or channel where a class has no other."""
     normalisation_from: str | None = None
     """Write this VAE's normalisation instead: for a fine-tuned VAE whose diffusion model knows the base's latents. What
     is measured still stands beside the weights."""
@@ -101,12 +103,17 @@ class Training(RunConfig):
             raise ValueError("model.kind: pretrained needs init_from, the network that it is")
         if self.model.kind == "pretrained" and self.ignore_mismatched_sizes:
             raise ValueError("ignore_mismatched_sizes: model.kind pretrained takes init_from as it is; expected false")
+        if self.model.kind in ("dc", "hunyuan_image") and self.ignore_mismatched_sizes:
+            raise ValueError(
+                f"ignore_mismatched_sizes: the shortcuts of model.kind {self.model.kind} average other channels with "
+                "other sizes; expected false"
+            )
         quantizer = getattr(self.model, "quantizer", None)
         if self.init == "linear":
             if self.init_from is not None:
                 raise ValueError("init: linear is for a network from scratch; expected no init_from, or init: noise")
-            if self.model.kind not in ("kl", "vq"):
-                raise ValueError(f"init: linear is for model.kind kl or vq, got {self.model.kind}")
+            if self.model.kind not in ("kl", "vq", "flux2"):
+                raise ValueError(f"init: linear is for model.kind kl, vq or flux2, got {self.model.kind}")
             if quantizer is not None and (quantizer.kind, getattr(quantizer, "distance", "")) != ("vq", "euclidean"):
                 raise ValueError("init: linear needs model.quantizer.kind vq with distance euclidean, or init: noise")
         if getattr(quantizer, "codebook", None) == "learned" and not any(
@@ -165,15 +172,14 @@ def build_autoencoder(settings: Training) -> Any:
                 f"{type(vae).__name__}, got {type(base).__name__}"
             )
         for name, value in settings.model.shape().items():
-            value = list(value) if isinstance(value, tuple) else value
-            came = list(base.config[name]) if isinstance(base.config[name], tuple | list) else base.config[name]
+            value, came = (json.loads(json.dumps(one)) for one in (value, base.config[name]))  # tuples as lists
             if came != value and name not in may_differ:
                 hint = "; ignore_mismatched_sizes keeps what fits" if name in ("latent_channels", "in_channels") else ""
-                raise UsageError(f"model.{name}: the config says {value}, {settings.init_from} has {came}{hint}")
+                field = "attention_levels" if name in ("down_block_types", "up_block_types") else name
+                raise UsageError(f"model.{field}: the config says {value}, {settings.init_from} has {came}{hint}")
         check_preprocessing(settings, base, f"init_from {settings.init_from}")
         vae = resize_channels(base, vae)
-    set_trainable(vae, settings.trainable)
-    return vae.train()
+    return learning(vae, settings.trainable)
 
 
 def _pretrained(settings: Training) -> Any:

@@ -58,8 +58,7 @@ def normalise(
         return Normalisation(1.0), statistics
     if (usual := kind_of(vae)) is None:  # the class has no place for one
         return None, statistics
-    kind = settings.normalisation or (usual if settings.model.kind == "pretrained" else "scale")
-    return given or statistics.normalisation(kind), statistics
+    return given or statistics.normalisation(settings.normalisation or usual), statistics
 
 
 def measure_checkpoint(

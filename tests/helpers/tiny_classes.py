@@ -74,6 +74,26 @@ def tiny(name: str, **changes: Any) -> Any:
     return found
 
 
+# `model` of a training from scratch, by kind: those of AutoencoderKL's and VQModel's kinds are in many files
+SCRATCH: dict[str, dict[str, Any]] = {
+    "kl": {"kind": "kl", "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4,
+           "attention_levels": [1]},
+    "dc": {
+        "kind": "dc", "latent_channels": 4, "attention_head_dim": 4,
+        **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in {
+            "block_types": ["ResBlock", "EfficientViTBlock"], "block_out_channels": [8, 16],
+            "layers_per_block": [1, 1], "qkv_multiscales": [[], [3]],
+        }.items()},
+    },
+    "flux2": {"kind": "flux2", "block_out_channels": [8, 16], "decoder_block_out_channels": [8, 12],
+              "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4},
+    "asymmetric": {
+        "kind": "asymmetric", "down_block_out_channels": [8, 8], "up_block_out_channels": [8, 16],
+        "layers_per_down_block": 1, "layers_per_up_block": 1, "norm_num_groups": 4,
+    },
+    "hunyuan_image": {"kind": "hunyuan_image", "block_out_channels": [32, 64], "layers_per_block": 1,
+                      "latent_channels": 4},
+}  # fmt: skip
 CLASSES = sorted(name for name, one in vars(autoencoders).items() if inspect.isclass(one))
 IMAGES = [name for name in CLASSES if family_of(name).is_served]
 TRAINED = [name for name in IMAGES if not family_of(name).noise and name != "VQModel"]
