@@ -53,8 +53,8 @@ class Bottleneck(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no encode")
 
     def draw(self, moments: Moments, noise: torch.Tensor) -> Encoded:
-        """Draw latents from stored moments, in place of `encode`; only a posterior's can be."""
-        raise NotImplementedError(f"{type(self).__name__} has no posterior to draw from")
+        """Draw latents from stored moments, in place of `encode`."""
+        raise NotImplementedError(f"{type(self).__name__} takes no stored moments")
 
     def decode(self, vae: Any, z: torch.Tensor) -> torch.Tensor:
         return latents.decode(vae, z)
@@ -91,5 +91,7 @@ class PointBottleneck(Bottleneck):
     gives = "point"
 
     def encode(self, vae: Any, images: torch.Tensor, noise: torch.Tensor, images_seen: int) -> Encoded:
-        moments = latents.encode(vae, images)
+        return self.draw(latents.encode(vae, images), noise)
+
+    def draw(self, moments: Moments, noise: torch.Tensor) -> Encoded:
         return Encoded(moments, moments.mean)

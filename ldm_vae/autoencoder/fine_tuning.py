@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.geometry import geometry_of, on_meta, without_values
+from ldm_vae.autoencoder.geometry import geometry_of, on_meta, some_latents, without_values
 from ldm_vae.core.errors import UsageError
 
 # the other side; what is on none, a buffer that both use say, counts as the encoder's: a store is then rather stale
@@ -67,6 +67,16 @@ def idle_parameters(vae: Any) -> list[str]:
         total.backward()  # type: ignore[no-untyped-call]
     # a codebook is its quantizer's to move (ldm_vae/quantizers)
     return [name for name, one in empty.named_parameters() if one.grad is None and not name.startswith("quantize.")]
+
+
+def encoder_parts(vae: Any) -> list[str]:
+    """Names of the parts in front of the latents: the network's own modules with weights of which none gets a gradient
+    from a decode without values."""
+    with on_meta():
+        empty = without_values(vae).requires_grad_(True)
+        latents.decode(empty, torch.empty(some_latents(vae).shape)).sum().backward()  # type: ignore[no-untyped-call]
+    weights = {name: [*part.parameters()] for name, part in empty.named_children()}
+    return [name for name, own in weights.items() if own and all(parameter.grad is None for parameter in own)]
 
 
 # --- another number of channels ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ldm_vae.autoencoder.fine_tuning import encoder_parts
 from ldm_vae.autoencoder.finite import check_weights
 from ldm_vae.autoencoder.normalisation import take_away
 from ldm_vae.autoencoder.preparation import record
@@ -67,14 +68,15 @@ def _load_checkpoint(folder: Path, place: str) -> Any:
     that of the config's init_from."""
     averages = open_averages(folder, place)
     entries = dict(averages.entries)
-    if not any(name.startswith("encoder.") for name in entries):
+    network = build(read_config(folder / CONFIG, place), place)
+    ahead = tuple(f"{name}." for name in encoder_parts(network))
+    if not any(name.startswith(ahead) for name in entries):
         base = read_yaml(folder / "config.yaml").get("init_from")
         if not isinstance(base, str):
             raise UsageError(f"{place}: holds no encoder, and its config.yaml names no init_from that has it")
         print_note(f"{place}: trained without its encoder, which is that of {base}")
         for name, value in load_autoencoder(base).state_dict().items():
             entries.setdefault(name, Entry(tuple(value.shape), lambda value=value: value))  # type: ignore[misc]
-    network = build(read_config(folder / CONFIG, place), place)
     fill(network, replace(averages, entries=entries))
     take_away(network)
     return network.eval()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ldm_vae.autoencoder.bottleneck import Bottleneck, Codes, GaussianBottleneck
-from ldm_vae.autoencoder.fine_tuning import encoder_learns
+from ldm_vae.autoencoder.fine_tuning import encoder_learns, is_encoders
 from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels
 from ldm_vae.autoencoder.last_layer import Call, Watch
 from ldm_vae.autoencoder.latents import Moments
@@ -71,6 +71,21 @@ class TrainableAutoencoder(nn.Module):
         self.bottleneck = GaussianBottleneck(vae) if bottleneck is None else bottleneck
         self.perturbations = nn.ModuleList(sorted(perturbations, key=lambda part: getattr(part, "resizes", False)))
         self._watch = Watch(vae)
+        self._hold_still()
+
+    def train(self, mode: bool = True) -> TrainableAutoencoder:
+        super().train(mode)
+        self._hold_still()
+        return self
+
+    def _hold_still(self) -> None:
+        """A frozen encoder gives what it gives a store: nothing of its own is drawn (dropout, AutoencoderRAE's
+        noise_tau), which no key would decide."""
+        if not self.encoder_learns:
+            self.vae.training = False  # of the network itself; its decoder trains
+            for name, part in self.vae.named_children():
+                if is_encoders(f"{name}."):
+                    part.eval()
 
     @property
     def last_layer(self) -> nn.Module:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.nn.utils.parametrize import is_parametrized
 
 from ldm_vae.autoencoder.latents import at_least_fp32
 from ldm_vae.core.config import Part
 from ldm_vae.core.numbers import Channels, Layers
+from ldm_vae.discriminators import Discriminator
 
 Norm = Literal["group", "spectral", "none", "batch", "sync_batch"]
 
@@ -34,7 +34,7 @@ class Config(Part):
         return PatchGAN(in_channels, self.width, self.layers, self.norm)
 
 
-class PatchGAN(nn.Module):
+class PatchGAN(Discriminator):
     """images [B, C, H, W] => logits [B, 1, H', W'], one per patch; higher means more real."""
 
     def __init__(self, in_channels: int, width: int, layers: int, norm: Norm) -> None:
@@ -51,23 +51,6 @@ class PatchGAN(nn.Module):
             *modules, _convolution(channels, 1, 1, "spectral" if norm == "spectral" else "none")
         )
         self.train()
-
-    def train(self, mode: bool = True) -> PatchGAN:
-        super().train(mode)
-        for layer in self._spectral():  # torch iterates in every forward, which an update may have several of
-            layer.parametrizations["weight"].eval()
-        return self
-
-    @torch.no_grad()
-    def after_update(self) -> None:
-        """One power iteration of each spectral norm, for the weights that the update has left."""
-        for layer in self._spectral():
-            layer.parametrizations["weight"].train()
-            _ = layer.weight
-            layer.parametrizations["weight"].eval()
-
-    def _spectral(self) -> list[Any]:
-        return [layer for layer in self.network if is_parametrized(layer)]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.network(images)

@@ -14,9 +14,11 @@ from torch import nn
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.fine_tuning import idle_parameters, resize_channels, set_trainable
 from ldm_vae.autoencoder.geometry import image_channels
+from ldm_vae.autoencoder.last_layer import place_of
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import check_same, recorded, shown
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
+from ldm_vae.autoencoder.weights.files import print_note
 from ldm_vae.core.config import choice, choices
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.numbers import Positive, Side
@@ -116,6 +118,8 @@ class Training(RunConfig):
                 raise ValueError(f"init: linear is for model.kind kl, vq or flux2, got {self.model.kind}")
             if quantizer is not None and (quantizer.kind, getattr(quantizer, "distance", "")) != ("vq", "euclidean"):
                 raise ValueError("init: linear needs model.quantizer.kind vq with distance euclidean, or init: noise")
+        if self.latent_store is not None and quantizer is not None:
+            raise ValueError("latent_store: a codebook learns together with its encoder; expected another model.kind")
         if getattr(quantizer, "codebook", None) == "learned" and not any(
             part.kind == "codebook" for part in self.losses.values()
         ):
@@ -188,6 +192,12 @@ def _pretrained(settings: Training) -> Any:
     vae = load_autoencoder(settings.init_from)
     if isinstance(vae, VQModel):
         raise UsageError(f"init_from {settings.init_from}: is a VQModel, which model.kind vq trains, by its quantizer")
+    place_of(vae)  # raises where its decoder has no gradient
+    if vae.config.get("noise_tau"):
+        print_note(
+            f"init_from {settings.init_from}: its noise_tau {vae.config.noise_tau:g} is left out, since no key decides "
+            f"what it draws; perturbations.latent_noise with sigma {vae.config.noise_tau:g} is the same noise, keyed"
+        )
     if (channels := image_channels(vae)) != settings.model.in_channels:
         raise UsageError(f"model.in_channels: expected {channels} of init_from, got {settings.model.in_channels}")
     check_preprocessing(settings, vae, f"init_from {settings.init_from}")

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from torch import nn
 from torch.utils.data import Dataset
 
+from ldm_vae.autoencoder.fine_tuning import encoder_parts
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
-from ldm_vae.autoencoder.geometry import only_kl
+from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import record
@@ -35,6 +36,7 @@ from ldm_vae.data.transforms import decoding_of, preprocessing_identity
 from ldm_vae.data.workers import load
 from ldm_vae.latent_store.format.layout import (
     PIXELS,
+    TENSOR_NAMES,
     crop_of,
     crops_of,
     is_flipped,
@@ -75,6 +77,7 @@ class StoredPairs(Dataset[StoredBatch]):
 
     def __init__(self, latents: LatentDataset, source: Source | None) -> None:
         identity = latents.manifest.identity
+        self.make = Moments if identity.store == "moments" else Moments.point
         self.latents, self.source = latents, source
         self.crops = crops_of(identity.views)
         self.cutting = Cutting((latents.shards[0].resolution,), self.crops, resize=resize_of(identity))
@@ -89,7 +92,8 @@ class StoredPairs(Dataset[StoredBatch]):
         batch = self.latents.read([index for index, _ in found], [task.epoch for task in work.tasks], ("key",))
         pixels = batch[PIXELS] if self.source is None else torch.stack([crop for _, crop in found if crop is not None])
         positions = torch.tensor([task.position for task in work.tasks])
-        return StoredBatch(Moments(batch["mean"], batch["logvar"]), pixels, positions, batch["key"], bad)
+        moments = self.make(*(batch[name] for name in TENSOR_NAMES[self.latents.manifest.identity.store]))
+        return StoredBatch(moments, pixels, positions, batch["key"], bad)
 
     def _usable(self, index: int, epoch: int, bad: list[Bad]) -> tuple[int, torch.Tensor | None]:
         """This sample, or the next whose image can still be had; its pixels where the store does not hold them."""
@@ -135,7 +139,7 @@ class StoredPairs(Dataset[StoredBatch]):
         return self._places[key]
 
 
-def open_pairs(settings: Training, vae: AutoencoderKL, source: Source | Stream) -> StoredPairs:
+def open_pairs(settings: Training, vae: Any, source: Source | Stream) -> StoredPairs:
     """The pairs of `settings.latent_store`.
 
     Args:
@@ -146,7 +150,6 @@ def open_pairs(settings: Training, vae: AutoencoderKL, source: Source | Stream) 
         UsageError: another encoder made the store, its kind or shape does not do, or the images are prepared in
             another way than it was made with.
     """
-    only_kl(vae, "latent_store")
     path = settings.latent_store
     assert path is not None
     identity = read_manifest(path).identity
@@ -159,8 +162,8 @@ def open_pairs(settings: Training, vae: AutoencoderKL, source: Source | Stream) 
         raise UsageError(
             f"latent_store {path}: was made by another encoder than that of init_from {settings.init_from}"
         )
-    if identity.store != "moments":
-        raise UsageError(f"latent_store {path}: expected moments, it holds {identity.store}")
+    if identity.store != (expected := "mean" if geometry_of(vae).is_point else "moments"):
+        raise UsageError(f"latent_store {path}: expected {expected}, it holds {identity.store}")
     if len(latents.shapes()) > 1 or identity.bucket_step is not None:
         raise UsageError(f"latent_store {path}: expected latents of one shape, it has aspect buckets")
     # pixels in the store make the images unnecessary
@@ -179,9 +182,10 @@ def open_pairs(settings: Training, vae: AutoencoderKL, source: Source | Stream) 
     return StoredPairs(latents, source)
 
 
-def drop_encoder(vae: AutoencoderKL) -> None:
+def drop_encoder(vae: Any) -> None:
     """Take what is in front of the latents out of memory; `StoredFeed.complete` puts it back."""
-    vae.encoder = vae.quant_conv = None
+    for name in encoder_parts(vae):
+        setattr(vae, name, nn.Identity())  # decodes of some classes look at the layers of their encoder
 
 
 class StoredFeed:
@@ -192,7 +196,7 @@ class StoredFeed:
         source: where pixels are read again, unless the store holds them.
     """
 
-    def __init__(self, settings: Training, vae: AutoencoderKL, source: Source | Stream) -> None:
+    def __init__(self, settings: Training, vae: Any, source: Source | Stream) -> None:
         self.settings, self.source = settings, source
         self.pairs = open_pairs(settings, vae, source)
         drop_encoder(vae)

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from ldm_vae.autoencoder.checkpointing import enable_checkpointing
 from ldm_vae.autoencoder.fine_tuning import set_trainable
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, without_values
+from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, geometry_of, without_values
 from ldm_vae.autoencoder.latents import Moments, decode, encode
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.trainable import count_parameters
@@ -104,7 +104,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
         if settings.latent_store is not None:
             drop_encoder(vae)
             del parts["encoder"]
-            stored = Moments(latents, latents)
+            stored = Moments(latents, latents, geometry_of(vae).is_point)
         parts |= {name: (term, (images, images)) for name, term in objective.terms.items() if term.domain == "pixels"}
         parts |= {} if critic is None else {"discriminator": (critic, (images,))}
         forward = {

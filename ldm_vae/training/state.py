@@ -130,7 +130,7 @@ def build_state(settings: Training, accelerator: Accelerator, vae: Any) -> Train
         enable_checkpointing(vae)
     ema.module.to(accelerator.device)
     network = build_network(settings, vae)
-    held = getattr(vae, "encoder", None) is not None
+    held = settings.latent_store is None
     frozen_encoder = encoder_fingerprint(vae) if held and not network.encoder_learns else None
     check_teachers(settings)
     objective = build_objective(settings).to(accelerator.device)
