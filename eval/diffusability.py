@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from ldm_vae.autoencoder.geometry import check_resolution, image_channels, latent_channels
+from ldm_vae.autoencoder.geometry import check_resolution, latent_channels
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import preparation_of
 from ldm_vae.core.errors import UsageError, WorkError, run_program
@@ -34,6 +34,7 @@ from ldm_vae.core.launch import build_accelerator
 from ldm_vae.core.ownership import own
 from ldm_vae.core.pictures import save, sheet
 from ldm_vae.core.request import Parser
+from ldm_vae.data.alpha import visible
 from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels
@@ -121,17 +122,21 @@ def main() -> None:
 def compare(options: argparse.Namespace, device: torch.device) -> None:
 
     # --- everything that can be wrong is opened before the first image is encoded -------------------------------------
-    judge = looks(device)
+    vaes = [load_autoencoder(vae) for vae in options.vae]
+    for vae in vaes:
+        check_resolution(options.resolution, vae)
+    preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
+    alpha = preparation.decoding.alpha
+    if (channels := preparation.decoding.channels) not in (1, 3) and not alpha:
+        raise UsageError(
+            f"VAE {options.vae[0]}: expected images of 1 or 3 channels or with alpha (--alpha straight), to compare features, "
+            f"got {channels}"
+        )
+    judge = looks(device, alpha)
     if judge is None:
         raise WorkError(NOT_INSTALLED)
-    vaes = [load_autoencoder(vae) for vae in options.vae]
-    for name, vae in zip(options.vae, vaes, strict=True):
-        check_resolution(options.resolution, vae)
-        if (channels := image_channels(vae)) not in (1, 3):
-            raise UsageError(f"VAE {name}: expected images of 1 or 3 channels, to compare features, got {channels}")
     for name, vae in zip(options.vae, vaes, strict=True):
         measure_checkpoint(vae.to(device), name)
-    preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
     source = preparation.open(options.data)
     recipe = Recipe(options.train_images, options.batch_size, options.learning_rate)
     base = DiT(
@@ -238,12 +243,12 @@ def describe(
         part = chosen[start : start + options.batch_size]
         share.update(high_frequency_share(torch.stack([dataset[index]["latents"] for index in part])))
     for pixels in original_images(source, dataset, chosen[: 4 * options.batch_size], options):
-        found = equivariance_error(candidate.vae, pixels.to(device), mean)
+        found = equivariance_error(candidate.vae, pixels.to(device), mean, alpha=judge.alpha)
         if found:
             error.update(torch.stack([one.latent for one in found.values()]).mean(dim=0))
     decoded = list(reconstructions(candidate, chosen, options.batch_size))
     picture = f"pictures/{candidate.name}.reconstructions.png"
-    show(options.output / picture, torch.cat(decoded))
+    show(options.output / picture, torch.cat(decoded), judge.alpha)
     return {
         "vae": result.describe_vae(candidate.vae, candidate.name, candidate.source),
         "latent_shape": list(shape),
@@ -296,7 +301,7 @@ def one_seed(
     )
     images = list(generator.batches(count, options.batch_size))
     if seed == 0:
-        show(options.output / "pictures" / f"{candidate.name}.samples.png", torch.cat(images))
+        show(options.output / "pictures" / f"{candidate.name}.samples.png", torch.cat(images), judge.alpha)
     found = {"seed": seed, "digest": digest, "loss": loss, "fd_samples": judge.distance(originals, judge.of(images))}
     result.write(path, found)
     return found
@@ -306,10 +311,10 @@ def sampling(options: argparse.Namespace) -> SamplingConfig:
     return SamplingConfig(method=options.method, steps=options.steps)
 
 
-def show(path: Path, pixels: torch.Tensor) -> None:
+def show(path: Path, pixels: torch.Tensor, alpha: bool) -> None:
     """The first SHOWN of pixels [N, C, H, W] as a grid."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(sheet(PINNED.quantise(pixels[:SHOWN]), SHOWN // 2, gap=2), path)
+    save(sheet(visible(PINNED.quantise(pixels[:SHOWN]), alpha), SHOWN // 2, gap=2), path)
 
 
 if __name__ == "__main__":

@@ -48,11 +48,10 @@ from ldm_vae.latent_space.likelihood import SAMPLES, LikelihoodBounds, fitted_va
 from ldm_vae.latent_space.mixture import check_installed
 from ldm_vae.latent_space.pictures import keep_pictures
 from ldm_vae.latent_space.spectrum import high_frequency_share, radial_power_spectrum, white_share
-from ldm_vae.metrics import result
+from ldm_vae.metrics import psnr, result
 from ldm_vae.metrics.batches import ImageBatch, image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import Checksum
-from ldm_vae.metrics.protocol import PINNED
-from ldm_vae.metrics.psnr import psnr
+from ldm_vae.metrics.protocol import PINNED, Pair
 from ldm_vae.metrics.ranks import gather, gather_rows
 from ldm_vae.metrics.running import Running, Summary
 from ldm_vae.run import selection
@@ -97,6 +96,11 @@ class Task:
     source: Source
     accelerator: Accelerator
     options: argparse.Namespace
+
+    @property
+    def alpha(self) -> bool:
+        """True if the images have alpha: errors are then means over composites, and no likelihood is bounded."""
+        return self.source.decoding.alpha
 
     def batches(
         self, what: str, indices: Sequence[int], quarantine: Quarantine | None = None
@@ -148,7 +152,7 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
         pictures, mixture = keep_pictures(
             options.output, task.vae, survey.moments, survey.channels, survey.spectrum,
             [source.key(index) for index in survey.bank], noise,
-            pairs=options.pairs, components=options.components, seed=options.seed,
+            pairs=options.pairs, components=options.components, seed=options.seed, alpha=task.alpha,
         )  # fmt: skip
 
         # --- results: numbers, tables, sentences ----------------------------------------------------------------------
@@ -220,10 +224,10 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
         moments = finite.encode(vae, pixels)
         noise = latents.posterior_noise(options.seed, batch.indices, shape).to(device)
         sampled = finite.decode(vae, moments.sample(noise)).clamp(-1, 1)
-        error = (sampled.double() - pixels.double()).square().flatten(1).mean(dim=1)
-        pair = PINNED.pair(pixels, finite.decode(vae, moments.mean))
+        error = PINNED.pair(pixels, sampled, alpha=task.alpha).mean(squared_error)
+        pair = PINNED.pair(pixels, finite.decode(vae, moments.mean), alpha=task.alpha)
         rate = moments.kl().double().flatten(1).sum(dim=1)
-        values["psnr"].update(psnr(pair.original, pair.reconstruction))
+        values["psnr"].update(psnr.build().values(pair))
         values["mse"].update(error)
         values["rate_nats"].update(rate)
         values["bits_per_pixel"].update(rate / math.log(2) / options.resolution**2)
@@ -262,6 +266,11 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
     )
 
 
+def squared_error(pair: Pair) -> torch.Tensor:
+    """Mean squared error of each image in [-1, 1], fp64 [B]."""
+    return (pair.raw_reconstruction.double() - pair.raw_original.double()).square().flatten(1).mean(dim=1)
+
+
 def latent_shape(vae: Any, resolution: int, device: torch.device) -> tuple[int, ...]:
     """(c, h, w), by encoding an empty image: a VQModel's config does not say it in one word."""
     empty = torch.zeros(1, image_channels(vae), resolution, resolution, device=device)
@@ -279,7 +288,7 @@ def look_from_the_side(task: Task, survey: Survey) -> dict[str, Summary]:
     for name in applicable(*survey.moments.mean.shape[2:], any_size):  # of a rank without images too
         values |= {f"equivariance_{name}": Running(), f"equivariance_psnr_{name}": Running()}
     for _, pixels in task.batches("equivariance", survey.bank if values else []):
-        for name, found in equivariance_error(task.vae, pixels, survey.channels.mean).items():
+        for name, found in equivariance_error(task.vae, pixels, survey.channels.mean, alpha=task.alpha).items():
             values[f"equivariance_{name}"].update(found.latent)
             values[f"equivariance_psnr_{name}"].update(found.psnr)
     return {name: running.over_ranks().summary() for name, running in values.items()}
@@ -287,10 +296,11 @@ def look_from_the_side(task: Task, survey: Survey) -> dict[str, Summary]:
 
 @torch.inference_mode()
 def bound_likelihood(task: Task, indices: Sequence[int], survey: Survey) -> LikelihoodBounds | None:
-    """Bounds of the likelihood of images with an odd index; None where one half of the images is empty."""
+    """Bounds of the likelihood of images with an odd index; None where one half of the images is empty, and of images
+    with alpha, since it would weigh invisible colour."""
     others = indices[1::2]
     chosen = [others[place] for place in spread(len(others), task.options.likelihood_images)]
-    if survey.variance is None or not chosen or survey.moments.is_point:
+    if task.alpha or survey.variance is None or not chosen or survey.moments.is_point:
         return None
     bounds = LikelihoodBounds(survey.variance, task.options.repeats, task.options.seed)
     for batch, pixels in task.batches("likelihood", chosen):

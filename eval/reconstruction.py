@@ -44,7 +44,7 @@ from ldm_vae.metrics.metric import Metric
 from ldm_vae.metrics.pictures import keep_pictures
 from ldm_vae.metrics.protocol import PINNED, VARIANTS, by_name
 from ldm_vae.metrics.samples import keep_samples
-from ldm_vae.metrics.select import NAMES, Weights, build_metrics, check
+from ldm_vae.metrics.select import NAMES, Weights, build_metrics, check, default_names
 from ldm_vae.run import selection
 
 
@@ -61,9 +61,8 @@ def arguments() -> argparse.Namespace:
     add("--max_images", type=int, help="measure the first N images of DATA only")
     add(
         "--metrics",
-        default=",".join(NAMES),
         metavar="NAME,...",
-        help=f"default: {','.join(NAMES)}; or your module, as my_lab.sharpness",
+        help=f"default: {','.join(NAMES)} (alpha's of images that have it); or your module, as my_lab.sharpness",
     )
     add("--lpips_weights", metavar="PATH", help="the LPIPS trunk, where it is not found by itself")
     add(
@@ -84,8 +83,8 @@ def arguments() -> argparse.Namespace:
         if getattr(found, name) < 1:
             raise UsageError(f"{name}: expected at least 1, got {getattr(found, name)}")
     found.vae = [selection.at_checkpoint(vae, found.checkpoint) for vae in found.vae]
-    found.metrics = found.metrics.split(",")
-    check(found.metrics, found.resolution)
+    found.metrics = None if found.metrics is None else found.metrics.split(",")
+    check(found.metrics or NAMES, found.resolution)
     found.protocol = by_name(found.protocol)
     return found
 
@@ -105,6 +104,10 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     for vae in vaes:
         check_resolution(options.resolution, vae)
     preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
+    options.alpha, notes = preparation.decoding.alpha, list(preparation.notes)
+    options.metrics = options.metrics or default_names(options.alpha)
+    if options.alpha:
+        notes.append("alpha: metrics of colour are means over composites on black and on white, of whole sets on white")
     source = preparation.open(options.data)
     indices = range(min(len(source), options.max_images or len(source)))
     prepare(options.output, accelerator)
@@ -124,7 +127,7 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
         quarantined = len(read_quarantine(quarantine_path))
         data = {
             "source": options.data, "resolution": options.resolution, "quarantined": quarantined,
-            "preprocessing": preparation.identity, "notes": list(preparation.notes),
+            "preprocessing": preparation.identity, "notes": notes,
         }  # fmt: skip
         computed = result.settings(accelerator.device, options.batch_size) | result.command("eval.reconstruction")
         results = [
@@ -144,10 +147,12 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
             resolution=options.resolution, batch_size=options.batch_size, protocol=options.protocol,
         )  # fmt: skip
         first = vaes[0].to(accelerator.device)
-        keep_samples(options.output, first, evaluations[0].latents, options.resolution, accelerator.device)
+        keep_samples(
+            options.output, first, evaluations[0].latents, options.resolution, accelerator.device, options.alpha
+        )
         result.write(options.output / "metrics.md", result.markdown(results))
         result.write(options.output / "metrics.json", results[0] if len(results) == 1 else results)
-        print("\n".join([result.plain(results), *preparation.notes]))
+        print("\n".join([result.plain(results), *notes]))
         print(f"\nwritten to {options.output}; to look at it: ldm-vae report {options.output}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -210,6 +215,7 @@ def build(options: argparse.Namespace, accelerator: Accelerator, only: Sequence[
         options.resolution,
         weights=weights,
         protocol=options.protocol,
+        alpha=options.alpha,
     )
 
 

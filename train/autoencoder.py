@@ -37,6 +37,7 @@ from ldm_vae.metrics.bound import evidence_bound
 from ldm_vae.metrics.evaluate import evaluate_reconstruction
 from ldm_vae.metrics.linear import MEASURED, LinearFloor, fit_code
 from ldm_vae.metrics.select import build_metrics
+from ldm_vae.metrics.titles import TITLES
 from ldm_vae.report import build_report
 from ldm_vae.run import checkpoint
 from ldm_vae.run.folder import prepare_run_folder, progress_bar, start, start_from_command_line, what_is_due
@@ -44,7 +45,7 @@ from ldm_vae.run.inputs import compare_images
 from ldm_vae.run.metrics_log import Logbook, check_finite
 from ldm_vae.run.trackers import log_picture
 from ldm_vae.training.config import MAY_CHANGE, Training, build_autoencoder
-from ldm_vae.training.data import ImageFeed, open_sources, start_from_data
+from ldm_vae.training.data import ImageFeed, check_alpha, open_sources, start_from_data
 from ldm_vae.training.decoder_only import StoredFeed
 from ldm_vae.training.dry_run import describe
 from ldm_vae.training.monitor import below_linear, diagnose, overfitting
@@ -72,11 +73,12 @@ def train(settings: Training) -> None:
     if settings.init == "linear" and checkpoint.newest(run / "checkpoints", say) is None:
         start_from_data(vae, source, settings, accelerator)
     feed = (ImageFeed if settings.latent_store is None else StoredFeed)(settings, vae, source)
+    check_alpha(settings, feed.prepared)
     record(vae, feed.prepared)  # goes into checkpoints and the export
     given = given_normalisation(settings, vae)
     state = build_state(settings, accelerator, vae)
     if held_out is not None:  # what its metrics need is fetched now and not after the first hours
-        build_metrics(settings.validation_metrics, accelerator.device, settings.resolution)
+        build_metrics(settings.validation_metrics, accelerator.device, settings.resolution, alpha=settings.alpha)
 
     # --- the run folder, and where its last checkpoint left it: resume is the same command again ----------------------
     prepare_run_folder(settings, accelerator, MAY_CHANGE)
@@ -178,7 +180,8 @@ class Events:
         for sentence in warnings.values():
             state.accelerator.print(f"at {state.images_seen:,} images: {sentence}")
         self.logbook.write(state.images_seen, scores, warnings)
-        score, higher_is_better = scores[f"validation/{settings.best_metric}"], settings.best_metric in ("psnr", "ssim")
+        score = scores[f"validation/{settings.best_metric}"]
+        higher_is_better = TITLES[settings.best_metric].better == "higher"
         improved = state.best is None or (score > state.best["score"]) == higher_is_better
         if improved:
             state.best = {"score": score, "checkpoint": checkpoint.name(state.images_seen)}
@@ -193,7 +196,7 @@ def validate(vae: Any, objective: Any, source: Source, state: TrainingState) -> 
     chosen = spread(len(source), settings.validation_images)
     mine = share_of(accelerator.process_index, accelerator.num_processes, chosen, settings.train_batch_size)
     names = settings.validation_metrics
-    metrics = build_metrics(names, accelerator.device, settings.resolution)
+    metrics = build_metrics(names, accelerator.device, settings.resolution, alpha=settings.alpha)
     shape = {"resolution": settings.resolution, "batch_size": settings.train_batch_size}
     batches = partial(image_batches, source, mine, settings.resolution, batch_size=settings.train_batch_size)
     code = fit_code(vae, source, chosen, accelerator.process_index, accelerator.num_processes, **shape)

@@ -28,6 +28,7 @@ class Family:
     unit_range: images are in [0, 1] instead of [-1, 1].
     checkpointing: that of the class is right, where it has one.
     noise: its decoder draws noise, from a generator that its `decode` takes.
+    alpha: its images are RGBA, the alpha straight.
     """
 
     signal: Signal = "image"
@@ -36,6 +37,7 @@ class Family:
     unit_range: bool = False
     checkpointing: bool = True
     noise: bool = False
+    alpha: bool = False
 
     @property
     def is_served(self) -> bool:
@@ -61,7 +63,7 @@ FAMILIES: dict[str, Family] = {
     "ConsistencyDecoderVAE": Family(noise=True),
     "AutoencoderKLWan": _STILL,
     "AutoencoderKLQwenImage": _STILL,
-    "AutoencoderKLQwenImage21": _STILL,
+    "AutoencoderKLQwenImage21": Family("still", alpha=True),
     "AutoencoderKLTemporalDecoder": _VIDEO,
     "AutoencoderKLAllegro": _VIDEO,
     "AutoencoderKLCogVideoX": _VIDEO,

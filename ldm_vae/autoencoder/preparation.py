@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
+from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import image_channels
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import DEFAULT, Decoding
-from ldm_vae.data.flags import NO_FLAGS, DataFlags, Resize
+from ldm_vae.data.flags import NO_FLAGS, DataFlags
 from ldm_vae.data.preprocessing import FILE, SETTABLE, Preprocessing
 from ldm_vae.data.source import Source, open_source, with_resize
 from ldm_vae.data.transforms import decoding_of, preprocessing_identity
@@ -45,23 +46,12 @@ class Preparation:
         source = open_source(
             data, image_column=flags.image_column, caption_column=flags.caption_column, split=flags.split,
             kind=flags.kind, channels=decoding.channels, background=decoding.background,
-            value_range=decoding.value_range, jpeg_draft=decoding.jpeg_draft, **flags.data_fields,
+            value_range=decoding.value_range, alpha=decoding.alpha, jpeg_draft=decoding.jpeg_draft, **flags.data_fields,
         )  # fmt: skip
         source = with_resize(source, decoding.resize)
         if source.decoding != decoding:  # of a kind of somebody's own
             raise UsageError(f"data {data}: expected the decoding {decoding}, its kind has {source.decoding}")
         return source
-
-
-class _Says(Protocol):
-    """A record, or a decoding."""
-
-    @property
-    def value_range(self) -> tuple[float, float] | None: ...
-    @property
-    def background(self) -> tuple[int, int, int]: ...
-    @property
-    def resize(self) -> Resize: ...
 
 
 def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Preparation:
@@ -79,8 +69,8 @@ def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Prep
     if len(set(channels.values())) > 1:
         raise UsageError(f"vae: all must take images of one kind, these take {sorted(set(channels.values()))} channels")
     name, wanted = next(iter(channels.items()))
-    records = [(f"VAE {name}", found) for name, vae in vaes.items() if (found := recorded(vae)) is not None]
-    return _decide(records, wanted, f"VAE {name}", flags)
+    records = [(f"VAE {name}", found.decoding) for name, vae in vaes.items() if (found := recorded(vae)) is not None]
+    return _decide(records, wanted, f"VAE {name}", flags, alpha=any(map(has_alpha, vaes.values())))
 
 
 def open_images(
@@ -127,7 +117,7 @@ def preparation_of_store(identity: str, vae: Any, flags: DataFlags = NO_FLAGS) -
         return preparation_of({"of the store": vae}, flags)
     flags = replace(flags, jpeg_draft=flags.jpeg_draft or known.jpeg_draft)
     found = _decide([("the store", known)], image_channels(vae), "the VAE of the store", flags)
-    own = recorded(vae) or known
+    own = known if (found_own := recorded(vae)) is None else found_own.decoding
     notes = [
         f"{field}: {shown(getattr(known, field))}, as the store says; its VAE records {shown(getattr(own, field))}"
         for field in SETTABLE
@@ -141,10 +131,13 @@ def plain(flags: DataFlags) -> Preparation:
     return _decide([], flags.channels or DEFAULT.channels, "", flags)
 
 
-def _decide(records: Sequence[tuple[str, _Says]], channels: int, taker: str, flags: DataFlags) -> Preparation:
+def _decide(
+    records: Sequence[tuple[str, Decoding]], channels: int, taker: str, flags: DataFlags, alpha: bool = False
+) -> Preparation:
+    """alpha: of networks without a record."""
     if flags.channels not in (None, channels):
         raise UsageError(f"--channels: expected {channels}, which {taker} takes, got {flags.channels}")
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = {"alpha": alpha}
     notes = []
     for field in SETTABLE:
         given, said = getattr(flags, field), [(name, getattr(found, field)) for name, found in records]
@@ -168,7 +161,7 @@ def _decide(records: Sequence[tuple[str, _Says]], channels: int, taker: str, fla
     return Preparation(decoding, flags, tuple(notes))
 
 
-def check_same(ours: str, mine: _Says, theirs: str, other: _Says, names: Mapping[str, str], hint: str) -> None:
+def check_same(ours: str, mine: Decoding, theirs: str, other: Decoding, names: Mapping[str, str], hint: str) -> None:
     """Raise UsageError naming both where two differ in what they record.
 
     Args:
@@ -188,7 +181,7 @@ def shown(value: Any) -> str:
         return "that of the file's number type"
     if isinstance(value, tuple):
         return "[" + ", ".join(f"{number:g}" for number in value) + "]"
-    return str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # --- with a network ---------------------------------------------------------------------------------------------------
@@ -213,3 +206,9 @@ def recorded(vae: Any) -> Preprocessing | None:
     found = vars(vae).get(_ATTRIBUTE)  # not getattr: diffusers looks into a config that anybody may have written
     assert found is None or isinstance(found, Preprocessing)
     return found
+
+
+def has_alpha(vae: Any) -> bool:
+    """True if the fourth channel of its images is alpha: by its record, without one by its class."""
+    found = recorded(vae)
+    return family_of(vae).alpha if found is None else found.decoding.alpha

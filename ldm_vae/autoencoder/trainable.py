@@ -20,6 +20,7 @@ from ldm_vae.autoencoder.fine_tuning import encoder_learns, is_encoders
 from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels
 from ldm_vae.autoencoder.last_layer import Call, Watch
 from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.data.alpha import composite
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Reconstruction:
     images [B, C, H, W] as encoded; pixels as decoded, not clamped, and target what they are compared with, of one shape
     (that of the images unless a perturbation moved both); moments of q(z|x); latents z [B, c, h, w] before any
     perturbation; last_calls of the decoder's last layer, from which the adaptive weight is computed; codes where there
-    is a codebook; images_seen when it was made.
+    is a codebook; images_seen when it was made; background [B, 3, 1, 1] of images with alpha, drawn by key.
     """
 
     images: torch.Tensor
@@ -40,18 +41,25 @@ class Reconstruction:
     last_calls: tuple[Call, ...]
     codes: Codes | None = None
     images_seen: int = 0
+    background: torch.Tensor | None = None
+
+    def seen(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What judges images sees of pixels [B, C, H, W]: of those with alpha, the colour over the background."""
+        return pixels if self.background is None else composite(pixels, self.background)
 
 
 @dataclass(frozen=True)
 class Draw:
     """Source of a perturbation's randomness, keyed per image: neither the rank nor a resume changes a draw.
 
-    noise [B, n, h, w] standard normal; images [B, C, H, W] as encoded; images_seen keys what is drawn for the batch.
+    noise [B, n, h, w] standard normal; images [B, C, H, W] as encoded; images_seen keys what is drawn for the batch;
+    alpha: the fourth channel of the images is straight alpha.
     """
 
     noise: torch.Tensor
     images: torch.Tensor
     images_seen: int
+    alpha: bool = False
 
     def uniform(self, channel: int) -> torch.Tensor:
         """One number in (0, 1) per image [B], from the first position of a channel of the noise."""
@@ -63,9 +71,17 @@ class TrainableAutoencoder(nn.Module):
     """Owns the one forward of training. It goes through `accelerator.prepare`, so that DDP's hooks fire: calling
     `unwrap_model(vae).encode` instead trains one unsynchronised model per process."""
 
-    def __init__(self, vae: Any, bottleneck: Bottleneck | None = None, perturbations: Sequence[nn.Module] = ()) -> None:
-        """bottleneck: what the model's config gives; a Gaussian's by default."""
+    def __init__(
+        self,
+        vae: Any,
+        bottleneck: Bottleneck | None = None,
+        perturbations: Sequence[nn.Module] = (),
+        alpha: bool = False,
+    ) -> None:
+        """bottleneck: what the model's config gives; a Gaussian's by default. alpha: the fourth channel of its images
+        is straight alpha, so that each is given a background."""
         super().__init__()
+        self.alpha = alpha
         self.vae = vae
         self.encoder_learns = encoder_learns(vae)
         self.bottleneck = GaussianBottleneck(vae) if bottleneck is None else bottleneck
@@ -100,7 +116,7 @@ class TrainableAutoencoder(nn.Module):
     def noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(n, h, w) of the noise that `forward` takes for each image of this size."""
         _, rows, columns = self.latent_shape(height, width)
-        return (self.bottleneck.noise_channels + sum(self._wanted()), rows, columns)
+        return (self.bottleneck.noise_channels + sum(self._wanted()) + 3 * self.alpha, rows, columns)
 
     def _wanted(self) -> list[int]:
         """Channels of noise of each perturbation."""
@@ -121,13 +137,24 @@ class TrainableAutoencoder(nn.Module):
                 encoded = self.bottleneck.draw(stored, own)
         z, target, used = encoded.latents, images, self.bottleneck.noise_channels
         for perturbation, wanted in zip(self.perturbations, self._wanted(), strict=True):
-            z, target = perturbation(z, target, Draw(noise[:, used : used + wanted].to(z), images, images_seen))
+            z, target = perturbation(
+                z, target, Draw(noise[:, used : used + wanted].to(z), images, images_seen, self.alpha)
+            )
             used += wanted
         self._watch.take()  # of decodes elsewhere, and of the adaptive weight's calls
         pixels = self.bottleneck.decode(self.vae, z)
         return Reconstruction(
-            images, pixels, target, encoded.moments, encoded.latents, self._watch.take(), encoded.codes, images_seen
-        )
+            images, pixels, target, encoded.moments, encoded.latents, self._watch.take(), encoded.codes, images_seen,
+            self._background(noise[:, used:].to(pixels), images),
+        )  # fmt: skip
+
+    def _background(self, noise: torch.Tensor, images: torch.Tensor) -> torch.Tensor | None:
+        """A colour in [-1, 1] per image [B, 3, 1, 1], any as likely; its noise is the last, so that no other draw
+        moves."""
+        if not self.alpha:
+            return None
+        colours = torch.stack([Draw(noise, images, 0).uniform(channel) for channel in range(3)], dim=1)
+        return 2 * colours[:, :, None, None] - 1
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:

@@ -21,6 +21,7 @@ HELP = "encode and decode images, and write before and after"
 DESCRIPTION = """\
 Decode the mode of each image's posterior. OUT/NAME.png is the reconstruction, OUT/NAME.before-after.png shows both side
 by side. PSNR is printed. Without --resolution an image keeps its size, cropped to a multiple of the VAE's factor.
+With alpha, NAME.png is RGBA, and PSNR is the mean over composites on black and on white.
 
   ldm-vae reconstruct runs/demo photo.jpg looked-at
   ldm-vae reconstruct stabilityai/sd-vae-ft-mse a.png b.png looked-at --resolution 512
@@ -73,12 +74,13 @@ def _reconstruct(
 
     from ldm_vae.autoencoder.geometry import step_of
     from ldm_vae.core.pictures import save
+    from ldm_vae.data.alpha import visible
     from ldm_vae.data.transforms import centre_crop
+    from ldm_vae.metrics import psnr
     from ldm_vae.metrics.batches import ImageBatch
     from ldm_vae.metrics.evaluate import reconstruct
-    from ldm_vae.metrics.psnr import psnr
 
-    factor = step_of(vae)
+    factor, alpha = step_of(vae), preparation.decoding.alpha
     for note in preparation.notes:
         print(note)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,14 +92,15 @@ def _reconstruct(
             top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
             crop = image[:, top : top + height, left : left + width]
         else:
-            crop = centre_crop(image, request.resolution, resize=preparation.decoding.resize).pixels
-        _, pair = reconstruct(vae, ImageBatch([0], [str(path)], crop[None]), device)
+            crop = centre_crop(image, request.resolution, resize=preparation.decoding.resize, alpha=alpha).pixels
+        _, pair = reconstruct(vae, ImageBatch([0], [str(path)], crop[None], alpha), device)
         name = path.stem if path.stem not in taken else f"{path.stem}-{len(taken) + 1}"
         taken.add(name)
         save(pair.reconstruction[0], request.out / f"{name}.png")
-        side_by_side = torch.cat([pair.original[0], pair.reconstruction[0]], dim=2)
+        both = [visible(one[0], alpha) for one in (pair.original, pair.reconstruction)]
+        side_by_side = torch.cat(both, dim=2)
         save(side_by_side, request.out / f"{name}.before-after.png")
-        decibel = psnr(pair.original, pair.reconstruction).item()
+        decibel = psnr.build().values(pair).item()
         print(f"{path}  {_size(crop)}  PSNR {decibel:.2f} dB  {request.out / name}.before-after.png")
 
 

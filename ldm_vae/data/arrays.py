@@ -45,7 +45,11 @@ def load_npy(data: bytes) -> Array:
 
 
 def from_array(
-    array: Array, channels: int, value_range: Range | None = None, curve: Array | None = None
+    array: Array,
+    channels: int,
+    value_range: Range | None = None,
+    curve: Array | None = None,
+    alpha: bool = False,
 ) -> tuple[torch.Tensor, Values]:
     """[H, W], [H, W, C] or [C, H, W] of any number type => uint8 [C, H, W], and the values that it was made of.
 
@@ -55,13 +59,17 @@ def from_array(
         channels: one channel is repeated to three, three become one by ITU-R 601 luma; other differences are refused.
         value_range: the values that become 0 and 255, of any type; outside of them is clipped.
         curve: [256], level 0 to 255 => that in sRGB; between two levels straight.
+        alpha: the fourth channel is alpha (of the same range as the others), which grey and colour without it get.
 
     Raises:
         BadImage: another shape, NaN or Inf, floats outside of [0, 1] or integers without a range.
     """
     scaled, values = _to_uint8(_height_width_channels(array, channels), value_range, curve)
     have = scaled.shape[2]
-    if have == 1 and channels == 3:
+    if alpha and have in (1, 3):
+        opaque = np.full_like(scaled[:, :, :1], 255)
+        scaled = np.concatenate([*[scaled] * (3 // have), opaque], axis=2)
+    elif have == 1 and channels == 3:
         scaled = np.repeat(scaled, 3, axis=2)
     elif have == 3 and channels == 1:
         scaled = np.rint(scaled @ np.array(_LUMA)).astype(np.uint8)[:, :, None]

@@ -160,7 +160,9 @@ class ImageDataset(Dataset[Batch]):
             self._looked += 1
             self._values.append(image.values)
         generator = rng.generator(self.seed, "augmentation", epoch, index)
-        crop = random_crop(image.pixels, resolution, self.transform, generator, image.original_size)
+        crop = random_crop(
+            image.pixels, resolution, self.transform, generator, image.original_size, self.decoding.alpha
+        )
         return index, record.key, crop
 
 

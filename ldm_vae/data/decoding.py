@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ import pyarrow as pa
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from ldm_vae.core.errors import UsageError
 from ldm_vae.core.validation import HEAD, disguise
-from ldm_vae.data import arrays, colour, depth, tiff
+from ldm_vae.data import alpha, arrays, colour, depth, tiff
 from ldm_vae.data.arrays import Array
 from ldm_vae.data.colour import Background
 from ldm_vae.data.flags import Resize
@@ -66,9 +67,13 @@ class Decoding:
     jpeg_draft: bool = False
     resize: Resize = "short_side"
     """Of whole images (training's crops follow `transform`): see TransformConfig.resize."""
+    alpha: bool = False
+    """The fourth of four channels is straight alpha (alpha.py), and no further channel of any meaning."""
 
     def __post_init__(self) -> None:
         check_range(self.value_range)
+        if self.alpha and self.channels != alpha.CHANNELS:
+            raise UsageError(f"alpha: expected channels 4 (red, green, blue, alpha), got {self.channels}")
 
 
 DEFAULT = Decoding()
@@ -131,7 +136,8 @@ def read_image(image: RawImage, decoding: Decoding = DEFAULT, at_least: int | No
     try:
         with warnings.catch_warnings():  # Pillow warns about odd metadata; torch about the read-only view
             warnings.simplefilter("ignore")
-            return _read(image, decoding, at_least if decoding.jpeg_draft else None)
+            found = _read(image, decoding, at_least if decoding.jpeg_draft else None)
+            return replace(found, pixels=alpha.without_hidden(found.pixels)) if decoding.alpha else found
     except BadImage:
         raise
     except Exception as error:  # format plugins raise anything on hostile bytes: struct.error, KeyError, ...
@@ -196,7 +202,8 @@ def _read(image: RawImage, decoding: Decoding, at_least: int | None) -> Decoded:
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         array, own = depth.numbers(picture, stored)
         curve = colour.grey_curve(picture)
-        pixels, made_of = arrays.from_array(array, decoding.channels, decoding.value_range or own, curve)
+        limits = decoding.value_range or own
+        pixels, made_of = arrays.from_array(array, decoding.channels, limits, curve, decoding.alpha)
     else:
         if decoding.value_range is not None:
             picture, made_of = depth.stretched(picture, stored, decoding.value_range)
@@ -244,7 +251,7 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _from_array(array: Array, decoding: Decoding, name: str) -> Decoded:
-    pixels, values = arrays.from_array(array, decoding.channels, decoding.value_range)
+    pixels, values = arrays.from_array(array, decoding.channels, decoding.value_range, alpha=decoding.alpha)
     _check_size(pixels.shape[1], pixels.shape[2])
     return Decoded(pixels, (pixels.shape[1], pixels.shape[2]), name, str(array.dtype), values)
 

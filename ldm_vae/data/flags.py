@@ -29,6 +29,7 @@ class DataFlags:
     value_range: tuple[float, float] | None = None
     background: tuple[int, int, int] | None = None
     resize: Resize | None = None
+    alpha: bool | None = None
     jpeg_draft: bool = False
     image_column: str | None = None
     caption_column: str | None = None
@@ -39,7 +40,7 @@ class DataFlags:
     @property
     def decide(self) -> bool:
         """True when any of them is about pixels."""
-        return any(value is not None for value in (self.value_range, self.background, self.resize))
+        return any(value is not None for value in (self.value_range, self.background, self.resize, self.alpha))
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> DataFlags:
@@ -52,6 +53,8 @@ class DataFlags:
         for name in ("value_range", "background"):
             if given.get(name) is not None:
                 given[name] = tuple(given[name])
+        if given.get("alpha") is not None:
+            given["alpha"] = given["alpha"] == "straight"
         flags = cls(**given)
         if flags.channels is not None and flags.channels < 1:
             raise UsageError(f"--channels: expected at least 1, got {flags.channels}")
@@ -84,6 +87,10 @@ def add_decoding_arguments(
         help="stored values that become black and white: arrays, .npy, 16-bit and float images",
     )  # fmt: skip
     add("--background", type=int, nargs=3, metavar=("R", "G", "B"), help="background of transparent pixels, 0 to 255")
+    add(
+        "--alpha", choices=("straight", "channel"),
+        help="fourth of four channels: straight (not premultiplied) alpha, or a channel like the others",
+    )  # fmt: skip
     if resize:
         add(
             "--resize", choices=("short_side", "none"),

@@ -53,10 +53,14 @@ View = Callable[[torch.Tensor, tuple[int, int]], tuple[Crop, ...]]
 
 
 def centre_view(
-    image: torch.Tensor, original_size: tuple[int, int], resolution: Resolution, resize: Resize = "short_side"
+    image: torch.Tensor,
+    original_size: tuple[int, int],
+    resolution: Resolution,
+    resize: Resize = "short_side",
+    alpha: bool = False,
 ) -> tuple[Crop, ...]:
     """The view of evaluation and encoding."""
-    return (centre_crop(image, resolution, original_size, resize),)
+    return (centre_crop(image, resolution, original_size, resize, alpha),)
 
 
 IndexedRecord = tuple[int, Record | Bad | None]
@@ -194,7 +198,8 @@ def ordered_loader(
         )
     # by index, not by good image: a bad image makes its batch smaller and moves no other image
     slices = batches_of(items(source, indices), batch_size)
-    centred = functools.partial(centre_view, resolution=resolution, resize=source.decoding.resize)
+    decoding = source.decoding
+    centred = functools.partial(centre_view, resolution=resolution, resize=decoding.resize, alpha=decoding.alpha)
     dataset = _OrderedDataset(source, view or centred, draft_at_least)
     packed = load(dataset, slices, num_workers, False, prefetch_factor, multiprocessing_context)
     return _watched(packed, Watch(source, length(source)))

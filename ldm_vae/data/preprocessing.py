@@ -30,7 +30,7 @@ FILE = "preprocessing.json"  # beside config.json
 HEADER = "ldm_vae.data.preprocessing"  # in the header of our single files: the same JSON
 FORMAT, VERSION = "ldm-vae preprocessing", 1
 
-SETTABLE = ("value_range", "background", "resize")  # what two networks of equally many channels may differ in
+SETTABLE = ("value_range", "background", "resize", "alpha")  # what two networks of equally many channels may differ in
 
 
 class Preprocessing(Section):
@@ -49,8 +49,9 @@ class Preprocessing(Section):
     """At the network: what black and white are there."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour behind transparent pixels."""
-    alpha: Literal["background", "channel"] = "background"
-    """Transparency is composited on the background, or is the fourth of four channels."""
+    alpha: Literal["background", "channel", "straight"] = "background"
+    """Transparency is composited on the background, or is the fourth of four channels: one like the others, or straight
+    alpha (ldm_vae/data/alpha.py)."""
     colour: Literal["srgb"] = "srgb"
     """Colour profiles (ICC) are converted to this space."""
     resize: Resize = "short_side"
@@ -86,7 +87,7 @@ class Preprocessing(Section):
     @field_validator("alpha")
     @classmethod
     def _check_alpha(cls, value: str, known: ValidationInfo) -> str:
-        if value != ("channel" if known.data.get("channels") == 4 else "background"):
+        if (value != "background") != (known.data.get("channels") == 4):
             raise ValueError(f"{value} does not go with {known.data.get('channels')} channels")
         return value
 
@@ -98,7 +99,15 @@ class Preprocessing(Section):
         Raises:
             UsageError: nothing can be decoded so.
         """
-        return _valid({"channels": decoding.channels} | {name: getattr(decoding, name) for name in SETTABLE}, "data")
+        said = {name: getattr(decoding, name) for name in ("channels", *SETTABLE) if name != "alpha"}
+        return _valid(said | ({"alpha": "straight"} if decoding.alpha else {}), "data")
+
+    @property
+    def decoding(self) -> Decoding:
+        """How it says that images are decoded."""
+        return Decoding(
+            self.channels, self.background, self.value_range, resize=self.resize, alpha=self.alpha == "straight"
+        )
 
     def to_bytes(self) -> bytes:
         """Contents of the file."""

@@ -74,12 +74,16 @@ class SourceConfig(Part):
     max_bad: float = Field(1.0, ge=0.0, le=1.0)
     """Share of unusable images above which the work stops (1: never, with a warning above 1 %)."""
     channels: int = Field(3, ge=1, le=2**16)
-    """Channels of the decoded images: 1 (grey), 3 (RGB), 4 (RGBA); any number for .npy files and array columns."""
+    """Channels of the decoded images: 1 (grey), 3 (RGB), 4 (RGBA, see `alpha`); any number for .npy files and array
+    columns."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour behind transparent pixels, 0 to 255 each."""
     value_range: tuple[float, float] | None = None
     """Values that become black and white; by default those of the number type: uint8, uint16, floats in [0, 1], bool.
     Any other needs it."""
+    alpha: bool = False
+    """The fourth of four channels is straight alpha: images without one are opaque, resizing does not mix in invisible
+    colour, and losses and metrics see composites. Without it, four channels are alike."""
     jpeg_draft: bool = False
     """Decode JPEG at 1/2, 1/4 or 1/8 of its size where that is enough: faster, and some 50 dB off. Training only; a
     store made with it says so in its identity."""
@@ -93,7 +97,7 @@ class SourceConfig(Part):
 
     def decoding(self) -> Decoding:
         """The knobs that change pixels."""
-        return Decoding(self.channels, self.background, self.value_range, self.jpeg_draft)
+        return Decoding(self.channels, self.background, self.value_range, self.jpeg_draft, alpha=self.alpha)
 
     def absent(self, expected: str) -> UsageError:
         """The error where `path` is not what this kind reads, with the kind that reads it."""

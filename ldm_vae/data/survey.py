@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ldm_vae.core import rng
 from ldm_vae.core.pictures import save, sheet
 from ldm_vae.data import buckets
+from ldm_vae.data.alpha import visible
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.ordered import IndexedRecord, batches_of, items, key_of, take
 from ldm_vae.data.quarantine import Bad, BadImage
@@ -201,7 +202,8 @@ def thumbnails(source: Source, found: Survey, path: Path) -> int:
     chosen = [good[at] for at in sorted({round(i * (len(good) - 1) / (THUMBNAILS - 1)) for i in range(THUMBNAILS)})]
     side, columns = THUMBNAIL_SIDE, (len(chosen) + 1) // 2 if len(chosen) > 5 else len(chosen)
     read = [read_image(source[finding.index].image, source.decoding).pixels for finding in chosen]
-    coloured = [pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1) for pixels in read]
+    shown = [visible(pixels, source.decoding.alpha) for pixels in read]
+    coloured = [pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1) for pixels in shown]
     crops = [centre_crop(pixels, side).pixels for pixels in coloured]
     save(sheet(crops, columns, gap=0), path)
     return len(chosen)

@@ -21,6 +21,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from ldm_vae.core.config import Section
+from ldm_vae.data.alpha import resampled
 from ldm_vae.data.decoding import DEFAULT, Decoding
 from ldm_vae.data.flags import Resize
 
@@ -93,6 +94,7 @@ def centre_crop(
     resolution: Resolution,
     original_size: tuple[int, int] | None = None,
     resize: Resize = "short_side",
+    alpha: bool = False,
 ) -> Crop:
     """uint8 [C, H, W] => Crop: the protocol of evaluation and encoding.
 
@@ -102,9 +104,10 @@ def centre_crop(
     Args:
         original_size: (H, W) of the image in its file, where jpeg_draft decoded it smaller.
         resize: `none` cuts pixels as they are out of the centre, exactly as training's centre crops without resize.
+        alpha: the fourth channel is straight alpha, by which colour is weighted in resizing.
     """
     if resize == "none":
-        return _cut(image, _height_width(resolution), 1.0, (0.5, 0.5), original_size)
+        return _cut(image, _height_width(resolution), 1.0, (0.5, 0.5), original_size, alpha)
     rows, columns = _height_width(resolution)
     height, width = image.shape[1:]
     # crop pixels per image pixel that just cover the crop; the longer side overlaps and is cut
@@ -115,7 +118,7 @@ def centre_crop(
         new_height, new_width = max(rows, int(columns * height / width)), columns
     # rounded as torchvision's CenterCrop rounds
     top, left = round((new_height - rows) / 2), round((new_width - columns) / 2)
-    resized = _resize(image, new_height, new_width)[:, top : top + rows, left : left + columns]
+    resized = _resize(image, new_height, new_width, alpha)[:, top : top + rows, left : left + columns]
     box = (top / zoom, left / zoom, rows / zoom, columns / zoom)
     return Crop(resized, original_size or (height, width), _in_original(box, (height, width), original_size))
 
@@ -126,6 +129,7 @@ def random_crop(
     config: TransformConfig,
     generator: np.random.Generator,
     original_size: tuple[int, int] | None = None,
+    alpha: bool = False,
 ) -> Crop:
     """uint8 [C, H, W] => Crop, as `config` says: a box in whole pixels of the image, resized to the resolution.
 
@@ -133,7 +137,7 @@ def random_crop(
 
     Args:
         generator: gives four numbers, always the same four, so that one option does not change another's draw.
-        original_size: as in `centre_crop`.
+        original_size, alpha: as in `centre_crop`.
     """
     rows, columns = _height_width(resolution)
     height, width = image.shape[1:]
@@ -148,7 +152,7 @@ def random_crop(
         shrink = cover / math.exp(math.log(low) + u_scale * (math.log(high) - math.log(low)))
     if config.crop == "centre":
         u_top = u_left = 0.5
-    crop = _cut(image, (rows, columns), shrink, (u_top, u_left), original_size)
+    crop = _cut(image, (rows, columns), shrink, (u_top, u_left), original_size, alpha)
     flipped = bool(config.flip and u_flip < 0.5)
     return replace(crop, pixels=crop.pixels.flip(2), flipped=True) if flipped else crop
 
@@ -173,6 +177,7 @@ def _cut(
     shrink: float,
     place: tuple[float, float],
     original_size: tuple[int, int] | None,
+    alpha: bool,
 ) -> Crop:
     """A box in whole pixels, `shrink` image pixels per crop pixel but no larger than fits, resized to `shape`.
 
@@ -185,7 +190,7 @@ def _cut(
     # each whole-pixel place is equally likely
     top = min(int(place[0] * (height - box_height + 1)), height - box_height)
     left = min(int(place[1] * (width - box_width + 1)), width - box_width)
-    pixels = _resize(image[:, top : top + box_height, left : left + box_width], rows, columns)
+    pixels = _resize(image[:, top : top + box_height, left : left + box_width], rows, columns, alpha)
     box = _in_original((top, left, box_height, box_width), (height, width), original_size)
     return Crop(pixels, original_size or (height, width), box)
 
@@ -204,7 +209,7 @@ def _planar(image: torch.Tensor) -> torch.Tensor:
     return image if image.is_contiguous() else torch.from_numpy(np.ascontiguousarray(image.numpy()))
 
 
-def _resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _resize(image: torch.Tensor, height: int, width: int, alpha: bool) -> torch.Tensor:
     """uint8 [C, H, W] => uint8 [C, height, width], contiguous, bicubic, antialiased."""
     channels = image.shape[0]
     if tuple(image.shape[1:]) == (height, width):
@@ -212,7 +217,14 @@ def _resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if channels == 3 and image.stride(0) == 1 and image.stride(2) == 4 and image.storage_offset() % 4 == 0:
         # Pillow's four bytes a pixel (decoding.py): torch's kernel takes them as they lie, 5x faster than three of four
         image = image.as_strided((4, *image.shape[1:]), image.stride())
-    resized: torch.Tensor = functional.resize(
-        image, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
+
+    def resize(pixels: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = functional.resize(
+            pixels, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True
+        )
+        return found
+
+    if alpha:  # in floats: premultiplied and rounded to 8 bits, a faint pixel would keep no colour
+        return (resampled(image / 255, resize) * 255).round().to(torch.uint8)
+    resized = resize(image)
     return _planar(resized[:channels])

@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 
+from ldm_vae.autoencoder.preparation import has_alpha
 from ldm_vae.core.files import read_bytes
 from ldm_vae.core.pictures import save, sheet
 from ldm_vae.core.validation import as_written, parse_json
+from ldm_vae.data.alpha import three_channels, visible
 from ldm_vae.diffusion.generator import Generator
 from ldm_vae.metrics import result
 from ldm_vae.metrics.cmmd import cmmd
@@ -41,14 +43,16 @@ MOST_COLUMNS, USUAL_COLUMNS = 12, 8
 class Judge:
     """Features of images, of a network whose trunk is a module."""
 
-    def __init__(self, network: features.Features) -> None:
-        self.network = network
+    def __init__(self, network: features.Features, alpha: bool = False) -> None:
+        """alpha: the images have it, and are seen on white."""
+        self.network, self.alpha = network, alpha
 
     @torch.inference_mode()
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels [B, C, H, W] in [-1, 1] and beyond, 8-bit as the protocol has it => [B, D] on the CPU."""
         device = next(self.network.trunk.parameters()).device  # type: ignore[attr-defined]
-        return self.network.trunk(PINNED.quantise(pixels.float()).expand(-1, 3, -1, -1).to(device)).cpu()
+        seen = PINNED.pair(pixels, pixels, alpha=self.alpha).on_white.original
+        return self.network.trunk(three_channels(seen).to(device)).cpu()
 
 
 class Looks(Judge):
@@ -85,10 +89,10 @@ class ClipLooks(Judge):
         return cmmd(one, other)
 
 
-def looks(device: torch.device) -> Looks | None:
+def looks(device: torch.device, alpha: bool = False) -> Looks | None:
     """Load the features of the Frechet distance; None where their weights are not installed."""
     network = features.efflite0(device)
-    return None if network is None else Looks(network)
+    return None if network is None else Looks(network, alpha)
 
 
 def clip_looks(source: str | None) -> ClipLooks | None:
@@ -107,7 +111,7 @@ def record_samples(run: Path, generator: Generator, images_seen: int, count: int
     images = torch.cat(list(generator.batches(count, batch_size)))
     path = run / "samples" / f"images-{images_seen:09d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(sheet(PINNED.quantise(images), columns), path)
+    save(sheet(visible(PINNED.quantise(images), has_alpha(generator.vae)), columns), path)
     found = {
         "grids": sorted(picture.name for picture in path.parent.glob("images-*.png")),
         "columns": columns,
@@ -130,12 +134,13 @@ def record_distances(
 ) -> dict[str, dict[str, Any]]:
     """Measure samples, fields and noise against the decoded `stored` latents [c, h, w], `count` images each; by name in
     the record, `distances` (Frechet) where the features are installed and `cmmd` where a CLIP is supplied."""
-    judges: dict[str, Any] = {"distances": looks(generator.device), "cmmd": clip}
+    judges: dict[str, Any] = {"distances": looks(generator.device, has_alpha(generator.vae)), "cmmd": clip}
     judges = {name: judge for name, judge in judges.items() if judge is not None}
     _record(run, {"distances": None, "cmmd": None})  # those of an earlier call do not stay
     if not judges:
         return {}
     if clip is not None:
+        clip.alpha = has_alpha(generator.vae)
         clip.network.trunk.to(generator.device)  # type: ignore[attr-defined]
     latents = torch.stack(list(stored))
     noise = generator.noise(range(count))

@@ -81,11 +81,15 @@ def _decoding(vae: Any) -> str:
     found = recorded(vae)
     if found is None:
         return ""
+    clear = (
+        "the fourth channel is straight alpha"
+        if found.decoding.alpha
+        else f"what is transparent is seen on {shown(found.background)}"
+    )
     size = "whole images are not resized" if found.resize == "none" else "the short side is resized"
     return (
         f"\n\nImages for it are prepared so (`{FILE}`): {found.channels} channel(s); black and white are "
-        f"{shown(found.value_range)} in the file, -1 and 1 at the network; what is transparent is seen on "
-        f"{shown(found.background)}; {size}, the centre is cut out."
+        f"{shown(found.value_range)} in the file, -1 and 1 at the network; {clear}; {size}, the centre is cut out."
     )
 
 

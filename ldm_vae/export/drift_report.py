@@ -146,7 +146,7 @@ def measure_drift(
             means[name].append(value.double().cpu())
         for way, measured in metrics.items():
             encoder, decoder = way.split(" -> ")
-            pair = PINNED.pair(pixels, finite.decode(vaes[decoder], z[encoder]))
+            pair = PINNED.pair(pixels, finite.decode(vaes[decoder], z[encoder]), alpha=batch.alpha)
             for metric in measured:
                 metric.update(pair)
     if not means["base"]:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.preparation import has_alpha
 from ldm_vae.core.pictures import png, sheet, to_image
+from ldm_vae.data.alpha import visible
 from ldm_vae.data.transforms import to_uint8
 
 PICTURE = "pictures/reconstruction.png"
@@ -21,5 +23,6 @@ def reconstruction_sheet(vae: Any, pixels: torch.Tensor) -> bytes:
     """pixels [B, C, R, R] in [-1, 1] => PNG of B columns and two rows."""
     pixels = pixels.to(vae.device, vae.dtype)
     decoded = finite.decode(vae, finite.encode(vae, pixels).mean)
-    both = sheet(to_uint8(torch.cat([pixels, decoded]).float().cpu()), len(pixels), gap=0)
+    shown = visible(to_uint8(torch.cat([pixels, decoded]).float().cpu()), has_alpha(vae))
+    both = sheet(shown, len(pixels), gap=0)
     return png(to_image(both[:3]))

@@ -16,8 +16,9 @@ import torch
 
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.geometry import downsampling_factor, geometry_of
+from ldm_vae.data.alpha import resampled
+from ldm_vae.metrics import psnr
 from ldm_vae.metrics.protocol import PINNED
-from ldm_vae.metrics.psnr import psnr
 from ldm_vae.perturbations.eq import moved
 
 
@@ -73,11 +74,13 @@ def equivariance_error(
     images: torch.Tensor,
     center: torch.Tensor | None = None,
     transformations: Mapping[str, Transformation] | None = None,
+    alpha: bool = False,
 ) -> dict[str, Equivariance]:
     """Encode images [B, C, H, W] in [-1, 1] before and behind each transformation (default: all that apply).
 
     center: mean of each channel over the data [c], the m of the relative error, so that a shift of the latent space
-    makes no error small; the batch's own if it is not given. The mode of the posterior is compared.
+    makes no error small; the batch's own if it is not given. The mode of the posterior is compared. alpha: the fourth
+    channel of the images is straight alpha.
     """
     factor = downsampling_factor(vae)
     if transformations is None:
@@ -87,12 +90,15 @@ def equivariance_error(
     m = mean.double().mean(dim=(0, 2, 3)) if center is None else center.double().to(mean.device)
     found = {}
     for name, transformation in transformations.items():
-        target, moved = transformation(images), transformation(mean)
+        target, moved = _of_images(transformation, images, alpha), transformation(mean)
         encoded = finite.encode(vae, target).mean.double()
         error = (encoded - moved.double()).square().flatten(1).sum(dim=1)
         size = (encoded - m.view(-1, 1, 1)).square().flatten(1).sum(dim=1)
-        decoded = finite.decode(vae, moved)
-        found[name] = Equivariance(
-            error / size.clamp(min=1e-300), psnr(PINNED.quantise(target.float()), PINNED.quantise(decoded.float()))
-        )
+        pair = PINNED.pair(target, finite.decode(vae, moved), alpha=alpha)
+        found[name] = Equivariance(error / size.clamp(min=1e-300), psnr.build().values(pair))
     return found
+
+
+def _of_images(transformation: Transformation, images: torch.Tensor, alpha: bool) -> torch.Tensor:
+    """images [B, C, H, W] in [-1, 1] transformed; without mixing in invisible colour where they have alpha."""
+    return 2 * resampled((images + 1) / 2, transformation) - 1 if alpha else transformation(images)

@@ -21,6 +21,7 @@ from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.core import atomic_io, rng
 from ldm_vae.core.ownership import mark
 from ldm_vae.core.pictures import save, sheet
+from ldm_vae.data.alpha import visible
 from ldm_vae.data.transforms import to_uint8
 from ldm_vae.latent_space import walks
 from ldm_vae.latent_space.channels import ChannelStatistics
@@ -39,10 +40,10 @@ Json = dict[str, Any]
 class LatentPictures:
     """Collects pictures in an empty folder; `entries` is what latent_space.json says of them."""
 
-    def __init__(self, folder: Path, vae: Any, device: torch.device) -> None:
+    def __init__(self, folder: Path, vae: Any, device: torch.device, alpha: bool = False) -> None:
         self.folder = folder
         mark(folder)
-        self.vae, self.device = vae, device
+        self.vae, self.device, self.alpha = vae, device, alpha
         self.entries: list[Json] = []
 
     def interpolation(self, start: torch.Tensor, end: torch.Tensor, keys: tuple[str, str]) -> None:
@@ -76,6 +77,7 @@ class LatentPictures:
 
     def _keep(self, name: str, z: torch.Tensor, columns: int, **entry: Any) -> None:
         decoded = torch.cat([to_uint8(self._decode(one)) for one in torch.split(z, COLUMNS)])
+        decoded = visible(decoded, self.alpha)
         gap = max(1, decoded.shape[-1] // 32)
         # without the border: the page divides its width by the columns
         save(sheet(decoded, columns, gap=gap, value=128)[:, gap:-gap, gap:-gap], self.folder / name)
@@ -98,15 +100,16 @@ def keep_pictures(
     pairs: int,
     components: int,
     seed: int,
+    alpha: bool = False,
 ) -> tuple[list[Json], Json | None]:
     """Write output/latent_space in the place of an earlier one, from the posteriors [M, c, h, w] of the images `keys`.
 
     It holds walks between their means, and samples of N(0, I), of a Gaussian field with the latents' radial `spectrum`,
     and of a mixture of `components` fitted to latents drawn with `noise`. Returns the list of pictures, and the
-    mixture's figures."""
+    mixture's figures. alpha: pictures are over a checkerboard."""
     means = moments.mean
     with atomic_io.whole_folder(output / FOLDER, atomic_io.anything) as folder:
-        pictures = LatentPictures(folder, vae, next(vae.parameters()).device)
+        pictures = LatentPictures(folder, vae, next(vae.parameters()).device, alpha)
 
         # walks: between images far apart in the data, since folders keep a class together
         places = spread(len(means), 2 * pairs)

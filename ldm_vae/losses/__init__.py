@@ -3,6 +3,8 @@
 A file holds `Config(TermConfig)` whose `build` gives a module with an attribute `domain`:
 
 - "pixels":  forward(pixels [B, C, H, W], target [B, C, H, W]) -> scalar, a mean over batch, channels and pixels;
+- "alpha":   the same of alpha [B, 1, H, W], for images that have it (terms on pixels are then given the colour over a
+             background, C = 3: ldm_vae/data/alpha.py);
 - "latents": forward(reconstruction: ldm_vae.autoencoder.trainable.Reconstruction) -> scalar.
 
 It may further have

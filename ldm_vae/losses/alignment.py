@@ -19,6 +19,7 @@ from ldm_vae.autoencoder.trainable import Reconstruction
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.frozen_module import Frozen
 from ldm_vae.core.numbers import Channels
+from ldm_vae.data.alpha import three_channels
 from ldm_vae.losses import TermConfig
 from ldm_vae.perceptual.features import spatial_network
 
@@ -45,7 +46,7 @@ class Alignment(nn.Module):
             )
         with torch.autocast(images.device.type, enabled=False):
             with torch.no_grad():
-                greys = (images.float().expand(-1, 3, -1, -1) + 1) * 127.5
+                greys = (three_channels(reconstruction.seen(images).float()) + 1) * 127.5
                 features = self.features.network(greys).to(z.dtype)
                 features = F.interpolate(features, z.shape[2:], mode="bilinear", align_corners=False)
             cosine = F.cosine_similarity(self.project(z), features, dim=1)

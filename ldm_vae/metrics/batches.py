@@ -27,11 +27,12 @@ from ldm_vae.metrics.protocol import PINNED, Protocol
 @dataclass(frozen=True)
 class ImageBatch:
     """Images of one size; indices and keys of each in its source; pixels uint8 [B, C, R, R], or fp32 on the same scale
-    where the protocol resizes floats."""
+    where the protocol resizes floats; alpha: the fourth channel is straight alpha."""
 
     indices: Sequence[int]
     keys: Sequence[str]
     pixels: torch.Tensor
+    alpha: bool = False
 
 
 def share_of(rank: int, world_size: int, indices: Sequence[int], batch_size: int) -> Sequence[int]:
@@ -66,7 +67,7 @@ def image_batches(
     protocol says; the others go to `quarantine`.
 
     Raises:
-        UsageError: a protocol's own resize, of a source that is not resized.
+        UsageError: a protocol's own resize, of a source that is not resized or has alpha.
     """
     views = {"bytes": None, "floats": resized_floats, "pillow": resized_by_pillow}
     chosen = views[protocol.resize]
@@ -75,6 +76,8 @@ def image_batches(
             "resize: is none (the pixels as they are), and the protocol resizes the short side; --resize short_side "
             "or the pinned protocol would do"
         )
+    if chosen is not None and source.decoding.alpha:
+        raise UsageError(f"protocol: {protocol.name} is for images without alpha; the pinned protocol would do")
     view = None if chosen is None else functools.partial(chosen, resolution=resolution)
     for samples, bad in ordered_loader(
         source, resolution, indices, batch_size=batch_size, num_workers=num_workers, view=view
@@ -86,6 +89,7 @@ def image_batches(
                 [sample.index for sample in samples],
                 [sample.key for sample in samples],
                 torch.stack([sample.crop.pixels for sample in samples]),
+                source.decoding.alpha,
             )
 
 

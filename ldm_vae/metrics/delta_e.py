@@ -11,6 +11,7 @@ import importlib.util
 import numpy as np
 import torch
 
+from ldm_vae.data.alpha import three_channels
 from ldm_vae.metrics.metric import ImageMetric, Metric, Unmeasured
 
 
@@ -19,7 +20,7 @@ def delta_e(original: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tenso
     from skimage.color import deltaE_ciede2000, rgb2lab
 
     labs = [
-        rgb2lab(image.double().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy() / 255)
+        rgb2lab(three_channels(image.double()).permute(0, 2, 3, 1).cpu().numpy() / 255)
         for image in (original, reconstruction)
     ]
     return torch.from_numpy(np.asarray(deltaE_ciede2000(*labs))).flatten(1).mean(dim=1)

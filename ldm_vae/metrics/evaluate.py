@@ -83,7 +83,7 @@ def evaluate(
     check_resolution(resolution, vae)
     bad = Quarantine(len(source))
     batches = image_batches(source, None, resolution, batch_size=batch_size, num_workers=num_workers, quarantine=bad)
-    chosen = build_metrics(metrics, device, resolution)
+    chosen = build_metrics(metrics, device, resolution, alpha=source.decoding.alpha)
     vae = vae.to(device)
     result = evaluate_reconstruction(vae, batches, chosen, device, resolution=resolution, batch_size=batch_size)
     for key, reason in bad.bad.items():
@@ -171,7 +171,7 @@ def reconstruct(
         # noise by the image's index: the same for any batch and rank
         indices = [*batch.indices, *[batch.indices[-1]] * missing]
         z = moments.sample(latents.posterior_noise(0, indices, z.shape[1:]).to(device))
-    pair = protocol.pair(pixels, finite.decode(vae, z, keys), batch.indices)
+    pair = protocol.pair(pixels, finite.decode(vae, z, keys), batch.indices, batch.alpha)
     return Moments(moments.mean[:count], moments.logvar[:count], moments.is_point), pair
 
 

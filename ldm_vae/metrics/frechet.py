@@ -86,7 +86,7 @@ class FrechetDistance:
         self.originals, self.reconstructions = Gaussian(), Gaussian()
 
     def update(self, pair: Pair) -> None:
-        original, reconstruction = self.features(pair)
+        original, reconstruction = self.features(pair.on_white)
         self.originals.update(original)
         self.reconstructions.update(reconstruction)
 

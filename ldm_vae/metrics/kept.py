@@ -26,7 +26,7 @@ class Kept:
         self._new: list[torch.Tensor] = []
 
     def update(self, pair: Pair) -> None:
-        original, reconstruction = self.features(pair)
+        original, reconstruction = self.features(pair.on_white)
         numbers = [float(rng.generator(0, self.purpose, index).random()) for index in pair.indices]
         self._new.append(
             torch.cat([torch.tensor(numbers)[:, None], original.float().cpu(), reconstruction.float().cpu()], dim=1)

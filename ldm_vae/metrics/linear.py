@@ -38,7 +38,7 @@ class LinearFloor:
     def update(self, batch: ImageBatch, device: torch.device) -> None:
         pixels = to_pixels(batch.pixels.to(device))
         decoded = self.code.decode(self.code.encode(pixels)).to(pixels)
-        pair = self.protocol.pair(pixels, decoded, batch.indices)
+        pair = self.protocol.pair(pixels, decoded, batch.indices, batch.alpha)
         for metric in self.metrics:
             metric.update(pair)
 

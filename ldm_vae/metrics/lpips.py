@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import torch
 
+from ldm_vae.data.alpha import three_channels
 from ldm_vae.metrics.metric import ImageMetric
 from ldm_vae.metrics.protocol import PINNED, Pair, Protocol
 
 
 def lpips(network: Any, original: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
     """original and reconstruction [B, C, H, W], pixels in [-1, 1], C 1 or 3 => distances [B]."""
-    x, y = (image.float().expand(-1, 3, -1, -1) for image in (original, reconstruction))
+    x, y = (three_channels(image.float()) for image in (original, reconstruction))
     distances: torch.Tensor = network(x, y)
     return distances.flatten()
 

@@ -38,13 +38,24 @@ class ImageMetric:
         self.name, self.better, self.measure, self.where = name, better, measure, where
         self.running = Running()
 
+    def values(self, pair: Pair) -> torch.Tensor:
+        """Values [B] of a pair: of images with alpha, means over its views."""
+        return pair.mean(self.measure)
+
     def update(self, pair: Pair) -> torch.Tensor:
-        values = self.measure(pair)[: pair.count].detach().double().cpu()
+        values = self.values(pair)[: pair.count].detach().double().cpu()
         self.running.update(values)
         return values
 
     def compute(self) -> Summary:
         return self.running.over_ranks().summary()
+
+
+class AlphaMetric(ImageMetric):
+    """One number per image of the alpha channel itself."""
+
+    def values(self, pair: Pair) -> torch.Tensor:
+        return self.measure(pair)
 
 
 class Unmeasured:

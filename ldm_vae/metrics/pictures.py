@@ -22,6 +22,7 @@ import torch
 from ldm_vae.core import atomic_io
 from ldm_vae.core.ownership import mark
 from ldm_vae.core.pictures import save
+from ldm_vae.data.alpha import visible
 from ldm_vae.data.source import Source
 from ldm_vae.metrics.batches import ImageBatch, image_batches
 from ldm_vae.metrics.evaluate import reconstruct
@@ -65,13 +66,15 @@ class Pictures:
         means, added = [], []
         for batch in batches:
             moments, pair = reconstruct(vae, batch, device, protocol, batch_size)
-            values = {m.name: m.measure(pair).tolist() for m in metrics if isinstance(m, ImageMetric)}
-            maps = next((m.where(pair) for m in metrics if isinstance(m, ImageMetric) and m.where is not None), None)
+            values = {m.name: m.values(pair).tolist() for m in metrics if isinstance(m, ImageMetric)}
+            maps = next(
+                (pair.mean(m.where) for m in metrics if isinstance(m, ImageMetric) and m.where is not None), None
+            )
             for row, (index, key) in enumerate(zip(batch.indices, batch.keys, strict=True)):
-                picture = self._picture(index, key, kinds[index], pair.original[row])
+                picture = self._picture(index, key, kinds[index], visible(pair.original[row], pair.alpha))
                 nth = f".{len(picture.vaes) + 1}" if picture.vaes else ""
                 files = {kind: f"{picture.name}.{kind}{nth}.png" for kind in ("reconstruction", "latent")}
-                save(pair.reconstruction[row], self.folder / files["reconstruction"])
+                save(visible(pair.reconstruction[row], pair.alpha), self.folder / files["reconstruction"])
                 if maps is not None:
                     files["lpips"] = f"{picture.name}.lpips{nth}.png"
                     save(255 * maps[row].clamp(0, 1), self.folder / files["lpips"])

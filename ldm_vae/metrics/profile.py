@@ -57,6 +57,7 @@ class Profile:
     def update(self, moments: Moments, pair: Pair) -> None:
         """Moments [B, c, h, w] and the pair decoded from them."""
         self.images += moments.mean.shape[0]
+        seen = pair.on_white
         mean, variance = moments.mean.double(), moments.logvar.double().exp()
         kl = moments.kl().double().sum(dim=(0, 2, 3))
         values = {
@@ -65,8 +66,8 @@ class Profile:
             "square": mean.square().mean(dim=(2, 3)).sum(dim=0),
             "noise": variance.mean(dim=(2, 3)).sum(dim=0),
             "latents": radial_spectrum(moments.mean),
-            "original": radial_spectrum(pair.original[: pair.count] / 127.5),
-            "reconstruction": radial_spectrum(pair.reconstruction[: pair.count] / 127.5),
+            "original": radial_spectrum(seen.original[: pair.count] / 127.5),
+            "reconstruction": radial_spectrum(seen.reconstruction[: pair.count] / 127.5),
         }
         for name, value in values.items():
             self.sums[name] += value.cpu()

@@ -9,13 +9,15 @@ Legend: B batch, C channels, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.data.alpha import BACKGROUNDS, composite
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Pair:
 
     original and reconstruction are on the 0..255 scale, quantised as the protocol says; raw_original and
     raw_reconstruction are pixels in [-1, 1], the latter as decoded: not clamped. The first len(indices) images are to
-    be measured; the others pad the batch, so that an image's numbers do not depend on how full its batch was.
+    be measured; the others pad the batch, so that an image's numbers do not depend on how full its batch was. alpha:
+    the fourth channel is straight alpha; metrics of colour compare `views`.
     """
 
     original: torch.Tensor
@@ -32,6 +35,27 @@ class Pair:
     raw_original: torch.Tensor
     raw_reconstruction: torch.Tensor
     indices: Sequence[int]
+    alpha: bool = False
+
+    @cached_property
+    def views(self) -> tuple[Pair, ...]:
+        """What metrics of colour compare: of images with alpha both as composites on black and on white, rounded to 8
+        bits; else the pair itself."""
+        return tuple(self._over(grey) for grey in BACKGROUNDS) if self.alpha else (self,)
+
+    @property
+    def on_white(self) -> Pair:
+        """The view that distances of whole sets take: one of each image."""
+        return self.views[-1]
+
+    def mean(self, measure: Callable[[Pair], torch.Tensor]) -> torch.Tensor:
+        """The mean of a measure over the views."""
+        return torch.stack([measure(view) for view in self.views]).mean(dim=0) if self.alpha else measure(self)
+
+    def _over(self, grey: float) -> Pair:
+        whole = [composite(one, grey, low=0.0).round() for one in (self.original, self.reconstruction)]
+        raw = [composite(one, grey / 127.5 - 1) for one in (self.raw_original, self.raw_reconstruction)]
+        return Pair(whole[0], whole[1], raw[0], raw[1], self.indices)
 
     @property
     def count(self) -> int:
@@ -62,11 +86,17 @@ class Protocol:
     source: str = ""
     """Source of the protocol."""
 
-    def pair(self, original: torch.Tensor, reconstruction: torch.Tensor, indices: Sequence[int] | None = None) -> Pair:
+    def pair(
+        self,
+        original: torch.Tensor,
+        reconstruction: torch.Tensor,
+        indices: Sequence[int] | None = None,
+        alpha: bool = False,
+    ) -> Pair:
         """original and reconstruction [B, C, H, W], pixels in [-1, 1] => what the metrics compare."""
         original, reconstruction = original.float(), reconstruction.float()
         quantised = self.quantise(original), self.quantise(reconstruction)
-        return Pair(*quantised, original, reconstruction, range(len(original)) if indices is None else indices)
+        return Pair(*quantised, original, reconstruction, range(len(original)) if indices is None else indices, alpha)
 
     def quantise(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels in [-1, 1], or beyond => whole numbers 0..255, fp32."""

@@ -21,6 +21,7 @@ from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.core import rng
 from ldm_vae.core.pictures import save
+from ldm_vae.data.alpha import visible
 from ldm_vae.data.transforms import to_uint8
 from ldm_vae.metrics.profile import rings
 
@@ -29,8 +30,11 @@ COUNT = 6
 
 
 @torch.no_grad()
-def keep_samples(output: Path, vae: Any, found: dict[str, Any], resolution: int, device: torch.device) -> None:
-    """Write output/samples, COUNT of each kind; `found` is what `Profile` measured, `vae` is on `device`."""
+def keep_samples(
+    output: Path, vae: Any, found: dict[str, Any], resolution: int, device: torch.device, alpha: bool = False
+) -> None:
+    """Write output/samples, COUNT of each kind; `found` is what `Profile` measured, `vae` is on `device`; alpha: its
+    images have it, and are shown over a checkerboard."""
     side = resolution // downsampling_factor(vae)
     noise = rng.normal(0, "samples", range(COUNT), (len(found["mean"]), side, side))
     folder = output / FOLDER
@@ -38,6 +42,7 @@ def keep_samples(output: Path, vae: Any, found: dict[str, Any], resolution: int,
     folder.mkdir(parents=True)
     for kind, z in (("normal", noise), ("field", field(noise, found))):
         for number, picture in enumerate(to_uint8(latents.decode(vae, z.to(device)))):
+            picture = visible(picture, alpha)
             save(picture[: 1 if len(picture) == 1 else 3].float(), folder / f"{kind}-{number}.png")
 
 

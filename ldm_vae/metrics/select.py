@@ -11,6 +11,7 @@ import torch
 from ldm_vae.core.config import import_own
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.validation import first_line
+from ldm_vae.metrics import alpha as of_alpha
 from ldm_vae.metrics import cmmd, delta_e, kid, l1, lpips, ms_ssim, psnr, ssim
 from ldm_vae.metrics.frechet import FrechetDistance
 from ldm_vae.metrics.metric import Metric, Unmeasured
@@ -20,6 +21,11 @@ from ldm_vae.perceptual import features
 from ldm_vae.perceptual.ssim import WINDOW
 
 NAMES = tuple(TITLES)
+
+
+def default_names(alpha: bool) -> tuple[str, ...]:
+    """All that can be measured of images with or without alpha."""
+    return tuple(name for name in NAMES if alpha or name not in of_alpha.NAMES)
 
 
 @dataclass(frozen=True)
@@ -48,19 +54,27 @@ def build_metrics(
     *,
     weights: Weights = Weights(),  # frozen
     protocol: Protocol = PINNED,
+    alpha: bool = False,
 ) -> list[Metric]:
     """The metrics of `names`, ready to update; one whose network is not there has a row that says so.
+
+    Args:
+        alpha: the images have alpha.
 
     Raises:
         UsageError: see `check`; a module of somebody's own gives no metric.
         WorkError: the weights of a network that was named or that LPIPS needs cannot be had.
     """
     check(names, resolution)
+    if not alpha and (named := [name for name in names if name in of_alpha.NAMES]):
+        raise UsageError(f"metrics: {named[0]}: expected images with alpha; `--alpha straight` says that they have it")
     per_image: dict[str, Callable[[], Metric]] = {
         "psnr": lambda: psnr.build(protocol),
         "ssim": lambda: ssim.build(protocol),
         "l1": l1.build,
         "delta_e": delta_e.build,
+        "alpha_psnr": lambda: of_alpha.build("alpha_psnr"),
+        "alpha_l1": lambda: of_alpha.build("alpha_l1"),
         "lpips_alex": lambda: lpips.build("alex", device, weights.lpips, protocol),
         "lpips_vgg": lambda: lpips.build("vgg", device, weights.lpips, protocol),
     }

@@ -32,6 +32,7 @@ from ldm_vae.core.validation import (
     first_line,
     load_pickle,
 )
+from ldm_vae.data.alpha import three_channels
 from ldm_vae.perceptual.efficientnet import FEATURES as EFFLITE0_FEATURES
 from ldm_vae.perceptual.efficientnet import EfficientNetLite0, load_state
 
@@ -68,7 +69,7 @@ class Features:
         """(original, reconstruction), each [count, D], fp32."""
         if self._last is None or self._last[0] is not pair:
             images = (pair.original, pair.reconstruction)
-            first, second = (self.trunk(image.expand(-1, 3, -1, -1))[: pair.count] for image in images)
+            first, second = (self.trunk(three_channels(image))[: pair.count] for image in images)
             self._last = (pair, (first, second))
         return self._last[1]
 

@@ -6,6 +6,7 @@ Legend: B batch, c latent channels, h w latent positions.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from ldm_vae.core import rng
+from ldm_vae.data.alpha import resampled
 from ldm_vae.perturbations import Draw, PerturbationConfig
 
 
@@ -34,7 +36,10 @@ class Equivariance(nn.Module):
         scale, turns = self.transformation(draw.images_seen)
         factor = target.shape[2] // latents.shape[2]
         height, width = (max(1, round(scale * side)) for side in latents.shape[2:])
-        return moved(latents, height, width, turns), moved(target, factor * height, factor * width, turns)
+        move = partial(moved, height=factor * height, width=factor * width, turns=turns)
+        # invisible colour must not be mixed into what is seen
+        moved_target = 2 * resampled((target + 1) / 2, move) - 1 if draw.alpha else move(target)
+        return moved(latents, height, width, turns), moved_target
 
     def transformation(self, images_seen: int) -> tuple[float, int]:
         """(scale, quarter turns) of the batch that begins after so many images."""

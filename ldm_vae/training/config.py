@@ -16,7 +16,7 @@ from ldm_vae.autoencoder.fine_tuning import idle_parameters, resize_channels, se
 from ldm_vae.autoencoder.geometry import image_channels
 from ldm_vae.autoencoder.last_layer import place_of
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.preparation import check_same, recorded, shown
+from ldm_vae.autoencoder.preparation import check_same, has_alpha, recorded, shown
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.autoencoder.weights.files import print_note
 from ldm_vae.core.config import choice, choices
@@ -24,6 +24,7 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.core.numbers import Positive, Side
 from ldm_vae.core.rng import seeded
 from ldm_vae.data.buckets import BucketConfig
+from ldm_vae.data.preprocessing import SETTABLE
 from ldm_vae.data.source import SourceConfig
 from ldm_vae.data.transforms import TransformConfig
 from ldm_vae.perceptual.teacher import teacher
@@ -33,7 +34,7 @@ from ldm_vae.run.optim import OptimizerConfig
 from ldm_vae.training.adversary import AdversaryConfig
 from ldm_vae.training.objective import Objective
 
-ValidationMetric = Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg", "delta_e"]
+ValidationMetric = Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg", "delta_e", "alpha_psnr", "alpha_l1"]
 
 
 class Training(RunConfig):
@@ -54,7 +55,8 @@ class Training(RunConfig):
     ignore_mismatched_sizes: bool = False
     """With init_from: model.latent_channels and model.in_channels may be others than there; what fits is kept."""
     ignore_preprocessing: bool = False
-    """data.value_range, data.background and transform.resize may be others than init_from or a teacher records."""
+    """data.value_range, data.background, data.alpha and transform.resize may be others than init_from or a teacher
+    records."""
     latent_store: str | None = None
     """Train the decoder alone, from the moments of this store: the encoder, that of init_from, is neither run nor held.
     Its crops are taken as they are (of `transform` only `resize` has a part: it must be the store's); pixels come from
@@ -125,11 +127,13 @@ class Training(RunConfig):
         ):
             raise ValueError("model.quantizer.codebook: learned needs the term losses.codebook")
         if isinstance(self.data, SourceConfig) and isinstance(self.validation_data, SourceConfig):
-            for name in ("value_range", "background"):
+            for name in ("value_range", "background", "alpha"):
                 ours, theirs = getattr(self.data, name), getattr(self.validation_data, name)
                 files_differ = name == "value_range" and ours is not None and theirs is not None
                 if ours != theirs and not files_differ:
                     raise ValueError(f"validation_data.{name}: expected data.{name} {shown(ours)}, got {shown(theirs)}")
+        if not self.alpha and (named := [name for name in self.validation_metrics if name.startswith("alpha_")]):
+            raise ValueError(f"validation_metrics: {named[0]} is of images with alpha; expected data.alpha: true")
         for name, part in (("data", self.data), ("validation_data", self.validation_data)):
             channels = getattr(part, "channels", self.model.in_channels)
             if channels != self.model.in_channels:
@@ -137,6 +141,16 @@ class Training(RunConfig):
                     f"{name}.channels: expected model.in_channels {self.model.in_channels}, got {channels}"
                 )
         return self
+
+    @property
+    def alpha(self) -> bool:
+        """True if the fourth channel of the images is alpha."""
+        return bool(getattr(self.data, "alpha", False))
+
+    @property
+    def seen_channels(self) -> int:
+        """Channels of what terms on pixels and the discriminator see: of images with alpha, composites."""
+        return 3 if self.alpha else self.model.in_channels
 
 
 # what a resumed run may change besides
@@ -223,11 +237,13 @@ def check_preprocessing(settings: Training, network: Any, name: str) -> None:
 
     name: of the network in the config, with its place.
     """
-    known = recorded(network)
-    if known is None or settings.ignore_preprocessing or not isinstance(settings.data, SourceConfig):
+    if settings.ignore_preprocessing or not isinstance(settings.data, SourceConfig):
         return
     ours = replace(settings.data.decoding(), resize=settings.transform.resize)
-    names = {"value_range": "data.value_range", "background": "data.background", "resize": "transform.resize"}
+    found = recorded(network)
+    # without a record there is what its class says
+    known = found.decoding if found is not None else replace(ours, alpha=ours.alpha or has_alpha(network))
+    names = {one: f"data.{one}" for one in SETTABLE} | {"resize": "transform.resize"}
     check_same("the config says", ours, name, known, names, "set that, or ignore_preprocessing: true")
 
 
@@ -249,7 +265,7 @@ def build_network(settings: Training, vae: Any, outline: bool = False) -> Traina
         bottleneck = settings.model.bottleneck(vae)
     parts = settings.perturbations.values()
     perturbations = [part.outline(settings.seed) if outline else part.build(settings.seed) for part in parts]
-    return TrainableAutoencoder(vae, bottleneck, perturbations)
+    return TrainableAutoencoder(vae, bottleneck, perturbations, settings.alpha)
 
 
 def build_objective(settings: Training, outline: bool = False) -> Objective:
@@ -270,5 +286,5 @@ def build_discriminator(settings: Training) -> nn.Module | None:
             "discriminator: is missing although adversary.weight > 0; e.g. `discriminator: {kind: patchgan}`"
         )
     with seeded(settings.seed + 1):
-        network: nn.Module = settings.discriminator.build(settings.model.in_channels)
+        network: nn.Module = settings.discriminator.build(settings.seen_channels)
         return network.train()

@@ -17,6 +17,7 @@ from accelerate.utils import broadcast
 from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels, step_of
 from ldm_vae.autoencoder.linear_code import PatchMoments, k_means, to_patches
 from ldm_vae.autoencoder.linear_init import start_linear
+from ldm_vae.autoencoder.preparation import shown
 from ldm_vae.core import distributed, rng
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.rng import seeded
@@ -51,6 +52,13 @@ def _check_sources(source: Source | Stream, validation_source: Source | None, se
         raise UsageError("validation_data: can only be read in order; expected a source with a length and an index")
     if validation_source is not None and validation_source.decoding.jpeg_draft:
         raise UsageError("validation_data.jpeg_draft: for training only; measured pixels are decoded exactly")
+
+
+def check_alpha(settings: Training, prepared: Preprocessing) -> None:
+    """Raises UsageError where `data.alpha` is not what the images have: those of a latent store, or of a source of
+    somebody's own."""
+    if (came := prepared.decoding.alpha) != settings.alpha:
+        raise UsageError(f"data.alpha: expected {shown(came)}, as the images are decoded, got {shown(settings.alpha)}")
 
 
 def layout_of(settings: Training, accelerator: Accelerator, images_seen: int) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from ldm_vae.latent_store.format.layout import (
 from ldm_vae.latent_store.format.manifest import read_manifest
 from ldm_vae.latent_store.format.work_units import storable
 from ldm_vae.latent_store.read.dataset import LatentDataset
-from ldm_vae.latent_store.write.crops import Cutting, resize_of
+from ldm_vae.latent_store.write.crops import Cutting, decoding_of_store
 from ldm_vae.run.inputs import compare_images, compare_store
 from ldm_vae.training.config import Training
 from ldm_vae.training.data import layout_of
@@ -80,7 +80,8 @@ class StoredPairs(Dataset[StoredBatch]):
         self.make = Moments if identity.store == "moments" else Moments.point
         self.latents, self.source = latents, source
         self.crops = crops_of(identity.views)
-        self.cutting = Cutting((latents.shards[0].resolution,), self.crops, resize=resize_of(identity))
+        made = decoding_of_store(identity)
+        self.cutting = Cutting((latents.shards[0].resolution,), self.crops, None, made.resize, made.alpha)
         # by index, per worker: a bad image is read and reported once
         self._known_bad: set[int] = set()
         self._places: dict[str, int] | None = None

@@ -105,8 +105,9 @@ def plan(settings: Training, processes: int = 1) -> Plan:
             drop_encoder(vae)
             del parts["encoder"]
             stored = Moments(latents, latents, geometry_of(vae).is_point)
-        parts |= {name: (term, (images, images)) for name, term in objective.terms.items() if term.domain == "pixels"}
-        parts |= {} if critic is None else {"discriminator": (critic, (images,))}
+        seen = images.new_empty(len(images), settings.seen_channels, size, size)
+        parts |= {name: (term, (seen, seen)) for name, term in objective.terms.items() if term.domain == "pixels"}
+        parts |= {} if critic is None else {"discriminator": (critic, (seen,))}
         forward = {
             name: _flops(function, arguments) / len(images) / 1e9 for name, (function, arguments) in parts.items()
         }

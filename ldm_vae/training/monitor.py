@@ -145,7 +145,7 @@ def _errors(validation: Line) -> dict[str, float]:
     """Held-out metrics as errors, of which a share can be taken: the RMSE for PSNR, 1 - SSIM."""
     known = {name: float(validation[f"validation/{name}"]) for name in METRICS if f"validation/{name}" in validation}
     forms = {"psnr": lambda value: 10 ** (-value / 20), "ssim": lambda value: 1 - value}
-    return {name: forms.get(name, float)(value) for name, value in known.items()}
+    return {name: forms.get(name.removeprefix("alpha_"), float)(value) for name, value in known.items()}
 
 
 def _mean_loss(log: Sequence[Line], after: Line | None, until: int) -> float:

@@ -16,6 +16,7 @@ from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
 from ldm_vae.core import distributed
 from ldm_vae.core.errors import UsageError
+from ldm_vae.data.alpha import composite
 from ldm_vae.losses import TermConfig
 
 Logs = dict[str, torch.Tensor]
@@ -42,7 +43,14 @@ class Objective(nn.Module):
     def attach(self, network: TrainableAutoencoder) -> None:
         """Tell the terms what they will see; raises UsageError when one needs what the model does not give."""
         gives = network.bottleneck.gives
+        if network.alpha and self.likelihood is not None:
+            raise UsageError(
+                f"losses.{self.likelihood}: is a likelihood of all values of an image, and with data.alpha colour is "
+                "seen over a background; l1 or l2 would do"
+            )
         for name, term in self.terms.items():
+            if term.domain == "alpha" and not network.alpha:
+                raise UsageError(f"losses.{name}: expected images with alpha; data.alpha: true says that they have it")
             needs = getattr(term, "needs", gives)
             if needs != gives:
                 kinds = {"posterior": "a posterior (kl)", "codes": "codes (vq)", "point": "points (tiny)"}
@@ -51,10 +59,21 @@ class Objective(nn.Module):
                 self._term(name).attach(network)
 
     def pixel_terms(
-        self, pixels: torch.Tensor, target: torch.Tensor, images_seen: int = 0
+        self, pixels: torch.Tensor, target: torch.Tensor, images_seen: int = 0, background: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Logs]:
-        """Weighted sum of the terms on pixels [B, C, H, W] (fp32, in [-1, 1]), and each term by name."""
-        losses = {name: term(pixels, target) for name, term in self.terms.items() if term.domain == "pixels"}
+        """Weighted sum of the terms on pixels [B, C, H, W] (fp32, in [-1, 1]) and on alpha, and each term by name.
+
+        background: [B, 3, 1, 1] of images with alpha: the terms on pixels see both over it, so that colour counts as
+        far as it can be seen.
+        """
+        views = {"pixels": (pixels, target)}
+        if background is not None:
+            views = {
+                "pixels": (composite(pixels, background), composite(target, background)),
+                "alpha": (pixels[:, 3:], target[:, 3:]),
+            }
+        domains = {name: str(term.domain) for name, term in self.terms.items()}
+        losses = {name: self.terms[name](*views[domain]) for name, domain in domains.items() if domain in views}
         return self._sum(losses, images_seen, pixels)
 
     def latent_terms(self, reconstruction: Reconstruction, images_seen: int = 0) -> tuple[torch.Tensor, Logs]:

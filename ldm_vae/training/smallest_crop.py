@@ -34,7 +34,7 @@ def check_smallest(settings: Training, factor: int) -> None:
     looking = {f"losses.{name}": (term, 2) for name, term in objective.terms.items() if term.domain == "pixels"}
     if critic is not None:
         looking["discriminator"] = (critic, 1)
-    images = torch.zeros(2, settings.model.in_channels, height, width)
+    images = torch.zeros(2, settings.seen_channels, height, width)
     for name, (module, arguments) in looking.items():
         try:
             with torch.no_grad(), seeded(settings.seed):

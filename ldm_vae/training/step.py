@@ -59,7 +59,8 @@ class TrainingStep:
             logs = self._autoencoder(reconstruction, images_seen)
             if self.adversary.discriminator_plays(images_seen):
                 # the last use of the reconstruction: from here on only its values
-                logs |= self._discriminator(reconstruction.target, reconstruction.pixels.detach(), images_seen)
+                real, fake = map(reconstruction.seen, (reconstruction.target, reconstruction.pixels.detach()))
+                logs |= self._discriminator(real, fake, images_seen)
         return logs
 
     # --- the step -----------------------------------------------------------------------------------------------------
@@ -67,7 +68,9 @@ class TrainingStep:
     def _autoencoder(self, reconstruction: Reconstruction, images_seen: int) -> Logs:
         # a leaf: the terms' own graphs end here, so they are freed before the autoencoder's backward begins
         pixels = reconstruction.pixels.detach().requires_grad_()
-        pixel_total, logs = self.objective.pixel_terms(pixels, reconstruction.target, images_seen)
+        pixel_total, logs = self.objective.pixel_terms(
+            pixels, reconstruction.target, images_seen, reconstruction.background
+        )
         # parameters of the terms themselves (a learned variance, a projection) get their gradients in the same pass
         own = trainable_parameters([self.objective])
         cotangent, *own_gradients = torch.autograd.grad(pixel_total, [pixels, *own], materialize_grads=True)
@@ -109,7 +112,9 @@ class TrainingStep:
     ) -> tuple[torch.Tensor, Logs]:
         # with respect to the pixels only: no gradient reaches the discriminator's weights, and unwrapped, so that DDP
         # does not wait for any
-        loss = self.adversary.generator_loss(self.accelerator.unwrap_model(self.discriminator)(pixels))
+        loss = self.adversary.generator_loss(
+            self.accelerator.unwrap_model(self.discriminator)(reconstruction.seen(pixels))
+        )
         (cotangent,) = torch.autograd.grad(loss, pixels)
         weight = loss.new_full((), self.adversary.config.weight)  # no copy from the host
         if self.adversary.config.adaptive:

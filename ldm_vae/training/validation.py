@@ -51,7 +51,7 @@ def record_validation(
     report = run / "report"
     kinds = dict.fromkeys(spread(len(source), PICTURES), "shown")
     keep_pictures(report, [vae], source, kinds, metrics, device, resolution=resolution, batch_size=batch_size)
-    keep_samples(report, vae, evaluation.latents, resolution, device)
+    keep_samples(report, vae, evaluation.latents, resolution, device, source.decoding.alpha)
     about = result.describe_vae(vae, f"{run.name}, averaged weights", str(run))
     prepared = preprocessing_identity(source.decoding)
     data = {"source": source_name, "resolution": resolution, "quarantined": 0, "preprocessing": prepared}

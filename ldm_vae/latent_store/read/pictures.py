@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from ldm_vae.core.ownership import own
 from ldm_vae.core.pictures import png, save, to_image
-from ldm_vae.data.transforms import to_uint8
+from ldm_vae.data.alpha import visible
+from ldm_vae.data.transforms import decoding_of, to_uint8
 from ldm_vae.latent_store.read.batch import Item
 from ldm_vae.latent_store.read.dataset import LatentDataset
 
@@ -40,10 +41,11 @@ def decode_to_png(
 def contact_sheet(dataset: LatentDataset, vae: Any, count: int = 16, columns: int = 4, side: int = 128) -> bytes:
     """Samples from all over a dataset, decoded, each within side x side pixels: one PNG."""
     chosen = [place * len(dataset) // count for place in range(count)] if len(dataset) > count else range(len(dataset))
+    decoding = decoding_of(dataset.manifest.identity.preprocessing)
     sheet = Image.new("RGB", (side * min(columns, len(chosen)), side * -(-len(chosen) // columns)))
     for place, index in enumerate(chosen):
         ((_, picture),) = _decoded(dataset, vae, [index])
-        image = to_image(picture).convert("RGB")
+        image = to_image(visible(picture, decoding is not None and decoding.alpha)).convert("RGB")
         image.thumbnail((side, side))
         sheet.paste(image, (place % columns * side, place // columns * side))
     return png(sheet)

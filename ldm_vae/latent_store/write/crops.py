@@ -15,6 +15,7 @@ import torch
 from ldm_vae.autoencoder.geometry import step_of
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data import buckets
+from ldm_vae.data.decoding import DEFAULT, Decoding
 from ldm_vae.data.flags import Resize
 from ldm_vae.data.transforms import Crop, centre_crop, decoding_of
 from ldm_vae.latent_store.format.identity import Identity
@@ -44,16 +45,15 @@ def cutting_of(identity: Identity, vae: Any) -> Cutting:
     shapes = None
     if step is not None:
         shapes = tuple(bucket_shapes(side, step, step_of(vae)) for side in identity.resolution)
-    resize, decoding = resize_of(identity), decoding_of(identity.preprocessing)
-    if resize == "none" and decoding is not None and decoding.jpeg_draft:
+    decoding = decoding_of_store(identity)
+    if decoding.resize == "none" and decoding.jpeg_draft:
         raise UsageError("jpeg_draft: decodes at another size, and resize is none: pixels are taken as they are")
-    return Cutting(identity.resolution, crops_of(identity.views), shapes, resize)
+    return Cutting(identity.resolution, crops_of(identity.views), shapes, decoding.resize, decoding.alpha)
 
 
-def resize_of(identity: Identity) -> Resize:
-    """The law that brings a store's images to its resolution."""
-    decoding = decoding_of(identity.preprocessing)
-    return "short_side" if decoding is None else decoding.resize
+def decoding_of_store(identity: Identity) -> Decoding:
+    """The decoding of a store's images; the default of another program's."""
+    return decoding_of(identity.preprocessing) or DEFAULT
 
 
 def bucket_shapes(resolution: int, step: int, factor: int) -> tuple[Shape, ...]:
@@ -76,11 +76,12 @@ class Cutting:
     buckets: tuple[tuple[Shape, ...], ...] | None = None
     """Per resolution the shapes to choose from; None is a square."""
     resize: Resize = "short_side"
+    alpha: bool = False
 
     def __call__(self, image: torch.Tensor, original_size: Shape) -> tuple[Crop, ...]:
         """uint8 [C, H, W] => len(resolutions) * len(crops) crops, resolution by resolution."""
         return tuple(
-            _cut(image, self._shape(number, original_size), crop, original_size, self.resize)
+            _cut(image, self._shape(number, original_size), crop, original_size, self.resize, self.alpha)
             for number in range(len(self.resolutions))
             for crop in self.crops
         )
@@ -99,9 +100,9 @@ class Cutting:
         return shapes[int(buckets.assign(shapes, np.array([original_size])).bucket[0])]
 
 
-def _cut(image: torch.Tensor, shape: Shape, crop: str, original_size: Shape, resize: Resize) -> Crop:
+def _cut(image: torch.Tensor, shape: Shape, crop: str, original_size: Shape, resize: Resize, alpha: bool) -> Crop:
     if not crop:
-        return centre_crop(image, shape, original_size, resize)
+        return centre_crop(image, shape, original_size, resize, alpha)
     height, width = image.shape[1:]
     # image pixels per crop pixel: those of the largest crop that fits, times its share
     shrink = CORNER_SHARE * min(height / shape[0], width / shape[1])
@@ -110,7 +111,7 @@ def _cut(image: torch.Tensor, shape: Shape, crop: str, original_size: Shape, res
     rows, columns = max(1, round(shape[0] * shrink)), max(1, round(shape[1] * shrink))
     top = 0 if crop.startswith("top") else height - rows
     left = 0 if crop.endswith("left") else width - columns
-    cut = centre_crop(image[:, top : top + rows, left : left + columns], shape, resize=resize)
+    cut = centre_crop(image[:, top : top + rows, left : left + columns], shape, None, resize, alpha)
     # back to the original's pixels, where a JPEG's draft decoded fewer
     down, across = original_size[0] / height, original_size[1] / width
     box = (round(top * down), round(left * across), round(rows * down), round(columns * across))
