@@ -15,6 +15,7 @@ import torch
 
 Signal = Literal["image", "still", "video", "audio", "other"]
 Law = Literal["config", "batch_norm", "inside"]
+Layout = Literal["channel", "position", "none"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Family:
     checkpointing: that of the class is right, where it has one.
     noise: its decoder draws noise, from a generator that its `decode` takes.
     alpha: its images are RGBA, the alpha straight.
+    reciprocal: its pipelines multiply by 1 / latents_std, which is rounded first, instead of dividing.
     """
 
     signal: Signal = "image"
@@ -38,6 +40,7 @@ class Family:
     checkpointing: bool = True
     noise: bool = False
     alpha: bool = False
+    reciprocal: bool = False
 
     @property
     def is_served(self) -> bool:
@@ -55,14 +58,14 @@ class Family:
         return decoded[:, :, 0] if self.signal == "still" else decoded
 
 
-_STILL, _VIDEO, _AUDIO, _OTHER = Family("still"), Family("video"), Family("audio"), Family("other")
+_VIDEO, _AUDIO, _OTHER = Family("video"), Family("audio"), Family("other")
 FAMILIES: dict[str, Family] = {
     "AutoencoderKLFlux2": Family(law="batch_norm", patch=2),
     "AutoencoderTiny": Family(checkpointing=False),
     "AutoencoderRAE": Family(law="inside", unit_range=True),
     "ConsistencyDecoderVAE": Family(noise=True),
-    "AutoencoderKLWan": _STILL,
-    "AutoencoderKLQwenImage": _STILL,
+    "AutoencoderKLWan": Family("still", reciprocal=True),
+    "AutoencoderKLQwenImage": Family("still", reciprocal=True),
     "AutoencoderKLQwenImage21": Family("still", alpha=True),
     "AutoencoderKLTemporalDecoder": _VIDEO,
     "AutoencoderKLAllegro": _VIDEO,
@@ -94,7 +97,34 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Pipelines that read the batch norm of an AutoencoderKLFlux2 in another way than FLUX.2's.
+
+    eps: added to its variance, in place of the config's batch_norm_eps.
+    layout: of the values of a square of positions: `channel` first (c, row, column), `position` first (row, column, c),
+    or `none`: normalised as patches and given without.
+    reciprocal: multiplies by 1 / std, which is rounded first, instead of dividing by std.
+    """
+
+    eps: float | None = None
+    layout: Layout = "channel"
+    reciprocal: bool = False
+
+
+VARIANTS = {
+    "bria_fibo2": Variant(layout="none", reciprocal=True),
+    "ernie_image": Variant(eps=1e-5),
+    "ideogram4": Variant(layout="position"),
+}
+
+
 def family_of(model: Any) -> Family:
     """The family of a network, of its class or of its class's name."""
     known = model if isinstance(model, str) else (model if isinstance(model, type) else type(model)).__name__
     return FAMILIES.get(known, Family())
+
+
+def is_movq(vae: Any) -> bool:
+    """True for MoVQ: a VQModel whose vectors before the codebook Kandinsky's pipelines take and decode as they are."""
+    return bool(getattr(vae, "config", {}).get("norm_type") == "spatial")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae.autoencoder.families import family_of
+from ldm_vae.autoencoder.families import family_of, is_movq
 from ldm_vae.core import rng
 from ldm_vae.core.errors import UsageError
 
@@ -137,6 +137,8 @@ def pixels_of(vae: Any, z: torch.Tensor, **options: Any) -> torch.Tensor:
         draws = [{"generator": torch.Generator(z.device).manual_seed(0), **options} for _ in z]
         return torch.cat([pixels_of(vae, one[None], **draw) for one, draw in zip(z, draws, strict=True)])
     z = z.to(vae.dtype)
+    if is_movq(vae):
+        options.setdefault("force_not_quantize", True)
     if family.law == "inside":
         z = z.contiguous()  # AutoencoderRAE takes views of it
     decoded = vae.decode(z[:, :, None] if family.signal == "still" else z, **options)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderTiny
 
-from ldm_vae.autoencoder.families import Law, family_of
+from ldm_vae.autoencoder.families import VARIANTS, Law, Layout, Variant, family_of, is_movq
 from ldm_vae.autoencoder.latents import LOGVAR_RANGE
 from ldm_vae.core.errors import UsageError, WorkError
 
@@ -33,9 +33,10 @@ class Normalisation:
     - shift:   (z - shift_factor) * scaling_factor (SD3, FLUX);
     - channel: (z - latents_mean) * scaling_factor / latents_std, the inverse of SDXL's
       z * latents_std / scaling_factor + latents_mean; without a scaling_factor (z - latents_mean) * (1 / latents_std),
-      as pipelines of Wan and Qwen-Image have it.
+      as pipelines of Wan and Qwen-Image have it (Qwen-Image-2.1's divide: a scaling_factor of 1).
 
     patch: side of the squares of positions whose values become channels (c, row, column) first: 2 of FLUX.2.
+    pipelines: the family of pipelines whose layout of those channels it is, where it is another (`families.VARIANTS`).
 
     >>> import torch
     >>> from ldm_vae import Normalisation
@@ -49,6 +50,7 @@ class Normalisation:
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
     patch: int = 1
+    pipelines: str | None = None
 
     def __post_init__(self) -> None:
         if self.shift_factor is not None and self.latents_mean is not None:
@@ -57,6 +59,8 @@ class Normalisation:
             raise ValueError("latents_mean and latents_std are set together or not at all")
         if self.scaling_factor is None and self.latents_mean is None:
             raise ValueError("neither scaling_factor nor latents_mean is set")
+        if self.pipelines is not None and self.pipelines not in [*VARIANTS]:
+            raise ValueError(f"pipelines: expected one of {', '.join(VARIANTS)}, got {self.pipelines!r}")
         for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
             value, divides = getattr(self, name), name in ("scaling_factor", "latents_std")
             for number in value if isinstance(value, tuple) else [] if value is None else [value]:
@@ -85,6 +89,7 @@ class Normalisation:
                 latents_mean=None if mean is None else tuple(map(float, mean)),
                 latents_std=None if std is None else tuple(map(float, std)),
                 patch=int(config.get("patch") or 1),
+                pipelines=config.get("pipelines"),
             )
         except (ValueError, TypeError, OverflowError) as error:
             raise UsageError(f"{where}: {error}; `ldm-vae export SRC OUT --stats DATA` measures it") from error
@@ -113,14 +118,15 @@ class Normalisation:
         return cls(1.0 / math.sqrt(scalar_variance), scalar_mean if kind == "shift" else None, patch=patch)
 
     def to_config(self) -> dict[str, Any]:
-        """All four keys, the unused ones null, so that writing one normalisation erases any other; and the patch, where
-        there is one."""
+        """All four keys, the unused ones null, so that writing one normalisation erases any other; and the patch and
+        its layout, where there are any."""
         return {
             "scaling_factor": self.scaling_factor,
             "shift_factor": self.shift_factor,
             "latents_mean": None if self.latents_mean is None else list(self.latents_mean),
             "latents_std": None if self.latents_std is None else list(self.latents_std),
             **({} if self.patch == 1 else {"patch": self.patch}),
+            **({} if self.pipelines is None else {"pipelines": self.pipelines}),
         }
 
     def per_channel(self, channels: int) -> Normalisation:
@@ -128,10 +134,28 @@ class Normalisation:
         scale = 1.0 if self.scaling_factor is None else self.scaling_factor
         mean = self.latents_mean or (self.shift_factor or 0.0,) * channels
         std = tuple(one / scale for one in self.latents_std or (1.0,) * channels)
-        return Normalisation(None, None, mean, std, self.patch)
+        return replace(self, scaling_factor=None, shift_factor=None, latents_mean=mean, latents_std=std)
+
+    def laid_out_for(self, pipelines: str | None) -> Normalisation:
+        """Make the same, measured on channels (c, row, column), for the layout of a family of pipelines."""
+        found = replace(self, pipelines=pipelines)
+        if self.latents_mean is None or self.latents_std is None or found.layout != "position":
+            return found
+        mean, std = (
+            _positions_first(torch.tensor(values, dtype=torch.float64)[:, None, None], self.patch)
+            for values in (self.latents_mean, self.latents_std)
+        )
+        return replace(found, latents_mean=tuple(mean.flatten().tolist()), latents_std=tuple(std.flatten().tolist()))
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the channels of patches."""
+        return "channel" if self.pipelines is None else VARIANTS[self.pipelines].layout
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the latents of a z of this shape (c, h, w)."""
+        if self.layout == "none":
+            return stored
         channels, *positions = stored
         return (channels * self.patch**2, *(side // self.patch for side in positions))
 
@@ -140,6 +164,10 @@ class Normalisation:
     def apply(self, z: torch.Tensor) -> torch.Tensor:
         """z [..., c, h, w] => latents, of the same shape unless they are patchified."""
         z = torch.pixel_unshuffle(z, self.patch)
+        latents = self._done(_positions_first(z, self.patch) if self.layout == "position" else z)
+        return torch.pixel_shuffle(latents, self.patch) if self.layout == "none" else latents
+
+    def _done(self, z: torch.Tensor) -> torch.Tensor:
         if self.latents_mean is None or self.latents_std is None:
             return (z - (self.shift_factor or 0.0)) * self.scaling_factor  # type: ignore[operator]
         mean, std = _channels(self.latents_mean, z), _channels(self.latents_std, z)
@@ -149,7 +177,10 @@ class Normalisation:
 
     def undo(self, latents: torch.Tensor) -> torch.Tensor:
         """latents [..., c, h, w] => z."""
-        return torch.pixel_shuffle(self._undone(latents), self.patch)
+        if self.layout == "none":
+            latents = torch.pixel_unshuffle(latents, self.patch)
+        z = self._undone(latents)
+        return torch.pixel_shuffle(_channels_first(z, self.patch) if self.layout == "position" else z, self.patch)
 
     def _undone(self, latents: torch.Tensor) -> torch.Tensor:
         if self.latents_mean is None or self.latents_std is None:
@@ -164,13 +195,27 @@ def _channels(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, device=like.device, dtype=like.dtype).view(-1, 1, 1)
 
 
+def _positions_first(patched: torch.Tensor, patch: int) -> torch.Tensor:
+    """Channels (c, row, column) => (row, column, c)."""
+    return _swapped(patched, patched.shape[-3] // patch**2, patch**2)
+
+
+def _channels_first(patched: torch.Tensor, patch: int) -> torch.Tensor:
+    """Channels (row, column, c) => (c, row, column)."""
+    return _swapped(patched, patch**2, patched.shape[-3] // patch**2)
+
+
+def _swapped(patched: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
+    *before, _, height, width = patched.shape
+    return patched.reshape(*before, outer, inner, height, width).transpose(-4, -3).reshape(patched.shape)
+
+
 # --- of a network -----------------------------------------------------------------------------------------------------
 
 
 def law_of(vae: Any) -> Law:
-    """The place of a network's normalisation, as its family has it; MoVQ is a VQModel whose z Kandinsky's pipelines
-    take as it is."""
-    return "inside" if vae.config.get("norm_type") == "spatial" else family_of(vae).law
+    """The place of a network's normalisation, as its family has it."""
+    return "inside" if is_movq(vae) else family_of(vae).law
 
 
 def kind_of(vae: Any) -> NormalisationKind | None:
@@ -183,26 +228,39 @@ def kind_of(vae: Any) -> NormalisationKind | None:
     return None
 
 
-def own_normalisation(vae: Any, where: str = "VAE") -> Normalisation | None:
+def own_normalisation(vae: Any, where: str = "VAE", pipelines: str | None = None) -> Normalisation | None:
     """The normalisation that a network names, as its family's pipelines read it; None where it names none.
 
+    Args:
+        pipelines: one of the families of pipelines that read it in another way than the others (`families.VARIANTS`).
+
     Raises:
-        UsageError: it names two, or one by which nobody can divide; `where` is what opens the sentence.
+        UsageError: it names two, or one by which nobody can divide; `where` is what opens the sentence. No such
+            pipelines, or not of this class.
     """
     law = law_of(vae)
+    if pipelines is not None and (pipelines not in VARIANTS or law != "batch_norm"):
+        raise UsageError(
+            f"pipelines {pipelines}: expected one of {', '.join(VARIANTS)}, with an AutoencoderKLFlux2, and {where} is "
+            f"of {type(vae).__name__}; leave it out for all others, which read it as its class has it"
+        )
     if law == "inside":
         return Normalisation(1.0)
     if law == "batch_norm":
-        std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
-        return Normalisation(1.0, None, tuple(vae.bn.running_mean.tolist()), tuple(std.tolist()), family_of(vae).patch)
+        variant = VARIANTS.get(pipelines or "", Variant())
+        std = torch.sqrt(vae.bn.running_var + (variant.eps or vae.config.batch_norm_eps))
+        mean, scale = tuple(vae.bn.running_mean.tolist()), None if variant.reciprocal else 1.0
+        return Normalisation(scale, None, mean, tuple(std.tolist()), family_of(vae).patch, pipelines)
     if kind_of(vae) is None:
         return None
-    return Normalisation.from_config(vae.config, where)
+    found = Normalisation.from_config(vae.config, where)
+    divides = found.scaling_factor is None and not family_of(vae).reciprocal
+    return replace(found, scaling_factor=1.0) if divides else found
 
 
-def normalisation_of(vae: Any, where: str = "VAE") -> Normalisation:
+def normalisation_of(vae: Any, where: str = "VAE", pipelines: str | None = None) -> Normalisation:
     """`own_normalisation`. Raises UsageError where the network names none."""
-    if (found := own_normalisation(vae, where)) is None:
+    if (found := own_normalisation(vae, where, pipelines)) is None:
         raise UsageError(
             f"{where}: a {type(vae).__name__} whose config names no normalisation of its latents; measure one: "
             "`ldm-vae export SRC OUT --stats DATA`, or `normalisation` of a latent store's readers"
@@ -217,10 +275,9 @@ def held_by(vae: Any, normalisation: Normalisation) -> Normalisation:
         raise UsageError(
             f"normalisation `{normalisation.kind}`: a {name} normalises inside, so that its z stays as it is"
         )
-    if law == "batch_norm":
-        return replace(normalisation.per_channel(vae.bn.num_features), scaling_factor=1.0)
-    if "scaling_factor" not in keys and "latents_mean" in keys:
-        return normalisation.per_channel(int(vae.config.z_dim))
+    if law == "batch_norm" or ("scaling_factor" not in keys and "latents_mean" in keys):
+        channels = vae.bn.num_features if law == "batch_norm" else int(vae.config.z_dim)
+        return replace(normalisation.per_channel(channels), scaling_factor=None if family_of(vae).reciprocal else 1.0)
     missing = [key for key, value in normalisation.to_config().items() if value is not None and key not in keys]
     if law == "config" and missing:  # VQModel and AutoencoderTiny know no latents_mean
         raise UsageError(f"normalisation `{normalisation.kind}`: the config of a {name} has no {missing[0]}")

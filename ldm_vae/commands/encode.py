@@ -53,6 +53,10 @@ class Request:
     tile: int | None = flag("encode crops larger than N pixels in tiles of N pixels", metavar="N")
     tile_overlap: int | None = flag("overlap of tiles (default: a quarter of a tile)", metavar="N")
     pixels: bool = flag("also store the crops, to train a decoder from the store", False)
+    pipelines: Literal["bria_fibo2", "ernie_image", "ideogram4"] | None = flag(
+        "diffusion pipelines that the latents are for, where they read the normalisation of an AutoencoderKLFlux2 in "
+        "another way than FLUX.2"
+    )
     update: bool = flag("apply additions, changes and removals in DATA since the last encode", False)
     retry_quarantined: bool = flag("retry quarantined images", False)
     check: Literal["doubt", "contents", "size"] = flag(
@@ -115,6 +119,7 @@ def run(request: Request) -> None:
         bucket_step=request.bucket_step,
         tile=tile_of(request.tile, request.tile_overlap, downsampling_factor(vae)),
         pixels=request.pixels,
+        pipelines=request.pipelines,
         update=request.update,
         retry_quarantined=request.retry_quarantined,
         check=request.check,

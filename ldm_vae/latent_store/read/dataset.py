@@ -143,10 +143,10 @@ class LatentDataset(Dataset[Item]):
     def _choose(self, normalisation: Normalisation | NormalisationKind | None) -> Normalisation:
         if normalisation is not None and self.manifest.identity.codes is not None:
             raise UsageError("normalisation: the store holds indices of codes, which are not scaled")
+        named = self.manifest.recorded.normalisation
         if isinstance(normalisation, str):
-            return self.statistics.normalisation(normalisation)
-        unused = self.raw and not self.manifest.recorded.normalisation
-        return normalisation or (Normalisation(1.0) if unused else self.manifest.normalisation)
+            return self.statistics.normalisation(normalisation).laid_out_for(named.get("pipelines"))
+        return normalisation or (Normalisation(1.0) if self.raw and not named else self.manifest.normalisation)
 
     @property
     def statistics(self) -> LatentStatistics:

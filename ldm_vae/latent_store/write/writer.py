@@ -87,6 +87,7 @@ def write_store(
     bucket_step: int | None = None,
     tile: tuple[int, int] | None = None,
     pixels: bool = False,
+    pipelines: str | None = None,
     update: bool = False,
     retry_quarantined: bool = False,
     check: Check = "doubt",
@@ -111,6 +112,8 @@ def write_store(
         bucket_step: aspect buckets of about resolution x resolution pixels, with sides in steps of this.
         tile: (tile, overlap) in pixels; larger crops are encoded in tiles.
         pixels: store the crops too (uint8), for training a decoder from the store alone.
+        pipelines: those that the latents are for, of the families that read an AutoencoderKLFlux2's normalisation in
+            another way than FLUX.2 (bria_fibo2, ernie_image, ideogram4); None is what OUT was for before.
         update: take up what was added to, changed in and removed from the source since.
         retry_quarantined: try the bad images again.
         check: which images of an earlier call are read, to see that they are still those: in `doubt`, all (`contents`),
@@ -154,7 +157,9 @@ def write_store(
         patch=family_of(vae).patch,
     )
     cutting = cutting_of(identity, vae)
-    normalisation = own_normalisation(vae, f"VAE {vae_name}")
+    if pipelines is None and manifest_path(out).is_file():
+        pipelines = read_manifest(out).recorded.normalisation.get("pipelines")
+    normalisation = own_normalisation(vae, f"VAE {vae_name}", pipelines)
     recorded = Recorded(
         vae=vae_name,
         data=source_name,
