@@ -422,3 +422,22 @@ def test_offline_the_verb_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: 
         main()
     assert left.value.code == 1
     assert capsys.readouterr().err.startswith("error: LPIPS-alex: its trunk is neither in")
+
+
+def test_the_cache_is_listed_and_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = tmp_path / "ldm-vae"
+    (cache / "stores").mkdir(parents=True)
+    trunk, stored = cache / "lpips-alex.safetensors", cache / "stores" / f"{'0' * 64}.safetensors"
+    trunk.write_bytes(b"0" * 2_000_000)
+    stored.write_bytes(b"0" * 3_000_000)
+    cli.call("assets", "list")
+    said = capsys.readouterr().out
+    assert "lpips-alex.safetensors  2.0 MB" in said and "3.0 MB of remote latent stores" in said
+    cli.call("assets", "clear", "stores")
+    assert trunk.is_file() and not stored.exists()
+    cli.call("assets", "clear", "all")
+    assert not trunk.exists()
+    assert "stores: 3.0 MB freed" in (said := capsys.readouterr().out) and "all: 2.0 MB freed" in said

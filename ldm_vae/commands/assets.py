@@ -1,4 +1,4 @@
-"""`ldm-vae assets lpips | demo | digits`: real weights and images, fetched once."""
+"""`ldm-vae assets lpips | demo | digits | list | clear`: real weights and images, and the cache that holds them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Literal
 
 from ldm_vae.core.request import Action, argument, flag
 
-HELP = "download the LPIPS trunk, or write the demo's photographs or the digits of the textbook VAE"
+HELP = "download the LPIPS trunk, write example images, list or clear the cache"
 DESCRIPTION = """\
 Prepare network weights and example images before a run:
 
   ldm-vae assets lpips --net vgg       # the trunk of the perceptual loss, into the cache
   ldm-vae assets demo data/demo        # photographs for the demo
   ldm-vae assets digits data/digits    # 1,797 digits of 8 px, for configs/textbook_vae.yaml
+  ldm-vae assets list                  # what lies in the cache
 """
 
 
@@ -54,8 +55,50 @@ def _digits(request: Images) -> None:
     print(prepare_digits(request.out))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The command line: there is nothing to say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clearing:
+    """A part of the cache."""
+
+    part: Literal["lpips", "stores", "all"] = argument("PART", "lpips, stores (of remote latents) or all")
+
+
+def _list(request: Listing) -> None:
+    from ldm_vae.core.paths import cache_dir
+    from ldm_vae.latent_store.remote.cache import open_cache
+
+    stores = open_cache()
+    print(f"cache {cache_dir()} (XDG_CACHE_HOME)")
+    for path in _trunks():
+        print(f"  lpips   {path.name}  {path.stat().st_size / 1e6:,.1f} MB")
+    print(f"  stores  {stores.bytes / 1e6:,.1f} MB of remote latent stores, at most {stores.limit / 1e9:,.0f} GB")
+    print("networks of the hub are in its own cache: `hf cache ls`")
+
+
+def _clear(request: Clearing) -> None:
+    from ldm_vae.latent_store.remote.cache import open_cache
+
+    freed = open_cache().clear() if request.part != "lpips" else 0
+    for path in _trunks() if request.part != "stores" else []:
+        freed += path.stat().st_size
+        path.unlink()
+    print(f"{request.part}: {freed / 1e6:,.1f} MB freed")
+
+
+def _trunks() -> list[Path]:
+    from ldm_vae.core.paths import cache_dir
+
+    return sorted(cache_dir().glob("lpips-*.safetensors"))
+
+
 ACTIONS = {
     "lpips": Action("download the ImageNet trunk of LPIPS into $XDG_CACHE_HOME/ldm-vae", Lpips, _lpips),
     "demo": Action("write crops of photographs from scikit-image and scikit-learn", Images, _demo),
     "digits": Action("write scikit-learn's handwritten digits as PNGs of 8 px", Images, _digits),
+    "list": Action("list what lies in the cache", Listing, _list),
+    "clear": Action("remove what lies in the cache; it is fetched again when it is needed", Clearing, _clear),
 }

@@ -179,9 +179,14 @@ def _processes_asked(launcher: Sequence[str]) -> int:
     if "num_processes" in options:
         return int(options["num_processes"])
     if "config_file" in options:
-        settings = yaml.safe_load(Path(options["config_file"]).read_text(encoding="utf-8"))
-        return int(settings.get("num_processes", 1))
+        return processes_of(Path(options["config_file"]))
     return 1
+
+
+def processes_of(config: Path) -> int:
+    """`num_processes` of a config file of Accelerate."""
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    return int(settings.get("num_processes", 1))
 
 
 def check_same(accelerator: Accelerator, what: str, number: int) -> None:

