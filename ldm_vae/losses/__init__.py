@@ -21,7 +21,7 @@ Every term is a mean per pixel value, so that a weight means the same at every r
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -58,10 +58,6 @@ class TermConfig(Part):
     """Factor of this term in the sum."""
     schedule: Schedule | None = None
     """A further factor that rises with the images seen: annealing of the KL, or a term that comes in late."""
-
-    def outline(self) -> Any:
-        """The same module without weights that would have to be loaded: for counting its cost."""
-        return self.build()
 
     def weight_at(self, images_seen: int) -> float:
         """The weight after so many images."""

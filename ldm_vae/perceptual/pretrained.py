@@ -213,11 +213,11 @@ def _reason(failure: Exception) -> str:
     return (errors or said or [type(failure).__name__])[-1].rstrip(".")
 
 
-def _read_sdist(archive: Path) -> dict[str, Tensors]:
+def _read_sdist(archive: Path) -> dict[Net, Tensors]:
     """Read both trunks from the sdist. Raises ValueError on a wrong checksum."""
     # before it is opened: nothing of an archive with another checksum is read
     _check(archive.read_bytes(), SDIST_SHA256, archive.name)
-    trunks = {}
+    trunks: dict[Net, Tensors] = {}
     with tarfile.open(archive) as tar:
         for net, (member, checksum, name) in MEMBERS.items():
             file = tar.extractfile(member)

@@ -12,15 +12,9 @@ sampled. Encoding, validation and export know nothing of them.
 
 from __future__ import annotations
 
-from typing import Any
-
 from ldm_vae.autoencoder.trainable import Draw as Draw  # what a perturbation is called with
 from ldm_vae.core.config import Part
 
 
 class PerturbationConfig(Part):
     """Knobs that every perturbation has: its kind."""
-
-    def outline(self, seed: int) -> Any:
-        """The same module without weights that would have to be loaded: for counting its cost."""
-        return self.build(seed)

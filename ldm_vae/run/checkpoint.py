@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm_vae.autoencoder.weights.checkpoint import TENSORS
 from ldm_vae.core import atomic_io
-from ldm_vae.core.errors import WorkError
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.files import read_bytes
 from ldm_vae.core.validation import first_line, parse_json
 
@@ -144,6 +144,8 @@ def load(checkpoint: Path, objects: Mapping[str, Stateful]) -> dict[str, Any]:
         info = dict(state["info"])
         if info["images_seen"] != images_of(checkpoint):
             raise ValueError(f"images_seen is {info['images_seen']!r}")
+    except UsageError:  # of what the config names, which is not the checkpoint's fault
+        raise
     except Exception as error:  # of another version, or made by hand: whatever the objects make of it
         raise WorkError(
             f"checkpoint {checkpoint}: cannot be restored ({type(error).__name__}: {first_line(error)}); delete it to "

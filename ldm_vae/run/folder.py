@@ -193,8 +193,9 @@ def resume(
     check_same(accelerator, "checkpoints", -1 if newest is None else checkpoint.images_of(newest))
     if newest is None:
         return None
+    saved = checkpoint.load(newest, stateful)
     try:
-        info = config.validate(Info, checkpoint.load(newest, stateful), "its state.json").model_dump()
+        info = config.validate(Info, saved, "its state.json").model_dump()
     except UsageError as error:
         raise WorkError(f"checkpoint {newest}: {error}; delete it to go on from the one before it") from error
     accelerator.print(f"resumed from {newest} at {info['images_seen']:,} images")

@@ -278,7 +278,9 @@ def build_objective(settings: Training, outline: bool = False) -> Objective:
         return Objective(settings.losses, outline)
 
 
-def build_discriminator(settings: Training) -> nn.Module | None:
+def build_discriminator(settings: Training, outline: bool = False) -> nn.Module | None:
+    """Build the discriminator where there is an adversary; outline: without weights that it would load, to count its
+    cost."""
     if not settings.adversary.enabled:
         return None
     if settings.discriminator is None:
@@ -286,5 +288,10 @@ def build_discriminator(settings: Training) -> nn.Module | None:
             "discriminator: is missing although adversary.weight > 0; e.g. `discriminator: {kind: patchgan}`"
         )
     with seeded(settings.seed + 1):
+<<<<<<< HEAD
         network: nn.Module = settings.discriminator.build(settings.seen_channels)
+=======
+        part = settings.discriminator
+        network: nn.Module = (part.outline if outline else part.build)(settings.model.in_channels)
+>>>>>>> h2
         return network.train()

@@ -91,7 +91,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
             fuse_norms(network)
         objective = build_objective(settings, outline=True)
         objective.attach(network)
-        critic = build_discriminator(settings)
+        critic = build_discriminator(settings, outline=True)
         size = settings.resolution
         images = torch.empty(settings.train_batch_size, settings.model.in_channels, size, size)
         noise = torch.empty(len(images), *network.noise_shape(size, size))
@@ -133,8 +133,8 @@ def plan(settings: Training, processes: int = 1) -> Plan:
     )
     held = [vae] if critic is None else [vae, critic]
     weights = sum(_bytes(module) for module in held)
-    looked_through = {id(part.network): part.network for root in (network, objective) for part in root.modules()
-                      if isinstance(part, Frozen)}  # fmt: skip
+    looking = [part for root in (network, objective, *held[1:]) for part in root.modules()]
+    looked_through = {id(part.network): part.network for part in looking if isinstance(part, Frozen)}
     frozen = sum(_bytes(module) for module in looked_through.values())
     learned = trainable_parameters([network, *held[1:]])
     return Plan(

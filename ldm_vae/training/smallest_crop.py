@@ -30,7 +30,7 @@ def check_smallest(settings: Training, factor: int) -> None:
     """
     height, width = sides(settings, factor)
     # of its own: batch statistics move, and some terms keep sums until the update
-    objective, critic = build_objective(settings, outline=True), build_discriminator(settings)
+    objective, critic = build_objective(settings, outline=True), build_discriminator(settings, outline=True)
     looking = {f"losses.{name}": (term, 2) for name, term in objective.terms.items() if term.domain == "pixels"}
     if critic is not None:
         looking["discriminator"] = (critic, 1)

@@ -10,12 +10,14 @@ Legend: B batch, C image channels, H W pixels, c latent channels, h w latent pos
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
@@ -133,8 +135,11 @@ class TrainingStep:
         # decided by the images of the whole update, so all its micro-batches and ranks agree
         r1_due = self.adversary.r1_due(images_seen, len(real) * micro_batches)
         real = real.detach().requires_grad_(r1_due)
+        # fused attention has no second derivative, which R1 takes
+        attention = sdpa_kernel(SDPBackend.MATH) if r1_due else contextlib.nullcontext()
         # one forward over both halves: DDP allows one per backward, and the default group norm does not mix images
-        real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
+        with attention:
+            real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
         loss = self.adversary.discriminator_loss(real_logits, fake_logits)
         logs = {"adversary/discriminator": loss.detach()} | logit_statistics(real_logits, fake_logits)
         if r1_due:
