@@ -25,18 +25,8 @@ import torch.nn.functional as F
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.files import LARGEST, read_bytes
-<<<<<<< HEAD
-from ldm_vae.core.validation import (
-    HEAD,
-    disguise,
-    disguised_file,
-    first_line,
-    load_pickle,
-)
-from ldm_vae.data.alpha import three_channels
-=======
 from ldm_vae.core.validation import HEAD, disguise, load_pickle
->>>>>>> h2
+from ldm_vae.data.alpha import three_channels
 from ldm_vae.perceptual.efficientnet import FEATURES as EFFLITE0_FEATURES
 from ldm_vae.perceptual.efficientnet import EfficientNetLite0, load_state
 from ldm_vae.perceptual.vision import load_network

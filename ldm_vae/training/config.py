@@ -288,10 +288,6 @@ def build_discriminator(settings: Training, outline: bool = False) -> nn.Module 
             "discriminator: is missing although adversary.weight > 0; e.g. `discriminator: {kind: patchgan}`"
         )
     with seeded(settings.seed + 1):
-<<<<<<< HEAD
-        network: nn.Module = settings.discriminator.build(settings.seen_channels)
-=======
         part = settings.discriminator
-        network: nn.Module = (part.outline if outline else part.build)(settings.model.in_channels)
->>>>>>> h2
+        network: nn.Module = (part.outline if outline else part.build)(settings.seen_channels)
         return network.train()
