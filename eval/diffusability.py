@@ -129,8 +129,8 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
     alpha = preparation.decoding.alpha
     if (channels := preparation.decoding.channels) not in (1, 3) and not alpha:
         raise UsageError(
-            f"VAE {options.vae[0]}: expected images of 1 or 3 channels or with alpha (--alpha straight), to compare features, "
-            f"got {channels}"
+            f"VAE {options.vae[0]}: expected images of 1 or 3 channels or with alpha (--alpha straight), to compare "
+            f"features, got {channels}"
         )
     judge = looks(device, alpha)
     if judge is None:
