@@ -22,6 +22,7 @@ from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core import rng
 from ldm_vae.core.launch import build_accelerator
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
+from ldm_vae.losses.alpha import Config as Alpha
 from ldm_vae.losses.commitment import Config as Commitment
 from ldm_vae.losses.gaussian_nll import Config as GaussianNLL
 from ldm_vae.losses.kl import Config as KL
@@ -39,16 +40,22 @@ GLOBAL_BATCH, STEPS = 8, 20
 
 
 def train(
-    accelerator: Any, accumulation: int, broken: str = "", codebook: Any = None, terms: Any = None, **adversary: Any
+    accelerator: Any,
+    accumulation: int,
+    broken: str = "",
+    codebook: Any = None,
+    terms: Any = None,
+    alpha: bool = False,
+    **adversary: Any,
 ) -> dict[str, torch.Tensor]:
     codebook = codebook or {}
     accelerator.gradient_accumulation_steps = accumulation
     accelerator.step = 0
     torch.manual_seed(0)
     kind = VQConfig if codebook else AutoencoderConfig
-    config = kind(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, **codebook)
+    config = kind(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, in_channels=3 + alpha, **codebook)
     vae = config.build().double()
-    network = TrainableAutoencoder(vae, config.bottleneck(vae))
+    network = TrainableAutoencoder(vae, config.bottleneck(vae), alpha=alpha)
     continuous = {"l2": L2(), "kl": KL(weight=1e-3), "free": FreeBits(bits=9)}
     objective = Objective(
         {"l1": L1(), **(terms or ({"commitment": Commitment()} if codebook else continuous))}
@@ -78,7 +85,7 @@ def train(
     for number in range(STEPS * accumulation):
         start = number * whole + accelerator.process_index * share
         positions = range(start, start + share)
-        images = rng.normal(1, "images", positions, (3, 16, 16)).double().tanh()
+        images = rng.normal(1, "images", positions, (3 + alpha, 16, 16)).double().tanh()
         # images of unequal brightness: with equal ones an unreduced adaptive weight would hardly show
         images *= torch.tensor([0.2 + (position % GLOBAL_BATCH) / 8 for position in positions]).view(-1, 1, 1, 1)
         noise = posterior_noise(2, positions, network.noise_shape(16, 16)).double()
@@ -111,7 +118,11 @@ def main() -> None:
         *(
             (f"{name}_{parts}", parts, "", {"adaptive": False} | more)
             for parts in (1, 2)
-            for name, more in (("game", regularisers | {"terms": controlled}), ("codes", {"codebook": followed}))
+            for name, more in (
+                ("game", regularisers | {"terms": controlled}),
+                ("codes", {"codebook": followed}),
+                ("alpha", {"alpha": True, "terms": {"alpha": Alpha()}}),
+            )
         ),
         ("no_reduce", 1, "no_reduce", {}),
         ("bypass", 1, "bypass", {}),
