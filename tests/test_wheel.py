@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -49,6 +50,16 @@ def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=600, check=False)
 
 
+def test_the_distributions_are_ready_to_publish(wheel: Path) -> None:
+    source = next(wheel.parent.glob("*.tar.gz"))
+    done = run([sys.executable, "-m", "twine", "check", "--strict", str(source), str(wheel)], wheel.parent)
+    assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout + done.stderr
+    with tarfile.open(source) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    # what a wheel is built from, and what a packager runs
+    assert names >= {"build_programs.py", "ldm_vae/py.typed", "train/autoencoder.py", "tests/conftest.py", "Makefile"}
+
+
 def test_the_top_level_is_the_package_and_its_metadata(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
@@ -56,6 +67,7 @@ def test_the_top_level_is_the_package_and_its_metadata(wheel: Path) -> None:
     for program in ("train/autoencoder.py", "train/diffusion.py", "eval/reconstruction.py", "configs/demo.yaml",
                     "configs/diffusion/demo.yaml"):  # fmt: skip
         assert f"ldm_vae/programs/{program}" in names
+    assert "ldm_vae/py.typed" in names
     assert not [name for name in names if "/tests/" in name or name.endswith((".pyc", ".pth"))]
 
 
