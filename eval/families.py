@@ -10,13 +10,16 @@ has the classes that the type of an argument of one of its pipelines names.
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 from pathlib import Path
 
 import diffusers
+import torch
 from diffusers.models import autoencoders
 
 from ldm_vae.autoencoder.families import Family, family_of
+from ldm_vae.core.config import options
 from ldm_vae.core.errors import run_program
 from ldm_vae.core.request import Parser
 
@@ -58,9 +61,17 @@ def _law(name: str, family: Family) -> str:
     return ", ".join(f"`{key}`" for key in KEYS if key in keys) or "none: measured on a store"
 
 
+def _kinds() -> dict[str, str]:
+    """`model.kind` by the class that it builds from scratch."""
+    kinds = [one for one in options("ldm_vae.models") if one != "pretrained"]
+    with torch.device("meta"):
+        built = {kind: importlib.import_module(f"ldm_vae.models.{kind}").Config().build() for kind in kinds}
+    return {type(network).__name__: f"`{kind}`" for kind, network in built.items()}
+
+
 def table() -> str:
     """Markdown, one row a class."""
-    users = pipelines()
+    users, kinds = pipelines(), _kinds()
     rows = ["| class | of | pipelines of diffusers | normalisation | training |", "|---|---|---|---|---|"]
     for name in classes():
         family = family_of(name)
@@ -70,7 +81,7 @@ def table() -> str:
             rows.append(f"| {name} | {family.signal} | {shown or 'none'} | | refused |")
             continue
         law = _law(name, family)
-        kind = {"AutoencoderKL": "`kl`", "VQModel": "`vq`", "AutoencoderTiny": "`tiny`"}.get(name, "`pretrained`")
+        kind = kinds.get(name, "`pretrained`")
         signal = "image" if family.signal == "image" else "clip, one frame"
         rows.append(f"| {name} | {signal} | {shown or 'none'} | {law} | {'no' if family.noise else kind} |")
     return "\n".join(rows)

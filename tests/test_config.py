@@ -165,6 +165,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (["--data.path=[", "--seed", "1"], "--data.path"),
         (["extra", "--seed", "1"], "options"),
         (["--model.in_channels", "1"], "model.in_channels"),
+        (["--model.attention_levels", "1", "9"], "--model.attention_levels"),
+        (["--model.attention_levels", "-1"], "--model.attention_levels"),
     ],
 )
 def test_a_flag_that_cannot_be_is_one_sentence(flags: list[str], field: str) -> None:

@@ -25,6 +25,7 @@ from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.errors import UsageError
+from ldm_vae.models.vq import Config as VQConfig
 from train import autoencoder as training_program
 
 
@@ -79,6 +80,16 @@ def test_more_latent_channels_start_as_the_base(quant_conv: bool) -> None:
         if not quant_conv:  # with one, each moment also read the channels that are gone
             torch.testing.assert_close(smaller.mean, theirs.mean[:, :3])
             torch.testing.assert_close(smaller.logvar, theirs.logvar[:, :3])
+
+
+def test_more_channels_of_codes_start_as_the_base() -> None:
+    base, larger = (
+        VQConfig(latent_channels=channels, num_vq_embeddings=8, **SHAPE).build().eval() for channels in (4, 6)
+    )
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        expected = base.encode(images).latents
+        torch.testing.assert_close(resize_channels(base, larger).encode(images).latents[:, :4], expected)
 
 
 def test_another_number_of_image_channels_keeps_the_kernels() -> None:

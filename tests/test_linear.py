@@ -32,6 +32,7 @@ from ldm_vae.autoencoder.linear_code import (
 )
 from ldm_vae.autoencoder.linear_init import start_linear
 from ldm_vae.core.errors import UsageError
+from ldm_vae.models.flux2 import Config as Flux2Config
 from ldm_vae.training.monitor import below_linear
 from ldm_vae.training.objective import rate
 
@@ -113,6 +114,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "f4, other widths": {"latent_channels": 4, "block_out_channels": (32, 48, 96), "norm_num_groups": 2},
     "f2, attention": {"latent_channels": 4, "block_out_channels": (32, 32), "mid_block_add_attention": True},
     "f4, attention": {"latent_channels": 8, "block_out_channels": (48, 64, 64), "attention_levels": (1, 2)},
+    "FLUX.2": {"latent_channels": 8, "block_out_channels": (48, 64, 64), "decoder_block_out_channels": (64, 64, 96)},
     "f8, two layers": {"latent_channels": 4, "block_out_channels": (32, 64, 64, 64), "layers_per_block": 2},
     "f8, sixteen": {"latent_channels": 16, "block_out_channels": (48, 128, 160, 160), "norm_num_groups": 2},
     "no quant convs": {"block_out_channels": (32, 48), "use_quant_conv": False, "use_post_quant_conv": False},
@@ -124,7 +126,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 def built(shape: dict[str, Any]) -> AutoencoderKL:
     defaults = {"layers_per_block": 1, "norm_num_groups": 4, "mid_block_add_attention": False}
     torch.manual_seed(0)
-    return AutoencoderConfig(**defaults | shape).build()
+    config = Flux2Config if "decoder_block_out_channels" in shape else AutoencoderConfig
+    return config(**defaults | shape).build()
 
 
 @pytest.mark.slow
@@ -307,7 +310,10 @@ def test_a_codebook_starts_as_the_codes_of_the_linear_code(images: Path, tmp_pat
     ("changes", "field"),
     [
         ({"init_from": "somewhere"}, "init"),
-        ({"model": {"kind": "tiny"}, "losses": {"l1": {"weight": 1.0}}}, "init"),
+        *(
+            ({"model": {"kind": kind}, "losses": {"l1": {"weight": 1.0}}}, f"vq or flux2, got {kind}")
+            for kind in ("tiny", "dc", "asymmetric", "hunyuan_image")
+        ),
         (
             {
                 "model": MODEL | {"kind": "vq", "quantizer": {"distance": "cosine"}},

@@ -13,6 +13,7 @@ from fork_server import Finished, fork
 from images import write_images
 from repository import ROOT
 from sentences import refused
+from tiny_classes import SCRATCH
 from torch import nn
 
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
@@ -54,6 +55,14 @@ def test_operations_are_counted_as_the_formulas_say() -> None:
     with Cost() as cost:
         nn.functional.conv2d(image, torch.randn(5, 3, 3, 3), padding=1)
     assert cost.flops == 2 * 2 * 8 * 8 * 5 * 3 * 9
+    forward, layer = 2 * 2 * 8 * 8 * 6 * 9, nn.Conv2d(6, 6, 3, padding=1, groups=6)
+    with Cost() as cost:
+        layer(torch.randn(2, 6, 8, 8, requires_grad=True)).sum().backward()
+    assert cost.flops == 3 * forward  # and the two gradients
+    upwards = nn.ConvTranspose2d(4, 3, 2, stride=2)
+    with Cost() as cost:
+        upwards(torch.randn(2, 4, 8, 8, requires_grad=True)).sum().backward()
+    assert cost.flops == 3 * 2 * 2 * 8 * 8 * 4 * 3 * 4
     query = torch.randn(2, 1, 16, 4)
     with Cost() as cost:
         nn.functional.scaled_dot_product_attention(query, query, query)
@@ -96,6 +105,17 @@ def test_the_plan_is_what_the_real_step_does(accumulation: int) -> None:
     weights = [parameter for module in (network, critic) for parameter in module.parameters()]
     assert found.bytes["weights"] == sum(4 * parameter.numel() for parameter in weights)
     assert found.bytes["Adam's moments"] == pytest.approx(2 * found.bytes["weights"], rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["dc", "asymmetric"])
+def test_every_kind_is_planned(kind: str) -> None:
+    """Also one of whose parameters some do not learn."""
+    chosen = settings(model=SCRATCH[kind], losses={"l1": {}}, gradient_checkpointing=True)
+    found, vae = plan(chosen), build_autoencoder(chosen)
+    assert found.parameters["autoencoder"] == sum(one.numel() for one in vae.parameters())
+    learns = sum(one.numel() for one in vae.parameters() if one.requires_grad) + found.parameters["discriminator"]
+    assert found.bytes["Adam's moments"] == pytest.approx(2 * 4 * learns, rel=0.01)
+    assert found.forward_gflop["decoder"] > 0 and found.step_gflop > found.forward_gflop["decoder"]
 
 
 @pytest.mark.slow

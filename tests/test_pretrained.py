@@ -63,6 +63,7 @@ def test_a_step_moves_what_has_a_part_and_nothing_else(name: str, trainable: tup
         logs = state.step(pixels, noise, 2, None)
     assert torch.isfinite(logs["adversary/weight"]) and logs["adversary/weight"] > 0
     idle = {*idle_parameters(vae)}
+    assert not any(vae.get_parameter(key).requires_grad for key in idle)
     expected = {key for key, _ in vae.named_parameters() if key not in idle}
     if trainable != ("*",):
         expected = {

@@ -1,4 +1,4 @@
-"""diffusers.AutoencoderDC: a deep compression autoencoder (Chen et al. 2024), SANA's by default; it has no posterior."""
+"""diffusers.AutoencoderDC: a deep compression autoencoder (Chen et al. 2024), by default SANA's; without posterior."""
 
 from __future__ import annotations
 
