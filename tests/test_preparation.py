@@ -219,10 +219,11 @@ def test_a_teacher_must_see_what_it_records(grey_folder: Path) -> None:
             "data": {"kind": "folder", "path": "x", "channels": 1}, **more,
         })  # fmt: skip
 
+    vae = build_autoencoder(settings())
     with refused(UsageError, "data.value_range") as error:
-        check_teachers(settings())
+        check_teachers(settings(), vae)
     assert "losses.drift.teacher" in str(error.value)
-    check_teachers(settings(ignore_preprocessing=True))
+    check_teachers(settings(ignore_preprocessing=True), vae)
 
 
 @pytest.mark.parametrize(

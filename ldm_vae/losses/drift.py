@@ -39,7 +39,7 @@ class Drift(nn.Module):
                 f"losses.drift: expected latents of the teacher's shape {tuple(theirs.shape[1:])}, "
                 f"got {tuple(mean.shape[1:])} ({self.source})"
             )
-        ours = self.teacher.normalisation.apply(mean) if self.ours == "raw" else mean
+        ours = self.teacher.normalise(mean) if self.ours == "raw" else mean
         difference: torch.Tensor = ours - theirs
         return difference.square().mean()
 

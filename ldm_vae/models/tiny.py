@@ -38,6 +38,9 @@ class Config(Part):
         lengths = [len(part) for part in (*widths, self.num_encoder_blocks, self.num_decoder_blocks)]
         if len(set(lengths)) > 1:
             raise ValueError(f"expected as many widths as numbers of blocks, and one f on both sides, got {lengths}")
+        for name in ("encoder_block_out_channels", "decoder_block_out_channels"):
+            if len(set(getattr(self, name))) > 1:  # nothing of the class goes from one width to another
+                raise ValueError(f"{name}: expected equal widths, got {', '.join(map(str, getattr(self, name)))}")
         return self
 
     def shape(self) -> dict[str, Any]:

@@ -30,7 +30,11 @@ class Teacher(Frozen):
             with torch.autocast(images.device.type, enabled=False):
                 self._last = (images, latents.encode(self.network, images.to(self.network.dtype)).mean)
         mean = self._last[1].to(images.dtype)
-        return self.normalisation.apply(mean) if normalised else mean
+        return self.normalise(mean) if normalised else mean
+
+    def normalise(self, z: torch.Tensor) -> torch.Tensor:
+        """z [B, c, h, w] => as a diffusion model sees it, without patches made into channels (FLUX.2's)."""
+        return torch.pixel_shuffle(self.normalisation.apply(z), self.normalisation.patch)
 
 
 @cache

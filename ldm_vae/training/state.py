@@ -132,7 +132,7 @@ def build_state(settings: Training, accelerator: Accelerator, vae: Any) -> Train
     network = build_network(settings, vae)
     held = settings.latent_store is None
     frozen_encoder = encoder_fingerprint(vae) if held and not network.encoder_learns else None
-    check_teachers(settings)
+    check_teachers(settings, vae)
     objective = build_objective(settings).to(accelerator.device)
     ema_objective = Ema(objective, settings.ema_halflife_images)  # of its own parameters: a likelihood's variance
     objective.attach(network)
