@@ -14,12 +14,13 @@ import torch
 from cli_call import run_cli
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file
+from tiny_networks import to_ldm
 
 from ldm_vae.autoencoder.config import AutoencoderConfig, block_types
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.normalisation import Normalisation
-from ldm_vae.autoencoder.weights.ldm_keys import to_ldm, to_ldm_name
+from ldm_vae.autoencoder.weights.ldm_keys import to_ldm_name
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.targets import TARGETS, warnings_for, warnings_for_pipelines, write_target
@@ -198,7 +199,7 @@ def test_a_config_by_which_nobody_can_divide_is_measured_anew(
     assert config_of(tmp_path / "out")["scaling_factor"] > 0  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", sorted(TARGETS.keys() - {"single_file"}))
 def test_single_file_is_written_with_its_warnings(
     target: str,
     tiny_vae_folder: Path,

@@ -13,11 +13,11 @@ import torch
 from diffusers import AutoencoderKL
 from repository import ROOT
 from safetensors.torch import load_file, save_file
+from tiny_networks import to_ldm
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.single_file import load_single_file, save_single_file
-from ldm_vae.autoencoder.weights.ldm_keys import to_ldm
 from ldm_vae.autoencoder.weights.shape import infer_config
 from ldm_vae.core import config
 from ldm_vae.export.diffusers_folder import write_vae

@@ -13,11 +13,12 @@ from diffusers import AutoencoderKL
 from fork_server import fork
 from safetensors.torch import load_file, save_file
 from sentences import refused
+from tiny_networks import to_ldm
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.single_file import CONFIG_KEY, load_single_file, save_single_file
-from ldm_vae.autoencoder.weights.ldm_keys import to_ldm, to_ldm_name
+from ldm_vae.autoencoder.weights.ldm_keys import to_ldm_name
 from ldm_vae.core.errors import UsageError
 from train import autoencoder as training_program
 

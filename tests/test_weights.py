@@ -17,11 +17,11 @@ from diffusers import AutoencoderTiny, VQModel
 from images import write_images
 from placeholder_files import PAGE, POINTER
 from safetensors.torch import load_file, save_file
+from tiny_networks import to_ldm
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.weights.ldm_keys import to_ldm
 from ldm_vae.core.errors import UsageError
 
 Tensors = dict[str, torch.Tensor]

@@ -1,21 +1,22 @@
-"""Single files: read an autoencoder from a .safetensors file of any layout, and write one in LDM's layout.
+"""Single files: read an autoencoder from a .safetensors file of any layout, and write one in its class's.
 
-Read: bare LDM, prefixed (`first_stage_model.`, `vae.`: only these tensors of a full checkpoint are read), and the names
-of diffusers. The shape comes from a config folder, else from our own header, else from the tensors, so no hub is asked.
+Read: the layout of the class (weights/layouts.py), bare or prefixed (`first_stage_model.`, `vae.`: only these tensors
+of a full checkpoint are read), and the names of diffusers. The shape comes from a config folder, else from our own
+header, else, of LDM's layout, from the tensors, so no hub is asked.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from ldm_vae.autoencoder.preparation import record, recorded
-from ldm_vae.autoencoder.weights import ldm_keys, networks
+from ldm_vae.autoencoder.weights import layouts, ldm_keys, networks
 from ldm_vae.autoencoder.weights.files import (
     STEM,
     Weights,
@@ -85,14 +86,12 @@ def _load(path: Path, config: Path | None, allow_pickle: bool) -> Any:
     return record(vae.eval(), found)
 
 
-def save_single_file(vae: AutoencoderKL, path: Path, prefix: str = "") -> Path:
-    """Write LDM's layout; `prefix="first_stage_model."` as in a full checkpoint. Replaces `path` in one step."""
-    blocks = len(vae.config.block_out_channels)
-    tensors = {
-        f"{prefix}{name}": value.detach().cpu().contiguous()
-        for name, value in ldm_keys.to_ldm(vae.state_dict(), blocks).items()
-    }
+def save_single_file(vae: Any, path: Path, prefix: str = "") -> Path:
+    """Write the layout of a class in LAYOUTS; `prefix="first_stage_model."` as in a full checkpoint. Replaces `path` in
+    one step."""
+    tensors = {f"{prefix}{name}": value.detach().cpu().contiguous() for name, value in layouts.to_file(vae).items()}
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    config["_class_name"] = type(vae).__name__
     header = {"format": "pt", CONFIG_KEY: json.dumps(config)}
     if (found := recorded(vae)) is not None:
         header[preprocessing.HEADER] = found.to_bytes().decode()
@@ -127,7 +126,13 @@ def _parse_config(text: str, place: str) -> dict[str, Any]:
 
 
 def _told_by(weights: Weights, path: Path) -> dict[str, Any]:
-    """The config of a KL autoencoder from its tensors, so that no hub is asked; with a word where it is a guess."""
+    """The config of a KL autoencoder, or FLUX.2's, from its tensors, so that no hub is asked; with a word where it is a
+    guess."""
+    if kinds := layouts.classes_told_by(list(weights.entries)):
+        raise UsageError(
+            f"{weights.place}: its tensors have the names of an {' or '.join(kinds)}, whose config they do not tell; "
+            "give the folder of its config.json with --config FOLDER"
+        )
     found = find_autoencoder(weights.entries)
     if found is None:
         raise UsageError(
@@ -138,7 +143,11 @@ def _told_by(weights: Weights, path: Path) -> dict[str, Any]:
     if ldm_keys.has_diffusers_names(shapes):
         blocks = len({name.split(".")[2] for name in shapes if name.startswith("encoder.down_blocks.")})
         shapes = {ldm_keys.to_ldm_name(ldm_keys.current_name(name), blocks): shapes[name] for name in shapes}
+    # FLUX.2's stand inside encoder and decoder
+    shapes = {re.sub(r"^(en|de)coder\.(?=(post_)?quant_conv\.)", "", name): shape for name, shape in shapes.items()}
     config = infer_config(shapes, weights.place)
+    if "bn.running_mean" in shapes:  # which is its normalisation
+        return config | {"_class_name": "AutoencoderKLFlux2"}
     return config | _scaling(config, list(weights.entries), path)
 
 

@@ -44,19 +44,21 @@ def card_name(out: Path) -> str:
 @dataclass
 class Card:
     """Contents of a card: of a model called `name`, with statistics of its latents, contents of metrics.json (one per
-    VAE and protocol), further keys of the head (license, base_model, datasets), and further sections, title => Markdown
-    (recipe, fp16 certificate, drift, warnings)."""
+    VAE and protocol), further keys of the head (license, base_model, datasets), further sections, title => Markdown
+    (recipe, fp16 certificate, drift, warnings), and how to load it where that is not `from_pretrained`."""
 
     name: str
     statistics: LatentStatistics | None = None
     results: Sequence[dict[str, Any]] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     sections: dict[str, str] = field(default_factory=dict)
+    loading: str | None = None
 
     def text(self, vae: Any) -> str:
         """README.md for `vae` with the config that is written: YAML head and Markdown."""
         head = {"library_name": "diffusers", "pipeline_tag": "image-to-image", "tags": list(TAGS)}
-        parts = [_shape(vae), "## Load it", _loading(vae, self.name), "## Latents", _latents(vae, self.statistics)]
+        parts = [_shape(vae), "## Load it", self.loading or _loading(vae, self.name)]
+        parts += ["## Latents", _latents(vae, self.statistics)]
         if self.results:
             parts += ["## Reconstruction", markdown(self.results)]
         for title, text in self.sections.items():

@@ -17,7 +17,7 @@ _OURS = (
     "pictures",
     "vae",
 )
-_OUR_SUFFIXES = (".safetensors", ".safetensors.index.json", ".safetensors.index.fp16.json")
+_OUR_SUFFIXES = (".safetensors", ".safetensors.index.json", ".safetensors.index.fp16.json", ".onnx", ".onnx.data")
 
 
 def check_replaceable(out: Path) -> None:

@@ -17,8 +17,9 @@ class Request:
 
     source: str = argument("SRC", "run folder, diffusers folder, hub id or single file")
     out: str = argument("OUT", "folder to write; for a single-file target also NAME.safetensors")
-    target: Literal["diffusers", "comfyui", "kohya", "a1111"] = flag(
-        "program that loads the result (default: diffusers)", "diffusers"
+    target: Literal["diffusers", "single_file", "comfyui", "kohya", "a1111", "onnx"] = flag(
+        "what loads the result: diffusers (a folder; default), its from_single_file, another program, onnxruntime",
+        "diffusers",
     )
     checkpoint: str | None = checkpoint_flag()
     config: str | None = flag("for a single file: folder with its config.json", metavar="FOLDER")

@@ -2,25 +2,30 @@
 
 The facts were read in the programs' sources: ComfyUI `comfy/sd.py` (class VAE) and `comfy/latent_formats.py`; kohya
 sd-scripts `library/model_util.py` (load_vae) and its constants; A1111 `modules/sd_vae.py` (a strict load_state_dict
-into the checkpoint's own first stage).
+into the checkpoint's own first stage); diffusers `loaders/single_file_model.py`.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import image_channels, latent_channels
 from ldm_vae.autoencoder.ldm_network import LdmNetwork
-from ldm_vae.autoencoder.single_file import has_attention_levels, is_sd_shape, save_single_file
-from ldm_vae.core.errors import WorkError
+from ldm_vae.autoencoder.single_file import has_attention_levels, is_sd_shape, load_single_file, save_single_file
+from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.validation import first_line
+from ldm_vae.export.diffusers_folder import compare
 
 Config = Mapping[str, Any]
 
@@ -36,39 +41,60 @@ FAMILIES: Mapping[str, tuple[int, float, float | None]] = {
 
 
 @dataclass(frozen=True)
-class Target:
-    """A program that reads a VAE from one file: its `title`, why it cannot load a config (None: it can), and where only
-    some of its versions can, which (None: all)."""
+class Reading:
+    """How a program reads a class: why it cannot load a config (None: it can), what it ignores of it (None: nothing),
+    and where only some of its versions can load it, which (None: all)."""
 
-    title: str
-    why_not: Callable[[Config], str | None]
+    why_not: Callable[[Config], str | None] = lambda config: None
+    ignores: Callable[[Config], str | None] = lambda config: None
     versions: Callable[[Config], str | None] = lambda config: None
 
 
-def warnings_for(target: Target, config: Config) -> list[str]:
-    """Parts of a VAE of this config that the target cannot load or will ignore, a sentence each."""
-    found = []
-    reason = target.why_not(config)
-    if reason is not None:
+@dataclass(frozen=True)
+class Target:
+    """A program that reads a VAE from one file: its `title`, and the classes that it reads."""
+
+    title: str
+    classes: Mapping[str, Reading]
+
+
+def check_class(name: str, kind: str) -> None:
+    """Raises UsageError where the target of that name reads no file of a class."""
+    if kind in TARGETS[name].classes:
+        return
+    others = [other for other, target in TARGETS.items() if kind in target.classes]
+    way = f"--target {' or '.join(others)} writes what is read" if others else "no program is known that reads one"
+    raise UsageError(
+        f"--target {name}: {TARGETS[name].title} reads no single file of a {kind}; {way}, --target diffusers a folder"
+    )
+
+
+def warnings_for(target: Target, config: Config, kind: str = "AutoencoderKL") -> list[str]:
+    """Parts of a VAE of this class and config that the target cannot load or will ignore, a sentence each."""
+    reading, found = target.classes[kind], []
+    if (reason := reading.why_not(config)) is not None:
         found.append(f"{target.title} cannot load this file: {reason}")
-    elif (versions := target.versions(config)) is not None:
+    elif (versions := reading.versions(config)) is not None:
         found.append(f"{target.title}: {versions}")
+    if (ignored := reading.ignores(config)) is not None:
+        found.append(f"{target.title} ignores {ignored}")
+    return found
+
+
+def _ldm_scaling(config: Config) -> str | None:
     channels, scale = int(config["latent_channels"]), float(config["scaling_factor"])
     shift, mean = config.get("shift_factor"), config.get("latents_mean")
-    known = [
-        family
-        for family, (width, factor, offset) in FAMILIES.items()
-        if channels == width and abs(scale / factor - 1) < 1e-3 and offset == shift and mean is None
-    ]
-    if not known:
-        ours = f"scaling_factor {scale:.5g}" + ("" if shift is None else f", shift_factor {shift:.5g}")
-        ours += "" if mean is None else ", latents_mean and latents_std"
-        theirs = ", ".join(f"{name} {width[1]:g}" for name, width in FAMILIES.items() if width[0] == channels)
-        found.append(
-            f"{target.title} ignores the normalisation of this VAE ({ours}): it takes that of the diffusion model"
-            + (f" ({theirs})" if theirs else "")
-        )
-    return found
+    if any(
+        channels == width and abs(scale / factor - 1) < 1e-3 and offset == shift and mean is None
+        for width, factor, offset in FAMILIES.values()
+    ):
+        return None
+    ours = f"scaling_factor {scale:.5g}" + ("" if shift is None else f", shift_factor {shift:.5g}")
+    ours += "" if mean is None else ", latents_mean and latents_std"
+    theirs = ", ".join(f"{name} {width[1]:g}" for name, width in FAMILIES.items() if width[0] == channels)
+    return f"the normalisation of this VAE ({ours}): it takes that of the diffusion model" + (
+        f" ({theirs})" if theirs else ""
+    )
 
 
 def warnings_for_pipelines(config: Config) -> list[str]:
@@ -108,6 +134,73 @@ def _comfyui_versions(config: Config) -> str | None:
     )
 
 
+def _flux2(config: Config) -> str | None:
+    if not (config["use_quant_conv"] and config["use_post_quant_conv"]):
+        return "without quant_conv and post_quant_conv it takes the file for another network, and leaves `bn` out"
+    if config.get("decoder_block_out_channels") not in (None, config["block_out_channels"]):
+        return "it builds a decoder of the encoder's widths"
+    return _comfyui(config)
+
+
+def _flux2_epsilon(config: Config) -> str | None:
+    epsilon = float(config["batch_norm_eps"])
+    return None if epsilon == 1e-4 else f"batch_norm_eps {epsilon:g} of this VAE: its own is 0.0001"
+
+
+def _wan(config: Config) -> str | None:
+    """Wan 2.1's network, which is Qwen-Image's too, of any width; 2.2's at its one size."""
+    wanted: dict[str, Any] = {
+        "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True],
+    }  # fmt: skip
+    if config.get("is_residual"):
+        wanted |= {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "in_channels": 12, "out_channels": 12}
+        wanted |= {"patch_size": 2}
+    else:
+        wanted |= {"z_dim": 16, "decoder_base_dim": (None, config["base_dim"]), "patch_size": (None, 1)}
+        wanted |= {"out_channels": (None, config.get("in_channels"))}
+    return _other(config, wanted)
+
+
+def _wan_versions(config: Config) -> str | None:
+    if config.get("is_residual") or (config["base_dim"] == 96 and config.get("in_channels", 3) == 3):
+        return None
+    return "a width other than 96, or image channels other than 3, are read by version 0.8.0, not by 0.3.64"
+
+
+def _wan_statistics(config: Config) -> str | None:
+    published = inspect.signature(AutoencoderKLWan.__init__).parameters
+    if all(list(config[name]) == published[name].default for name in ("latents_mean", "latents_std")):
+        return None
+    whose = "Wan 2.2" if config.get("is_residual") else "Wan 2.1 and Qwen-Image"
+    return f"latents_mean and latents_std of this VAE: it takes those of {whose}"
+
+
+def _hunyuan_image(config: Config) -> str | None:
+    wanted = {
+        "latent_channels": 64, "block_out_channels": [128, 256, 512, 512, 1024, 1024], "layers_per_block": 2,
+        "spatial_compression_ratio": 32, "in_channels": 3, "out_channels": 3, "downsample_match_channel": True,
+        "upsample_match_channel": True,
+    }  # fmt: skip
+    return _other(config, wanted)
+
+
+def _hunyuan_scaling(config: Config) -> str | None:
+    scale = config["scaling_factor"]
+    if scale is not None and abs(scale / 0.75289 - 1) < 1e-3:
+        return None
+    return f"scaling_factor {scale} of this VAE: it takes 0.75289"
+
+
+def _other(config: Config, wanted: Mapping[str, Any]) -> str | None:
+    """The first field of a config that is not what a program builds; a tuple is a choice, a list a list."""
+    for name, value in wanted.items():
+        came = config.get(name)
+        came = list(came) if isinstance(came, tuple) else came
+        if came not in (value if isinstance(value, tuple) else (value,)):
+            return f"it builds {name} {value[-1] if isinstance(value, tuple) else value}, this VAE has {came}"
+    return None
+
+
 def _kohya(config: Config) -> str | None:
     if is_sd_shape(config) or _is_flux_shape(config):
         return None
@@ -141,35 +234,79 @@ def _common(config: Config) -> str | None:
 
 
 TARGETS: Mapping[str, Target] = {
-    "comfyui": Target("ComfyUI", _comfyui, _comfyui_versions),
-    "kohya": Target("kohya sd-scripts", _kohya),
-    "a1111": Target("A1111", _a1111),
+    "comfyui": Target(
+        "ComfyUI",
+        {
+            "AutoencoderKL": Reading(_comfyui, _ldm_scaling, _comfyui_versions),
+            "AutoencoderKLFlux2": Reading(
+                _flux2, _flux2_epsilon, lambda _: "FLUX.2's VAE needs version 0.3.72 or later"
+            ),
+            "AutoencoderKLWan": Reading(_wan, _wan_statistics, _wan_versions),
+            "AutoencoderKLQwenImage": Reading(_wan, _wan_statistics, _wan_versions),
+            "AutoencoderKLHunyuanImage": Reading(_hunyuan_image, _hunyuan_scaling),
+        },
+    ),
+    "kohya": Target("kohya sd-scripts", {"AutoencoderKL": Reading(_kohya, _ldm_scaling)}),
+    "a1111": Target("A1111", {"AutoencoderKL": Reading(_a1111, _ldm_scaling)}),
+    # the config, normalisation and all, is given beside the file
+    "single_file": Target(
+        "diffusers' from_single_file",
+        {"AutoencoderKL": Reading(), "AutoencoderKLWan": Reading(), "AutoencoderDC": Reading()},
+    ),
 }
 
 
-def write_target(vae: AutoencoderKL, path: Path, *, half: bool = False) -> float:
-    """Write the bare LDM file that all three programs read, in fp16 if `half`, and read it as they do. `vae` is what
-    `configured_copy` gave; if `half`, its weights are rounded to fp16 afterwards.
+def write_target(vae: Any, path: Path, *, half: bool = False, name: str = "comfyui") -> float | None:
+    """Write the file that the target `name` reads, in fp16 if `half`, and read it: again as we do, then as diffusers or
+    LDM's programs do. `vae` is what `configured_copy` gave; if `half`, its weights are rounded to fp16 afterwards.
 
     Returns:
-        the largest difference of moments and pixels, relative to the largest of them (rounding only).
+        of LDM's layout, the largest difference of moments and pixels, relative to the largest of them (rounding only).
 
     Raises:
         WorkError: the file does not encode or decode as the model does; it is removed.
+        UsageError: diffusers' loader does not take a network of this shape; the file is removed.
     """
     save_single_file(vae.half() if half else vae, path)
-    # compared in fp32: with `half` the weights are rounded already, and the same on both sides
-    difference = max(_differences(vae.float(), load_file(path)))
-    if not difference <= TOLERANCE:
+    try:
+        compare(vae, load_single_file(path))
+        if name == "single_file":
+            _compare_in_diffusers(vae, path)
+        if type(vae).__name__ not in ("AutoencoderKL", "AutoencoderKLFlux2"):
+            return None
+        # compared in fp32: with `half` the weights are rounded already, and the same on both sides
+        difference = max(_differences(vae.float(), load_file(path)))
+        if not difference <= TOLERANCE:
+            raise WorkError(f"{path}: read by LDM's names it differs from the model by {difference:.3g}; not written")
+    except (UsageError, WorkError):
         path.unlink()
-        raise WorkError(f"{path}: read by LDM's names it differs from the model by {difference:.3g}; not written")
+        raise
     return difference
 
 
+def _compare_in_diffusers(vae: Any, path: Path) -> None:
+    """Load the file with diffusers' own converter, whose names are fixed for some depths and widths."""
+    kind = type(vae)
+    with tempfile.TemporaryDirectory() as folder:
+        vae.save_config(folder)
+        try:
+            # a dtype is named only where it is a half: diffusers warns of every dtype that it is given
+            dtype = {} if vae.dtype == torch.float32 else {"torch_dtype": vae.dtype}
+            loaded = kind.from_single_file(str(path), config=folder, local_files_only=True, **dtype)
+            compare(vae, loaded)
+        except Exception as error:  # tensors that it misses or does not know end in any kind
+            raise UsageError(
+                f"--target single_file: {kind.__name__}.from_single_file does not take a network of this shape: "
+                f"{first_line(error)}; --target diffusers writes a folder, which it does"
+            ) from error
+
+
 @torch.no_grad()
-def _differences(vae: AutoencoderKL, tensors: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+def _differences(vae: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[float, float]:
     """Relative differences of moments and of pixels between a file, read by LDM's network, and the model."""
     draw = torch.Generator().manual_seed(0)
+    # FLUX.2's quant convs stand inside encoder and decoder; ComfyUI takes them out, too
+    tensors = {re.sub(r"^(en|de)coder\.(?=(post_)?quant_conv\.)", "", name): one for name, one in tensors.items()}
     network = LdmNetwork(tensors, int(vae.config.norm_num_groups))
     # the smallest image that every downsampling divides, times two
     side = 2 ** len(vae.config.block_out_channels)

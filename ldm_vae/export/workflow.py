@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from ldm_vae.autoencoder.geometry import downsampling_factor, only_kl, sample_size
+from ldm_vae.autoencoder.geometry import downsampling_factor, sample_size
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.preparation import Preparation, preparation_of, record, recorded
@@ -31,13 +31,14 @@ from ldm_vae.export.measurement import (
     statistics_of_store,
 )
 from ldm_vae.export.normalisation import choose, statistics_beside
+from ldm_vae.export.onnx_folder import check_exportable, usage, write_onnx
 from ldm_vae.export.picture import PICTURE, reconstruction_sheet
 from ldm_vae.export.preview import FILE as PREVIEW
 from ldm_vae.export.preview import Preview, fit_preview, pairs_of_images, pairs_of_store
 from ldm_vae.export.recipe import read_recipe
 from ldm_vae.export.replacement import check_replaceable
 from ldm_vae.export.request import Request
-from ldm_vae.export.targets import TARGETS, Target, warnings_for, warnings_for_pipelines, write_target
+from ldm_vae.export.targets import TARGETS, Target, check_class, warnings_for, warnings_for_pipelines, write_target
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 
 AUDIT_SIDE = 64  # pixels on a CPU, where the audit of an SD-sized VAE would take minutes at its own size
@@ -63,6 +64,10 @@ def export(
     # everything that the request alone can be refused for, before weights are loaded or images read
     _check(request)
     vae = _load(request, done)
+    if request.target in TARGETS:
+        check_class(request.target, type(vae).__name__)
+    if request.target == "onnx":
+        check_exportable(vae)
     base = None if request.drift_from is None else load_autoencoder(request.drift_from).to(vae.device)
     # before anything is measured: statistics, preview and drift must see images as OUT's record will say
     preparation = _preparation(request, vae, base, done)
@@ -84,11 +89,12 @@ def export(
         card.sections = {"Pictures": f"Originals above, reconstructions below.\n\n![]({PICTURE})"} | card.sections
     if base is not None:
         card.sections["Drift"] = _drift(request, vae, base, normalisation, preparation, done)
-    if request.target != "diffusers":
-        only_kl(vae, f"--target {request.target}")
     if request.target == "diffusers":
         _write_folder(vae, request, normalisation, preparation, card, files, done)
         load = f'{type(vae).__name__}.from_pretrained("{request.place}")'
+    elif request.target == "onnx":
+        _write_onnx(vae, request, normalisation, card, files, done)
+        load = f'onnxruntime.InferenceSession("{request.place}/encoder.onnx")'
     else:
         load = f'ldm_vae.load_autoencoder("{_write_file(vae, request, normalisation, card, files, done)}")'
     done.lines += [*choice.lines, *([] if choice.incompatible is None else [choice.incompatible]), f"load it: {load}"]
@@ -112,11 +118,13 @@ def _check(request: Request) -> None:
         raise UsageError(f"--normalisation {request.normalisation}: --normalisation_from names the kind already")
     if request.push_to_hub is not None:
         hub.check_name(request.push_to_hub)
-    if request.target != "diffusers" and request.push_to_hub and request.place.suffix == ".safetensors":
+    if request.target in TARGETS and request.push_to_hub and request.place.suffix == ".safetensors":
         raise UsageError(f"--push_to_hub: uploads a folder; give OUT without .safetensors, got {request.place}")
     if not request.place.name:
         raise UsageError(f"OUT {request.place}: expected a new folder or an older export")
-    if request.target == "diffusers" or request.place.suffix != ".safetensors":
+    if request.target == "onnx" and request.half:
+        raise UsageError("--variant fp16: ONNX graphs are written in fp32; leave it out, and convert them afterwards")
+    if request.target not in TARGETS or request.place.suffix != ".safetensors":
         check_replaceable(request.place)
     elif request.place.is_dir():
         raise UsageError(f"OUT {request.place}: expected a file to write, found a folder")
@@ -252,18 +260,21 @@ def _write_file(
     """OUT.safetensors with its card beside it, or a folder that holds both."""
     ready = configured_copy(vae, normalisation, sample_size=request.resolution)
     target = TARGETS[request.target]
-    done.warnings += warnings_for(target, ready.config)
+    done.warnings += warnings_for(target, ready.config, type(vae).__name__)
     # after the warnings are known, which the card repeats
     card.sections[f"For {target.title}"] = _for_target(done.warnings)
     alone = request.place.suffix == ".safetensors"
     if alone:
         # the name is owned while file and card are written, so that two exports do not mix theirs
         with own_name(request.place):
-            difference = write_target(ready, request.place, half=request.half)
+            difference = write_target(ready, request.place, half=request.half, name=request.target)
             atomic_io.replace(request.place.with_suffix(".md"), atomic_io.data(card.text(ready).encode()))
     else:
         with atomic_io.whole_folder(request.place, check_replaceable) as folder:
-            difference = write_target(ready, folder / f"{card.name}.safetensors", half=request.half)
+            path = folder / f"{card.name}.safetensors"
+            difference = write_target(ready, path, half=request.half, name=request.target)
+            if request.target == "single_file":  # which its loader is given beside the file
+                ready.save_config(folder)
             for name, content in ({"README.md": card.text(ready).encode()} | files).items():
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(content)
@@ -272,8 +283,27 @@ def _write_file(
     return path
 
 
-def _written(path: Path, target: Target, difference: float) -> str:
-    return f"wrote {path} ({target.title}), read by LDM's names: encode and decode differ by {difference:.1g} at most"
+def _write_onnx(
+    vae: Any,
+    request: Request,
+    normalisation: Normalisation | None,
+    card: Card,
+    files: dict[str, bytes],
+    done: Done,
+) -> None:
+    """The two graphs, and what the card and the printed lines say of them."""
+    ready = configured_copy(vae, normalisation)
+    card.metadata, card.loading = {"library_name": "onnx", **card.metadata}, usage(ready, card.name)
+    graphs = write_onnx(ready, request.place, card.text(ready), files)
+    done.lines.append(f"wrote {request.place} (ONNX)")
+    done.lines += [graph.describe() for graph in graphs]
+
+
+def _written(path: Path, target: Target, difference: float | None) -> str:
+    read = "weights equal to the bit, decode equal"
+    if difference is not None:
+        read = f"by LDM's names: encode and decode differ by {difference:.1g} at most"
+    return f"wrote {path} ({target.title}), read back {read}"
 
 
 def _for_target(warnings: list[str]) -> str:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from diffusers import VQModel
 from torch import nn
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
+from ldm_vae.autoencoder.weights.ldm_keys import to_ldm_name
 from ldm_vae.models.vq import Config as VQModelConfig
 
 SHAPE = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+
+
+def to_ldm(tensors: Mapping[str, torch.Tensor], blocks: int) -> dict[str, torch.Tensor]:
+    """An AutoencoderKL's state dict in LDM's names, its matrices as 1x1 convolutions."""
+    return {
+        to_ldm_name(name, blocks): tensor[:, :, None, None] if tensor.ndim == 2 else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 class TinyLPIPS(nn.Module):

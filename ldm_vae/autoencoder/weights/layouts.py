@@ -24,14 +24,15 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder.weights import ldm_keys
+from ldm_vae.autoencoder.weights.files import Entry
 
 Rules = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """to_file: the file's name of a tensor, from its name and the network's config. mark: end of a name that no other
-    layout has; none of LDM's, whose config is told by its tensors."""
+    """to_file: the file's name of a tensor, from its name and the network's config. mark: a name that no other layout
+    has; None of LDM's, whose config its tensors tell."""
 
     to_file: Callable[[str, Mapping[str, Any]], str]
     mark: str | None = None
@@ -39,8 +40,8 @@ class Layout:
 
 def file_names(network: torch.nn.Module) -> dict[str, str]:
     """A network's own names => the file's; empty where its class has no layout."""
-    layout = LAYOUTS.get(type(network).__name__)
-    return {} if layout is None else {name: layout.to_file(name, network.config) for name in network.state_dict()}
+    layout, config = LAYOUTS.get(type(network).__name__), getattr(network, "config", {})
+    return {} if layout is None else {name: layout.to_file(name, config) for name in network.state_dict()}
 
 
 def to_file(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -53,6 +54,23 @@ def to_file(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {there: torch.cat(found) if there in stacks else found[0] for there, found in pieces.items()}
 
 
+def divided(network: torch.nn.Module, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
+    """Entries of a file with each tensor that holds several of the network's in the place of one replaced by them."""
+    stacks, found = fused(network), dict(entries)
+    for name, entry in entries.items():
+        there = next((one for one in stacks if name.endswith(one)), None)
+        if there is None or entry.shape[0] % len(stacks[there]):
+            continue
+        del found[name]
+        count = len(stacks[there])
+        for index, own in enumerate(stacks[there]):
+            found[name.removesuffix(there) + own] = Entry(
+                (entry.shape[0] // count, *entry.shape[1:]),
+                lambda entry=entry, count=count, index=index: entry.read().chunk(count)[index],  # type: ignore[misc]
+            )
+    return found
+
+
 def fused(network: torch.nn.Module) -> dict[str, list[str]]:
     """The file's names that hold several tensors => the network's own names of them, in order."""
     owners: dict[str, list[str]] = {}
@@ -61,11 +79,9 @@ def fused(network: torch.nn.Module) -> dict[str, list[str]]:
     return {there: names for there, names in owners.items() if len(names) > 1}
 
 
-def class_told_by(names: Sequence[str]) -> str | None:
-    """The class whose layout a file's names have; None where it is LDM's, diffusers' or nobody's."""
-    return next(
-        (kind for kind, one in LAYOUTS.items() if one.mark and any(name.endswith(one.mark) for name in names)), None
-    )
+def classes_told_by(names: Sequence[str]) -> list[str]:
+    """The classes whose layout a file's names have; none where it is LDM's, diffusers' or nobody's."""
+    return [kind for kind, one in LAYOUTS.items() if one.mark and any(name.endswith(one.mark) for name in names)]
 
 
 def _renamed(name: str, rules: Rules) -> str:
@@ -175,7 +191,7 @@ def _dc(name: str, config: Mapping[str, Any]) -> str:
 
 LAYOUTS: Mapping[str, Layout] = {
     "AutoencoderKL": Layout(_ldm),
-    "AutoencoderKLFlux2": Layout(_flux2, "bn.running_mean"),
+    "AutoencoderKLFlux2": Layout(_flux2),
     "AutoencoderKLWan": Layout(_wan, "decoder.middle.0.residual.0.gamma"),
     "AutoencoderKLQwenImage": Layout(_wan, "decoder.middle.0.residual.0.gamma"),
     "AutoencoderKLHunyuanImage": Layout(_hunyuan_image, "decoder.up.0.upsample.conv.weight"),

@@ -15,14 +15,11 @@ has. quant_conv and post_quant_conv are called the same in both.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-
-import torch
+from collections.abc import Iterable
 
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 # what diffusers called the same layers until 0.17; files of that age are still around
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_ATTENTION_MATRIX = re.compile(r"attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight$")
 
 PREFIXES = ("first_stage_model.", "vae.", "")  # a full checkpoint, one with diffusers' component name, a bare file
 
@@ -38,19 +35,6 @@ def to_ldm_name(name: str, blocks: int) -> str:
     name = name.replace("down_blocks.", "down.").replace(".resnets.", ".block.")
     name = name.replace(".downsamplers.0.", ".downsample.").replace(".upsamplers.0.", ".upsample.")
     return name.replace(".conv_shortcut.", ".nin_shortcut.").replace(".conv_norm_out.", ".norm_out.")
-
-
-def to_ldm(tensors: Mapping[str, torch.Tensor], blocks: int) -> dict[str, torch.Tensor]:
-    """A diffusers state dict in LDM's names and shapes, in diffusers' order; the values are not copied."""
-    return {
-        to_ldm_name(name, blocks): tensor[:, :, None, None] if is_attention_matrix(name) else tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def is_attention_matrix(name: str) -> bool:
-    """True if diffusers' tensor `name` is a matrix that LDM files hold as a 1x1 convolution."""
-    return _ATTENTION_MATRIX.search(name) is not None
 
 
 def current_name(name: str) -> str:

@@ -1,5 +1,5 @@
 """Names of tensors in a file: a network's own tensors, found behind the prefixes of wrappers and averages, in
-diffusers' names of any age or LDM's.
+diffusers' names of any age or those of the class's layout.
 
     module.encoder.conv_in.weight, _orig_mod.…          DDP, FSDP, torch.compile: taken away wherever it stands
     vae.…, first_stage_model.…, anything.…              a part of something larger: what makes the network whole
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 
-from ldm_vae.autoencoder.weights import ldm_keys, rounding
+from ldm_vae.autoencoder.weights import layouts, ldm_keys, rounding
 from ldm_vae.autoencoder.weights.files import Entry, Weights, few
 from ldm_vae.autoencoder.weights.rounding import Rounding
 from ldm_vae.autoencoder.weights.shape import told_by
@@ -45,6 +45,7 @@ def fit(network: torch.nn.Module, weights: Weights) -> Fitted:
     """
     places = network.state_dict()
     spelled = _spellings(network)
+    weights = replace(weights, entries=layouts.divided(network, weights.entries))
     plain = unwrapped(weights.entries)
     copies = _copies(plain, spelled)
     prefix = _choose(copies, len(places), weights.place)
@@ -56,12 +57,12 @@ def fit(network: torch.nn.Module, weights: Weights) -> Fitted:
     # behind the same prefix, but not the network's: an error where it looks like one of its parts, else left out with a
     # note
     inside = {name.removeprefix(prefix): original for name, original in left.items() if name.startswith(prefix)}
-    parts = {name.split(".")[0] for name in [*places, *OPTIONAL]}
+    parts = {name.split(".")[0] for name in [*spelled, *OPTIONAL]}
     unexpected = sorted(original for name, original in inside.items() if name.split(".")[0] in parts)
     missing = [name for name in places if name not in chosen]
     misshapen = [
         name for name, original in chosen.items()
-        if not _same_shape(name, weights.entries[original].shape, tuple(places[name].shape))
+        if not _same_shape(weights.entries[original].shape, tuple(places[name].shape))
     ]  # fmt: skip
     if missing or unexpected or misshapen:
         raise UsageError(f"{weights.place}: {_misfit(network, weights, chosen, missing, unexpected, misshapen)}")
@@ -101,10 +102,9 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
 def _spellings(network: torch.nn.Module) -> dict[str, str]:
     """Every name that a file may have for a tensor of the network => its own."""
     own = {name: name for name in network.state_dict()}
-    if isinstance(network, AutoencoderKL):
-        blocks = len(network.config["block_out_channels"])
-        return {ldm_keys.to_ldm_name(name, blocks): name for name in own} | own
-    return own
+    # tensors that are one in the file have their own names by now
+    stacks = layouts.fused(network)
+    return {there: name for name, there in layouts.file_names(network).items() if there not in stacks} | own
 
 
 def _copies(plain: Mapping[str, str], spelled: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -166,9 +166,9 @@ def _notes(
 # --- what does not fit ------------------------------------------------------------------------------------------------
 
 
-def _same_shape(name: str, came: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """LDM's and older diffusers' files hold the attention's matrices as 1x1 convolutions."""
-    return came == expected or (ldm_keys.is_attention_matrix(name) and came == (*expected, 1, 1))
+def _same_shape(came: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Files of every layout, and of older diffusers, hold the attention's matrices as 1x1 convolutions."""
+    return came == expected or (len(expected) == 2 and came == (*expected, 1, 1))
 
 
 def _misfit(
