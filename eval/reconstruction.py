@@ -39,7 +39,7 @@ from ldm_vae.data.source import Source
 from ldm_vae.metrics import result
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import Evaluation, evaluate_reconstruction
-from ldm_vae.metrics.linear import MEASURED, LinearFloor, fit_code
+from ldm_vae.metrics.linear import MEASURED, LinearFloor, fit_code, why_no_code
 from ldm_vae.metrics.metric import Metric
 from ldm_vae.metrics.pictures import keep_pictures
 from ldm_vae.metrics.protocol import PINNED, VARIANTS, by_name
@@ -122,9 +122,10 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     # --- results: numbers, a table, and pictures of a fixed choice and of the worst -----------------------------------
     if accelerator.is_main_process:
         quarantined = len(read_quarantine(quarantine_path))
+        notes = [*preparation.notes, *dict.fromkeys(filter(None, map(why_no_code, vaes)))]
         data = {
             "source": options.data, "resolution": options.resolution, "quarantined": quarantined,
-            "preprocessing": preparation.identity, "notes": list(preparation.notes),
+            "preprocessing": preparation.identity, "notes": notes,
         }  # fmt: skip
         computed = result.settings(accelerator.device, options.batch_size) | result.command("eval.reconstruction")
         results = [
@@ -147,7 +148,7 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
         keep_samples(options.output, first, evaluations[0].latents, options.resolution, accelerator.device)
         result.write(options.output / "metrics.md", result.markdown(results))
         result.write(options.output / "metrics.json", results[0] if len(results) == 1 else results)
-        print("\n".join([result.plain(results), *preparation.notes]))
+        print("\n".join([result.plain(results), *notes]))
         print(f"\nwritten to {options.output}; to look at it: ldm-vae report {options.output}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
