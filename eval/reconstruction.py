@@ -39,7 +39,7 @@ from ldm_vae.data.source import Source
 from ldm_vae.metrics import result
 from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import Evaluation, evaluate_reconstruction
-from ldm_vae.metrics.linear import MEASURED, LinearFloor, fit_code
+from ldm_vae.metrics.linear import MEASURED, LinearFloor, fit_code, why_no_code
 from ldm_vae.metrics.metric import Metric
 from ldm_vae.metrics.pictures import keep_pictures
 from ldm_vae.metrics.protocol import PINNED, VARIANTS, by_name
@@ -125,6 +125,7 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     # --- results: numbers, a table, and pictures of a fixed choice and of the worst -----------------------------------
     if accelerator.is_main_process:
         quarantined = len(read_quarantine(quarantine_path))
+        notes = [*preparation.notes, *dict.fromkeys(filter(None, map(why_no_code, vaes)))]
         data = {
             "source": options.data, "resolution": options.resolution, "quarantined": quarantined,
             "preprocessing": preparation.identity, "notes": notes,

@@ -11,16 +11,18 @@ import torch
 from cli_call import run_cli
 from diffusers import AutoencoderKL
 from sentences import refused
+from tiny_classes import IMAGES, tiny
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.config import AutoencoderConfig
-from ldm_vae.core.errors import WorkError
+from ldm_vae.autoencoder.geometry import geometry_of
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.export.diffusers_folder import configured_copy
 from ldm_vae.export.fp16.audit import LARGEST, audit
 from ldm_vae.export.fp16.certificate import certify
 from ldm_vae.export.fp16.probes import Probes, extreme_images, make_probes
 from ldm_vae.export.fp16.rescale import WANTED_HEADROOM, rescale, scale_by
-from ldm_vae.export.fp16.structure import structure_of
+from ldm_vae.export.fp16.structure import is_scalable, structure_of
 
 SHAPES: dict[str, dict[str, Any]] = {
     "shortcuts": {"block_out_channels": (8, 16, 16), "layers_per_block": 2},
@@ -171,3 +173,65 @@ def test_fix_writes_nothing_when_it_cannot_help(tmp_path: Path, capsys: pytest.C
     assert run_cli("fp16", "fix", tmp_path / "vae", tmp_path / "out") == 1
     assert "decoder.conv_out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# --- every class ------------------------------------------------------------------------------------------------------
+
+
+def small_probes(vae: Any) -> Probes:
+    """Two images and their latents."""
+    probes = make_probes(vae, resolution=geometry_of(vae).side or 32)
+    return Probes(probes.images[3:5], probes.z[3:5], 0)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_every_class_is_audited(name: str) -> None:
+    vae = tiny(name)
+    probes = small_probes(vae)
+    found = audit(vae, probes)
+    with torch.no_grad():
+        z = latents.encode(vae, probes.images).mean
+        pixels = latents.decode(vae, probes.z)
+    assert (
+        found.safe and found.sides.keys() == found.largest.keys() and {*found.sides.values()} == {"encoder", "decoder"}
+    )
+    # the largest is no smaller than what comes out (RAE brings both to its statistics behind the last layer)
+    if name not in ("AutoencoderRAE", "ConsistencyDecoderVAE"):
+        assert found.worst("encoder")[1] >= float(z.abs().max()) * 0.999
+        assert found.worst("decoder")[1] >= float(pixels.abs().max()) * 0.999
+    # one layer that reaches further
+    leaves = {layer: module for layer, module in vae.named_modules() if not any(True for _ in module.children())}
+    layer, value = max(((layer, found.of("decoder").get(layer, 0.0)) for layer in leaves), key=lambda row: row[1])
+    with torch.no_grad():
+        for parameter in leaves[layer].parameters():
+            parameter *= 100 * LARGEST / value
+    worse = audit(vae, probes)
+    assert not worse.safe and worse.headroom("decoder") < 1 and worse.headroom("encoder") == found.headroom("encoder")
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKLFlux2", "VQModel"])
+def test_what_is_built_alike_is_fixed(name: str) -> None:
+    vae = tiny(name)
+    big, structure = configured_copy(vae), structure_of(vae)
+    names = [s.start for s in structure.stretches] + [b.convolution for b in structure.branches]
+    scale_by(big, structure, dict.fromkeys(names, INFLATION))
+    probes = make_probes(vae, resolution=32)
+    before = audit(big, probes)
+    assert not before.safe
+    rescaling = rescale(big, before)
+    assert audit(rescaling.vae, probes).safe
+    assert largest_difference(big, rescaling.vae, probes) < 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in IMAGES if not is_scalable(tiny(name))])
+def test_what_is_built_otherwise_is_not_fixed(name: str, tmp_path: Path) -> None:
+    vae = tiny(name)
+    vae.save_pretrained(tmp_path / "vae")
+    assert run_cli("fp16", "fix", tmp_path / "vae", tmp_path / "out") == 2
+    with refused(UsageError, "fix"):
+        structure_of(vae)
+
+
+def test_sizes_that_would_be_cut_are_not_probed() -> None:
+    with refused(UsageError, "resolution"):
+        make_probes(tiny("AutoencoderKLFlux2"), resolution=34)

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 from cli_call import program, run_cli
 from images import write_images
+from sentences import refused
 from tiny_classes import IMAGES, tiny
 
 from eval import diffusability, latent_space
-from ldm_vae.autoencoder.geometry import geometry_of
+from ldm_vae import LatentDataset, evaluate, open_images, write_store
+from ldm_vae.autoencoder.geometry import geometry_of, step_of
+from ldm_vae.autoencoder.normalisation import own_normalisation
 from ldm_vae.core.errors import UsageError
 
 PROBE = "--layers 1 --heads 2 --head_dim 8 --train_images 8 --batch_size 4 --seeds 1 --samples 4 --steps 1"
@@ -45,6 +48,52 @@ def test_every_verb_takes_it(name: str, tmp_path: Path) -> None:
             program(diffusability, *probe)
     else:
         program(diffusability, *probe)
-    # what needs the very layers of AutoencoderKL says so
-    for line in [("fp16", "audit", vae), ("tiling", vae, min(images.iterdir()))]:
-        assert run_cli(*line, *channels) == (0 if name == "AutoencoderKL" else 2), line[0]
+    assert run_cli("fp16", "audit", vae, images, "--images", 1, *side, *channels) == 0
+    wide = min(write_images(tmp_path / "wide", 1, (96, 64)).iterdir())
+    tiled = run_cli("tiling", vae, wide, "--tile", 32, "--overlap", 0.5, *channels)
+    # no tiling, or one for f = 8 alone
+    without = ("AsymmetricAutoencoderKL", "AutoencoderRAE", "AutoencoderTiny", "VQModel")
+    assert tiled == (2 if name in without else 0)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_store_has_buckets_views_and_tiles(name: str, tmp_path: Path) -> None:
+    vae = tiny(name)
+    geometry = geometry_of(vae)
+    source = open_images(str(write_images(tmp_path / "images", 3, (64, 40))), vae)
+    step = max(8, step_of(vae))
+    side = geometry.side or 4 * step
+    tile = None if geometry.side else (max(16, step), 0)
+    if geometry.side:  # it would make squares of them
+        with refused(UsageError, "buckets"):
+            write_store(vae, source, tmp_path / "none", resolution=side, bucket_step=step)
+    else:
+        with refused(UsageError, "buckets"):
+            write_store(vae, source, tmp_path / "none", resolution=side, bucket_step=step_of(vae) // 2)
+    buckets = None if geometry.side else step
+    out = tmp_path / "store"
+    write_store(vae, source, out, resolution=side, bucket_step=buckets, views="ten_crop", tile=tile, batch_size=2)
+    kind = None if own_normalisation(vae) or name == "VQModel" else "scale"
+    given = "indices" if name == "VQModel" else "latents"
+    for view in ("", "flip", "bottom_right"):
+        data = LatentDataset(out, view=view, normalisation=kind)
+        for index in range(3):
+            item = data[index][given]
+            assert item.shape == data.shape(index) and data.decode(item, vae).shape[0] == geometry.in_channels
+    (height, width) = data.shards[0].size
+    assert height % step == width % step == 0 and (height > width) == (buckets is not None)
+    if tile and not geometry.is_point:
+        whole = tmp_path / "whole"
+        write_store(vae, source, whole, resolution=side, bucket_step=buckets, batch_size=2)
+        one, two = (LatentDataset(path, raw=True)[0]["mean"] for path in (out, whole))
+        assert one.shape == two.shape and not one.equal(two)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_sizes_that_would_be_cut_or_padded_are_refused(name: str, tmp_path: Path) -> None:
+    vae = tiny(name)
+    source = open_images(str(write_images(tmp_path / "images", 1)), vae)
+    with refused(UsageError, "resolution"):
+        write_store(vae, source, tmp_path / "store", resolution=32 + step_of(vae) // 2)
+    with refused(UsageError, "resolution"):
+        evaluate(vae, source, resolution=32 + step_of(vae) // 2, metrics=["psnr"])

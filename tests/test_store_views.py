@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from sentences import refused
 from store_sources import Mixed, Pictures
 from stores import SETTINGS
+from tiny_classes import tiny
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.latents import encode
@@ -163,15 +164,16 @@ def test_a_store_in_tiles_does_not_depend_on_processes(tiny_vae: AutoencoderKL, 
 
 
 def test_tile_settings_are_checked() -> None:
+    of_f8 = tiny("AutoencoderKLWan")
     assert tile_of(None, None, 8) is None
     assert tile_of(512, None, 8) == (512, 128) and tile_of(24, None, 8) == (24, 0)
     with refused(UsageError, "tile_overlap"):
         tile_of(None, 8, 8)
     with refused(UsageError, "tile") as error:
-        check_tile(100, 0, 8)
+        check_tile(100, 0, of_f8)
     assert "f = 8, got 100" in str(error.value)
     with refused(UsageError, "tile_overlap") as error:
-        check_tile(64, 40, 8)
+        check_tile(64, 40, of_f8)
     assert "f = 8 up to 32, got 40" in str(error.value)
 
 

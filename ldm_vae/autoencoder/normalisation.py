@@ -258,6 +258,17 @@ def own_normalisation(vae: Any, where: str = "VAE", pipelines: str | None = None
     return replace(found, scaling_factor=1.0) if divides else found
 
 
+def law_in_words(vae: Any) -> str:
+    """Part of a sentence: where a network's normalisation stands."""
+    law, kind = law_of(vae), kind_of(vae)
+    if law == "inside":
+        return "inside `encode` and `decode`"
+    if law == "batch_norm":
+        patch = family_of(vae).patch
+        return f"per channel of {patch}x{patch} patches, in the buffers of `bn`"
+    return "none: measured on a store" if kind is None else f"`{kind}`, in its config"
+
+
 def normalisation_of(vae: Any, where: str = "VAE", pipelines: str | None = None) -> Normalisation:
     """`own_normalisation`. Raises UsageError where the network names none."""
     if (found := own_normalisation(vae, where, pipelines)) is None:

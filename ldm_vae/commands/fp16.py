@@ -54,18 +54,18 @@ class Fix(_Probed):
 def _prepare(request: Audit | Fix) -> tuple[Any, Any]:
     import torch
 
-    from ldm_vae.autoencoder.geometry import only_kl
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.export.fp16.probes import make_probes
+    from ldm_vae.export.fp16.structure import structure_of
     from ldm_vae.run.selection import at_checkpoint
     from ldm_vae.training.scaling import measure_checkpoint
 
     name = at_checkpoint(request.vae, request.checkpoint)
     vae = load_autoencoder(name, request.config).to("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(request, Fix):
+        structure_of(vae)  # before the work, not after it
         measure_checkpoint(vae, name)
-    only_kl(vae, "fp16")
     preparation = preparation_of({name: vae}, request.flags)
     for note in preparation.notes:
         print(note, file=sys.stderr)
@@ -77,6 +77,7 @@ def _audit(request: Audit) -> None:
     import json
 
     from ldm_vae.export.fp16.audit import LARGEST, audit
+    from ldm_vae.export.fp16.structure import is_scalable
 
     vae, probes = _prepare(request)
     found = audit(vae, probes)
@@ -90,7 +91,8 @@ def _audit(request: Audit) -> None:
         print(f"\n{side}: headroom {found.headroom(side):,.3g}")
         for name, value in rows if request.all else rows[:10]:
             print(f"  {value:>12,.4g}  {LARGEST / max(value, 1e-30):>10,.3g} x  {name}")
-    print(f"\n{'safe in fp16' if found.safe else 'NOT safe in fp16: `ldm-vae fp16 fix` rescales it'}")
+    unsafe = f"NOT safe in fp16: {'`ldm-vae fp16 fix` rescales it' if is_scalable(vae) else 'take bf16 or fp32'}"
+    print(f"\n{'safe in fp16' if found.safe else unsafe}")
 
 
 def _fix(request: Fix) -> None:

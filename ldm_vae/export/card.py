@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import yaml
 
 from ldm_vae.autoencoder.families import family_of
@@ -18,6 +20,7 @@ from ldm_vae.data.preprocessing import FILE
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.metrics.result import markdown
 
+SHOWN = 6  # pipelines that a card names
 TAGS = ("autoencoder", "vae", "ldm-vae")
 
 _FORMULA = {
@@ -74,8 +77,19 @@ def _shape(vae: Any) -> str:
     return (
         f"{kind} autoencoder for latent diffusion: f = {factor} (an image of H x W pixels has H/{factor} x W/{factor} "
         f"latents), {latent_channels(vae)} latent channels, {millions:.2f} M parameters"
-        f"{', widths ' * bool(widths)}{', '.join(map(str, widths))}.{_decoding(vae)}"
+        f"{', widths ' * bool(widths)}{', '.join(map(str, widths))}. {_users(type(vae).__name__)}{_decoding(vae)}"
     )
+
+
+def _users(name: str) -> str:
+    """A sentence on which pipelines of diffusers take a VAE of this class, as their sources say."""
+    folders = sorted((Path(diffusers.__file__).parent / "pipelines").iterdir())
+    word = re.compile(rf"\b{name}\b")
+    using = [one.name for one in folders if any(word.search(file.read_text("utf-8")) for file in one.rglob("*.py"))]
+    if not using:
+        return f"No pipeline of diffusers {diffusers.__version__} is for its class, `{name}`."
+    more = f" and {len(using) - SHOWN} more" if len(using) > SHOWN else ""
+    return f"Its class is `{name}`, for the pipelines {', '.join(using[:SHOWN])}{more} of diffusers."
 
 
 def _decoding(vae: Any) -> str:
@@ -113,6 +127,10 @@ def _latents(vae: Any, statistics: LatentStatistics | None) -> str:
     else:
         values = {key: value for key, value in normalisation.to_config().items() if value is not None}
         where, formula = _WHERE[law_of(vae)], _FORMULA[normalisation.kind]
+        if normalisation.scaling_factor is None:
+            formula = formula.replace(" * scaling_factor", "")
+        if normalisation.patch > 1:
+            where = f"Squares of {normalisation.patch} x {normalisation.patch} positions become channels. {where}"
         lines = [f"{where} one normalisation, `{normalisation.kind}`: `{formula}`.", ""]
         lines += [f"- {key}: {_number(value)}" for key, value in values.items()]
     if normalisation is not None and statistics is not None and not statistics.gives(normalisation):

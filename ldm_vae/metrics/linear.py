@@ -46,13 +46,23 @@ class LinearFloor:
         return {metric.name: metric.compute() for metric in self.metrics}
 
 
+def why_no_code(vae: Any) -> str | None:
+    """A sentence where no linear code is like this VAE's; None where one is."""
+    name, channels = type(vae).__name__, latent_channels(vae)
+    numbers = downsampling_factor(vae) ** 2 * image_channels(vae)
+    if isinstance(vae, VQModel):
+        return f"linear code: none beside a {name}, whose codebook is no continuous code"
+    if channels > numbers:
+        return f"linear code: none beside a {name}, which gives {channels} numbers for the {numbers} of a patch"
+    return None
+
+
 def fit_code(
     vae: Any, source: Source, indices: Sequence[int], rank: int, world_size: int, *, resolution: int, batch_size: int
 ) -> LinearCode | None:
     """The code of the latent size of `vae` for the usable ones of these images, at most LARGEST, the same on every
-    rank; None where there is none: of a codebook, which is no continuous code, of images of one colour, or of more
-    channels than a patch has numbers."""
-    if isinstance(vae, VQModel):
+    rank; None where there is none: `why_no_code`, or of images of one colour."""
+    if why_no_code(vae) is not None:
         return None
     chosen = [indices[place] for place in spread(len(indices), LARGEST)]
     moments = PatchMoments(downsampling_factor(vae), image_channels(vae))

@@ -15,7 +15,8 @@ import torch
 
 from ldm_vae import __version__
 from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
-from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels
+from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, latent_channels
+from ldm_vae.autoencoder.normalisation import law_in_words
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import atomic_io
@@ -52,11 +53,14 @@ def describe_vae(vae: Any, name: str, source: str) -> Json:
     return {
         "name": name,
         "source": source,
+        "class": type(vae).__name__,
         "encoder_fingerprint": encoder_fingerprint(vae),
         "decoder_fingerprint": decoder_fingerprint(vae),
         "parameters": count_parameters(vae.parameters()),
         "downsampling_factor": downsampling_factor(vae),
+        "image_channels": image_channels(vae),
         "latent_channels": latent_channels(vae),
+        "normalisation": law_in_words(vae),
         "scaling_factor": vae.config.get("scaling_factor") or None,  # 0: of a checkpoint, never measured
     }
 

@@ -46,7 +46,8 @@ def headline(contents: Contents) -> list[Json]:
                 value = number(name, summary["mean"])
                 figures.append({"label": title.heading, "value": value, "unit": title.unit, "detail": detail})
         ratio, shape = _compression(result)
-        figures.append({"label": "Fewer numbers", "value": f"{ratio:.3g}", "unit": "×", "detail": shape})
+        label = "Fewer numbers" if ratio >= 1 else "More numbers"
+        figures.append({"label": label, "value": f"{max(ratio, 1 / ratio):.3g}", "unit": "×", "detail": shape})
     return figures
 
 
@@ -54,7 +55,8 @@ def _of_several(result: Json) -> Json:
     metrics = result["metrics"]
     perceptual = metrics.get("lpips_alex")
     parts = [f"LPIPS alex {number('lpips_alex', perceptual['mean'])}"] if perceptual else []
-    parts.append(f"{_compression(result)[0]:.3g} × fewer numbers")
+    ratio = _compression(result)[0]
+    parts.append(f"{max(ratio, 1 / ratio):.3g} × {'fewer' if ratio >= 1 else 'more'} numbers")
     value = number("psnr", metrics["psnr"]["mean"])
     return {"label": result["vae"]["name"], "value": value, "unit": "dB PSNR", "detail": ", ".join(parts)}
 
@@ -62,9 +64,9 @@ def _of_several(result: Json) -> Json:
 def _compression(result: Json) -> tuple[float, str]:
     """Compression: the numbers of an image that one number of its latent stands for, and both shapes."""
     vae, side = result["vae"], result["data"]["resolution"]
-    factor, channels = vae["downsampling_factor"], vae["latent_channels"]
-    shape = f"{side} × {side} × 3 → {side // factor} × {side // factor} × {channels}"
-    return 3 * factor**2 / channels, shape
+    factor, channels, colours = vae["downsampling_factor"], vae["latent_channels"], vae.get("image_channels", 3)
+    shape = f"{side} × {side} × {colours} → {side // factor} × {side // factor} × {channels}"
+    return colours * factor**2 / channels, shape
 
 
 def subtitle(contents: Contents) -> str:
@@ -73,7 +75,9 @@ def subtitle(contents: Contents) -> str:
     if contents.results:
         vae, data = contents.results[0]["vae"], contents.results[0]["data"]
         if len(contents.results) == 1:
+            parts += [vae["class"]] if "class" in vae else []
             parts.append(f"{vae['parameters'] / 1e6:.2f} M parameters, f = {vae['downsampling_factor']}")
+            parts += [f"normalisation {vae['normalisation']}"] if "normalisation" in vae else []
         else:
             parts.append(f"{len(contents.results)} autoencoders")
         parts.append(f"{data['images']:,} images of {data['resolution']} px measured")

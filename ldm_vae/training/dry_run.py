@@ -24,6 +24,7 @@ from ldm_vae.autoencoder.fine_tuning import set_trainable
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, geometry_of, without_values
 from ldm_vae.autoencoder.latents import Moments, decode, encode
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.normalisation import law_in_words
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
@@ -185,6 +186,7 @@ def describe(settings: Training, processes: int = 1) -> str:
     peak = sum(found.bytes.values())
     batch = f"{settings.train_batch_size} images of {settings.resolution} px"
     lines = {
+        "class": f"{type(vae).__name__}; normalisation {law_in_words(vae)}",
         "parameters": f"{_listed(millions)}; f {downsampling_factor(vae)}, latents {' x '.join(map(str, latent))}",
         "GFLOP an image": f"forward {_listed(forward)}; a training step with all that plays {found.step_gflop:.4g}",
         "memory, GB": f"{_listed(memory)}; peak about {peak / GB:.1f} in a process with {batch}",

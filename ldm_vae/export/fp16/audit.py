@@ -7,32 +7,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from tqdm import tqdm
 
+from ldm_vae.autoencoder import latents
 from ldm_vae.core.errors import WorkError
 from ldm_vae.export.fp16.probes import Probes
 
 LARGEST = 65_504.0  # fp16's largest number
 SAFE_HEADROOM = 4.0  # below it an image somewhat outside the probes may overflow: force_upcast stays on
 
-_RECORDED = (nn.Conv2d, nn.Linear, nn.GroupNorm, ResnetBlock2D, Attention)
-
 
 @dataclass
 class Audit:
-    """Result of an audit. largest: |activation| by module name; variance: of a GroupNorm's input, the smallest group's,
-    averaged over the probes."""
+    """Result of an audit. largest: |activation| by module name, of all that have weights; sides: `encoder` or
+    `decoder`, by module name; variance: of a GroupNorm's input, the smallest group's, averaged over the probes."""
 
     largest: dict[str, float] = field(default_factory=dict)
+    sides: dict[str, str] = field(default_factory=dict)
     variance: dict[str, float] = field(default_factory=dict)
 
     def of(self, side: str) -> dict[str, float]:
         """The layers of `encoder` or `decoder`, quant convolutions included."""
-        parts = (f"{side}.", "quant_conv" if side == "encoder" else "post_quant_conv")
-        return {name: value for name, value in self.largest.items() if name.startswith(parts)}
+        return {name: value for name, value in self.largest.items() if self.sides[name] == side}
 
     def worst(self, side: str) -> tuple[str, float]:
         """(layer, value) of the largest activation of `encoder` or `decoder`."""
@@ -61,15 +58,16 @@ def audit(vae: Any, probes: Probes) -> Audit:
     """Run encoder and decoder in fp32 over the probes. Raises WorkError if they give NaN or Inf even so."""
     found = Audit()
     sums: dict[str, torch.Tensor] = {}
-    hooks = [
-        module.register_forward_hook(_record(name, found, sums))
-        for name, module in vae.named_modules()
-        if isinstance(module, _RECORDED)
-    ]
+    # the outermost module's output is that of its last layer
+    inner = [(name, module) for name, module in vae.named_modules() if name and any(True for _ in module.parameters())]
+    hooks = []
     try:
-        steps = [*((vae.encode, image) for image in probes.images), *((vae.decode, z) for z in probes.z)]
-        for run, value in tqdm(steps, desc="audit", unit="probe", disable=None, leave=False):
-            run(value[None].to(vae.device, torch.float32))
+        for side, run, values in (("encoder", latents.encode, probes.images), ("decoder", latents.decode, probes.z)):
+            hooks = [module.register_forward_hook(_record(name, side, found, sums)) for name, module in inner]
+            for value in tqdm(values, desc=f"audit {side}", unit="probe", disable=None, leave=False):
+                run(vae, value[None].to(vae.device, torch.float32))
+            while hooks:
+                hooks.pop().remove()
     finally:
         for hook in hooks:
             hook.remove()
@@ -77,12 +75,16 @@ def audit(vae: Any, probes: Probes) -> Audit:
     if bad:
         raise WorkError(f"audit: {bad[0]} gives NaN or Inf even in fp32")
     runs = {"encoder": len(probes.images), "decoder": len(probes.z)}
-    found.variance = {name: float(total.min()) / runs[name.split(".")[0]] for name, total in sums.items()}
+    found.variance = {name: float(total.min()) / runs[found.sides[name]] for name, total in sums.items()}
     return found
 
 
-def _record(name: str, found: Audit, sums: dict[str, torch.Tensor]) -> Callable[..., None]:
-    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+def _record(name: str, side: str, found: Audit, sums: dict[str, torch.Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        if not torch.is_tensor(output):
+            return
+        found.sides.setdefault(name, side)
         value = float(output.abs().max())
         value = value if value == value else float("inf")
         found.largest[name] = max(found.largest.get(name, 0.0), value)

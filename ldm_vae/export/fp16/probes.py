@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, sample_size
+from ldm_vae.autoencoder.geometry import check_resolution, image_channels, sample_size, step_of
 from ldm_vae.autoencoder.preparation import Preparation, preparation_of
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import image_batches, spread
@@ -46,9 +46,13 @@ def make_probes(
     """`count` images spread over DATA (none without it), synthetic extremes, and latents of all of them and beyond.
 
     preparation: how DATA is decoded; as the network records by default.
+
+    Raises:
+        UsageError: the network does not take images of this resolution whole.
     """
-    factor = downsampling_factor(vae)
-    side = resolution or max(factor, min(LARGEST_SIDE, sample_size(vae)) // factor * factor)
+    step = step_of(vae)
+    side = resolution or max(step, min(LARGEST_SIDE, sample_size(vae)) // step * step)
+    check_resolution(side, vae)
     channels = image_channels(vae)
     real = torch.empty(0, channels, side, side)
     if data is not None:

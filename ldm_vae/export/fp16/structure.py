@@ -1,4 +1,4 @@
-"""Scalable tensors of an AutoencoderKL: those that a constant may multiply without changing what the network computes.
+"""Scalable tensors of encoders and decoders as AutoencoderKL has them: what a constant may multiply unseen.
 
 GroupNorm takes the scale out of its input. So whatever only GroupNorms and linear maps read may be scaled, as long as
 the linear maps that read it take the inverse:
@@ -14,6 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+
+from ldm_vae.autoencoder.families import is_movq
+from ldm_vae.core.errors import UsageError
 
 
 @dataclass
@@ -65,8 +70,23 @@ class Structure:
     chains: list[Chain]
 
 
+def is_scalable(vae: Any) -> bool:
+    """True where encoder and decoder are those of AutoencoderKL: of AutoencoderKLFlux2 too, and of a VQModel."""
+    sides = (getattr(vae, "encoder", None), getattr(vae, "decoder", None))
+    return isinstance(sides[0], Encoder) and isinstance(sides[1], Decoder) and not is_movq(vae)
+
+
 def structure_of(vae: Any) -> Structure:
-    """The stretches, branches and chains of a diffusers AutoencoderKL, encoder first."""
+    """The stretches, branches and chains of a network, encoder first.
+
+    Raises:
+        UsageError: it is not built as AutoencoderKL is.
+    """
+    if not is_scalable(vae):
+        raise UsageError(
+            f"fp16 fix: expected the encoder and decoder of an AutoencoderKL, got those of a {type(vae).__name__}; "
+            "`fp16 audit` takes it, and bf16 has fp32's range"
+        )
     found = Structure([], [], [])
     if vae.quant_conv is not None:
         found.chains.append(Chain("encoder.conv_out", "quant_conv"))

@@ -45,7 +45,8 @@ class Identity(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Identity:
-        numbers = (*self.resolution, *(self.tile or ()), self.bucket_step or 1, self.codes or 1)
+        tile, overlap = self.tile or (1, 0)  # tiles of few latents do not overlap
+        numbers = (*self.resolution, tile, overlap + 1, self.bucket_step or 1, self.codes or 1)
         if not self.resolution or not all(0 < number <= LARGEST for number in numbers):
             raise ValueError("resolution, tile, bucket_step and codes: expected numbers above 0")
         if (self.store == "indices") != (self.codes is not None):

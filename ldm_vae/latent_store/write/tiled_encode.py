@@ -16,12 +16,18 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.core.errors import UsageError
 
 
-def check_tile(tile: int, overlap: int, factor: int) -> None:
-    """Raises UsageError unless both are multiples of f and the overlap is at most half of the tile."""
+def check_tile(tile: int, overlap: int, vae: Any) -> None:
+    """Raises UsageError unless both are multiples of f and the overlap is at most half of the tile, and the VAE takes
+    images of any size."""
+    geometry = geometry_of(vae)
+    factor = geometry.factor
+    if geometry.side is not None:
+        raise UsageError(f"tile: a {type(vae).__name__} encodes images of {geometry.side} px only, and no parts of one")
     if tile < factor or tile % factor:
         raise UsageError(f"tile: expected a positive multiple of f = {factor}, got {tile}")
     if overlap < 0 or overlap % factor or overlap > tile // 2:

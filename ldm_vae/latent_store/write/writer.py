@@ -17,7 +17,7 @@ import torch
 from ldm_vae import __version__
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
+from ldm_vae.autoencoder.geometry import check_resolution
 from ldm_vae.autoencoder.normalisation import own_normalisation
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
@@ -139,7 +139,9 @@ def write_store(
         check_resolution(side, vae)
     _at_least_one(batch_size=batch_size, shard_size=shard_size, encode_threads=encode_threads)
     if tile is not None:
-        check_tile(*tile, downsampling_factor(vae))
+        check_tile(*tile, vae)
+    if getattr(vae, "use_tiling", False):
+        raise UsageError("vae: its tiling is on, which a store does not record: `vae.disable_tiling()`, or give `tile`")
     kind, storage, codes = choose(vae, store, dtype)
     identity = Identity(
         encoder=encoder_fingerprint(vae),
