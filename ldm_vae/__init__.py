@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ldm_vae.autoencoder.preparation import open_images
     from ldm_vae.export.diffusers_folder import write_vae
     from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
-    from ldm_vae.metrics.evaluate import evaluate
+    from ldm_vae.metrics.evaluate import evaluate, measure
 
 __version__ = "0.1.0"
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "encode",
     "evaluate",
     "load_autoencoder",
+    "measure",
     "open_images",
     "read_manifest",
     "verify",
@@ -68,6 +69,7 @@ _HOMES = {
     "encode": "autoencoder.latents",
     "evaluate": "metrics.evaluate",
     "load_autoencoder": "autoencoder.load",
+    "measure": "metrics.evaluate",
     "open_images": "autoencoder.preparation",
     "read_manifest": "latent_store",
     "verify": "latent_store",

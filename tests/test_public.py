@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import math
 import pydoc
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import AutoencoderKL
 from images import write_images
+from repository import ROOT
+from sentences import refused
 
 import ldm_vae
+from ldm_vae.core.errors import UsageError
+from ldm_vae.data.transforms import to_pixels
+from ldm_vae.metrics.batches import image_batches
 
 NAMES = sorted(ldm_vae.__all__)
 
@@ -38,6 +45,43 @@ def test_the_examples_are_true(name: str, home: Path) -> None:
     said: list[str] = []
     doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
     assert not said, "".join(said)
+
+
+def test_the_page_is_true(home: Path) -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert all(f"ldm_vae.{name}" in page for name in NAMES if name not in ("AutoencoderConfig", "Moments"))
+    said: list[str] = []
+    test = doctest.DocTestParser().get_doctest(page, {}, "api.md", None, None)
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
+    assert len(test.examples) > 10 and not said, "".join(said)
+
+
+@pytest.mark.parametrize(
+    ("original", "reconstruction", "metrics", "says"),
+    [
+        (torch.zeros(3, 64, 64), torch.zeros(3, 64, 64), ["psnr"], "of one shape"),
+        (torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 32, 32), ["psnr"], "of one shape"),
+        (torch.full((1, 3, 64, 64), 255.0), torch.zeros(1, 3, 64, 64), ["psnr"], "got values from 255 to 255"),
+        (torch.full((1, 3, 64, 64), math.nan), torch.zeros(1, 3, 64, 64), ["psnr"], "got values from nan"),
+        (torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64), ["fd_efflite0"], "of whole sets"),
+        (torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64), ["pnsr"], "unknown metric"),
+    ],
+)
+def test_measure_refuses(original: torch.Tensor, reconstruction: torch.Tensor, metrics: list[str], says: str) -> None:
+    with refused(UsageError, says):
+        ldm_vae.measure(original, reconstruction, metrics=metrics)
+
+
+def test_measure_is_what_evaluate_measures(home: Path) -> None:
+    vae = ldm_vae.load_autoencoder("my-vae")
+    photos = ldm_vae.open_images("photos", vae)
+    whole = ldm_vae.evaluate(vae, photos, resolution=64, metrics=["psnr", "ssim"])
+    (batch,) = image_batches(photos, None, 64, batch_size=12)
+    pixels = to_pixels(batch.pixels)
+    with torch.no_grad():
+        decoded = ldm_vae.decode(vae, ldm_vae.encode(vae, pixels).mean)
+    for name, values in ldm_vae.measure(pixels, decoded, metrics=["psnr", "ssim"]).items():
+        assert values.mean().item() == pytest.approx(whole.metrics[name].mean, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,7 +17,7 @@ import torch
 from ldm_vae.autoencoder import finite, latents
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, latent_channels
 from ldm_vae.autoencoder.latents import Moments
-from ldm_vae.core.errors import WorkError
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels
@@ -89,6 +89,47 @@ def evaluate(
     for key, reason in bad.bad.items():
         logger.warning("%s is left out: %s", key, reason)
     return result
+
+
+@torch.inference_mode()
+def measure(
+    original: torch.Tensor,
+    reconstruction: torch.Tensor,
+    *,
+    metrics: Sequence[str] = ("psnr", "ssim", "lpips_alex"),
+    alpha: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Measure pairs of images at hand, by the pinned protocol: values [B], fp64, for each metric.
+
+    Args:
+        original, reconstruction: pixels [B, C, H, W] in [-1, 1] on one device; what lies beyond is clamped in the
+            reconstruction, and both are rounded to 8 bits first.
+        metrics: names of `ldm_vae.metrics.select.NAMES` that are of single images, or dotted paths of your modules.
+        alpha: the fourth channel is straight alpha.
+
+    Raises:
+        UsageError: other shapes, originals beyond [-1, 1], no such metric, or one of whole sets.
+        WorkError: weights that a metric needs cannot be had.
+
+    >>> import torch
+    >>> from ldm_vae import measure
+    >>> grey = torch.full((2, 3, 64, 64), 1 / 255)  # level 128 of 8 bits
+    >>> measure(grey, grey + 2 / 255, metrics=["psnr"])["psnr"].round(decimals=2)
+    tensor([48.1300, 48.1300], dtype=torch.float64)
+    """
+    if original.ndim != 4 or original.shape != reconstruction.shape or not len(original):
+        came = f"{tuple(original.shape)} and {tuple(reconstruction.shape)}"
+        raise UsageError(f"original, reconstruction: expected two tensors of one shape [B, C, H, W], got {came}")
+    least, most = (float(one) for one in original.aminmax())
+    if not -1 <= least <= most <= 1:
+        raise UsageError(f"original: expected pixels in [-1, 1], got values from {least:g} to {most:g}")
+    pair = PINNED.pair(original, reconstruction, alpha=alpha)
+    found: dict[str, torch.Tensor] = {}
+    for metric in build_metrics(metrics, original.device, min(original.shape[2:]), alpha=alpha):
+        if (values := metric.update(pair)) is None:
+            raise UsageError(f"metrics: {metric.name} is of whole sets of images; `evaluate` measures it")
+        found[metric.name] = values
+    return found
 
 
 @torch.inference_mode()
