@@ -14,7 +14,7 @@ from ldm_vae.core.request import Parser, add_actions, add_request
 
 ORDER = (
     "assets", "inspect", "config", "train", "export", "encode", "store", "evaluate", "latent_space", "report",
-    "diffuse", "probe", "reconstruct", "decode", "fp16", "drift", "tiling", "doctor",
+    "diffuse", "probe", "reconstruct", "decode", "fp16", "drift", "tiling", "doctor", "completion",
 )  # fmt: skip
 
 EPILOG = """\

@@ -88,3 +88,24 @@ def test_nobody_reading_its_output_is_no_error() -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=300, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("ldm-vae enc", "encode"),
+        ("ldm-vae encode --resol", "--resolution"),
+        ("ldm-vae assets lp", "lpips"),
+        ("ldm-vae completion z", "zsh"),
+    ],
+)
+def test_bash_completes(typed: str, completed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.call("completion", "bash")
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    words = typed.split()
+    script = (
+        f"source completion; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; "
+        f"$(complete -p ldm-vae | sed 's/.*-F //; s/ .*//') ldm-vae {words[-1]} {words[-2]}; echo ${{COMPREPLY[@]}}"
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.split() == [completed], done.stderr
