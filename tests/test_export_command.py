@@ -25,6 +25,7 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.targets import TARGETS, warnings_for, warnings_for_pipelines, write_target
 from ldm_vae.latent_store.format.statistics import LatentStatistics
+from ldm_vae.models.flux2 import Config as Flux2Config
 from ldm_vae.perceptual import features
 from ldm_vae.perceptual.pretrained import load_lpips
 
@@ -54,6 +55,19 @@ def test_measured_over_images_then_another_kind_without_measuring_again(
     # and back, to the same number
     assert run_cli("export", tmp_path / "channel", out, "--normalisation", "scale") == 0
     assert config_of(out)["scaling_factor"] == pytest.approx(scale, rel=1e-12)
+
+
+def test_a_batch_norm_that_nobody_has_measured_is_said(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {"block_out_channels": (4, 8), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
+    Flux2Config(**shape).build().save_pretrained(tmp_path / "vae")
+    said = "the batch norm is an identity, not measured"
+    assert run_cli("export", tmp_path / "vae", tmp_path / "out") == 0
+    assert said in "".join(capsys.readouterr())
+    assert run_cli("export", tmp_path / "vae", tmp_path / "out", "--stats", image_folder, "--resolution", 32) == 0
+    assert said not in "".join(capsys.readouterr())
+    assert load_autoencoder(tmp_path / "out").bn.running_mean.any()
 
 
 def test_sd_scaling_is_not_left_in_another_model(

@@ -20,8 +20,10 @@ from ldm_vae.autoencoder.fine_tuning import idle_parameters, is_encoders
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.normalisation import own_normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation, own_normalisation
 from ldm_vae.core.errors import UsageError
+from ldm_vae.export.normalisation import is_default
+from ldm_vae.models.asymmetric import Config as AsymmetricConfig
 from ldm_vae.training.config import Training, build_autoencoder
 from ldm_vae.training.state import build_state
 
@@ -95,6 +97,12 @@ def test_the_decoder_of_a_run_is_exported_with_the_bases_law(name: str, tmp_path
     assert encoder_fingerprint(trained) == encoder_fingerprint(base)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["images"] == 16
+
+
+def test_a_scaling_that_is_a_class_default_counts_where_the_encoder_is_stable_diffusions() -> None:
+    with torch.device("meta"):
+        published, other = AsymmetricConfig().build(), tiny("AsymmetricAutoencoderKL")
+    assert not is_default(Normalisation(0.18215), published) and is_default(Normalisation(0.18215), other)
 
 
 def test_what_cannot_be_trained_so_is_refused(tmp_path: Path) -> None:

@@ -166,7 +166,8 @@ def is_sd_shape(config: Mapping[str, Any]) -> bool:
 
 def has_attention_levels(config: Mapping[str, Any]) -> bool:
     """True for a config with attention outside of the middle block."""
-    return any(name.startswith("Attn") for name in config.get("down_block_types", ()))
+    blocks = (*config.get("down_block_types", ()), *config.get("up_block_types", ()))
+    return any(name.startswith("Attn") for name in blocks)
 
 
 def _scaling(config: Mapping[str, Any], names: list[str], path: Path) -> dict[str, float | None]:

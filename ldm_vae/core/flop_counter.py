@@ -29,8 +29,9 @@ def _convolution_backward(
     gradient: torch.Tensor, images: torch.Tensor, weight: torch.Tensor, *rest: Any, **__: Any
 ) -> int:
     transposed, wanted = rest[4], rest[7]
+    gradients: int = sum(wanted[:2])
     forward = conv_flop_count(images.shape, weight.shape, gradient.shape, transposed)  # type: ignore[arg-type]
-    return int(int(forward) * sum(wanted[:2]))  # each gradient costs what the forward pass does
+    return int(forward) * gradients  # each costs what the forward pass does
 
 
 # torch counts convolutions, matrix products and the attention of GPUs; the CPU's is another operation. Of a

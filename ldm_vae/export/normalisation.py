@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import AutoencoderKL
 
 from ldm_vae.autoencoder.geometry import latent_channels
-from ldm_vae.autoencoder.normalisation import Normalisation, is_fixed, own_normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation, is_fixed, law_of, own_normalisation
 from ldm_vae.autoencoder.single_file import SD_SCALING, is_sd_shape
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import intervals
@@ -88,8 +88,9 @@ def choose(request: Request, vae: AutoencoderKL, measured: LatentStatistics | No
             "this is another VAE; give --stats STORE or --stats DATA to measure it"
         )
     warning = None
-    if own == Normalisation(1.0) and not given:
-        warning = "scaling_factor is 1, not measured: give --stats STORE or --stats DATA"
+    if _is_identity(own, vae) and not given:
+        what = "scaling_factor is 1" if own.kind == "scale" else "the batch norm is an identity"
+        warning = f"{what}, not measured: give --stats STORE or --stats DATA"
     whose = "as SRC has it"
     if given and request.stats is not None:
         whose += (
@@ -100,7 +101,12 @@ def choose(request: Request, vae: AutoencoderKL, measured: LatentStatistics | No
 
 def is_default(own: Normalisation, vae: AutoencoderKL) -> bool:
     """True for what stands in a config whose scaling nobody has set."""
-    return own == Normalisation(1.0) or (own == Normalisation(SD_SCALING) and not is_sd_shape(vae.config))
+    return _is_identity(own, vae) or (own == Normalisation(SD_SCALING) and not is_sd_shape(vae.config))
+
+
+def _is_identity(own: Normalisation, vae: Any) -> bool:
+    fresh = law_of(vae) == "batch_norm" and not vae.bn.running_mean.any() and bool((vae.bn.running_var == 1.0).all())
+    return fresh or own == Normalisation(1.0)
 
 
 def _base(source: str) -> str:
