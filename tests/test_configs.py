@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from published_bases import build_outline, stand_in
 from repository import ROOT
 from tiny_networks import TinyLPIPS
 
@@ -76,9 +77,9 @@ def test_a_header_with_an_invented_result_is_rejected() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_builds(path: Path) -> None:
     settings = config.load(Training, path)
+    vae = build_outline(settings)
     with torch.device("meta"):
-        vae = settings.model.build()
-        critic = build_discriminator(settings)
+        critic = build_discriminator(settings, outline=True)
     check_resolution(settings.resolution, vae)
     assert (critic is not None) == settings.adversary.enabled
     if path.stem.startswith(("vq_", "dvae_")):
@@ -111,12 +112,14 @@ def test_every_diffusion_config_loads_and_builds(path: Path) -> None:
 def narrow(settings: Training) -> Training:
     """The same config with an eighth of the widths and of the resolution's cost: everything in it, small."""
     model = settings.model
+    adversary = settings.adversary.model_copy(update={"start_images": 0})
+    if model.kind == "pretrained":
+        return settings.model_copy(update={"mixed_precision": "no", "adversary": adversary})
     widths = {name: tuple(max(4, width // 32 * 4) for width in value)
               for name, value in model.shape().items() if name.endswith("block_out_channels")}  # fmt: skip
     small = {"norm_num_groups": 4, "num_vq_embeddings": 64}
     model = model.model_copy(update=widths | {name: value for name, value in small.items() if hasattr(model, name)})
     size = min(settings.resolution, 64)
-    adversary = settings.adversary.model_copy(update={"start_images": 0})
     changed = {"model": model, "resolution": size, "init_from": None, "mixed_precision": "no", "adversary": adversary}
     return settings.model_copy(update=changed)
 
@@ -125,11 +128,11 @@ def narrow(settings: Training) -> Training:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_takes_a_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lpips, "random_lpips", lambda net: TinyLPIPS())
-    settings = narrow(config.load(Training, path))
+    settings = narrow(stand_in(config.load(Training, path), monkeypatch))
     accelerator = Accelerator(cpu=True)
     vae = build_autoencoder(settings)
     network = build_network(settings, vae, outline=True)
-    objective, critic = build_objective(settings, outline=True), build_discriminator(settings)
+    objective, critic = build_objective(settings, outline=True), build_discriminator(settings, outline=True)
     objective.attach(network)
     optimizer = settings.optimizer.build(trainable_parameters([network, objective]), 1e-3)
     critic_optimizer = None if critic is None else settings.optimizer.build(trainable_parameters([critic]), 1e-3)
@@ -153,5 +156,5 @@ def test_the_named_configs_exist() -> None:
     named = {"vq_f8_16384", "vq_f4_8192", "dvae_f8_8192", "tiny", "textbook_vae", "textbook_beta_vae"}
     assert named <= {path.stem for path in CONFIGS}
     named = {"kl_f4_d3", "kl_f8_d4", "kl_f8_d16", "kl_f16_d16", "kl_f32_d64", "smoke", "demo"}
-    named |= {"finetune_decoder_sd", "finetune_decoder_sd_8gb", "finetune_sdxl", "finetune_flux"}
+    named |= {"finetune_decoder_sd", "finetune_decoder_sd_8gb", "finetune_sdxl", "finetune_flux", "rae_decoder"}
     assert named <= {path.stem for path in CONFIGS}
