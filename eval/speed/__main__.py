@@ -34,6 +34,7 @@ from . import (
     grow,
     plot,
     quality,
+    rae,
     read,
     roofline,
     start,
@@ -96,6 +97,10 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], list[dict[str, A
     "quality": (
         "the same minutes for our step and for published recipes: LPIPS and PSNR on held-out photographs",
         quality.run,
+    ),
+    "rae": (
+        "operations of one update of an AutoencoderRAE's decoder, beside diffusers' train_autoencoder_rae.py",
+        rae.run,
     ),
     "encode": (
         "a folder of photographs into a store, beside the encoder alone and beside the usual script",

@@ -25,7 +25,7 @@ from ldm_vae.core.frozen_module import Frozen
 from ldm_vae.core.numbers import Count, Side
 from ldm_vae.core.validation import first_line
 from ldm_vae.discriminators import Discriminator
-from ldm_vae.perceptual.vision import pixel_statistics, vision_network, vision_outline
+from ldm_vae.perceptual.vision import IMAGENET, Statistics, pixel_statistics, vision_network, vision_outline
 
 NAME = "discriminator.backbone"
 
@@ -51,17 +51,16 @@ class Config(Part):
         return value
 
     def build(self, in_channels: int = 3) -> Features:
-        backbone = vision_network(NAME, self.backbone)
-        return self._around(backbone, in_channels, fingerprint(backbone.state_dict()))
+        return self._around(vision_network(NAME, self.backbone), in_channels, pixel_statistics(self.backbone))
 
     def outline(self, in_channels: int = 3) -> Features:
-        return self._around(vision_outline(NAME, self.backbone), in_channels, "")
+        return self._around(vision_outline(NAME, self.backbone), in_channels, None)
 
-    def _around(self, backbone: Any, in_channels: int, identity: str) -> Features:
+    def _around(self, backbone: Any, in_channels: int, statistics: Statistics | None) -> Features:
         if in_channels not in (1, 3):
             raise UsageError(f"discriminator: features takes 1 or 3 image channels, got {in_channels}; use patchgan")
 
-        return Features(backbone, self, identity, *pixel_statistics(self.backbone))
+        return Features(backbone, self, statistics)
 
 
 class Features(Discriminator):
@@ -73,13 +72,16 @@ class Features(Discriminator):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, backbone: Any, config: Config, identity: str, mean: Any, std: Any) -> None:
-        """identity: fingerprint of the backbone; mean and std of the pixels [0, 1] that it takes."""
+    def __init__(self, backbone: Any, config: Config, statistics: Statistics | None) -> None:
+        """statistics: of the pixels that the backbone takes; None for an outline."""
         super().__init__()
-        self.backbone, self.identity = Frozen(backbone), identity
+        self.backbone = Frozen(backbone)
         self.source, self.layers, self.side = config.backbone, config.layers, (side := config.resolution)
-        for name, values in (("mean", mean), ("std", std)):
+        for name, values in zip(("mean", "std"), statistics or IMAGENET, strict=True):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        # what decides the features: of a network without content there is none
+        decides = {**backbone.state_dict(), "mean": self.mean, "std": self.std}
+        self.identity = "" if statistics is None else fingerprint(decides)
         # of networks with one; that of others (a hierarchy of resolutions) is no square of tokens behind a class token
         patch = getattr(backbone.config, "patch_size", side)
         self.patch = int(patch if isinstance(patch, int) else max(patch))

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode, unset_fa
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.validation import disguised_file, first_line
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of networks that name no statistics of their own
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of pixels in [0, 1], by channel
+IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of networks that name none of their own
 
 
 def transformers_library(name: str) -> Any:
@@ -67,7 +68,7 @@ def vision_outline(name: str, source: str) -> Any:
     whose config is not on this machine. Raises as `vision_network`."""
     transformers = transformers_library(name)
     try:
-        shape = transformers.AutoConfig.from_pretrained(source)
+        shape = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
     except Exception as error:  # as above
         if Path(source).exists():
             raise UsageError(f"{name}: {source} is no network of transformers: {first_line(error)}") from error
@@ -91,12 +92,13 @@ def _of_images(name: str, source: str, network: Any) -> Any:
     return network
 
 
-def pixel_statistics(source: str) -> tuple[Any, Any]:
-    """Mean and deviation of pixels in [0, 1], of preprocessor_config.json where a network has one, else ImageNet's."""
+def pixel_statistics(source: str) -> Statistics:
+    """Of preprocessor_config.json where a network has one, else ImageNet's."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
         known, _ = ImageProcessingMixin.get_image_processor_dict(source)
     except Exception:  # it has none: as above
         known = {}
-    return known.get("image_mean") or IMAGENET[0], known.get("image_std") or IMAGENET[1]
+    mean, std = known.get("image_mean"), known.get("image_std")
+    return (tuple(mean), tuple(std)) if mean and std else IMAGENET
