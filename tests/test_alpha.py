@@ -39,6 +39,7 @@ from ldm_vae.data.transforms import (
     to_pixels,
 )
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
+from ldm_vae.latent_space.equivariance import equivariance_error
 from ldm_vae.latent_store.write.crops import Cutting
 from ldm_vae.losses.alpha import Config as Alpha
 from ldm_vae.losses.gaussian_nll import Config as GaussianNLL
@@ -161,6 +162,30 @@ def test_an_equivariant_target_mixes_in_no_invisible_colour() -> None:
     _, flat = part(latents, to_pixels(over(image, 255).float()), shown())
     assert (alpha.composite(target, 1.0) - flat).abs().max() < 0.05
     assert torch.equal(read_hidden(target), torch.full_like(read_hidden(target), -1))
+
+
+def test_equivariance_is_measured_of_composites() -> None:
+    """What is hidden has no part in the target; the latents here are those of nothing."""
+    image = torch.from_numpy(cut()).permute(2, 0, 1)[None]
+    other = torch.where(image[:, 3:] > 0, image, 200 * (torch.arange(4) < 3).view(1, 4, 1, 1).to(torch.uint8))
+    torch.manual_seed(0)
+    vae = AutoencoderConfig(**SHAPE).build().eval()
+    vae.encode, found = Exact(vae).encode, []
+    for with_alpha in (True, False):
+        pair = [equivariance_error(vae, to_pixels(one.clone()), alpha=with_alpha)["scale_0.5"].psnr
+                for one in (image, other)]  # fmt: skip
+        found.append((pair[0] - pair[1]).abs().item())
+    assert found[0] == 0 < found[1]
+
+
+class Exact:
+    """Encodes to latents that know nothing, so that only the target tells two images apart."""
+
+    def __init__(self, vae: Any) -> None:
+        self.inner = vae.encode
+
+    def encode(self, images: torch.Tensor) -> Any:
+        return self.inner(torch.zeros_like(images))
 
 
 def read_hidden(pixels: torch.Tensor) -> torch.Tensor:

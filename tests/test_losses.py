@@ -60,20 +60,20 @@ def build(kind: str, vae_folder: str = "") -> nn.Module:
     return module.Config(**KWARGS.get(kind, {})).build()
 
 
-def images(count: int = 2) -> torch.Tensor:
+def images(count: int = 2, channels: int = 3) -> torch.Tensor:
     draw = torch.Generator().manual_seed(3)
-    return torch.rand(count, 3, 32, 32, generator=draw) * 2 - 1
+    return torch.rand(count, channels, 32, 32, generator=draw) * 2 - 1
 
 
 def forward(model: TrainableAutoencoder, images_seen: int = 0) -> Reconstruction:
     noise = torch.randn(2, *model.noise_shape(32, 32), generator=torch.Generator().manual_seed(4))
-    return model(images(), noise, images_seen)
+    return model(images(channels=3 + model.alpha), noise, images_seen)
 
 
 def reaches(model: TrainableAutoencoder, objective: Objective) -> set[str]:
     """The parts that a backward of the objective moves."""
     r = forward(model)
-    pixels = objective.pixel_terms(r.pixels, r.target)[0]
+    pixels = objective.pixel_terms(r.pixels, r.target, 0, r.background)[0]
     (pixels + objective.latent_terms(r)[0]).backward()
     parts = {"encoder": model.vae.encoder, "decoder": model.vae.decoder, "own": objective}
     if hasattr(model.vae, "quantize"):
@@ -86,6 +86,7 @@ def reaches(model: TrainableAutoencoder, objective: Objective) -> set[str]:
 
 # kind => what its gradient reaches; everything else stays untouched
 REACHES = {
+    "alpha": {"encoder", "decoder"},
     "l1": {"encoder", "decoder"},
     "l2": {"encoder", "decoder"},
     "charbonnier": {"encoder", "decoder"},
@@ -119,7 +120,7 @@ def nothing() -> L1:
 def test_a_term_keeps_the_contract(kind: str, tiny_vae_folder: object, nothing: L1) -> None:
     term = build(kind, str(tiny_vae_folder))
     codes = getattr(term, "needs", "posterior") == "codes"
-    model = network(codes, "gumbel" if kind == "code_kl" else "vq")
+    model = network(codes, "gumbel" if kind == "code_kl" else "vq", term.domain == "alpha")
     objective = Objective({"l1": nothing})
     objective.terms = nn.ModuleDict({"l1": nothing.build(), kind: term})
     objective.configs[kind] = L1(weight=1.0)

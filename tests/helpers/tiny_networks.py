@@ -39,11 +39,11 @@ class TinyLPIPS(nn.Module):
         return [x := torch.relu(layer(x)) for layer in self.body]
 
 
-def network(codes: bool, quantizer: str = "vq") -> TrainableAutoencoder:
+def network(codes: bool, quantizer: str = "vq", alpha: bool = False) -> TrainableAutoencoder:
     torch.manual_seed(5)
     shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
     if not codes:
-        return TrainableAutoencoder(AutoencoderConfig(**shape).build())
+        return TrainableAutoencoder(AutoencoderConfig(**shape, in_channels=3 + alpha).build(), alpha=alpha)
     settings = VQModelConfig(
         **shape,
         num_vq_embeddings=16,
