@@ -10,6 +10,7 @@ has the classes that the type of an argument of one of its pipelines names.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 from pathlib import Path
@@ -36,6 +37,7 @@ def classes() -> list[str]:
     return sorted(name for name, one in vars(autoencoders).items() if inspect.isclass(one))
 
 
+@functools.cache
 def pipelines(argument: str = "") -> dict[str, set[str]]:
     """Autoencoder classes of each family of pipelines that has any (as an argument of that name)."""
     known: set[str] = {*classes()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_call import run_cli
 from diffusers import AutoencoderKL, Flux2Pipeline
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models import ModelMixin
@@ -142,6 +143,32 @@ def test_laws_of_a_config(name: str, changes: dict[str, Any], expected: Normalis
     if expected is None:
         with refused(UsageError, "VAE"):
             normalisation_of(vae)
+
+
+def test_a_config_that_names_none_is_measured(tmp_path: Path) -> None:
+    vae = tiny("AutoencoderKL", scaling_factor=None)
+    with refused(UsageError, "VAE"):
+        normalisation_of(vae)
+    vae.save_pretrained(tmp_path / "vae")
+    images = write_images(tmp_path / "images", 6)
+    assert run_cli("export", tmp_path / "vae", tmp_path / "none") == 2
+    assert run_cli("export", tmp_path / "vae", tmp_path / "out", "--stats", images, "--resolution", 32) == 0
+    assert normalisation_of(load_autoencoder(tmp_path / "out")).scaling_factor != 1.0
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_failed_call_leaves_nothing_behind(name: str) -> None:
+    vae = tiny(name)
+    pixels = pixels_for(vae)
+    with torch.no_grad():
+        z = latents.encode(vae, pixels).mean
+        decoded = latents.decode(vae, z)
+        for wrong, call in ((torch.cat([pixels, pixels], 1), latents.encode), (z[:, 1:], latents.decode)):
+            with pytest.raises((RuntimeError, ValueError)):
+                call(vae, wrong)
+        assert torch.equal(latents.encode(vae, pixels).mean, z) and torch.equal(latents.decode(vae, z), decoded)
+        # of another number of images too
+        assert latents.encode(vae, pixels[:1]).mean.shape == z[:1].shape
 
 
 # --- the store, and export --------------------------------------------------------------------------------------------

@@ -10,12 +10,18 @@ from images import write_images
 from sentences import refused
 from tiny_classes import IMAGES, tiny
 
-from eval import diffusability, latent_space
+from eval import diffusability, families, latent_space
 from ldm_vae import LatentDataset, evaluate, open_images, write_store
 from ldm_vae.autoencoder.geometry import geometry_of, step_of
 from ldm_vae.autoencoder.normalisation import own_normalisation
 from ldm_vae.core.errors import UsageError
+from ldm_vae.export.card import Card
+from ldm_vae.metrics.linear import why_no_code
+from ldm_vae.metrics.result import describe_vae
+from ldm_vae.report import tables
+from ldm_vae.report.contents import Contents
 
+DATA = {"images": 2, "resolution": 64}
 PROBE = "--layers 1 --heads 2 --head_dim 8 --train_images 8 --batch_size 4 --seeds 1 --samples 4 --steps 1"
 
 
@@ -38,8 +44,11 @@ def test_every_verb_takes_it(name: str, tmp_path: Path) -> None:
         ("drift", vae, vae, images, "--no_lpips", *side, *channels),
         ("export", vae, tmp_path / "out", "--stats", images, *side, *channels),
     ]
+    words.append(("report", tmp_path / "measured"))
     for line in words:
         assert run_cli(*line) == 0, line[0]
+    assert name in (tmp_path / "measured" / "index.html").read_text(encoding="utf-8")
+    assert name in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert len(list((tmp_path / "decoded").glob("*.png"))) == 2
     program(latent_space, vae, images, "--output", tmp_path / "space", "--likelihood_images", 2, *side, *channels)
     probe = (vae, images, "--output", tmp_path / "probe", *PROBE.split(), *side, *channels)
@@ -97,3 +106,32 @@ def test_sizes_that_would_be_cut_or_padded_are_refused(name: str, tmp_path: Path
         write_store(vae, source, tmp_path / "store", resolution=32 + step_of(vae) // 2)
     with refused(UsageError, "resolution"):
         evaluate(vae, source, resolution=32 + step_of(vae) // 2, metrics=["psnr"])
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_the_card_and_the_page_know_it(name: str) -> None:
+    vae = tiny(name)
+    geometry, card = geometry_of(vae), Card("mine").text(vae)
+    measured = describe_vae(vae, "mine", "here")
+    assert f"f = {geometry.factor} " in card and f"{geometry.latent_channels} latent channels" in card
+    using = sorted(family for family, used in families.pipelines().items() if name in used)
+    assert f"`{name}`" in card and (", ".join(using[:6]) or "No pipeline") in card
+    assert (f" and {len(using) - 6} more of diffusers" in card) == (len(using) > 6)
+    law = measured["normalisation"]
+    assert ("bn" in law) == ("`bn`" in card) == (name == "AutoencoderKLFlux2")
+    assert law.startswith("none") == ("names no normalisation" in card)
+    page = tables.subtitle(Contents("mine", Path(), Path(), results=[{"vae": measured, "data": DATA}]))
+    assert name in page and law in page
+    (figure,) = tables.headline(
+        Contents("mine", Path(), Path(), results=[{"vae": measured, "data": DATA, "metrics": {}}])
+    )
+    ratio = geometry.in_channels * geometry.factor**2 / geometry.latent_channels
+    assert figure["value"] == f"{max(ratio, 1 / ratio):.3g}"
+    assert figure["label"] == ("Fewer numbers" if ratio >= 1 else "More numbers")
+
+
+def test_why_there_is_no_linear_code() -> None:
+    assert why_no_code(tiny("VQModel")) == "linear code: none beside a VQModel, whose codebook is no continuous code"
+    more = tiny("AutoencoderKL", latent_channels=16)
+    assert "which gives 16 numbers for the 12 of a patch" in str(why_no_code(more))
+    assert all(why_no_code(tiny(name)) is None for name in IMAGES if name != "VQModel")

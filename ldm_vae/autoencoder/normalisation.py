@@ -272,11 +272,17 @@ def law_in_words(vae: Any) -> str:
 def normalisation_of(vae: Any, where: str = "VAE", pipelines: str | None = None) -> Normalisation:
     """`own_normalisation`. Raises UsageError where the network names none."""
     if (found := own_normalisation(vae, where, pipelines)) is None:
+        export = "`ldm-vae export SRC OUT --stats DATA`, or " if has_place(vae) else ""
         raise UsageError(
             f"{where}: a {type(vae).__name__} whose config names no normalisation of its latents; measure one: "
-            "`ldm-vae export SRC OUT --stats DATA`, or `normalisation` of a latent store's readers"
+            f"{export}`normalisation` of a latent store's readers"
         )
     return found
+
+
+def has_place(vae: Any) -> bool:
+    """True where a network can keep a normalisation."""
+    return law_of(vae) != "config" or not {"scaling_factor", "latents_std"}.isdisjoint(_keys(vae))
 
 
 def held_by(vae: Any, normalisation: Normalisation) -> Normalisation:

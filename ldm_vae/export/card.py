@@ -84,8 +84,8 @@ def _shape(vae: Any) -> str:
 def _users(name: str) -> str:
     """A sentence on which pipelines of diffusers take a VAE of this class, as their sources say."""
     folders = sorted((Path(diffusers.__file__).parent / "pipelines").iterdir())
-    word = re.compile(rf"\b{name}\b")
-    using = [one.name for one in folders if any(word.search(file.read_text("utf-8")) for file in one.rglob("*.py"))]
+    argument = re.compile(rf"^ +\w+: .*\b{name}\b", re.MULTILINE)
+    using = [one.name for one in folders if any(argument.search(file.read_text("utf-8")) for file in one.rglob("*.py"))]
     if not using:
         return f"No pipeline of diffusers {diffusers.__version__} is for its class, `{name}`."
     more = f" and {len(using) - SHOWN} more" if len(using) > SHOWN else ""

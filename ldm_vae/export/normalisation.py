@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import AutoencoderKL
 
 from ldm_vae.autoencoder.geometry import latent_channels
-from ldm_vae.autoencoder.normalisation import Normalisation, is_fixed, law_of, own_normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation, has_place, is_fixed, law_of, own_normalisation
 from ldm_vae.autoencoder.single_file import SD_SCALING, is_sd_shape
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import intervals
@@ -65,8 +65,13 @@ def choose(request: Request, vae: AutoencoderKL, measured: LatentStatistics | No
         # SRC's config names none that holds; with --stats that does not matter
         found = measured.normalisation(request.normalisation or "scale")
         return Choice(found, _lines(found, "", measured))
-    if own is None:
+    if own is None and not has_place(vae):
         return Choice(None, [f"normalisation: none, as a {type(vae).__name__} has no place for one"])
+    if own is None:
+        if measured is None:
+            raise UsageError(f"SRC {request.source}: its config names no normalisation; give --stats to measure one")
+        found = measured.normalisation(request.normalisation or "scale")
+        return Choice(found, _lines(found, "", measured))
     # of a checkpoint, whose law is what its run gives it: what is measured now is what would lie beside it
     beside = measured if is_checkpoint(request.source) else statistics_beside(request.source)
     kind = request.normalisation or own.kind

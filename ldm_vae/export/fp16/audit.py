@@ -81,8 +81,7 @@ def audit(vae: Any, probes: Probes) -> Audit:
 
 def _record(name: str, side: str, found: Audit, sums: dict[str, torch.Tensor]) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) else output
-        if not torch.is_tensor(output):
+        if not torch.is_tensor(output):  # its parts are those of modules inside
             return
         found.sides.setdefault(name, side)
         value = float(output.abs().max())
