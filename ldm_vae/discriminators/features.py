@@ -133,8 +133,8 @@ class Features(Discriminator):
 
 
 class _Head(nn.Module):
-    """[B, D, T] => logits [B, T]. As published, but for the norm: in groups of channels of one image instead of over
-    eight images, so that a logit does not depend on the micro-batch."""
+    """[B, D, T] => logits [B, T]. As published, but for the norm: of groups of channels of one image instead of a batch
+    norm, so that a logit does not depend on the micro-batch."""
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
