@@ -54,7 +54,7 @@ class Config(Part):
         return self._around(vision_network(NAME, self.backbone), in_channels, pixel_statistics(self.backbone))
 
     def outline(self, in_channels: int = 3) -> Features:
-        return self._around(vision_outline(NAME, self.backbone), in_channels, None)
+        return self._around(vision_outline(NAME, self.backbone, max(self.layers)), in_channels, None)
 
     def _around(self, backbone: Any, in_channels: int, statistics: Statistics | None) -> Features:
         if in_channels not in (1, 3):
