@@ -106,7 +106,10 @@ def test_kind_on_the_command_line_replaces_the_option(tmp_path: Path, monkeypatc
         (GOOD.replace("weight", "wait"), "`losses.l1.wait`: unknown key, did you mean `weight`"),
         (GOOD.replace("1e-6", "heavy"), "`losses.l1.weight`: input should be a valid number"),
         (GOOD.replace("kind: patchgan", "kind: no.such"), "`discriminator`: kind `no.such` cannot be imported"),
-        (GOOD.replace("kind: patchgan, ", ""), "`discriminator`: `kind` is missing; expected one of patchgan"),
+        (
+            GOOD.replace("kind: patchgan, ", ""),
+            "`discriminator`: `kind` is missing; expected one of features, patchgan",
+        ),
         ("- a\n", "expected a mapping of sections, got list"),
         ("a: b: c\n", "not readable as YAML"),
         ("inner: !!python/object/apply:os.system ['true']\n", "not readable as YAML"),

@@ -231,6 +231,7 @@ def test_a_dry_run_counts_it(backbone: Path, tmp_path: Path, monkeypatch: pytest
     held = sum(parameter.numel() for parameter in transformers.AutoModel.from_pretrained(backbone).parameters())
     assert ours.bytes["networks that losses look through"] == pytest.approx(4 * held, rel=0.01)
     assert 0 < ours.forward_gflop["discriminator"] < ours.step_gflop and ours.parameters["discriminator"] < held
+    assert Config(backbone="nobody/nothing", layers=(14,), resolution=32).outline().layers == (14,)
     # a hub id whose config is not here counts as the published one: 22 M parameters, 785 tokens
     part = settings.discriminator.model_copy(update={"backbone": "nobody/nothing", "resolution": 224})
     theirs = plan(settings.model_copy(update={"discriminator": part}))

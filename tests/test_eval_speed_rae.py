@@ -6,6 +6,7 @@ import argparse
 
 import pytest
 import torch
+from repository import ROOT
 from tiny_classes import CONFIGS, tiny
 
 from eval.speed import rae
@@ -38,3 +39,12 @@ def test_the_whole_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     ratios = {row["ratio"]["to"]: row["ratio"]["median"] for row in rows}
     assert ratios["diffusers"] == 1 and ratios["ours_from_store"] < 1 < ratios["diffusers_with_encoder_loss"]
     assert ratios["ours_lpips_gan_from_store"] < 1
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_page_are_of_the_published_shape() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = rae.run(argparse.Namespace())
+    assert len(rows) == 4
+    for row in rows:
+        assert f"| {row['of']:.0f} | {row['ratio']['median']:.3g} |" in page.replace("**", ""), row

@@ -54,7 +54,7 @@ class Config(Part):
         return self._around(vision_network(NAME, self.backbone), in_channels, pixel_statistics(self.backbone))
 
     def outline(self, in_channels: int = 3) -> Features:
-        return self._around(vision_outline(NAME, self.backbone), in_channels, None)
+        return self._around(vision_outline(NAME, self.backbone, max(self.layers)), in_channels, None)
 
     def _around(self, backbone: Any, in_channels: int, statistics: Statistics | None) -> Features:
         if in_channels not in (1, 3):
@@ -133,8 +133,8 @@ class Features(Discriminator):
 
 
 class _Head(nn.Module):
-    """[B, D, T] => logits [B, T]. As published, but for the norm: in groups of channels of one image instead of over
-    eight images, so that a logit does not depend on the micro-batch."""
+    """[B, D, T] => logits [B, T]. As published, but for the norm: of groups of channels of one image instead of a batch
+    norm, so that a logit does not depend on the micro-batch."""
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()

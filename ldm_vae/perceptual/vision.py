@@ -63,18 +63,17 @@ def vision_network(name: str, source: str) -> Any:
     return _of_images(name, source, load_network(name, "AutoModel", source))
 
 
-def vision_outline(name: str, source: str) -> Any:
-    """A network of the same shape with random weights, to count its cost; DINO's ViT-S/8 where `source` is a hub id
-    whose config is not on this machine. Raises as `vision_network`."""
+def vision_outline(name: str, source: str, layers: int) -> Any:
+    """A network of the same shape with random weights, to count its cost; DINO's ViT-S/8, of at least so many layers,
+    where `source` is a hub id whose config is not on this machine. Raises as `vision_network`."""
     transformers = transformers_library(name)
     try:
         shape = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
     except Exception as error:  # as above
         if Path(source).exists():
             raise UsageError(f"{name}: {source} is no network of transformers: {first_line(error)}") from error
-        shape = transformers.ViTConfig(
-            hidden_size=384, num_attention_heads=6, intermediate_size=1536, patch_size=8, image_size=224
-        )
+        small = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "patch_size": 8}
+        shape = transformers.ViTConfig(**small, image_size=224, num_hidden_layers=max(12, layers))
     with unset_fake_temporarily() as fake:  # weights cannot be drawn without content
         network = transformers.AutoModel.from_config(shape)
         if isinstance(fake, FakeTensorMode):
