@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -15,19 +16,25 @@ from cli_call import call, program
 from cut_outs import write_cut_outs
 from PIL import Image
 from sentences import refused
+from tiny_classes import tiny
 from tiny_networks import SHAPE
 from training_runs import TINY, metrics, newest, run, run_two, write_config
 
 from eval import diffusability, latent_space, reconstruction
 from ldm_vae import cli
 from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import record
 from ldm_vae.core.config import load
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.preprocessing import Preprocessing
+from ldm_vae.data.source import open_source
+from ldm_vae.data.survey import survey, thumbnails
 from ldm_vae.export.diffusers_folder import write_vae
+from ldm_vae.latent_store import LatentDataset
 from ldm_vae.latent_store.format.manifest import read_manifest
+from ldm_vae.latent_store.read.pictures import contact_sheet
 from ldm_vae.training.config import Training
 from ldm_vae.training.dry_run import plan
 
@@ -68,6 +75,7 @@ def modes(folder: Path) -> list[str]:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_equal_and_two_processes_train_the_same(images: Path, tmp_path: Path) -> None:
     """The backgrounds are keyed: with the adversary, which sees composites, and micro-batches."""
     folders = {name: tmp_path / name for name in ("whole", "halves", "two")}
@@ -160,6 +168,24 @@ def test_a_decoder_trains_on_a_store_of_images_with_alpha(images: Path, vae: Pat
     assert done.returncode == 2 and "data.alpha: expected true" in done.stderr
 
 
+def test_qwen_image_2_1_trains_on_images_with_alpha_alone(images: Path, tmp_path: Path) -> None:
+    """Its class says that its four channels are RGBA; it has no record before."""
+    tiny("AutoencoderKLQwenImage21").save_pretrained(tmp_path / "base")
+    changes = {
+        "model": {"kind": "pretrained", "in_channels": 4}, "init_from": str(tmp_path / "base"), "resolution": 32,
+        "max_train_images": 16, "adversary": {"weight": 0.5, "start_images": 0},
+    }  # fmt: skip
+    done = run(alpha_config(tmp_path, images, **changes))
+    assert done.returncode == 0, done.stderr
+    last = metrics(tmp_path / "run")[-1]
+    assert last["loss/alpha"] > 0 and last["adversary/weight"] > 0
+    assert json.loads((tmp_path / "run/vae/preprocessing.json").read_text())["alpha"] == "straight"
+    shutil.rmtree(tmp_path / "run")
+    plain = {"data": {"kind": "folder", "path": str(images), "channels": 4}, "losses": {"l1": {}}}
+    done = run(alpha_config(tmp_path, images, **changes | plain))
+    assert done.returncode == 2 and "data.alpha" in done.stderr.splitlines()[-1], done.stderr
+
+
 # --- verbs ------------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +203,14 @@ def test_reconstruct_and_decode_write_alpha(images: Path, vae: Path, tmp_path: P
     call("encode", vae, images, tmp_path / "store", "--resolution", SIDE, "--num_workers", 0)
     call("decode", tmp_path / "store", tmp_path / "decoded", "--count", 2)
     assert modes(tmp_path / "decoded") == ["RGBA", "RGBA"]
+    dataset = LatentDataset(tmp_path / "store", sample=False, columns=("key",))
+    with Image.open(io.BytesIO(contact_sheet(dataset, load_autoencoder(vae), side=SIDE))) as sheet:
+        assert sheet.mode == "RGB" and np.asarray(sheet).std() > 0
+    source = open_source(images, channels=4, alpha=True)
+    thumbnails(source, survey(source), tmp_path / "thumbnails.png")
+    with Image.open(tmp_path / "thumbnails.png") as picture:
+        shown = np.asarray(picture)
+    assert picture.mode == "RGB" and {204, 255} <= set(np.unique(shown))
 
 
 def test_evaluate_and_latent_space_measure_composites(images: Path, vae: Path, tmp_path: Path) -> None:
