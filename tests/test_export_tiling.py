@@ -79,6 +79,12 @@ def test_a_class_without_tiling_says_so(name: str) -> None:
     assert not getattr(vae, "use_tiling", False)
 
 
+def test_an_encoder_that_fails_in_tiles_is_left_out() -> None:
+    vae = tiny("AutoencoderTiny", latent_channels=16, **F8)
+    found = measure_tiling(vae, torch.zeros(1, 3, 96, 96), tile=64)
+    assert found.latent_rms is None and "not encoded in tiles" in found.line() and found.tiles == 4
+
+
 def test_a_store_knows_of_no_tiling_but_its_own(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     images = str(write_images(tmp_path / "images", 1))
     tiny_vae.enable_tiling()

@@ -29,6 +29,7 @@ from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.normalisation import normalisation_of
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.transforms import to_pixels
+from ldm_vae.latent_store.maintain.summary import describe
 
 CPU = torch.device("cpu")
 Encode = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -230,6 +231,7 @@ def test_a_store_remembers_whose_pipelines_it_is_for(name: str, tmp_path: Path) 
         wanted = normalisation_of(vae) if pipelines is None and data.normalisation.pipelines is None else None
         assert data.normalisation == (wanted or normalisation_of(vae, pipelines=name))
     assert data.normalisation.pipelines == name
+    assert f"for the pipelines {name}" in describe(tmp_path / "store", data.manifest)
     assert Normalisation.from_config(data.normalisation.to_config()) == data.normalisation
     z = torch.randn(3, 4, 6, 8)
     torch.testing.assert_close(data.normalisation.undo(data.normalisation.apply(z)), z)

@@ -242,7 +242,7 @@ def own_normalisation(vae: Any, where: str = "VAE", pipelines: str | None = None
     if pipelines is not None and (pipelines not in VARIANTS or law != "batch_norm"):
         raise UsageError(
             f"pipelines {pipelines}: expected one of {', '.join(VARIANTS)}, with an AutoencoderKLFlux2, and {where} is "
-            f"of {type(vae).__name__}; leave it out for all others, which read it as its class has it"
+            f"a {type(vae).__name__}; leave it out for all others, which read it as its class has it"
         )
     if law == "inside":
         return Normalisation(1.0)

@@ -78,7 +78,8 @@ def _statistics(manifest: Manifest) -> list[str]:
         return [*lines, "  the VAE names no normalisation: readers choose scale, shift or channel of these"]
     used = manifest.normalisation
     scale = "" if used.scaling_factor is None else f", scaling_factor {used.scaling_factor:.5f}"
-    return [*lines, f"  read with the VAE's own normalisation: {used.kind}{scale}"]
+    reader = f", for the pipelines {used.pipelines}" if used.pipelines else ""
+    return [*lines, f"  read with the VAE's own normalisation: {used.kind}{scale}{reader}"]
 
 
 def _usage(manifest: Manifest) -> list[str]:
