@@ -64,9 +64,16 @@ def test_onnxruntime_does_what_the_network_does(name: str, tmp_path: Path) -> No
     assert agree(decoded, latents.decode(vae, came[0]))
 
 
+def test_the_epsilon_of_dc_ae_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its linear attention divides by a sum that may be 0, and 1e-15."""
+    monkeypatch.setattr(onnx_folder, "AXES", ({},))
+    graphs = write_onnx(configured_copy(tiny("AutoencoderDC")), tmp_path / "out", "card", {})
+    assert all(graph.difference < 1e-5 for graph in graphs)
+
+
 def test_metadata_names_the_normalisation_and_the_images(tmp_path: Path) -> None:
     vae = tiny("AutoencoderTiny")
-    record(vae, Preprocessing(value_range=(0.0, 4095.0)))
+    record(vae, Preprocessing(channels=3, value_range=(0.0, 4095.0)))
     write_onnx(configured_copy(vae), tmp_path / "out", "card", {})
     for name in ("encoder", "decoder"):
         found = {one.key: one.value for one in onnx.load(tmp_path / "out" / f"{name}.onnx").metadata_props}

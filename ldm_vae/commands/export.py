@@ -7,20 +7,22 @@ import sys
 
 from ldm_vae.export.request import Request as Request
 
-HELP = "write a VAE for diffusers, ComfyUI, kohya or A1111, with measured scaling"
+HELP = "write a VAE for diffusers, ComfyUI, kohya, A1111 or onnxruntime, with measured scaling"
 DESCRIPTION = """\
 Write SRC in another program's format, read it back and compare. Success is reported only after the comparison.
 
   ldm-vae export runs/mine my-vae                                       # for AutoencoderKL.from_pretrained("my-vae")
   ldm-vae export runs/mine my-vae --stats photographs --resolution 256  # measure the scaling over these images first
   ldm-vae export my-vae my-vae.safetensors --target comfyui             # one file, with ComfyUI's tensor names
+  ldm-vae export my-vae my-onnx --target onnx                           # encoder.onnx and decoder.onnx
   ldm-vae export sd-vae.safetensors my-vae                              # convert back
   ldm-vae export runs/mine my-vae --checkpoint best                     # of a run that is not over, or went too far
 
 SRC is a run folder (its EMA weights; --checkpoint takes those of one of its checkpoints and measures their scaling as
-the end of the run does), a diffusers folder, a hub id, or a single file (LDM or diffusers names, bare
-or inside a full checkpoint). Exactly one normalisation is written, `--normalisation scale` (Stable Diffusion, SDXL),
-`shift` (SD3, FLUX) or `channel` (per channel, SDXL's formula). docs/export.md lists what each program ignores.
+the end of the run does), a diffusers folder, a hub id, or a single file (names of LDM, of its class's own project or of
+diffusers, bare or inside a full checkpoint). Exactly one normalisation is written, `--normalisation scale` (Stable
+Diffusion, SDXL), `shift` (SD3, FLUX) or `channel` (per channel, SDXL's formula). docs/export.md lists what each program
+ignores.
 """
 
 

@@ -96,7 +96,11 @@ def export(
         _write_onnx(vae, request, normalisation, card, files, done)
         load = f'onnxruntime.InferenceSession("{request.place}/encoder.onnx")'
     else:
-        load = f'ldm_vae.load_autoencoder("{_write_file(vae, request, normalisation, card, files, done)}")'
+        path = _write_file(vae, request, normalisation, card, files, done)
+        load = f'ldm_vae.load_autoencoder("{path}")'
+        if request.target == "single_file":
+            config = f'"{request.place}"' if path != request.place else "FOLDER of its config.json"
+            load = f'{type(vae).__name__}.from_single_file("{path}", config={config})'
     done.lines += [*choice.lines, *([] if choice.incompatible is None else [choice.incompatible]), f"load it: {load}"]
     if request.push_to_hub is not None:
         done.lines.append(f"uploaded to {_push(request)}")
