@@ -113,9 +113,10 @@ def test_what_the_targets_say_to_the_shipped_configs() -> None:
             vae = model_of(path).build()
         warned = {name: " ".join(warnings_for(target, vae.config)) for name, target in TARGETS.items()}
         loadable[path.stem] = {name for name, sentences in warned.items() if "cannot load" not in sentences}
-    assert loadable["kl_f8_d4"] == {"comfyui", "kohya", "a1111"}
-    assert loadable["kl_f8_d16"] == {"comfyui"} and loadable["kl_f4_d3"] == {"comfyui"}
-    assert loadable["kl_f16_d16"] == loadable["kl_f32_d64"] == loadable["demo"] == loadable["smoke"] == set()
+    assert loadable["kl_f8_d4"] == {"comfyui", "kohya", "a1111", "single_file"}
+    assert loadable["kl_f8_d16"] == loadable["kl_f4_d3"] == {"comfyui", "single_file"}
+    assert loadable["demo"] == loadable["smoke"] == {"single_file"}
+    assert loadable["kl_f16_d16"] == loadable["kl_f32_d64"] == set()
 
 
 @pytest.mark.slow

@@ -233,6 +233,10 @@ def _common(config: Config) -> str | None:
     return None
 
 
+def _single_file(config: Config) -> str | None:
+    return "it leaves out the attention outside of the middle block" if has_attention_levels(config) else None
+
+
 TARGETS: Mapping[str, Target] = {
     "comfyui": Target(
         "ComfyUI",
@@ -251,7 +255,7 @@ TARGETS: Mapping[str, Target] = {
     # the config, normalisation and all, is given beside the file
     "single_file": Target(
         "diffusers' from_single_file",
-        {"AutoencoderKL": Reading(), "AutoencoderKLWan": Reading(), "AutoencoderDC": Reading()},
+        {"AutoencoderKL": Reading(_single_file), "AutoencoderKLWan": Reading(), "AutoencoderDC": Reading()},
     ),
 }
 
