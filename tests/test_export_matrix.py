@@ -62,7 +62,7 @@ def write_and_read(vae: AutoencoderKL, layout: str, folder: Path) -> Autoencoder
     if layout == "diffusers":
         return AutoencoderKL.from_pretrained(write_vae(vae, folder / "vae", Normalisation(0.5)))
     if layout in TARGETS:
-        write_target(vae, path)
+        write_target(vae, path, name=layout)
     else:
         save_single_file(vae, path, layout.removeprefix("bare"))
     return load_single_file(path)
@@ -108,10 +108,11 @@ def test_at_full_size_the_names_are_a_bijection_and_tell_the_shape(path: Path) -
 def test_what_the_targets_say_to_the_shipped_configs() -> None:
     """The table of docs/export.md."""
     loadable = {}
+    programs = {name: target for name, target in TARGETS.items() if name != "single_file"}  # diffusers takes any shape
     for path in CONFIGS:
         with torch.device("meta"):
             vae = model_of(path).build()
-        warned = {name: " ".join(warnings_for(target, vae.config)) for name, target in TARGETS.items()}
+        warned = {name: " ".join(warnings_for(target, vae.config)) for name, target in programs.items()}
         loadable[path.stem] = {name for name, sentences in warned.items() if "cannot load" not in sentences}
     assert loadable["kl_f8_d4"] == {"comfyui", "kohya", "a1111", "single_file"}
     assert loadable["kl_f8_d16"] == loadable["kl_f4_d3"] == {"comfyui", "single_file"}
