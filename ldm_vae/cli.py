@@ -8,13 +8,15 @@ import importlib
 import pkgutil
 import sys
 
+import shtab
+
 from ldm_vae import __version__, commands
 from ldm_vae.core.errors import run_program
 from ldm_vae.core.request import Parser, add_actions, add_request
 
 ORDER = (
     "assets", "inspect", "config", "train", "export", "encode", "store", "evaluate", "latent_space", "report",
-    "diffuse", "probe", "reconstruct", "decode", "fp16", "drift", "tiling", "doctor", "completion",
+    "diffuse", "probe", "reconstruct", "decode", "fp16", "drift", "tiling", "doctor",
 )  # fmt: skip
 
 EPILOG = """\
@@ -37,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
     )
     top.add_argument("--version", action="version", version=f"ldm-vae {__version__}")
+    shtab.add_argument_to(top, "--print_completion", help="print a script by which a shell completes this")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     exist = [module.name for module in pkgutil.iter_modules(commands.__path__)]
     for name in sorted(exist, key=lambda verb: (ORDER.index(verb) if verb in ORDER else len(ORDER), verb)):

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from repository import ROOT
 from safetensors.torch import load_file, save_file
+from sentences import refused
 from tiny_networks import to_ldm
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
@@ -20,6 +21,7 @@ from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.single_file import load_single_file, save_single_file
 from ldm_vae.autoencoder.weights.shape import infer_config
 from ldm_vae.core import config
+from ldm_vae.core.errors import UsageError
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.targets import TARGETS, warnings_for, write_target
 from ldm_vae.training.config import Training
@@ -74,6 +76,10 @@ def write_and_read(vae: AutoencoderKL, layout: str, folder: Path) -> Autoencoder
 @every_config
 def test_round_trip(path: Path, layout: str, tmp_path: Path) -> None:
     vae = narrow(model_of(path))
+    if layout == "single_file" and path not in WITHOUT_LEVELS:
+        with refused(UsageError, "from_single_file does not take"):
+            write_and_read(vae, layout, tmp_path)
+        return
     back = write_and_read(vae, layout, tmp_path)
     before, after = vae.state_dict(), back.state_dict()
     assert list(before) == list(after)
@@ -108,11 +114,10 @@ def test_at_full_size_the_names_are_a_bijection_and_tell_the_shape(path: Path) -
 def test_what_the_targets_say_to_the_shipped_configs() -> None:
     """The table of docs/export.md."""
     loadable = {}
-    programs = {name: target for name, target in TARGETS.items() if name != "single_file"}  # diffusers takes any shape
     for path in CONFIGS:
         with torch.device("meta"):
             vae = model_of(path).build()
-        warned = {name: " ".join(warnings_for(target, vae.config)) for name, target in programs.items()}
+        warned = {name: " ".join(warnings_for(target, vae.config)) for name, target in TARGETS.items()}
         loadable[path.stem] = {name for name, sentences in warned.items() if "cannot load" not in sentences}
     assert loadable["kl_f8_d4"] == {"comfyui", "kohya", "a1111", "single_file"}
     assert loadable["kl_f8_d16"] == loadable["kl_f4_d3"] == {"comfyui", "single_file"}
