@@ -30,19 +30,20 @@ from ldm_vae.metrics.result import labels
 from ldm_vae.run.selection import at_checkpoint
 from train import autoencoder as training_program
 
-FINISHED = {"best": 32, "last": 64, "48": 48}
-KILLED = {"best": 32, "last": 48, "16": 16}
+FINISHED = {"best": 16, "last": 64, "48": 48}
+KILLED = {"best": 16, "last": 48, "32": 32}
 CASES = [(name, which) for name, kept in (("finished", FINISHED), ("killed", KILLED)) for which in kept]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is at its best in the middle: `killed` at its third checkpoint, and `finished` after that."""
+    """A run that gets worse: `killed` at its third checkpoint, and `finished` after that. Its learning rate is so high
+    that the first of four validations is the best by 2.5 dB, on any machine."""
     folder = tmp_path_factory.mktemp("home")
     images = write_images(folder / "images", 6)
     config = write_config(
         folder, images, output_dir=str(folder / "finished"), max_train_images=64, checkpoints_total_limit=2,
-        adversary={"weight": 0.0}, discriminator=None, learning_rate=0.1, lr_warmup_images=64, max_grad_norm=1.0,
+        adversary={"weight": 0.0}, discriminator=None, learning_rate=1.0, lr_warmup_images=64, max_grad_norm=1.0,
         ema_halflife_images=2, validate_every_images=16, validation_images=6, validation_metrics=["psnr"],
         best_metric="psnr", validation_data={"kind": "folder", "path": str(images)}, normalisation="shift",
     )  # fmt: skip
@@ -139,7 +140,7 @@ def test_a_store_of_a_checkpoint_is_not_taken_for_one_of_the_finished_run(home: 
         call(*encode)
     with refused(UsageError, "encoder"):
         call(*encode, "--checkpoint", "last")
-    call(*encode, "--checkpoint", "32")  # the best, by its other name
+    call(*encode, "--checkpoint", "16")  # the best, by its other name
     assert torch.equal(LatentDataset(tmp_path / "store")[0]["latents"], before)
 
 
@@ -192,15 +193,15 @@ def test_one_that_is_not_there_is_refused_with_those_that_are(home: Path, tmp_pa
         assert "16, 32, 48" in str(error.value)
     with refused(UsageError, "--checkpoint last"):
         at_checkpoint(str(home / "finished" / "vae"), "last")
-    with (checkpoints / "images-000000032" / "tensors.safetensors").open("r+b") as file:
+    with (checkpoints / "images-000000016" / "tensors.safetensors").open("r+b") as file:
         file.seek(-9, 2)
         file.write(b"damaged!!")
     with refused(UsageError, "--checkpoint best"):
         at_checkpoint(str(tmp_path / "run"), "best")
-    shutil.rmtree(checkpoints / "images-000000032")
+    shutil.rmtree(checkpoints / "images-000000016")
     with refused(UsageError, "--checkpoint best") as error:
         at_checkpoint(str(tmp_path / "run"), "best")
-    assert "images-000000032" in str(error.value) and "16, 48" in str(error.value)
+    assert "images-000000016" in str(error.value) and "32, 48" in str(error.value)
 
 
 @pytest.mark.slow
