@@ -96,7 +96,7 @@ class AutoencoderConfig(Part):
     mid_block_add_attention: bool = True
     """Self-attention in the middle, at the lowest resolution."""
     attention_levels: tuple[int, ...] = ()
-    """Which of the resolutions have self-attention behind each residual block, the full one being 0."""
+    """Resolutions with self-attention behind each residual block, the full one being 0."""
     use_quant_conv: bool = True
     """A 1x1 convolution behind the encoder (SD, SDXL: yes; SD3, FLUX: no)."""
     use_post_quant_conv: bool = True

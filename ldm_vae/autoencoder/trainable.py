@@ -44,7 +44,8 @@ class Reconstruction:
     background: torch.Tensor | None = None
 
     def seen(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What judges images sees of pixels [B, C, H, W]: of those with alpha, the colour over the background."""
+        """The images that losses and the adversary judge, of pixels [B, C, H, W]: of those with alpha, the colour over
+        the background."""
         return pixels if self.background is None else composite(pixels, self.background)
 
 

@@ -54,7 +54,7 @@ def _parts(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def visible(pixels: torch.Tensor, alpha: bool) -> torch.Tensor:
-    """What a person is shown of pixels [..., C, H, W] on the 0..255 scale: with alpha the colour over a checkerboard
+    """The picture of pixels [..., C, H, W] on the 0..255 scale: with alpha the colour over a checkerboard
     [..., 3, H, W], else the pixels themselves."""
     if not alpha:
         return pixels

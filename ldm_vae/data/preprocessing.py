@@ -104,7 +104,7 @@ class Preprocessing(Section):
 
     @property
     def decoding(self) -> Decoding:
-        """How it says that images are decoded."""
+        """The decoding that it records."""
         return Decoding(
             self.channels, self.background, self.value_range, resize=self.resize, alpha=self.alpha == "straight"
         )

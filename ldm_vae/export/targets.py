@@ -42,7 +42,7 @@ FAMILIES: Mapping[str, tuple[int, float, float | None]] = {
 
 @dataclass(frozen=True)
 class Reading:
-    """How a program reads a class: why it cannot load a config (None: it can), what it ignores of it (None: nothing),
+    """A program's reading of a class: why it cannot load a config (None: it can), what it ignores of it (None: nothing),
     and where only some of its versions can load it, which (None: all)."""
 
     why_not: Callable[[Config], str | None] = lambda config: None

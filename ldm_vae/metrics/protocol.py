@@ -39,8 +39,8 @@ class Pair:
 
     @cached_property
     def views(self) -> tuple[Pair, ...]:
-        """What metrics of colour compare: of images with alpha both as composites on black and on white, rounded to 8
-        bits; else the pair itself."""
+        """The images that metrics of colour compare: of those with alpha composites on black and on white, rounded to
+        8 bits; else the pair itself."""
         return tuple(self._over(grey) for grey in BACKGROUNDS) if self.alpha else (self,)
 
     @property
