@@ -42,8 +42,8 @@ FAMILIES: Mapping[str, tuple[int, float, float | None]] = {
 
 @dataclass(frozen=True)
 class Reading:
-    """A program's reading of a class: why it cannot load a config (None: it can), what it ignores of it (None: nothing),
-    and where only some of its versions can load it, which (None: all)."""
+    """A program's reading of a class: why it cannot load a config (None: it can), what it ignores of it (None:
+    nothing), and where only some of its versions can load it, which (None: all)."""
 
     why_not: Callable[[Config], str | None] = lambda config: None
     ignores: Callable[[Config], str | None] = lambda config: None
