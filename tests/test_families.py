@@ -47,6 +47,9 @@ def test_the_page_has_the_table_and_the_count() -> None:
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     assert f"<!-- python -m eval.families -->\n{families.table()}\n<!-- end -->" in page
     assert families.count() in page
+    served, _, existing = families.count().split()[:3]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{served} of the {existing} families of pipelines" in readme
 
 
 # --- sizes and moments ------------------------------------------------------------------------------------------------
