@@ -71,7 +71,7 @@ def count(kind: str, size: int) -> tuple[float, float]:
             r.pixels.sum().backward()
         part, _ = cut(r)
         with Cost() as own:
-            value = term(part.pixels, images) if term.domain == "pixels" else term(part)
+            value = term(part) if term.domain == "latents" else term(part.pixels, images)
             if kind != "activation_range":  # its graph is the network's own
                 value.backward()
         flops = own.flops + (_encoder(model.vae, images) if kind in NEEDS_TEACHER else 0)

@@ -125,7 +125,7 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     # --- results: numbers, a table, and pictures of a fixed choice and of the worst -----------------------------------
     if accelerator.is_main_process:
         quarantined = len(read_quarantine(quarantine_path))
-        notes = [*preparation.notes, *dict.fromkeys(filter(None, map(why_no_code, vaes)))]
+        notes = [*notes, *dict.fromkeys(filter(None, map(why_no_code, vaes)))]
         data = {
             "source": options.data, "resolution": options.resolution, "quarantined": quarantined,
             "preprocessing": preparation.identity, "notes": notes,

@@ -21,6 +21,7 @@ from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.normalisation import Normalisation, own_normalisation
+from ldm_vae.autoencoder.preparation import has_alpha
 from ldm_vae.core.errors import UsageError
 from ldm_vae.export.normalisation import is_default
 from ldm_vae.models.asymmetric import Config as AsymmetricConfig
@@ -40,7 +41,7 @@ def settings_for(vae: Any, folder: Path, **changes: Any) -> Training:
         "output_dir": folder / "run", "max_train_images": 8, "train_batch_size": 2, "learning_rate": 1e-3,
         "resolution": geometry_of(vae).side or 32, "init_from": str(folder / "base"),
         "model": {"kind": "pretrained", "in_channels": channels},
-        "data": {"kind": "folder", "path": "none", "channels": channels},
+        "data": {"kind": "folder", "path": "none", "channels": channels, "alpha": has_alpha(vae)},
     }  # fmt: skip
     return Training(**given | OBJECTIVE | changes)
 

@@ -30,7 +30,7 @@ def settings_of(folder: Path, channels: int, widths: int, image_channels: int, *
     model = {f"{side}_block_out_channels": [8] * widths for side in ("encoder", "decoder")} | blocks
     raw = {
         "output_dir": "unused", "resolution": 32,
-        "data": {"kind": "folder", "path": "nowhere", "channels": image_channels},
+        "data": {"kind": "folder", "path": "nowhere", "channels": image_channels, "alpha": image_channels == 4},
         "model": {"kind": "tiny", "latent_channels": channels, "in_channels": image_channels, **model},
         "losses": {"l1": {}, "drift": {"teacher": str(folder), "latents": "normalised"}},
         "perturbations": {"teacher_latents": {"teacher": str(folder)}},
