@@ -5,24 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from cli_call import program, run_cli
 from images import write_images
 from sentences import refused
 from tiny_classes import IMAGES, tiny
 
 from eval import diffusability, families, latent_space
-from ldm_vae import LatentDataset, evaluate, open_images, write_store
+from ldm_vae import LatentDataset, evaluate, load_autoencoder, open_images, write_store
 from ldm_vae.autoencoder.geometry import geometry_of, step_of
 from ldm_vae.autoencoder.normalisation import own_normalisation
+from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError
+from ldm_vae.diffusion.config import DiffusionTraining, load_decoder, open_latents
 from ldm_vae.export.card import Card
 from ldm_vae.metrics.linear import why_no_code
 from ldm_vae.metrics.result import describe_vae
 from ldm_vae.report import tables
 from ldm_vae.report.contents import Contents
+from train import diffusion
 
 DATA = {"images": 2, "resolution": 64}
 PROBE = "--layers 1 --heads 2 --head_dim 8 --train_images 8 --batch_size 4 --seeds 1 --samples 4 --steps 1"
+
+DIFFUSION = {
+    "output_dir": "unused", "latents": "unused", "train_batch_size": 2, "learning_rate": 1e-3, "max_train_images": 4,
+    "ema_halflife_images": 4, "log_every_images": 4, "checkpoint_every_images": 4, "sample_every_images": 4,
+    "sample_images": 2, "measure_images": 2, "dataloader_num_workers": 0, "sampling": {"steps": 1},
+    "denoiser": {"kind": "dit", "patch_size": 1, "num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 16},
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -52,6 +63,15 @@ def test_every_verb_takes_it(name: str, tmp_path: Path) -> None:
     assert len(list((tmp_path / "decoded").glob("*.png"))) == 2
     program(latent_space, vae, images, "--output", tmp_path / "space", "--likelihood_images", 2, *side, *channels)
     program(diffusability, vae, images, "--output", tmp_path / "probe", *PROBE.split(), *side, *channels)
+    law = () if own_normalisation(network) else ("--normalisation", "scale")
+    (tmp_path / "diffusion.yaml").write_text(yaml.safe_dump(DIFFUSION))
+    denoise = (tmp_path / "diffusion.yaml", "--latents", store, "--output_dir", tmp_path / "denoised", *law)
+    if name == "VQModel":  # codes
+        with refused(UsageError, "indices"):
+            program(diffusion, *denoise)
+    else:
+        program(diffusion, *denoise)
+        assert (tmp_path / "denoised" / "denoiser" / "config.json").is_file()
     assert run_cli("fp16", "audit", vae, images, "--images", 1, *side, *channels) == 0
     wide = min(write_images(tmp_path / "wide", 1, (96, 64)).iterdir())
     tiled = run_cli("tiling", vae, wide, "--tile", 32, "--overlap", 0.5, *channels)
@@ -130,3 +150,15 @@ def test_why_there_is_no_linear_code() -> None:
     more = tiny("AutoencoderKL", latent_channels=16)
     assert "which gives 16 numbers for the 12 of a patch" in str(why_no_code(more))
     assert all(why_no_code(tiny(name)) is None for name in IMAGES if name != "VQModel")
+
+
+def test_a_store_that_names_no_vae_needs_one_for_samples(tmp_path: Path) -> None:
+    vae = tiny("AutoencoderKL")
+    vae.save_pretrained(tmp_path / "vae")
+    source = open_images(str(write_images(tmp_path / "images", 2)), vae)
+    write_store(load_autoencoder(tmp_path / "vae"), source, tmp_path / "store", resolution=32)
+    settings = config.validate(DiffusionTraining, DIFFUSION | {"latents": str(tmp_path / "store")}, "test")
+    with refused(UsageError, "does not name the VAE that made it"):
+        load_decoder(settings, open_latents(settings))
+    named = settings.model_copy(update={"vae": str(tmp_path / "vae")})
+    assert load_decoder(named, open_latents(named)) is not None

@@ -171,6 +171,8 @@ def load_decoder(settings: DiffusionTraining, latents: StoredLatents) -> Any:
     """
     manifest = latents.dataset.manifest
     name = settings.vae or manifest.recorded.vae
+    if not name:  # of a store that `write_store` was not told a name for
+        raise UsageError(f"vae: {settings.latents} does not name the VAE that made it; expected its folder or hub id")
     try:
         vae = load_autoencoder(name)
     except UsageError as error:
