@@ -165,7 +165,7 @@ def test_an_equivariant_target_mixes_in_no_invisible_colour() -> None:
 
 
 def test_equivariance_is_measured_of_composites() -> None:
-    """What is hidden has no part in the target; the latents here are those of nothing."""
+    """Hidden colour has no part in the target; the latents here are those of nothing."""
     image = torch.from_numpy(cut()).permute(2, 0, 1)[None]
     other = torch.where(image[:, 3:] > 0, image, 200 * (torch.arange(4) < 3).view(1, 4, 1, 1).to(torch.uint8))
     torch.manual_seed(0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import tomllib
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config import config_args
+from repository import ROOT
 from sentences import refused
 
 from ldm_vae.cli import call
@@ -72,6 +74,12 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = found()
     assert lines["packages"].advice == "pip install datasets"
     assert "tiff (unusual TIFFs)" in lines["extras"].found and lines["extras"].advice is None
+
+
+def test_every_extra_is_known() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {*doctor.EXTRAS} == {*extras} - {"dev"}
+    assert all(any(one.startswith(package) for one in extras[name]) for name, (package, _) in doctor.EXTRAS.items())
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

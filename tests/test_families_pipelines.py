@@ -1,4 +1,4 @@
-"""What a store gives is what pipelines of diffusers give their diffusion model, and what they show of it: their own
+"""A store gives what pipelines of diffusers give their diffusion model, and shows what they show of it: their own
 lines, run with a tiny VAE, to the bit."""
 
 from __future__ import annotations

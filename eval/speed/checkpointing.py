@@ -58,12 +58,12 @@ def count(name: str, checkpointing: bool) -> int:
 def _in_a_process(name: str, checkpointing: bool) -> tuple[int, float]:
     """(bytes, seconds) of one pass in a process of its own, which finds no memory that another pass left."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found: tuple[int, float] = pool.apply(_measure, (name, checkpointing, RESOLUTION))
+        found: tuple[int, float] = pool.apply(_measure, (name, checkpointing))
         return found
 
 
-def _measure(name: str, checkpointing: bool, resolution: int) -> tuple[int, float]:
-    vae, pixels = _trainable(name, checkpointing, resolution)
+def _measure(name: str, checkpointing: bool) -> tuple[int, float]:
+    vae, pixels = _trainable(name, checkpointing)
     with torch.no_grad():  # libraries load what they need at their first call
         latents.encode(vae, pixels[:, :, :64, :64])
     started = time.perf_counter()
@@ -72,11 +72,11 @@ def _measure(name: str, checkpointing: bool, resolution: int) -> tuple[int, floa
     return memory.bytes, time.perf_counter() - started
 
 
-def _trainable(name: str, checkpointing: bool, resolution: int = 0) -> tuple[Any, torch.Tensor]:
-    vae, side = network(name).train().requires_grad_(True), resolution or RESOLUTION
+def _trainable(name: str, checkpointing: bool) -> tuple[Any, torch.Tensor]:
+    vae = network(name).train().requires_grad_(True)
     if checkpointing:
         enable_checkpointing(vae)
-    return vae, torch.rand(1, 3, side, side) * 2 - 1
+    return vae, torch.rand(1, 3, RESOLUTION, RESOLUTION) * 2 - 1
 
 
 def _backward(vae: Any, pixels: torch.Tensor) -> None:

