@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,13 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
     assert plain.keys() == again.keys()
     for key, value in plain.items():
         torch.testing.assert_close(again[key], value, rtol=1e-10, atol=1e-10)
+
+
+def test_whole_blocks_are_computed_again() -> None:
+    """An attention block's list of projections is a part of it: alone, it would leave the attention in memory."""
+    enable_checkpointing(vae := tiny("AutoencoderDC"))
+    wrapped = {type(one).__name__ for one in vae.modules() if isinstance(vars(one).get("forward"), partial)}
+    assert wrapped == {"ResBlock", "EfficientViTBlock"}
 
 
 def test_a_decoder_that_draws_noise_is_not_trained() -> None:
