@@ -156,6 +156,8 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
     # --- measure: the originals once, then each VAE's reconstructions, and its samples seed by seed -------------------
     chosen = spread(len(datasets[0]), options.samples)
     originals = judge.of(original_images(source, datasets[0], chosen, options))
+    seen = torch.cat(list(original_images(source, datasets[0], chosen[:SHOWN], options)))
+    show(options.output / "pictures" / "originals.png", seen, judge.alpha)
     found = []
     for candidate in candidates:
         candidate.vae.to(device)
@@ -174,7 +176,8 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
     }  # fmt: skip
     data = {"source": options.data, "keys": datasets[0].manifest.source.keys,
             "preprocessing": preparation.identity, "notes": list(preparation.notes)}  # fmt: skip
-    results = {"protocol": protocol, "data": data, "vaes": found, "verdicts": verdicts(found),
+    results = {"protocol": protocol, "data": data, "originals": "pictures/originals.png",
+               "vaes": found, "verdicts": verdicts(found),
                "settings": result.settings(device, options.batch_size), "versions": result.versions()}  # fmt: skip
     result.write(options.output / "diffusability.json", results)
     result.write(options.output / "diffusability.md", markdown(results))

@@ -54,6 +54,7 @@ def test_a_run_without_distances_has_no_table_of_them(tmp_path: Path) -> None:
 
 def probe(folder: Path) -> Path:
     vaes = []
+    picture(folder / "pictures" / "originals.png", 8 * 34, 2 * 34)
     for name, gap in (("plain", 12.0), ("a-rather-long-name-of-an-autoencoder", 80.0)):
         for kind in ("samples", "reconstructions"):
             picture(folder / "pictures" / f"{name}.{kind}.png", 8 * 34, 2 * 34)
@@ -78,4 +79,5 @@ def test_the_probe_shows_gaps_with_their_intervals(tmp_path: Path) -> None:
     assert page.sections == ["diffusability"]
     assert "A sentence." in page.text and "32,000 images" in page.text
     assert "10.0 to 14.0" in page.text and "78.0 to 82.0" in page.text and "8 × 16 × 16" in page.text
-    assert len([image for image in page.all("img") if image["src"].startswith("data:image/webp")]) == 4
+    assert len([image for image in page.all("img") if image["src"].startswith("data:image/webp")]) == 5
+    assert "Probe report" in page.text and "originals, evenly spread" in page.text

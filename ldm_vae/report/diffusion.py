@@ -16,6 +16,10 @@ SETS = {  # of images that were compared: heading and meaning
     "field": ("Gaussian fields", "decoded; with the mean, deviation and spectrum of the latents"),
     "noise": ("noise", "decoded; N(0, I) at the latents' scale, what the sampler starts from"),
 }
+SHOWN = {  # pictures of the probe: caption
+    "reconstructions": "reconstructions of the originals above",
+    "samples": "samples of the diffusion model, decoded",
+}
 
 
 def run(folder: Path, found: Json | None) -> Json | None:
@@ -78,13 +82,19 @@ def probe(home: Path, found: Json | None) -> Json | None:
                     _cell(f"{entry['network']['gflop_per_image']:.3g}"),
                 ],
                 "pictures": [
-                    {"uri": images.embed(path), "caption": kind}
-                    for kind in ("reconstructions", "samples")
+                    {"uri": images.embed(path), "caption": caption}
+                    for kind, caption in SHOWN.items()
                     if (path := images.inside(home, entry["pictures"][kind])).is_file()
                 ],
             }
         )
-    return {"verdicts": found["verdicts"], "vaes": vaes, "protocol": found["protocol"]}
+    originals = images.inside(home, found.get("originals", "pictures/originals.png"))
+    return {
+        "verdicts": found["verdicts"],
+        "vaes": vaes,
+        "protocol": found["protocol"],
+        "originals": images.embed(originals) if originals.is_file() else None,
+    }
 
 
 def _interval(summary: Json | None, form: str) -> Json:

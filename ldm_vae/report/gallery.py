@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,23 +32,20 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
         return None
     errors = [[images.error(original, other) for other in others] for original, others in pixels]
     # one scale for all, so that maps compare; a few outliers may saturate
-    largest = float(np.quantile(np.concatenate([error.ravel() for row in errors for error in row]), 0.998))
+    largest = _end([error for row in errors for error in row])
+    reach = math.ceil(max(1.0, _end([np.abs(other - original) for original, others in pixels for other in others])))
     perceived = [
-        [
-            images.read_pixels(images.inside(folder, vae["lpips"]))[:, :, 0] if "lpips" in vae else None
-            for vae in picture["vaes"]
-        ]
+        [images.read_map(images.inside(folder, vae["lpips"])) if "lpips" in vae else None for vae in picture["vaes"]]
         for picture in pictures
     ]
-    everywhere = [values.ravel() for row in perceived for values in row if values is not None]
-    most = float(np.quantile(np.concatenate(everywhere), 0.998)) if everywhere else 0.0
+    most = _end([values for row in perceived for values in row if values is not None])
     cards = []
     for picture, (original, others), row, seen in zip(pictures, pixels, errors, perceived, strict=True):
         vaes = [
             {
                 "name": name,
                 "reconstruction": images.embed(images.inside(folder, vae["reconstruction"])),
-                "difference": images.difference(original, other),
+                "difference": images.difference(original, other, reach),
                 "heat": images.heat_map(error, largest),
                 "lpips": None if where is None else images.heat_map(where, most),
                 "latent": images.embed(images.inside(folder, vae["latent"])),
@@ -71,11 +69,17 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
         "shown": [card for card in cards if card["kind"] == "shown"],
         "worst": [card for card in cards if card["kind"] == "worst"],
         "worst_above": [card["key"] for card in cards if card["kind"] == "shown" and card["index"] in worst],
-        "largest": f"{largest:.0f}",
-        "gain": images.DIFFERENCE_GAIN,
+        "largest": f"{largest:.3g}",
+        "reach": reach,
+        "most": f"{most:.2g}" if most else "",
         "stops": ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in images.STOPS),
         "pixelated": pixels[0][0].shape[1] < SHOWN_WIDTH,
     }
+
+
+def _end(maps: Sequence[images.Pixels]) -> float:
+    """End of the scale of such maps: a few outliers lie beyond it."""
+    return float(np.quantile(np.concatenate([values.ravel() for values in maps]), 0.998)) if maps else 0.0
 
 
 KINDS = {  # of samples: title and explanation
@@ -96,7 +100,7 @@ def samples(files: Sequence[Path]) -> list[Json]:
     kinds = list(dict.fromkeys(path.stem.rpartition("-")[0] for path in files))
     groups = []
     for kind in sorted(kinds, key=lambda kind: (kind not in KINDS, list(KINDS).index(kind) if kind in KINDS else 0)):
-        title, text = KINDS.get(kind, (kind.capitalize(), ""))
+        title, text = KINDS.get(kind, (kind, ""))
         own = [path for path in files if path.stem.rpartition("-")[0] == kind]
         groups.append({"title": title, "text": text, "pictures": [images.embed(path) for path in own],
                        "pixelated": images.read_pixels(own[0]).shape[1] < SHOWN_WIDTH})  # fmt: skip

@@ -50,7 +50,7 @@ def render(contents: Contents) -> str:
     home, log, results = contents.home, contents.log, contents.results
     view: dict[str, Any] = {
         "title": contents.name,
-        "kind": "Diffusion report" if contents.diffusion and not results else "Autoencoder report",
+        "kind": _kind(contents),
         "version": __version__,
         "shown_width": SHOWN_WIDTH,
         "published": tables.published() if results else [],
@@ -95,3 +95,10 @@ def render(contents: Contents) -> str:
             return environment.get_template("index.html.j2").render(view)
         except UndefinedError as error:
             raise ValueError(str(error)) from error
+
+
+def _kind(contents: Contents) -> str:
+    if contents.results or (contents.log and not contents.diffusion):
+        return "Autoencoder report"
+    kinds = {"Diffusion": contents.diffusion, "Probe": contents.diffusability, "Latent space": contents.latent_space}
+    return f"{next((kind for kind, found in kinds.items() if found), 'Autoencoder')} report"
