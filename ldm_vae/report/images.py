@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 Pixels = npt.NDArray[np.float64]
 
+GAP = 2  # pixels between the parts of a strip
 POSITIVE, NEGATIVE = (59, 125, 235), (226, 112, 32)  # readable on white and on black
 # dark to light through violet and orange: readable in both schemes, ordered in grey too
 STOPS = ((13, 12, 34), (63, 15, 92), (133, 32, 106), (205, 65, 73), (247, 133, 60), (252, 208, 110), (252, 253, 215))
@@ -44,6 +46,19 @@ def embed(path: Path) -> str:
     """A picture file as a data URI, pixel for pixel; WebP is a quarter smaller than PNG."""
     with Image.open(path) as image:
         return _uri(image.convert("RGBA" if image.mode == "RGBA" else "RGB"), lossless=True)
+
+
+def cut_out(path: Path, boxes: Sequence[tuple[int, int, int, int]]) -> str:
+    """Parts (left, top, width, height) of a picture file beside each other. Raises ValueError for one that lies outside
+    of it, or has another size than the first."""
+    _, _, width, height = boxes[0]
+    with Image.open(path) as image:
+        if any(min(box) < 0 or box[0] + width > image.width or box[1] + height > image.height for box in boxes):
+            raise ValueError(f"{path.name}: a part lies outside of its {image.width} x {image.height} pixels")
+        strip = Image.new("RGBA", (len(boxes) * (width + GAP) - GAP, height))
+        for place, (left, top, *_) in enumerate(boxes):
+            strip.paste(image.convert("RGBA").crop((left, top, left + width, top + height)), (place * (width + GAP), 0))
+    return _uri(strip, lossless=True)
 
 
 def difference(original: Pixels, reconstruction: Pixels, reach: float) -> str:
