@@ -132,14 +132,21 @@ def bar_chart(values: Sequence[float], *, label: str, y: str) -> Markup:
     return _drawing(label, HEIGHT, parts)
 
 
+def ends(values: Sequence[float]) -> list[int]:
+    """Channels that a table names: all of at most MOST; of more as many in their order, half of them with the largest
+    values, half with the smallest."""
+    if len(values) <= MOST:
+        return list(range(len(values)))
+    order = sorted(range(len(values)), key=lambda channel: -values[channel])
+    return order[: MOST // 2] + order[-MOST // 2 :]
+
+
 def extremes(values: Sequence[float], unit: str) -> str:
     """Sentence that names the channels whose bars `bar_chart` has no room for; empty where it draws them all."""
     if len(values) <= MOST:
         return ""
-    order = sorted(range(len(values)), key=lambda channel: -values[channel])
-    ends = (", ".join(f"{channel} ({amount(values[channel])})" for channel in part) for part in (order[:3], order[-3:]))
-    largest, smallest = ends
-    return f"Largest: channels {largest} {unit}; smallest: {smallest}."
+    named = [f"{channel} ({amount(values[channel])})" for channel in ends(values)]
+    return f"Largest: channels {', '.join(named[:3])} {unit}; smallest: {', '.join(named[-3:])}."
 
 
 def small_charts(curves: dict[int, Sequence[tuple[float, float]]], *, label: str, x: str, y: str) -> Markup:

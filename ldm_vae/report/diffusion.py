@@ -18,7 +18,7 @@ SETS = {  # of images that were compared: heading and meaning
     "noise": ("noise", "decoded; N(0, I) at the latents' scale, what the sampler starts from"),
 }
 SHOWN = {  # pictures of the probe: caption
-    "reconstructions": "reconstructions of the originals above",
+    "reconstructions": "reconstructions of the originals",
     "samples": "samples of the diffusion model, decoded",
 }
 

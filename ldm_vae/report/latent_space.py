@@ -11,7 +11,7 @@ import numpy as np
 from ldm_vae.latent_space import summary
 from ldm_vae.metrics.titles import amount
 from ldm_vae.report import images
-from ldm_vae.report.charts import bar_chart, extremes
+from ldm_vae.report.charts import bar_chart, ends, extremes
 from ldm_vae.report.tables import latent_spectrum
 
 Json = dict[str, Any]
@@ -43,7 +43,8 @@ def section(home: Path, found: Json | None) -> Json | None:
         "spectrum": latent_spectrum(found["spectrum"]["latents"]),
         "correlation": _correlation(channels["correlation"]) if len(channels["mean"]) > 1 else None,
         "heads": summary.CHANNEL_HEADS,
-        "channels": summary.channel_rows(found),
+        "channels": [summary.channel_rows(found)[channel] for channel in ends(kl or channels["std"])],
+        "count": len(channels["mean"]),
         "interpolations": _pairs(home, [entry for entry in pictures if entry["kind"] == "interpolation"]),
         "traversals": [
             _strip(home, entry, _channel_name(entry["channel"], kl))

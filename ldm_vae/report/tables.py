@@ -18,7 +18,7 @@ from ldm_vae.core.programs import words_of
 from ldm_vae.data.transforms import decoding_of
 from ldm_vae.metrics.result import LINEAR, how_decoded
 from ldm_vae.metrics.titles import TITLES, amount, heading, measured, number
-from ldm_vae.report.charts import Series, bar_chart, extremes, line_chart
+from ldm_vae.report.charts import Series, bar_chart, ends, extremes, line_chart
 from ldm_vae.report.contents import Contents
 
 Json = dict[str, Any]
@@ -156,8 +156,16 @@ def latents(result: Json) -> Json | None:
         Series("reconstruction", _frequencies(spectrum["reconstruction"])),
     ]
     # a codebook or a distilled encoder has no variance, hence no KL
-    nats_per_channel = [amount(nats) for nats in kl] if kl else [""] * len(found["mean"])
-    rows = zip(nats_per_channel, found["mean"], found["std"], found["noise_std"], strict=True)
+    rows = [
+        {
+            "number": channel,
+            "kl": amount(kl[channel]) if kl else "",
+            "mean": f"{found['mean'][channel]:+.3f}",
+            "std": f"{found['std'][channel]:.3f}",
+            "noise": f"{found['noise_std'][channel]:#.3g}",
+        }
+        for channel in ends(kl or found["std"])
+    ]
     rate = (
         {
             "kl_total": f"{sum(kl):,.0f}",
@@ -170,10 +178,8 @@ def latents(result: Json) -> Json | None:
     )
     return rate | {
         "name": result["vae"]["name"],
-        "channels": [
-            {"kl": nats, "mean": f"{mean:+.3f}", "std": f"{std:.3f}", "noise": f"{noise:#.3g}"}
-            for nats, mean, std, noise in rows
-        ],
+        "channels": rows,
+        "count": len(found["mean"]),
         "image_spectrum": line_chart(
             before_after,
             label="power spectra of originals and reconstructions",
