@@ -100,7 +100,7 @@ def test_a_difference_fills_its_scale_and_the_page_says_which(tmp_path: Path, er
     found = gallery(
         tmp_path, [{"name": "000", "key": "k", "index": 0, "kind": "shown", "vaes": [vae]}], [{"vae": {"name": "v"}}]
     )
-    assert found is not None and found["reach"] == error
+    assert found is not None and found["scales"]["shown"]["reach"] == error
     values = decoded(found["shown"][0]["vaes"][0]["difference"])
     assert ((values == 0) | (values == 255)).mean() < 0.05, "saturated"
     assert values.max() - values.min() > 200, "hardly to be seen"

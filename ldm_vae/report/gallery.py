@@ -18,7 +18,7 @@ SHOWN_WIDTH = 256  # CSS pixels of a picture in the gallery: a 64 px crop is enl
 
 
 def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Json | None:
-    """Everything the template needs of `pictures` (pictures.json): shown and worst ones, and the error maps' scale."""
+    """Everything the template needs of `pictures` (pictures.json): shown and worst ones, and their maps' scales."""
     names = [result["vae"]["name"] for result in results]
     worst = {entry["index"] for entry in results[0].get("worst", [])} if results else set()
     folder = home / "pictures"
@@ -31,23 +31,30 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
     if not pixels:
         return None
     errors = [[images.error(original, other) for other in others] for original, others in pixels]
-    # one scale for all, so that maps compare; a few outliers may saturate
-    largest = _end([error for row in errors for error in row])
-    reach = math.ceil(max(1.0, _end([np.abs(other - original) for original, others in pixels for other in others])))
     perceived = [
         [images.read_map(images.inside(folder, vae["lpips"])) if "lpips" in vae else None for vae in picture["vaes"]]
         for picture in pictures
     ]
-    most = _end([values for row in perceived for values in row if values is not None])
+    # one scale for all of a kind, so that maps compare; the worst would leave nothing to be seen of the others
+    scales: dict[str, Json] = {}
+    for kind in ("shown", "worst"):
+        chosen = [place for place, picture in enumerate(pictures) if picture["kind"] == kind]
+        differences = [np.abs(other - pixels[place][0]) for place in chosen for other in pixels[place][1]]
+        scales[kind] = {
+            "reach": math.ceil(max(1.0, _end(differences))),
+            "largest": _end([error for place in chosen for error in errors[place]]),
+            "most": _end([values for place in chosen for values in perceived[place] if values is not None]),
+        }
     cards = []
     for picture, (original, others), row, seen in zip(pictures, pixels, errors, perceived, strict=True):
+        scale = scales[picture["kind"]]
         vaes = [
             {
                 "name": name,
                 "reconstruction": images.embed(images.inside(folder, vae["reconstruction"])),
-                "difference": images.difference(original, other, reach),
-                "heat": images.heat_map(error, largest),
-                "lpips": None if where is None else images.heat_map(where, most),
+                "difference": images.difference(original, other, scale["reach"]),
+                "heat": images.heat_map(error, scale["largest"]),
+                "lpips": None if where is None else images.heat_map(where, scale["most"]),
                 "latent": images.embed(images.inside(folder, vae["latent"])),
                 "metrics": _metrics(vae["metrics"]),
             }
@@ -69,9 +76,7 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
         "shown": [card for card in cards if card["kind"] == "shown"],
         "worst": [card for card in cards if card["kind"] == "worst"],
         "worst_above": [card["key"] for card in cards if card["kind"] == "shown" and card["index"] in worst],
-        "largest": f"{largest:.3g}",
-        "reach": reach,
-        "most": f"{most:.2g}" if most else "",
+        "scales": scales,
         "stops": ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in images.STOPS),
         "pixelated": pixels[0][0].shape[1] < SHOWN_WIDTH,
     }

@@ -6,10 +6,12 @@ build_report(Path("compared"))           what eval.reconstruction or eval.latent
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+from markupsafe import Markup, escape
 
 from ldm_vae import __version__
 from ldm_vae.core import atomic_io
@@ -47,6 +49,7 @@ def render(contents: Contents) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["code"] = _code
     home, log, results = contents.home, contents.log, contents.results
     view: dict[str, Any] = {
         "title": contents.name,
@@ -95,6 +98,11 @@ def render(contents: Contents) -> str:
             return environment.get_template("index.html.j2").render(view)
         except UndefinedError as error:
             raise ValueError(str(error)) from error
+
+
+def _code(sentence: str) -> Markup:
+    """A sentence of a terminal or of Markdown, `code` in it as an element."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(sentence))))
 
 
 def _kind(contents: Contents) -> str:

@@ -234,7 +234,6 @@ def protocol(results: Sequence[Json]) -> list[str]:
     decoded = "the mode of the posterior" if used["posterior"] == "mode" else "one keyed draw of the posterior"
     bad = data["quarantined"]
     left_out = f", {bad} could not be read and {'is' if bad == 1 else 'are'} left out" if bad else ""
-    decoded_as = how_decoded(data).replace(" `", " “").replace("`", "”")
     whole = decoding_of(data.get("preprocessing", ""))
     as_they_are = whole is not None and whole.resize == "none"
     size = (
@@ -243,7 +242,7 @@ def protocol(results: Sequence[Json]) -> list[str]:
     return [
         f"Protocol “{used['name']}”, version {used['version']}.",
         f"{data['images']:,} images of {data['source']}{left_out}; each counted exactly once.",
-        f"{size}, centre crop of {data['resolution']} px.{decoded_as}",
+        f"{size}, centre crop of {data['resolution']} px.{how_decoded(data)}",
         f"Decoded from {decoded}; output clamped to [−1, 1] and {ROUNDING[used['rounding']]} before every metric.",
         "PSNR per image on the 8-bit range, then averaged; SSIM with a Gaussian window of 11, σ 1.5, range 255.",
         "Intervals: 95 % of the mean over images (Student’s t); images are taken as independent, which crops of one "
