@@ -176,8 +176,7 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
     }  # fmt: skip
     data = {"source": options.data, "keys": datasets[0].manifest.source.keys,
             "preprocessing": preparation.identity, "notes": list(preparation.notes)}  # fmt: skip
-    results = {"protocol": protocol, "data": data, "originals": "pictures/originals.png",
-               "vaes": found, "verdicts": verdicts(found),
+    results = {"protocol": protocol, "data": data, "vaes": found, "verdicts": verdicts(found),
                "settings": result.settings(device, options.batch_size), "versions": result.versions()}  # fmt: skip
     result.write(options.output / "diffusability.json", results)
     result.write(options.output / "diffusability.md", markdown(results))

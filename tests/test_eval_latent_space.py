@@ -92,7 +92,7 @@ def test_one_vae(
 
     # the page has every picture and number
     page = build_report(out).read_text(encoding="utf-8")
-    assert '<section id="latent-space">' in page
+    assert '<section id="latent-space">' in page and "Latent space report" in page
     assert len(re.findall(r'src="data:image/webp;base64,', page)) == len(files) + 1  # the correlation
     assert all(sentence in html.unescape(page) for sentence in (summary.about_normal(found), "img_0000.png to img_"))
     # words keep their capitals, and the correlation has its scale

@@ -57,7 +57,7 @@ def labelled_run(folder: Path, labels: int, **changes: Any) -> Path:
     """A run of 2 samples of each label, in two columns."""
     layout = {"columns": 2, "width": 8, "height": 8, "gap": 4, "strip": 16} | changes
     names = [f"N(0, I) {number}" for number in range(labels)]
-    run = diffusion_run(folder, labels=names * 2, originals="originals.png", **layout | {"classes": names})
+    run = diffusion_run(folder, labels=names * 2, **layout | {"classes": names})
     for name in ("images-000016000", "originals"):
         picture(run / "samples" / f"{name}.png", 2 * 12 + 4, labels * 28 + 4)
     return run
@@ -87,7 +87,7 @@ def test_a_record_that_leads_out_of_its_picture_is_refused(tmp_path: Path) -> No
 
 
 def test_samples_without_labels_have_originals_too(tmp_path: Path) -> None:
-    run = diffusion_run(tmp_path / "run", classes=[], labels=[], originals="originals.png")
+    run = diffusion_run(tmp_path / "run", classes=[], labels=[])
     picture(run / "samples" / "originals.png")
     page = Page(build_report(run).read_text())
     assert "images of the store, encoded and decoded" in page.text and "samples at 16k images" in page.text

@@ -130,7 +130,6 @@ def record_originals(
     """Write RUN/samples/originals.png: latents [N, c, h, w] of the store, decoded, in the order of samples."""
     images = torch.cat([generator.decode(part) for part in torch.split(stored, batch_size)])
     _grid(run / "samples" / "originals.png", images, generator, names)
-    _record(run, {"originals": "originals.png"})
 
 
 def _grid(path: Path, images: torch.Tensor, generator: Generator, names: Sequence[str]) -> dict[str, int]:

@@ -27,15 +27,15 @@ def run(folder: Path, found: Json | None) -> Json | None:
     """RUN/samples and RUN/report/diffusion.json (`found`); None where there is no such run."""
     if found is None:
         return None
-    grids = [images.inside(folder / "samples", name) for name in found["grids"]]
+    named = [images.inside(folder / "samples", name) for name in found["grids"]]
+    grids = [path for path in named if path.is_file()]
+    if not grids:
+        return None
     shown = [
         {"uri": images.embed(path), "caption": f"at {compact(_images_of(path))} images", "width": _width(path)}
         for path in grids
-        if path.is_file()
     ]
-    if not shown:
-        return None
-    originals = images.inside(folder / "samples", found.get("originals", "originals.png"))
+    originals = images.inside(folder / "samples", "originals.png")
     beside = originals if originals.is_file() else None
     return {
         "last": shown[-1],
@@ -111,7 +111,7 @@ def probe(home: Path, found: Json | None) -> Json | None:
                 ],
             }
         )
-    originals = images.inside(home, found.get("originals", "pictures/originals.png"))
+    originals = images.inside(home, "pictures/originals.png")
     return {
         "verdicts": found["verdicts"],
         "vaes": vaes,

@@ -66,8 +66,6 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
                 "key": picture["key"],
                 "index": picture["index"],
                 "kind": picture["kind"],
-                "width": original.shape[1],
-                "height": original.shape[0],
                 "original": images.embed(images.inside(folder, f"{picture['name']}.original.png")),
                 "vaes": vaes,
             }

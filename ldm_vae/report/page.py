@@ -53,7 +53,7 @@ def render(contents: Contents) -> str:
     home, log, results = contents.home, contents.log, contents.results
     view: dict[str, Any] = {
         "title": contents.name,
-        "kind": _kind(contents),
+        "kind": f"{_kind(contents)} report",
         "version": __version__,
         "shown_width": SHOWN_WIDTH,
         "published": tables.published() if results else [],
@@ -106,7 +106,8 @@ def _code(sentence: str) -> Markup:
 
 
 def _kind(contents: Contents) -> str:
-    if contents.results or (contents.log and not contents.diffusion):
-        return "Autoencoder report"
-    kinds = {"Diffusion": contents.diffusion, "Probe": contents.diffusability, "Latent space": contents.latent_space}
-    return f"{next((kind for kind, found in kinds.items() if found), 'Autoencoder')} report"
+    if contents.results:
+        return "Autoencoder"
+    if contents.diffusion:
+        return "Diffusion"
+    return "Probe" if contents.diffusability else "Autoencoder" if contents.log else "Latent space"

@@ -52,30 +52,16 @@ HEALTH = (
         "loss",
         {"adversary/discriminator": "discriminator", "adversary/generator": "generator"},
     ),
-    Group(
-        "Adversary's weight",
-        "Balances its gradient with the other terms'.",
-        "weight",
-        {"adversary/weight": "weight"},
-        True,
-    ),
+    Group("Adversary's weight", "Balances the gradients.", "weight", {"adversary/weight": "weight"}, log=True),
     Group(
         "Discriminator accuracy",
         "Near 1 on both: it has won. Near 0.5: it has learned nothing.",
         "share told right",
         {"health/real_accuracy": "originals", "health/fake_accuracy": "reconstructions"},
     ),
-    Group(
-        "Logit margin", "Mean logit of originals minus reconstructions.", "logits", {"health/logit_margin": "margin"}
-    ),
+    Group("Logit margin", "Originals minus reconstructions.", "mean logit", {"health/logit_margin": "margin"}),
     Group("Gradient norms", "A jump announces trouble.", "norm", {"gradient_norm/*": ""}, log=True),
-    Group(
-        "Regularisers",
-        "R1 and LeCAM, times their weights.",
-        "loss",
-        {"adversary/r1": "R1", "adversary/lecam": "LeCAM"},
-        True,
-    ),
+    Group("Regularisers", "Times their weights.", "loss", {"adversary/r1": "R1", "adversary/lecam": "LeCAM"}, log=True),
 )
 SEEN = "images seen"
 # of numbers that the log has for each channel: title and unit
@@ -122,11 +108,11 @@ def _channels(series: dict[str, list[tuple[float, float]]]) -> list[Chart]:
         title, unit = PER_CHANNEL.get(name, (name, name))
         last = [curves[channel][-1][1] for channel in sorted(curves)]
         shown = f"{MOST} of {len(curves)}, evenly spread by their last value" if len(curves) > MOST else "Each"
+        small = small_charts(curves, label=f"{title} over images seen", x=SEEN, y=unit)
         hint = f"{shown}, on one scale; left its number, right its last value."
-        drawing = small_charts(curves, label=f"{title} over images seen", x=SEEN, y=unit)
-        charts.append(Chart(f"{title}, over training", hint, drawing))
-        hint = f"Last logged values. {extremes(last, unit)}".strip()
-        charts.append(Chart(f"{title}, at the end", hint, bar_chart(last, label=f"{title} at the end", y=unit)))
+        bars = bar_chart(last, label=f"{title} at the end", y=unit)
+        charts.append(Chart(f"{title}, over training", hint, small))
+        charts.append(Chart(f"{title}, at the end", f"Last logged values. {extremes(last, unit)}", bars))
     return charts
 
 
