@@ -260,13 +260,13 @@ def test_bars_are_as_high_as_their_values() -> None:
 
 
 def test_compact_numbers() -> None:
-    assert [compact(value) for value in (0, 950, 16_000, 1.25e6, 2.5e-5, 1e-4)] == [
+    assert [compact(value) for value in (0, 950, 16_000, 1.25e6, 2.5e-5, 1.25e-4)] == [
         "0",
         "950",
         "16k",
         "1.25M",
         "2.5e-5",
-        "1e-4",
+        "1.25e-4",
     ]
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from ldm_vae.metrics.titles import amount
 
 WIDTH, HEIGHT = 400, 260
-LEFT, RIGHT, TOP, BOTTOM = 54, 10, 36, 44
+LEFT, RIGHT, TOP, BOTTOM = 58, 10, 36, 44
 COLOURS = 5  # of the style sheet; the lines after them are dashed
 MOST = 16  # of what has a bar or a small chart of its own: a latent may have 768 channels
 
@@ -84,7 +84,7 @@ def line_chart(
         shift = -5 if side == "end" else 5
         parts.append(
             f'<line class="mark" x1="{across}" x2="{across}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-            f'<text class="mark" x="{across + shift}" y="{TOP + 11}" text-anchor="{side}">{escape(mark[1])}</text>'
+            f'<text class="mark" x="{across + shift}" y="{TOP - 6}" text-anchor="{side}">{escape(mark[1])}</text>'
         )
     for number, s in enumerate(series):
         spots = [place(x, y) for x, y in s.points]
@@ -230,7 +230,8 @@ def compact(value: float) -> str:
         if size >= limit:
             return f"{value / limit:.4g}{letter}"
     if size and size < 1e-3:
-        return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:.4g}"
 
 
