@@ -210,6 +210,7 @@ FIGURES = {  # as logged => its title, and the decimals that mean something
     "kl_nats_per_image": ("rate, nats an image", 2),
     "elbo/nats_per_image": ("evidence lower bound, nats an image", 2),
 }
+SHOWN = {"kl_nats_per_image": (0, 10), "elbo/nats_per_image": (-32, -21)}  # of the plot: what lies beyond is cut off
 
 
 def spread(values: list[float], decimals: int) -> str:
@@ -243,19 +244,19 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     colours = dict(zip(dict.fromkeys(one["remedy"] for one in found), ("C3", "C0", "C2", "C1"), strict=True))
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     for axis, (name, (title, _)) in zip(axes, FIGURES.items(), strict=True):
         for one in found:
             images, values = ([point[key] for point in one["curve"]] for key in ("images", name))
             label = one["remedy"] if one["seed"] == 0 else None
             axis.plot(images, values, color=colours[one["remedy"]], label=label, linewidth=1)
-        axis.set_title(title, fontsize=10)
+        # before the weight has risen an annealed run spends a hundred nats
+        ends = SHOWN.get(name)
+        axis.set_title(f"{title}, {ends[0]} to {ends[1]}" if ends else f"{title} of {CHANNELS}", fontsize=9)
+        axis.set_ylim(ends)
         axis.set_xlabel("images seen")
-    # before the weight has risen an annealed run spends a hundred nats
-    axes[1].set_ylim(0, 10)
-    axes[2].set_ylim(-32, -21)
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=80)
+    axes[0].legend(fontsize=9, title="a line for each seed", title_fontsize=9)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

@@ -156,6 +156,8 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
     # --- measure: the originals once, then each VAE's reconstructions, and its samples seed by seed -------------------
     chosen = spread(len(datasets[0]), options.samples)
     originals = judge.of(original_images(source, datasets[0], chosen, options))
+    seen = torch.cat(list(original_images(source, datasets[0], chosen[:SHOWN], options)))
+    show(options.output / "pictures" / "originals.png", seen, judge.alpha)
     found = []
     for candidate in candidates:
         candidate.vae.to(device)

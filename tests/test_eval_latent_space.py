@@ -92,9 +92,12 @@ def test_one_vae(
 
     # the page has every picture and number
     page = build_report(out).read_text(encoding="utf-8")
-    assert '<section id="latent-space">' in page
-    assert len(re.findall(r'src="data:image/webp;base64,', page)) == len(files)
+    assert '<section id="latent-space">' in page and "Latent space report" in page
+    assert len(re.findall(r'src="data:image/webp;base64,', page)) == len(files) + 1  # the correlation
     assert all(sentence in html.unescape(page) for sentence in (summary.about_normal(found), "img_0000.png to img_"))
+    # words keep their capitals, and the correlation has its scale
+    assert "Drawn from N(0, I)" in page and "n(0, i)" not in page.lower().replace("n(0, i)", "", page.count("N(0, I)"))
+    assert "<span>−1</span>" in page and "<span>+1</span>" in page
     again = ["ldm-vae", "latent_space", *sys.argv[1:]]  # with every flag of the call
     assert shlex.join(again) in html.unescape(page) and "--likelihood_images" in again
     value = f"{found['metrics']['elbo_bits']['mean']:.4f}"

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from ldm_vae.core.pictures import save, sheet
+from ldm_vae.core.pictures import STRIP, labelled, save, sheet
 
 
 @pytest.mark.parametrize(("channels", "shown"), [(1, 1), (2, 1), (3, 3), (4, 4), (5, 3)])
@@ -27,3 +27,16 @@ def test_a_sheet_holds_every_image_in_reading_order(channels: int) -> None:
     assert made.shape == (channels, 67, 100)
     assert made[0, 1:35:33, 1:68:33].tolist() == [[0, 1, 2], [3, 4, 128]]
     assert int(made[0, 1, 33]) == 128
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_a_label_stands_above_its_image_and_changes_none_of_it(channels: int) -> None:
+    images = torch.randint(256, (3, channels, 20, 30)).float()
+    made = labelled(images, ["cat", "a-name-that-has-no-room", ""])
+    assert made.shape == (3, channels, STRIP + 20, 30)
+    assert torch.equal(made[:, :, STRIP:], images)
+    dark = (made[:, 0, :STRIP] < 128).sum(dim=(1, 2)).tolist()
+    assert dark[0] > 10 and dark[1] > 10 and dark[2] == 0
+    assert torch.equal(
+        labelled(images[:1], ["a-name-that-has-more"]), labelled(images[:1], ["a-name-that-has-no-room"])
+    )

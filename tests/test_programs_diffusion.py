@@ -24,6 +24,7 @@ from training_runs import assert_same_run, metrics, newest, one_sentence
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError
+from ldm_vae.diffusion.config import DiffusionTraining, open_latents
 from ldm_vae.diffusion.generator import Generator
 from ldm_vae.latent_store import LatentDataset
 from train import diffusion as program
@@ -52,12 +53,15 @@ def test_a_run_leaves_what_other_programs_rely_on(finished: Path, home: Path) ->
     kept = sorted(path.name for path in (finished / "checkpoints").iterdir())
     assert kept == ["images-000000016", "images-000000032", "images-000000048"]
     grids = sorted(path.name for path in (finished / "samples").iterdir())
-    assert grids == ["images-000000032.png", "images-000000048.png"]
+    assert grids == ["images-000000032.png", "images-000000048.png", "originals.png"]
     found = json.loads((finished / "report" / "diffusion.json").read_text())
-    assert found["grids"] == grids and found["classes"] == ["0", "1"] and found["columns"] == 2
+    assert [*found["grids"], "originals.png"] == grids
+    # the names of their folders, where the store has them, not their numbers
+    assert found["classes"] == ["cats", "dogs"] and found["labels"] == ["cats", "dogs"] * 2 and found["columns"] == 2
     assert {"samples", "field", "noise"} <= set(found["distances"]) and found["distances"]["n"] == 3
     assert found["cmmd"]["metric"] == "cmmd" and found["cmmd"]["noise"] > 0
     page = (finished / "report" / "index.html").read_text()
+    assert all(words in page for words in ("<h3>cats</h3>", "<h3>dogs</h3>", "from the store", "dogs, samples"))
     assert "CMMD" in page and "ldm-vae diffuse" in page and "ldm-vae train" not in page
     # what is loaded draws the same pictures as the run did, from the averaged weights
     ema = load_file(newest(finished) / "tensors.safetensors")
@@ -65,11 +69,27 @@ def test_a_run_leaves_what_other_programs_rely_on(finished: Path, home: Path) ->
     for name, value in generator.denoiser.network.state_dict().items():
         assert torch.equal(value, ema[f"ema.{name}"]), name
     assert generator.normalisation == LatentDataset(home / "latents").normalisation
-    last = np.asarray(Image.open(finished / "samples" / grids[-1]))
+    last = np.asarray(Image.open(finished / "samples" / grids[1]))
+    top = found["gap"] + found["strip"]
     first = ((generator.pixels([0])[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    assert np.abs(last[4:20, 4:20].astype(int) - first.astype(int)).max() <= 1
+    assert np.abs(last[top : top + 16, 4:20].astype(int) - first.astype(int)).max() <= 1
     with refused(UsageError, "label"):
         generator.pixels([0], label="birds")
+
+
+def test_originals_are_of_the_class_that_they_stand_for(home: Path) -> None:
+    latents = open_latents(DiffusionTraining(output_dir=Path("unused"), latents=str(home / "latents")))
+    stored = LatentDataset(home / "latents", columns=("label",))
+    by_class = {label: [] for label in latents.classes}
+    for row in (stored[index] for index in range(len(stored))):
+        by_class[row["label"]].append(row["latents"])
+    found = latents.originals(14)
+    for key, latent in enumerate(found):
+        own = by_class[latents.classes[key % 2]]
+        assert torch.equal(latent, own[key // 2 % len(own)]), key  # five cats: the sixth is the first again
+    by_key = {"output_dir": Path("unused"), "latents": str(home / "latents"), "label_column": "key"}
+    names = open_latents(DiffusionTraining(**by_key)).names
+    assert names[0] == "cats/img_0000.png"  # another folder has a file of this name
 
 
 def test_the_pages_snippet_samples_from_a_run(finished: Path, home: Path) -> None:

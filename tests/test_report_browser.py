@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from images import write_images
+from PIL import Image
 
 from eval import reconstruction
 from ldm_vae.autoencoder.config import AutoencoderConfig
@@ -18,6 +21,7 @@ from ldm_vae.report import build_report
 
 pytestmark = pytest.mark.browser
 
+OPEN = "document.querySelectorAll('details').forEach((one) => { one.open = true })"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 
@@ -38,7 +42,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         flags = ["--output", str(run / "report"), "--resolution", "64", "--metrics", "psnr,ssim", "--num_workers", "0"]
         patch.setattr(sys, "argv", ["eval", *vaes, str(images), *flags])
         reconstruction.main()
-    (run / "metrics.jsonl").write_text('{"images": 5, "loss/l1": 1.0}\n{"images": 10, "loss/l1": 0.5}\n')
+    channels = "".join(f', "kl_nats_per_channel/{channel}": {1000 + channel}' for channel in range(128))
+    lines = (f'{{"images": {images}, "loss/l1": {5 / images}{channels}}}\n' for images in (5, 10))
+    (run / "metrics.jsonl").write_text("".join(lines))
+    (run / "config.yaml").write_text("output_dir: run\nadversary: {weight: 0.5, start_images: 5}\n")
     return build_report(run)
 
 
@@ -165,9 +172,82 @@ def test_charts_tell_their_values(browser: Any, page: Path) -> None:
 @pytest.mark.parametrize("width", [390, 768, 1280])
 def test_nothing_is_wider_than_the_screen(browser: Any, page: Path, width: int) -> None:
     opened(browser, page, width)
+    browser.execute_script(OPEN)
     assert browser.execute_script("return innerWidth") == width
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert find(browser, ".canvas").size["width"] <= width
+    # what has no room scrolls: no element reaches beyond the screen but inside of one that does
+    beyond = browser.execute_script(
+        "return [...document.querySelectorAll('main *')].filter((e) => e.getBoundingClientRect().right > innerWidth + 1"
+        " && !e.closest('.scroll, pre, .viewport, .hidden, svg')).map((e) => e.outerHTML.slice(0, 80))"
+    )
+    assert beyond == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_table_that_has_no_room_shows_it_and_scrolls_by_key(browser: Any, page: Path, scheme: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    opened(browser, page, 390)
+    browser.execute_script(OPEN)
+    scrolling = [
+        one
+        for one in browser.find_elements("css selector", ".scroll, pre")
+        if browser.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth + 18", one)  # of padding
+    ]
+    assert len(scrolling) >= 3, "at 390 px there are tables, pictures side by side and commands without room"
+    for one in scrolling:
+        assert one.get_attribute("tabindex") == "0"
+        browser.execute_script("arguments[0].scrollIntoView({block: 'start'})", one)
+        if "row" not in one.get_attribute("class").split():  # where a picture is seen to be cut
+            before, behind = edges(one)
+            assert behind > 20, f"no shade at the right edge: {one.get_attribute('outerHTML')[:90]}"
+            assert before < 8, "a shade at the left, where nothing is"
+        one.send_keys(Keys.ARROW_RIGHT * 3)
+        browser.execute_script("return new Promise((done) => setTimeout(done, 250))")
+        assert browser.execute_script("return arguments[0].scrollLeft", one) > 0
+    table = next(one for one in scrolling if one.find_elements("css selector", "table.metrics"))
+    head = table.find_element("css selector", "tbody th")
+    moved = "return arguments[0].getBoundingClientRect().left - arguments[1].getBoundingClientRect().left"
+    assert abs(browser.execute_script(moved, head, table)) < 1, "the first column stays in sight"
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def edges(element: Any) -> tuple[float, float]:
+    """By how many levels the left and the right edge of an element differ from its inside, in a row above its words."""
+    with Image.open(io.BytesIO(element.screenshot_as_png)) as image:
+        row = np.asarray(image.convert("L")).astype(float)[8 if element.tag_name == "pre" else 1]
+    return abs(row[0] - row[20]), abs(row[-1] - row[-20])
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_letters_are_too_small_to_read(browser: Any, page: Path, width: int) -> None:
+    opened(browser, page, width)
+    browser.execute_script(OPEN)
+    sizes = browser.execute_script(
+        "return [...document.querySelectorAll('main *')].filter((e) => [...e.childNodes].some((n) => n.nodeType == 3 &&"
+        " n.data.trim()) && e.getBoundingClientRect().width && e.tagName != 'TITLE').map((e) => {"
+        " const svg = e.closest('svg');"
+        " const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;"
+        " return [parseFloat(getComputedStyle(e).fontSize) * scale, e.outerHTML.slice(0, 60)] })"
+    )
+    assert len(sizes) > 100
+    assert [small for small in sizes if small[0] < 11] == []
+
+
+def test_titles_and_ticks_of_a_chart_do_not_overlap(browser: Any, page: Path) -> None:
+    opened(browser, page, 390)
+    overlaps = browser.execute_script(
+        "return [...document.querySelectorAll('svg')].flatMap((svg) => {"
+        " const texts = [...svg.querySelectorAll('text')];"
+        " return texts.flatMap((a, i) => texts.slice(i + 1).filter((b) => { const p = a.getBoundingClientRect(),"
+        " q = b.getBoundingClientRect(); return p.width && q.width && Math.min(p.right, q.right) - Math.max(p.left,"
+        " q.left) > 1 && Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top) > 3 })"
+        ".map((b) => `${a.textContent} / ${b.textContent}`)) })"
+    )
+    assert overlaps == []
 
 
 def test_the_scheme_follows_the_system(browser: Any, page: Path) -> None:

@@ -65,10 +65,19 @@ def test_intervals_cover_nine_times_in_ten(
     assert all(share >= 0.90 for share in inside.values()), inside
 
 
-def measured(images: int) -> LatentStatistics:
+def measured(images: int, channels: int = 2) -> LatentStatistics:
     found = LatentStatistics()
-    found.update_values(np.random.default_rng(1).standard_normal((images, 2, 4, 4)), None)
+    found.update_values(np.random.default_rng(1).standard_normal((images, channels, 4, 4)), None)
     return found
+
+
+def test_a_table_does_not_grow_with_channels() -> None:
+    assert len(statistics_table(measured(9, 16))) == 4 + 2 * 16
+    found = measured(9, 768)
+    table = statistics_table(found)
+    assert len(table) == 4 + 2 * 2
+    smallest = found.to_json()["latents_std"].index(min(found.to_json()["latents_std"]))
+    assert sum(f"std of channel {smallest}, the smallest |" in line for line in table) == 1
 
 
 def test_of_few_images_there_is_none_and_that_is_said() -> None:

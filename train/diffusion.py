@@ -11,6 +11,7 @@ intervals count images over all processes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -31,6 +32,7 @@ from ldm_vae.diffusion.sample_metrics import (
     clip_looks,
     in_words,
     record_distances,
+    record_originals,
     record_samples,
 )
 from ldm_vae.report import build_report
@@ -101,6 +103,11 @@ def train(settings: DiffusionTraining) -> None:
     logbook.cut_back(images_seen if newest else -1)
     compare_store(run, "latents", latents.dataset.manifest, accelerator, resumed=newest is not None)
 
+    # --- originals, to be seen beside the samples ---------------------------------------------------------------------
+    if accelerator.is_main_process:
+        stored = latents.originals(settings.sample_images)
+        record_originals(run, generator, stored, settings.train_batch_size, latents.names)
+
     # --- the loop -----------------------------------------------------------------------------------------------------
     signals = StopSignal()
     logged_at = images_seen
@@ -152,7 +159,7 @@ def train(settings: DiffusionTraining) -> None:
             say(f"stopped by signal {stop}, saved {newest}; the same command resumes")
             raise Stopped(stop)
         if due["sample"] and images_seen < settings.max_train_images:
-            draw(generator, settings, images_seen, accelerator)
+            draw(generator, settings, images_seen, accelerator, latents.names)
     bar.close()
 
     # --- the end: the network for diffusers, its last samples, and how far they are from the store's images -----------
@@ -162,7 +169,7 @@ def train(settings: DiffusionTraining) -> None:
             count = settings.measure_images
             distances = record_distances(run, generator, latents.some(count), count, settings.train_batch_size, clip)
             say(in_words(distances))
-    draw(generator, settings, images_seen, accelerator)
+    draw(generator, settings, images_seen, accelerator, latents.names)
     accelerator.end_training()
     say(f"trained on {images_seen:,} images; samples in {run / 'samples'}, the denoiser in {run / 'denoiser'}")
 
@@ -170,11 +177,13 @@ def train(settings: DiffusionTraining) -> None:
 # --- its parts --------------------------------------------------------------------------------------------------------
 
 
-def draw(generator: Generator, settings: DiffusionTraining, images_seen: int, accelerator: Accelerator) -> None:
+def draw(
+    generator: Generator, settings: DiffusionTraining, images_seen: int, accelerator: Accelerator, names: Sequence[str]
+) -> None:
     """A grid of decoded samples, of the same noise every time, and the page; the main process draws."""
     if accelerator.is_main_process:
         count, batch_size = settings.sample_images, settings.train_batch_size
-        picture = record_samples(settings.output_dir, generator, images_seen, count, batch_size)
+        picture = record_samples(settings.output_dir, generator, images_seen, count, batch_size, names)
         log_picture(accelerator, "samples", picture, images_seen)
         build_report(settings.output_dir)
     accelerator.wait_for_everyone()

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 from ldm_vae.core import atomic_io
@@ -42,3 +43,20 @@ def sheet(
     image."""
     grid: torch.Tensor = make_grid(images, nrow=columns, padding=gap, pad_value=value)
     return grid[: images[0].shape[0]]  # make_grid makes three channels of one
+
+
+STRIP = 16  # pixels of height of a label
+
+
+def labelled(images: torch.Tensor, labels: Sequence[str]) -> torch.Tensor:
+    """Images [N, C, H, W] on the 0..255 scale => [N, C, STRIP + H, W], its label black on white above each; one that is
+    too long for W pixels is cut."""
+    font, (_, channels, _, width) = ImageFont.load_default(11), images.shape
+    strips = []
+    for label in labels:
+        while font.getlength(label) > width and len(label) > 1:
+            label = f"{label.removesuffix('…')[:-1]}…"
+        strip = Image.new("L", (width, STRIP), 255)
+        ImageDraw.Draw(strip).text((0, 1), label, fill=0, font=font)
+        strips.append(pil_to_tensor(strip).expand(channels, -1, -1))
+    return torch.cat([torch.stack(strips).to(images), images], dim=2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ MAY_CHANGE = (*ANY_RUN_MAY_CHANGE, "vae", "sampling.method", "sampling.steps", "
 
 @dataclass(frozen=True)
 class StoredLatents:
-    """A store as this training reads it: latents of one `shape` (c, h, w), and the values that are its classes."""
+    """A store as this training reads it: latents of one `shape` (c, h, w), and the values that are its classes, with
+    what pictures call them."""
 
     dataset: LatentDataset
     shape: tuple[int, int, int]
@@ -83,6 +85,7 @@ class StoredLatents:
     classes: tuple[Any, ...]
     crop: int | None
     seed: int
+    names: tuple[str, ...] = ()
 
     @property
     def none(self) -> int:
@@ -127,6 +130,19 @@ class StoredLatents:
             index = key * len(self.dataset) // count if count <= len(self.dataset) else key % len(self.dataset)
             yield self.cropped(self.dataset[index]["latents"][None], [key])[0]
 
+    def originals(self, count: int) -> torch.Tensor:
+        """`count` latents [count, c, h, w] to show beside as many samples: every class in turn, cropped as in training;
+        some come twice if need be."""
+        if not self.classes or self.label_column is None:
+            return torch.stack(list(self.some(count)))
+        rows: dict[Any, list[int]] = {value: [] for value in self.classes}
+        for index, value in enumerate(self.dataset.column(self.label_column)):
+            if value is not None and len(rows[value]) * len(self.classes) < count:
+                rows[value].append(index)
+        turns = [(key // len(self.classes), rows[self.classes[key % len(self.classes)]]) for key in range(count)]
+        found = [self.dataset.read([own[turn % len(own)]], [0], ())["latents"] for turn, own in turns]
+        return torch.cat([self.cropped(latents, [key]) for key, latents in enumerate(found)])
+
 
 def open_latents(settings: DiffusionTraining) -> StoredLatents:
     """The store of the config.
@@ -160,7 +176,20 @@ def open_latents(settings: DiffusionTraining) -> StoredLatents:
         sides = [settings.crop, settings.crop]
     values = [] if column is None else dataset.column(column)
     classes = tuple(sorted({value for value in values if value is not None}))
-    return StoredLatents(dataset, (channels, sides[0], sides[1]), column, classes, settings.crop, settings.seed)
+    names = _names(dataset, column, values, classes)
+    return StoredLatents(dataset, (channels, sides[0], sides[1]), column, classes, settings.crop, settings.seed, names)
+
+
+def _names(
+    dataset: LatentDataset, column: str | None, values: Sequence[Any], classes: Sequence[Any]
+) -> tuple[str, ...]:
+    """What pictures call the classes: of a number the name of its folder, of an image's key its file, where no two are
+    the same; else the value."""
+    if column == "label" and "label_name" in dataset.manifest.columns:
+        known = dict(zip(values, dataset.column("label_name"), strict=True))
+        return tuple(str(known[value]) for value in classes)
+    stems = tuple(PurePosixPath(str(value)).stem for value in classes)
+    return stems if column == "key" and len({*stems}) == len(stems) else tuple(map(str, classes))
 
 
 def load_decoder(settings: DiffusionTraining, latents: StoredLatents) -> Any:

@@ -1,7 +1,8 @@
 """Samples of a diffusion run: grids of decoded samples, and their distances from what they should look like, beside two
 sets that need no diffusion model.
 
-    RUN/samples/images-000012345.png   a grid, a column for each class
+    RUN/samples/images-000012345.png   a grid, its label above each sample; a column for each class
+    RUN/samples/originals.png          as many latents of the store, decoded: the same labels at the same places
     RUN/report/diffusion.json          which grids there are, how they were sampled, and the distances:
         samples   of the diffusion model, decoded
         field     decoded Gaussian fields with the mean, deviation and spectrum of the latents
@@ -15,7 +16,7 @@ Legend: B batch, C image channels, H W pixels, c latent channels, h w latent pos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 
 from ldm_vae.autoencoder.preparation import has_alpha
 from ldm_vae.core.files import read_bytes
-from ldm_vae.core.pictures import save, sheet
+from ldm_vae.core.pictures import labelled, save, sheet
 from ldm_vae.core.validation import as_written, parse_json
 from ldm_vae.data.alpha import three_channels, visible
 from ldm_vae.diffusion.generator import Generator
@@ -37,7 +38,7 @@ from ldm_vae.perceptual import features
 
 NAME, RECORD = "fd_efflite0", "diffusion.json"
 NOT_INSTALLED = f"{NAME} is not measured: pip install 'ldm-vae[features]'"
-MOST_COLUMNS, USUAL_COLUMNS = 12, 8
+MOST_COLUMNS, USUAL_COLUMNS, GAP = 12, 8, 4
 
 
 class Judge:
@@ -104,24 +105,43 @@ def clip_looks(source: str | None) -> ClipLooks | None:
 # --- of a run ---------------------------------------------------------------------------------------------------------
 
 
-def record_samples(run: Path, generator: Generator, images_seen: int, count: int, batch_size: int) -> Path:
-    """Write RUN/samples/images-N.png, `count` samples of the keys 0, 1, ...; returns it."""
-    classes = len(generator.classes)
-    columns = classes if 2 <= classes <= MOST_COLUMNS else USUAL_COLUMNS
+def record_samples(
+    run: Path, generator: Generator, images_seen: int, count: int, batch_size: int, names: Sequence[str] = ()
+) -> Path:
+    """Write RUN/samples/images-N.png, `count` samples of the keys 0, 1, ..., with the names of their classes; returns
+    it."""
     images = torch.cat(list(generator.batches(count, batch_size)))
     path = run / "samples" / f"images-{images_seen:09d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(sheet(visible(PINNED.quantise(images), has_alpha(generator.vae)), columns), path)
+    layout = _grid(path, images, generator, names)
     found = {
         "grids": sorted(picture.name for picture in path.parent.glob("images-*.png")),
-        "columns": columns,
-        "classes": [str(value) for value in generator.classes] if columns == classes else [],
+        "classes": list(names),
+        "labels": [names[number] for number in generator.labels(range(count))] if names else [],
         "count": count,
-        "side": images.shape[3],
         "sampling": generator.sampling.model_dump(),
     }
-    _record(run, found)
+    _record(run, found | layout)
     return path
+
+
+def record_originals(
+    run: Path, generator: Generator, stored: torch.Tensor, batch_size: int, names: Sequence[str] = ()
+) -> None:
+    """Write RUN/samples/originals.png: latents [N, c, h, w] of the store, decoded, in the order of samples."""
+    images = torch.cat([generator.decode(part) for part in torch.split(stored, batch_size)])
+    _grid(run / "samples" / "originals.png", images, generator, names)
+
+
+def _grid(path: Path, images: torch.Tensor, generator: Generator, names: Sequence[str]) -> dict[str, int]:
+    """Write images [N, C, H, W], every class in turn; returns where they are in the picture."""
+    columns = len(names) if 2 <= len(names) <= MOST_COLUMNS else USUAL_COLUMNS
+    shown = visible(PINNED.quantise(images), has_alpha(generator.vae))
+    height, width = shown.shape[2:]
+    if names:
+        shown = labelled(shown, [names[number] for number in generator.labels(range(len(shown)))])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(sheet(shown, columns, gap=GAP), path)
+    return {"columns": columns, "height": height, "width": width, "gap": GAP, "strip": shown.shape[2] - height}
 
 
 def record_distances(

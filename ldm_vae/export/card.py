@@ -21,6 +21,7 @@ from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.metrics.result import markdown
 
 SHOWN = 6  # pipelines that a card names
+MOST = 16  # channels that each have a row
 TAGS = ("autoencoder", "vae", "ldm-vae")
 
 _FORMULA = {
@@ -149,15 +150,21 @@ def about_intervals(statistics: LatentStatistics) -> str:
 
 
 def statistics_table(statistics: LatentStatistics) -> list[str]:
-    """Lines of a Markdown table: every measured number with its 95 % interval."""
+    """Lines of a Markdown table: every measured number with its 95 % interval; of more than MOST channels the smallest
+    and the largest."""
     tree = statistics.to_json()
-    known = tree["ci95"]
+    known, count = tree["ci95"], len(tree["latents_mean"])
     rows = ["| statistic | value | 95 % interval |", "|---|---|---|"]
     for key in ("scaling_factor", "shift_factor"):
         rows.append(f"| {key} | {_number(tree[key])} | {_interval(known, key)} |")
     for key, title in (("latents_mean", "mean"), ("latents_std", "std")):
-        for channel, value in enumerate(tree[key]):
-            rows.append(f"| {title} of channel {channel} | {_number(value)} | {_interval(known, key, channel)} |")
+        order = sorted(range(count), key=tree[key].__getitem__)
+        ends = dict.fromkeys(range(count), "")
+        if count > MOST:
+            ends = {order[0]: ", the smallest", order[-1]: ", the largest"}
+        for channel, end in ends.items():
+            value, interval = tree[key][channel], _interval(known, key, channel)
+            rows.append(f"| {title} of channel {channel}{end} | {_number(value)} | {interval} |")
     return rows
 
 

@@ -86,7 +86,9 @@ def export(
     if request.stats is not None and not is_store(request.stats):
         first = next(_images(request, vae, preparation).batches(vae))
         files[PICTURE] = reconstruction_sheet(vae, first[:4])
-        card.sections = {"Pictures": f"Originals above, reconstructions below.\n\n![]({PICTURE})"} | card.sections
+        card.sections = {
+            "Pictures": f"Originals above, reconstructions below.\n\n![originals and their reconstructions]({PICTURE})"
+        } | card.sections
     if base is not None:
         card.sections["Drift"] = _drift(request, vae, base, normalisation, preparation, done)
     if request.target == "diffusers":

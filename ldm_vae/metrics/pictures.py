@@ -3,7 +3,7 @@
     pictures/pictures.json            one object a picture: name, kind, key, index, and per VAE its files and metrics
     pictures/000.original.png
     pictures/000.reconstruction.png   of the second VAE: 000.reconstruction.2.png
-    pictures/000.lpips.png            where LPIPS sees a difference, 255 for 1 and above, if it is measured
+    pictures/000.lpips.png            where LPIPS sees a difference, if it is measured: 16 bits, 65535 for 1 and above
     pictures/000.latent.png           the latent's three largest principal components as red, green and blue
 
 Legend: B batch, C channels, c latent channels, h w latent positions, R side of an image.
@@ -17,11 +17,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.ownership import mark
-from ldm_vae.core.pictures import save
+from ldm_vae.core.pictures import png, save
 from ldm_vae.data.alpha import visible
 from ldm_vae.data.source import Source
 from ldm_vae.metrics.batches import ImageBatch, image_batches
@@ -77,7 +79,9 @@ class Pictures:
                 save(visible(pair.reconstruction[row], pair.alpha), self.folder / files["reconstruction"])
                 if maps is not None:
                     files["lpips"] = f"{picture.name}.lpips{nth}.png"
-                    save(255 * maps[row].clamp(0, 1), self.folder / files["lpips"])
+                    # of 8 bits a good reconstruction, a few thousandths, would have one level or two
+                    levels = (65535 * maps[row, 0].clamp(0, 1)).round().cpu().numpy().astype(np.uint16)
+                    atomic_io.replace(self.folder / files["lpips"], atomic_io.data(png(Image.fromarray(levels))))
                 picture.vaes.append({**files, "metrics": {name: found[row] for name, found in values.items()}})
                 added.append(self.folder / files["latent"])
             means.append(moments.mean.cpu())

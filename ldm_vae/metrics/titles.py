@@ -68,6 +68,11 @@ def number(name: str, value: float) -> str:
     return f"{value * (1000 if shown.unit == '× 1000' else 1):.{shown.decimals}f}"
 
 
+def amount(value: float) -> str:
+    """A positive value with three digits, or all before the point: 0.00160, 7.23, 2,040."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
 def heading(name: str) -> str:
     """Heading with its unit, such as PSNR (dB)."""
     shown = title(name)

@@ -7,14 +7,19 @@ from typing import Any
 
 from ldm_vae.metrics.titles import TITLES
 from ldm_vae.report import images
-from ldm_vae.report.charts import compact
+from ldm_vae.report.charts import MOST, compact
 
 Json = dict[str, Any]
 
+OF_LABEL = 4  # samples of a label, where the picture has more
 SETS = {  # of images that were compared: heading and meaning
     "samples": ("samples", "of the diffusion model, decoded"),
     "field": ("Gaussian fields", "decoded; with the mean, deviation and spectrum of the latents"),
     "noise": ("noise", "decoded; N(0, I) at the latents' scale, what the sampler starts from"),
+}
+SHOWN = {  # pictures of the probe: caption
+    "reconstructions": "reconstructions of the originals",
+    "samples": "samples of the diffusion model, decoded",
 }
 
 
@@ -22,21 +27,43 @@ def run(folder: Path, found: Json | None) -> Json | None:
     """RUN/samples and RUN/report/diffusion.json (`found`); None where there is no such run."""
     if found is None:
         return None
-    grids = [images.inside(folder / "samples", name) for name in found["grids"]]
+    named = [images.inside(folder / "samples", name) for name in found["grids"]]
+    grids = [path for path in named if path.is_file()]
+    if not grids:
+        return None
     shown = [
         {"uri": images.embed(path), "caption": f"at {compact(_images_of(path))} images", "width": _width(path)}
         for path in grids
-        if path.is_file()
     ]
-    if not shown:
-        return None
+    originals = images.inside(folder / "samples", "originals.png")
+    beside = originals if originals.is_file() else None
     return {
         "last": shown[-1],
         "earlier": shown[:-1],
-        "columns": found["classes"],
+        "labels": _by_label(grids[-1], beside, found) if found.get("labels") else [],
+        "classes": len(found["classes"]),
+        "originals": images.embed(beside) if beside and not found["classes"] else None,
         "sampling": sampling(found["sampling"]),
         "distances": [distances(found[name]) for name in ("distances", "cmmd") if found.get(name)],
     }
+
+
+def _by_label(grid: Path, originals: Path | None, found: Json) -> list[Json]:
+    """Samples of one label and originals of it, a strip of at most OF_LABEL each, for at most MOST labels."""
+    across, down = found["width"] + found["gap"], found["height"] + found["strip"] + found["gap"]
+    boxes: dict[str, list[tuple[int, int, int, int]]] = {}
+    for key, label in enumerate(found["labels"]):
+        row, column = divmod(key, found["columns"])
+        left, top = found["gap"] + column * across, found["gap"] + found["strip"] + row * down
+        boxes.setdefault(label, []).append((left, top, found["width"], found["height"]))
+    return [
+        {
+            "name": label,
+            "samples": images.cut_out(grid, own[:OF_LABEL]),
+            "originals": images.cut_out(originals, own[:OF_LABEL]) if originals else None,
+        }
+        for label, own in list(boxes.items())[:MOST]
+    ]
 
 
 def sampling(used: Json) -> str:
@@ -78,13 +105,19 @@ def probe(home: Path, found: Json | None) -> Json | None:
                     _cell(f"{entry['network']['gflop_per_image']:.3g}"),
                 ],
                 "pictures": [
-                    {"uri": images.embed(path), "caption": kind}
-                    for kind in ("reconstructions", "samples")
+                    {"uri": images.embed(path), "caption": caption}
+                    for kind, caption in SHOWN.items()
                     if (path := images.inside(home, entry["pictures"][kind])).is_file()
                 ],
             }
         )
-    return {"verdicts": found["verdicts"], "vaes": vaes, "protocol": found["protocol"]}
+    originals = images.inside(home, "pictures/originals.png")
+    return {
+        "verdicts": found["verdicts"],
+        "vaes": vaes,
+        "protocol": found["protocol"],
+        "originals": images.embed(originals) if originals.is_file() else None,
+    }
 
 
 def _interval(summary: Json | None, form: str) -> Json:

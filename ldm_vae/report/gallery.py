@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ SHOWN_WIDTH = 256  # CSS pixels of a picture in the gallery: a 64 px crop is enl
 
 
 def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Json | None:
-    """Everything the template needs of `pictures` (pictures.json): shown and worst ones, and the error maps' scale."""
+    """Everything the template needs of `pictures` (pictures.json): shown and worst ones, and their maps' scales."""
     names = [result["vae"]["name"] for result in results]
     worst = {entry["index"] for entry in results[0].get("worst", [])} if results else set()
     folder = home / "pictures"
@@ -30,26 +31,30 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
     if not pixels:
         return None
     errors = [[images.error(original, other) for other in others] for original, others in pixels]
-    # one scale for all, so that maps compare; a few outliers may saturate
-    largest = float(np.quantile(np.concatenate([error.ravel() for row in errors for error in row]), 0.998))
     perceived = [
-        [
-            images.read_pixels(images.inside(folder, vae["lpips"]))[:, :, 0] if "lpips" in vae else None
-            for vae in picture["vaes"]
-        ]
+        [images.read_map(images.inside(folder, vae["lpips"])) if "lpips" in vae else None for vae in picture["vaes"]]
         for picture in pictures
     ]
-    everywhere = [values.ravel() for row in perceived for values in row if values is not None]
-    most = float(np.quantile(np.concatenate(everywhere), 0.998)) if everywhere else 0.0
+    # one scale for all of a kind, so that maps compare; the worst would leave nothing to be seen of the others
+    scales: dict[str, Json] = {}
+    for kind in ("shown", "worst"):
+        chosen = [place for place, picture in enumerate(pictures) if picture["kind"] == kind]
+        differences = [np.abs(other - pixels[place][0]) for place in chosen for other in pixels[place][1]]
+        scales[kind] = {
+            "reach": math.ceil(max(1.0, _end(differences))),
+            "largest": _end([error for place in chosen for error in errors[place]]),
+            "most": _end([values for place in chosen for values in perceived[place] if values is not None]),
+        }
     cards = []
     for picture, (original, others), row, seen in zip(pictures, pixels, errors, perceived, strict=True):
+        scale = scales[picture["kind"]]
         vaes = [
             {
                 "name": name,
                 "reconstruction": images.embed(images.inside(folder, vae["reconstruction"])),
-                "difference": images.difference(original, other),
-                "heat": images.heat_map(error, largest),
-                "lpips": None if where is None else images.heat_map(where, most),
+                "difference": images.difference(original, other, scale["reach"]),
+                "heat": images.heat_map(error, scale["largest"]),
+                "lpips": None if where is None else images.heat_map(where, scale["most"]),
                 "latent": images.embed(images.inside(folder, vae["latent"])),
                 "metrics": _metrics(vae["metrics"]),
             }
@@ -61,8 +66,6 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
                 "key": picture["key"],
                 "index": picture["index"],
                 "kind": picture["kind"],
-                "width": original.shape[1],
-                "height": original.shape[0],
                 "original": images.embed(images.inside(folder, f"{picture['name']}.original.png")),
                 "vaes": vaes,
             }
@@ -71,11 +74,15 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
         "shown": [card for card in cards if card["kind"] == "shown"],
         "worst": [card for card in cards if card["kind"] == "worst"],
         "worst_above": [card["key"] for card in cards if card["kind"] == "shown" and card["index"] in worst],
-        "largest": f"{largest:.0f}",
-        "gain": images.DIFFERENCE_GAIN,
+        "scales": scales,
         "stops": ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in images.STOPS),
         "pixelated": pixels[0][0].shape[1] < SHOWN_WIDTH,
     }
+
+
+def _end(maps: Sequence[images.Pixels]) -> float:
+    """End of the scale of such maps: a few outliers lie beyond it."""
+    return float(np.quantile(np.concatenate([values.ravel() for values in maps]), 0.998)) if maps else 0.0
 
 
 KINDS = {  # of samples: title and explanation
@@ -96,7 +103,7 @@ def samples(files: Sequence[Path]) -> list[Json]:
     kinds = list(dict.fromkeys(path.stem.rpartition("-")[0] for path in files))
     groups = []
     for kind in sorted(kinds, key=lambda kind: (kind not in KINDS, list(KINDS).index(kind) if kind in KINDS else 0)):
-        title, text = KINDS.get(kind, (kind.capitalize(), ""))
+        title, text = KINDS.get(kind, (kind, ""))
         own = [path for path in files if path.stem.rpartition("-")[0] == kind]
         groups.append({"title": title, "text": text, "pictures": [images.embed(path) for path in own],
                        "pixelated": images.read_pixels(own[0]).shape[1] < SHOWN_WIDTH})  # fmt: skip

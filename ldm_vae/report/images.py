@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from PIL import Image
 
 Pixels = npt.NDArray[np.float64]
 
-DIFFERENCE_GAIN = 4
+GAP = 2  # pixels between the parts of a strip
+POSITIVE, NEGATIVE = (59, 125, 235), (226, 112, 32)  # readable on white and on black
 # dark to light through violet and orange: readable in both schemes, ordered in grey too
 STOPS = ((13, 12, 34), (63, 15, 92), (133, 32, 106), (205, 65, 73), (247, 133, 60), (252, 208, 110), (252, 253, 215))
 
@@ -33,17 +35,44 @@ def read_pixels(path: Path) -> Pixels:
         return np.asarray(image.convert("RGB"), dtype=np.float64)
 
 
+def read_map(path: Path) -> Pixels:
+    """A PNG of one channel, 8 bits or 16 => [H, W], 0..1."""
+    with Image.open(path) as image:
+        values = np.asarray(image if image.mode.startswith("I") else image.convert("L"))
+    return values.astype(np.float64) / (255 if values.dtype == np.uint8 else 65535)
+
+
 def embed(path: Path) -> str:
     """A picture file as a data URI, pixel for pixel; WebP is a quarter smaller than PNG."""
     with Image.open(path) as image:
         return _uri(image.convert("RGBA" if image.mode == "RGBA" else "RGB"), lossless=True)
 
 
-def difference(original: Pixels, reconstruction: Pixels) -> str:
-    """Difference image: what the reconstruction has too much (lighter) or too little (darker), DIFFERENCE_GAIN times,
-    around grey."""
-    values = 128 + DIFFERENCE_GAIN * (reconstruction - original)
+def cut_out(path: Path, boxes: Sequence[tuple[int, int, int, int]]) -> str:
+    """Parts (left, top, width, height) of a picture file beside each other. Raises ValueError for one that lies outside
+    of it, or has another size than the first."""
+    _, _, width, height = boxes[0]
+    with Image.open(path) as image:
+        if any(min(box) < 0 or box[0] + width > image.width or box[1] + height > image.height for box in boxes):
+            raise ValueError(f"{path.name}: a part lies outside of its {image.width} x {image.height} pixels")
+        strip = Image.new("RGBA", (len(boxes) * (width + GAP) - GAP, height))
+        for place, (left, top, *_) in enumerate(boxes):
+            strip.paste(image.convert("RGBA").crop((left, top, left + width, top + height)), (place * (width + GAP), 0))
+    return _uri(strip, lossless=True)
+
+
+def difference(original: Pixels, reconstruction: Pixels, reach: float) -> str:
+    """Difference image around grey: what the reconstruction has too much is lighter, too little darker; black and white
+    are `reach` grey levels."""
+    values = 128 + (127 / reach) * (reconstruction - original)
     return _uri(Image.fromarray(values.round().clip(0, 255).astype(np.uint8)), lossless=len(values) <= 128)
+
+
+def signed_map(values: Pixels) -> str:
+    """[H, W] from -1 to 1 => POSITIVE and NEGATIVE, as opaque as the value is large."""
+    colours = np.where(values[..., None] >= 0, POSITIVE, NEGATIVE)
+    opacity = (255 * np.abs(values)).round().clip(0, 255)[..., None]
+    return _uri(Image.fromarray(np.concatenate([colours, opacity], axis=2).astype(np.uint8)), lossless=True)
 
 
 def error(original: Pixels, reconstruction: Pixels) -> Pixels:

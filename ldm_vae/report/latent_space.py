@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+import numpy as np
 
 from ldm_vae.latent_space import summary
+from ldm_vae.metrics.titles import amount
 from ldm_vae.report import images
-from ldm_vae.report.charts import Series, bar_chart, line_chart
+from ldm_vae.report.charts import bar_chart, ends, extremes
+from ldm_vae.report.tables import latent_spectrum
 
 Json = dict[str, Any]
 
 FRAME = 96  # CSS pixels of a picture in a strip, where there is room
+WAYS = {"linear": "Along the line", "spherical": "Along the arc"}
 PRIORS = {
     "normal": "Drawn from N(0, I)",
     "field": "Drawn from a Gaussian field",
@@ -35,11 +38,13 @@ def section(home: Path, found: Json | None) -> Json | None:
         "rows": summary.rows(found),
         "sentences": list(filter(None, (summary.about_information(found), summary.about_likelihood(found)))),
         "about_channels": summary.about_channels(found),
-        "kl": bar_chart(kl, label="KL per latent channel in nats per image") if kl else None,
-        "spectrum": _spectrum(found["spectrum"]["latents"]),
+        "kl": bar_chart(kl, label="KL per latent channel in nats per image", y="nats per image") if kl else None,
+        "extremes": extremes(kl, "nats") if kl else "",
+        "spectrum": latent_spectrum(found["spectrum"]["latents"]),
         "correlation": _correlation(channels["correlation"]) if len(channels["mean"]) > 1 else None,
         "heads": summary.CHANNEL_HEADS,
-        "channels": summary.channel_rows(found),
+        "channels": [summary.channel_rows(found)[channel] for channel in ends(kl or channels["std"])],
+        "count": len(channels["mean"]),
         "interpolations": _pairs(home, [entry for entry in pictures if entry["kind"] == "interpolation"]),
         "traversals": [
             _strip(home, entry, _channel_name(entry["channel"], kl))
@@ -49,7 +54,7 @@ def section(home: Path, found: Json | None) -> Json | None:
         "traversed": next((entry["keys"][0] for entry in pictures if entry["kind"] == "traversal"), ""),
         "samples": [
             {"title": PRIORS[entry["prior"]], "text": _about(entry["prior"], found)}
-            | _strip(home, entry, PRIORS[entry["prior"]].lower(), columns=8)
+            | _strip(home, entry, f"{entry['frames']} draws, decoded", columns=8)
             for entry in pictures
             if entry["kind"] == "samples"
         ],
@@ -71,7 +76,8 @@ def _about(prior: str, found: Json) -> str:
 
 
 def _channel_name(channel: int, kl: Sequence[float] | None) -> str:
-    return f"channel {channel}" if kl is None else f"channel {channel}, {kl[channel]:,.2f} nats"
+    carries = "" if kl is None else f", KL {amount(kl[channel])} nats per image"
+    return f"Channel {channel}{carries}: from −3 deviations (left) to +3 (right)"
 
 
 def _pairs(home: Path, entries: Sequence[Json]) -> list[Json]:
@@ -79,7 +85,9 @@ def _pairs(home: Path, entries: Sequence[Json]) -> list[Json]:
     return [
         {
             "ends": first["keys"],
-            "strips": [_strip(home, entry, entry["way"]) for entry in (first, second)],
+            "strips": [
+                _strip(home, entry, f"{WAYS[entry['way']]}, {entry['frames']} even steps") for entry in (first, second)
+            ],
         }
         for first, second in zip(entries[::2], entries[1::2], strict=True)
     ]
@@ -97,30 +105,8 @@ def _strip(home: Path, entry: Json, caption: str, columns: int | None = None) ->
     }
 
 
-def _spectrum(power: Sequence[float]) -> Markup | None:
-    """Chart of the power spectrum; None for a latent of one position."""
-    if len(power) < 3:
-        return None
-    last = len(power) - 1
-    points = [(0.5 * place / last, value) for place, value in enumerate(power) if place]
-    average = sum(value for _, value in points) / len(points)
-    white = [(x, average) for x, _ in points]
-    series = [Series("latents", points), Series("white noise", white, faint=True)]
-    return line_chart(series, label="power spectrum of the latents", log=True)
-
-
-def _correlation(matrix: Sequence[Sequence[float]]) -> Markup:
-    """The correlation of channels as a square of cells: opacity is strength, colour is sign."""
-    count = len(matrix)
-    side = 100 / count
-    cells = [
-        f'<rect class="{"s0" if value >= 0 else "s1"}" x="{column * side:.2f}" y="{row * side:.2f}" '
-        f'width="{side * 0.96:.2f}" height="{side * 0.96:.2f}" fill-opacity="{min(1.0, abs(value)):.3f}">'
-        f"<title>channels {row} and {column}: {value:+.2f}</title></rect>"
-        for row, line in enumerate(matrix)
-        for column, value in enumerate(line)
-    ]
-    return Markup(
-        '<div class="correlation"><svg viewBox="0 0 100 100" role="img" aria-label="correlation of latent channels">'
-        f"{''.join(cells)}</svg></div>"
-    )
+def _correlation(matrix: Sequence[Sequence[float]]) -> Json:
+    """The correlation of channels as a picture with one pixel for each pair, the number of the last channel, and the
+    colours of -1 and 1."""
+    colours = (f"rgb({red} {green} {blue})" for red, green, blue in (images.NEGATIVE, images.POSITIVE))
+    return {"uri": images.signed_map(np.asarray(matrix)), "last": len(matrix) - 1, "ends": list(colours)}

@@ -6,10 +6,12 @@ build_report(Path("compared"))           what eval.reconstruction or eval.latent
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+from markupsafe import Markup, escape
 
 from ldm_vae import __version__
 from ldm_vae.core import atomic_io
@@ -47,10 +49,11 @@ def render(contents: Contents) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["code"] = _code
     home, log, results = contents.home, contents.log, contents.results
     view: dict[str, Any] = {
         "title": contents.name,
-        "kind": "Diffusion report" if contents.diffusion and not results else "Autoencoder report",
+        "kind": f"{_kind(contents)} report",
         "version": __version__,
         "shown_width": SHOWN_WIDTH,
         "published": tables.published() if results else [],
@@ -95,3 +98,16 @@ def render(contents: Contents) -> str:
             return environment.get_template("index.html.j2").render(view)
         except UndefinedError as error:
             raise ValueError(str(error)) from error
+
+
+def _code(sentence: str) -> Markup:
+    """A sentence of a terminal or of Markdown, `code` in it as an element."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(sentence))))
+
+
+def _kind(contents: Contents) -> str:
+    if contents.results:
+        return "Autoencoder"
+    if contents.diffusion:
+        return "Diffusion"
+    return "Probe" if contents.diffusability else "Autoencoder" if contents.log else "Latent space"

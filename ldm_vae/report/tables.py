@@ -10,18 +10,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from ldm_vae import metrics
 from ldm_vae.core import intervals
 from ldm_vae.core.programs import words_of
 from ldm_vae.data.transforms import decoding_of
 from ldm_vae.metrics.result import LINEAR, how_decoded
-from ldm_vae.metrics.titles import TITLES, heading, measured, number
-from ldm_vae.report.charts import Series, bar_chart, line_chart
+from ldm_vae.metrics.titles import TITLES, amount, heading, measured, number
+from ldm_vae.report.charts import Series, bar_chart, ends, extremes, line_chart
 from ldm_vae.report.contents import Contents
 
 Json = dict[str, Any]
 
 PUBLISHED = Path(metrics.__file__).parent / "published.json"
+
+POWER = "power; white noise of variance 1 has 1"
 
 LINEAR_MEANING = "Principal components of these images' patches, as many as latent channels: what least squares knows."
 
@@ -151,30 +155,54 @@ def latents(result: Json) -> Json | None:
         Series("original", _frequencies(spectrum["original"]), faint=True),
         Series("reconstruction", _frequencies(spectrum["reconstruction"])),
     ]
-    own = [Series("latents", _frequencies(spectrum["latents"]))]
-    average = sum(value for _, value in own[0].points) / max(1, len(own[0].points))
-    own.append(Series("white noise", [(x, average) for x, _ in own[0].points], faint=True))
     # a codebook or a distilled encoder has no variance, hence no KL
-    nats_per_channel = [f"{nats:,.1f}" for nats in kl] if kl else [""] * len(found["mean"])
-    rows = zip(nats_per_channel, found["mean"], found["std"], found["noise_std"], strict=True)
+    rows = [
+        {
+            "number": channel,
+            "kl": amount(kl[channel]) if kl else "",
+            "mean": f"{found['mean'][channel]:+.3f}",
+            "std": f"{found['std'][channel]:.3f}",
+            "noise": f"{found['noise_std'][channel]:#.3g}",
+        }
+        for channel in ends(kl or found["std"])
+    ]
     rate = (
         {
             "kl_total": f"{sum(kl):,.0f}",
             "bits_per_pixel": f"{sum(kl) / math.log(2) / result['data']['resolution'] ** 2:.3g}",
-            "kl": bar_chart(kl, label="KL per latent channel in nats per image"),
+            "kl": bar_chart(kl, label="KL per latent channel in nats per image", y="nats per image"),
+            "extremes": extremes(kl, "nats"),
         }
         if kl
         else {"kl_total": None}
     )
     return rate | {
         "name": result["vae"]["name"],
-        "channels": [
-            {"kl": nats, "mean": f"{mean:+.3f}", "std": f"{std:.3f}", "noise": f"{noise:.3g}"}
-            for nats, mean, std, noise in rows
-        ],
-        "image_spectrum": line_chart(before_after, label="power spectra of originals and reconstructions", log=True),
-        "latent_spectrum": line_chart(own, label="power spectrum of the latents", log=True),
+        "channels": rows,
+        "count": len(found["mean"]),
+        "image_spectrum": line_chart(
+            before_after,
+            label="power spectra of originals and reconstructions",
+            x="cycles per pixel",
+            y=POWER,
+            log=True,
+        ),
+        "latent_spectrum": latent_spectrum(spectrum["latents"]),
     }
+
+
+def latent_spectrum(power: Sequence[float]) -> Markup | None:
+    """Chart of the power spectrum, with white noise of the same power; None for a latent of one position."""
+    if len(power) < 3:
+        return None
+    points = _frequencies(power)
+    average = sum(value for _, value in points) / len(points)
+    series = [
+        Series("latents", points),
+        Series("white noise of equal power", [(x, average) for x, _ in points], faint=True),
+    ]
+    label = "power spectrum of the latents"
+    return line_chart(series, label=label, x="cycles per latent position", y=POWER, log=True)
 
 
 def _frequencies(power: Sequence[float]) -> list[tuple[float, float]]:

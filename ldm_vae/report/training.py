@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ldm_vae.metrics.titles import TITLES, heading, number
-from ldm_vae.report.charts import Series, compact, line_chart
+from ldm_vae.report.charts import MOST, Series, bar_chart, compact, extremes, line_chart, small_charts
 
 Json = dict[str, Any]
 
@@ -26,44 +27,52 @@ class Chart:
 
 @dataclass(frozen=True)
 class Group:
-    """Curves that belong in one chart: `names` of the log (a trailing * takes all that begin so) to legend labels."""
+    """Curves that belong in one chart: `names` of the log (a trailing * takes all that begin so) to legend labels, and
+    what their axis counts."""
 
     title: str
     hint: str
+    unit: str
     names: dict[str, str]
     log: bool = False
 
 
 TRAINING = (
-    Group("Loss", "All terms times their weights.", {"loss/total": "total"}),
-    Group("Terms", "Before their weights.", {"loss/*": ""}, log=True),
-    Group("Information", "KL in nats per image: what the latent may carry.", {"kl_nats_per_image": "KL"}),
-    Group("Learning rate", "", {"learning_rate": "learning rate"}),
+    Group("Loss", "All terms times their weights.", "loss", {"loss/total": "total"}),
+    Group("Terms", "Before their weights.", "loss", {"loss/*": ""}, log=True),
+    Group("Information", "KL: what the latent may carry.", "nats per image", {"kl_nats_per_image": "KL"}),
+    Group("Rate", "The same, per pixel.", "bits per pixel", {"bits_per_pixel": "rate"}),
+    Group("Active channels", "The variance of their mean is above 0.01.", "channels", {"active_units": "active"}),
+    Group("Learning rate", "As scheduled.", "learning rate", {"learning_rate": "learning rate"}),
 )
 HEALTH = (
     Group(
         "Adversarial losses",
         "Discriminator at 1.0 (hinge): it cannot tell them apart.",
+        "loss",
         {"adversary/discriminator": "discriminator", "adversary/generator": "generator"},
     ),
-    Group("Adversary's weight", "Balances its gradient with the other terms'.", {"adversary/weight": "weight"}, True),
+    Group("Adversary's weight", "Balances the gradients.", "weight", {"adversary/weight": "weight"}, log=True),
     Group(
         "Discriminator accuracy",
         "Near 1 on both: it has won. Near 0.5: it has learned nothing.",
+        "share told right",
         {"health/real_accuracy": "originals", "health/fake_accuracy": "reconstructions"},
     ),
-    Group("Logit margin", "Mean logit of originals minus reconstructions.", {"health/logit_margin": "margin"}),
-    Group("Gradient norms", "A jump announces trouble.", {"gradient_norm/*": ""}, log=True),
-    Group(
-        "Regularisers", "R1 and LeCAM, times their weights.", {"adversary/r1": "R1", "adversary/lecam": "LeCAM"}, True
-    ),
+    Group("Logit margin", "Originals minus reconstructions.", "mean logit", {"health/logit_margin": "margin"}),
+    Group("Gradient norms", "A jump announces trouble.", "norm", {"gradient_norm/*": ""}, log=True),
+    Group("Regularisers", "Times their weights.", "loss", {"adversary/r1": "R1", "adversary/lecam": "LeCAM"}, log=True),
 )
+SEEN = "images seen"
+# of numbers that the log has for each channel: title and unit
+PER_CHANNEL = {"kl_nats_per_channel": ("KL per channel", "nats per image")}
 HIDDEN = {"images", "seconds", "num_processes", "loss/total", "loss/pixels", "loss/kl", "adversary/weight_on_sums"}
 OF_HEALTH = ("adversary/", "health/", "gradient_norm/")
 
 
 def curves(log: Sequence[Json], config: Json) -> list[Chart]:
-    """Validation first, then TRAINING, then whatever else was logged and is not HEALTH's, one chart each."""
+    """Validation first, then TRAINING, then numbers of channels, then whatever else was logged and is not HEALTH's, one
+    chart each."""
     series = {name: values for name, values in _series(log).items() if not name.startswith(OF_HEALTH)}
     around = _around(log, config)
     charts = []
@@ -75,14 +84,36 @@ def curves(log: Sequence[Json], config: Json) -> list[Chart]:
         lines = [Series(title, series.pop(name), dots=True)]
         if floor := series.pop(f"linear_code/{metric}", []):
             lines.append(Series("linear code of this size", floor, faint=True))
-        drawing = line_chart(lines, label=f"{title} on held-out images over images seen", **around)
+        unit = (TITLES[metric].unit if metric in TITLES else "") or title
+        drawing = line_chart(lines, label=f"{title} on held-out images over images seen", y=unit, **around)
         charts.append(Chart(f"Validation {title}", f"{better}; averaged weights.".lstrip("; "), drawing))
     charts += [chart for group in TRAINING if (chart := _chart(group, series, around))]
+    charts += _channels(series)
     for name, values in series.items():
         if name not in HIDDEN:
-            drawing = line_chart([Series(name, values)], label=f"{name} over images seen", **around)
-            charts.append(Chart(name, "", drawing))
+            drawing = line_chart([Series(name, values)], label=f"{name} over images seen", y=name, **around)
+            charts.append(Chart(name, "As logged.", drawing))
     return [chart for chart in charts if chart.drawing]
+
+
+def _channels(series: dict[str, list[tuple[float, float]]]) -> list[Chart]:
+    """Two charts of each number that the log has for every channel, NAME/0, NAME/1, ..., whose curves leave `series`:
+    over images, and at the end."""
+    families: dict[str, dict[int, Sequence[tuple[float, float]]]] = {}
+    for name in list(series):
+        if found := re.fullmatch(r"(.+)/(\d+)", name):
+            families.setdefault(found[1], {})[int(found[2])] = series.pop(name)
+    charts = []
+    for name, curves in families.items():
+        title, unit = PER_CHANNEL.get(name, (name, name))
+        last = [curves[channel][-1][1] for channel in sorted(curves)]
+        shown = f"{MOST} of {len(curves)}, evenly spread by their last value" if len(curves) > MOST else "Each"
+        small = small_charts(curves, label=f"{title} over images seen", x=SEEN, y=unit)
+        hint = f"{shown}, on one scale; left its number, right its last value."
+        bars = bar_chart(last, label=f"{title} at the end", y=unit)
+        charts.append(Chart(f"{title}, over training", hint, small))
+        charts.append(Chart(f"{title}, at the end", f"Last logged values. {extremes(last, unit)}", bars))
+    return charts
 
 
 def health(log: Sequence[Json], config: Json) -> Json | None:
@@ -114,14 +145,14 @@ def _chart(group: Group, series: dict[str, list[tuple[float, float]]], around: J
     if not found:
         return None
     lines = [Series(label, series.pop(name)) for name, label in found.items()]
-    return Chart(
-        group.title, group.hint, line_chart(lines, label=f"{group.title} over images seen", log=group.log, **around)
-    )
+    label = f"{group.title} over images seen"
+    return Chart(group.title, group.hint, line_chart(lines, label=label, y=group.unit, log=group.log, **around))
 
 
 def _around(log: Sequence[Json], config: Json) -> Json:
     """Settings that all charts share: where the adversary starts, and the range of images."""
-    return {"mark": _adversary_mark(config), "x_range": (0.0, float(log[-1]["images"])) if log else (0.0, 1.0)}
+    x_range = (0.0, float(log[-1]["images"])) if log else (0.0, 1.0)
+    return {"mark": _adversary_mark(config), "x": SEEN, "x_range": x_range}
 
 
 def _series(log: Sequence[Json]) -> dict[str, list[tuple[float, float]]]:

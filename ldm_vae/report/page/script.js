@@ -53,10 +53,10 @@
     const [a, b] = [picture.choices[left.value], picture.choices[right.value]];
     before.src = a.src;
     after.src = b.src;
-    before.alt = `${picture.key}, ${a.alt}`;
-    after.alt = `${picture.key}, ${b.alt}`;
-    find(".tag.left").textContent = a.alt;
-    find(".tag.right").textContent = b.alt;
+    before.alt = a.alt;
+    after.alt = b.alt;
+    find(".tag.left").textContent = a.dataset.label;
+    find(".tag.right").textContent = b.dataset.label;
     find(".which").textContent = picture.key;
     const numbers = picture.numbers[Math.max(0, right.value - 1)];
     find("#compare-numbers").innerHTML = right.value > 0 && numbers ? numbers.innerHTML : "";
@@ -78,7 +78,7 @@
   };
 
   for (const select of [left, right]) {
-    pictures[0].choices.forEach((image, index) => select.add(new Option(image.alt, index)));
+    pictures[0].choices.forEach((image, index) => select.add(new Option(image.dataset.label, index)));
     select.addEventListener("change", draw);
   }
   left.value = 0;
@@ -124,8 +124,8 @@
     const svg = chart.querySelector("svg"), readout = chart.querySelector(".readout");
     const cursor = svg.querySelector("line").cloneNode();
     cursor.setAttribute("class", "cursor");
-    cursor.setAttribute("y1", 12);
-    cursor.setAttribute("y2", 200);
+    cursor.setAttribute("y1", 36);
+    cursor.setAttribute("y2", 216);
     const hide = () => { readout.hidden = true; cursor.remove(); };
     svg.addEventListener("pointermove", (event) => {
       const box = svg.getBoundingClientRect();
