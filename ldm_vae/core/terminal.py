@@ -49,3 +49,8 @@ def prepare() -> None:
             # what ASCII (PYTHONIOENCODING, a bare container) or UTF-8 (a name in Latin-1) has no bytes for
             stream.reconfigure(errors="backslashreplace")
             setattr(sys, name, Shown(stream))
+
+
+def print_note(sentence: str) -> None:
+    """Tell a user on stderr about what is taken all the same."""
+    print(f"note: {sentence}", file=sys.stderr)

@@ -18,11 +18,11 @@ from ldm_vae.autoencoder.last_layer import place_of
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import check_same, has_alpha, recorded, shown
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
-from ldm_vae.autoencoder.weights.files import print_note
 from ldm_vae.core.config import choice, choices
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.numbers import Positive, Side
 from ldm_vae.core.rng import seeded
+from ldm_vae.core.terminal import print_note
 from ldm_vae.data.buckets import BucketConfig
 from ldm_vae.data.preprocessing import SETTABLE
 from ldm_vae.data.source import SourceConfig

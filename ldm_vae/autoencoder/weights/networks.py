@@ -21,13 +21,13 @@ from ldm_vae.autoencoder.weights.files import (
     Weights,
     export_command,
     open_folder,
-    print_note,
     read_index,
     refuse_disguise,
 )
 from ldm_vae.autoencoder.weights.names import fit
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.files import read_bytes
+from ldm_vae.core.terminal import print_note
 from ldm_vae.core.validation import check_model_config, first_line, parse_json
 
 CONFIG = "config.json"
