@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ldm_vae.autoencoder.geometry import check_resolution
+from ldm_vae.autoencoder.geometry import check_resolution, resolution_of
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import preparation_of
 from ldm_vae.core.errors import UsageError, WorkError, run_program
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     add("vae", nargs="+", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
     add("data", metavar="DATA", help="a folder of images, a dataset's hub id, parquet or tar files")
     add("--output", required=True, type=Path, metavar="DIR", help="where the results go")
-    add("--resolution", type=int, default=256, help="side of the crops in pixels (256)")
+    add("--resolution", type=int, help="side of the crops in pixels (default: the first VAE's sample_size)")
     add("--batch_size", type=int, default=8, help="images per process and step (8)")
     add("--num_workers", type=int, default=2, help="processes that decode images, per process (2)")
     add("--pictures", type=int, default=8, metavar="N", help="how many images are kept to look at (8)")
@@ -79,12 +79,11 @@ def arguments() -> argparse.Namespace:
     add("--max_bad", type=float, default=1.0, help="share of unreadable images above which the work stops (1: never)")
     add_data_arguments(parser)
     found = parser.parse_intermixed_args()
-    for name in ("batch_size", "resolution"):
-        if getattr(found, name) < 1:
-            raise UsageError(f"{name}: expected at least 1, got {getattr(found, name)}")
+    if found.batch_size < 1:
+        raise UsageError(f"batch_size: expected at least 1, got {found.batch_size}")
     found.vae = [selection.at_checkpoint(vae, found.checkpoint) for vae in found.vae]
     found.metrics = None if found.metrics is None else found.metrics.split(",")
-    check(found.metrics or NAMES, found.resolution)
+    check(found.metrics or NAMES)
     found.protocol = by_name(found.protocol)
     return found
 
@@ -101,8 +100,10 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
 
     # --- everything that can be wrong is opened before the first image is measured ------------------------------------
     vaes = [load_autoencoder(vae, options.config) for vae in options.vae]
-    for vae in vaes:
+    options.resolution = resolution_of(options.resolution, vaes[0], options.vae[0])
+    for vae in vaes[1:]:
         check_resolution(options.resolution, vae)
+    check(options.metrics or NAMES, options.resolution)
     preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
     options.alpha, notes = preparation.decoding.alpha, list(preparation.notes)
     options.metrics = options.metrics or default_names(options.alpha)

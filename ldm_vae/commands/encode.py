@@ -33,8 +33,8 @@ class Request:
     vae: str = argument("VAE", "diffusers folder, run folder, hub id or single file")
     data: str = argument("DATA", "images: folder, dataset, list file, zip, tar shards, hub id")
     out: str = argument("OUT", "folder of the store: new, or one to resume or update")
-    resolution: tuple[int, ...] = flag(
-        "side of the crop in pixels; several values give several shapes", nargs="+", required=True
+    resolution: tuple[int, ...] | None = flag(
+        "side of the crop in pixels (default: the VAE's sample_size); several values give several shapes", nargs="+"
     )
     batch_size: int = flag("images per forward pass (default 16)", 16)
     shard_size: int = flag("images per shard and work unit (default 2048)", 2048)
@@ -81,7 +81,7 @@ class Request:
 def run(request: Request) -> None:
     from pathlib import Path
 
-    from ldm_vae.autoencoder.geometry import downsampling_factor
+    from ldm_vae.autoencoder.geometry import downsampling_factor, resolution_of
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.core.errors import UsageError
@@ -109,7 +109,7 @@ def run(request: Request) -> None:
         vae,
         source,
         request.out,
-        resolution=request.resolution,
+        resolution=request.resolution or resolution_of(None, vae, name),
         batch_size=request.batch_size,
         shard_size=request.shard_size,
         store=request.store,

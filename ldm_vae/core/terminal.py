@@ -52,5 +52,6 @@ def prepare() -> None:
 
 
 def print_note(sentence: str) -> None:
-    """Tell a user on stderr about what is taken all the same."""
-    print(f"note: {sentence}", file=sys.stderr)
+    """Tell a user on stderr, once a launch, about what is taken all the same."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {sentence}", file=sys.stderr)

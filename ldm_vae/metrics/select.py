@@ -38,12 +38,12 @@ class Weights:
     clip: str | None = None
 
 
-def check(names: Sequence[str], resolution: int) -> None:
+def check(names: Sequence[str], resolution: int | None = None) -> None:
     """Raises UsageError for a name that does not exist and for a resolution below SSIM's window."""
     for name in names:
         if name not in NAMES and "." not in name:
             raise UsageError(f"metrics: unknown metric {name}; there are {', '.join(NAMES)}, and dotted paths to yours")
-    if resolution < WINDOW and any("ssim" in name for name in names):
+    if resolution is not None and resolution < WINDOW and any("ssim" in name for name in names):
         raise UsageError(f"resolution: SSIM's window needs at least {WINDOW} px, got {resolution}")
 
 
