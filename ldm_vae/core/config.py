@@ -12,11 +12,11 @@ option in that package, or a dotted path to the user's own module. The module ho
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import os
 import pkgutil
+import re
 import sys
 import types
 import typing
@@ -39,6 +39,7 @@ from ldm_vae.core import overrides
 from ldm_vae.core.config_file import merge, read_yaml
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.numbers import LARGEST
+from ldm_vae.core.text import nearest, not_among
 from ldm_vae.core.validation import first_line
 
 _SCALARS = (bool, int, float, str, Path)
@@ -117,7 +118,7 @@ def _part(package: str, value: Any, default: str | None = None) -> Any:
         raise ValueError(f"kind `{kind}`: expected one of {', '.join(exist)}, or a dotted path to your module")
     # a dotted path is the user's own module, a plain name one of ours
     if "." not in kind and kind not in exist:
-        raise ValueError(f"unknown kind `{kind}`; {package} has {', '.join(exist)}{_guess(kind, exist)}")
+        raise ValueError(f"unknown kind `{kind}`; {package} has {', '.join(exist)}{nearest(kind, exist)}")
     try:
         module = import_own(kind) if "." in kind else importlib.import_module(f"{package}.{kind}")
     except ImportError as error:
@@ -275,7 +276,7 @@ def _blame(
         known = [f"--{name}" for name in flatten(section.model_validate(dict(raw)))]
     except ValidationError:  # the file has another error: what is a key beside that one
         return f"unknown option --{flag}{sentence.removeprefix('unknown key')}"
-    return f"unknown option --{flag}{_guess(f'--{flag}', known) or f'; options are {_shorten(known)}'}"
+    return f"unknown option --{flag}{nearest(f'--{flag}', known) or f'; options are {_shorten(known)}'}"
 
 
 def _first_problem(section: type[Section], error: ValidationError) -> tuple[tuple[int | str, ...], str]:
@@ -286,9 +287,12 @@ def _first_problem(section: type[Section], error: ValidationError) -> tuple[tupl
         return (*path, *cause.path), str(cause)
     if first["type"] == "extra_forbidden":
         exist = _fields_at(section, path[:-1])
-        return path, f"unknown key{_guess(str(path[-1]), exist)}; this section has {', '.join(exist)}"
+        return path, f"unknown key{nearest(str(path[-1]), exist)}; this section has {', '.join(exist)}"
     if first["type"] == "missing":
         return path, "is missing"
+    if first["type"] == "literal_error":
+        words = re.findall(r"'[^']*'|[^\s,']+", first["ctx"]["expected"])  # 'a', 'b' or 'c'
+        return path, not_among(str(first["input"]), [word.strip("'") for word in words if word != "or"])
     message = first["msg"].removeprefix("Value error, ")
     came = "" if first["type"] == "value_error" or isinstance(first["input"], Mapping) else f", got {first['input']!r}"
     return path, f"{message[:1].lower()}{message[1:]}{came}"
@@ -301,11 +305,6 @@ def _fields_at(section: type[Section], path: Sequence[int | str]) -> list[str]:
         candidates = [inner, *typing.get_args(inner)]  # Section, or Section | None
         section = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, Section))
     return sorted(section.model_fields)
-
-
-def _guess(name: str, exist: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, exist, n=1)
-    return f", did you mean `{close[0]}`" if close else ""
 
 
 def _shorten(names: Sequence[str]) -> str:

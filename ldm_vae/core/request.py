@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import itertools
 import sys
 import types
@@ -19,6 +18,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.overrides import value_of
 from ldm_vae.core.programs import words_of
+from ldm_vae.core.text import nearest, not_among
 
 T = TypeVar("T")
 
@@ -67,22 +67,14 @@ class Parser(argparse.ArgumentParser):
         for word in itertools.takewhile(lambda word: word != "--", words):
             flag = word.partition("=")[0]
             if flag.startswith("--") and flag not in known:
-                self.error(f"unknown flag {flag}{_meant(flag.replace('-', '_'), known)}")
+                self.error(f"unknown flag {flag}{nearest('--' + flag[2:].replace('-', '_'), known)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            known = [str(choice) for choice in action.choices]
-            raise argparse.ArgumentError(
-                action, f"expected one of {', '.join(known)}, got {value}{_meant(value, known)}"
-            )
+            raise argparse.ArgumentError(action, not_among(str(value), map(str, action.choices)))
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message} (`{self.prog} --help` shows all)")
-
-
-def _meant(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]}" if close else ""
 
 
 def argument(metavar: str, help: str, **options: Any) -> Any:

@@ -25,6 +25,7 @@ from ldm_vae.core.launch import DDP_TIMEOUT, build_accelerator, check_ranks_agre
 from ldm_vae.core.numbers import Count, Positive, Seed
 from ldm_vae.core.ownership import own
 from ldm_vae.core.programs import words_of
+from ldm_vae.core.text import not_among
 from ldm_vae.kernels.group_norm import fuse_norms
 from ldm_vae.run import checkpoint
 from ldm_vae.run.metrics_log import Averages
@@ -84,8 +85,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_backend(self) -> RunConfig:
         if self.torch_compile and self.torch_compile_backend not in torch.compiler.list_backends(exclude_tags=()):
-            exist = ", ".join(torch.compiler.list_backends(exclude_tags=()))
-            raise ValueError(f"torch_compile_backend: expected one of {exist}, got {self.torch_compile_backend}")
+            exist = torch.compiler.list_backends(exclude_tags=())
+            raise ValueError(f"torch_compile_backend: {not_among(self.torch_compile_backend, exist)}")
         return self
 
 

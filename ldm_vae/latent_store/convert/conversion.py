@@ -18,6 +18,7 @@ from ldm_vae.autoencoder.geometry import latent_channels
 from ldm_vae.autoencoder.normalisation import normalisation_of
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.paths import nearest_path
 from ldm_vae.latent_store.convert import formats
 from ldm_vae.latent_store.convert.formats import Options
 from ldm_vae.latent_store.convert.import_rows import Claim
@@ -70,7 +71,7 @@ def convert_from(
 
     chosen = formats.load(name)
     if not path.exists():
-        raise UsageError(f"SRC {path}: no such file or folder")
+        raise UsageError(f"SRC {path}: no such file or folder{nearest_path(path)}")
     known = chosen.carried(path)
     if known is None and vae is None:
         raise UsageError(f"--vae: the latents in {path} do not say which VAE made them; name it")
