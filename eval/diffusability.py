@@ -29,7 +29,7 @@ from diffusers import AutoencoderKL
 from ldm_vae.autoencoder.geometry import check_resolution, latent_channels, resolution_of
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import preparation_of
-from ldm_vae.core.errors import UsageError, WorkError, run_program
+from ldm_vae.core.errors import UsageError, WorkError, resumable, run_program
 from ldm_vae.core.launch import build_accelerator
 from ldm_vae.core.ownership import own
 from ldm_vae.core.pictures import save, sheet
@@ -115,7 +115,8 @@ def main() -> None:
     accelerator = build_accelerator()
     if accelerator.num_processes > 1:
         raise UsageError(f"launch: expected one process, got {accelerator.num_processes}; the networks are small")
-    with own(options.output, "output"):
+    left = f"finished stores and seeds are kept in {options.output}; the same command goes on"
+    with own(options.output, "output"), resumable(left):
         compare(options, accelerator.device)
 
 

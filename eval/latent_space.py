@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder import finite, latents
 from ldm_vae.autoencoder.geometry import geometry_of, image_channels, resolution_of
@@ -35,6 +34,7 @@ from ldm_vae.autoencoder.preparation import preparation_of
 from ldm_vae.core.errors import UsageError, WorkError, run_program
 from ldm_vae.core.launch import build_accelerator
 from ldm_vae.core.ownership import own_together
+from ldm_vae.core.progress import Progress
 from ldm_vae.core.request import Parser
 from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
@@ -108,7 +108,7 @@ class Task:
         """This process's share of the images, as stored and as pixels [B, C, R, R] in [-1, 1] on the device."""
         options, accelerator = self.options, self.accelerator
         mine = share_of(accelerator.process_index, accelerator.num_processes, indices, options.batch_size)
-        bar = tqdm(total=len(mine), desc=what, unit="img", disable=None if accelerator.is_main_process else True)
+        bar = Progress(total=len(mine), desc=what, unit="img")
         for batch in image_batches(
             self.source, mine, options.resolution,
             batch_size=options.batch_size, num_workers=options.num_workers, quarantine=quarantine,

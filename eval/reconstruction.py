@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder.geometry import check_resolution, resolution_of
 from ldm_vae.autoencoder.load import load_autoencoder
@@ -32,6 +31,7 @@ from ldm_vae.autoencoder.preparation import preparation_of
 from ldm_vae.core.errors import UsageError, WorkError, run_program
 from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
 from ldm_vae.core.ownership import own_together
+from ldm_vae.core.progress import Progress
 from ldm_vae.core.request import Parser
 from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
@@ -183,9 +183,7 @@ def measure(
     shape = {"resolution": options.resolution, "batch_size": options.batch_size}
     code = fit_code(vae, source, indices, rank, ranks, **shape)
     floor = code and LinearFloor(code, build(options, accelerator, MEASURED), options.protocol)
-    bar = tqdm(
-        total=len(mine), desc=f"measure {name}", unit="img", disable=None if accelerator.is_main_process else True
-    )
+    bar = Progress(total=len(mine), desc=f"measure {name}", unit="img")
     with part.open("w", encoding="utf-8") as file:
 
         def each(indices: Sequence[int], values: Mapping[str, torch.Tensor]) -> None:

@@ -47,7 +47,8 @@ def prepare() -> None:
             stream = os.fdopen(number, "w")
         if not isinstance(stream, Shown):
             # what ASCII (PYTHONIOENCODING, a bare container) or UTF-8 (a name in Latin-1) has no bytes for
-            stream.reconfigure(errors="backslashreplace")
+            # and a line is written when it is printed, also into the log of nohup or a scheduler
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
             setattr(sys, name, Shown(stream))
 
 

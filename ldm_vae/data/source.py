@@ -19,12 +19,12 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field, field_validator
-from tqdm import tqdm
 
 from ldm_vae.core import hub
 from ldm_vae.core.config import Part, Section, choice, validate
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.paths import expanded, nearest_path
+from ldm_vae.core.progress import Progress
 from ldm_vae.data.decoding import EXTENSIONS, Decoding, RawImage
 from ldm_vae.data.files import printable, repeated
 from ldm_vae.data.flags import Resize
@@ -246,7 +246,7 @@ def checksum(source: Source, indices: Iterator[int] | range | None = None) -> st
     """SHA-256 over keys and images of a source, in its order; an unreadable image counts with its key and as such."""
     digest = hashlib.sha256()
     chosen = range(len(source)) if indices is None else indices
-    for index in tqdm(chosen, desc="checksum", unit="images", disable=None, leave=False):
+    for index in Progress(chosen, desc="checksum", unit="images", leave=False):
         try:
             record = source[index]
             digest.update(f"{record.key}\n{image_checksum(record.image)}\n".encode("utf-8", "surrogateescape"))

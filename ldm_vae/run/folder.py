@@ -16,15 +16,15 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field, model_validator
 from torch import nn
-from tqdm.auto import tqdm
 
 from ldm_vae.core import atomic_io, config
 from ldm_vae.core.config import Section
-from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.errors import SIGNALS, Stopped, UsageError, WorkError
 from ldm_vae.core.launch import DDP_TIMEOUT, build_accelerator, check_ranks_agree, check_same
 from ldm_vae.core.numbers import Count, Positive, Seed
 from ldm_vae.core.ownership import own
 from ldm_vae.core.programs import words_of
+from ldm_vae.core.progress import Progress
 from ldm_vae.core.text import not_among
 from ldm_vae.kernels.group_norm import fuse_norms
 from ldm_vae.run import checkpoint
@@ -235,6 +235,12 @@ def save(
     return folder / checkpoint.name(images_seen)
 
 
+def stopped(accelerator: Accelerator, number: int, saved: Path | None) -> Stopped:
+    """Say that a signal has ended the run, where its checkpoint is and what goes on; the error to raise."""
+    accelerator.print(f"stopped by {SIGNALS[number]}, saved {saved}; the same command resumes")
+    return Stopped(number)
+
+
 # --- in the loop ------------------------------------------------------------------------------------------------------
 
 
@@ -248,11 +254,10 @@ def prepare_network(network: nn.Module, settings: RunConfig) -> None:
         network.compile(backend=settings.torch_compile_backend)
 
 
-def progress_bar(settings: RunConfig, accelerator: Accelerator, images_seen: int) -> Any:
-    """Images seen of `max_train_images`; the main process shows it."""
-    return tqdm(
-        total=settings.max_train_images, initial=images_seen, unit="img", desc="train",
-        disable=None if accelerator.is_main_process else True,
+def progress_bar(settings: RunConfig, images_seen: int) -> Progress:
+    """Images seen of `max_train_images`; where there is no terminal, a line of every interval of the log."""
+    return Progress(
+        total=settings.max_train_images, initial=images_seen, unit="img", desc="train", on_report=True
     )  # fmt: skip
 
 

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ldm_vae import __version__
 from ldm_vae.autoencoder.geometry import latent_channels
 from ldm_vae.autoencoder.normalisation import normalisation_of
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.paths import nearest_path
+from ldm_vae.core.progress import Progress
 from ldm_vae.latent_store.convert import formats
 from ldm_vae.latent_store.convert.formats import Options
 from ldm_vae.latent_store.convert.import_rows import Claim
@@ -46,7 +45,7 @@ def convert_to(store: Path, out: Path, name: str, options: Options | None = None
         raise UsageError(f"store {store}: no samples to convert")
     with atomic_io.whole_folder(out) as folder:
         parts = list(pieces(store, manifest))
-        for piece in tqdm(parts, desc="verify", unit="shards", disable=None, leave=False):
+        for piece in Progress(parts, desc="verify", unit="shards", leave=False):
             piece.check()
         chosen.write(folder, manifest, parts, options)
     return lost
