@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     add(
         "--metrics",
         metavar="NAME,...",
-        help=f"default: {','.join(NAMES)} (alpha's of images that have it); or your module, as my_lab.sharpness",
+        help=f"default: {', '.join(NAMES)} (alpha's of images that have it); or your module, as my_lab.sharpness",
     )
     add("--lpips_weights", metavar="PATH", help="the LPIPS trunk, where it is not found by itself")
     add(

@@ -92,8 +92,8 @@ def test_the_first_of_several_processes_shows_it(
 def test_what_is_stopped_says_by_what_and_what_is_left(number: int, tmp_path: Path) -> None:
     code = (
         "import os, signal\nfrom ldm_vae.core.errors import resumable, run_program\n"
-        "def main():\n    with resumable('half is kept; the same command goes on'):\n        print('begun')\n"
-        "        try:\n            signal.pause()\n"
+        "def main():\n    with resumable('half is kept; the same command goes on'):\n"
+        "        try:\n            print('begun')\n            signal.pause()\n"
         "        finally:\n            open('cleaned', 'w')\nrun_program(main)"
     )
     victim = subprocess.Popen(

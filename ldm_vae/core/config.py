@@ -21,6 +21,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -52,6 +53,11 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        for field in cls.model_fields.values():  # docstrings are wrapped for the source and not for the help
+            field.description = field.description and " ".join(field.description.split())
 
     @field_validator("*", mode="before")
     @classmethod
@@ -89,6 +95,14 @@ class Part(Section):
     def outline(self, *args: Any, **kwargs: Any) -> Any:
         """The same thing without weights that would have to be loaded: for counting its cost."""
         return self.build(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Marks a field that takes one option of a package, or several by name."""
+
+    package: str
+    named: bool = False
 
 
 def options(package: str) -> list[str]:
@@ -158,7 +172,8 @@ def import_own(path: str) -> types.ModuleType:
 
 def choice(package: str, default: str | None = None) -> Any:
     """The type of a field that takes one option of `package`; `default` is the kind where none is named."""
-    return Annotated[SerializeAsAny[Part], BeforeValidator(lambda value: _part(package, value, default))]
+    reading = BeforeValidator(lambda value: _part(package, value, default))
+    return Annotated[SerializeAsAny[Part], reading, Options(package)]
 
 
 def choices(package: str) -> Any:
@@ -180,32 +195,24 @@ def choices(package: str) -> Any:
                 raise _NestedError((name,), str(error)) from error
         return named
 
-    return Annotated[dict[str, SerializeAsAny[Part]], BeforeValidator(validate)]
+    return Annotated[dict[str, SerializeAsAny[Part]], BeforeValidator(validate), Options(package, named=True)]
 
 
 # --- file => sections -------------------------------------------------------------------------------------------------
 
 
-def load(section: type[SectionType], path: str | Path, flags: Sequence[str] = (), program: str = "") -> SectionType:
+def load(section: type[SectionType], path: str | Path, flags: Sequence[str] = ()) -> SectionType:
     """Read a YAML file into `section` and apply command-line overrides such as `--losses.kl.weight 1e-5`.
 
     Raises:
         UsageError: one sentence that names the field, what was expected, what came and what exists.
     """
-    wanted_help = next((flag for flag in flags if flag in overrides.HELP), None)
-    given = overrides.parse([flag for flag in flags if flag not in overrides.HELP])
+    given = overrides.parse(flags)
     raw = read_yaml(Path(path))
     try:
         config = section.model_validate(merge(raw, overrides.tree(given)))
     except ValidationError as error:
         raise UsageError(_blame(section, error, raw, f"config {path}", given)) from error
-    if wanted_help:
-        import tyro  # 0.2 s, for the help text alone
-
-        with contextlib.redirect_stdout(getattr(sys.stdout, "raw", sys.stdout)):  # its colours are meant
-            tyro.cli(
-                section, default=config, args=["--help"], prog=program or None, config=(tyro.conf.AvoidSubcommands,)
-            )
     return config
 
 

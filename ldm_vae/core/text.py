@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import re
 from collections.abc import Callable, Iterable
 
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -41,3 +42,10 @@ def not_among(word: str, known: Iterable[str]) -> str:
     """The choices, what came in their place and which of them may have been meant."""
     known = [*known]
     return f"expected one of {', '.join(known)}, got {word}{nearest(word, known)}"
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a text, whole, on one line; an `et al. 2022` does not end it."""
+    paragraph = " ".join(text.strip().split("\n\n")[0].split())
+    found = re.match(r".+?[.!?](?=\s+[A-Z`]|$)", paragraph)
+    return found[0] if found else paragraph

@@ -17,11 +17,12 @@ from accelerate import Accelerator
 from pydantic import Field, model_validator
 from torch import nn
 
-from ldm_vae.core import atomic_io, config
+from ldm_vae.core import atomic_io, config, config_help
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import SIGNALS, Stopped, UsageError, WorkError
 from ldm_vae.core.launch import DDP_TIMEOUT, build_accelerator, check_ranks_agree, check_same
 from ldm_vae.core.numbers import Count, Positive, Seed
+from ldm_vae.core.overrides import HELP
 from ldm_vae.core.ownership import own
 from ldm_vae.core.programs import words_of
 from ldm_vae.core.progress import Progress
@@ -118,11 +119,13 @@ def start_from_command_line(
 ) -> None:
     """`PROGRAM CONFIG [--section.key value]`: print the manual, the plan (--dry_run), or train."""
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(manual)
+    if not arguments or arguments[0] in HELP:
+        print(f"{manual}\n{config_help.kinds(section)}")
         return
     flags = [flag for flag in arguments[1:] if flag not in ("--dry_run", "--dry-run")]
-    settings = config.load(section, arguments[0], flags, program=" ".join([*words_of(program), arguments[0]]))
+    settings = config.load(section, arguments[0], [flag for flag in flags if flag not in HELP])
+    if set(flags) & {*HELP}:
+        config_help.show(settings, " ".join([*words_of(program), arguments[0]]))
     main = os.environ.get("RANK", "0") == "0"
     if len(flags) < len(arguments) - 1:
         if main:

@@ -84,16 +84,22 @@ class Training(RunConfig):
     normalisation_images: int = Field(1024, gt=0)
     """Training images that it is measured on."""
     model: choice("ldm_vae.models", default="kl") = AutoencoderConfig()  # type: ignore[valid-type]
+    """The network."""
     perturbations: choices("ldm_vae.perturbations") = Field(default_factory=dict)  # type: ignore[valid-type]
+    """Changes of the latents between encoder and decoder, in training alone."""
     losses: choices("ldm_vae.losses")  # type: ignore[valid-type]
+    """The terms of the objective."""
     adversary: AdversaryConfig = AdversaryConfig(weight=0.0)
     discriminator: choice("ldm_vae.discriminators") | None = None  # type: ignore[valid-type]
+    """The adversary's network."""
     optimizer: OptimizerConfig = OptimizerConfig()
     data: choice("ldm_vae.data.sources")  # type: ignore[valid-type]
+    """The training images."""
     transform: TransformConfig = TransformConfig()
     buckets: BucketConfig | None = None
     """Aspect-ratio buckets: crops of several shapes, one shape a batch; `{step: 64}` or `{shapes: [[H, W], ...]}`."""
     validation_data: choice("ldm_vae.data.sources") | None = None  # type: ignore[valid-type]
+    """The held-out images."""
 
     @model_validator(mode="after")
     def _check(self) -> Training:
