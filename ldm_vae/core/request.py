@@ -13,7 +13,10 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
+
+import shtab
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.overrides import value_of
@@ -134,16 +137,23 @@ def add_request(parser: argparse.ArgumentParser, request: type[T], run: Callable
             options["choices"] = typing.get_args(of_type)
         elif of_type is not str:
             options["type"] = of_type
+        of_path = of_type in (str, Path) and "choices" not in options
         if positional:
-            parser.add_argument(one.name, **options)
+            _complete(parser.add_argument(one.name, **options), of_path)
             continue
         if of_type is not bool:
             options["default"] = one.default
         if group and group not in groups:
             groups[group] = parser.add_mutually_exclusive_group(required=True)
         target = groups[group] if group else parser
-        target.add_argument(f"--{name or one.name}", dest=one.name, **options)
+        _complete(target.add_argument(f"--{name or one.name}", dest=one.name, **options), of_path)
     parser.set_defaults(run=lambda arguments: run(_read(request, arguments)))
+
+
+def _complete(action: argparse.Action, of_path: bool) -> None:
+    """A shell completes files where text is expected: a script of shtab's leaves nothing to the shell's own way."""
+    if of_path:
+        action.complete = shtab.FILE  # type: ignore[attr-defined]
 
 
 def _read(request: type[T], arguments: argparse.Namespace) -> T:
