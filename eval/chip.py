@@ -61,7 +61,9 @@ def arguments() -> argparse.Namespace:
     parser = Parser(program="eval.chip", description=__doc__)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where chip.json goes")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (8)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts, in this order")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, metavar="PART", help=f"these parts, in this order: {', '.join(PARTS)}"
+    )
     found = parser.parse_args()
     if not found.minutes > 0:
         raise UsageError(f"minutes: expected more than 0, got {found.minutes:g}")

@@ -27,12 +27,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder.latents import Moments, posterior_noise
 from ldm_vae.autoencoder.trainable import Reconstruction
 from ldm_vae.core.errors import UsageError, WorkError, run_program
 from ldm_vae.core.ownership import own
+from ldm_vae.core.progress import Progress
 from ldm_vae.core.request import Parser
 from ldm_vae.demo.digits import digits, held_out
 from ldm_vae.losses import Schedule, TermConfig
@@ -138,7 +138,7 @@ def batches(images: int, size: int, seed: int, what: str) -> Iterator[tuple[int,
     """(images seen before it, a batch of training digits), until so many have been seen."""
     training, _ = held_out(digits()[0])
     generator = torch.Generator().manual_seed(seed)
-    for step in tqdm(range(images // size), desc=what, unit="step", disable=None, leave=False):
+    for step in Progress(range(images // size), desc=what, unit="step", leave=False):
         yield step * size, draw(training[torch.randint(len(training), (size,), generator=generator)], generator)
 
 

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from ldm_vae.autoencoder.geometry import check_resolution, latent_channels
+from ldm_vae.autoencoder.geometry import check_resolution, latent_channels, resolution_of
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import preparation_of
-from ldm_vae.core.errors import UsageError, WorkError, run_program
+from ldm_vae.core.errors import UsageError, WorkError, resumable, run_program
 from ldm_vae.core.launch import build_accelerator
 from ldm_vae.core.ownership import own
 from ldm_vae.core.pictures import save, sheet
@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
     add("vae", nargs="+", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
     add("data", metavar="DATA", help="a folder of images, a dataset's hub id, parquet or tar files")
     add("--output", required=True, type=Path, metavar="DIR", help="where stores and results go")
-    add("--resolution", type=int, default=256, help="side of the crops in pixels (256)")
+    add("--resolution", type=int, help="side of the crops in pixels (default: the first VAE's sample_size)")
     add("--checkpoint", metavar=selection.METAVAR, help=selection.HELP)
     add("--seeds", type=int, default=3, help="trainings per VAE; of weights, order and noise (3)")
     add("--train_images", type=int, default=Recipe.train_images, help=f"images of each ({Recipe.train_images:,})")
@@ -90,7 +90,7 @@ def arguments() -> argparse.Namespace:
     )  # fmt: skip
     add_data_arguments(parser)
     found = parser.parse_intermixed_args()
-    for name in ("resolution", "seeds", "train_images", "batch_size", "layers", "heads", "steps", "samples"):
+    for name in ("seeds", "train_images", "batch_size", "layers", "heads", "steps", "samples"):
         if getattr(found, name) < 1:
             raise UsageError(f"{name}: expected at least 1, got {getattr(found, name)}")
     if found.train_images < found.batch_size:
@@ -115,7 +115,8 @@ def main() -> None:
     accelerator = build_accelerator()
     if accelerator.num_processes > 1:
         raise UsageError(f"launch: expected one process, got {accelerator.num_processes}; the networks are small")
-    with own(options.output, "output"):
+    left = f"finished stores and seeds are kept in {options.output}; the same command goes on"
+    with own(options.output, "output"), resumable(left):
         compare(options, accelerator.device)
 
 
@@ -123,7 +124,8 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
 
     # --- everything that can be wrong is opened before the first image is encoded -------------------------------------
     vaes = [load_autoencoder(vae) for vae in options.vae]
-    for vae in vaes:
+    options.resolution = resolution_of(options.resolution, vaes[0], options.vae[0])
+    for vae in vaes[1:]:
         check_resolution(options.resolution, vae)
     preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
     alpha = preparation.decoding.alpha

@@ -25,16 +25,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder import finite, latents
-from ldm_vae.autoencoder.geometry import check_resolution, geometry_of, image_channels
+from ldm_vae.autoencoder.geometry import geometry_of, image_channels, resolution_of
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import preparation_of
 from ldm_vae.core.errors import UsageError, WorkError, run_program
 from ldm_vae.core.launch import build_accelerator
 from ldm_vae.core.ownership import own_together
+from ldm_vae.core.progress import Progress
 from ldm_vae.core.request import Parser
 from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     add("vae", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
     add("data", metavar="DATA", help="a folder of images, a dataset's hub id, parquet or tar files")
     add("--output", required=True, type=Path, metavar="DIR", help="where the results go")
-    add("--resolution", type=int, default=256, help="side of the crops in pixels (256)")
+    add("--resolution", type=int, help="side of the crops in pixels (default: the VAE's sample_size)")
     add("--batch_size", type=int, default=8, help="images per process and step (8)")
     add("--num_workers", type=int, default=2, help="processes that decode images, per process (2)")
     add("--max_images", type=int, help="measure the first N images of DATA only")
@@ -78,7 +78,7 @@ def arguments() -> argparse.Namespace:
     add("--max_bad", type=float, default=1.0, help="share of unreadable images above which the work stops (1: never)")
     add_data_arguments(parser)
     found = parser.parse_args()
-    for name, least in {"batch_size": 1, "resolution": 1, "bank": 2, "repeats": 2, "likelihood_images": 0,
+    for name, least in {"batch_size": 1, "bank": 2, "repeats": 2, "likelihood_images": 0,
                         "components": 0, "pairs": 0}.items():  # fmt: skip
         if getattr(found, name) < least:
             raise UsageError(f"{name}: expected at least {least}, got {getattr(found, name)}")
@@ -108,7 +108,7 @@ class Task:
         """This process's share of the images, as stored and as pixels [B, C, R, R] in [-1, 1] on the device."""
         options, accelerator = self.options, self.accelerator
         mine = share_of(accelerator.process_index, accelerator.num_processes, indices, options.batch_size)
-        bar = tqdm(total=len(mine), desc=what, unit="img", disable=None if accelerator.is_main_process else True)
+        bar = Progress(total=len(mine), desc=what, unit="img")
         for batch in image_batches(
             self.source, mine, options.resolution,
             batch_size=options.batch_size, num_workers=options.num_workers, quarantine=quarantine,
@@ -129,7 +129,7 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
 
     # --- everything that can be wrong is opened before the first image is measured ------------------------------------
     vae = load_autoencoder(options.vae, options.config)
-    check_resolution(options.resolution, vae)
+    options.resolution = resolution_of(options.resolution, vae, options.vae)
     preparation = preparation_of({options.vae: vae}, DataFlags.of(options))
     source = preparation.open(options.data)
     indices = range(min(len(source), options.max_images or len(source)))

@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
-from ldm_vae.autoencoder.geometry import check_resolution
+from ldm_vae.autoencoder.geometry import check_resolution, resolution_of
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import preparation_of
 from ldm_vae.core.errors import UsageError, WorkError, run_program
 from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
 from ldm_vae.core.ownership import own_together
+from ldm_vae.core.progress import Progress
 from ldm_vae.core.request import Parser
 from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     add("vae", nargs="+", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
     add("data", metavar="DATA", help="a folder of images, a dataset's hub id, parquet or tar files")
     add("--output", required=True, type=Path, metavar="DIR", help="where the results go")
-    add("--resolution", type=int, default=256, help="side of the crops in pixels (256)")
+    add("--resolution", type=int, help="side of the crops in pixels (default: the first VAE's sample_size)")
     add("--batch_size", type=int, default=8, help="images per process and step (8)")
     add("--num_workers", type=int, default=2, help="processes that decode images, per process (2)")
     add("--pictures", type=int, default=8, metavar="N", help="how many images are kept to look at (8)")
@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     add(
         "--metrics",
         metavar="NAME,...",
-        help=f"default: {','.join(NAMES)} (alpha's of images that have it); or your module, as my_lab.sharpness",
+        help=f"default: {', '.join(NAMES)} (alpha's of images that have it); or your module, as my_lab.sharpness",
     )
     add("--lpips_weights", metavar="PATH", help="the LPIPS trunk, where it is not found by itself")
     add(
@@ -79,12 +79,11 @@ def arguments() -> argparse.Namespace:
     add("--max_bad", type=float, default=1.0, help="share of unreadable images above which the work stops (1: never)")
     add_data_arguments(parser)
     found = parser.parse_intermixed_args()
-    for name in ("batch_size", "resolution"):
-        if getattr(found, name) < 1:
-            raise UsageError(f"{name}: expected at least 1, got {getattr(found, name)}")
+    if found.batch_size < 1:
+        raise UsageError(f"batch_size: expected at least 1, got {found.batch_size}")
     found.vae = [selection.at_checkpoint(vae, found.checkpoint) for vae in found.vae]
     found.metrics = None if found.metrics is None else found.metrics.split(",")
-    check(found.metrics or NAMES, found.resolution)
+    check(found.metrics or NAMES)
     found.protocol = by_name(found.protocol)
     return found
 
@@ -101,8 +100,10 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
 
     # --- everything that can be wrong is opened before the first image is measured ------------------------------------
     vaes = [load_autoencoder(vae, options.config) for vae in options.vae]
-    for vae in vaes:
+    options.resolution = resolution_of(options.resolution, vaes[0], options.vae[0])
+    for vae in vaes[1:]:
         check_resolution(options.resolution, vae)
+    check(options.metrics or NAMES, options.resolution)
     preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
     options.alpha, notes = preparation.decoding.alpha, list(preparation.notes)
     options.metrics = options.metrics or default_names(options.alpha)
@@ -182,9 +183,7 @@ def measure(
     shape = {"resolution": options.resolution, "batch_size": options.batch_size}
     code = fit_code(vae, source, indices, rank, ranks, **shape)
     floor = code and LinearFloor(code, build(options, accelerator, MEASURED), options.protocol)
-    bar = tqdm(
-        total=len(mine), desc=f"measure {name}", unit="img", disable=None if accelerator.is_main_process else True
-    )
+    bar = Progress(total=len(mine), desc=f"measure {name}", unit="img")
     with part.open("w", encoding="utf-8") as file:
 
         def each(indices: Sequence[int], values: Mapping[str, torch.Tensor]) -> None:

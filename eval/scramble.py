@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import finite, latents
-from ldm_vae.autoencoder.geometry import check_resolution, only_kl
+from ldm_vae.autoencoder.geometry import only_kl, resolution_of
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.normalisation import normalisation_of
 from ldm_vae.autoencoder.preparation import preparation_of
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("vae", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
     parser.add_argument("data", metavar="DATA", help="images that the covariance is measured on")
     parser.add_argument("out", type=Path, metavar="OUT", help="where the other VAE goes")
-    parser.add_argument("--resolution", type=int, default=256, help="side of the crops in pixels (256)")
+    parser.add_argument("--resolution", type=int, help="side of the crops in pixels (default: the VAE's sample_size)")
     parser.add_argument("--images", type=int, default=128, help="how many of DATA are used (128)")
     add_data_arguments(parser)
     options = parser.parse_args()
@@ -68,7 +68,7 @@ def main() -> None:
     only_kl(vae, f"vae {options.vae}")
     if vae.quant_conv is None or vae.post_quant_conv is None:
         raise UsageError(f"vae {options.vae}: expected one with quant_conv and post_quant_conv, which hold the matrix")
-    check_resolution(options.resolution, vae)
+    options.resolution = resolution_of(options.resolution, vae, options.vae)
     preparation = preparation_of({options.vae: vae}, DataFlags.of(options))
     source = preparation.open(options.data)
     chosen = spread(len(source), options.images)

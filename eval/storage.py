@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ldm_vae import LatentDataset, load_autoencoder
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.latents import LOGVAR_RANGE, Moments
 from ldm_vae.core import atomic_io, rng
 from ldm_vae.core.errors import UsageError, run_program
+from ldm_vae.core.progress import Progress
 from ldm_vae.core.request import Parser
 from ldm_vae.denoisers.dit import Config as DiT
 from ldm_vae.diffusion.flow import Denoiser, FlowConfig, draw_flow
@@ -164,7 +164,7 @@ def main() -> None:
     scale, sigma = data.statistics.normalisation("scale").scaling_factor, float(exact.logvar.exp().mean().sqrt())
     results = []
     for number, (name, form) in enumerate(
-        tqdm([("fp32 moments, another seed", FORMS["fp32 moments"]), *FORMS.items()])
+        Progress([("fp32 moments, another seed", FORMS["fp32 moments"]), *FORMS.items()])
     ):
         given = form.rounded(exact)
         error = float((given.mean - exact.mean).square().mean().sqrt())

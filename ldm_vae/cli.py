@@ -7,6 +7,7 @@ import argparse
 import importlib
 import pkgutil
 import sys
+from typing import Any
 
 import shtab
 
@@ -39,7 +40,10 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
     )
     top.add_argument("--version", action="version", version=f"ldm-vae {__version__}")
-    shtab.add_argument_to(top, "--print_completion", help="print a script by which a shell completes this")
+    top.add_argument(
+        "--print_completion", action=_PrintCompletion, choices=shtab.SUPPORTED_SHELLS,
+        help="print a script by which a shell completes this",
+    )  # fmt: skip
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     exist = [module.name for module in pkgutil.iter_modules(commands.__path__)]
     for name in sorted(exist, key=lambda verb: (ORDER.index(verb) if verb in ORDER else len(ORDER), verb)):
@@ -56,6 +60,22 @@ def parser() -> argparse.ArgumentParser:
         else:
             add_request(verb, command.Request, command.run)
     return top
+
+
+class _PrintCompletion(shtab.completion_action()):  # type: ignore[misc]  # a class that shtab makes
+    """shtab's, whose menus have a verb's line of help in the place of the first line of its description."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        _forget_descriptions(parser)
+        super().__call__(parser, *rest)
+
+
+def _forget_descriptions(parser: argparse.ArgumentParser) -> None:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for verb in action.choices.values():
+                verb.description = None
+                _forget_descriptions(verb)
 
 
 def call(*words: str) -> None:

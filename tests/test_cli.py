@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -93,7 +94,11 @@ def test_nobody_reading_its_output_is_no_error() -> None:
 @pytest.mark.parametrize(
     ("typed", "completed"),
     [
+        ("ldm-vae tr", "train"),
         ("ldm-vae enc", "encode"),
+        ("ldm-vae store ver", "verify"),
+        ("ldm-vae report ru", "runs"),
+        ("ldm-vae encode --config ru", "runs"),
         ("ldm-vae encode --resol", "--resolution"),
         ("ldm-vae assets lp", "lpips"),
         ("ldm-vae --print_completion z", "zsh"),
@@ -103,6 +108,7 @@ def test_bash_completes(typed: str, completed: str, tmp_path: Path, capsys: pyte
     with pytest.raises(SystemExit):
         cli.call("--print_completion", "bash")
     (tmp_path / "completion").write_text(capsys.readouterr().out)
+    (tmp_path / "runs").mkdir()
     words = typed.split()
     script = (
         f"source completion; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; "
@@ -110,3 +116,13 @@ def test_bash_completes(typed: str, completed: str, tmp_path: Path, capsys: pyte
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.split() == [completed], done.stderr
+
+
+def test_zsh_shows_each_verb_with_its_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.call("--print_completion", "zsh")
+    script = capsys.readouterr().out
+    assert script.startswith("#compdef ldm-vae\n")
+    for verb in ("encode", "drift", "store", "train"):
+        line = importlib.import_module(f"ldm_vae.commands.{verb}").HELP.replace("'", "'\"'\"'")
+        assert f"    {verb}:'{line}'\n" in script

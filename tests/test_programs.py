@@ -19,6 +19,7 @@ from repository import ROOT
 from safetensors.torch import load_file
 from training_runs import assert_same_run, metrics, newest, one_sentence, run, run_two, write_config
 
+from ldm_vae.core.errors import SIGNALS
 from train import autoencoder as training_program
 
 
@@ -84,7 +85,7 @@ def test_a_signal_saves_and_exits(finished: Path, images: Path, tmp_path: Path, 
     victim.kill(signal.SIGCONT)
     stopped = victim.wait()
     assert stopped.returncode == status, stopped.stderr
-    assert "the same command resumes" in stopped.stdout
+    assert f"stopped by {SIGNALS[number]}, saved {newest(tmp_path / 'run')}; the same command resumes" in stopped.stdout
     assert not (tmp_path / "run" / "vae").exists()
     assert run(config).returncode == 0
     assert (newest(tmp_path / "run") / "tensors.safetensors").read_bytes() == (

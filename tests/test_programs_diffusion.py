@@ -23,7 +23,7 @@ from training_runs import assert_same_run, metrics, newest, one_sentence
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.core.errors import UsageError
+from ldm_vae.core.errors import SIGNALS, UsageError
 from ldm_vae.diffusion.config import DiffusionTraining, open_latents
 from ldm_vae.diffusion.generator import Generator
 from ldm_vae.latent_store import LatentDataset
@@ -121,7 +121,8 @@ def test_a_signal_saves_and_exits(finished: Path, home: Path, tmp_path: Path, nu
     victim.kill(signal.SIGCONT)
     stopped = victim.wait()
     assert stopped.returncode == status, stopped.stderr
-    assert "the same command resumes" in stopped.stdout and not (tmp_path / "run" / "denoiser").exists()
+    assert f"stopped by {SIGNALS[number]}, saved {newest(tmp_path / 'run')}; the same command" in stopped.stdout
+    assert not (tmp_path / "run" / "denoiser").exists()
     assert run(config).returncode == 0
     assert (newest(tmp_path / "run") / "tensors.safetensors").read_bytes() == (
         newest(finished) / "tensors.safetensors"

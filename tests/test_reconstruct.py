@@ -14,7 +14,7 @@ from PIL import Image
 from sentences import refused
 
 from ldm_vae import cli, metrics
-from ldm_vae.core.errors import UsageError
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import open_source
 from ldm_vae.metrics.batches import image_batches
 from ldm_vae.metrics.evaluate import evaluate_reconstruction
@@ -56,6 +56,45 @@ def test_two_images_of_one_name_are_both_kept(tiny_vae_folder: Path, tmp_path: P
         Image.new("RGB", (8, 8), (colour,) * 3).save(tmp_path / folder / "same.png")
     call(tiny_vae_folder, tmp_path / "a" / "same.png", tmp_path / "b" / "same.png", tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.before-after.png"))) == 2
+
+
+def test_folders_and_files_are_mixed_and_what_is_left_out_is_said(
+    tiny_vae_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, one, out = tmp_path / "photos", tmp_path / "one.png", tmp_path / "photos" / "out"
+    for number, name in enumerate(("a.png", "a.jpg", "deep/er/a.png", "sheet.png", ".hidden.png")):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 12 + number), (number * 40, 90, 10)).save(photos / name)
+    Image.new("RGB", (1, 1)).save(photos / "small.png")
+    Image.new("RGB", (8, 8)).save(one)
+    (photos / "broken.png").write_bytes(b"no")
+    (photos / "notes.txt").write_text("x")
+    for _ in range(2):  # the second call does not take the first one's pictures for images
+        call(tiny_vae_folder, one, photos, out)
+        said = capsys.readouterr()
+        assert said.out.count(" dB ") == 5 and "5 images, mean PSNR" in said.out
+    names = {"one", "a", "a-2", "deep/er/a", "sheet-2"}
+    written = {f"{name}{ending}" for name in names for ending in (".png", ".before-after.png")} | {"sheet.png"}
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*.png")} == written
+    assert read_pixels(out / "sheet.png").shape == (2 * 196 + 4, 4 * (2 * 192 + 4) + 4, 3)
+    for sentence in (
+        f"IMAGE {photos}: left out: 1 hidden (.hidden.png)",
+        f"IMAGE {photos}: left out: 1 folders that ldm-vae or diffusers has written (out/)",
+        f"IMAGE {photos}: left out: 1 of other endings (.txt)",
+        f"left out: {photos / 'small.png'}: its sides must be at least f = 2 pixels, it is 1 x 1 px",
+    ):
+        assert f"note: {sentence}\n" in said.err
+    assert f"note: left out: {photos / 'broken.png'}: " in said.err
+
+
+def test_a_folder_without_an_image_is_refused(tiny_vae_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=f"IMAGE {tmp_path / 'empty'}: expected an image .*found none"):
+        call(tiny_vae_folder, tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "empty" / "broken.png").write_bytes(b"no")
+    with refused(WorkError, "IMAGE"):
+        call(tiny_vae_folder, tmp_path / "empty", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_wrong_image_is_named_and_nothing_is_written(

@@ -60,7 +60,7 @@ def test_what_is_given_has_its_type() -> None:
         (("x", "out"), "--from"),
         (("x", "out", "--to", "y", "--from", "z"), "--from"),
         (("x", "out", "--to", "y", "--kind", "c"), "--kind"),
-        (("x", "out", "--to", "y", "--kind", "bb"), "--kind: expected one of a, b, got bb, did you mean b"),
+        (("x", "out", "--to", "y", "--kind", "bb"), "--kind: expected one of a, b, got bb, did you mean `b`"),
         (("x", "out", "--to", "y", "--side", "many"), "--side"),
         (("x", "out", "--to", "y", "--side"), "--side"),
         (("x", "--sied", "3"), "--side"),  # rather than what is missing because of it
@@ -88,7 +88,7 @@ def test_every_flag_of_every_verb_is_recognised_when_it_is_mistyped() -> None:
                 continue
             with pytest.raises(UsageError) as refusal:
                 parser().parse_args([*words, typo, "1"])
-            assert f"unknown flag {typo}, did you mean --" in str(refusal.value)
+            assert f"unknown flag {typo}, did you mean `--" in str(refusal.value)
 
 
 def verbs() -> list[tuple[list[str], argparse.ArgumentParser]]:

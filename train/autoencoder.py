@@ -11,19 +11,17 @@ scaling) and RUN/report/index.html is the report. Schedules and intervals count 
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder.geometry import check_resolution
 from ldm_vae.autoencoder.latents import posterior_noise
 from ldm_vae.autoencoder.normalisation import Normalisation, is_fixed
 from ldm_vae.autoencoder.preparation import record
-from ldm_vae.core.errors import Stopped, run_program
+from ldm_vae.core.errors import run_program
 from ldm_vae.core.launch import StopSignal
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
@@ -40,7 +38,7 @@ from ldm_vae.metrics.select import build_metrics
 from ldm_vae.metrics.titles import TITLES
 from ldm_vae.report import build_report
 from ldm_vae.run import checkpoint
-from ldm_vae.run.folder import prepare_run_folder, progress_bar, start, start_from_command_line, what_is_due
+from ldm_vae.run.folder import prepare_run_folder, progress_bar, start, start_from_command_line, stopped, what_is_due
 from ldm_vae.run.inputs import compare_images
 from ldm_vae.run.metrics_log import Logbook, check_finite
 from ldm_vae.run.trackers import log_picture
@@ -106,8 +104,7 @@ def train(settings: Training) -> None:
             continue  # the update needs more of them
         state.count_update()
         if stop := events.after_update(rate, signals.agreed(accelerator)):
-            say(f"stopped by signal {stop}, saved {state.newest}; the same command resumes")
-            raise Stopped(stop)
+            raise stopped(accelerator, stop, state.newest)
     events.bar.close()
 
     # --- the end: a diffusers folder from the averaged weights, its scaling measured ----------------------------------
@@ -133,7 +130,7 @@ class Events:
         self, state: TrainingState, feed: ImageFeed | StoredFeed, held_out: Source | None, logbook: Logbook
     ) -> None:
         self.state, self.feed, self.held_out, self.logbook = state, feed, held_out, logbook
-        self.bar = progress_bar(state.settings, state.accelerator, state.images_seen)
+        self.bar = progress_bar(state.settings, state.images_seen)
         self._logged_at, self._warned = state.images_seen, set[str]()
 
     def after_update(self, rate: float, stop: int) -> int:
@@ -163,11 +160,11 @@ class Events:
         means["learning_rate"] = rate
         warnings = diagnose([*self.logbook.lines, means], state.settings.adversary)
         for name in warnings.keys() - self._warned:
-            tqdm.write(f"warning at {state.images_seen:,} images: {warnings[name]}", file=sys.stderr)
+            self.bar.say(f"warning at {state.images_seen:,} images: {warnings[name]}")
         self._warned = set(warnings)
         self.logbook.write(state.images_seen, means, warnings)
         losses = {name.removeprefix("loss/"): f"{value:.3g}" for name, value in means.items() if "loss/" in name}
-        self.bar.set_postfix(losses)
+        self.bar.report(losses)
 
     def _validate(self) -> bool:
         """Measure and log the averaged weights; whether they are the best so far."""

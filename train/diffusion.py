@@ -16,7 +16,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ldm_vae.core.errors import Stopped, run_program
+from ldm_vae.core.errors import run_program
 from ldm_vae.core.launch import StopSignal
 from ldm_vae.diffusion.config import (
     MAY_CHANGE,
@@ -46,6 +46,7 @@ from ldm_vae.run.folder import (
     save,
     start,
     start_from_command_line,
+    stopped,
     what_is_due,
 )
 from ldm_vae.run.inputs import compare_store
@@ -111,7 +112,7 @@ def train(settings: DiffusionTraining) -> None:
     # --- the loop -----------------------------------------------------------------------------------------------------
     signals = StopSignal()
     logged_at = images_seen
-    bar = progress_bar(settings, accelerator, images_seen)
+    bar = progress_bar(settings, images_seen)
     for clean, labels, positions in latents.batches(loader, images_seen):
         if images_seen >= settings.max_train_images:
             break
@@ -152,12 +153,11 @@ def train(settings: DiffusionTraining) -> None:
             averages.reset()
             logged_at = images_seen
             logbook.write(images_seen, means | {"learning_rate": factor * settings.learning_rate})
-            bar.set_postfix(loss=f"{means['loss/total']:.3g}")
+            bar.report({"loss": f"{means['loss/total']:.3g}"})
         if due["checkpoint"] or stop:
             newest = save(settings, accelerator, images_seen, stateful, {"denoiser": network}, averages)
         if stop:
-            say(f"stopped by signal {stop}, saved {newest}; the same command resumes")
-            raise Stopped(stop)
+            raise stopped(accelerator, stop, newest)
         if due["sample"] and images_seen < settings.max_train_images:
             draw(generator, settings, images_seen, accelerator, latents.names)
     bar.close()

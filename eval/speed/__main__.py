@@ -151,7 +151,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = Parser(program="eval.speed", description=__doc__)
     known = "; ".join(f"{name}: {text}" for name, (text, _) in BENCHMARKS.items())
-    parser.add_argument("what", choices=[*BENCHMARKS, "all"], help=known)
+    parser.add_argument("what", choices=[*BENCHMARKS, "all"], metavar="WHAT", help=f"{known}; all: every one")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where speed.json goes")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every contender (7)")
     parser.add_argument("--minutes", type=float, default=2.0, help="quality: of one core, for each recipe (2)")

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.checkpointing import enable_checkpointing
 from ldm_vae.core.flop_counter import Cost
+from ldm_vae.core.progress import Progress
 
 from .networks import NETWORKS, network
 from .timing import PeakMemory
@@ -30,7 +30,7 @@ RESOLUTION = 256
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json; `ratio` is the share of the plain pass's memory."""
     rows = []
-    for name in tqdm(NETWORKS, desc="checkpointing", disable=None, leave=False):
+    for name in Progress(NETWORKS, desc="checkpointing", leave=False):
         plain, spared = (_in_a_process(name, checkpointing) for checkpointing in (False, True))
         rows.append(_row("checkpointing", name, plain[0], spared[0]) | {"seconds": [plain[1], spared[1]]})
         rows.append(_row("checkpointing_counted", name, *(count(name, one) for one in (False, True))))

@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ldm_vae.core.flop_counter import Cost
+from ldm_vae.core.progress import Progress
 
 from .recipes import RECIPES, Networks, Workload
 from .timing import interleave, row
@@ -54,7 +54,7 @@ def count_compiled(work: Workload, name: str) -> int:
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json."""
     names = ("train_step", "latent_diffusion", "diffusers_repaired")
-    counts = {name: count_compiled(COUNTED, name) for name in tqdm(names, desc="compiled", disable=None, leave=False)}
+    counts = {name: count_compiled(COUNTED, name) for name in Progress(names, desc="compiled", leave=False)}
     counts |= {"ideal": ideal_operations(COUNTED), "eager": count_operations(COUNTED, "train_step")}
     torch._dynamo.reset()
     images = TIMED.images()

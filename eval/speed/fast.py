@@ -22,8 +22,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from ldm_vae.core.progress import Progress
 from ldm_vae.kernels.group_norm import FusedResnetBlock, fuse_norms
 from ldm_vae.perceptual.lpips import LPIPS
 
@@ -172,7 +172,7 @@ def measured_memory() -> Iterator[Callable[[], int]]:
 def begun_all(prefix: str, makers: Mapping[str, Callable[[], Begun]]) -> tuple[dict[str, Begun], list[dict[str, Any]]]:
     """Contenders, and a row for each that cannot run: a GPU is not at hand every day, so the others go on."""
     begun, failed = {}, []
-    for name, make in tqdm(makers.items(), desc="first steps", disable=None, leave=False):
+    for name, make in Progress(makers.items(), desc="first steps", leave=False):
         try:
             begun[name] = make()
         except Exception as error:

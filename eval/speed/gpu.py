@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.progress import Progress
 from ldm_vae.data.source import open_source
 from ldm_vae.latent_store.write.encoder import default_threads
 
@@ -83,7 +83,7 @@ def _measured(
 ) -> list[dict[str, Any]]:
     """The first contender beside each of the references, and every other one beside the first."""
     steps, memory = {}, {}
-    for name, (work, recipe) in tqdm(contenders.items(), desc="first steps", disable=None, leave=False):
+    for name, (work, recipe) in Progress(contenders.items(), desc="first steps", leave=False):
         steps[name], memory[name] = _begun(work, recipe)
     times = interleave(steps, rounds, "gpu")
     rows, first = [], next(iter(steps))

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import downsampling_factor
@@ -36,6 +35,7 @@ from ldm_vae.autoencoder.linear_code import PatchMoments
 from ldm_vae.autoencoder.linear_init import start_linear
 from ldm_vae.autoencoder.linear_layers import clear_residuals
 from ldm_vae.core import atomic_io
+from ldm_vae.core.progress import Progress
 from ldm_vae.data.dataset import training_loader
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.source import Source, open_source
@@ -159,7 +159,7 @@ def _compete(demo: Path, work: Workload, seconds: float, title: str) -> dict[str
     contenders = {name: Contender(name, source, work) for name in CONTENDERS}
     for contender in contenders.values():
         contender.measure(photographs)
-    for turn in tqdm(range(1, TURNS + 1), desc=f"quality, {title}", unit="turn", disable=None, leave=False):
+    for turn in Progress(range(1, TURNS + 1), desc=f"quality, {title}", unit="turn", leave=False):
         for contender in contenders.values():
             contender.train(seconds * turn / TURNS)
             contender.measure(photographs)

@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 import torch
-from tqdm.auto import tqdm
+
+from ldm_vae.core.progress import Progress
 
 
 def interleave(
@@ -29,7 +30,7 @@ def interleave(
             machine then count only as far as they take the cache.
     """
     times: dict[str, list[float]] = {contender: [] for contender in contenders}
-    for number in tqdm(range(rounds + 1), desc=name, unit="round", disable=None, leave=False):
+    for number in Progress(range(rounds + 1), desc=name, unit="round", leave=False):
         for contender, run in contenders.items():
             start = clock()
             run()

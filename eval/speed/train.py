@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tqdm.auto import tqdm
 
 from ldm_vae.core.flop_counter import Cost
+from ldm_vae.core.progress import Progress
 
 from .recipes import (
     RECIPES,
@@ -96,7 +96,7 @@ def ideal_operations(work: Workload) -> int:
 
 def _operations(work: Workload) -> list[dict[str, Any]]:
     names = ("train_step", *REFERENCES, *VARIANTS)
-    counts = {name: count_operations(work, name) for name in tqdm(names, desc="operations", disable=None, leave=False)}
+    counts = {name: count_operations(work, name) for name in Progress(names, desc="operations", leave=False)}
     counts["ideal"] = ideal_operations(work)
     return counted("train_step_flops", counts, "GFLOP", 1e9)
 
@@ -119,7 +119,7 @@ def counted(figure: str, counts: dict[str, int], unit: str, scale: float) -> lis
 
 def _memory(work: Workload) -> list[dict[str, Any]]:
     resident, held = {}, {}
-    for name in tqdm(("train_step", *REFERENCES, *VARIANTS), desc="memory", disable=None, leave=False):
+    for name in Progress(("train_step", *REFERENCES, *VARIANTS), desc="memory", leave=False):
         # a process of its own, so that no recipe finds memory that another left
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             resident[name], held[name] = pool.apply(_grown, (work, name))

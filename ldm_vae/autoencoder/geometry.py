@@ -21,8 +21,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.terminal import print_note
 from ldm_vae.core.validation import first_line
 
+LARGEST_SAMPLE = 1024  # pixels: the largest that published configs of images say
+UNSAID_SAMPLE = 512  # of AutoencoderTiny and AutoencoderDC, whose configs have no such key
 SIDES = (256, 512)  # of the images that are tried: the largest f is 64, and 256 leaves an RAE's patches whole
 
 
@@ -122,9 +125,30 @@ def step_of(vae: Any) -> int:
     return geometry_of(vae).factor * family_of(vae).patch
 
 
-def sample_size(vae: Any) -> int:
-    """Side in pixels of the images that it was trained on; 512 where its config does not say (AutoencoderTiny)."""
-    return geometry_of(vae).side or int(vae.config.get("sample_size", 512))
+def sample_size(vae: Any, most: int = LARGEST_SAMPLE) -> int:
+    """Side in pixels of the images that it was trained on, of `most` at most, in whole steps of f; 512 where its config
+    does not say."""
+    geometry, step = geometry_of(vae), step_of(vae)
+    if geometry.side is not None:
+        return geometry.side
+    # diffusers fills in its own default, 32 for an f8 network, where a config.json does not say
+    said = {} if "sample_size" in vae.config.get("_use_default_values", ()) else vae.config
+    side = said.get("sample_size", UNSAID_SAMPLE)
+    side = min(side) if isinstance(side, list | tuple) else side  # height and width
+    return max(step, min(most, int(side)) // step * step)
+
+
+def resolution_of(asked: int | None, vae: Any, name: str, most: int = LARGEST_SAMPLE) -> int:
+    """The resolution that was asked for, else the `sample_size` of the VAE called `name`, which is said on stderr.
+
+    Raises:
+        UsageError: the VAE does not take images of that side whole.
+    """
+    resolution = sample_size(vae, most) if asked is None else asked
+    check_resolution(resolution, vae)
+    if asked is None:
+        print_note(f"resolution: {resolution} px, by VAE {name}; --resolution sets another")
+    return resolution
 
 
 def only_kl(vae: Any, what: str) -> None:

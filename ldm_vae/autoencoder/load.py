@@ -11,7 +11,7 @@ from ldm_vae.autoencoder.finite import check_weights
 from ldm_vae.autoencoder.normalisation import take_away
 from ldm_vae.autoencoder.preparation import record
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint, open_averages
-from ldm_vae.autoencoder.weights.files import Entry, print_note
+from ldm_vae.autoencoder.weights.files import Entry
 from ldm_vae.autoencoder.weights.networks import (
     CONFIG,
     build,
@@ -22,6 +22,7 @@ from ldm_vae.autoencoder.weights.networks import (
 )
 from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.terminal import print_note
 from ldm_vae.data.preprocessing import read_beside, read_hub
 
 

@@ -22,13 +22,13 @@ from ldm_vae.autoencoder.weights.files import (
     Weights,
     few,
     open_weights,
-    print_note,
 )
 from ldm_vae.autoencoder.weights.names import find_autoencoder
 from ldm_vae.autoencoder.weights.networks import build, fill
 from ldm_vae.autoencoder.weights.shape import Shapes, infer_config
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.terminal import print_note
 from ldm_vae.core.validation import check_model_config, first_line, parse_json
 from ldm_vae.data import preprocessing
 

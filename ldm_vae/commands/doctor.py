@@ -33,7 +33,6 @@ EXTRAS = {
     "tensorboard": ("tensorboard", "tracker: tensorboard"),
     "wandb": ("wandb", "tracker: wandb"),
 }
-HUB_SECONDS = 5
 SPACE = 5e9  # bytes: weights, a run's checkpoints and a first store
 
 
@@ -149,23 +148,16 @@ def _weights() -> Finding:
 
 
 def _hub() -> Finding:
-    import urllib.error
-    import urllib.request
-
     from huggingface_hub import constants, get_token
 
+    from ldm_vae.core.hub import silence
     from ldm_vae.core.paths import offline
 
     token = "with a token" if get_token() else "without a token: `hf auth login` for gated networks and `--push_to`"
     if offline():
         return Finding("hub", "offline, as LDM_VAE_OFFLINE or HF_HUB_OFFLINE says; only what is cached can be had")
-    try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # a refusal is an answer
-    except OSError as error:  # URLError and time-outs are
-        reason = getattr(error, "reason", error)
-        return Finding("hub", f"{constants.ENDPOINT} does not answer ({reason}); local folders work, {token}")
+    if (reason := silence()) is not None:
+        return Finding("hub", f"{reason}; local folders work, {token}")
     return Finding("hub", f"{constants.ENDPOINT} answers, {token}")
 
 

@@ -37,7 +37,7 @@ def run(request: Request) -> None:
 
     import torch
 
-    from ldm_vae.autoencoder.geometry import check_resolution, sample_size
+    from ldm_vae.autoencoder.geometry import resolution_of
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.export.drift_report import measure_drift
@@ -45,8 +45,7 @@ def run(request: Request) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, tuned = (load_autoencoder(vae).to(device) for vae in (request.base, request.tuned))
-    resolution = request.resolution or sample_size(base)
-    check_resolution(resolution, base)
+    resolution = resolution_of(request.resolution, base, request.base)
     preparation = preparation_of({request.base: base, request.tuned: tuned}, request.flags)
     for note in preparation.notes:
         print(note, file=sys.stderr)

@@ -33,8 +33,8 @@ class Request:
     vae: str = argument("VAE", "diffusers folder, run folder, hub id or single file")
     data: str = argument("DATA", "images: folder, dataset, list file, zip, tar shards, hub id")
     out: str = argument("OUT", "folder of the store: new, or one to resume or update")
-    resolution: tuple[int, ...] = flag(
-        "side of the crop in pixels; several values give several shapes", nargs="+", required=True
+    resolution: tuple[int, ...] | None = flag(
+        "side of the crop in pixels (default: the VAE's sample_size); several values give several shapes", nargs="+"
     )
     batch_size: int = flag("images per forward pass (default 16)", 16)
     shard_size: int = flag("images per shard and work unit (default 2048)", 2048)
@@ -81,10 +81,10 @@ class Request:
 def run(request: Request) -> None:
     from pathlib import Path
 
-    from ldm_vae.autoencoder.geometry import downsampling_factor
+    from ldm_vae.autoencoder.geometry import downsampling_factor, resolution_of
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.preparation import preparation_of
-    from ldm_vae.core.errors import UsageError
+    from ldm_vae.core.errors import UsageError, resumable
     from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
     from ldm_vae.latent_store import write_store
     from ldm_vae.latent_store.maintain.rounding_error import describe_costs, measure_costs
@@ -105,32 +105,34 @@ def run(request: Request) -> None:
     processes, device = accelerator.num_processes, accelerator.device
     measure_checkpoint(vae.to(device), name)
     before = units_in(request.out)
-    manifest = write_store(
-        vae,
-        source,
-        request.out,
-        resolution=request.resolution,
-        batch_size=request.batch_size,
-        shard_size=request.shard_size,
-        store=request.store,
-        dtype=request.dtype,
-        mixed_precision=request.mixed_precision,
-        views=request.views,
-        bucket_step=request.bucket_step,
-        tile=tile_of(request.tile, request.tile_overlap, downsampling_factor(vae)),
-        pixels=request.pixels,
-        pipelines=request.pipelines,
-        update=request.update,
-        retry_quarantined=request.retry_quarantined,
-        check=request.check,
-        num_workers=default_workers(processes) if request.num_workers is None else request.num_workers,
-        encode_threads=default_threads(processes, device) if request.encode_threads is None else request.encode_threads,
-        max_bad=request.max_bad,
-        processes=Processes(accelerator.process_index, processes, accelerator.wait_for_everyone),
-        device=device,
-        source_name=request.data,
-        vae_name=name,
-    )
+    threads = default_threads(processes, device) if request.encode_threads is None else request.encode_threads
+    with resumable(f"finished shards are kept in {request.out}; the same command goes on"):
+        manifest = write_store(
+            vae,
+            source,
+            request.out,
+            resolution=request.resolution or resolution_of(None, vae, name),
+            batch_size=request.batch_size,
+            shard_size=request.shard_size,
+            store=request.store,
+            dtype=request.dtype,
+            mixed_precision=request.mixed_precision,
+            views=request.views,
+            bucket_step=request.bucket_step,
+            tile=tile_of(request.tile, request.tile_overlap, downsampling_factor(vae)),
+            pixels=request.pixels,
+            pipelines=request.pipelines,
+            update=request.update,
+            retry_quarantined=request.retry_quarantined,
+            check=request.check,
+            num_workers=default_workers(processes) if request.num_workers is None else request.num_workers,
+            encode_threads=threads,
+            max_bad=request.max_bad,
+            processes=Processes(accelerator.process_index, processes, accelerator.wait_for_everyone),
+            device=device,
+            source_name=request.data,
+            vae_name=name,
+        )
     if accelerator.is_main_process:
         print("\n".join([describe(request.out, manifest), *preparation.notes]))
         if manifest.units > before:

@@ -1,10 +1,15 @@
-"""`ldm-vae reconstruct VAE IMAGE... OUT`: reconstruct images, for a first look at an autoencoder."""
+"""`ldm-vae reconstruct VAE IMAGE... OUT`: reconstruct images, for a first look at an autoencoder.
+
+Legend: C channels, H W sides.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ldm_vae.core.request import argument, flag
@@ -17,13 +22,17 @@ if TYPE_CHECKING:
     from ldm_vae.autoencoder.preparation import Preparation
     from ldm_vae.data.decoding import Decoding
 
+ON_SHEET, SHEET_SIDE = 32, 192  # pairs, and their side in pixels
+
 HELP = "encode and decode images, and write before and after"
 DESCRIPTION = """\
 Decode the mode of each image's posterior. OUT/NAME.png is the reconstruction, OUT/NAME.before-after.png shows both side
-by side. PSNR is printed. Without --resolution an image keeps its size, cropped to a multiple of the VAE's factor.
-With alpha, NAME.png is RGBA, and PSNR is the mean over composites on black and on white.
+by side; OUT/sheet.png shows the first 32 of several. PSNR is printed. Of a folder, every image below it is taken, and
+what is left out is said; its sub-folders are kept in OUT. Without --resolution an image keeps its size, cropped to a
+multiple of the VAE's factor. With alpha, NAME.png is RGBA, and PSNR is the mean over composites on black and on white.
 
   ldm-vae reconstruct runs/demo photo.jpg looked-at
+  ldm-vae reconstruct runs/demo photographs one-more.png looked-at --resolution 256
   ldm-vae reconstruct stabilityai/sd-vae-ft-mse a.png b.png looked-at --resolution 512
 """
 
@@ -33,7 +42,7 @@ class Request:
     """The command line."""
 
     vae: str = argument("VAE", "a diffusers folder, a run folder, a hub id or a single file")
-    images: tuple[Path, ...] = argument("IMAGE", "image files", nargs="+")
+    images: tuple[Path, ...] = argument("IMAGE", "image files, and folders of them", nargs="+")
     out: Path = argument("OUT", "folder for the images")
     resolution: int | None = flag("resize the short side and crop the centre to this size")
     config: str | None = flag(
@@ -43,76 +52,150 @@ class Request:
     flags: DataFlags = decoding_flags()
 
 
+@dataclass(frozen=True)
+class _Image:
+    """An image's file, the name of its pictures in OUT, and whether a user named it; others may be left out."""
+
+    path: Path
+    name: str
+    named: bool
+
+
 def run(request: Request) -> None:
-    from ldm_vae.autoencoder.geometry import check_resolution, step_of
+    from ldm_vae.autoencoder.geometry import check_resolution
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.preparation import preparation_of
-    from ldm_vae.core.errors import UsageError
     from ldm_vae.core.ownership import own
     from ldm_vae.run.selection import at_checkpoint
 
+    images = _find(request.images)
     name = at_checkpoint(request.vae, request.checkpoint)
     vae = load_autoencoder(name, request.config)
-    factor = step_of(vae)
     if request.resolution is not None:
         check_resolution(request.resolution, vae)
-    # every image is read before the first is reconstructed: a mistyped name costs nothing
     preparation = preparation_of({name: vae}, request.flags)
-    images = [(path, _read(path, preparation.decoding)) for path in request.images]
-    for path, image in images:
-        if request.resolution is None and min(image.shape[1:]) < factor:
-            raise UsageError(f"image {path}: its sides must be at least f = {factor} pixels, it is {_size(image)}")
+    # what a user named is read before the first is reconstructed: a mistyped name costs nothing
+    for image in images:
+        if image.named:
+            _read(image, vae, preparation.decoding, request)
     with own(request.out, "OUT"):
         _reconstruct(vae, images, preparation, request)
 
 
-def _reconstruct(
-    vae: Any, images: Sequence[tuple[Path, torch.Tensor]], preparation: Preparation, request: Request
-) -> None:
-    """Write each image's reconstruction, and the two side by side."""
+def _find(places: Sequence[Path]) -> list[_Image]:
+    """The images of files and folders, each under a name of its own; what a folder holds beside them is said on stderr.
+
+    Raises:
+        UsageError: a folder holds none.
+    """
+    from ldm_vae.core.errors import UsageError
+    from ldm_vae.core.terminal import print_note
+    from ldm_vae.data.decoding import EXTENSIONS
+    from ldm_vae.data.tree import LeftOut, walk
+
+    found: list[_Image] = []
+    taken = {"sheet"}
+    for place in places:
+        if not place.is_dir():
+            found.append(_Image(place, _free(place.stem, taken), named=True))
+            continue
+        left_out = LeftOut()
+        below = walk(place, EXTENSIONS, left_out)
+        found += [
+            _Image(place / one, _free(PurePosixPath(one).with_suffix("").as_posix(), taken), named=False)
+            for one in below
+        ]
+        sentences = left_out.sentences()
+        if others := left_out.others.total():
+            endings = ", ".join(sorted(ending or "no ending" for ending in left_out.others))
+            sentences.append(f"left out: {others:,} of other endings ({endings})")
+        for sentence in sentences:
+            print_note(f"IMAGE {place}: {sentence}")
+        if not below:
+            endings = ", ".join(sorted(EXTENSIONS))
+            raise UsageError(f"IMAGE {place}: expected an image ({endings}) in the folder or below it, found none")
+    return found
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, with a number where another image has it."""
+    free = next(one for one in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))) if one not in taken)
+    taken.add(free)
+    return free
+
+
+def _reconstruct(vae: Any, images: Sequence[_Image], preparation: Preparation, request: Request) -> None:
+    """Write each image's reconstruction, and the two side by side; of several a sheet."""
     import torch
 
-    from ldm_vae.autoencoder.geometry import step_of
-    from ldm_vae.core.pictures import save
+    from ldm_vae.core.errors import WorkError
+    from ldm_vae.core.pictures import save, sheet
+    from ldm_vae.core.terminal import print_note
     from ldm_vae.data.alpha import visible
     from ldm_vae.data.transforms import centre_crop
     from ldm_vae.metrics import psnr
     from ldm_vae.metrics.batches import ImageBatch
     from ldm_vae.metrics.evaluate import reconstruct
 
-    factor, alpha = step_of(vae), preparation.decoding.alpha
+    alpha = preparation.decoding.alpha
     for note in preparation.notes:
         print(note)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae.to(device)
-    taken: set[str] = set()
-    for path, image in images:
-        if request.resolution is None:
-            height, width = (side // factor * factor for side in image.shape[1:])
-            top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-            crop = image[:, top : top + height, left : left + width]
-        else:
-            crop = centre_crop(image, request.resolution, resize=preparation.decoding.resize, alpha=alpha).pixels
-        _, pair = reconstruct(vae, ImageBatch([0], [str(path)], crop[None], alpha), device)
-        name = path.stem if path.stem not in taken else f"{path.stem}-{len(taken) + 1}"
-        taken.add(name)
-        save(pair.reconstruction[0], request.out / f"{name}.png")
-        both = [visible(one[0], alpha) for one in (pair.original, pair.reconstruction)]
-        side_by_side = torch.cat(both, dim=2)
-        save(side_by_side, request.out / f"{name}.before-after.png")
-        decibel = psnr.build().values(pair).item()
-        print(f"{path}  {_size(crop)}  PSNR {decibel:.2f} dB  {request.out / name}.before-after.png")
+    decibels: list[float] = []
+    shown: list[torch.Tensor] = []
+    for image in images:
+        crop = _read(image, vae, preparation.decoding, request)
+        if isinstance(crop, str):
+            print_note(f"left out: {image.path}: {crop}")
+            continue
+        _, pair = reconstruct(vae, ImageBatch([0], [str(image.path)], crop[None], alpha), device)
+        place = request.out / image.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        save(pair.reconstruction[0], place.with_name(f"{place.name}.png"))
+        both = [visible(one[0], alpha).cpu() for one in (pair.original, pair.reconstruction)]
+        save(torch.cat(both, dim=2), place.with_name(f"{place.name}.before-after.png"))
+        decibels.append(psnr.build().values(pair).item())
+        print(f"{image.path}  {_size(crop)}  PSNR {decibels[-1]:.2f} dB  {place}.before-after.png")
+        if len(shown) < ON_SHEET:
+            small = [centre_crop(one.round().to(torch.uint8), SHEET_SIDE).pixels for one in both]
+            shown.append(torch.cat(small, dim=2))
+    if not decibels:
+        raise WorkError(f"IMAGE {', '.join(map(str, request.images))}: no usable image")
+    if len(images) > 1:
+        save(sheet(shown, min(4, len(shown))), request.out / "sheet.png")
+        print(f"{len(decibels):,} images, mean PSNR {fmean(decibels):.2f} dB; {request.out / 'sheet.png'}")
 
 
-def _read(path: Path, decoding: Decoding) -> torch.Tensor:
+def _read(image: _Image, vae: Any, decoding: Decoding, request: Request) -> torch.Tensor | str:
+    """What of an image is reconstructed, uint8 [C, H, W]; why nothing is, of one in a folder.
+
+    Raises:
+        UsageError: nothing is, of one that a user named.
+    """
+    from ldm_vae.autoencoder.geometry import step_of
     from ldm_vae.core.errors import UsageError
+    from ldm_vae.core.paths import nearest_path
     from ldm_vae.data.decoding import BadImage, read_image
     from ldm_vae.data.files import read_bytes
+    from ldm_vae.data.transforms import centre_crop
 
+    factor, reason = step_of(vae), ""
     try:
-        return read_image(read_bytes(path), decoding).pixels
+        pixels = read_image(read_bytes(image.path), decoding).pixels
+        if request.resolution is None and min(pixels.shape[1:]) < factor:
+            reason = f"its sides must be at least f = {factor} pixels, it is {_size(pixels)}"
     except BadImage as error:
-        raise UsageError(f"image {path}: {error.reason}") from error
+        reason = f"{error.reason}{nearest_path(image.path)}"
+    if reason and image.named:
+        raise UsageError(f"image {image.path}: {reason}")
+    if reason:
+        return reason
+    if request.resolution is not None:
+        return centre_crop(pixels, request.resolution, resize=decoding.resize, alpha=decoding.alpha).pixels
+    height, width = (side // factor * factor for side in pixels.shape[1:])
+    top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
+    return pixels[:, top : top + height, left : left + width]
 
 
 def _size(image: torch.Tensor) -> str:

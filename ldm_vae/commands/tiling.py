@@ -43,6 +43,7 @@ def run(request: Request) -> None:
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.core.errors import UsageError
+    from ldm_vae.core.paths import nearest_path
     from ldm_vae.data.decoding import read_image
     from ldm_vae.data.files import read_bytes
     from ldm_vae.data.quarantine import BadImage
@@ -54,7 +55,7 @@ def run(request: Request) -> None:
     vae = load_autoencoder(name, request.config).to("cuda" if torch.cuda.is_available() else "cpu")
     path, factor = Path(request.image), downsampling_factor(vae)
     if not path.is_file():
-        raise UsageError(f"IMAGE {path}: no such file")
+        raise UsageError(f"IMAGE {path}: no such file{nearest_path(path)}")
     if not all(0 < share < 1 for share in request.overlap):
         raise UsageError(f"--overlap: expected shares between 0 and 1, got {request.overlap}")
     preparation = preparation_of({name: vae}, request.flags)

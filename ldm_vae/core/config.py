@@ -12,15 +12,16 @@ option in that package, or a dotted path to the user's own module. The module ho
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import os
 import pkgutil
+import re
 import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -39,6 +40,7 @@ from ldm_vae.core import overrides
 from ldm_vae.core.config_file import merge, read_yaml
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.numbers import LARGEST
+from ldm_vae.core.text import nearest, not_among
 from ldm_vae.core.validation import first_line
 
 _SCALARS = (bool, int, float, str, Path)
@@ -51,6 +53,11 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        for field in cls.model_fields.values():  # docstrings are wrapped for the source and not for the help
+            field.description = field.description and " ".join(field.description.split())
 
     @field_validator("*", mode="before")
     @classmethod
@@ -90,6 +97,14 @@ class Part(Section):
         return self.build(*args, **kwargs)
 
 
+@dataclass(frozen=True)
+class Options:
+    """Marks a field that takes one option of a package, or several by name."""
+
+    package: str
+    named: bool = False
+
+
 def options(package: str) -> list[str]:
     """The options of a package: one file each, the file name is the name."""
     spec = importlib.util.find_spec(package)
@@ -117,7 +132,7 @@ def _part(package: str, value: Any, default: str | None = None) -> Any:
         raise ValueError(f"kind `{kind}`: expected one of {', '.join(exist)}, or a dotted path to your module")
     # a dotted path is the user's own module, a plain name one of ours
     if "." not in kind and kind not in exist:
-        raise ValueError(f"unknown kind `{kind}`; {package} has {', '.join(exist)}{_guess(kind, exist)}")
+        raise ValueError(f"unknown kind `{kind}`; {package} has {', '.join(exist)}{nearest(kind, exist)}")
     try:
         module = import_own(kind) if "." in kind else importlib.import_module(f"{package}.{kind}")
     except ImportError as error:
@@ -157,7 +172,8 @@ def import_own(path: str) -> types.ModuleType:
 
 def choice(package: str, default: str | None = None) -> Any:
     """The type of a field that takes one option of `package`; `default` is the kind where none is named."""
-    return Annotated[SerializeAsAny[Part], BeforeValidator(lambda value: _part(package, value, default))]
+    reading = BeforeValidator(lambda value: _part(package, value, default))
+    return Annotated[SerializeAsAny[Part], reading, Options(package)]
 
 
 def choices(package: str) -> Any:
@@ -179,32 +195,24 @@ def choices(package: str) -> Any:
                 raise _NestedError((name,), str(error)) from error
         return named
 
-    return Annotated[dict[str, SerializeAsAny[Part]], BeforeValidator(validate)]
+    return Annotated[dict[str, SerializeAsAny[Part]], BeforeValidator(validate), Options(package, named=True)]
 
 
 # --- file => sections -------------------------------------------------------------------------------------------------
 
 
-def load(section: type[SectionType], path: str | Path, flags: Sequence[str] = (), program: str = "") -> SectionType:
+def load(section: type[SectionType], path: str | Path, flags: Sequence[str] = ()) -> SectionType:
     """Read a YAML file into `section` and apply command-line overrides such as `--losses.kl.weight 1e-5`.
 
     Raises:
         UsageError: one sentence that names the field, what was expected, what came and what exists.
     """
-    wanted_help = next((flag for flag in flags if flag in overrides.HELP), None)
-    given = overrides.parse([flag for flag in flags if flag not in overrides.HELP])
+    given = overrides.parse(flags)
     raw = read_yaml(Path(path))
     try:
         config = section.model_validate(merge(raw, overrides.tree(given)))
     except ValidationError as error:
         raise UsageError(_blame(section, error, raw, f"config {path}", given)) from error
-    if wanted_help:
-        import tyro  # 0.2 s, for the help text alone
-
-        with contextlib.redirect_stdout(getattr(sys.stdout, "raw", sys.stdout)):  # its colours are meant
-            tyro.cli(
-                section, default=config, args=["--help"], prog=program or None, config=(tyro.conf.AvoidSubcommands,)
-            )
     return config
 
 
@@ -275,7 +283,7 @@ def _blame(
         known = [f"--{name}" for name in flatten(section.model_validate(dict(raw)))]
     except ValidationError:  # the file has another error: what is a key beside that one
         return f"unknown option --{flag}{sentence.removeprefix('unknown key')}"
-    return f"unknown option --{flag}{_guess(f'--{flag}', known) or f'; options are {_shorten(known)}'}"
+    return f"unknown option --{flag}{nearest(f'--{flag}', known) or f'; options are {_shorten(known)}'}"
 
 
 def _first_problem(section: type[Section], error: ValidationError) -> tuple[tuple[int | str, ...], str]:
@@ -286,9 +294,12 @@ def _first_problem(section: type[Section], error: ValidationError) -> tuple[tupl
         return (*path, *cause.path), str(cause)
     if first["type"] == "extra_forbidden":
         exist = _fields_at(section, path[:-1])
-        return path, f"unknown key{_guess(str(path[-1]), exist)}; this section has {', '.join(exist)}"
+        return path, f"unknown key{nearest(str(path[-1]), exist)}; this section has {', '.join(exist)}"
     if first["type"] == "missing":
         return path, "is missing"
+    if first["type"] == "literal_error":
+        words = re.findall(r"'[^']*'|[^\s,']+", first["ctx"]["expected"])  # 'a', 'b' or 'c'
+        return path, not_among(str(first["input"]), [word.strip("'") for word in words if word != "or"])
     message = first["msg"].removeprefix("Value error, ")
     came = "" if first["type"] == "value_error" or isinstance(first["input"], Mapping) else f", got {first['input']!r}"
     return path, f"{message[:1].lower()}{message[1:]}{came}"
@@ -301,11 +312,6 @@ def _fields_at(section: type[Section], path: Sequence[int | str]) -> list[str]:
         candidates = [inner, *typing.get_args(inner)]  # Section, or Section | None
         section = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, Section))
     return sorted(section.model_fields)
-
-
-def _guess(name: str, exist: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, exist, n=1)
-    return f", did you mean `{close[0]}`" if close else ""
 
 
 def _shorten(names: Sequence[str]) -> str:

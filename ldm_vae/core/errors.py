@@ -6,13 +6,17 @@ sentence names; 130 / 143 stopped by SIGINT / SIGTERM after saving; 141 nobody r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from ldm_vae.core import terminal
@@ -32,6 +36,9 @@ class WorkError(RuntimeError):
     """The call was right and the work failed: the sentence says what happened and what is left."""
 
 
+SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
 class Stopped(SystemExit):
     """SIGTERM or SIGINT arrived, the state was saved; the exit status says which (143 or 130)."""
 
@@ -42,6 +49,7 @@ class Stopped(SystemExit):
 def run_program(main: Callable[[], None]) -> NoReturn:
     """Run a program's `main` and exit with the status that its outcome stands for."""
     terminal.prepare()
+    _heed_sigterm()
     try:
         _check_arguments(sys.argv[1:])
         main()
@@ -50,8 +58,10 @@ def run_program(main: Callable[[], None]) -> NoReturn:
         _leave(2, error)
     except WorkError as error:
         _leave(1, error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        print(f"stopped by {SIGNALS[number]}{f': {stop}' if str(stop) else ''}", file=sys.stderr)
+        sys.exit(128 + number)
     except SystemExit as stop:
         if (module := _leaving_module(stop)) is None:
             raise
@@ -63,6 +73,29 @@ def run_program(main: Callable[[], None]) -> NoReturn:
             _leave(70, _fault(error))
         _leave(1, what)
     sys.exit(0)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: what Ctrl-C lets go of and cleans up, it does too."""
+
+
+def _heed_sigterm() -> None:
+    # of several processes of a launch one may wait for the others in C, where no handler of Python's runs
+    if threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1":
+        signal.signal(signal.SIGTERM, _raise_terminated)
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+@contextlib.contextmanager
+def resumable(left: str) -> Iterator[None]:
+    """Around work that can be stopped: `left` is said with it, what is kept and what goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise type(stop)(left) from stop
 
 
 def _check_arguments(words: Sequence[str]) -> None:

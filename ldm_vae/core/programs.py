@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.paths import nearest_path
+from ldm_vae.core.text import nearest
 
 # programs that are verbs of `ldm-vae`, which is there in a clone and from a wheel
 VERBS = {
@@ -60,8 +62,11 @@ def find_config(name: str) -> Path:
         return path
     if (found := find_shipped(name)) is not None:
         return found
-    exist = ", ".join(shipped_configs())
-    raise UsageError(f"config {name}: no such file, and none that ships with the project; these do: {exist}")
+    exist = shipped_configs()
+    meant = nearest(name.removeprefix("configs/").removesuffix(".yaml"), exist) or nearest_path(name)
+    raise UsageError(
+        f"config {name}: no such file, and none that ships with the project; these do: {', '.join(exist)}{meant}"
+    )
 
 
 def find_shipped(name: str) -> Path | None:

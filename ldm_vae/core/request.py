@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import itertools
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
+
+import shtab
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.overrides import value_of
 from ldm_vae.core.programs import words_of
+from ldm_vae.core.text import nearest, not_among
 
 T = TypeVar("T")
 
@@ -67,22 +70,14 @@ class Parser(argparse.ArgumentParser):
         for word in itertools.takewhile(lambda word: word != "--", words):
             flag = word.partition("=")[0]
             if flag.startswith("--") and flag not in known:
-                self.error(f"unknown flag {flag}{_meant(flag.replace('-', '_'), known)}")
+                self.error(f"unknown flag {flag}{nearest('--' + flag[2:].replace('-', '_'), known)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            known = [str(choice) for choice in action.choices]
-            raise argparse.ArgumentError(
-                action, f"expected one of {', '.join(known)}, got {value}{_meant(value, known)}"
-            )
+            raise argparse.ArgumentError(action, not_among(str(value), map(str, action.choices)))
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message} (`{self.prog} --help` shows all)")
-
-
-def _meant(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]}" if close else ""
 
 
 def argument(metavar: str, help: str, **options: Any) -> Any:
@@ -142,16 +137,23 @@ def add_request(parser: argparse.ArgumentParser, request: type[T], run: Callable
             options["choices"] = typing.get_args(of_type)
         elif of_type is not str:
             options["type"] = of_type
+        of_path = of_type in (str, Path) and "choices" not in options
         if positional:
-            parser.add_argument(one.name, **options)
+            _complete(parser.add_argument(one.name, **options), of_path)
             continue
         if of_type is not bool:
             options["default"] = one.default
         if group and group not in groups:
             groups[group] = parser.add_mutually_exclusive_group(required=True)
         target = groups[group] if group else parser
-        target.add_argument(f"--{name or one.name}", dest=one.name, **options)
+        _complete(target.add_argument(f"--{name or one.name}", dest=one.name, **options), of_path)
     parser.set_defaults(run=lambda arguments: run(_read(request, arguments)))
+
+
+def _complete(action: argparse.Action, of_path: bool) -> None:
+    """A shell completes files where text is expected: a script of shtab's leaves nothing to the shell's own way."""
+    if of_path:
+        action.complete = shtab.FILE  # type: ignore[attr-defined]
 
 
 def _read(request: type[T], arguments: argparse.Namespace) -> T:

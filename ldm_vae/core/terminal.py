@@ -47,5 +47,12 @@ def prepare() -> None:
             stream = os.fdopen(number, "w")
         if not isinstance(stream, Shown):
             # what ASCII (PYTHONIOENCODING, a bare container) or UTF-8 (a name in Latin-1) has no bytes for
-            stream.reconfigure(errors="backslashreplace")
+            # and a line is written when it is printed, also into the log of nohup or a scheduler
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
             setattr(sys, name, Shown(stream))
+
+
+def print_note(sentence: str) -> None:
+    """Tell a user on stderr, once a launch, about what is taken all the same."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {sentence}", file=sys.stderr)

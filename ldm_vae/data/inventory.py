@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from tqdm import tqdm
 
 from ldm_vae.core import atomic_io
+from ldm_vae.core.progress import Progress
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Source, image_bytes, image_checksum
 from ldm_vae.data.stamps import Sizes, Stamps, chunks_of, key_numbers, stamp_now, stamps_of
@@ -85,7 +85,7 @@ def take_inventory(source: Source) -> Inventory:
     """Take the inventory of the images as they are now. Raises UsageError for keys that are not those of one each."""
     found = _look(source)
     budget = GIGABYTE
-    with tqdm(total=len(source), desc="inventory", unit="images", disable=None, leave=False) as bar:
+    with Progress(total=len(source), desc="inventory", unit="images", leave=False) as bar:
         for index in range(len(source)):
             if budget <= 0:
                 break
@@ -108,7 +108,7 @@ def compare(before: Inventory, source: Source) -> tuple[Difference, Inventory]:
     # another stamp, or none: the contents decide, where they were read when the run began
     doubt = known & ~resized & ((now.stamps == 0) | (now.stamps != before.stamps[at]))
     changed, unknown = resized.copy(), doubt & (before.contents[at] == 0)
-    for index in tqdm(np.flatnonzero(doubt & ~unknown).tolist(), "compare", unit="images", disable=None, leave=False):
+    for index in Progress(np.flatnonzero(doubt & ~unknown).tolist(), "compare", unit="images", leave=False):
         content, _ = _content(source, index, now.stamps)
         if content and content != before.contents[at[index]]:  # one that cannot be read now is the quarantine's
             changed[index] = True
@@ -124,7 +124,7 @@ def _look(source: Source) -> Inventory:
     count = len(source)
     nothing = np.zeros(count, np.uint64)
     found = Inventory(key_numbers(source), nothing.copy(), nothing, np.zeros(count, np.int64))
-    with tqdm(total=count, desc="images", unit="images", disable=None, leave=False) as bar:
+    with Progress(total=count, desc="images", unit="images", leave=False) as bar:
         for indices, stamps, sizes in stamps_of(source, chunks_of(range(count))):
             own = slice(indices[0], indices[-1] + 1)
             found.stamps[own], found.bytes[own] = stamps, sizes

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ldm_vae.core import atomic_io
+from ldm_vae.core.progress import Progress
 from ldm_vae.data.decoding import read_size
 from ldm_vae.data.ordered import batches_of, items
 from ldm_vae.data.quarantine import Bad, BadImage
@@ -49,7 +49,7 @@ def read_sizes(source: Source, indices: Sequence[int], num_workers: int = 0) -> 
     """(H, W) of the images `indices` from their headers, int32 [N, 2], (0, 0) for all others and for those that cannot
     be read; and the latter with their reasons."""
     sizes, bad = np.zeros((len(source), 2), dtype=np.int32), []
-    with tqdm(total=len(indices), desc="image sizes", unit="images", disable=None, leave=False) as bar:
+    with Progress(total=len(indices), desc="image sizes", unit="images", leave=False) as bar:
         for found in load(_Headers(source), batches_of(items(source, indices), FILES_AT_ONCE), num_workers):
             for index, size in found:
                 if isinstance(size, Bad):

@@ -19,11 +19,12 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field, field_validator
-from tqdm import tqdm
 
+from ldm_vae.core import hub
 from ldm_vae.core.config import Part, Section, choice, validate
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.core.paths import expanded
+from ldm_vae.core.paths import expanded, nearest_path
+from ldm_vae.core.progress import Progress
 from ldm_vae.data.decoding import EXTENSIONS, Decoding, RawImage
 from ldm_vae.data.files import printable, repeated
 from ldm_vae.data.flags import Resize
@@ -103,6 +104,7 @@ class SourceConfig(Part):
         """The error where `path` is not what this kind reads, with the kind that reads it."""
         place = expanded(self.path)
         found = "a folder" if place.is_dir() else "another file" if place.exists() else "nothing there"
+        found += nearest_path(place)
         hint = ""
         if place.exists():
             with contextlib.suppress(UsageError, OSError):
@@ -181,9 +183,6 @@ def with_resize(source: SourceType, resize: Resize) -> SourceType:
     return changed
 
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-
-
 def kind_of(path: str) -> str:
     """The kind of source that `path` is, by what lies there. Raises UsageError when nothing does."""
     # a pattern of shards is no file; a file with such a name is one
@@ -204,10 +203,8 @@ def kind_of(path: str) -> str:
         if place.suffix.lower() not in kinds:
             raise UsageError(f"data {path}: expected a folder, a hub id or a file of {', '.join(kinds)}")
         return kinds[place.suffix.lower()]
-    # owner/name is a path too: where the folder `owner` exists, a missing file was meant
-    if _HUB_ID.fullmatch(path) and not place.parent.is_dir():
-        return "hub"
-    raise UsageError(f"data {path}: no such file or folder (a dataset of the hub is written owner/name)")
+    hub.check_id(path, f"data {path}")
+    return "hub"
 
 
 def _kind_of_folder(place: Path) -> str:
@@ -249,7 +246,7 @@ def checksum(source: Source, indices: Iterator[int] | range | None = None) -> st
     """SHA-256 over keys and images of a source, in its order; an unreadable image counts with its key and as such."""
     digest = hashlib.sha256()
     chosen = range(len(source)) if indices is None else indices
-    for index in tqdm(chosen, desc="checksum", unit="images", disable=None, leave=False):
+    for index in Progress(chosen, desc="checksum", unit="images", leave=False):
         try:
             record = source[index]
             digest.update(f"{record.key}\n{image_checksum(record.image)}\n".encode("utf-8", "surrogateescape"))

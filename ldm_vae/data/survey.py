@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ldm_vae.core import rng
 from ldm_vae.core.pictures import save, sheet
+from ldm_vae.core.progress import Progress
 from ldm_vae.data import buckets
 from ldm_vae.data.alpha import visible
 from ldm_vae.data.decoding import read_image
@@ -106,7 +106,7 @@ def survey(source: Source | Stream, max_images: int | None = None, num_workers: 
     chosen = islice(items(source, indices), None if total is not None else max_images)
     found = Survey(total, source.columns)
     count = total if indices is None else len(indices)
-    with tqdm(total=count, desc="looking", unit="images", disable=None, leave=False) as bar:
+    with Progress(total=count, desc="looking", unit="images", leave=False) as bar:
         for batch in load(_Look(source), batches_of(chosen, 16), num_workers):
             found.findings += batch
             bar.update(len(batch))

@@ -82,12 +82,14 @@ class LeftOut:
     def __init__(self) -> None:
         # dictionaries as sets that keep the order
         self.hidden, self.system, self.written, self.links = (dict[str, None]() for _ in range(4))
-        self.unread: Counter[str] = Counter()  # ending => files that are images by content
+        self.others: Counter[str] = Counter()  # ending => files of it, which is no image's
+        self.unread: Counter[str] = Counter()  # ending => those that are images by content
         self._looked: Counter[str] = Counter()
 
     def look(self, path: str, head: Head) -> None:
         """Count a file of another ending if it is an image."""
         ending = PurePosixPath(path).suffix.lower()
+        self.others[ending] += 1
         if ending in NEVER_IMAGES or (self._looked[ending] >= LOOKS and not self.unread[ending]):
             return
         self._looked[ending] += 1

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.ownership import own_name
+from ldm_vae.core.progress import Progress
 
 SHORT_SIDE = 256  # of a whole photograph; tiles are cut at this scale and, where the original allows, at twice it
 TRAIN_TILE, HELDOUT_TILE = 96, 64
@@ -141,7 +141,7 @@ def _write(out: Path) -> None:
         raise UsageError(f"OUT {out}: expected a new folder or one of these photographs, it is something else")
     folder = atomic_io.beside(out)
     try:
-        for photograph in tqdm(PHOTOGRAPHS, desc="photographs", unit="photo", disable=None):
+        for photograph in Progress(PHOTOGRAPHS, desc="photographs", unit="photo"):
             _cut(photograph, folder)
         (folder / MARK).write_text(_attribution(), encoding="utf-8")
         atomic_io.put(folder, out)

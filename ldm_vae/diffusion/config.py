@@ -54,6 +54,7 @@ class DiffusionTraining(RunConfig):
     images."""
     flow: FlowConfig = FlowConfig()
     denoiser: choice("ldm_vae.denoisers", default="dit") = DiTConfig()  # type: ignore[valid-type]
+    """The network."""
     optimizer: OptimizerConfig = OptimizerConfig(kind="adamw", betas=(0.9, 0.999), eps=1e-8)
     sampling: SamplingConfig = SamplingConfig()
     """Of the pictures and of what is measured; other samplers can be chosen later."""

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.progress import Progress
 from ldm_vae.core.rng import seeded
 from ldm_vae.denoisers.dit import Config as DiT
 from ldm_vae.diffusion.config import StoredLatents, count_step
@@ -137,7 +137,7 @@ def fit(
     losses = []
     loader = dataset.loader(batch, seed=seed)
     for step, (clean, labels, positions) in enumerate(
-        tqdm(latents.batches(loader, 0), total=total // batch, desc=title, unit="step", disable=None, leave=False)
+        Progress(latents.batches(loader, 0), total=total // batch, desc=title, unit="step", leave=False)
     ):
         # whole batches only: every VAE gets the same number of images
         seen = step * batch

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels
 from ldm_vae.autoencoder.normalisation import Normalisation, own_normalisation
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.progress import Progress
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import ImageBatch
 from ldm_vae.metrics.protocol import PINNED
@@ -138,7 +138,7 @@ def measure_drift(
     metrics = {way: build_metrics(names, base.device, resolution) for way in WAYS}
     means: dict[str, list[torch.Tensor]] = {"base": [], "tuned": []}
     vaes = {"base": base, "tuned": tuned}
-    for batch in tqdm(batches, desc="drift", unit="batch", disable=None, leave=False, total=total):
+    for batch in Progress(batches, desc="drift", unit="batch", leave=False, total=total):
         pixels = to_pixels(batch.pixels.to(base.device))
         z = {name: finite.encode(vae, pixels).mean for name, vae in vaes.items()}
         for name, value in z.items():

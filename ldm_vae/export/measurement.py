@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.families import family_of
@@ -21,6 +20,7 @@ from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.normalisation import Normalisation, normalisation_of
 from ldm_vae.autoencoder.preparation import Preparation, check_same, preparation_of, recorded
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.progress import Progress
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.transforms import decoding_of, to_pixels
 from ldm_vae.latent_store.format.manifest import MANIFEST, read_manifest
@@ -37,7 +37,7 @@ def measure(vae: Any, pixel_batches: Iterable[torch.Tensor], device: torch.devic
         WorkError: there was no image, or the encoder gives NaN or Inf.
     """
     statistics = LatentStatistics(patch=family_of(vae).patch)
-    for pixels in tqdm(pixel_batches, desc="measure latents", unit="batch", disable=None, leave=False):
+    for pixels in Progress(pixel_batches, desc="measure latents", unit="batch", leave=False):
         statistics.update(finite.encode(vae, pixels.to(device=device, dtype=vae.dtype)))
     if not statistics.images:
         raise WorkError("measuring the latents: there was no usable image")

@@ -34,7 +34,9 @@ class Request:
         "use BASE's normalisation: for a fine-tuned decoder, whose diffusion model was trained on BASE's latents",
         metavar="BASE",
     )
-    resolution: int | None = flag("side of the images in pixels, for DATA and for config.json")
+    resolution: int | None = flag(
+        "side of the images in pixels, for DATA (default: SRC's sample_size) and for config.json"
+    )
     batch_size: int = flag("images per forward pass over DATA (default 8)", 8)
     stats_images: int | None = flag("use at most N images of DATA (default: all)", metavar="N")
     variant: Literal["fp16"] | None = flag("diffusers: add a half-precision copy; single file: write fp16 only")

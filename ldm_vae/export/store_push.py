@@ -17,9 +17,9 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from tqdm import tqdm
 
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.progress import Progress
 from ldm_vae.export.hub import check_name, client, in_a_sentence
 from ldm_vae.export.store_card import store_card
 from ldm_vae.latent_store import LatentDataset
@@ -116,7 +116,7 @@ def push(plan: PushPlan, *, private: bool = False, license: str | None = None, v
         # from the first overwritten shard on the old manifest would describe files that are not there
         if plan.overwrites:
             commit([CommitOperationDelete(MANIFEST)])
-        with tqdm(total=len(plan.missing), desc="push", unit="files", disable=None) as bar:
+        with Progress(total=len(plan.missing), desc="push", unit="files") as bar:
             for paths in _parts(plan):
                 # checked at the last moment before sending: damage on the disk must not be published
                 commit([_checked(plan.store, path, plan.missing[path]) for path in paths])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from ldm_vae.autoencoder.geometry import downsampling_factor, sample_size
+from ldm_vae.autoencoder.geometry import downsampling_factor, resolution_of, sample_size
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.preparation import Preparation, preparation_of, record, recorded
@@ -165,6 +165,7 @@ def _statistics(request: Request, vae: AutoencoderKL, preparation: Preparation) 
         return statistics_beside(request.source)
     if is_store(request.stats):
         return statistics_of_store(vae, request.stats, preparation)
+    resolution_of(request.resolution, vae, request.source)  # which it is is said here, and holds below
     return measure(vae, _images(request, vae, preparation).batches(vae), vae.device)
 
 

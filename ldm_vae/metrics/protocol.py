@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import not_among
 from ldm_vae.data.alpha import BACKGROUNDS, composite
 
 
@@ -157,5 +158,5 @@ def by_name(name: str) -> Protocol:
     """PINNED or a variant. Raises UsageError naming those that exist."""
     exist = {PINNED.name: PINNED, **VARIANTS}
     if name not in exist:
-        raise UsageError(f"protocol: unknown protocol {name}; there are {', '.join(exist)}")
+        raise UsageError(f"protocol: {not_among(name, exist)}")
     return exist[name]

@@ -10,6 +10,7 @@ import torch
 
 from ldm_vae.core.config import import_own
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import not_among
 from ldm_vae.core.validation import first_line
 from ldm_vae.metrics import alpha as of_alpha
 from ldm_vae.metrics import cmmd, delta_e, kid, l1, lpips, ms_ssim, psnr, ssim
@@ -38,12 +39,12 @@ class Weights:
     clip: str | None = None
 
 
-def check(names: Sequence[str], resolution: int) -> None:
+def check(names: Sequence[str], resolution: int | None = None) -> None:
     """Raises UsageError for a name that does not exist and for a resolution below SSIM's window."""
     for name in names:
         if name not in NAMES and "." not in name:
-            raise UsageError(f"metrics: unknown metric {name}; there are {', '.join(NAMES)}, and dotted paths to yours")
-    if resolution < WINDOW and any("ssim" in name for name in names):
+            raise UsageError(f"metrics: {not_among(name, NAMES)}; a dotted path is a module of yours")
+    if resolution is not None and resolution < WINDOW and any("ssim" in name for name in names):
         raise UsageError(f"resolution: SSIM's window needs at least {WINDOW} px, got {resolution}")
 
 

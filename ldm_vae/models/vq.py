@@ -34,6 +34,7 @@ class Config(Part):
     mid_block_add_attention: bool = True
     """Self-attention at the lowest resolution."""
     quantizer: choice("ldm_vae.quantizers", default="vq") = VQConfig()  # type: ignore[valid-type]
+    """The codebook, and how it is trained."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:

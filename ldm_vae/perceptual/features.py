@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.files import LARGEST, read_bytes
+from ldm_vae.core.paths import nearest_path
 from ldm_vae.core.validation import HEAD, disguise, load_pickle
 from ldm_vae.data.alpha import three_channels
 from ldm_vae.perceptual.efficientnet import FEATURES as EFFLITE0_FEATURES
@@ -93,7 +94,7 @@ def inception(weights: Path, device: torch.device, sha256: str = INCEPTION_SHA25
         WorkError: it is another file, or torch-fidelity is not installed.
     """
     if not weights.is_file():
-        raise UsageError(f"inception_weights: {weights}: no such file")
+        raise UsageError(f"inception_weights: {weights}: no such file{nearest_path(weights)}")
     try:
         content = read_bytes(weights, LARGEST)
     except OSError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode, unset_fake_temporarily
 
+from ldm_vae.core import hub
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.validation import disguised_file, first_line
 
@@ -32,7 +33,10 @@ def load_network(name: str, kind: str, source: str) -> Any:
         UsageError: `source` is no such network, or not whole.
         WorkError: transformers is not installed.
     """
-    transformers = transformers_library(name)
+    transformers, silent = transformers_library(name), None
+    if not Path(source).exists():
+        hub.check_id(source, f"{name} {source}")
+        silent = hub.connect()
     for file in sorted(Path(source).glob("*.*")) if Path(source).is_dir() else ():
         if file.suffix in (".json", ".safetensors") and (what := disguised_file(file)) is not None:
             raise UsageError(f"{name}: {source}: {file.name} {what}")
@@ -43,7 +47,9 @@ def load_network(name: str, kind: str, source: str) -> Any:
             source, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # what a damaged or foreign folder makes of transformers: any kind
-        raise UsageError(f"{name}: {source} cannot be loaded as a {kind}: {first_line(error)}") from error
+        raise UsageError(
+            f"{name}: {source} cannot be loaded as a {kind}: {hub.failure(error, source, silent)}"
+        ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     # transformers leaves what a file of another network lacks at random
@@ -67,6 +73,8 @@ def vision_outline(name: str, source: str, layers: int) -> Any:
     """A network of the same shape with random weights, to count its cost; DINO's ViT-S/8, of at least so many layers,
     where `source` is a hub id whose config is not on this machine. Raises as `vision_network`."""
     transformers = transformers_library(name)
+    if not Path(source).exists():
+        hub.check_id(source, f"{name} {source}")
     try:
         shape = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
     except Exception as error:  # as above

@@ -9,6 +9,7 @@ from typing import Any
 from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.files import LARGEST, read_bytes, read_text
+from ldm_vae.core.paths import nearest_path
 from ldm_vae.core.validation import as_written, parse_json
 from ldm_vae.run.log_file import read_log
 
@@ -48,7 +49,9 @@ def read_contents(folder: Path) -> Contents:
         WorkError: a file in it cannot be read.
     """
     if not folder.is_dir():
-        raise UsageError(f"report {folder}: no such folder; expected a run or the output of an evaluation")
+        raise UsageError(
+            f"report {folder}: no such folder; expected a run or the output of an evaluation{nearest_path(folder)}"
+        )
     if folder.name == "report" and _is_run(folder.parent):
         folder = folder.parent
     is_run = _is_run(folder)

@@ -16,15 +16,17 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field, model_validator
 from torch import nn
-from tqdm.auto import tqdm
 
-from ldm_vae.core import atomic_io, config
+from ldm_vae.core import atomic_io, config, config_help
 from ldm_vae.core.config import Section
-from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.errors import SIGNALS, Stopped, UsageError, WorkError
 from ldm_vae.core.launch import DDP_TIMEOUT, build_accelerator, check_ranks_agree, check_same
 from ldm_vae.core.numbers import Count, Positive, Seed
+from ldm_vae.core.overrides import HELP
 from ldm_vae.core.ownership import own
 from ldm_vae.core.programs import words_of
+from ldm_vae.core.progress import Progress
+from ldm_vae.core.text import not_among
 from ldm_vae.kernels.group_norm import fuse_norms
 from ldm_vae.run import checkpoint
 from ldm_vae.run.metrics_log import Averages
@@ -84,8 +86,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_backend(self) -> RunConfig:
         if self.torch_compile and self.torch_compile_backend not in torch.compiler.list_backends(exclude_tags=()):
-            exist = ", ".join(torch.compiler.list_backends(exclude_tags=()))
-            raise ValueError(f"torch_compile_backend: expected one of {exist}, got {self.torch_compile_backend}")
+            exist = torch.compiler.list_backends(exclude_tags=())
+            raise ValueError(f"torch_compile_backend: {not_among(self.torch_compile_backend, exist)}")
         return self
 
 
@@ -117,11 +119,13 @@ def start_from_command_line(
 ) -> None:
     """`PROGRAM CONFIG [--section.key value]`: print the manual, the plan (--dry_run), or train."""
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(manual)
+    if not arguments or arguments[0] in HELP:
+        print(f"{manual}\n{config_help.kinds(section)}")
         return
     flags = [flag for flag in arguments[1:] if flag not in ("--dry_run", "--dry-run")]
-    settings = config.load(section, arguments[0], flags, program=" ".join([*words_of(program), arguments[0]]))
+    settings = config.load(section, arguments[0], [flag for flag in flags if flag not in HELP])
+    if set(flags) & {*HELP}:
+        config_help.show(settings, " ".join([*words_of(program), arguments[0]]))
     main = os.environ.get("RANK", "0") == "0"
     if len(flags) < len(arguments) - 1:
         if main:
@@ -234,6 +238,12 @@ def save(
     return folder / checkpoint.name(images_seen)
 
 
+def stopped(accelerator: Accelerator, number: int, saved: Path | None) -> Stopped:
+    """Say that a signal has ended the run, where its checkpoint is and what goes on; the error to raise."""
+    accelerator.print(f"stopped by {SIGNALS[number]}, saved {saved}; the same command resumes")
+    return Stopped(number)
+
+
 # --- in the loop ------------------------------------------------------------------------------------------------------
 
 
@@ -247,11 +257,10 @@ def prepare_network(network: nn.Module, settings: RunConfig) -> None:
         network.compile(backend=settings.torch_compile_backend)
 
 
-def progress_bar(settings: RunConfig, accelerator: Accelerator, images_seen: int) -> Any:
-    """Images seen of `max_train_images`; the main process shows it."""
-    return tqdm(
-        total=settings.max_train_images, initial=images_seen, unit="img", desc="train",
-        disable=None if accelerator.is_main_process else True,
+def progress_bar(settings: RunConfig, images_seen: int) -> Progress:
+    """Images seen of `max_train_images`; where there is no terminal, a line of every interval of the log."""
+    return Progress(
+        total=settings.max_train_images, initial=images_seen, unit="img", desc="train", on_report=True
     )  # fmt: skip
 
 

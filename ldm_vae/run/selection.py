@@ -33,8 +33,8 @@ def at_checkpoint(source: str, which: str | None) -> str:
     """
     if which is None:
         return source
-    from ldm_vae.autoencoder.weights.files import print_note
     from ldm_vae.core.errors import UsageError
+    from ldm_vae.core.terminal import print_note
     from ldm_vae.run import checkpoint
 
     place, folder = f"--checkpoint {which}", Path(source) / "checkpoints"

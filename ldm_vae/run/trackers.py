@@ -12,6 +12,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL import Image
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import not_among
 
 
 def check_tracker(name: str | None) -> None:
@@ -19,7 +20,7 @@ def check_tracker(name: str | None) -> None:
     on without it."""
     known, here = sorted(map(str, LOGGER_TYPE_TO_CLASS)), sorted(map(str, get_available_trackers()))
     if name is not None and name not in known:
-        raise UsageError(f"report_to: expected one of {', '.join(known)}, got {name}")
+        raise UsageError(f"report_to: {not_among(name, known)}")
     if name is not None and name not in here:
         raise UsageError(
             f"report_to: {name} is not installed here (pip install {name}); there is {', '.join(here) or 'none'}"

@@ -18,11 +18,11 @@ from ldm_vae.autoencoder.last_layer import place_of
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import check_same, has_alpha, recorded, shown
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
-from ldm_vae.autoencoder.weights.files import print_note
 from ldm_vae.core.config import choice, choices
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.numbers import Positive, Side
 from ldm_vae.core.rng import seeded
+from ldm_vae.core.terminal import print_note
 from ldm_vae.data.buckets import BucketConfig
 from ldm_vae.data.preprocessing import SETTABLE
 from ldm_vae.data.source import SourceConfig
@@ -84,16 +84,22 @@ class Training(RunConfig):
     normalisation_images: int = Field(1024, gt=0)
     """Training images that it is measured on."""
     model: choice("ldm_vae.models", default="kl") = AutoencoderConfig()  # type: ignore[valid-type]
+    """The network."""
     perturbations: choices("ldm_vae.perturbations") = Field(default_factory=dict)  # type: ignore[valid-type]
+    """Changes of the latents between encoder and decoder, in training alone."""
     losses: choices("ldm_vae.losses")  # type: ignore[valid-type]
+    """The terms of the objective."""
     adversary: AdversaryConfig = AdversaryConfig(weight=0.0)
     discriminator: choice("ldm_vae.discriminators") | None = None  # type: ignore[valid-type]
+    """The adversary's network."""
     optimizer: OptimizerConfig = OptimizerConfig()
     data: choice("ldm_vae.data.sources")  # type: ignore[valid-type]
+    """The training images."""
     transform: TransformConfig = TransformConfig()
     buckets: BucketConfig | None = None
     """Aspect-ratio buckets: crops of several shapes, one shape a batch; `{step: 64}` or `{shapes: [[H, W], ...]}`."""
     validation_data: choice("ldm_vae.data.sources") | None = None  # type: ignore[valid-type]
+    """The held-out images."""
 
     @model_validator(mode="after")
     def _check(self) -> Training:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ldm_vae.autoencoder.weights import ldm_keys
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.files import open_plain, read_bytes
+from ldm_vae.core.terminal import print_note
 from ldm_vae.core.validation import (
     disguised_file,
     first_line,
@@ -55,11 +55,6 @@ class Weights:
     entries: Mapping[str, Entry]
     header: Mapping[str, str] = field(default_factory=dict)
     usual: tuple[str, ...] = ldm_keys.PREFIXES
-
-
-def print_note(sentence: str) -> None:
-    """Tell a user on stderr about weights that are taken all the same."""
-    print(f"note: {sentence}", file=sys.stderr)
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------

@@ -21,13 +21,14 @@ from ldm_vae.autoencoder.weights.files import (
     Weights,
     export_command,
     open_folder,
-    print_note,
     read_index,
     refuse_disguise,
 )
 from ldm_vae.autoencoder.weights.names import fit
+from ldm_vae.core import hub
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.files import read_bytes
+from ldm_vae.core.terminal import print_note
 from ldm_vae.core.validation import check_model_config, first_line, parse_json
 
 CONFIG = "config.json"
@@ -187,8 +188,8 @@ def _is_autoencoder(folder: Path) -> bool:
 
 def _fetched(hub_id: str, place: str) -> Path:
     """The hub's copy in its cache: config.json, and the first weights of those that `open_folder` would take."""
-    if hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1:
-        raise UsageError(f"{place}: no such folder or file, and not a hub id (owner/name)")
+    hub.check_id(hub_id, place)
+    silent = hub.connect()
     try:
         folder = _fetched_config(hub_id)
         inside = "vae/" if folder.name == "vae" else ""
@@ -205,7 +206,7 @@ def _fetched(hub_id: str, place: str) -> Path:
     except UsageError:
         raise
     except Exception as error:  # of the hub, the network and the cache: any kind
-        raise UsageError(f"{place}: cannot be loaded from the hub: {first_line(error)}") from error
+        raise UsageError(f"{place}: cannot be loaded from the hub: {hub.failure(error, hub_id, silent)}") from error
     raise UsageError(
         f"{place}: cannot be loaded from the hub: neither it nor, offline, its cache has {inside}{STEM}.safetensors, "
         f"its shards or a variant of it ({', '.join(VARIANTS)}); a pickle there is not read: download the .bin, and "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ldm_vae.commands.store import sharing
 from ldm_vae.core.request import Action, argument, flag
@@ -25,6 +25,7 @@ DESCRIPTION = f"""\
 {sharing.DESCRIPTION}"""
 
 Format = Literal["parquet", "webdataset", "lightningdit", "kohya"]  # the files of latent_store/convert/formats
+FORMATS = ", ".join(get_args(Format))
 Model = Literal["sd", "sdxl", "sd3", "flux"]  # of formats/kohya.py, and the next
 Names = Literal["sized", "plain", "old"]
 
@@ -90,8 +91,12 @@ class Convert:
     """Latents to convert, and the format."""
 
     source: str = argument("SRC", "a latent store (--to), or latents in another format (--from)")
-    to_format: Format | None = flag("write SRC in this format", name="to", one_of="directions")
-    from_format: Format | None = flag("SRC is in this format, OUT becomes a store", name="from", one_of="directions")
+    to_format: Format | None = flag(
+        f"write SRC in this format: {FORMATS}", name="to", one_of="directions", metavar="FORMAT"
+    )
+    from_format: Format | None = flag(
+        f"SRC is in this format: {FORMATS}; OUT becomes a store", name="from", one_of="directions", metavar="FORMAT"
+    )
     model: Model | None = flag("--to kohya: the diffusion model that the cache is for")
     names: Names | None = flag(
         "--to kohya: file names, by sd-scripts version: sized 0.10.2 and later (default), plain 0.10.0, old 0.7.0"

@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image as PillowImage
 from pydantic import Field, model_validator
 
+from ldm_vae.core import hub
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.core.paths import expanded
+from ldm_vae.core.paths import expanded, nearest_path
 from ldm_vae.core.validation import disguised_file
 from ldm_vae.data.decoding import Decoding, RawImage
 from ldm_vae.data.files import read_bytes
@@ -164,7 +165,7 @@ def load(config: Config) -> Any:
     """The dataset that a config means. Raises UsageError with one sentence for whatever `datasets` raises."""
     import datasets
 
-    path = expanded(config.path)
+    path, silent = expanded(config.path), None
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
@@ -176,10 +177,12 @@ def load(config: Config) -> Any:
             return datasets.load_dataset(
                 builder, name=_as_they_are(files), data_files=files, split="train", streaming=config.streaming
             )
-        if path.exists() or config.path.startswith(("/", ".", "~")):
+        if path.exists():
             raise UsageError(
                 f"data.path {config.path}: expected a hub id, parquet or arrow files, or a save_to_disk folder"
             )
+        hub.check_id(config.path, f"data.path {config.path}")
+        silent = hub.connect()
         return datasets.load_dataset(
             config.path, config.name, split=config.split, revision=config.revision, streaming=config.streaming
         )
@@ -190,7 +193,8 @@ def load(config: Config) -> Any:
         for file in _files(path):
             if (what := disguised_file(Path(file))) is not None:
                 raise UsageError(f"data {config.path}: {Path(file).name} {what}") from error
-        raise UsageError(f"data {config.path} (split {config.split}): cannot be loaded: {_one_line(error)}") from error
+        said = f"{_one_line(error)}{nearest_path(path)}" if silent is None else hub.failure(error, config.path, silent)
+        raise UsageError(f"data {config.path} (split {config.split}): cannot be loaded: {said}") from error
 
 
 def _as_they_are(files: Sequence[str]) -> str:

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 from pydantic import Field
-from tqdm import tqdm
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.files import WINDOW, Transfer
+from ldm_vae.core.progress import Progress
 from ldm_vae.core.validation import why_unreadable
 from ldm_vae.data import tars
 from ldm_vae.data.decoding import Decoding
@@ -92,7 +92,7 @@ class TarSource:
         # shard, offset, size of each image; extension, offset, size of each other member, and where a sample's end
         # in flat arrays, which take a fraction of the memory of tuples of Python's integers
         images, others, ends = array("q"), array("q"), array("q")
-        for number, shard in enumerate(tqdm(shards, desc="indexing shards", unit="shards", disable=None, leave=False)):
+        for number, shard in enumerate(Progress(shards, desc="indexing shards", unit="shards", leave=False)):
             for key, image, rest in self._index(shard, image_column):
                 if isinstance(image, str):
                     # still a sample, with its key and reason: the order and number of samples do not depend on damage

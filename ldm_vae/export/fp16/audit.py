@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.core.errors import WorkError
+from ldm_vae.core.progress import Progress
 from ldm_vae.export.fp16.probes import Probes
 
 LARGEST = 65_504.0  # fp16's largest number
@@ -64,7 +64,7 @@ def audit(vae: Any, probes: Probes) -> Audit:
     try:
         for side, run, values in (("encoder", latents.encode, probes.images), ("decoder", latents.decode, probes.z)):
             hooks = [module.register_forward_hook(_record(name, side, found, sums)) for name, module in inner]
-            for value in tqdm(values, desc=f"audit {side}", unit="probe", disable=None, leave=False):
+            for value in Progress(values, desc=f"audit {side}", unit="probe", leave=False):
                 run(vae, value[None].to(vae.device, torch.float32))
             while hooks:
                 hooks.pop().remove()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.geometry import check_resolution, image_channels, sample_size, step_of
+from ldm_vae.autoencoder.geometry import check_resolution, image_channels, sample_size
 from ldm_vae.autoencoder.preparation import Preparation, preparation_of
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import image_batches, spread
@@ -50,8 +50,7 @@ def make_probes(
     Raises:
         UsageError: the network does not take images of this resolution whole.
     """
-    step = step_of(vae)
-    side = resolution or max(step, min(LARGEST_SIDE, sample_size(vae)) // step * step)
+    side = sample_size(vae, LARGEST_SIDE) if resolution is None else resolution
     check_resolution(side, vae)
     channels = image_channels(vae)
     real = torch.empty(0, channels, side, side)

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ldm_vae import __version__
 from ldm_vae.autoencoder.geometry import latent_channels
 from ldm_vae.autoencoder.normalisation import normalisation_of
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.paths import nearest_path
+from ldm_vae.core.progress import Progress
 from ldm_vae.latent_store.convert import formats
 from ldm_vae.latent_store.convert.formats import Options
 from ldm_vae.latent_store.convert.import_rows import Claim
@@ -45,7 +45,7 @@ def convert_to(store: Path, out: Path, name: str, options: Options | None = None
         raise UsageError(f"store {store}: no samples to convert")
     with atomic_io.whole_folder(out) as folder:
         parts = list(pieces(store, manifest))
-        for piece in tqdm(parts, desc="verify", unit="shards", disable=None, leave=False):
+        for piece in Progress(parts, desc="verify", unit="shards", leave=False):
             piece.check()
         chosen.write(folder, manifest, parts, options)
     return lost
@@ -70,7 +70,7 @@ def convert_from(
 
     chosen = formats.load(name)
     if not path.exists():
-        raise UsageError(f"SRC {path}: no such file or folder")
+        raise UsageError(f"SRC {path}: no such file or folder{nearest_path(path)}")
     known = chosen.carried(path)
     if known is None and vae is None:
         raise UsageError(f"--vae: the latents in {path} do not say which VAE made them; name it")

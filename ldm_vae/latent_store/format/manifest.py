@@ -24,6 +24,7 @@ from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.files import LARGEST as LARGEST_FILE
 from ldm_vae.core.files import read_bytes
+from ldm_vae.core.paths import nearest_path
 from ldm_vae.core.validation import (
     HEAD,
     check_model_config,
@@ -278,7 +279,7 @@ def _local(store: Path) -> bytes:
         return read_bytes(manifest_path(store), LARGEST_FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(
-            f"store {store}: no manifest.json there; `ldm-vae encode VAE DATA {store}` makes one"
+            f"store {store}: no manifest.json there{nearest_path(store)}; `ldm-vae encode VAE DATA {store}` makes one"
         ) from error
     except OSError as error:
         raise WorkError(f"store {store}: manifest.json cannot be read: {error}") from error

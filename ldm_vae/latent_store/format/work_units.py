@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
-from tqdm import tqdm
 
 from ldm_vae.core.config import Section
 from ldm_vae.core.files import LARGEST, read_bytes
+from ldm_vae.core.progress import Progress
 from ldm_vae.data.source import Source, each_key
 from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import PLAN, UNITS, shard_path
@@ -182,7 +182,7 @@ def source_identity(source: Source) -> SourceIdentity:
     """Length and keys of a source, from which the slices are cut. Raises UsageError as `each_key`."""
     digest = hashlib.sha256()
     count = len(source)
-    bar = tqdm(each_key(source), "keys", count, unit="keys", disable=None if count > 1_000_000 else True, leave=False)
+    bar = Progress(each_key(source), "keys", count, unit="keys", disable=count <= 1_000_000, leave=False)
     for key in bar:
         digest.update(f"{storable(key)}\n".encode())
     return SourceIdentity(samples=count, keys=digest.hexdigest())

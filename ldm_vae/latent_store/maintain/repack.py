@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from ldm_vae import __version__
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.progress import Progress
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
@@ -95,14 +95,14 @@ def _fill(folder: Path, parts: Sequence[Piece], head: Manifest, quarantine: Sequ
     owner = np.repeat(np.arange(len(parts)), lengths)
     position = np.concatenate([np.arange(length) for length in lengths])
     # all are verified before the first byte is written
-    for piece in tqdm(parts, desc="verify", unit="shards", disable=None, leave=False):
+    for piece in Progress(parts, desc="verify", unit="shards", leave=False):
         piece.check()
     entries: list[ShardRecord] = []
     columns: dict[str, str] = {}
     # stable: within a unit rows keep their order
     order = np.argsort(unit_of, kind="stable")
     slices = np.split(order, np.flatnonzero(np.diff(unit_of[order])) + 1)
-    for number, own in enumerate(tqdm(slices, desc="write", unit="units", disable=None, leave=False)):
+    for number, own in enumerate(Progress(slices, desc="write", unit="units", leave=False)):
         groups: dict[Group, list[tuple[Piece, Integers]]] = {}
         for index in np.unique(owner[own]).tolist():
             groups.setdefault(parts[index].group, []).append((parts[index], position[own[owner[own] == index]]))

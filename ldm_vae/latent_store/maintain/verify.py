@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from ldm_vae.core.errors import WorkError
+from ldm_vae.core.progress import Progress
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.layout import (
     EXTENSIONS,
@@ -57,7 +57,7 @@ def verify(store: str | Path) -> list[Problem]:
     """
     place = place_of(store)
     manifest = read_finished(place)
-    bar = tqdm(manifest.shards, desc="verify", unit="shards", disable=None, leave=False)
+    bar = Progress(manifest.shards, desc="verify", unit="shards", leave=False)
     problems: list[Problem] = []
     for shard in bar:
         problems += (

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from ldm_vae.core.ownership import own
 from ldm_vae.core.pictures import png, save, to_image
+from ldm_vae.core.progress import Progress
 from ldm_vae.data.alpha import visible
 from ldm_vae.data.transforms import decoding_of, to_uint8
 from ldm_vae.latent_store.read.batch import Item
@@ -29,7 +29,7 @@ def decode_to_png(
         WorkError: OUT cannot be written.
     """
     folder = Path(out)
-    with own(folder, "OUT"), tqdm(total=len(indices), desc="decode", unit="img", disable=None) as bar:
+    with own(folder, "OUT"), Progress(total=len(indices), desc="decode", unit="img") as bar:
         for chunk in _of_one_shape(dataset, indices, batch_size):
             for item, picture in _decoded(dataset, vae, chunk):
                 stem = re.sub(r"[^\w.-]+", "_", Path(item["key"]).stem).strip("._")[-80:]

@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.ownership import Ownership, is_mark, own
+from ldm_vae.core.progress import Progress
 from ldm_vae.latent_store.format.layout import (
     EXTENSIONS,
     MANIFEST,
@@ -67,7 +66,7 @@ def plan_pull(url: str, out: Path) -> PullPlan:
     manifest = read_finished(url)
     _check_place(url, out, manifest)
     every = [(shard, extension) for shard in manifest.shards for extension in EXTENSIONS]
-    bar = tqdm(every, desc="compare", unit="files", disable=None, leave=False)
+    bar = Progress(every, desc="compare", unit="files", leave=False)
     missing = tuple(file for file in bar if checksum(_path(out, file)) != file[0].files[file[1]])
     return PullPlan(url, out, manifest, missing)
 
@@ -112,7 +111,7 @@ def _pull(plan: PullPlan, owner: Ownership) -> Manifest:
 
     pool = ThreadPoolExecutor(CONNECTIONS)
     try:
-        with tqdm(total=plan.bytes, desc="pull", unit="B", unit_scale=True, disable=None) as bar:
+        with Progress(total=plan.bytes, desc="pull", unit="B", unit_scale=True) as bar:
             for size in pool.map(fetch, plan.missing):
                 bar.update(size)
     finally:

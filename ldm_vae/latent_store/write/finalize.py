@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ldm_vae.core import atomic_io, intervals
 from ldm_vae.core.errors import WorkError
+from ldm_vae.core.progress import Progress
 from ldm_vae.latent_store.format import rows, work_units
 from ldm_vae.latent_store.format.codes import CodeStatistics
 from ldm_vae.latent_store.format.layout import (
@@ -46,7 +46,7 @@ def finish(store: Path, manifest: Manifest, plan: Plan, *, max_bad: float = 1.0,
     planned, work = plan.units(manifest.identity.shard_size), plan.digest(manifest.identity)
     records = [
         record
-        for unit in tqdm(planned, desc="merge", unit="units", disable=None, leave=False)
+        for unit in Progress(planned, desc="merge", unit="units", leave=False)
         if (record := _record(store, unit.number, work, partly)) is not None
     ]
     bad = sorted([*plan.bad, *(entry for record in records for entry in record.bad)], key=lambda entry: entry.index)

@@ -19,9 +19,9 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.progress import Progress
 from ldm_vae.data.source import Source
 from ldm_vae.data.stamps import Sizes, Stamps, chunks_of, stamps_of
 from ldm_vae.latent_store.format import work_units
@@ -116,7 +116,7 @@ class _Held:
         doubtful = [np.empty(0, np.int64)]
         known = [np.empty(0, np.uint64)]
         total = sum(map(len, self.pieces))
-        with tqdm(total=total, desc="check", unit="img", disable=None, leave=False) as bar:
+        with Progress(total=total, desc="check", unit="img", leave=False) as bar:
             chunks = (chunk for piece in self.pieces for chunk in chunks_of(piece))
             for indices, stamps, sizes in stamps_of(self.source, chunks):
                 doubt, these = self._look(indices, stamps, sizes, seen, how)
@@ -189,7 +189,7 @@ class _Held:
             return np.empty(0, np.uint64)
         logger.warning("%d images are read and compared: nothing shows that they are as they were", len(indices))
         good: list[int] = []
-        with tqdm(total=len(indices), desc="compare", unit="img", disable=None, leave=False) as bar:
+        with Progress(total=len(indices), desc="compare", unit="img", leave=False) as bar:
             for some, looks in checksums(self.source, indices, num_workers):
                 keys = [storable(self.source.key(index)) for index in some]
                 rows = [slice(0, 0)] * len(keys) if self.stored is None else self.stored.find(digests(keys))

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.ownership import Ownership
+from ldm_vae.core.progress import Progress
 from ldm_vae.latent_store.format import shards, work_units
 from ldm_vae.latent_store.format.layout import SHARDS
 from ldm_vae.latent_store.format.manifest import ShardRecord
@@ -96,7 +96,7 @@ class Pipeline:
             ThreadPoolExecutor(self._threads, "encode", initializer=torch.set_num_threads, initargs=(1,)) as encoders,
             # one writing thread takes batches in the order of submission, so rows keep the order of the samples
             ThreadPoolExecutor(1, "write") as writer,
-            tqdm(total=total, desc="encode", unit="img", disable=None if self._show else True, smoothing=0.05) as bar,
+            Progress(total=total, desc="encode", unit="img", disable=not self._show, smoothing=0.05) as bar,
         ):
             try:
                 for batch, dealt in self._batches(stream):

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from tqdm import tqdm
 
+from ldm_vae.core.progress import Progress
 from ldm_vae.data.metadata import columns_digest
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Source, image_checksum
@@ -138,7 +138,7 @@ def make_plan(
     append: list[int] = []
     bad: list[BadSample] = []
     unreadable = 0
-    progress = tqdm(total=len(source), desc="compare", unit="img", disable=None, leave=False)
+    progress = Progress(total=len(source), desc="compare", unit="img", leave=False)
     for indices, looks in checksums(source, range(len(source)), num_workers):
         # kept before anything is decided: a sighting is true of the image whatever becomes of the plan
         sightings.add(look.sighting for look in looks)

@@ -20,6 +20,7 @@ import numpy as np
 
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.text import not_among
 from ldm_vae.latent_store.convert.import_rows import Claim, ForeignPiece, Load
 from ldm_vae.latent_store.convert.sidecar import Carried
 from ldm_vae.latent_store.format.identity import LARGEST, Identity
@@ -132,5 +133,5 @@ def names() -> list[str]:
 def load(name: str) -> Format:
     """A format by its name. Raises UsageError when there is none."""
     if name not in names():
-        raise UsageError(f"format: unknown {name!r}; there are {', '.join(names())}")
+        raise UsageError(f"format: {not_among(name, names())}")
     return cast(Format, importlib.import_module(f"{__name__}.{name}"))

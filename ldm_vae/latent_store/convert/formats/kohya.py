@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.progress import Progress
 from ldm_vae.core.validation import why_unreadable
 from ldm_vae.data.files import beneath
 from ldm_vae.data.quarantine import BadImage
@@ -125,7 +125,7 @@ def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], optio
     bare = manifest.model_copy(update={"identity": one_sample(identity), "shards": ()})
     write_carried(folder, Carried(manifest=bare, quarantine=tuple(read_quarantine(pieces[0].store))))
     order = itertools.count()
-    for piece in tqdm(pieces, desc="convert", unit="shards", disable=None, leave=False):
+    for piece in Progress(pieces, desc="convert", unit="shards", leave=False):
         size = "_{}x{}".format(*piece.shape[1:]) if options.names == "sized" else ""
         for tensors, samples in piece.read(np.arange(len(piece.keys))):
             drawn = draw(identity, tensors, samples)
@@ -213,7 +213,7 @@ def read(path: Path, origin: Carried | Claim) -> Found:
     """A piece for each run of images of one shape: in the store's order, or in that of their sizes and names."""
     entries: list[_Entry] = []
     others = 0
-    for file in tqdm(walk(path, frozenset({".npz"})), desc="look", unit="files", disable=None, leave=False):
+    for file in Progress(walk(path, frozenset({".npz"})), desc="look", unit="files", leave=False):
         here = _look(path, file, origin)
         others += not here
         entries += here

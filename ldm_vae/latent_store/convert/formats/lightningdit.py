@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from tqdm import tqdm
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.progress import Progress
 from ldm_vae.latent_store.convert.formats import (
     Found,
     Options,
@@ -74,7 +74,7 @@ def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], optio
     origin = manifest.model_copy(update={"identity": one_sample(identity), "shards": ()})
     write_carried(folder, Carried(manifest=origin, quarantine=tuple(read_quarantine(pieces[0].store))))
     digits = max(3, len(str(len(pieces) - 1)))  # its reader sorts by name
-    for number, piece in enumerate(tqdm(pieces, desc="convert", unit="shards", disable=None, leave=False)):
+    for number, piece in enumerate(Progress(pieces, desc="convert", unit="shards", leave=False)):
         stem = folder / f"latents_rank00_shard{number:0{digits}d}"
         specs = [shards.TensorSpec(LABELS, "I64", ())]
         specs += [shards.TensorSpec(name, "F32", piece.shape) for name in (LATENTS, FLIPPED)]

@@ -19,9 +19,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.progress import Progress
 from ldm_vae.core.validation import why_unreadable
 from ldm_vae.latent_store.convert.formats import (
     Found,
@@ -72,7 +72,7 @@ def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], optio
     first = {
         QUARANTINE: json.dumps([entry.model_dump(mode="json") for entry in read_quarantine(pieces[0].store)]).encode()
     }
-    for number, piece in enumerate(tqdm(pieces, desc="convert", unit="shards", disable=None, leave=False)):
+    for number, piece in enumerate(Progress(pieces, desc="convert", unit="shards", leave=False)):
         place = folder / "{}-{}x{}".format(*piece.group) if several else folder
         place.mkdir(exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -176,7 +176,7 @@ def carried(path: Path) -> Carried | None:
 
 def read(path: Path, origin: Carried | Claim) -> Found:
     """Find one piece per file."""
-    bar = tqdm(_files(path), desc="look", unit="files", disable=None, leave=False)
+    bar = Progress(_files(path), desc="look", unit="files", leave=False)
     return found(path, origin, [sketch for file in bar if (sketch := _sketch(file, origin)).keys])
 
 

@@ -21,9 +21,9 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.progress import Progress
 from ldm_vae.data import tars
 from ldm_vae.data.files import MAX_BYTES, read_range
 from ldm_vae.data.quarantine import BadImage
@@ -69,7 +69,7 @@ def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], optio
     """Write FOLDER/NAME.tar and FOLDER/store.json."""
     bare = manifest.model_copy(update={"shards": ()})
     write_carried(folder, Carried(manifest=bare, quarantine=tuple(read_quarantine(pieces[0].store))))
-    for piece in tqdm(pieces, desc="convert", unit="shards", disable=None, leave=False):
+    for piece in Progress(pieces, desc="convert", unit="shards", leave=False):
         with tarfile.open(folder / f"{piece.shard.name}.tar", "w", format=tarfile.PAX_FORMAT) as archive:
             for tensors, samples in piece.read(np.arange(len(piece.keys))):
                 numbers = as_numbers(manifest.identity, tensors)
@@ -121,7 +121,7 @@ class _Places:
 def read(path: Path, origin: Carried | Claim) -> Found:
     """Find one piece per tar and latent shape."""
     sketches: list[Sketch] = []
-    for file in tqdm(_files(path), desc="look", unit="files", disable=None, leave=False):
+    for file in Progress(_files(path), desc="look", unit="files", leave=False):
         for shape, places in _look(file).items():
             sketches.append(_sketch(file, shape, places, origin))
     return found(path, origin, sketches)
