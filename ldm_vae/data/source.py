@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -87,6 +87,12 @@ class SourceConfig(Part):
     jpeg_draft: bool = False
     """Decode JPEG at 1/2, 1/4 or 1/8 of its size where that is enough: faster, and some 50 dB off. Training only; a
     store made with it says so in its identity."""
+    holdout: float | None = Field(None, gt=0, lt=1)
+    """Share of the images that is validated on and not trained on, in the place of validation_data; a hash of each key
+    decides. Training only; the verbs have `--part`."""
+    holdout_copies: Literal["leave_out", "keep"] = "leave_out"
+    """With holdout, training images that are copies of held-out ones (other sizes, other formats): left out, for which
+    every image is decoded once when the run begins, or trained on."""
 
     @field_validator("path")
     @classmethod
@@ -140,9 +146,11 @@ def open_source(
         knobs: any other field of the kind's Config (`channels=1`).
 
     Raises:
-        UsageError: nothing is there, it is none of these, or a knob is unknown or of no such value.
+        UsageError: nothing is there, it is none of these, or a knob is unknown, of no such value or for training.
         WorkError: it holds no image.
     """
+    if asked := [name for name in ("holdout", "holdout_copies") if name in knobs]:
+        raise UsageError(f"data.{asked[0]}: is for training; of DATA, `--part holdout` takes what a training held out")
     fields = {"image_column": image_column, "caption_column": caption_column, "split": split} | knobs
     # a source of somebody's own need not have our fields: it gets those that say something
     known = SourceConfig.model_fields
