@@ -21,6 +21,7 @@ from ldm_vae.data import copies
 from ldm_vae.data.holdout import is_held_out, numbers_of, parts_of, record_of
 from ldm_vae.data.source import Source, open_source
 from ldm_vae.data.stamps import key_numbers
+from ldm_vae.data.survey import lines, survey
 
 # --- the law ----------------------------------------------------------------------------------------------------------
 
@@ -143,3 +144,19 @@ def test_an_image_that_cannot_be_read_is_like_nothing() -> None:
     assert [bool(row.isnan().any()) for row in looks] == [False, False, True, False, True, False]
     ((_, same),) = copies.matches(looks, looks)
     assert same.diagonal().tolist() == [True, True, False, True, False, True]
+
+
+def test_inspect_says_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        photograph(number, 64).save(tmp_path / f"{number}.png")
+    photograph(1, 64).resize((40, 40)).save(tmp_path / "5.jpg")
+    photograph(1, 64).save(tmp_path / "6.png")
+
+    def said() -> str:
+        return next(line for line in lines(survey(open_source(tmp_path)), 64, [(64, 64)]) if line.startswith("copies"))
+
+    assert said() == "copies      2 images look like an earlier one: 5.jpg like 1.png"
+    monkeypatch.setattr(copies, "AT_ONCE", 6)  # an image at a time
+    assert said() == "copies      2 images look like an earlier one: 5.jpg like 1.png"
+    monkeypatch.setattr("ldm_vae.data.survey.MOST_COMPARED", 5)
+    assert said() == "copies      not looked for among more than 5 images"

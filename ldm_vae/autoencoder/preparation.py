@@ -5,6 +5,7 @@ The one place that every verb with DATA asks. Two records that differ are refuse
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any, TypeVar
 
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import image_channels
-from ldm_vae.autoencoder.weights.files import print_note
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import DEFAULT, Decoding
 from ldm_vae.data.flags import NO_FLAGS, DataFlags, SplitPart
@@ -64,7 +64,7 @@ class Preparation:
                 "with data.holdout"
             )
         chosen, said = part_of(source, self.holdout, flags.part, str(data))
-        print_note(said)
+        print(f"note: {said}", file=sys.stderr)
         return chosen
 
 
@@ -94,10 +94,14 @@ def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Prep
 def _split_of(found: Mapping[str, Holdout | None], flags: DataFlags) -> Holdout | None:
     """The one split that networks record; None where they record none, or several that nobody asks for."""
     splits = {name: split for name, split in found.items() if split is not None}
-    if len(distinct := {split: name for name, split in splits.items()}) > 1 and flags.part is not None:
-        said = ", ".join(f"{name} data.holdout {split.share:g}" for split, name in distinct.items())
-        raise UsageError(f"--part {flags.part}: expected networks that were trained on one split, got {said}")
-    return next(iter(distinct)) if len(distinct) == 1 else None
+    # what is held out follows from the share alone
+    laws = {name: (split.share, () if flags.part == "holdout" else split.left_out) for name, split in splits.items()}
+    if len(set(laws.values())) <= 1:
+        return next(iter(splits.values()), None)
+    if flags.part is None:
+        return None
+    said = ", ".join(f"{name} {share:g} with {len(left)} copies left out" for name, (share, left) in laws.items())
+    raise UsageError(f"--part {flags.part}: expected networks that were trained with one data.holdout, got {said}")
 
 
 def open_images(
