@@ -22,7 +22,7 @@ from pydantic import Field
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.flags import SplitPart
-from ldm_vae.data.source import Record, Source
+from ldm_vae.data.source import Named, Record, Source
 from ldm_vae.data.stamps import Facts, Stamped, Stamps, key_numbers
 from ldm_vae.data.stream import Stream
 
@@ -44,7 +44,7 @@ class Holdout(Section):
     """Of training images that are copies of held-out ones."""
 
 
-class Subset:
+class Subset(Named):
     """Some images of a source, in its order; a source too. `holdout` is the split that it comes from."""
 
     def __init__(self, source: Source, indices: npt.NDArray[np.int64], holdout: Holdout) -> None:

@@ -60,6 +60,18 @@ class Source(Protocol):
         """Raises BadImage when the image cannot be read."""
 
 
+class Named:
+    """Mixin of a source with a name: its line in an interpreter."""
+
+    name: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}: {len(self):,} images)"
+
+
 class SourceConfig(Part):
     """Knobs that every kind of source has; `data: {kind: folder, path: photographs}` in a training config."""
 
