@@ -85,4 +85,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    # what Python itself has of a module, and the public names: no module that happens to be imported already
+    return [*(name for name in globals() if name.startswith("__")), *__all__]

@@ -61,7 +61,7 @@ def train(settings: Training) -> None:
     run, say = settings.output_dir, accelerator.print
 
     # --- data: opened first, since a wrong path should cost seconds ---------------------------------------------------
-    source, held_out = open_sources(settings)
+    source, held_out = open_sources(settings, accelerator)
     if isinstance(source, Stream):
         say(stream_warning(settings.data.path))
 
@@ -204,7 +204,7 @@ def validate(vae: Any, objective: Any, source: Source, state: TrainingState) -> 
     scores |= evidence_bound(vae, objective, batches(), accelerator.device)
     if accelerator.is_main_process:
         sheet = record_validation(
-            settings.output_dir, vae, source, settings.validation_data.path, result, metrics, accelerator.device,
+            settings.output_dir, vae, source, settings.validated, result, metrics, accelerator.device,
             **shape, images_seen=state.images_seen,
         )  # fmt: skip
         log_picture(accelerator, "validation", sheet, state.images_seen)

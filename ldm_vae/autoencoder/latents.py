@@ -46,6 +46,10 @@ class Moments:
     logvar: torch.Tensor
     is_point: bool = False
 
+    def __repr__(self) -> str:
+        what = "mean alone" if self.is_point else "mean and logvar"
+        return f"Moments({what} {[*self.mean.shape]}, {self.mean.dtype}, {self.mean.device})"
+
     @classmethod
     def from_parameters(cls, parameters: torch.Tensor) -> Moments:
         """Make from an encoder's output [B, 2c, h, w] (mean, then logvar), in fp32, logvar clamped to LOGVAR_RANGE."""

@@ -73,6 +73,13 @@ class Normalisation:
             return "channel"
         return "scale" if self.shift_factor is None else "shift"
 
+    def __repr__(self) -> str:
+        names = ("scaling_factor", "shift_factor")
+        said = [f"{name} {value:g}" for name in names if (value := getattr(self, name)) is not None]
+        said += [] if self.latents_mean is None else [f"mean and std of {len(self.latents_mean)} channels"]
+        said += [f"{self.patch}x{self.patch} patches"] if self.patch > 1 else []
+        return f"Normalisation({self.kind}: {', '.join(said)}{f', for {self.pipelines}' if self.pipelines else ''})"
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str = "config") -> Normalisation:
         """Make from a diffusers config (or a manifest): the keys that are absent or null count as not set.

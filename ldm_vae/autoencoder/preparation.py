@@ -5,6 +5,7 @@ The one place that every verb with DATA asks. Two records that differ are refuse
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import image_channels
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import DEFAULT, Decoding
-from ldm_vae.data.flags import NO_FLAGS, DataFlags
+from ldm_vae.data.flags import NO_FLAGS, DataFlags, SplitPart
+from ldm_vae.data.holdout import Holdout, part_of
 from ldm_vae.data.preprocessing import FILE, SETTABLE, Preprocessing
 from ldm_vae.data.source import Source, open_source, with_resize
 from ldm_vae.data.transforms import decoding_of, preprocessing_identity
@@ -29,6 +31,8 @@ class Preparation:
     decoding: Decoding
     flags: DataFlags = NO_FLAGS
     notes: tuple[str, ...] = ()
+    holdout: Holdout | None = None
+    """Split of the images that the networks were trained on."""
 
     @property
     def identity(self) -> str:
@@ -38,10 +42,11 @@ class Preparation:
     @property
     def kept(self) -> Preprocessing:
         """The record of a network that goes on with this."""
-        return Preprocessing.of(self.decoding)
+        return Preprocessing.of(self.decoding, self.holdout)
 
     def open(self, data: str | Path) -> Source:
-        """Open DATA with this decoding. Raises UsageError when nothing is there, WorkError when it is empty."""
+        """Open DATA, or the part of it that a flag names, with this decoding. Raises UsageError when nothing is there,
+        WorkError when it is empty."""
         flags, decoding = self.flags, self.decoding
         source = open_source(
             data, image_column=flags.image_column, caption_column=flags.caption_column, split=flags.split,
@@ -51,7 +56,16 @@ class Preparation:
         source = with_resize(source, decoding.resize)
         if source.decoding != decoding:  # of a kind of somebody's own
             raise UsageError(f"data {data}: expected the decoding {decoding}, its kind has {source.decoding}")
-        return source
+        if flags.part is None:
+            return source
+        if self.holdout is None:
+            raise UsageError(
+                f"--part {flags.part}: no network here records a split of its images; expected one that was trained "
+                "with data.holdout"
+            )
+        chosen, said = part_of(source, self.holdout, flags.part, str(data))
+        print(f"note: {said}", file=sys.stderr)
+        return chosen
 
 
 def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Preparation:
@@ -69,8 +83,25 @@ def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Prep
     if len(set(channels.values())) > 1:
         raise UsageError(f"vae: all must take images of one kind, these take {sorted(set(channels.values()))} channels")
     name, wanted = next(iter(channels.items()))
-    records = [(f"VAE {name}", found.decoding) for name, vae in vaes.items() if (found := recorded(vae)) is not None]
-    return _decide(records, wanted, f"VAE {name}", flags, alpha=any(map(has_alpha, vaes.values())))
+    found = {f"VAE {name}": one for name, vae in vaes.items() if (one := recorded(vae)) is not None}
+    records = [(name, one.decoding) for name, one in found.items()]
+    decided = _decide(records, wanted, f"VAE {name}", flags, alpha=any(map(has_alpha, vaes.values())))
+    split = _split_of({name: one.holdout for name, one in found.items()}, flags)
+    asked = () if flags.part is None or split is None else (f"part: {flags.part}, by data.holdout {split.share:g}",)
+    return replace(decided, holdout=split, notes=(*decided.notes, *asked))
+
+
+def _split_of(found: Mapping[str, Holdout | None], flags: DataFlags) -> Holdout | None:
+    """The one split that networks record; None where they record none, or several that nobody asks for."""
+    splits = {name: split for name, split in found.items() if split is not None}
+    # what is held out follows from the share alone
+    laws = {name: (split.share, () if flags.part == "holdout" else split.left_out) for name, split in splits.items()}
+    if len(set(laws.values())) <= 1:
+        return next(iter(splits.values()), None)
+    if flags.part is None:
+        return None
+    said = ", ".join(f"{name} {share:g} with {len(left)} copies left out" for name, (share, left) in laws.items())
+    raise UsageError(f"--part {flags.part}: expected networks that were trained with one data.holdout, got {said}")
 
 
 def open_images(
@@ -81,6 +112,7 @@ def open_images(
     caption_column: str | None = None,
     split: str = "train",
     kind: str | None = None,
+    part: SplitPart | None = None,
     **fields: Any,
 ) -> Source:
     """Open images as `vae` takes them: its channels, and decoded as its record says (value range, background, resize).
@@ -89,9 +121,11 @@ def open_images(
         data: a folder, zip, list file, parquet or arrow files, tar shards, or a hub dataset: see `open_source`.
         vae: what `load_autoencoder` gave.
         kind, fields: as for `open_source`.
+        part: of images that its training split (`data.holdout`), only those that it trained on (`train`) or those held
+            out (`holdout`).
 
     Raises:
-        UsageError: nothing is there, or it is none of these.
+        UsageError: nothing is there, or it is none of these, or the network records no split of such images.
         WorkError: it holds no image.
 
     >>> from ldm_vae import load_autoencoder, open_images
@@ -100,7 +134,7 @@ def open_images(
     (12, 'img_0000.png')
     """
     flags = DataFlags(
-        image_column=image_column, caption_column=caption_column, split=split, kind=kind, data_fields=fields
+        image_column=image_column, caption_column=caption_column, split=split, kind=kind, part=part, data_fields=fields
     )
     return preparation_of({"": vae}, flags).open(data)
 

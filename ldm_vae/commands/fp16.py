@@ -56,11 +56,14 @@ def _prepare(request: Audit | Fix) -> tuple[Any, Any]:
 
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.preparation import preparation_of
+    from ldm_vae.core.errors import UsageError
     from ldm_vae.export.fp16.probes import make_probes
     from ldm_vae.export.fp16.structure import structure_of
     from ldm_vae.run.selection import at_checkpoint
     from ldm_vae.training.scaling import measure_checkpoint
 
+    if request.flags.part is not None and request.data is None:
+        raise UsageError(f"--part {request.flags.part}: is a part of images; expected DATA")
     name = at_checkpoint(request.vae, request.checkpoint)
     vae = load_autoencoder(name, request.config).to("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(request, Fix):

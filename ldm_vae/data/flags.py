@@ -11,12 +11,13 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.request import Parser, shared
 
 Resize = Literal["short_side", "none"]
+SplitPart = Literal["train", "holdout"]
 
 KINDS = ("folder", "hub", "list", "webdataset", "zip")  # the files of data/sources, without importing them
 
@@ -35,6 +36,7 @@ class DataFlags:
     caption_column: str | None = None
     split: str = "train"
     kind: str | None = None
+    part: SplitPart | None = None
     data_fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -109,6 +111,12 @@ def add_data_arguments(parser: Parser, *, resize: bool = True, recorded: str | N
     add("--caption_column", metavar="NAME", help="column used as `caption`; for a folder also an extension (txt)")
     add("--split", default="train", metavar="NAME", help="split of a dataset (train)")
     add("--kind", metavar="KIND", help=f"{', '.join(KINDS)}, or your module, as my_lab.scans (default: detected)")
+    if recorded == "the network":
+        add(
+            "--part", choices=get_args(SplitPart),
+            help="of the images that the network's training split (data.holdout): only those that it trained on, or "
+            "those held out",
+        )  # fmt: skip
 
 
 def data_flags(**options: Any) -> Any:

@@ -22,6 +22,7 @@ from ldm_vae.core.files import read_bytes
 from ldm_vae.core.validation import first_line, parse_json
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.flags import Resize
+from ldm_vae.data.holdout import Holdout
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ class Preprocessing(Section):
     """The part of a whole image that is left. (Training's own crops: RUN/config.yaml, `transform`.)"""
     law: str = PREPROCESSING_VERSION
     """Version of decoding, resize and crop, as in the identity of a latent store."""
+    holdout: Holdout | None = None
+    """Split of the images that the network was trained on (`data.holdout`)."""
 
     @field_validator("value_range")
     @classmethod
@@ -92,15 +95,15 @@ class Preprocessing(Section):
         return value
 
     @classmethod
-    def of(cls, decoding: Decoding) -> Preprocessing:
-        """The record of how a source is decoded. (A draft of JPEGs is a matter of speed in training: whatever is
-        measured or encoded later is decoded exactly.)
+    def of(cls, decoding: Decoding, holdout: Holdout | None = None) -> Preprocessing:
+        """The record of how a source is decoded, and split. (A draft of JPEGs is a matter of speed in training:
+        whatever is measured or encoded later is decoded exactly.)
 
         Raises:
             UsageError: nothing can be decoded so.
         """
         said = {name: getattr(decoding, name) for name in ("channels", *SETTABLE) if name != "alpha"}
-        return _valid(said | ({"alpha": "straight"} if decoding.alpha else {}), "data")
+        return _valid(said | ({"alpha": "straight"} if decoding.alpha else {}) | {"holdout": holdout}, "data")
 
     @property
     def decoding(self) -> Decoding:
@@ -111,7 +114,8 @@ class Preprocessing(Section):
 
     def to_bytes(self) -> bytes:
         """Contents of the file."""
-        return (json.dumps(self.model_dump(mode="json"), indent=2) + "\n").encode()
+        absent = {"holdout"} if self.holdout is None else set()
+        return (json.dumps(self.model_dump(mode="json", exclude=absent), indent=2) + "\n").encode()
 
 
 def parse(content: bytes | str, where: object) -> Preprocessing:

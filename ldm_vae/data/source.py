@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -61,6 +61,18 @@ class Source(Protocol):
         """Raises BadImage when the image cannot be read."""
 
 
+class Named:
+    """Mixin of a source with a name: its line in an interpreter."""
+
+    name: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}: {len(self):,} images)"
+
+
 class SourceConfig(Part):
     """Knobs that every kind of source has; `data: {kind: folder, path: photographs}` in a training config."""
 
@@ -88,6 +100,12 @@ class SourceConfig(Part):
     jpeg_draft: bool = False
     """Decode JPEG at 1/2, 1/4 or 1/8 of its size where that is enough: faster, and some 50 dB off. Training only; a
     store made with it says so in its identity."""
+    holdout: float | None = Field(None, gt=0, lt=1)
+    """Share of the images that is validated on and not trained on, in the place of validation_data; a hash of each key
+    decides. Training only; the verbs have `--part`."""
+    holdout_copies: Literal["leave_out", "keep"] = "leave_out"
+    """With holdout, training images that are copies of held-out ones (other sizes, other formats): left out, for which
+    every image is decoded once when the run begins, or trained on."""
 
     @field_validator("path")
     @classmethod
@@ -142,9 +160,11 @@ def open_source(
         knobs: any other field of the kind's Config (`channels=1`).
 
     Raises:
-        UsageError: nothing is there, it is none of these, or a knob is unknown or of no such value.
+        UsageError: nothing is there, it is none of these, or a knob is unknown, of no such value or for training.
         WorkError: it holds no image.
     """
+    if asked := [name for name in ("holdout", "holdout_copies") if name in knobs]:
+        raise UsageError(f"data.{asked[0]}: is for training; of DATA, `--part holdout` takes what a training held out")
     fields = {"image_column": image_column, "caption_column": caption_column, "split": split} | knobs
     # a source of somebody's own need not have our fields: it gets those that say something
     known = SourceConfig.model_fields

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from ldm_vae.core import rng
 from ldm_vae.core.pictures import save, sheet
 from ldm_vae.core.progress import Progress
-from ldm_vae.data import buckets
+from ldm_vae.data import buckets, copies
 from ldm_vae.data.alpha import visible
 from ldm_vae.data.decoding import read_image
 from ldm_vae.data.ordered import IndexedRecord, batches_of, items, key_of, take
@@ -34,13 +35,14 @@ from ldm_vae.data.workers import load
 
 THUMBNAILS = 10
 THUMBNAIL_SIDE = 128
+MOST_COMPARED = 20_000  # images, each with all others: four seconds of a core
 ASPECTS = (0.4, 0.5, 0.62, 0.72, 0.85, 1.18, 1.4, 1.6, 2.0, 2.5)  # borders of the histogram of width / height
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One image: index, key, (H, W), format and mode of its file, bytes, its caption and values; reason if it is
-    bad."""
+    """One image: index, key, (H, W), format and mode of its file, bytes, its caption, its values and what its copies
+    are found by (`copies.frequencies`); reason if it is bad."""
 
     index: int
     key: str
@@ -51,6 +53,7 @@ class Finding:
     caption: str | None = None
     reason: str = ""
     values: Values | None = None
+    frequencies: np.ndarray[Any, Any] | None = None
 
 
 @dataclass
@@ -92,8 +95,9 @@ class _Look(Dataset[list[Finding]]):
         caption = record.columns.get("caption")
         text = None if caption is None else str(caption)
         return Finding(
-            item[0], record.key, image.original_size, image.format, image.mode, size, text, values=image.values
-        )
+            item[0], record.key, image.original_size, image.format, image.mode, size, text, values=image.values,
+            frequencies=copies.frequencies(image.pixels).numpy(),
+        )  # fmt: skip
 
 
 def survey(source: Source | Stream, max_images: int | None = None, num_workers: int = 0) -> Survey:
@@ -123,7 +127,7 @@ def lines(found: Survey, resolution: int, shapes: Sequence[buckets.Shape]) -> li
     if good:
         out += ["", *_sizes(found, resolution), "", *_aspects(found), "", *_counts("formats", [f.format for f in good])]
         out += _counts("modes", [f.mode for f in good])
-        out += _values(good)
+        out += [*_values(good), _copies(good)]
     out += ["", *_columns(found)]
     if good:
         out += ["", *_buckets(found, shapes)]
@@ -175,6 +179,20 @@ def _values(good: Sequence[Finding]) -> list[str]:
     found = by_range(finding.values for finding in good if finding.values is not None)
     told = [f"{values}: {advice}" if (advice := values.advice()) else str(values) for values in found]
     return [f"{'' if number else 'values':12}{line}" for number, line in enumerate(told)]
+
+
+def _copies(good: Sequence[Finding]) -> str:
+    if len(good) > MOST_COMPARED:
+        return f"copies      not looked for among more than {MOST_COMPARED:,} images"
+    looks = torch.from_numpy(np.stack([finding.frequencies for finding in good if finding.frequencies is not None]))
+    count, first = 0, ""
+    for row, same in copies.matches(looks, looks):
+        earlier = same.tril(row - 1)  # of images in front of it
+        found = earlier.any(1).nonzero().flatten().tolist()
+        if found and not count:
+            first = f": {good[row + found[0]].key} like {good[int(earlier[found[0]].int().argmax())].key}"
+        count += len(found)
+    return f"copies      {count:,} images look like an earlier one{first}"
 
 
 def _columns(found: Survey) -> list[str]:

@@ -120,6 +120,8 @@ def _check(request: Request) -> None:
         raise UsageError("--preview: needs images to fit the colours; give --stats STORE or --stats DATA")
     if request.drift_from is not None and (request.stats is None or is_store(request.stats)):
         raise UsageError("--drift_from: needs images to compare the two over; give --stats DATA")
+    if request.flags.part is not None and (request.stats is None or is_store(request.stats)):
+        raise UsageError(f"--part {request.flags.part}: is a part of images; give --stats DATA")
     if request.normalisation_from is not None and request.normalisation is not None:
         raise UsageError(f"--normalisation {request.normalisation}: --normalisation_from names the kind already")
     if request.push_to_hub is not None:

@@ -50,6 +50,10 @@ class Evaluation:
     latents: dict[str, Any]
     linear: dict[str, Summary] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        said = ", ".join(f"{name} {one}" for name, one in self.metrics.items())
+        return f"Evaluation({self.images:,} images: {said})"
+
 
 def evaluate(
     vae: Any,

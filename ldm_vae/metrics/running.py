@@ -27,6 +27,12 @@ class Summary:
     note: str | None = None
     better: str | None = None
 
+    def __str__(self) -> str:
+        if self.mean is None:
+            return self.note or "not measured"
+        interval = "" if self.ci95 is None else " (95 % interval {:.4g} to {:.4g})".format(*self.ci95)
+        return f"{self.mean:.4g}{interval}"
+
     def to_json(self) -> dict[str, Any]:
         """{"mean", "ci95", "n"} and, where there are, "std", "note" and "better"."""
         base = {"mean": self.mean, "ci95": None if self.ci95 is None else list(self.ci95), "n": self.n}

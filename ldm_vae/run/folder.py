@@ -150,8 +150,8 @@ def start(settings: RunConfig) -> Accelerator:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def prepare_run_folder(settings: RunConfig, accelerator: Accelerator, may_change: Collection[str] = MAY_CHANGE) -> None:
-    """Write RUN/config.yaml; refuse a folder that holds a run of another config."""
+def check_run_folder(settings: RunConfig, may_change: Collection[str] = MAY_CHANGE) -> None:
+    """Raises UsageError for a folder that holds a run of another config."""
     path = settings.output_dir / "config.yaml"
     if path.exists():
         before = config.load(type(settings), path)
@@ -159,6 +159,12 @@ def prepare_run_folder(settings: RunConfig, accelerator: Accelerator, may_change
         if changed:
             listed = ", ".join(f"{key} (was {old}, now {new})" for key, (old, new) in changed.items())
             raise UsageError(f"output_dir: {settings.output_dir} holds a run of another config: {listed}")
+
+
+def prepare_run_folder(settings: RunConfig, accelerator: Accelerator, may_change: Collection[str] = MAY_CHANGE) -> None:
+    """Write RUN/config.yaml. Raises UsageError for a folder that holds a run of another config."""
+    check_run_folder(settings, may_change)
+    path = settings.output_dir / "config.yaml"
     # every rank has compared its config with the old file before that is replaced
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -118,6 +118,7 @@ class Training(RunConfig):
                 f"ignore_mismatched_sizes: the shortcuts of model.kind {self.model.kind} average other channels with "
                 "other sizes; expected false"
             )
+        self._check_holdout()
         quantizer = getattr(self.model, "quantizer", None)
         if self.init == "linear":
             if self.init_from is not None:
@@ -147,6 +148,33 @@ class Training(RunConfig):
                     f"{name}.channels: expected model.in_channels {self.model.in_channels}, got {channels}"
                 )
         return self
+
+    def _check_holdout(self) -> None:
+        if getattr(self.validation_data, "holdout", None) is not None:
+            raise ValueError("validation_data.holdout: is validated on as a whole; expected data.holdout, or none")
+        if self.holdout is not None and self.validation_data is not None:
+            raise ValueError(
+                "data.holdout: takes the place of validation_data, which is set too; `--validation_data null` leaves "
+                "that out"
+            )
+        if self.holdout is not None and self.latent_store is not None:
+            raise ValueError(
+                "data.holdout: the images of latent_store are trained on, whatever their keys; expected validation_data"
+            )
+
+    @property
+    def holdout(self) -> float | None:
+        """Share of `data` that is held out, in the place of validation_data."""
+        share: float | None = getattr(self.data, "holdout", None)
+        return share
+
+    @property
+    def validated(self) -> str:
+        """Name of what is validated on."""
+        if self.validation_data is None:
+            return f"{self.data.path}, held out"
+        path: str = self.validation_data.path
+        return path
 
     @property
     def alpha(self) -> bool:

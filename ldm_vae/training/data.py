@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.core.rng import seeded
 from ldm_vae.data.buckets import Assignment, Shape, assign
 from ldm_vae.data.dataset import Batch, training_loader
+from ldm_vae.data.holdout import Subset
 from ldm_vae.data.preprocessing import Preprocessing
 from ldm_vae.data.quarantine import Bad, Quarantine
 from ldm_vae.data.sizes import shared_sizes
@@ -30,9 +32,10 @@ from ldm_vae.data.source import Source, with_resize
 from ldm_vae.data.stream import Stream
 from ldm_vae.run.inputs import compare_images
 from ldm_vae.training.config import Training
+from ldm_vae.training.holdout import split
 
 
-def open_sources(settings: Training) -> tuple[Source | Stream, Source | None]:
+def open_sources(settings: Training, accelerator: Accelerator) -> tuple[Source | Stream, Source | None]:
     """The images to train and to validate on; whole ones are brought to the resolution as `transform.resize` says.
 
     Raises:
@@ -40,6 +43,10 @@ def open_sources(settings: Training) -> tuple[Source | Stream, Source | None]:
     """
     resize, held_out = settings.transform.resize, settings.validation_data
     source = with_resize(settings.data.build(), resize)
+    if settings.holdout is not None:
+        train, validated = split(settings, source, accelerator)
+        validated.decoding = replace(validated.decoding, jpeg_draft=False)  # measured pixels are decoded exactly
+        return train, validated
     validation_source = None if held_out is None else with_resize(held_out.build(), resize)
     _check_sources(source, validation_source, settings)
     return source, validation_source
@@ -84,7 +91,8 @@ class ImageFeed:
     @property
     def prepared(self) -> Preprocessing:
         """Record of the images' decoding."""
-        return Preprocessing.of(self.source.decoding)
+        holdout = self.source.holdout if isinstance(self.source, Subset) else None
+        return Preprocessing.of(self.source.decoding, holdout)
 
     def compare(self, accelerator: Accelerator, *, resumed: bool) -> None:
         """Say whether the images are others than those that the run began with."""

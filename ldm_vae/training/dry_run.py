@@ -30,6 +30,7 @@ from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.flop_counter import Cost, gpu_autocast
 from ldm_vae.core.frozen_module import Frozen
+from ldm_vae.data.holdout import is_held_out, numbers_of
 from ldm_vae.data.stream import length
 from ldm_vae.kernels.group_norm import fuse_norms
 from ldm_vae.run.optim import trainable_parameters
@@ -246,14 +247,19 @@ def _found_data(data: Any, global_batch: int = 0, max_images: int = 0) -> str:
     if data.kind == "hub" and not Path(data.path).exists():
         return f"not looked for: {data.path} is a hub id"
     try:
-        count = length(data.build())
+        source = data.build()
+        count = length(source)
     except (UsageError, WorkError):
         return f"not found here: {data.path}"
     if count is None:
         return f"read in order, its length is unknown: {data.path}"
     if not global_batch:
         return f"{count:,} images in {data.path}"
+    train, held = count, ""
+    if (share := getattr(data, "holdout", None)) is not None:
+        train -= int(is_held_out(numbers_of(source), share).sum())
+        held = f", {count - train:,} of them held out and {train:,} to train on, less copies of the former"
     return (
-        f"{count:,} images in {data.path}; an epoch is {count / global_batch:.4g} updates of {global_batch}, the run "
-        f"{max_images / count:.3g} epochs, {max_images // global_batch:,} updates"
+        f"{count:,} images in {data.path}{held}; an epoch is {train / global_batch:.4g} updates of {global_batch}, "
+        f"the run {max_images / train:.3g} epochs, {max_images // global_batch:,} updates"
     )

@@ -15,9 +15,12 @@ import torch
 from ldm_vae.autoencoder.fine_tuning import encoder_learns, set_trainable
 from ldm_vae.autoencoder.geometry import latent_channels
 from ldm_vae.autoencoder.normalisation import Normalisation, give, is_fixed, kind_of
+from ldm_vae.autoencoder.preparation import recorded
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.data.holdout import part_of
+from ldm_vae.data.preprocessing import Preprocessing
 from ldm_vae.data.source import with_resize
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.export.measurement import base_normalisation, measure, statistics_of_store
@@ -53,7 +56,7 @@ def normalise(
     latents: those of the caller, else of the run's latent store, or measured on some of its training images."""
     if statistics is None and settings.latent_store is not None:
         statistics = statistics_of_store(vae, settings.latent_store)
-    statistics = statistics or measure(vae, _images(settings), vae.device)
+    statistics = statistics or measure(vae, _images(settings, recorded(vae)), vae.device)
     if is_fixed(vae):
         return Normalisation(1.0), statistics
     if (usual := kind_of(vae)) is None:  # the class has no place for one
@@ -90,11 +93,14 @@ def measure_checkpoint(
     return statistics
 
 
-def _images(settings: Training) -> Iterator[torch.Tensor]:
-    """Training images [B, C, R, R] in [-1, 1], decoded exactly, as encoding will, whatever jpeg_draft says."""
+def _images(settings: Training, record: Preprocessing | None) -> Iterator[torch.Tensor]:
+    """Training images [B, C, R, R] in [-1, 1], decoded exactly, as encoding will, whatever jpeg_draft says; of images
+    that were split those that the network's record does not hold out."""
     # a draft's pixels differ, and the statistics would be those of other latents than encoding gives
     source = settings.data.model_copy(update={"jpeg_draft": False} if settings.data.jpeg_draft else {}).build()
     source = with_resize(source, settings.transform.resize)
+    if record is not None and record.holdout is not None:
+        source, _ = part_of(source, record.holdout, "train", settings.data.path)
     chosen = some_of(source, settings.normalisation_images)
     batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size)
     # counted here too: of a stream `some_of` cannot choose

@@ -25,6 +25,15 @@ def bmp(number: int, side: int = 20) -> bytes:
     return file.getvalue()
 
 
+def photograph(number: int, side: int = 256) -> Image.Image:
+    """A picture with a spectrum like a photograph's, 1 / f."""
+    draw, picture = np.random.default_rng(number), np.zeros((side, side, 3))
+    for octave in range(2, 8):
+        coarse = Image.fromarray(draw.integers(0, 256, (2**octave, 2**octave, 3), dtype=np.uint8))
+        picture += np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)) / 2.0**octave
+    return Image.fromarray((picture * 2.03).clip(0, 255).astype(np.uint8))
+
+
 def pictures(**changed: bytes) -> dict[str, bytes]:
     return {f"img_{n}.bmp": changed.get(f"img_{n}", bmp(n)) for n in range(COUNT)}
 

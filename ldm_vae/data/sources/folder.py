@@ -14,7 +14,7 @@ from ldm_vae.core.paths import expanded
 from ldm_vae.data.decoding import EXTENSIONS, Decoding
 from ldm_vae.data.files import Names, beneath, check_unique, printable, read_bytes
 from ldm_vae.data.metadata import TreeColumns
-from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.data.source import Named, Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
 from ldm_vae.data.tree import LeftOut, walk
 
@@ -36,7 +36,7 @@ class Config(SourceConfig):
         return source
 
 
-class FolderSource:
+class FolderSource(Named):
     """Images below `root`, sorted by their POSIX path."""
 
     def __init__(self, root: Path, decoding: Decoding, caption_column: str | None = None) -> None:

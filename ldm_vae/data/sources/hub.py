@@ -26,7 +26,7 @@ from ldm_vae.data.files import read_bytes
 from ldm_vae.data.metadata import rename_caption
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.ranges import FIELD, own_range
-from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.data.source import Named, Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
 from ldm_vae.data.stream import InOrderOnly
 
@@ -59,7 +59,7 @@ class Config(SourceConfig):
         return source
 
 
-class HubSource:
+class HubSource(Named):
     """Rows of a `datasets.Dataset`."""
 
     def __init__(

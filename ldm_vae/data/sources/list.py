@@ -16,7 +16,7 @@ from ldm_vae.core.paths import expanded
 from ldm_vae.core.text import decode, lines
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.files import Names, printable, read_bytes
-from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.data.source import Named, Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
 
 
@@ -36,7 +36,7 @@ class Config(SourceConfig):
         return source
 
 
-class ListSource:
+class ListSource(Named):
     """The images that a text file names."""
 
     columns: tuple[str, ...] = ()

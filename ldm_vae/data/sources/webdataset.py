@@ -29,7 +29,7 @@ from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.files import MAX_BYTES, Names, check_unique, read_range
 from ldm_vae.data.metadata import rename_caption
 from ldm_vae.data.quarantine import Bad, BadImage
-from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.data.source import Named, Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
 from ldm_vae.data.stream import InOrderOnly
 
@@ -75,7 +75,7 @@ def with_caption(columns: dict[str, Any], caption_column: str | None) -> dict[st
     return rename_caption(columns, caption_column)
 
 
-class TarSource:
+class TarSource(Named):
     """Samples of local, uncompressed shards, by index."""
 
     def __init__(

@@ -23,7 +23,7 @@ from ldm_vae.data.decoding import EXTENSIONS, Decoding
 from ldm_vae.data.files import MAX_BYTES, Names, check_member_name, check_unique, normal, printable, read_range
 from ldm_vae.data.metadata import TreeColumns
 from ldm_vae.data.quarantine import BadImage
-from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.data.source import Named, Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
 from ldm_vae.data.tree import HEAD, LeftOut
 
@@ -45,7 +45,7 @@ class Config(SourceConfig):
         return source
 
 
-class ZipSource:
+class ZipSource(Named):
     """Images in a zip archive."""
 
     def __init__(self, path: Path, decoding: Decoding, caption_column: str | None = None) -> None:

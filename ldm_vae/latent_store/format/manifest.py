@@ -153,6 +153,20 @@ class Manifest(Section):
     statistics: dict[str, Any] | None = None
     shards: tuple[ShardRecord, ...] = ()
 
+    @property
+    def contents(self) -> str:
+        """What a sample is, in words."""
+        shapes = [*dict.fromkeys("x".join(map(str, shard.shape)) for shard in self.shards)]
+        several = f" and {len(shapes) - 1} more" if len(shapes) > 1 else ""
+        return f"{self.identity.store} {''.join(shapes[:1])}{several} in {self.identity.dtype}"
+
+    def __repr__(self) -> str:
+        state, count = "" if self.complete else ", not finished", len(self.shards)
+        shards = "1 shard" if count == 1 else f"{count:,} shards"
+        return f"Manifest({self.samples:,} samples in {shards}: {self.contents}{state})"
+
+    __str__ = __repr__
+
     def check_contents(self) -> None:
         """Raises ValueError unless the parts of a finished store agree: names, shapes and counts of its shards, its
         statistics and the normalisation."""

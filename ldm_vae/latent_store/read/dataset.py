@@ -1,14 +1,11 @@
 """LatentDataset: a latent store as a map-style torch dataset, memory-mapped, at memory speed.
 
     data = LatentDataset("latents")
-    data[0]["latents"]                    # scaled [c, h, w], fp32: what a diffusion model sees
-    data[0]["caption"]                    # and every other column of the store
+    data[0]["latents"]                    # scaled [c, h, w], fp32; no two visits share a draw of it (`visits.py`)
     data.decode(data[0]["latents"], vae)  # back to pixels [C, H, W]
-    for batch in data.loader(64): ...     # shuffled batches of an epoch; new noise each epoch
-    data[0]["latents"]                    # the next draw of the posterior: no two visits share one (`visits.py`)
+    for batch in data.loader(64): ...     # shuffled batches of an epoch
 
-No file is opened per sample: each shard is mapped once per process, when it is first touched, and its pages are shared
-between workers (`mapped_files.py`). Rows go straight from the map into the batch's buffer.
+Each shard is mapped once per process (`mapped_files.py`); rows go straight from the map into the batch's buffer.
 
 Legend: B batch, c latent channels, h w latent positions.
 """
@@ -193,6 +190,9 @@ class LatentDataset(Dataset[Item]):
             if state[name] != mine:
                 raise UsageError(f"dataset state: {name} was {state[name]}, is {mine}: the draws would be others")
         self._visits.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        return f"LatentDataset({str(self.path)!r}: {len(self):,} samples, {self.manifest.contents})"
 
     def __len__(self) -> int:
         return int(self._stops[-1]) if len(self._stops) else 0
