@@ -1,6 +1,7 @@
 # make demo     the whole job on real photographs, on a CPU, in minutes
 # make test     the quick tests          make check   lint, types and all tests (what CI runs)
-# make install  only make .venv ready    make clean   remove .venv, runs/demo and data/demo
+# make docs     the documents as a site  make clean   remove .venv, site, runs/demo and data/demo
+# make install  only make .venv ready
 #
 # Each target is a line that can be copied; all of them are idempotent and echo what they run.
 
@@ -10,9 +11,9 @@ BIN := .venv/bin
 TESTING := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
 LAUNCH := --num_processes 1 --num_machines 1 --num_cpu_threads_per_process 2 --mixed_precision no --dynamo_backend no
 
-.PHONY: help install demo test check clean
+.PHONY: help install demo test check docs clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 5
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
 
 install: .venv/.ready
 .venv/.ready: pyproject.toml
@@ -44,5 +45,9 @@ check: install
 	$(BIN)/ldm-vae assets lpips
 	$(TESTING) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	@echo "Open site/index.html in a browser."
+
 clean:
-	rm -rf .venv runs/demo data/demo
+	rm -rf .venv site runs/demo data/demo

@@ -174,17 +174,6 @@ def test_a_mutation_finds_its_place_however_it_is_laid_out() -> None:
         assert mutated(source, absent, "0") is None
 
 
-def test_documents_name_files_that_exist() -> None:
-    named = re.compile(r"`((?:ldm_vae|train|eval|tests|configs|docs)/[\w./-]*)`|\]\(((?!https?:)[\w./-]+)")
-    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-    links = [(page, *found.groups()) for page in pages for found in named.finditer(page.read_text(encoding="utf-8"))]
-    assert len(links) > 100
-    new = "ldm_vae/losses/tv.py"  # the file that the README's reader writes
-    absent = [f"{page.name}: {path or link}" for page, path, link in links
-              if path != new and not (ROOT / path if path else page.parent / link).exists()]  # fmt: skip
-    assert absent == []
-
-
 def test_every_golden_sentence_belongs_to_a_test(trees: dict[Path, ast.Module]) -> None:
     golden = json.loads((ROOT / "tests" / "sentences.json").read_text(encoding="utf-8"))
     found = {test: re.fullmatch(r"(tests/\w+\.py)::(\w+)(\[.*\])?", test, re.DOTALL) for test in golden}

@@ -1,0 +1,244 @@
+"""Stand-ins for what the commands of the documents name: images, networks, runs, stores and a hub's cache, all tiny.
+
+A document's `my-vae` is the `vae` of here, its PHOTOGRAPHS the `photographs`; NAMES has them all. Each is made once,
+when a command first asks for it, and copied to where that command runs.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from cut_outs import write_cut_outs
+from datasets import Dataset, Image
+from fork_server import fork
+from images import write_images
+from repository import ROOT
+from tiny_pipeline import pipeline
+from training_runs import TINY
+
+from ldm_vae import cli, load_autoencoder, open_images, write_store, write_vae
+from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.normalisation import Normalisation
+
+# f = 8 and 4 channels, as Stable Diffusion's, with its quant convs
+SHAPE: dict[str, Any] = {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
+IMAGES = 8
+COMMIT = "0" * 40
+
+# the documents' names of each stand-in
+NAMES = {
+    "photographs": "photographs PHOTOGRAPHS PHOTOS DATA HELD_OUT PICTURES IMAGENET/train",
+    "scans": "SCANS scans",
+    "photographs.zip": "photographs.zip",
+    "chosen.txt": "chosen.txt",
+    "saved": "saved",
+    "table.parquet": "table.parquet",
+    "shards": "shards",
+    "panorama.jpg": "panorama.jpg",
+    "demo_images": "data/demo photos",
+    "digits": "data/digits",
+    "vae": "my-vae VAE SRC vae-a vae-b sd-vae old-vae my-tiny-vae TEACHER plain",
+    "vae.safetensors": "my-vae.safetensors",
+    "scrambled": "scrambled",
+    "pipeline": "my-pipeline",
+    "run": "runs/mine runs/demo",
+    "textbook_run": "runs/textbook_vae",
+    "store": "my-latents STORE",
+    "large_store": "one",
+    "other_store": "two",
+    "demo_store": "runs/demo/latents",
+    "parquet_store": "out",
+    "cache_of_kohya": "their-cache",
+    "config": "CONFIG",
+    "cut_outs": "cut-outs",
+    "cut_outs.yaml": "cut_outs.yaml",
+    "my_lab": "my_lab",
+    "hub_cache": "hub_cache",
+}
+STAND_INS = {name: stand_in for stand_in, names in NAMES.items() for name in names.split()}
+
+
+class StandIns:
+    """Maker of the stand-ins, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+
+    def get(self, name: str) -> Path:
+        """The path of a stand-in."""
+        path = self.folder / name
+        if not path.exists():
+            made = self.folder / f".{name}"  # under its name when it is complete
+            getattr(self, name.replace(".", "_"))(made)
+            made.rename(path)
+        return path
+
+    def copy(self, name: str, to: Path) -> None:
+        path = self.get(name)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if path.is_dir() else shutil.copy2)(path, to)
+
+    def call(self, *words: object) -> None:
+        done = fork(cli.main, [*map(str, words)], None, self.folder).wait(600)
+        assert done.returncode == 0, done.stderr
+
+    # --- images ---------------------------------------------------------------------------------------------------
+
+    def photographs(self, out: Path) -> None:
+        """In four folders, which are classes."""
+        for label in range(4):
+            write_images(out / f"class_{label}", IMAGES // 4, (272, 288))
+
+    def scans(self, out: Path) -> None:
+        """Without folders, named by patient."""
+        write_images(out, 4)
+
+    def photographs_zip(self, out: Path) -> None:
+        with zipfile.ZipFile(out, "w") as archive:
+            for path in sorted(self.get("photographs").rglob("*.png")):
+                archive.write(path, path.name)
+
+    def chosen_txt(self, out: Path) -> None:
+        out.write_text("".join(f"{path}\n" for path in sorted(self.get("photographs").rglob("*.png"))))
+
+    def _rows(self) -> Dataset:
+        files = [str(path) for path in sorted(self.get("photographs").rglob("*.png"))]
+        return Dataset.from_dict({"image": files}).cast_column("image", Image())
+
+    def saved(self, out: Path) -> None:
+        self._rows().save_to_disk(str(out))
+
+    def table_parquet(self, out: Path) -> None:
+        self._rows().to_parquet(str(out))
+
+    def shards(self, out: Path) -> None:
+        out.mkdir()
+        file = next(self.get("photographs").rglob("*.png")).read_bytes()
+        for number in range(100):
+            with tarfile.open(out / f"{number:03d}.tar", "w") as shard:
+                member = tarfile.TarInfo(f"sample{number}.png")
+                member.size = len(file)
+                shard.addfile(member, io.BytesIO(file))
+
+    def panorama_jpg(self, out: Path) -> None:
+        from PIL import Image as Pictures
+
+        with Pictures.open(next(self.get("photographs").rglob("*.png"))) as picture:
+            picture.resize((768, 512)).save(out, format="JPEG")
+
+    def demo_images(self, out: Path) -> None:
+        self.call("assets", "demo", out)
+
+    def digits(self, out: Path) -> None:
+        self.call("assets", "digits", out)
+
+    def cut_outs(self, out: Path) -> None:
+        write_cut_outs(out / "train", 16)
+        write_cut_outs(out / "heldout", 4, seed=1)
+
+    # --- networks and runs ------------------------------------------------------------------------------------------
+
+    def vae(self, out: Path) -> None:
+        torch.manual_seed(0)
+        network = AutoencoderConfig(**SHAPE).build().eval()
+        write_vae(network, out, Normalisation.from_config({"scaling_factor": 0.9}), sample_size=64)
+
+    def vae_safetensors(self, out: Path) -> None:
+        file = self.folder / "single.safetensors"
+        self.call("export", self.get("vae"), file, "--target", "comfyui")
+        file.rename(out)
+
+    def scrambled(self, out: Path) -> None:
+        shutil.copytree(self.get("vae"), out)
+
+    def pipeline(self, out: Path) -> None:
+        pipeline(load_autoencoder(self.get("vae")), self.folder / "words").save_pretrained(out)
+
+    def config(self, out: Path) -> None:
+        settings = TINY | {"output_dir": "runs/tiny", "data": {"kind": "folder", "path": "photographs"}}
+        out.write_text(yaml.safe_dump(settings))
+
+    def run(self, out: Path) -> None:
+        """64 images, validated, with checkpoints."""
+        photographs = {"kind": "folder", "path": str(self.get("photographs"))}
+        settings = TINY | {
+            "output_dir": str(out), "data": photographs, "validation_data": photographs, "model": SHAPE,
+            "max_train_images": 64, "validate_every_images": 32, "validation_images": 4, "best_metric": "psnr",
+            "validation_metrics": ["psnr"],
+        }  # fmt: skip
+        file = self.folder / "run.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        self.call("train", file)
+
+    def textbook_run(self, out: Path) -> None:
+        paths = ("--data.path", self.get("digits") / "train", "--validation_data.path", self.get("digits") / "heldout")
+        self.call("train", "textbook_vae", "--output_dir", out, *paths, "--max_train_images", 128)
+
+    def cut_outs_yaml(self, out: Path) -> None:
+        """The config of docs/training.md, and the demo's that it includes."""
+        page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+        (found,) = re.findall(r"```yaml\n(# cut_outs\.yaml\n.*?)```", page, re.DOTALL)
+        out.write_text(found.replace("include: demo.yaml", f"include: {ROOT / 'configs' / 'demo.yaml'}"))
+
+    def my_lab(self, out: Path) -> None:
+        """The modules of docs/extending.md."""
+        page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+        out.mkdir()
+        for name, code in re.findall(r"```python\n# my_lab/(\w+\.py)\n(.*?)```", page, re.DOTALL):
+            (out / name).write_text(code)
+
+    # --- stores and a hub ---------------------------------------------------------------------------------------------
+
+    def _encode(self, out: Path, images: str, **more: Any) -> None:
+        vae = load_autoencoder(self.get("vae"))
+        write_store(vae, open_images(self.folder / images, vae), out, **{"resolution": 256} | more)
+
+    def store(self, out: Path) -> None:
+        self.get("photographs")
+        self._encode(out, "photographs", vae_name=str(self.get("vae")))
+
+    def large_store(self, out: Path) -> None:
+        """1,000 samples of four classes, one position each."""
+        for label in range(4):
+            write_images(self.folder / "many" / f"class_{label}", 250, (8, 8))
+        self._encode(out, "many", resolution=8, shard_size=250)
+
+    def other_store(self, out: Path) -> None:
+        self.get("table.parquet")
+        self._encode(out, "table.parquet", resolution=8, shard_size=250)
+
+    def demo_store(self, out: Path) -> None:
+        vae = load_autoencoder(self.get("run"))
+        source = open_images(self.get("demo_images") / "photographs", vae)
+        write_store(vae, source, out, resolution=256, vae_name=str(self.get("run") / "vae"))
+
+    def parquet_store(self, out: Path) -> None:
+        self.call("store", "convert", self.get("store"), out, "--to", "parquet")
+
+    def cache_of_kohya(self, out: Path) -> None:
+        self.call("store", "convert", self.get("store"), out, "--to", "kohya", "--model", "sdxl")
+        for file in (*out.rglob("store.json"), *out.rglob("columns.parquet")):
+            file.unlink()  # which their program does not write
+
+    def hub_cache(self, out: Path) -> None:
+        """`stabilityai/sd-vae-ft-mse` as huggingface_hub keeps it."""
+        place = out / "models--stabilityai--sd-vae-ft-mse"
+        shutil.copytree(self.get("vae"), place / "snapshots" / COMMIT)
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text(COMMIT)
+        config = place / "snapshots" / COMMIT / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.18215}))
+
+
+MAKERS: dict[str, Callable[..., None]] = {name: getattr(StandIns, name.replace(".", "_")) for name in NAMES}
