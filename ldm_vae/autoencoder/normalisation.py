@@ -1,6 +1,6 @@
 """Normalisation of latents: from z to what a diffusion model sees, and back.
 
-Legend: c latent channels, h w latent positions.
+Legend: c latent channels, t h w latent positions, F latent frames with a mean and a deviation of their own.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ class Normalisation:
     - channel: (z - latents_mean) * scaling_factor / latents_std, the inverse of SDXL's
       z * latents_std / scaling_factor + latents_mean; without a scaling_factor (z - latents_mean) * (1 / latents_std),
       as pipelines of Wan and Qwen-Image have it (Qwen-Image-2.1's divide: a scaling_factor of 1).
+
+    Of clips [B, c, t, h, w] latents_mean and latents_std may be of each channel and frame, c * F values (Cosmos), for
+    clips of at most F latent frames.
 
     patch: side of the squares of positions whose values become channels (c, row, column) first: 2 of FLUX.2.
     pipelines: the family of pipelines whose layout of those channels it is, where it is another (`families.VARIANTS`).
@@ -162,7 +165,7 @@ class Normalisation:
     # in the order of operations of diffusers' pipelines: equal to the bit
 
     def apply(self, z: torch.Tensor) -> torch.Tensor:
-        """z [..., c, h, w] => latents, of the same shape unless they are patchified."""
+        """z [c, h, w], [B, c, h, w] or [B, c, t, h, w] => latents, of the same shape unless they are patchified."""
         z = torch.pixel_unshuffle(z, self.patch)
         latents = self._done(_positions_first(z, self.patch) if self.layout == "position" else z)
         return torch.pixel_shuffle(latents, self.patch) if self.layout == "none" else latents
@@ -176,7 +179,7 @@ class Normalisation:
         return (z - mean) * self.scaling_factor / std
 
     def undo(self, latents: torch.Tensor) -> torch.Tensor:
-        """latents [..., c, h, w] => z."""
+        """latents [c, h, w], [B, c, h, w] or [B, c, t, h, w] => z."""
         if self.layout == "none":
             latents = torch.pixel_unshuffle(latents, self.patch)
         z = self._undone(latents)
@@ -192,7 +195,16 @@ class Normalisation:
 
 
 def _channels(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, device=like.device, dtype=like.dtype).view(-1, 1, 1)
+    """One value for each channel, or for each channel and latent frame: an image has the first frame's."""
+    is_clip = like.ndim == 5
+    channels, frames = (like.shape[1], like.shape[2]) if is_clip else (like.shape[-3], 1)
+    found = torch.tensor(values, device=like.device, dtype=like.dtype).view(channels, -1, 1, 1)
+    if 1 < found.shape[1] < frames:
+        raise UsageError(
+            f"normalisation: has a mean and a deviation for each of {found.shape[1]} latent frames, and the clip has "
+            f"{frames}; `channel`, measured on a store, has one for all"
+        )
+    return found[:, :frames] if is_clip else found[:, 0]
 
 
 def _positions_first(patched: torch.Tensor, patch: int) -> torch.Tensor:
@@ -221,7 +233,7 @@ def law_of(vae: Any) -> Law:
 def kind_of(vae: Any) -> NormalisationKind | None:
     """The kind of normalisation that a network names, with whatever numbers; None where it names none."""
     law, config = law_of(vae), vae.config
-    if law == "batch_norm" or (law == "config" and config.get("latents_mean") is not None):
+    if law in ("batch_norm", "buffers") or (law == "config" and config.get("latents_mean") is not None):
         return "channel"
     if law == "inside" or config.get("scaling_factor") is not None:
         return "scale" if law == "inside" or config.get("shift_factor") is None else "shift"
@@ -251,9 +263,14 @@ def own_normalisation(vae: Any, where: str = "VAE", pipelines: str | None = None
         std = torch.sqrt(vae.bn.running_var + (variant.eps or vae.config.batch_norm_eps))
         mean, scale = tuple(vae.bn.running_mean.tolist()), None if variant.reciprocal else 1.0
         return Normalisation(scale, None, mean, tuple(std.tolist()), family_of(vae).patch, pipelines)
+    if law == "buffers":  # their pipelines leave the config's scaling_factor out
+        held = {name: getattr(vae, name).tolist() for name in ("latents_mean", "latents_std")}
+        return Normalisation.from_config({"scaling_factor": 1.0, **held}, where)
     if kind_of(vae) is None:
         return None
     found = Normalisation.from_config(vae.config, where)
+    if (sigma_data := family_of(vae).sigma_data) is not None:
+        return replace(found, scaling_factor=sigma_data)
     divides = found.scaling_factor is None and not family_of(vae).reciprocal
     return replace(found, scaling_factor=1.0) if divides else found
 
@@ -266,6 +283,8 @@ def law_in_words(vae: Any) -> str:
     if law == "batch_norm":
         patch = family_of(vae).patch
         return f"per channel of {patch}x{patch} patches, in the buffers of `bn`"
+    if law == "buffers":
+        return "`channel`, in the buffers `latents_mean` and `latents_std`"
     return "none: measured on a store" if kind is None else f"`{kind}`, in its config"
 
 
@@ -292,9 +311,14 @@ def held_by(vae: Any, normalisation: Normalisation) -> Normalisation:
         raise UsageError(
             f"normalisation `{normalisation.kind}`: a {name} normalises inside, so that its z stays as it is"
         )
-    if law == "batch_norm" or ("scaling_factor" not in keys and "latents_mean" in keys):
-        channels = vae.bn.num_features if law == "batch_norm" else int(vae.config.z_dim)
-        return replace(normalisation.per_channel(channels), scaling_factor=None if family_of(vae).reciprocal else 1.0)
+    sigma_data, reciprocal = family_of(vae).sigma_data, family_of(vae).reciprocal
+    only_channels = law == "buffers" or sigma_data is not None
+    if law == "batch_norm" or only_channels or ("scaling_factor" not in keys and "latents_mean" in keys):
+        channels = vae.config.get("z_dim") or vae.config.latent_channels
+        found = normalisation.per_channel(vae.bn.num_features if law == "batch_norm" else int(channels))
+        if sigma_data is not None and found.latents_std is not None:  # the scheduler's comes on top
+            found = replace(found, latents_std=tuple(one * sigma_data for one in found.latents_std))
+        return replace(found, scaling_factor=None if reciprocal else sigma_data or 1.0)
     missing = [key for key, value in normalisation.to_config().items() if value is not None and key not in keys]
     if law == "config" and missing:  # VQModel and AutoencoderTiny know no latents_mean
         raise UsageError(f"normalisation `{normalisation.kind}`: the config of a {name} has no {missing[0]}")
@@ -319,6 +343,9 @@ def give(vae: Any, normalisation: Normalisation) -> None:
         vae.register_to_config(
             **{name: keys[name] if values[name] is None else values[name] for name in values.keys() & keys.keys()}
         )
+    if law == "buffers":
+        for name in ("latents_mean", "latents_std"):
+            setattr(vae, name, getattr(vae, name).new_tensor(getattr(held, name)))
     if law == "batch_norm":
         like = vae.bn.running_mean
         vae.bn.running_mean = like.new_tensor(held.latents_mean)
@@ -331,7 +358,9 @@ def take_away(vae: Any) -> None:
         return
     if law_of(vae) == "batch_norm":
         vae.bn.running_var = torch.full_like(vae.bn.running_var, -vae.config.batch_norm_eps)
-    elif "scaling_factor" in vae.config:
+    elif law_of(vae) == "buffers":
+        vae.latents_std = torch.full_like(vae.latents_std, UNMEASURED)
+    elif "scaling_factor" in vae.config and family_of(vae).sigma_data is None:
         vae.register_to_config(scaling_factor=UNMEASURED)
     else:
         vae.register_to_config(latents_std=[UNMEASURED] * len(vae.config.latents_std))

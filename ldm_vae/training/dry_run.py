@@ -21,9 +21,10 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from ldm_vae.autoencoder.checkpointing import enable_checkpointing
 from ldm_vae.autoencoder.fine_tuning import set_trainable
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, geometry_of, without_values
+from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, geometry_of
 from ldm_vae.autoencoder.latents import Moments, decode, encode
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.meta import without_values
 from ldm_vae.autoencoder.normalisation import law_in_words
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import config

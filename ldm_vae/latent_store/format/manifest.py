@@ -170,7 +170,7 @@ class Manifest(Section):
                 measured.images,
                 all(len(one) == 3 and one[0] * self.identity.patch**2 == channels for one in shapes),
             )
-            good = good and (used is None or len(used) == channels)
+            good = good and (used is None or len(used) % channels == 0)  # of Cosmos for each latent frame too
         if not good:
             raise ValueError("shards, statistics and normalisation: expected one number of channels, or of codes")
         if images != live * len(self.identity.views):
