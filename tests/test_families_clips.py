@@ -8,7 +8,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from pipeline_lines import shown
 from sentences import refused
@@ -17,11 +16,17 @@ from tiny_classes import CLIP_CONFIGS, VIDEOS, clips_for, pixels_for, tiny
 from ldm_vae.autoencoder import latents, signals
 from ldm_vae.autoencoder.checkpointing import enable_checkpointing
 from ldm_vae.autoencoder.families import family_of
-from ldm_vae.autoencoder.fine_tuning import encoder_parts, is_encoders
-from ldm_vae.autoencoder.geometry import geometry_of, some_latents
+from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.lengths import lengths_of
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.normalisation import Normalisation, give, held_by, normalisation_of, own_normalisation, take_away
+from ldm_vae.autoencoder.normalisation import (
+    Normalisation,
+    give,
+    held_by,
+    normalisation_of,
+    own_normalisation,
+    take_away,
+)
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.errors import UsageError
 from ldm_vae.export.diffusers_folder import write_vae

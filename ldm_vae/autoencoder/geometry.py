@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import AutoencoderKL
-from torch import nn
 
 from ldm_vae.autoencoder import latents, signals
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.lengths import lengths_of
-from ldm_vae.autoencoder.meta import on_meta, without_values
+from ldm_vae.autoencoder.meta import on_meta, once, without_values
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.validation import first_line
 
@@ -37,22 +35,14 @@ class Geometry:
     side: int | None = None
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, Geometry] = WeakKeyDictionary()
-
-
+@once
+@torch.no_grad()
 def geometry_of(vae: Any) -> Geometry:
     """The geometry of an autoencoder of diffusers' kind, by `encode` (and `decode`) of a copy without values.
 
     Raises:
         UsageError: it encodes no image.
     """
-    if (known := _KNOWN.get(vae)) is None:
-        known = _KNOWN[vae] = _measure(vae)
-    return known
-
-
-@torch.no_grad()
-def _measure(vae: Any) -> Geometry:
     with on_meta():
         empty = without_values(vae)
         failed: Exception | None = None

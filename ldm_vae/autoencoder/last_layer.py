@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from torch import nn
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import some_latents
-from ldm_vae.autoencoder.meta import on_meta, without_values
+from ldm_vae.autoencoder.meta import on_meta, once, without_values
 from ldm_vae.autoencoder.signals import injects_noise
 from ldm_vae.core.errors import UsageError
 
@@ -64,9 +63,6 @@ class Watch:
         return calls
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, Place] = WeakKeyDictionary()
-
-
 def place_of(vae: Any) -> Place:
     """Find the last layer by a decode without values.
 
@@ -75,11 +71,10 @@ def place_of(vae: Any) -> Place:
     """
     if family_of(vae).noise or injects_noise(vae):
         raise UsageError(f"model: a {type(vae).__name__} decodes by sampling, which this training has no gradient of")
-    if (known := _KNOWN.get(vae)) is None:
-        known = _KNOWN[vae] = _trace(vae)
-    return known
+    return _trace(vae)
 
 
+@once
 @torch.no_grad()
 def _trace(vae: Any) -> Place:
     calls: list[tuple[str, Any]] = []

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 
 from ldm_vae.autoencoder import signals
 from ldm_vae.autoencoder.families import family_of
-from ldm_vae.autoencoder.meta import on_meta, without_values
+from ldm_vae.autoencoder.meta import on_meta, once, without_values
 from ldm_vae.core.errors import UsageError
 
 SIDE = 256  # of the frames that are tried
@@ -43,21 +41,13 @@ class Lengths:
         return f"{self.first} + {self.step} k" if self.step > 1 else f"{self.first} or more"
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, Lengths] = WeakKeyDictionary()
-
-
+@once
+@torch.no_grad()
 def lengths_of(vae: Any) -> Lengths:
     """The lengths of a class of clips, its t by encodes without values; any length of a class of images."""
+    family = family_of(vae)
     if signals.is_by_frame(vae):
         return Lengths(1, 1, 1, 1)
-    if (known := _KNOWN.get(vae)) is None:
-        known = _KNOWN[vae] = _measure(vae)
-    return known
-
-
-@torch.no_grad()
-def _measure(vae: Any) -> Lengths:
-    family = family_of(vae)
     with on_meta():
         empty = without_values(vae)
 

@@ -4,13 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+Found = TypeVar("Found")
+
+
+def once(measure: Callable[[Any], Found]) -> Callable[[Any], Found]:
+    """Remember what a run without values finds: for a network, and for all of its class and config."""
+    known: WeakKeyDictionary[Any, Found] = WeakKeyDictionary()
+    of_config: dict[tuple[type, str], Found] = {}
+
+    @functools.wraps(measure)
+    def found(vae: Any) -> Found:
+        if vae in known:
+            return known[vae]
+        if not hasattr(vae, "from_config"):
+            known[vae] = measure(vae)
+            return known[vae]
+        key = (type(vae), repr(vae.config))
+        if key not in of_config:
+            of_config[key] = measure(vae)
+        known[vae] = of_config[key]
+        return known[vae]
+
+    return found
 
 
 def without_values(vae: Any) -> Any:

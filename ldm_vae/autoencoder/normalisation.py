@@ -312,8 +312,9 @@ def held_by(vae: Any, normalisation: Normalisation) -> Normalisation:
             f"normalisation `{normalisation.kind}`: a {name} normalises inside, so that its z stays as it is"
         )
     sigma_data, reciprocal = family_of(vae).sigma_data, family_of(vae).reciprocal
-    only_channels = law == "buffers" or sigma_data is not None
-    if law == "batch_norm" or only_channels or ("scaling_factor" not in keys and "latents_mean" in keys):
+    # a class whose config has a mean by default always takes it off
+    only_channels = "latents_mean" in keys and ("scaling_factor" not in keys or keys["latents_mean"] is not None)
+    if law in ("batch_norm", "buffers") or only_channels:
         channels = vae.config.get("z_dim") or vae.config.latent_channels
         found = normalisation.per_channel(vae.bn.num_features if law == "batch_norm" else int(channels))
         if sigma_data is not None and found.latents_std is not None:  # the scheduler's comes on top

@@ -90,7 +90,10 @@ def check_model_config(config: Any) -> None:
     channels = config.get("latent_channels", config.get("z_dim", config.get("encoder_hidden_size")))
     for name in ("latents_mean", "latents_std"):
         per_channel = config.get(name)
-        if per_channel is not None and (not isinstance(per_channel, list | tuple) or len(per_channel) != channels):
+        if per_channel is None:
+            continue
+        # AutoencoderKLCosmos has them for each channel and latent frame
+        if not isinstance(per_channel, list | tuple) or not channels or not per_channel or len(per_channel) % channels:
             raise ValueError(f"{name}: expected one number for each of {channels} latent channels")
 
 
