@@ -2,8 +2,8 @@
 
 A class of diffusers that has it right does it itself. Some have none (Wan, Qwen-Image, DC, RAE: diffusers issues 11071,
 11105), and AutoencoderTiny's changes what is encoded (measured on 0.42.1: its encoder skips its scaling); for these the
-blocks are wrapped here, and a block that keeps a cache between its calls, in an argument or in itself, finds it, when it
-is called again, as it was (of diffusers' own, KVAEVideo's gives wrong gradients for clips and Magvit's raises).
+blocks are wrapped here, and a block that keeps a cache between its calls, in an argument or in itself, finds it, when
+it is called again, as it was (of diffusers' own, KVAEVideo's gives wrong gradients for clips and Magvit's raises).
 """
 
 from __future__ import annotations
@@ -84,10 +84,8 @@ def _copied(value: Any) -> Any:
 
 def _held(block: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
     """Tensors, or the place of one, that modules hold as plain attributes."""
-    found = (
-        (part, {n: v for n, v in vars(part).items() if v is None or torch.is_tensor(v)}) for part in block.modules()
-    )
-    return [(part, values) for part, values in found if values]
+    parts = [(part, [*vars(part).items()]) for part in block.modules()]
+    return [(part, {name: one for name, one in own if one is None or torch.is_tensor(one)}) for part, own in parts]
 
 
 def _hold(held: list[tuple[nn.Module, dict[str, Any]]]) -> None:
