@@ -92,8 +92,8 @@ def is_streamed(vae: Any) -> bool:
 
 
 def encode_clip(vae: Any, pixels: Iterable[torch.Tensor]) -> Iterator[Moments]:
-    """The frames of a clip, in parts [B, C, n, H, W] of any numbers n of frames => its moments, in parts [B, c, m, h, w]
-    that together are those of the whole clip.
+    """The frames of a clip, in parts [B, C, n, H, W] of any numbers n of frames => its moments, in parts [B, c, m, h,
+    w] that together are those of the whole clip.
 
     Raises:
         UsageError: the clip ends at a length that the class would cut or pad.

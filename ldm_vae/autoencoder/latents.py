@@ -12,7 +12,7 @@ frame; a clip as a clip, also from a class of images, frame by frame.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,6 +78,12 @@ class Moments:
         codebook, say."""
         mean = at_least_fp32(mean)
         return cls(mean, torch.full_like(mean, LOGVAR_RANGE[0]), is_point=True)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Moments]) -> Moments:
+        """Those of a clip from those of its parts, in order."""
+        mean, logvar = (torch.cat([getattr(one, name) for one in parts], dim=2) for name in ("mean", "logvar"))
+        return replace(parts[0], mean=mean, logvar=logvar)
 
     def image(self) -> Moments:
         """The same without a time axis: of a clip of one frame [B, c, 1, h, w]."""

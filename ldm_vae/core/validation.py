@@ -92,8 +92,10 @@ def check_model_config(config: Any) -> None:
         per_channel = config.get(name)
         if per_channel is None:
             continue
-        # AutoencoderKLCosmos has them for each channel and latent frame
-        if not isinstance(per_channel, list | tuple) or not channels or not per_channel or len(per_channel) % channels:
+        count = len(per_channel) if isinstance(per_channel, list | tuple) else 0
+        # Cosmos has one for each channel and latent frame
+        several = config.get("_class_name") == "AutoencoderKLCosmos" and isinstance(channels, int) and channels > 0
+        if not count or (count % channels if several else count != channels):
             raise ValueError(f"{name}: expected one number for each of {channels} latent channels")
 
 
