@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from pipeline_lines import shown
 from sentences import refused
@@ -16,6 +17,7 @@ from tiny_classes import CLIP_CONFIGS, VIDEOS, clips_for, pixels_for, tiny
 from ldm_vae.autoencoder import latents, signals
 from ldm_vae.autoencoder.checkpointing import enable_checkpointing
 from ldm_vae.autoencoder.families import family_of
+from ldm_vae.autoencoder.fine_tuning import idle_parameters
 from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.lengths import lengths_of
 from ldm_vae.autoencoder.load import load_autoencoder
@@ -27,10 +29,13 @@ from ldm_vae.autoencoder.normalisation import (
     own_normalisation,
     take_away,
 )
+from ldm_vae.autoencoder.preparation import has_alpha
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.errors import UsageError
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.training.adaptive_weight import last_layer_gradient
+from ldm_vae.training.config import Training, learning
+from ldm_vae.training.state import build_state
 
 # AutoencoderKLMiniMaxH3 computes its norms in fp32, whatever its weights are
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -282,6 +287,32 @@ def test_the_last_layers_gradient_is_the_textbooks(name: str) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     assert float(expected.abs().max()) > 0
     found.pixels.sum().backward()  # the graph is still there
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_moves_what_has_a_part_and_nothing_else(name: str, tmp_path: Path) -> None:
+    vae, clips = tiny(name), clips_for(tiny(name))
+    channels = geometry_of(vae).in_channels
+    settings = Training(
+        output_dir=tmp_path, max_train_images=8, train_batch_size=2, learning_rate=1e-3, resolution=32, seed=0,
+        init_from="none", model={"kind": "pretrained", "in_channels": channels}, losses={"l1": {}, "ssim": {}},
+        adversary={"weight": 0.5}, discriminator={"kind": "patchgan", "width": 8, "layers": 1},
+        data={"kind": "folder", "path": "none", "channels": channels, "alpha": has_alpha(vae)},
+    )  # fmt: skip
+    vae = learning(vae, ["*"], clips.shape[2])
+    state = build_state(settings, Accelerator(cpu=True), vae)
+    before = {key: value.clone() for key, value in vae.state_dict().items()}
+    noise = torch.randn(2, *state.network.noise_shape(*clips.shape[2:]), generator=torch.Generator().manual_seed(3))
+    for _ in range(2):
+        logs = state.step(clips, noise, 2, None)
+    assert torch.isfinite(logs["adversary/weight"]) and logs["adversary/weight"] > 0 and logs["loss/ssim"] > 0
+    expected = {key for key, one in vae.named_parameters() if one.requires_grad}
+    moved = {key for key, value in vae.state_dict().items() if not torch.equal(value, before[key])}
+    # a bias before a norm of single channels moves by rounding or not at all
+    assert moved <= expected and len(moved) > 0.9 * len(expected) > 0
+    frozen = {key for key, _ in vae.named_parameters()} - expected
+    # of a clip later frames have a part too: what an image leaves idle learns
+    assert "Wan" not in name or (not frozen and len(idle_parameters(vae)) > 0)
 
 
 def gradients(vae: Any, clips: torch.Tensor) -> dict[str, torch.Tensor]:
