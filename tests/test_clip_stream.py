@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,10 +26,10 @@ def test_which_classes_are_streamed() -> None:
 
 
 @pytest.mark.parametrize("name", STREAMED)
-@pytest.mark.parametrize("sizes", [[1] * 41, [41], [5, 8, 28], [17, 24], [3, 30, 8]])
+@pytest.mark.parametrize("sizes", [[1] * 33, [5, 7, 21], [3, 30]])
 def test_any_chunking_gives_the_whole_clip(name: str, sizes: list[int]) -> None:
     vae = tiny(name).double()
-    clip = torch.rand(2, 3, 41, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    clip = torch.rand(1, 3, 33, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         whole = latents.encode(vae, clip)
         parts = [*encode_clip(vae, clip.split(sizes, dim=2))]
@@ -36,7 +37,7 @@ def test_any_chunking_gives_the_whole_clip(name: str, sizes: list[int]) -> None:
             together = torch.cat([getattr(part, field) for part in parts], dim=2)
             torch.testing.assert_close(together, getattr(whole, field), rtol=1e-12, atol=1e-12)
         decoded = latents.decode(vae, whole.mean)
-        for cut in (1, 4, 11):
+        for cut in (1, 7):
             shown = torch.cat([*decode_clip(vae, whole.mean.split(cut, dim=2))], dim=2)
             torch.testing.assert_close(shown, decoded, rtol=1e-12, atol=1e-12)
     assert len(parts) > 1 and float(decoded.std()) > 0
@@ -97,10 +98,22 @@ def parts(count: int, size: int, shape: tuple[int, ...]) -> Iterator[torch.Tenso
 def test_memory_does_not_depend_on_the_length(name: str) -> None:
     vae, most = tiny(name), []
     shape = tuple(latents.encode(vae, torch.zeros(1, 3, 16, 16)).mean.shape[1:])
-    for frames in (33, 97):
+    for frames in (33, 65):
         with torch.no_grad(), Largest() as largest:
             count = sum(part.mean.shape[2] for part in encode_clip(vae, parts(frames, 6, (3, 16, 16))))
             shown = sum(part.shape[2] for part in decode_clip(vae, parts(count, 3, shape)))
         assert shown == frames
         most.append(largest.bytes)
     assert most[0] == most[1] > 0
+
+
+@pytest.mark.slow
+def test_ten_thousand_frames_take_no_more_memory_than_a_hundred() -> None:
+    vae, peaks = tiny("AutoencoderKLWan"), []
+    with torch.no_grad():
+        for frames in (101, 10_001):
+            moments = encode_clip(vae, parts(frames, 16, (3, 32, 32)))
+            shown = sum(part.shape[2] for part in decode_clip(vae, (part.mean for part in moments)))
+            assert shown == frames
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB, the most so far
+    assert peaks[1] - peaks[0] < 32 * 1024  # the clip alone is 120 MB in fp32

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checksums import tree
+from PIL import Image
 from sentences import refused
 from store_sources import Footage, ordered_clips
 from tiny_classes import tiny
@@ -16,12 +18,14 @@ from ldm_vae import LatentDataset, read_manifest, write_store
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.normalisation import normalisation_of
 from ldm_vae.core.errors import UsageError
-from ldm_vae.data.transforms import to_pixels
+from ldm_vae.data.transforms import centre_crop, to_pixels, to_uint8
+from ldm_vae.latent_store.convert.conversion import convert_to
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.latent_store.maintain.merge_split import merge, split
 from ldm_vae.latent_store.maintain.spot_check import reencode
 from ldm_vae.latent_store.maintain.summary import describe
 from ldm_vae.latent_store.maintain.verify import verify
+from ldm_vae.latent_store.read.pictures import contact_sheet, decode_to_png
 from ldm_vae.latent_store.write import sample_stream
 
 SETTINGS: dict[str, Any] = {"resolution": 16, "batch_size": 2, "shard_size": 6, "dtype": "fp32"}
@@ -40,8 +44,6 @@ def clip_of(source: Footage, index: int) -> torch.Tensor:
 
 
 def _centre(image: torch.Tensor, size: tuple[int, int]) -> Any:
-    from ldm_vae.data.transforms import centre_crop
-
     return (centre_crop(image, 16, size),)
 
 
@@ -134,6 +136,23 @@ def test_a_length_that_would_be_cut_is_refused_and_a_bad_clip_is_put_aside(tmp_p
         tiled = tiny(WAN)
         tiled.enable_tiling()
         write_store(tiled, Footage(count=4), tmp_path / "tiled", **SETTINGS)
+
+
+def test_clips_are_decoded_to_animated_pictures_and_carried_by_no_other_format(tmp_path: Path) -> None:
+    vae, source, store = tiny(WAN), Footage(count=3), tmp_path / "store"
+    source.frames = (5,)
+    write_store(vae, source, store, **SETTINGS)
+    data = LatentDataset(store, sample=False)
+    assert decode_to_png(data, vae, tmp_path / "shown", range(3)) == 3
+    decoded = to_uint8(data.decode(data[1]["latents"], vae))
+    with Image.open(sorted((tmp_path / "shown").glob("*.png"))[1]) as picture:
+        assert picture.n_frames == 5
+        picture.seek(4)
+        assert torch.equal(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1), decoded[:, 4])
+    assert contact_sheet(data, vae)[1:4] == b"PNG"
+    for name in ("kohya", "parquet", "webdataset"):
+        with refused(UsageError, "--to"):
+            convert_to(store, tmp_path / name, name)
 
 
 def test_frames_are_encoded_in_tiles(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def build_autoencoder(settings: Training) -> Any:
             nothing.
     """
     if settings.model.kind == "pretrained":
-        return learning(_pretrained(settings), settings.trainable)
+        return learning(_pretrained(settings), settings.trainable, getattr(settings.data, "frames", None))
     # drawn whatever init_from brings: what does not fit keeps these weights, the same on every rank
     with seeded(settings.seed):
         vae = settings.model.build()

@@ -84,7 +84,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
         if base is None:  # the weights of init_from are not wanted, its shape is `model`
             vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
         else:
-            vae = learning(base, settings.trainable)
+            vae = learning(base, settings.trainable, getattr(settings.data, "frames", None))
         check_smallest(settings, downsampling_factor(vae))
         if settings.gradient_checkpointing:
             enable_checkpointing(vae)
