@@ -29,6 +29,7 @@ KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 LAWS = {
     "batch_norm": "per channel of {patch}x{patch} patches, in the buffers of `bn`",
     "inside": "inside `encode` and `decode`",
+    "buffers": "buffers `latents_mean`, `latents_std`",
 }
 
 
@@ -63,6 +64,15 @@ def _law(name: str, family: Family) -> str:
     return ", ".join(f"`{key}`" for key in KEYS if key in keys) or "none: measured on a store"
 
 
+def _signal(family: Family) -> str:
+    """What it encodes, with the lengths of clips as `lengths.py` has them."""
+    if family.signal == "image":
+        return "image"
+    step = "t" if family.step is None else family.step
+    more = {0: "", 1: " or more"}.get(family.step, f" + {step} k")  # type: ignore[arg-type]
+    return f"clip of {family.first}{more}"
+
+
 def _kinds() -> dict[str, str]:
     """`model.kind` by the class that it builds from scratch."""
     kinds = [one for one in options("ldm_vae.models") if one != "pretrained"]
@@ -84,8 +94,7 @@ def table() -> str:
             continue
         law = _law(name, family)
         kind = kinds.get(name, "`pretrained`")
-        signal = "image" if family.signal == "image" else "clip, one frame"
-        rows.append(f"| {name} | {signal} | {shown or 'none'} | {law} | {'no' if family.noise else kind} |")
+        rows.append(f"| {name} | {_signal(family)} | {shown or 'none'} | {law} | {'no' if family.noise else kind} |")
     return "\n".join(rows)
 
 

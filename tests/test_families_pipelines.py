@@ -24,9 +24,10 @@ from tiny_classes import IMAGES, tiny
 
 from eval import families
 from ldm_vae import LatentDataset, Normalisation, open_images, write_store
-from ldm_vae.autoencoder.families import VARIANTS, family_of
+from ldm_vae.autoencoder.families import VARIANTS
 from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.normalisation import normalisation_of
+from ldm_vae.autoencoder.signals import enter
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.latent_store.maintain.summary import describe
@@ -37,7 +38,7 @@ Encode = Callable[[Any, torch.Tensor], torch.Tensor]
 
 def vae_image(pipeline: type, **parts: Any) -> Encode:
     """`_encode_vae_image` of a pipeline."""
-    return lambda vae, pixels: with_vae(pipeline, vae, **parts)._encode_vae_image(family_of(vae).enter(pixels), None)
+    return lambda vae, pixels: with_vae(pipeline, vae, **parts)._encode_vae_image(enter(vae, pixels), None)
 
 
 def noised(pipeline: type, **more: Any) -> Encode:

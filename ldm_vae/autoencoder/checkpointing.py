@@ -2,7 +2,8 @@
 
 A class of diffusers that has it right does it itself. Some have none (Wan, Qwen-Image, DC, RAE: diffusers issues 11071,
 11105), and AutoencoderTiny's changes what is encoded (measured on 0.42.1: its encoder skips its scaling); for these the
-blocks are wrapped here, and a block that keeps a cache between its calls finds it, when it is called again, as it was.
+blocks are wrapped here, and a block that keeps a cache between its calls, in an argument or in itself, finds it, when
+it is called again, as it was (of diffusers' own, KVAEVideo's gives wrong gradients for clips and Magvit's raises).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def enable_checkpointing(vae: Any) -> None:
         vae.enable_gradient_checkpointing()
         return
     for block in [*_blocks(vae)]:
-        block.forward = partial(_checkpointed, block.forward)
+        block.forward = partial(_checkpointed, block, block.forward)
     vae.gradient_checkpointing = True  # as diffusers marks a network that does it
 
 
@@ -49,24 +50,44 @@ def _weights(network: nn.Module) -> int:
     return sum(one.numel() for one in network.parameters())
 
 
-def _checkpointed(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """`forward`, its activations not kept. Lists among the arguments are caches, which it changes: when it is called
-    again, they are as they were at its first call."""
+def _checkpointed(block: nn.Module, forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """`forward`, its activations not kept. Lists and dicts among the arguments are caches, which it changes, and so are
+    tensors that its modules hold as plain attributes: when it is called again, they are as they were at its first call.
+    """
     if not torch.is_grad_enabled():
         return forward(*arguments, **options)
     calls = [(arguments, options)]
-    again = tuple(map(_copied, arguments)), {name: _copied(value) for name, value in options.items()}
+    again, held = _copied([list(arguments), options]), _held(block)
 
     def run(*_tensors: torch.Tensor) -> Any:
         if calls:
             given, named = calls.pop()
-        else:
-            given, named = tuple(map(_copied, again[0])), {name: _copied(value) for name, value in again[1].items()}
-        return forward(*given, **named)
+            return forward(*given, **named)
+        given, named = _copied(again)
+        now = _held(block)
+        _hold(held)
+        try:
+            return forward(*given, **named)
+        finally:
+            _hold(now)
 
     tensors = [one for one in arguments if torch.is_tensor(one)]
     return checkpoint(run, *tensors, use_reentrant=False)
 
 
 def _copied(value: Any) -> Any:
-    return list(value) if isinstance(value, list) else value
+    """Lists and dicts of their own, of the same tensors."""
+    if isinstance(value, list):
+        return [_copied(one) for one in value]
+    return {name: _copied(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+def _held(block: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """Tensors, or the place of one, that modules hold as plain attributes."""
+    parts = [(part, [*vars(part).items()]) for part in block.modules()]
+    return [(part, {name: one for name, one in own if one is None or torch.is_tensor(one)}) for part, own in parts]
+
+
+def _hold(held: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+    for part, values in held:
+        vars(part).update(values)

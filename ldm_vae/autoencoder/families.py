@@ -3,7 +3,7 @@
 Everything else is read from the network at hand: sizes and the kind of its latents by a run without values
 (`geometry.py`), moments and pixels from the fields of its outputs (`latents.py`), its sides from its gradients. A class
 without a row, a user's own among them, is one of images [B, C, H, W] in [-1, 1] whose normalisation stands in its
-config.
+config. `signals.py` does what a row says on the way into a network and out of it.
 """
 
 from __future__ import annotations
@@ -11,78 +11,92 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
-Signal = Literal["image", "still", "video", "audio", "other"]
-Law = Literal["config", "batch_norm", "inside"]
+Signal = Literal["image", "video", "audio", "other"]
+Law = Literal["config", "batch_norm", "buffers", "inside"]
 Layout = Literal["channel", "position", "none"]
+Values = Literal["signed", "unit", "imagenet"]
 
 
 @dataclass(frozen=True)
 class Family:
     """A row.
 
-    signal: what it encodes; `still` is a class of clips [B, C, T, H, W] that pipelines use with one frame.
-    law: where its normalisation stands: in `config`, in the `batch_norm` of its patchified channels, or `inside`
-    encode and decode, so that z is what a diffusion model sees.
+    signal: what it encodes: an `image` [B, C, H, W], or a `video`, clips [B, C, T, H, W].
+    law: where its normalisation stands: in `config`, in the `batch_norm` of its patchified channels, in `buffers`
+    latents_mean and latents_std, or `inside` encode and decode, so that z is what a diffusion model sees.
     patch: side of the squares of positions that its pipelines make channels of.
-    unit_range: images are in [0, 1] instead of [-1, 1].
+    values: of its pixels: in [-1, 1], in [0, 1], or those less ImageNet's mean, over its deviation.
     checkpointing: that of the class is right, where it has one.
     noise: its decoder draws noise, from a generator that its `decode` takes.
     alpha: its images are RGBA, the alpha straight.
     reciprocal: its pipelines multiply by 1 / latents_std, which is rounded first, instead of dividing.
+    first, step: clips of first, first + step, first + 2 step, ... frames come back whole; a step of None is its t, the
+    frames of a latent frame, and of 0 that there is no other length.
+    single: one clip a call.
+    folded: takes the frames as a batch of images, and their number when it decodes.
+    padded: its callers put the first frame t - 1 times more in front.
+    frames_first: decodes to [B, T, C, H, W].
+    tiled: works in tiles of its own, which are part of what it is.
+    sigma_data: of its pipelines' scheduler, which scales the latents.
+    refusal: why it is not served.
     """
 
     signal: Signal = "image"
     law: Law = "config"
     patch: int = 1
-    unit_range: bool = False
+    values: Values = "signed"
     checkpointing: bool = True
     noise: bool = False
     alpha: bool = False
     reciprocal: bool = False
+    first: int = 1
+    step: int | None = None
+    single: bool = False
+    folded: bool = False
+    padded: bool = False
+    frames_first: bool = False
+    tiled: bool = False
+    sigma_data: float | None = None
+    refusal: str = ""
 
     @property
     def is_served(self) -> bool:
-        """True for a class of images, and for one of clips that pipelines use with one frame."""
-        return self.signal in ("image", "still")
+        """True for a class of images or of clips, but for those with a reason."""
+        return self.signal in ("image", "video") and not self.refusal
 
-    def enter(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels [B, C, H, W] in [-1, 1] => the network's input."""
-        pixels = pixels * 0.5 + 0.5 if self.unit_range else pixels
-        return pixels[:, :, None] if self.signal == "still" else pixels
-
-    def leave(self, decoded: torch.Tensor) -> torch.Tensor:
-        """The network's output => pixels [B, C, H, W] in [-1, 1]."""
-        decoded = decoded * 2.0 - 1.0 if self.unit_range else decoded
-        return decoded[:, :, 0] if self.signal == "still" else decoded
+    @property
+    def takes_images(self) -> bool:
+        """True where an image is encoded: as itself, or as a clip of one frame."""
+        return self.is_served and self.first == 1
 
 
 _VIDEO, _AUDIO, _OTHER = Family("video"), Family("audio"), Family("other")
+_NOT_CAUSAL = " that is not causal"
 FAMILIES: dict[str, Family] = {
     "AutoencoderKLFlux2": Family(law="batch_norm", patch=2),
     "AutoencoderTiny": Family(checkpointing=False),
-    "AutoencoderRAE": Family(law="inside", unit_range=True),
+    "AutoencoderRAE": Family(law="inside", values="unit"),
     "ConsistencyDecoderVAE": Family(noise=True),
-    "AutoencoderKLWan": Family("still", reciprocal=True),
-    "AutoencoderKLQwenImage": Family("still", reciprocal=True),
-    "AutoencoderKLQwenImage21": Family("still", alpha=True),
-    "AutoencoderKLTemporalDecoder": _VIDEO,
-    "AutoencoderKLAllegro": _VIDEO,
-    "AutoencoderKLCogVideoX": _VIDEO,
-    "AutoencoderKLCosmos": _VIDEO,
+    "AutoencoderKLWan": Family("video", reciprocal=True),
+    "AutoencoderKLQwenImage": Family("video", reciprocal=True),
+    "AutoencoderKLQwenImage21": Family("video", alpha=True, step=0),
+    "AutoencoderKLTemporalDecoder": Family("video", step=1, folded=True),
+    "AutoencoderKLAllegro": Family("video", first=24, step=16, single=True, frames_first=True, tiled=True),
+    "AutoencoderKLCogVideoX": Family("video", step=8),
+    "AutoencoderKLCosmos": Family("video", sigma_data=0.5),
     "AutoencoderKLHunyuanVideo": _VIDEO,
-    "AutoencoderKLHunyuanImageRefiner": _VIDEO,
-    "AutoencoderKLHunyuanVideo15": _VIDEO,
-    "AutoencoderKLKVAEVideo": _VIDEO,
-    "AutoencoderKLLTXVideo": _VIDEO,
-    "AutoencoderKLLTX2Video": _VIDEO,
-    "AutoencoderKLMagvit": _VIDEO,
-    "AutoencoderKLMiniMaxH3": _VIDEO,
-    "AutoencoderKLMochi": _VIDEO,
-    "AutoencoderVidTok": _VIDEO,
+    "AutoencoderKLHunyuanImageRefiner": Family("video", step=1),
+    "AutoencoderKLHunyuanVideo15": Family("video", single=True),
+    "AutoencoderKLKVAEVideo": Family("video", checkpointing=False),
+    "AutoencoderKLLTXVideo": Family("video", law="buffers"),
+    "AutoencoderKLLTX2Video": Family("video", law="buffers"),
+    "AutoencoderKLMagvit": Family("video", checkpointing=False),
+    "AutoencoderKLMiniMaxH3": Family("video", values="imagenet", first=22, step=17, tiled=True),
+    "AutoencoderKLMochi": Family("video", step=6),
+    "AutoencoderVidTok": Family("video", padded=True),
+    "AutoencoderVidTok" + _NOT_CAUSAL: Family("video", first=16, step=16),
     "Kandinsky6SRVAE": _VIDEO,
-    "LTX2VideoDiffusionDecoderModel": _VIDEO,
+    "LTX2VideoDiffusionDecoderModel": Family("video", refusal="a decoder that denoises, without an encoder"),
     "AutoencoderOobleck": _AUDIO,
     "AutoencoderSAME": _AUDIO,
     "AutoencoderKLKVAEAudio": _AUDIO,
@@ -122,6 +136,8 @@ VARIANTS = {
 def family_of(model: Any) -> Family:
     """The family of a network, of its class or of its class's name."""
     known = model if isinstance(model, str) else (model if isinstance(model, type) else type(model)).__name__
+    if not getattr(getattr(model, "config", None), "is_causal", True):
+        known += _NOT_CAUSAL if known + _NOT_CAUSAL in FAMILIES else ""
     return FAMILIES.get(known, Family())
 
 

@@ -1,25 +1,20 @@
-"""Sizes and kinds: what an autoencoder makes of an image, from a run without values.
+"""Sizes and kinds: what an autoencoder makes of an image or a clip, from a run without values.
 
-Legend: C image channels, c latent channels, H W pixels, h w latent positions.
+Legend: C image channels, c latent channels, T frames, t latent frames, H W pixels, h w latent positions.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import AutoencoderKL
-from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder import latents, signals
 from ldm_vae.autoencoder.families import family_of
+from ldm_vae.autoencoder.lengths import lengths_of
+from ldm_vae.autoencoder.meta import on_meta, once, without_values
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.terminal import print_note
 from ldm_vae.core.validation import first_line
@@ -43,51 +38,28 @@ class Geometry:
     side: int | None = None
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, Geometry] = WeakKeyDictionary()
-
-
+@once
+@torch.no_grad()
 def geometry_of(vae: Any) -> Geometry:
     """The geometry of an autoencoder of diffusers' kind, by `encode` (and `decode`) of a copy without values.
 
     Raises:
         UsageError: it encodes no image.
     """
-    if (known := _KNOWN.get(vae)) is None:
-        known = _KNOWN[vae] = _measure(vae)
-    return known
-
-
-def without_values(vae: Any) -> Any:
-    """A network of the same class and config, for use in `on_meta`; of one that has no config of
-    diffusers', a copy."""
-    if not hasattr(vae, "from_config"):
-        return copy.deepcopy(vae).to("meta") if isinstance(vae, nn.Module) else vae
-    # a config also holds what diffusers notes for itself, of which it warns when it is given back
-    taken = inspect.signature(type(vae).__init__).parameters
-    return type(vae).from_config({name: value for name, value in vae.config.items() if name in taken}).eval()
-
-
-@contextlib.contextmanager
-def on_meta() -> Iterator[None]:
-    """Around tensors without values, also where a caller's tensors are fake; the global random state stays."""
-    with torch.random.fork_rng(devices=[]), unset_fake_temporarily(), torch.device("meta"):
-        yield
-
-
-@torch.no_grad()
-def _measure(vae: Any) -> Geometry:
     with on_meta():
         empty = without_values(vae)
         failed: Exception | None = None
-        for channels in _channels(vae):
+        first = family_of(vae).first
+        for channels in signals.channels_to_try(vae):
             try:
-                images = [torch.empty(1, channels, side, side) for side in SIDES]
+                shape = (1, channels) if first == 1 else (1, channels, first)
+                images = [torch.empty(*shape, side, side) for side in SIDES]
                 found = [latents.encode(empty, pixels) for pixels in images]
             except Exception as error:  # of another number of channels, or of another signal: any kind
                 failed = failed or error
                 continue
             (small, large), c = (moments.mean.shape[-1] for moments in found), int(found[0].mean.shape[1])
-            field = latents.field_of(empty.encode(family_of(vae).enter(images[0])))
+            field = signals.field_of(empty.encode(signals.enter(empty, images[0])))
             if small == large:  # it resizes what it is given, and makes what that decodes to
                 made = int(latents.decode(empty, found[0].mean).shape[-1])
                 return Geometry(channels, c, made // small, found[0].is_point, field, made)
@@ -97,12 +69,6 @@ def _measure(vae: Any) -> Geometry:
         f"VAE: a {type(vae).__name__} encodes no image [B, C, H, W]: {first_line(failed)}; "
         "a class that takes images in another form needs a row in ldm_vae/autoencoder/families.py"
     )
-
-
-def _channels(vae: Any) -> Iterator[int]:
-    """Numbers of image channels to try: what the config says, which a class of patches counts in another way."""
-    said = [getattr(vae.config, name, None) for name in ("in_channels", "num_channels", "input_channels")]
-    yield from dict.fromkeys([int(number) for number in said if number] + [3, 4, 1])
 
 
 def image_channels(vae: Any) -> int:
@@ -118,6 +84,13 @@ def latent_channels(vae: Any) -> int:
 def downsampling_factor(vae: Any) -> int:
     """f: pixels per latent position along one side."""
     return geometry_of(vae).factor
+
+
+def latent_size(vae: Any, *size: int) -> tuple[int, ...]:
+    """(c, h, w) for images of a size (H, W), (c, t, h, w) for clips of a size (T, H, W)."""
+    *frames, height, width = size
+    factor = downsampling_factor(vae)
+    return (latent_channels(vae), *map(lengths_of(vae).latent_frames, frames), height // factor, width // factor)
 
 
 def step_of(vae: Any) -> int:
@@ -158,11 +131,12 @@ def only_kl(vae: Any, what: str) -> None:
 
 
 def some_latents(vae: Any, count: int = 1) -> torch.Tensor:
-    """Standard normal z [B, c, h, w] that it decodes: of 4 x 4 positions, or of its only number of them; the same at
-    every call."""
+    """Standard normal z [B, c, h, w] that it decodes: of 4 x 4 positions, or of its only number of them; of a class
+    that takes no images [B, c, t, h, w], of its shortest clip. The same at every call."""
     geometry = geometry_of(vae)
     side = 4 if geometry.side is None else geometry.side // geometry.factor
-    shape = (count, geometry.latent_channels, side, side)
+    frames = () if family_of(vae).takes_images else (lengths_of(vae).latent_first,)
+    shape = (count, geometry.latent_channels, *frames, side, side)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 

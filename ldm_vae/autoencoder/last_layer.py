@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.families import family_of
-from ldm_vae.autoencoder.geometry import on_meta, some_latents, without_values
+from ldm_vae.autoencoder.geometry import some_latents
+from ldm_vae.autoencoder.meta import on_meta, once, without_values
+from ldm_vae.autoencoder.signals import injects_noise
 from ldm_vae.core.errors import UsageError
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -62,22 +63,18 @@ class Watch:
         return calls
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, Place] = WeakKeyDictionary()
-
-
 def place_of(vae: Any) -> Place:
     """Find the last layer by a decode without values.
 
     Raises:
         UsageError: its decoder draws noise: it is no function of z that a cotangent goes back through.
     """
-    if family_of(vae).noise:
+    if family_of(vae).noise or injects_noise(vae):
         raise UsageError(f"model: a {type(vae).__name__} decodes by sampling, which this training has no gradient of")
-    if (known := _KNOWN.get(vae)) is None:
-        known = _KNOWN[vae] = _trace(vae)
-    return known
+    return _trace(vae)
 
 
+@once
 @torch.no_grad()
 def _trace(vae: Any) -> Place:
     calls: list[tuple[str, Any]] = []
@@ -88,7 +85,8 @@ def _trace(vae: Any) -> Place:
                 module.register_forward_hook(lambda _module, _inputs, output, name=name: calls.append((name, output)))
         decoded = latents.decode(empty, torch.empty(some_latents(vae).shape))
     name, output = calls[-1]
-    once = [called for called, _ in calls].count(name) == 1
+    # of clips it may be called once for one frame, and once more for each later chunk
+    once = family_of(vae).signal == "image" and [called for called, _ in calls].count(name) == 1
     return Place(name, once and output is decoded and _is_plain(vae.get_submodule(name)))
 
 

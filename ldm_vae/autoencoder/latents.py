@@ -1,23 +1,27 @@
 """The latent contract: pixels -> moments (stored) -> latents (scaled, `normalisation.py`) and back.
 
-Legend: B batch, C image channels, c latent channels, H W pixels, h w latent positions.
+Legend: B batch, C image channels, c latent channels, T frames, H W pixels, t h w latent positions.
 
-- **pixels**  [B, C, H, W] in [-1, 1];
-- **moments** mean and logvar, each [B, c, h, w], raw and unscaled: what a latent store holds;
+- **pixels**  [B, C, H, W] in [-1, 1], of clips [B, C, T, H, W];
+- **moments** mean and logvar, each [B, c, h, w] or [B, c, t, h, w], raw and unscaled: what a latent store holds;
 - **latents** z, sampled or the mean, then normalised: what a diffusion model sees.
+
+What is encoded comes back as it was given: an image as an image, also from a class of clips, where it is one of one
+frame; a clip as a clip, also from a class of images, frame by frame.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ldm_vae.autoencoder import signals
 from ldm_vae.autoencoder.families import family_of, is_movq
+from ldm_vae.autoencoder.lengths import check_frames, check_latent_frames
 from ldm_vae.core import rng
-from ldm_vae.core.errors import UsageError
 
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to the same; stored logvar is clamped too
 
@@ -64,9 +68,11 @@ class Moments:
         Raises:
             UsageError: it gives neither.
         """
-        found = getattr(encoded, field_of(encoded))
+        found = signals.held_by(encoded)
         if torch.is_tensor(found):
             return cls.point(found)
+        if not hasattr(found, "mean"):  # AutoencoderKLCosmos: a distribution of one value
+            return cls.point(found.mode())
         logvar = found.logvar if hasattr(found, "logvar") else 2.0 * at_least_fp32(found.std).log()
         return cls(at_least_fp32(found.mean), at_least_fp32(logvar).clamp(*LOGVAR_RANGE))
 
@@ -77,11 +83,21 @@ class Moments:
         mean = at_least_fp32(mean)
         return cls(mean, torch.full_like(mean, LOGVAR_RANGE[0]), is_point=True)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Moments]) -> Moments:
+        """Those of a clip from those of its parts, in order."""
+        mean, logvar = (torch.cat([getattr(one, name) for one in parts], dim=2) for name in ("mean", "logvar"))
+        return replace(parts[0], mean=mean, logvar=logvar)
+
     def image(self) -> Moments:
         """The same without a time axis: of a clip of one frame [B, c, 1, h, w]."""
         if self.mean.ndim < 5:
             return self
         return replace(self, mean=self.mean[:, :, 0], logvar=self.logvar[:, :, 0])
+
+    def clips(self, count: int) -> Moments:
+        """The same of frames [B*T, c, h, w], count T of each clip, as clips [B, c, T, h, w]."""
+        return replace(self, mean=signals.clips_of(self.mean, count), logvar=signals.clips_of(self.logvar, count))
 
     def to(self, device: torch.device) -> Moments:
         """The same on a device."""
@@ -96,22 +112,13 @@ class Moments:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
 
 
-def field_of(encoded: Any) -> str:
-    """The field of an `encode`'s output that holds latents: `latent_dist`, `latent` or `latents`. Raises UsageError
-    where there is none."""
-    if hasattr(getattr(encoded, "latent_dist", None), "mean"):
-        return "latent_dist"
-    for name in ("latent", "latents"):
-        if torch.is_tensor(getattr(encoded, name, None)):
-            return name
-    given = ", ".join(encoded) if isinstance(encoded, Mapping) else type(encoded).__name__
-    raise UsageError(f"VAE: its encode gives {given}; expected latent_dist with a mean, latent or latents")
-
-
 def encode(vae: Any, pixels: torch.Tensor) -> Moments:
-    """pixels [B, C, H, W] => moments [B, c, h, w], with a diffusers autoencoder.
+    """pixels [B, C, H, W] => moments [B, c, h, w], or [B, C, T, H, W] => [B, c, t, h, w], with a diffusers autoencoder.
 
     A VQModel's are its vectors before the codebook: `decode` quantises them, as latent diffusion on its latents does.
+
+    Raises:
+        UsageError: of clips, a length that the class would cut or pad, or cannot take.
 
     >>> import torch
     >>> from ldm_vae import encode, load_autoencoder
@@ -120,11 +127,21 @@ def encode(vae: Any, pixels: torch.Tensor) -> Moments:
     >>> moments.mean.shape, moments.logvar.shape
     (torch.Size([2, 4, 16, 16]), torch.Size([2, 4, 16, 16]))
     """
-    return Moments.of(vae.encode(family_of(vae).enter(pixels))).image()
+    family, frames = family_of(vae), pixels.shape[2] if pixels.ndim == 5 else None
+    if family.signal == "video" and not pixels.is_meta:
+        check_frames(vae, frames or 1)
+    if family.single and len(pixels) > 1:
+        parts = [encode(vae, one[None]) for one in pixels]
+        mean, logvar = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "logvar"))
+        return replace(parts[0], mean=mean, logvar=logvar)
+    moments = Moments.of(vae.encode(signals.enter(vae, pixels)))
+    if frames is None:
+        return moments.image()
+    return moments.clips(frames) if signals.is_by_frame(vae) else moments
 
 
 def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:
-    """unscaled z [B, c, h, w] => pixels [B, C, H, W], fp32 and not clamped.
+    """unscaled z [B, c, h, w] or [B, c, t, h, w] => pixels [B, C, H, W] or [B, C, T, H, W], fp32 and not clamped.
 
     >>> import torch
     >>> from ldm_vae import decode, load_autoencoder
@@ -136,17 +153,23 @@ def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:
 
 def pixels_of(vae: Any, z: torch.Tensor, **options: Any) -> torch.Tensor:
     """`decode`, with options of that class's own."""
-    family = family_of(vae)
+    family, frames = family_of(vae), z.shape[2] if z.ndim == 5 else None
+    if family.signal == "video" and not z.is_meta:
+        check_latent_frames(vae, frames or 1)
     if family.noise and (len(z) > 1 or "generator" not in options):  # one draw for each, so that no neighbour matters
         draws = [{"generator": torch.Generator(z.device).manual_seed(0), **options} for _ in z]
         return torch.cat([pixels_of(vae, one[None], **draw) for one, draw in zip(z, draws, strict=True)])
+    if len(z) > 1 and (family.single or signals.injects_noise(vae)):
+        return torch.cat([pixels_of(vae, one[None], **options) for one in z])
     z = z.to(vae.dtype)
     if is_movq(vae):
         options.setdefault("force_not_quantize", True)
     if family.law == "inside":
         z = z.contiguous()  # AutoencoderRAE takes views of it
-    decoded = vae.decode(z[:, :, None] if family.signal == "still" else z, **options)
-    return at_least_fp32(family.leave(decoded if torch.is_tensor(decoded) else decoded.sample))
+    z, keywords = signals.enter_latents(vae, z)
+    with signals.same_draws(vae, z.device):
+        decoded = vae.decode(z, **keywords | options)
+    return at_least_fp32(signals.leave(vae, decoded, frames))
 
 
 @torch.no_grad()

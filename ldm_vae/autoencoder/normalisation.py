@@ -1,6 +1,6 @@
 """Normalisation of latents: from z to what a diffusion model sees, and back.
 
-Legend: c latent channels, h w latent positions.
+Legend: c latent channels, t h w latent positions, F latent frames with a mean and a deviation of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from diffusers import AutoencoderTiny
 
 from ldm_vae.autoencoder.families import VARIANTS, Law, Layout, Variant, family_of, is_movq
 from ldm_vae.autoencoder.latents import LOGVAR_RANGE
+from ldm_vae.autoencoder.patches import channels_first, positions_first
 from ldm_vae.core.errors import UsageError, WorkError
 
 LEAST_VARIANCE = 2 * math.exp(LOGVAR_RANGE[0])  # of a posterior at the end of that range, and rounding: nothing
@@ -36,6 +37,7 @@ class Normalisation:
       as pipelines of Wan and Qwen-Image have it (Qwen-Image-2.1's divide: a scaling_factor of 1).
 
     patch: side of the squares of positions whose values become channels (c, row, column) first: 2 of FLUX.2.
+    frames: F, where latents_mean and latents_std are of each channel and latent frame, c * F values: 16 of Cosmos.
     pipelines: the family of pipelines whose layout of those channels it is, where it is another (`families.VARIANTS`).
 
     >>> import torch
@@ -51,6 +53,7 @@ class Normalisation:
     latents_std: tuple[float, ...] | None = None
     patch: int = 1
     pipelines: str | None = None
+    frames: int = 1
 
     def __post_init__(self) -> None:
         if self.shift_factor is not None and self.latents_mean is not None:
@@ -97,6 +100,7 @@ class Normalisation:
                 latents_std=None if std is None else tuple(map(float, std)),
                 patch=int(config.get("patch") or 1),
                 pipelines=config.get("pipelines"),
+                frames=int(config.get("frames") or 1),
             )
         except (ValueError, TypeError, OverflowError) as error:
             raise UsageError(f"{where}: {error}; `ldm-vae export SRC OUT --stats DATA` measures it") from error
@@ -134,6 +138,7 @@ class Normalisation:
             "latents_std": None if self.latents_std is None else list(self.latents_std),
             **({} if self.patch == 1 else {"patch": self.patch}),
             **({} if self.pipelines is None else {"pipelines": self.pipelines}),
+            **({} if self.frames == 1 else {"frames": self.frames}),
         }
 
     def per_channel(self, channels: int) -> Normalisation:
@@ -149,7 +154,7 @@ class Normalisation:
         if self.latents_mean is None or self.latents_std is None or found.layout != "position":
             return found
         mean, std = (
-            _positions_first(torch.tensor(values, dtype=torch.float64)[:, None, None], self.patch)
+            positions_first(torch.tensor(values, dtype=torch.float64)[:, None, None], self.patch)
             for values in (self.latents_mean, self.latents_std)
         )
         return replace(found, latents_mean=tuple(mean.flatten().tolist()), latents_std=tuple(std.flatten().tolist()))
@@ -169,52 +174,44 @@ class Normalisation:
     # in the order of operations of diffusers' pipelines: equal to the bit
 
     def apply(self, z: torch.Tensor) -> torch.Tensor:
-        """z [..., c, h, w] => latents, of the same shape unless they are patchified."""
+        """z [c, h, w], [B, c, h, w] or [B, c, t, h, w] => latents, of the same shape unless they are patchified."""
         z = torch.pixel_unshuffle(z, self.patch)
-        latents = self._done(_positions_first(z, self.patch) if self.layout == "position" else z)
+        latents = self._done(positions_first(z, self.patch) if self.layout == "position" else z)
         return torch.pixel_shuffle(latents, self.patch) if self.layout == "none" else latents
 
     def _done(self, z: torch.Tensor) -> torch.Tensor:
         if self.latents_mean is None or self.latents_std is None:
             return (z - (self.shift_factor or 0.0)) * self.scaling_factor  # type: ignore[operator]
-        mean, std = _channels(self.latents_mean, z), _channels(self.latents_std, z)
+        mean, std = self._channels(self.latents_mean, z), self._channels(self.latents_std, z)
         if self.scaling_factor is None:
             return (z - mean) * (1.0 / std)
         return (z - mean) * self.scaling_factor / std
 
     def undo(self, latents: torch.Tensor) -> torch.Tensor:
-        """latents [..., c, h, w] => z."""
+        """latents [c, h, w], [B, c, h, w] or [B, c, t, h, w] => z."""
         if self.layout == "none":
             latents = torch.pixel_unshuffle(latents, self.patch)
         z = self._undone(latents)
-        return torch.pixel_shuffle(_channels_first(z, self.patch) if self.layout == "position" else z, self.patch)
+        return torch.pixel_shuffle(channels_first(z, self.patch) if self.layout == "position" else z, self.patch)
 
     def _undone(self, latents: torch.Tensor) -> torch.Tensor:
         if self.latents_mean is None or self.latents_std is None:
             return latents / self.scaling_factor + (self.shift_factor or 0.0)  # type: ignore[operator]
-        mean, std = _channels(self.latents_mean, latents), _channels(self.latents_std, latents)
+        mean, std = self._channels(self.latents_mean, latents), self._channels(self.latents_std, latents)
         if self.scaling_factor is None:
             return latents / (1.0 / std) + mean
         return latents * std / self.scaling_factor + mean
 
-
-def _channels(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, device=like.device, dtype=like.dtype).view(-1, 1, 1)
-
-
-def _positions_first(patched: torch.Tensor, patch: int) -> torch.Tensor:
-    """Channels (c, row, column) => (row, column, c)."""
-    return _swapped(patched, patched.shape[-3] // patch**2, patch**2)
-
-
-def _channels_first(patched: torch.Tensor, patch: int) -> torch.Tensor:
-    """Channels (row, column, c) => (c, row, column)."""
-    return _swapped(patched, patch**2, patched.shape[-3] // patch**2)
-
-
-def _swapped(patched: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
-    *before, _, height, width = patched.shape
-    return patched.reshape(*before, outer, inner, height, width).transpose(-4, -3).reshape(patched.shape)
+    def _channels(self, values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+        """One value for each channel, or for each channel and latent frame: an image has the first frame's."""
+        found = torch.tensor(values, device=like.device, dtype=like.dtype).view(-1, self.frames, 1, 1)
+        if like.ndim < 5:
+            return found[:, 0]
+        if 1 < self.frames < like.shape[2]:
+            raise UsageError(
+                f"normalisation: is for clips of {self.frames} latent frames, got {like.shape[2]}; measure `channel`"
+            )
+        return found[:, : like.shape[2]]
 
 
 # --- of a network -----------------------------------------------------------------------------------------------------
@@ -228,7 +225,7 @@ def law_of(vae: Any) -> Law:
 def kind_of(vae: Any) -> NormalisationKind | None:
     """The kind of normalisation that a network names, with whatever numbers; None where it names none."""
     law, config = law_of(vae), vae.config
-    if law == "batch_norm" or (law == "config" and config.get("latents_mean") is not None):
+    if law in ("batch_norm", "buffers") or (law == "config" and config.get("latents_mean") is not None):
         return "channel"
     if law == "inside" or config.get("scaling_factor") is not None:
         return "scale" if law == "inside" or config.get("shift_factor") is None else "shift"
@@ -258,9 +255,15 @@ def own_normalisation(vae: Any, where: str = "VAE", pipelines: str | None = None
         std = torch.sqrt(vae.bn.running_var + (variant.eps or vae.config.batch_norm_eps))
         mean, scale = tuple(vae.bn.running_mean.tolist()), None if variant.reciprocal else 1.0
         return Normalisation(scale, None, mean, tuple(std.tolist()), family_of(vae).patch, pipelines)
+    if law == "buffers":  # their pipelines leave the config's scaling_factor out
+        held = {"latents_mean": vae.latents_mean.tolist(), "latents_std": vae.latents_std.tolist()}
+        return Normalisation.from_config({"scaling_factor": 1.0, **held}, where)
     if kind_of(vae) is None:
         return None
     found = Normalisation.from_config(vae.config, where)
+    if (sigma_data := family_of(vae).sigma_data) is not None:
+        of_each = len(found.latents_mean or ()) // int(vae.config.latent_channels) or 1
+        return replace(found, scaling_factor=sigma_data, frames=of_each)
     divides = found.scaling_factor is None and not family_of(vae).reciprocal
     return replace(found, scaling_factor=1.0) if divides else found
 
@@ -268,8 +271,9 @@ def own_normalisation(vae: Any, where: str = "VAE", pipelines: str | None = None
 def law_in_words(vae: Any) -> str:
     """Part of a sentence: where a network's normalisation stands."""
     law, kind = law_of(vae), kind_of(vae)
-    if law == "inside":
-        return "inside `encode` and `decode`"
+    words = {"inside": "inside `encode` and `decode`", "buffers": "`channel`, in buffers `latents_mean`, `latents_std`"}
+    if law in words:
+        return words[law]
     if law == "batch_norm":
         patch = family_of(vae).patch
         return f"per channel of {patch}x{patch} patches, in the buffers of `bn`"
@@ -299,9 +303,13 @@ def held_by(vae: Any, normalisation: Normalisation) -> Normalisation:
         raise UsageError(
             f"normalisation `{normalisation.kind}`: a {name} normalises inside, so that its z stays as it is"
         )
-    if law == "batch_norm" or ("scaling_factor" not in keys and "latents_mean" in keys):
-        channels = vae.bn.num_features if law == "batch_norm" else int(vae.config.z_dim)
-        return replace(normalisation.per_channel(channels), scaling_factor=None if family_of(vae).reciprocal else 1.0)
+    only_channels = "latents_mean" in keys and ("scaling_factor" not in keys or keys["latents_mean"] is not None)
+    if law in ("batch_norm", "buffers") or only_channels:  # also where a mean stands in the config by default
+        channels = vae.config.get("z_dim") or vae.config.latent_channels
+        found = normalisation.per_channel(vae.bn.num_features if law == "batch_norm" else int(channels))
+        scale = family_of(vae).sigma_data or 1.0  # the scheduler's, which comes on top
+        std = tuple(one * scale for one in found.latents_std or ())
+        return replace(found, latents_std=std, scaling_factor=None if family_of(vae).reciprocal else scale)
     missing = [key for key, value in normalisation.to_config().items() if value is not None and key not in keys]
     if law == "config" and missing:  # VQModel and AutoencoderTiny know no latents_mean
         raise UsageError(f"normalisation `{normalisation.kind}`: the config of a {name} has no {missing[0]}")
@@ -326,6 +334,9 @@ def give(vae: Any, normalisation: Normalisation) -> None:
         vae.register_to_config(
             **{name: keys[name] if values[name] is None else values[name] for name in values.keys() & keys.keys()}
         )
+    if law == "buffers":
+        vae.latents_mean = vae.latents_mean.new_tensor(held.latents_mean)
+        vae.latents_std = vae.latents_std.new_tensor(held.latents_std)
     if law == "batch_norm":
         like = vae.bn.running_mean
         vae.bn.running_mean = like.new_tensor(held.latents_mean)
@@ -338,7 +349,9 @@ def take_away(vae: Any) -> None:
         return
     if law_of(vae) == "batch_norm":
         vae.bn.running_var = torch.full_like(vae.bn.running_var, -vae.config.batch_norm_eps)
-    elif "scaling_factor" in vae.config:
+    elif law_of(vae) == "buffers":
+        vae.latents_std = torch.full_like(vae.latents_std, UNMEASURED)
+    elif "scaling_factor" in vae.config and family_of(vae).sigma_data is None:
         vae.register_to_config(scaling_factor=UNMEASURED)
     else:
         vae.register_to_config(latents_std=[UNMEASURED] * len(vae.config.latents_std))

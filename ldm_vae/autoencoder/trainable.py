@@ -3,7 +3,7 @@
 The trained module *is* a model of diffusers (AutoencoderKL, VQModel, AutoencoderTiny): no parallel network code, no
 conversion at export. What lies between encoder and decoder while training is a bottleneck (ldm_vae/models).
 
-Legend: B batch, C image channels, c latent channels, H W pixels, h w latent positions.
+Legend: B batch, C image channels, c latent channels, T frames, H W pixels, t h w latent positions.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import nn
 
 from ldm_vae.autoencoder.bottleneck import Bottleneck, Codes, GaussianBottleneck
 from ldm_vae.autoencoder.fine_tuning import encoder_learns, is_encoders
-from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels
+from ldm_vae.autoencoder.geometry import latent_channels, latent_size
 from ldm_vae.autoencoder.last_layer import Call, Watch
 from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.signals import frames_of
 from ldm_vae.data.alpha import composite
 
 
@@ -28,9 +29,11 @@ class Reconstruction:
     """Result of one forward; all fp32 (fp64 in tests of exactness).
 
     images [B, C, H, W] as encoded; pixels as decoded, not clamped, and target what they are compared with, of one shape
-    (that of the images unless a perturbation moved both); moments of q(z|x); latents z [B, c, h, w] before any
-    perturbation; last_calls of the decoder's last layer, from which the adaptive weight is computed; codes where there
-    is a codebook; images_seen when it was made; background [B, 3, 1, 1] of images with alpha, drawn by key.
+    (that of the images unless a perturbation moved both); of clips [B, C, T, H, W] both are their frames [B*T, C, H,
+    W], so that every term and discriminator of images sees those; moments of q(z|x); latents z [B, c, h, w] or [B, c,
+    t, h, w] before any perturbation; last_calls of the decoder's last layer, from which the adaptive weight is
+    computed; codes where there is a codebook; images_seen when it was made; background [B, 3, 1, 1] of images with
+    alpha, drawn by key.
     """
 
     images: torch.Tensor
@@ -53,8 +56,8 @@ class Reconstruction:
 class Draw:
     """Source of a perturbation's randomness, keyed per image: neither the rank nor a resume changes a draw.
 
-    noise [B, n, h, w] standard normal; images [B, C, H, W] as encoded; images_seen keys what is drawn for the batch;
-    alpha: the fourth channel of the images is straight alpha.
+    noise [B, n, h, w], of clips [B, n, t, h, w], standard normal; images as encoded; images_seen keys what is drawn for
+    the batch; alpha: the fourth channel of the images is straight alpha.
     """
 
     noise: torch.Tensor
@@ -64,7 +67,7 @@ class Draw:
 
     def uniform(self, channel: int) -> torch.Tensor:
         """One number in (0, 1) per image [B], from the first position of a channel of the noise."""
-        chances: torch.Tensor = torch.special.ndtr(self.noise[:, channel, 0, 0])
+        chances: torch.Tensor = torch.special.ndtr(self.noise[:, channel].flatten(1)[:, 0])
         return chances
 
 
@@ -109,15 +112,14 @@ class TrainableAutoencoder(nn.Module):
         """The decoder's last layer with weights: the adaptive weight compares gradients there."""
         return self._watch.layer
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(c, h, w) for images of this size."""
-        factor = downsampling_factor(self.vae)
-        return (latent_channels(self.vae), height // factor, width // factor)
+    def latent_shape(self, *size: int) -> tuple[int, ...]:
+        """(c, h, w) for images of a size (H, W), (c, t, h, w) for clips of a size (T, H, W)."""
+        return latent_size(self.vae, *size)
 
-    def noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(n, h, w) of the noise that `forward` takes for each image of this size."""
-        _, rows, columns = self.latent_shape(height, width)
-        return (self.bottleneck.noise_channels + sum(self._wanted()) + 3 * self.alpha, rows, columns)
+    def noise_shape(self, *size: int) -> tuple[int, ...]:
+        """(n, h, w) or (n, t, h, w) of the noise that `forward` takes for each image or clip of a size."""
+        _, *positions = self.latent_shape(*size)
+        return (self.bottleneck.noise_channels + sum(self._wanted()) + 3 * self.alpha, *positions)
 
     def _wanted(self) -> list[int]:
         """Channels of noise of each perturbation."""
@@ -126,7 +128,8 @@ class TrainableAutoencoder(nn.Module):
     def forward(
         self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0, stored: Moments | None = None
     ) -> Reconstruction:
-        """images [B, C, H, W] in [-1, 1], noise [B, n, h, w] standard normal, drawn by key => Reconstruction.
+        """images [B, C, H, W], or clips [B, C, T, H, W], in [-1, 1], noise [B, n, h, w] or [B, n, t, h, w] standard
+        normal, drawn by key => Reconstruction.
 
         stored: moments of these images; the encoder is then not run.
         """
@@ -143,7 +146,7 @@ class TrainableAutoencoder(nn.Module):
             )
             used += wanted
         self._watch.take()  # of decodes elsewhere, and of the adaptive weight's calls
-        pixels = self.bottleneck.decode(self.vae, z)
+        pixels, target = frames_of(self.bottleneck.decode(self.vae, z)), frames_of(target)
         return Reconstruction(
             images, pixels, target, encoded.moments, encoded.latents, self._watch.take(), encoded.codes, images_seen,
             self._background(noise[:, used:].to(pixels), images),

@@ -1,6 +1,6 @@
 """Pictures as files: tensors to PNG, and several of them on one sheet.
 
-Legend: N images, C channels, H W sides, R side.
+Legend: N images, C channels, T frames, H W sides, R side.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if channels == 1 else array)
 
 
-def png(image: Image.Image) -> bytes:
-    """The file's content, lossless."""
+def png(image: Image.Image, *later: Image.Image) -> bytes:
+    """The file's content, lossless; with later frames an animated PNG."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True, **{"save_all": True, "append_images": later} if later else {})
     return buffer.getvalue()
 
 
 def save(pixels: torch.Tensor, path: Path) -> None:
-    """Write `to_image(pixels)` to a PNG file, whole or not at all."""
-    atomic_io.replace(path, atomic_io.data(png(to_image(pixels))))
+    """Write `to_image(pixels)` to a PNG file, of a clip [C, T, H, W] its frames, whole or not at all."""
+    frames = pixels.unbind(1) if pixels.ndim == 4 else [pixels]
+    atomic_io.replace(path, atomic_io.data(png(*map(to_image, frames))))
 
 
 def sheet(

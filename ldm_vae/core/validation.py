@@ -90,7 +90,12 @@ def check_model_config(config: Any) -> None:
     channels = config.get("latent_channels", config.get("z_dim", config.get("encoder_hidden_size")))
     for name in ("latents_mean", "latents_std"):
         per_channel = config.get(name)
-        if per_channel is not None and (not isinstance(per_channel, list | tuple) or len(per_channel) != channels):
+        if per_channel is None:
+            continue
+        count = len(per_channel) if isinstance(per_channel, list | tuple) else 0
+        # Cosmos has one for each channel and latent frame
+        several = config.get("_class_name") == "AutoencoderKLCosmos" and isinstance(channels, int) and channels > 0
+        if not count or (count % channels if several else count != channels):
             raise ValueError(f"{name}: expected one number for each of {channels} latent channels")
 
 

@@ -34,6 +34,7 @@ _FORMULA = {
 _WHERE = {
     "config": "`config.json` names",
     "batch_norm": "The buffers of `bn` hold",
+    "buffers": "The buffers `latents_mean` and `latents_std` hold",
     "inside": "Encoding and decoding normalise by themselves; what is left is",
 }
 _KINDS = {"AutoencoderKL": "A KL-regularised", "VQModel": "A vector-quantised", "AutoencoderTiny": "A distilled, tiny"}
@@ -115,9 +116,14 @@ def _loading(vae: Any, name: str) -> str:
     load = f'vae = {kind}.from_pretrained("{name}")'
     field, family = geometry_of(vae).field, family_of(vae)
     code = f"{field}.sample()" if field == "latent_dist" else field
-    shape = "[B, C, 1, H, W]" if family.signal == "still" else "[B, C, H, W]"
-    within = "[0, 1]" if family.unit_range else "[-1, 1]"
-    decode = f"pixels = vae.decode(vae.encode(images).{code}).sample  # images {shape} in {within}"
+    if family.signal == "video" and (family.padded or family.folded or family.frames_first or field == "[0]"):
+        # more than a call of the class: what signals.py does
+        use = "pixels = decode(vae, encode(vae, clips).mean)  # clips [B, C, T, H, W] in [-1, 1]"
+        load = f'from ldm_vae import decode, encode, load_autoencoder\nvae = load_autoencoder("{name}")'
+        return f"```python\n{load}\n{use}\n```"
+    what, shape = ("clips", "[B, C, T, H, W]") if family.signal == "video" else ("images", "[B, C, H, W]")
+    within = {"signed": "[-1, 1]", "unit": "[0, 1]", "imagenet": "[0, 1], less ImageNet's mean, over its deviation"}
+    decode = f"pixels = vae.decode(vae.encode({what}).{code}).sample  # {what} {shape} in {within[family.values]}"
     return f"```python\nfrom diffusers import {kind}\n{load}\n{decode}\n```"
 
 

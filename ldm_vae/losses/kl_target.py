@@ -43,7 +43,7 @@ class KLTarget(nn.Module):
 
     def forward(self, reconstruction: Reconstruction) -> torch.Tensor:
         moments, images = reconstruction.moments, reconstruction.images
-        pixels = images.shape[2] * images.shape[3]
+        pixels = images[0, 0].numel()
         nats_per_image = moments.kl().sum() / len(images)
         if torch.is_grad_enabled():
             self.pending.add(nats_per_image / pixels)

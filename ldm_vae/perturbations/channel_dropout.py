@@ -25,7 +25,7 @@ class ChannelDropout(nn.Module):
     def forward(self, latents: torch.Tensor, target: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
         chance = torch.stack([draw.uniform(channel) for channel in range(latents.shape[1])], dim=1)  # [B, c]
         kept = (chance >= self.probability).to(latents.dtype) / (1 - self.probability)
-        return latents * kept[:, :, None, None], target
+        return latents * kept.view(*kept.shape, *(1,) * (latents.ndim - 2)), target
 
 
 class Config(PerturbationConfig):

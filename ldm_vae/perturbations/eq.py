@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import nn
 
+from ldm_vae.autoencoder.signals import clips_of, frames_of
 from ldm_vae.core import rng
 from ldm_vae.data.alpha import resampled
 from ldm_vae.perturbations import Draw, PerturbationConfig
@@ -34,8 +35,8 @@ class Equivariance(nn.Module):
 
     def forward(self, latents: torch.Tensor, target: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
         scale, turns = self.transformation(draw.images_seen)
-        factor = target.shape[2] // latents.shape[2]
-        height, width = (max(1, round(scale * side)) for side in latents.shape[2:])
+        factor = target.shape[-1] // latents.shape[-1]
+        height, width = (max(1, round(scale * side)) for side in latents.shape[-2:])
         move = partial(moved, height=factor * height, width=factor * width, turns=turns)
         # invisible colour must not be mixed into what is seen
         moved_target = 2 * resampled((target + 1) / 2, move) - 1 if draw.alpha else move(target)
@@ -50,7 +51,10 @@ class Equivariance(nn.Module):
 
 
 def moved(x: torch.Tensor, height: int, width: int, turns: int) -> torch.Tensor:
-    """x [B, channels, rows, columns], images or latents => resized to height x width, then by so many quarter turns."""
+    """x [B, channels, rows, columns], images or latents => resized to height x width, then by so many quarter turns;
+    of clips every frame."""
+    if x.ndim == 5:
+        return clips_of(moved(frames_of(x), height, width, turns), x.shape[2])
     if x.shape[2:] != (height, width):
         x = F.interpolate(x, (height, width), mode="bicubic", align_corners=False, antialias=True)
     return torch.rot90(x, turns, dims=(2, 3))

@@ -25,7 +25,7 @@ class LatentNoise(nn.Module):
 
     def forward(self, latents: torch.Tensor, target: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
         channels = latents.shape[1]
-        sigma = self.sigma if self.fixed else self.sigma * draw.uniform(channels)[:, None, None, None]
+        sigma = self.sigma if self.fixed else self.sigma * draw.uniform(channels).view(-1, *(1,) * (latents.ndim - 1))
         return latents + sigma * draw.noise[:, :channels], target
 
 

@@ -210,7 +210,7 @@ def build_autoencoder(settings: Training) -> Any:
             nothing.
     """
     if settings.model.kind == "pretrained":
-        return learning(_pretrained(settings), settings.trainable)
+        return learning(_pretrained(settings), settings.trainable, getattr(settings.data, "frames", None))
     # drawn whatever init_from brings: what does not fit keeps these weights, the same on every rank
     with seeded(settings.seed):
         vae = settings.model.build()
@@ -252,11 +252,11 @@ def _pretrained(settings: Training) -> Any:
     return vae
 
 
-def learning(vae: Any, trainable: Sequence[str]) -> Any:
-    """A network of any class in training: what `trainable` names learns, but for what has no part in an image's
-    reconstruction."""
+def learning(vae: Any, trainable: Sequence[str], frames: int | None = None) -> Any:
+    """A network of any class in training: what `trainable` names learns, but for what has no part in the reconstruction
+    of an image, or of a clip of so many frames."""
     set_trainable(vae, trainable)
-    for name in (idle := idle_parameters(vae)):
+    for name in (idle := idle_parameters(vae, frames)):
         vae.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in vae.parameters()):
         raise UsageError(

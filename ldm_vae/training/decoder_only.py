@@ -125,7 +125,7 @@ class StoredPairs(Dataset[StoredBatch]):
         # the same keyed draw as `read` makes for the moments: crop and latents are of one view
         (view,) = self.latents.views([index], [epoch])
         crop = self.cutting(image.pixels, image.original_size)[self.crops.index(crop_of(view))].pixels
-        return crop.flip(2) if is_flipped(view) else crop
+        return crop.flip(-1) if is_flipped(view) else crop
 
     def _place(self, key: str, index: int) -> int:
         """Index of the image in the source now: usually the one it had."""

@@ -21,9 +21,10 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from ldm_vae.autoencoder.checkpointing import enable_checkpointing
 from ldm_vae.autoencoder.fine_tuning import set_trainable
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, geometry_of, without_values
+from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, geometry_of
 from ldm_vae.autoencoder.latents import Moments, decode, encode
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.autoencoder.meta import without_values
 from ldm_vae.autoencoder.normalisation import law_in_words
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import config
@@ -84,7 +85,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
         if base is None:  # the weights of init_from are not wanted, its shape is `model`
             vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
         else:
-            vae = learning(base, settings.trainable)
+            vae = learning(base, settings.trainable, getattr(settings.data, "frames", None))
         check_smallest(settings, downsampling_factor(vae))
         if settings.gradient_checkpointing:
             enable_checkpointing(vae)

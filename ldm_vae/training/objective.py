@@ -137,13 +137,14 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def rate(moments: Moments, images: torch.Tensor) -> Logs:
-    """Rate of the latent of images [B, C, H, W] and its active channels, from moments [B, c, h, w].
+    """Rate of the latent of images [B, C, H, W] and its active channels, from moments [B, c, h, w]; of clips [B, C, T,
+    H, W], each one image.
 
     An active unit is a channel whose posterior mean has a variance above 0.01 over images and positions; in one batch
     of a few images that is an estimate.
     """
-    channels = moments.kl().sum(dim=(2, 3)).mean(dim=0)  # [c] nats per image
-    pixels = images.shape[2] * images.shape[3]
+    channels = moments.kl().flatten(2).sum(dim=2).mean(dim=0)  # [c] nats per image
+    pixels = images[0, 0].numel()
     # the variance over the global batch: that of each rank's own would count other units as active
     # in fp64: fp32 gives a channel that always is 1,000 the variance of a live one
     rows = moments.mean.double().transpose(0, 1).flatten(1)

@@ -1,4 +1,4 @@
-"""Tiny random instances of diffusers' autoencoders of images: what each class needs to be one, at 32 px."""
+"""Tiny random instances of diffusers' autoencoders of images and clips: what each class needs to be one, at 32 px."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from diffusers.models import autoencoders
 
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import geometry_of
+from ldm_vae.autoencoder.lengths import lengths_of
 
 
 def _blocks(kind: str) -> tuple[str, str]:
@@ -62,12 +63,84 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "base_dim": 8, "decoder_base_dim": 8, "z_dim": 64, "dim_mult": [1, 1, 1, 1, 1], "num_res_blocks": 1,
     },
 }  # fmt: skip
+_LTX = {"latent_channels": 8, "block_out_channels": (8, 8, 8, 8), "patch_size": 1, "patch_size_t": 1}
+_HUNYUAN_15 = {"latent_channels": 4, "block_out_channels": (32, 32, 32, 32, 32), "layers_per_block": 1}
+_VIDTOK = {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+# one class may stand here as several networks: the class's name is what stands before a blank
+CLIP_CONFIGS: dict[str, dict[str, Any]] = {
+    "AutoencoderKLTemporalDecoder": {
+        "block_out_channels": (32, 64), "layers_per_block": 1, "down_block_types": _blocks("DownEncoderBlock2D"),
+    },
+    "AutoencoderKLAllegro": {
+        "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 2, "layers_per_block": 1, "sample_size": 16,
+    },
+    "AutoencoderKLCogVideoX": {
+        "block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2,
+    },
+    "AutoencoderKLCosmos": {
+        "latent_channels": 4, "encoder_block_out_channels": (8, 8, 8, 8), "decode_block_out_channels": (8, 8, 8, 8),
+        "attention_resolutions": (8,), "resolution": 64, "num_layers": 1, "spatial_compression_ratio": 4,
+        "temporal_compression_ratio": 4,
+    },
+    "AutoencoderKLHunyuanVideo": {
+        "latent_channels": 4, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4,
+    },
+    "AutoencoderKLHunyuanImageRefiner": _HUNYUAN_15,
+    "AutoencoderKLHunyuanVideo15": _HUNYUAN_15,
+    "AutoencoderKLKVAEVideo": {
+        "ch": 32, "ch_mult": (1, 2, 2), "num_res_blocks": 1, "z_channels": 4, "temporal_compress_times": 4,
+    },
+    "AutoencoderKLLTXVideo": _LTX | {
+        "decoder_block_out_channels": (8, 8, 8, 8), "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5,
+    },
+    "AutoencoderKLLTXVideo timestep": _LTX | {
+        "decoder_block_out_channels": (16, 32, 64), "layers_per_block": (1,) * 4, "decoder_layers_per_block": (1,) * 4,
+        "upsample_residual": (True,) * 3, "decoder_spatio_temporal_scaling": (True,) * 3,
+        "decoder_inject_noise": (False,) * 4, "upsample_factor": (2, 2, 2), "timestep_conditioning": True,
+    },
+    "AutoencoderKLLTX2Video": _LTX | {
+        "decoder_block_out_channels": (16, 32, 64), "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 4,
+    },
+    "AutoencoderKLMagvit": {
+        "latent_channels": 4, "block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "norm_num_groups": 8,
+    },
+    "AutoencoderKLMiniMaxH3": {
+        "latent_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "spatial_downsample_factors": (2, 2), "temporal_downsample_factors": (2, 2), "norm_num_groups": 8,
+        "decoder_num_layers": 2, "decoder_num_attention_heads": 2, "decoder_attention_head_dim": 8,
+        "decoder_num_register_tokens": 2, "decoder_ffn_mult": 2, "latents_mean": (0.5, -1.0, 0.0, 0.25),
+        "latents_std": (1.0, 2.0, 0.5, 1.5),
+    },
+    "AutoencoderKLMochi": {
+        "latent_channels": 12, "encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4,
+        "layers_per_block": (1,) * 5,
+    },
+    "AutoencoderKLQwenImage": CLIPS,
+    "AutoencoderKLQwenImage21": CONFIGS["AutoencoderKLQwenImage21"],
+    "AutoencoderKLWan": CLIPS,
+    "AutoencoderKLWan 2.2": CLIPS | {
+        "base_dim": 8, "z_dim": 48, "latents_mean": [0.5] * 48, "in_channels": 12, "latents_std": [2.0] * 48,
+        "out_channels": 12, "patch_size": 2, "is_residual": True, "scale_factor_spatial": 16,
+    },
+    "AutoencoderVidTok": _VIDTOK | {"z_channels": 4},
+    "AutoencoderVidTok fsq": _VIDTOK | {
+        "z_channels": 6, "double_z": False, "regularizer": "fsq", "is_causal": False,
+    },
+    "Kandinsky6SRVAE": {
+        "latent_channels": 4, "encoder_block_out_channels": (8, 16, 32), "decoder_block_out_channels": (8, 16, 32),
+        "layers_per_block": 1, "temporal_compression_start_level": 0,
+    },
+}  # fmt: skip
 
 
 def tiny(name: str, **changes: Any) -> Any:
     """A network of the class with random weights, in eval mode, without gradients."""
     torch.manual_seed(0)
-    found = getattr(autoencoders, name)(**CONFIGS[name] | changes).eval().requires_grad_(False)
+    config = CONFIGS.get(name) or CLIP_CONFIGS[name]
+    found = getattr(autoencoders, name.partition(" ")[0])(**config | changes).eval().requires_grad_(False)
+    if family_of(found).law == "buffers":
+        found.latents_mean.normal_()
+        found.latents_std.uniform_(0.5, 2.0)
     if hasattr(found, "bn"):  # at first an identity
         found.bn.running_mean.normal_()
         found.bn.running_var.uniform_(0.5, 2.0)
@@ -95,8 +168,18 @@ SCRATCH: dict[str, dict[str, Any]] = {
                       "latent_channels": 4},
 }  # fmt: skip
 CLASSES = sorted(name for name, one in vars(autoencoders).items() if inspect.isclass(one))
-IMAGES = [name for name in CLASSES if family_of(name).is_served]
+STILLS = ["AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan"]  # pipelines give them one frame
+IMAGES = sorted([name for name in CLASSES if family_of(name).signal == "image"] + STILLS)
+VIDEOS = [name for name in CLASSES if family_of(name).signal == "video" and family_of(name).is_served]
 TRAINED = [name for name in IMAGES if not family_of(name).noise and name != "VQModel"]
+
+
+def clips_for(vae: Any, count: int = 2, seed: int = 1) -> torch.Tensor:
+    """Clips of the shortest length of three latent frames or more, at 32 px."""
+    lengths, draw = lengths_of(vae), torch.Generator().manual_seed(seed)
+    frames = next(frames for frames in range(lengths.first, 100, lengths.step or 100)
+                  if not lengths.step or lengths.latent_frames(frames) > 2)  # fmt: skip
+    return torch.rand(count, geometry_of(vae).in_channels, frames, 32, 32, generator=draw) * 2 - 1
 
 
 def pixels_for(vae: Any, count: int = 2) -> torch.Tensor:

@@ -74,9 +74,10 @@ def class_of(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] |
         told = f"its {CONFIG} says {name}" if name is not None else f"its {CONFIG} names no class (_class_name)"
         expected = "an autoencoder of diffusers" if classes is None else f"one of {', '.join(classes)}"
         raise UsageError(f"{place}: expected {expected}, {told}")
-    if classes is None and not family_of(found).is_served:
-        what = {"video": "clips", "audio": "sounds"}.get(family_of(found).signal, "something else than images")
-        raise UsageError(f"{place}: expected an autoencoder of images, got a {name}, which is one of {what}")
+    if classes is None and not (family := family_of(found)).is_served:
+        what = {"video": "clips", "audio": "sounds"}.get(family.signal, "something else than images")
+        told = family.refusal or f"one of {what}"
+        raise UsageError(f"{place}: expected an autoencoder of images or clips, got a {name}, which is {told}")
     if config.get("quantization_config"):
         raise UsageError(
             f"{place}: its {CONFIG} has a quantization_config: quantised weights are not read; give the weights that "

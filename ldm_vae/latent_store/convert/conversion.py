@@ -40,6 +40,8 @@ def convert_to(store: Path, out: Path, name: str, options: Options | None = None
     """
     options = options or Options()
     chosen, manifest = formats.load(name), read_finished(store)
+    if any(shard.frames is not None for shard in manifest.shards):
+        raise UsageError(f"--to {name}: is for latents [c, h, w], and store {store} holds those of clips [c, t, h, w]")
     lost = chosen.cannot_carry(manifest, options)
     if manifest.samples == 0:
         raise UsageError(f"store {store}: no samples to convert")

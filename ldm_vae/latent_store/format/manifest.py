@@ -90,15 +90,17 @@ class Recorded(Section):
 class ShardRecord(Section):
     """Rows of one unit that share one latent shape; the files are shards/NAME.EXTENSION."""
 
-    name: str = Field(pattern=r"^[0-9]{8}(-[0-9]+-[0-9]+x[0-9]+)?$")
+    name: str = Field(pattern=r"^[0-9]{8}(-[0-9]+-[0-9]+x[0-9]+(x[0-9]+)?)?$")
     unit: int
     rows: int
     shape: tuple[int, ...]
-    """Latent shape c, h, w."""
+    """Latent shape c, h, w, of clips c, t, h, w."""
     resolution: int
     """The resolution it was made for."""
     size: tuple[int, int]
     """Height and width of its crops in pixels."""
+    frames: int | None = None
+    """Frames of its clips; absent of images."""
     files: dict[str, FileRecord]
     """By extension: safetensors, parquet, arrow."""
     removed: tuple[int, ...] = ()
@@ -108,12 +110,18 @@ class ShardRecord(Section):
     def _check(self) -> ShardRecord:
         if set(self.files) != {*EXTENSIONS}:
             raise ValueError(f"shard {self.name}: expected the files {', '.join(EXTENSIONS)}")
-        numbers = (self.rows, *self.shape, *self.size, self.resolution)
-        if not all(0 < number < LARGEST for number in numbers) or not 2 <= len(self.shape) <= 3 or self.unit < 0:
+        numbers = (self.rows, *self.shape, *self.size, self.resolution, self.frames or 1)
+        ranks = (2, 3) if self.frames is None else (4,)
+        if not all(0 < number < LARGEST for number in numbers) or len(self.shape) not in ranks or self.unit < 0:
             raise ValueError(f"shard {self.name}: no shard has {self.rows} rows of shape {self.shape}")
         if any(a >= b for a, b in itertools.pairwise((-1, *self.removed, self.rows))):
             raise ValueError(f"shard {self.name}: removed rows are ascending and below {self.rows}")
         return self
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """Resolution, height and width, and of clips their frames: what its rows share."""
+        return self.resolution, *self.size, *([] if self.frames is None else [self.frames])
 
     @property
     def live(self) -> int:
@@ -183,9 +191,9 @@ class Manifest(Section):
             used, channels = self.recorded.normalisation.get("latents_mean"), len(measured.mean)
             images, good = (
                 measured.images,
-                all(len(one) == 3 and one[0] * self.identity.patch**2 == channels for one in shapes),
+                all(len(one) in (3, 4) and one[0] * self.identity.patch**2 == channels for one in shapes),
             )
-            good = good and (used is None or len(used) == channels)
+            good = good and (used is None or len(used) == channels * self.recorded.normalisation.get("frames", 1))
         if not good:
             raise ValueError("shards, statistics and normalisation: expected one number of channels, or of codes")
         if images != live * len(self.identity.views):
@@ -216,7 +224,9 @@ class Manifest(Section):
         tree = self.model_dump(mode="json")
         shards = tree.pop("shards")
         head = json.dumps(tree, indent=2, ensure_ascii=False)
-        lines = ",\n    ".join(json.dumps(shard, ensure_ascii=False) for shard in shards)
+        # a field that images do not have is left out, so that their stores stay as they were
+        known = ({key: value for key, value in shard.items() if value is not None} for shard in shards)
+        lines = ",\n    ".join(json.dumps(shard, ensure_ascii=False) for shard in known)
         body = f"[\n    {lines}\n  ]" if shards else "[]"
         return f'{head[:-2]},\n  "shards": {body}\n}}\n'.encode()
 

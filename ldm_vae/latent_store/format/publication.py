@@ -19,7 +19,7 @@ from ldm_vae.latent_store.format.layout import TENSORS, shard_file
 from ldm_vae.latent_store.format.manifest import ShardRecord
 from ldm_vae.latent_store.storage.objects import Storage
 
-Group = tuple[int, int, int]  # resolution, height, width: what rows of one shard share
+Group = tuple[int, ...]  # resolution, height, width, and of clips their frames: what rows of one shard share
 
 
 def publish_shard(
@@ -36,10 +36,10 @@ def publish_shard(
         spool: the tensors of the rows, at least one.
         samples: the columns of each row, among them `key`.
     """
-    resolution, height, width = group
+    resolution, height, width, *frames = group
     # the usual store has one shard a unit, whose name is its number alone
-    one_group = len(identity.resolution) == 1 and identity.bucket_step is None
-    name = f"{unit:08d}" if one_group else f"{unit:08d}-{resolution}-{height}x{width}"
+    one_group = len(identity.resolution) == 1 and identity.bucket_step is None and not frames
+    name = f"{unit:08d}" if one_group else f"{unit:08d}-{resolution}-{'x'.join(map(str, group[1:]))}"
     table = shards.to_table(samples)
     try:
         shards.check_table(table, whole=True)  # what would not be read again is not written
@@ -56,6 +56,7 @@ def publish_shard(
         shape=spool.specs[0].shape,
         resolution=resolution,
         size=(height, width),
+        frames=frames[0] if frames else None,
         files=files,
     )
     return record, {field.name: str(field.type) for field in table.schema}

@@ -67,7 +67,7 @@ def tensors_of(identity: Identity) -> list[str]:
 
 def map_shard(path: Path, identity: Identity, shard: ShardRecord) -> dict[str, npt.NDArray[Any]]:
     """The tensors of a store's shard, mapped. Raises WorkError unless their types and shapes are the manifest's."""
-    pixels, values = (-1, *shard.size), SAFETENSORS_DTYPES[identity.dtype]
+    pixels, values = (-1, *shard.group[3:], *shard.size), SAFETENSORS_DTYPES[identity.dtype]
     specs = [
         shards.TensorSpec(name, "U8", pixels) if name.split(".")[0] == PIXELS
         else shards.TensorSpec(name, values, shard.shape)

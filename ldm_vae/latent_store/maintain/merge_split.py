@@ -55,8 +55,8 @@ class StoredPiece:
 
     @property
     def group(self) -> Group:
-        """Resolution, height and width of the crops."""
-        return self.shard.resolution, *self.shard.size
+        """What the rows share (`publication.Group`)."""
+        return self.shard.group
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ class Costs:
 def measure_costs(store: Path, manifest: Manifest, vae: Any, source: Source) -> Costs:
     """Decode a few samples of the newest shard with and without the rounding of the storage dtype."""
     identity, shard = manifest.identity, manifest.shards[-1]
-    count = min(shard.rows, max(1, MOST_PIXELS // (shard.size[0] * shard.size[1])))
+    count = min(shard.rows, max(1, MOST_PIXELS // math.prod(shard.group[1:])))
     indices = shards.read_rows(shard_path(store, shard.name), ["source_index"]).column(0)[:count].to_pylist()
     exact = identity.model_copy(update={"resolution": (shard.resolution,)})
     # the same encode stored in fp32, which rounds nothing: the difference is the storage dtype's alone

@@ -141,7 +141,7 @@ def _compare(
     )
     patch = manifest.identity.patch  # statistics are of the channels of patches
     off = torch.pixel_unshuffle(torch.from_numpy(np.abs(new.astype(np.float64) - old)), patch).numpy()
-    return same, float((off / std[:, None, None]).max())
+    return same, float((off / std.reshape(-1, *(1,) * (off.ndim - 1))).max())
 
 
 def unit_of(manifest: Manifest) -> str:

@@ -7,7 +7,7 @@
 
 Each shard is mapped once per process (`mapped_files.py`); rows go straight from the map into the batch's buffer.
 
-Legend: B batch, c latent channels, h w latent positions.
+Legend: B batch, c latent channels, t h w latent positions.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ Integers = npt.NDArray[np.int64]
 class LatentDataset(Dataset[Item]):
     """Map-style dataset of a latent store.
 
-    Items hold `latents` [c, h, w] fp32, sampled anew at each visit and normalised as the VAE's config.json says (of a
-    VQModel's store: `indices` [h, w] int64), `index`, and the columns. Works with any torch DataLoader and sampler;
-    `loader` is the fast way, and the one that resumes exactly whatever was read ahead.
+    Items hold `latents` [c, h, w] fp32, of clips [c, t, h, w], sampled anew at each visit and normalised as the VAE's
+    config.json says (of a VQModel's store: `indices` [h, w] int64), `index`, and the columns. Works with any torch
+    DataLoader and sampler; `loader` is the fast way, and the one that resumes exactly whatever was read ahead.
 
     A draw is keyed by (seed, epoch, index, visit, rank): the epoch of `set_epoch` (0), the number of earlier visits of
     the sample in it, and the rank of the process (torch.distributed's, else $RANK). Visits are counted in memory that
@@ -198,7 +198,8 @@ class LatentDataset(Dataset[Item]):
         return int(self._stops[-1]) if len(self._stops) else 0
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """Shape (c, h, w) of one sample as it is given; a store of one resolution without buckets has one."""
+        """Shape (c, h, w) or (c, t, h, w) of one sample as it is given; a store of one resolution and length, without
+        buckets, has one."""
         return self._given(self.shards_of(self._checked(np.asarray([index], dtype=np.int64)).tolist())[0].shape)
 
     def _given(self, stored: tuple[int, ...]) -> tuple[int, ...]:
@@ -321,13 +322,12 @@ class LatentDataset(Dataset[Item]):
 
     @torch.no_grad()
     def decode(self, scaled: torch.Tensor, vae: Any) -> torch.Tensor:
-        """latents [c, h, w] or [B, c, h, w], or indices [h, w] or [B, h, w], as this dataset gives them => pixels, fp32
-        and not clamped."""
+        """latents [c, h, w] or [B, c, h, w], of clips [c, t, h, w] or [B, c, t, h, w], or indices [h, w] or [B, h, w],
+        as this dataset gives them => pixels, fp32 and not clamped."""
+        single = scaled.ndim == len(self.manifest.shards[0].shape)
         if self.manifest.identity.codes is not None:
-            single = scaled.ndim == 2
             pixels = finite.decode_indices(vae, (scaled[None] if single else scaled).to(vae.device))
         else:
-            single = scaled.ndim == 3
             z = self.normalisation.undo(scaled[None] if single else scaled)
             pixels = finite.decode(vae, z.to(vae.device))
         return pixels[0] if single else pixels

@@ -148,7 +148,7 @@ class Maps:
         crops = []
         for s, r, view in zip(shard, row, each, strict=True):
             crop = self.tensors(s)[tensor_name(PIXELS, crop_of(view))][r]
-            crops.append(crop[:, :, ::-1] if is_flipped(view) else crop)
+            crops.append(crop[..., ::-1] if is_flipped(view) else crop)
         return torch.from_numpy(np.stack(crops))
 
     def value(self, shard: int, row: int, name: str) -> Any:

@@ -45,6 +45,7 @@ def contact_sheet(dataset: LatentDataset, vae: Any, count: int = 16, columns: in
     sheet = Image.new("RGB", (side * min(columns, len(chosen)), side * -(-len(chosen) // columns)))
     for place, index in enumerate(chosen):
         ((_, picture),) = _decoded(dataset, vae, [index])
+        picture = picture[:, 0] if picture.ndim == 4 else picture  # a clip's first frame
         image = to_image(visible(picture, decoding is not None and decoding.alpha)).convert("RGB")
         image.thumbnail((side, side))
         sheet.paste(image, (place % columns * side, place // columns * side))
@@ -52,7 +53,7 @@ def contact_sheet(dataset: LatentDataset, vae: Any, count: int = 16, columns: in
 
 
 def _decoded(dataset: LatentDataset, vae: Any, indices: Sequence[int]) -> list[tuple[Item, torch.Tensor]]:
-    """Items of one shape, each with its picture, uint8 [C, H, W]."""
+    """Items of one shape, each with its picture, uint8 [C, H, W], or clip [C, T, H, W]."""
     items = [dataset[index] for index in indices]
     name = "latents" if dataset.manifest.identity.codes is None else "indices"
     pictures = to_uint8(dataset.decode(torch.stack([item[name] for item in items]), vae)).cpu()

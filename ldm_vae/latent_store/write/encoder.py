@@ -10,6 +10,7 @@ Legend: B batch, C image channels, c latent channels, H W pixels, h w latent pos
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import threading
@@ -20,8 +21,11 @@ import numpy.typing as npt
 import torch
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels
+from ldm_vae.autoencoder.clip_stream import encode_clip
+from ldm_vae.autoencoder.families import family_of
+from ldm_vae.autoencoder.geometry import downsampling_factor, latent_size
 from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.lengths import check_frames
 from ldm_vae.core import rng
 from ldm_vae.core.errors import WorkError
 from ldm_vae.data.transforms import to_pixels
@@ -39,6 +43,8 @@ from ldm_vae.latent_store.format.manifest import Settings
 from ldm_vae.latent_store.format.shards import TensorSpec
 from ldm_vae.latent_store.write.sample_stream import Ready
 from ldm_vae.latent_store.write.tiled_encode import encode_tiled
+
+CLIP_PART = 17  # frames of a clip that are on the device at a time
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +83,7 @@ class Encoder:
         self._names = TENSOR_NAMES[identity.store]
         self._dtype = TORCH_DTYPES[identity.dtype]
         self._factor = downsampling_factor(vae)
-        self._lock = threading.Lock()
+        self._lock, self._own = threading.Lock(), threading.local()
 
     @property
     def settings(self) -> Settings:
@@ -90,16 +96,17 @@ class Encoder:
             torch=torch.__version__.partition("+")[0],
         )
 
-    def specs(self, height: int, width: int, channels: int) -> list[TensorSpec]:
-        """The stored tensors of crops [C, H, W]."""
-        shape: tuple[int, ...] = (height // self._factor, width // self._factor)
-        if self.identity.store != "indices":
-            shape = (latent_channels(self.vae), *shape)
+    def specs(self, channels: int, *size: int) -> list[TensorSpec]:
+        """The stored tensors of crops [C, H, W], or of clips [C, T, H, W]."""
+        check_frames(self.vae, size[0] if len(size) > 2 else 1)
+        shape = latent_size(self.vae, *size)
+        if self.identity.store == "indices":
+            shape = shape[1:]
         dtype = SAFETENSORS_DTYPES[self.identity.dtype]
         views = self.identity.views
         specs = [TensorSpec(tensor_name(name, view), dtype, shape) for view in views for name in self._names]
         if self.identity.pixels:
-            specs += [TensorSpec(tensor_name(PIXELS, c), "U8", (channels, height, width)) for c in crops_of(views)]
+            specs += [TensorSpec(tensor_name(PIXELS, c), "U8", (channels, *size)) for c in crops_of(views)]
         return specs
 
     def __call__(self, samples: Sequence[Ready]) -> tuple[EncodedRows, list[Reason]]:
@@ -113,7 +120,7 @@ class Encoder:
         for number, view in enumerate(self.identity.views):
             images = [sample.crops[crop_of(view)] for sample in samples]
             if is_flipped(view):
-                images = [image.flip(2) for image in images]
+                images = [image.flip(-1) for image in images]
             keys = [(sample.index, sample.group[0], number) for sample in samples]
             stored, bad = self._encode(images, keys)
             rows |= {tensor_name(name, view): _numpy(value) for name, value in stored.items()}
@@ -129,7 +136,8 @@ class Encoder:
     def _encode(
         self, images: Sequence[torch.Tensor], keys: Sequence[tuple[int, int, int]]
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """uint8 images [C, H, W] => stored tensors [n, c, h, w], and which are not finite [n]; batch by batch."""
+        """uint8 images [C, H, W], or clips [C, T, H, W] => stored tensors [n, ...], and which are not finite [n]; batch
+        by batch."""
         parts: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
         first = 0
         while first < len(images):
@@ -146,10 +154,9 @@ class Encoder:
     def _halve(self, tried: int, image: torch.Tensor, error: Exception) -> None:
         """Go on with half the batch, which every later unit records."""
         if tried == 1:
-            height, width = image.shape[1:]
-            raise WorkError(
-                f"the device has too little memory to encode one image of {height} x {width}; --tile N encodes in parts"
-            ) from error
+            what = " x ".join(map(str, image.shape[1:]))
+            more = "" if image.ndim == 4 else "; --tile N encodes in parts"
+            raise WorkError(f"the device has too little memory to encode one image of {what}{more}") from error
         torch.cuda.empty_cache()
         with self._lock:
             # several threads can fail at one size: the first halves it, the others find it halved
@@ -167,7 +174,8 @@ class Encoder:
         stored, bad = self._stored(moments, keys)
         if self.identity.mixed_precision != "no" and bad.any():
             # fp32 for the samples that overflowed alone: the others keep their bits
-            again, own = self._moments(pixels, "no"), torch.cat([bad, bad.new_zeros(size - len(bad))]).view(-1, 1, 1, 1)
+            again, own = self._moments(pixels, "no"), torch.cat([bad, bad.new_zeros(size - len(bad))])
+            own = own.view(-1, *(1,) * (moments.mean.ndim - 1))
             mean, logvar = torch.where(own, again.mean, moments.mean), torch.where(own, again.logvar, moments.logvar)
             stored, bad = self._stored(Moments(mean, logvar), keys)
         return stored, bad
@@ -177,15 +185,30 @@ class Encoder:
         autocast: Any = contextlib.nullcontext()
         if precision != "no":
             autocast = torch.autocast(self.device.type, TORCH_DTYPES[precision])
+        vae = self._network()
+
+        def encode(part: torch.Tensor) -> Moments:
+            if part.ndim == 4:
+                return latents.encode(vae, to_pixels(part.to(self.device)))
+            # a few frames at a time: of a long clip no fp32 pixels are held, nor activations where the class can
+            some = (to_pixels(few.to(self.device)) for few in torch.split(part, CLIP_PART, dim=2))
+            return Moments.joined([*encode_clip(vae, some)])
+
         with autocast:
-            images = to_pixels(pixels.to(self.device))
-            if self.identity.tile is None or max(images.shape[2:]) <= self.identity.tile[0]:
-                moments = latents.encode(self.vae, images)
+            if self.identity.tile is None or max(pixels.shape[-2:]) <= self.identity.tile[0]:
+                moments = encode(pixels)
             else:
-                moments = encode_tiled(
-                    lambda part: latents.encode(self.vae, part), images, *self.identity.tile, self._factor
-                )
+                moments = encode_tiled(encode, pixels, *self.identity.tile, self._factor)
         return Moments(moments.mean.cpu(), moments.logvar.cpu())
+
+    def _network(self) -> Any:
+        """The network of this thread: a class of clips keeps caches in itself, so each has one, of the same weights."""
+        if family_of(self.vae).signal != "video":
+            return self.vae
+        if not hasattr(self._own, "vae"):
+            shared = {id(one): one for one in (*self.vae.parameters(), *self.vae.buffers())}
+            self._own.vae = copy.deepcopy(self.vae, shared)
+        return self._own.vae
 
     def _stored(
         self, moments: Moments, keys: Sequence[tuple[int, int, int]]

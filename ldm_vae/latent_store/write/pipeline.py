@@ -179,9 +179,9 @@ class Pipeline:
 
     def _spool(self, batch: Sequence[Ready], rows: EncodedRows, reasons: Sequence[Reason]) -> None:
         unit, group = self._unit(batch[0].unit), batch[0].group
-        # opened at the group's first batch, which tells the number of channels
+        # opened at the group's first batch, which tells the shape of its crops
         if group not in unit.spools:
-            specs = self._encoder.specs(group[1], group[2], channels=batch[0].crops[""].shape[0])
+            specs = self._encoder.specs(*batch[0].crops[""].shape)
             unit.spools[group] = shards.Spool(self._out / SHARDS, specs)
             unit.rows[group] = []
         # a row that cannot be stored leaves no gap: its tensors and its columns are both left out

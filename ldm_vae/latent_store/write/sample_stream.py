@@ -25,7 +25,7 @@ from ldm_vae.latent_store.write.freshness_cache import Sightings, sighting
 
 @dataclass(frozen=True)
 class Ready:
-    """One future row: the crops uint8 [C, H, W] by name, and the row of the parquet."""
+    """One future row: the crops uint8 [C, H, W] by name, of clips [C, T, H, W], and the row of the parquet."""
 
     unit: Unit
     index: int
@@ -33,10 +33,10 @@ class Ready:
     row: dict[str, Any]
 
     @property
-    def group(self) -> tuple[int, int, int]:
-        """Resolution, height and width: rows of one group share a shard."""
-        height, width = self.crops[""].shape[1:]
-        return int(self.row["resolution"]), height, width
+    def group(self) -> tuple[int, ...]:
+        """Resolution, height and width, and of clips their frames: rows of one group share a shard."""
+        _, *frames, height, width = self.crops[""].shape
+        return int(self.row["resolution"]), height, width, *frames
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _rows(sample: Sample, unit: Unit, name: str, cutting: Cutting) -> list[Ready
     rows, width = [], len(cutting.crops)
     for number, resolution in enumerate(cutting.resolutions):
         crops = dict(zip(cutting.crops, sample.views[number * width : (number + 1) * width], strict=True))
-        side = crops[""].pixels.shape[1:]
+        side = crops[""].pixels.shape[-2:]
         geometry = {"resolution": resolution, "bucket": f"{side[0]}x{side[1]}"}
         boxes = {tensor_name("crop_box", crop): list(cut.box) for crop, cut in crops.items()}
         pixels = {crop: cut.pixels for crop, cut in crops.items()}

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.meta import on_meta, without_values
 from ldm_vae.core.errors import UsageError
 
 
@@ -32,6 +34,16 @@ def check_tile(tile: int, overlap: int, vae: Any) -> None:
         raise UsageError(f"tile: expected a positive multiple of f = {factor}, got {tile}")
     if overlap < 0 or overlap % factor or overlap > tile // 2:
         raise UsageError(f"tile_overlap: expected a multiple of f = {factor} up to {tile // 2}, got {overlap}")
+
+
+def has_other_tiles(vae: Any) -> bool:
+    """True where a network works in tiles that its class alone does not tell: a store records none of these."""
+    family = family_of(vae)
+    if family.frames_first or not family.tiled:  # AutoencoderKLAllegro's are set at each call (signals.py)
+        return bool(getattr(vae, "use_tiling", False)) and not family.frames_first
+    with on_meta():
+        fresh = without_values(vae)
+    return any(value != getattr(vae, name) for name, value in vars(fresh).items() if "til" in name)
 
 
 def tile_of(tile: int | None, overlap: int | None, factor: int) -> tuple[int, int] | None:
@@ -50,17 +62,19 @@ def tile_of(tile: int | None, overlap: int | None, factor: int) -> tuple[int, in
 def encode_tiled(
     encode: Callable[[torch.Tensor], Moments], pixels: torch.Tensor, tile: int, overlap: int, factor: int
 ) -> Moments:
-    """pixels [B, C, H, W] => moments [B, c, h, w], tile by tile; the sides are multiples of f."""
-    height, width = pixels.shape[2:]
+    """pixels [B, C, H, W], or of clips [B, C, T, H, W], of the type that `encode` takes => moments [B, c, h, w] or [B,
+    c, t, h, w], tile by tile; the sides are multiples of f."""
+    height, width = pixels.shape[-2:]
     size = (min(tile, height) // factor, min(tile, width) // factor)
-    window = _window(size, overlap // factor).to(pixels.device)
+    window = _window(size, overlap // factor)
     total: torch.Tensor | None = None
-    weight = torch.zeros((height // factor, width // factor), device=pixels.device)
+    weight = torch.zeros((height // factor, width // factor))
     for top, left in itertools.product(*(_starts(side, tile, overlap, factor) for side in (height, width))):
-        moments = encode(pixels[:, :, top : top + tile, left : left + tile])
+        moments = encode(pixels[..., top : top + tile, left : left + tile])
         both = torch.cat([moments.mean, moments.logvar], dim=1)
         if total is None:
-            total = both.new_zeros((*both.shape[:2], height // factor, width // factor))
+            total = both.new_zeros((*both.shape[:-2], height // factor, width // factor))
+            window, weight = window.to(both.device), weight.to(both.device)
         at = (slice(top // factor, top // factor + size[0]), slice(left // factor, left // factor + size[1]))
         total[..., at[0], at[1]] += both * window
         weight[at] += window

@@ -60,7 +60,7 @@ from ldm_vae.latent_store.write.finalize import finish
 from ldm_vae.latent_store.write.freshness import Check
 from ldm_vae.latent_store.write.freshness_cache import Sightings
 from ldm_vae.latent_store.write.pipeline import Pipeline
-from ldm_vae.latent_store.write.tiled_encode import check_tile
+from ldm_vae.latent_store.write.tiled_encode import check_tile, has_other_tiles
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def write_store(
 
     Args:
         vae: a diffusers AutoencoderKL, VQModel or AutoencoderTiny (eval mode).
-        resolution: side of the crop, a multiple of f; several give one shape each, from one decode.
+        resolution: side of the crop, a multiple of f; several give one shape each, from one decode. (Frames of clips
+            likewise; clips of each length are shards of their own.)
         batch_size: images per forward pass, and part of what byte identity depends on.
         shard_size: source samples per work unit.
         store: which tensors are stored.  dtype: as what.  (None: see `codes.choose`.)
@@ -140,7 +141,7 @@ def write_store(
     _at_least_one(batch_size=batch_size, shard_size=shard_size, encode_threads=encode_threads)
     if tile is not None:
         check_tile(*tile, vae)
-    if getattr(vae, "use_tiling", False):
+    if has_other_tiles(vae):
         raise UsageError("vae: its tiling is on, which a store does not record: `vae.disable_tiling()`, or give `tile`")
     kind, storage, codes = choose(vae, store, dtype)
     identity = Identity(

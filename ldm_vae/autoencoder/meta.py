@@ -1,0 +1,60 @@
+"""Runs without values: shapes, and which layer or parameter takes part, on tensors of device `meta`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+Found = TypeVar("Found")
+
+
+def once(measure: Callable[[Any], Found]) -> Callable[[Any], Found]:
+    """Remember what a run without values finds: for a network, and for all of its class and config."""
+    known: WeakKeyDictionary[Any, Found] = WeakKeyDictionary()
+    of_config: dict[tuple[type, str], Found] = {}
+
+    @functools.wraps(measure)
+    def found(vae: Any) -> Found:
+        if vae in known:
+            return known[vae]
+        if not hasattr(vae, "from_config"):
+            known[vae] = measure(vae)
+            return known[vae]
+        key = (type(vae), repr(vae.config))
+        if key not in of_config:
+            of_config[key] = measure(vae)
+        known[vae] = of_config[key]
+        return known[vae]
+
+    return found
+
+
+def without_values(vae: Any) -> Any:
+    """A network of the same class and config, for use in `on_meta`; of one that has no config of
+    diffusers', a copy."""
+    if not hasattr(vae, "from_config"):
+        return copy.deepcopy(vae).to("meta") if isinstance(vae, nn.Module) else vae
+    # a config also holds what diffusers notes for itself, of which it warns when it is given back
+    taken = inspect.signature(type(vae).__init__).parameters
+    config = {name: value for name, value in vae.config.items() if name in taken}
+    try:
+        return type(vae).from_config(config).eval().to("meta")  # also buffers that are constants of a module
+    except RuntimeError:  # it reads a value while it is built (AutoencoderVidTok's levels)
+        with torch.device("cpu"):
+            return type(vae).from_config(config).eval().to("meta")
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Around tensors without values, also where a caller's tensors are fake; the global random state stays."""
+    with torch.random.fork_rng(devices=[]), unset_fake_temporarily(), torch.device("meta"):
+        yield
