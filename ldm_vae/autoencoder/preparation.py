@@ -15,9 +15,10 @@ from ldm_vae.autoencoder.geometry import image_channels
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import DEFAULT, Decoding
 from ldm_vae.data.flags import NO_FLAGS, DataFlags
-from ldm_vae.data.preprocessing import FILE, SETTABLE, Preprocessing
+from ldm_vae.data.preprocessing import FILE, OF_CLIPS, SETTABLE, Preprocessing
 from ldm_vae.data.source import Source, open_source, with_resize
 from ldm_vae.data.transforms import decoding_of, preprocessing_identity
+from ldm_vae.data.windows import windows
 
 Network = TypeVar("Network")
 
@@ -40,18 +41,25 @@ class Preparation:
         """The record of a network that goes on with this."""
         return Preprocessing.of(self.decoding)
 
-    def open(self, data: str | Path) -> Source:
-        """Open DATA with this decoding. Raises UsageError when nothing is there, WorkError when it is empty."""
+    def open(self, data: str | Path, *, whole: bool = False) -> Source:
+        """Open DATA with this decoding: images, or the clips that cover its videos (whole: the videos).
+
+        Raises:
+            UsageError: nothing is there.
+            WorkError: it is empty.
+        """
         flags, decoding = self.flags, self.decoding
         source = open_source(
             data, image_column=flags.image_column, caption_column=flags.caption_column, split=flags.split,
             kind=flags.kind, channels=decoding.channels, background=decoding.background,
-            value_range=decoding.value_range, alpha=decoding.alpha, jpeg_draft=decoding.jpeg_draft, **flags.data_fields,
+            value_range=decoding.value_range, alpha=decoding.alpha, jpeg_draft=decoding.jpeg_draft,
+            frames=decoding.frames, frame_rate=decoding.frame_rate, frame_stride=decoding.frame_stride,
+            **flags.data_fields,
         )  # fmt: skip
         source = with_resize(source, decoding.resize)
         if source.decoding != decoding:  # of a kind of somebody's own
             raise UsageError(f"data {data}: expected the decoding {decoding}, its kind has {source.decoding}")
-        return source
+        return source if whole else windows(source)
 
 
 def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Preparation:
@@ -139,7 +147,7 @@ def _decide(
         raise UsageError(f"--channels: expected {channels}, which {taker} takes, got {flags.channels}")
     chosen: dict[str, Any] = {"alpha": alpha}
     notes = []
-    for field in SETTABLE:
+    for field in (*SETTABLE, *OF_CLIPS):
         given, said = getattr(flags, field), [(name, getattr(found, field)) for name, found in records]
         if given is not None:
             chosen[field] = given
