@@ -251,23 +251,24 @@ def _chosen(
                 raise _Late from error
         slack = opened.tick if decoding.frame_rate else 1 / known.rate / 2
         limits = [int((time + slack) / opened.tick) for time in times]
+        ticks = [round(time / opened.tick) for time in times]
         frames = opened.frames()
         at, frame, decoded = 0, None, None
         coming = next(frames, None)
         if coming is None or (coming[0] > limits[0] and seek is not None):
             raise _Late if seek is not None else BadImage("holds no frame that can be decoded")
-        for time, limit in zip(times, limits, strict=True):
+        for time, tick, limit in zip(times, ticks, limits, strict=True):
             # a frame within a tick of the time is its frame: the one behind it need not be decoded to know that
             while frame is None or (coming is not None and coming[0] <= limit):
                 if coming is None:
                     raise BadImage("holds no frame that can be decoded")
                 (at, frame), decoded = coming, None
-                exact = abs(at - time / opened.tick) <= 1
+                exact = abs(at - tick) <= 1
                 coming = None if exact and limit == limits[-1] else next(frames, None)
                 if coming is None:
                     break
             # the last frame stays for its own time and no longer
-            if coming is None and at + opened.step + slack / opened.tick < time / opened.tick:
+            if coming is None and at + opened.step + int(slack / opened.tick) < tick:
                 raise BadImage(f"ends at {float((at + opened.step) * opened.tick):.2f} s, before {float(time):.2f} s")
             decoded = decoded or _decoded(frame, decoding, known)
             yield decoded

@@ -60,8 +60,9 @@ class Windows:
                 starts, there = starts_of(known, self.decoding), reach(known, self.decoding)
                 counts[index] = len(starts)
                 self._length[index] = starts[1].as_integer_ratio() if len(starts) > 1 else (0, 1)
-                whole += there
-                left += there - min(there, len(starts) * (self.decoding.frames or 1))
+                covered = len(starts) * (self.decoding.frames or 1)
+                if there >= covered:
+                    whole, left = whole + there, left + there - covered
         self._ends = np.cumsum(counts)
         tell(self.name, found)
         if left:
