@@ -230,8 +230,8 @@ def test_a_survey_tells_of_clips(films: Path, tmp_path: Path) -> None:
     found = survey(source)
     told = "\n".join(lines(found, 16, [(16, 16), (16, 24)]))
     for line in (
-        "6 images: 4 usable, 2 not", "images      2 of them, clips of one frame", "frames/s    25 2",
-        "notes       audio, ignored 1",
+        "6 images and videos: 4 usable, 2 not", "images      2 of them, clips of one frame", "frames/s    25 2",
+        "notes       1: audio, ignored",
     ):  # fmt: skip
         assert line in told
     assert "frames              11        11        14        17        17" in told.replace("seconds", "\nseconds")

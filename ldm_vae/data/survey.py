@@ -127,7 +127,8 @@ def lines(found: Survey, resolution: int, shapes: Sequence[buckets.Shape]) -> li
     """The survey as a person reads it."""
     good, bad = found.good, found.bad
     looked = "" if found.total == len(found.findings) else f", {len(found.findings):,} of them looked at"
-    total = "a stream of images" if found.total is None else f"{found.total:,} images"
+    what = "images" if all(f.video is None for f in good) else "images and videos"
+    total = f"a stream of {what}" if found.total is None else f"{found.total:,} {what}"
     out = [f"{total}{looked}: {len(good):,} usable, {len(bad):,} not"]
     videos = [f.video for f in good if f.video is not None]
     if good:
@@ -179,7 +180,10 @@ def _videos(facts: Sequence[VideoFacts]) -> list[str]:
         told = [f"{value:10.0f}" if name == "frames" else f"{value:10.2f}" for value in _quantiles(np.array(values))]
         out.append(f"{name:12}" + "".join(told))
     out += _counts("frames/s", [f"{float(f.rate):.6g}" for f in moving])
-    return out + _counts("notes", [note for f in moving for note in f.notes] or ["none"])
+    notes = Counter(note for f in moving for note in f.notes)
+    return out + [
+        f"{'' if number else 'notes':12}{count:,}: {note}" for number, (note, count) in enumerate(notes.items())
+    ]
 
 
 def _quantiles(values: np.ndarray[Any, Any]) -> list[float]:
