@@ -175,7 +175,7 @@ def write_lossless(path: Path, frames: Iterable[np.ndarray[Any, Any]], rate: int
             form, stored = ("rgb24", "bgr0") if frame.ndim == 3 else ("gray", "gray")
             if stream is None:
                 stream = file.add_stream("ffv1", rate=rate)
-                stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], stored
+                (stream.height, stream.width), stream.pix_fmt = frame.shape[:2], stored
             file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format=form)))
         file.mux(stream.encode())
 
