@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from sentences import refused
 from videos import frame, number_of, write_video
@@ -28,11 +29,15 @@ from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.flags import DataFlags
 from ldm_vae.data.inventory import compare, take_inventory
 from ldm_vae.data.preprocessing import Preprocessing, parse
+from ldm_vae.data.quarantine import Quarantine, read_quarantine
 from ldm_vae.data.sizes import read_sizes, shared_sizes
 from ldm_vae.data.source import open_source
 from ldm_vae.data.survey import lines, survey, thumbnails
 from ldm_vae.data.transforms import PREPROCESSING_VERSION, TransformConfig, decoding_of, preprocessing_identity
 from ldm_vae.data.windows import windows
+from ldm_vae.metrics.batches import image_batches
+from ldm_vae.training.config import Training
+from ldm_vae.training.data import ImageFeed, open_sources
 
 PLAIN = TransformConfig(crop="centre", flip=False)
 
@@ -282,3 +287,32 @@ def test_logging_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
         footage.tell("x", [facts, facts])
         footage.tell("x", [facts])
     assert [record.message for record in caplog.records] == ["data x: 2 of the videos: audio, ignored"]
+
+
+def test_evaluation_reads_clips_and_images_in_batches_of_one_shape(films: Path) -> None:
+    source = windows(open_source(films, frames=5))
+    batches = list(image_batches(source, None, 16, batch_size=9))
+    assert [tuple(batch.pixels.shape) for batch in batches] == [(5, 3, 5, 16, 16), (2, 3, 1, 16, 16)]
+    assert [key for batch in batches for key in batch.keys][-3:] == ["b.mp4#t=0.2", "e1.png", "e2.png"]
+
+
+def test_a_run_feeds_videos_and_images_and_quarantines_the_rest(films: Path, tmp_path: Path) -> None:
+    data = {"kind": "folder", "path": str(films), "frames": 5}
+    (tmp_path / "run").mkdir()
+    settings = Training.model_validate(
+        {
+            "output_dir": str(tmp_path / "run"), "data": data, "validation_data": data, "resolution": 16,
+            "train_batch_size": 2, "losses": {"l1": {}}, "max_train_images": 4,
+        }
+    )  # fmt: skip
+    source, held_out = open_sources(settings)
+    assert held_out is not None and len(held_out) == 9
+    quarantine = Quarantine(len(source), path=tmp_path / "run" / "quarantine.jsonl")
+    feed = ImageFeed(settings, None, source)
+    assert feed.prepared.signal == "video"
+    batches = list(islice(feed.batches(Accelerator(cpu=True), 0, quarantine), 8))
+    assert {batch.pixels.shape[2] for batch in batches} == {1, 5}
+    assert {bad.key: bad.reason for bad in read_quarantine(tmp_path / "run" / "quarantine.jsonl")} == {
+        "c.mkv": "3 frames fill no bucket",
+        "d.mp4": EXPECTED["d.mp4"],
+    }
