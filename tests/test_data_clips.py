@@ -53,6 +53,13 @@ def test_a_clip_is_the_frames_from_its_start_on_in_every_container(tmp_path: Pat
         numbers(video, FIVE, Fraction(14, 25))
 
 
+def test_frames_are_counted_where_the_last_packets_do_not_tell(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 64, 96, 3), dtype=np.uint8)
+    for name, codec in (("a.mpg", "mpeg2video"), ("a.ts", "libx264"), ("a.flv", "libx264"), ("a.h264", "libx264")):
+        path = write_video(tmp_path / name, 40, (64, 96), codec=codec, options={"g": "12"}, pictures=noise)
+        assert facts_of(Video(str(path)), FIVE).frames == 40
+
+
 def test_stride_and_rate_take_the_last_frame_that_is_not_after_the_time(tmp_path: Path) -> None:
     video = Video(str(write_video(tmp_path / "a.mkv", rate=30)))  # stamps are rounded to milliseconds: 33, 67, 100
     assert numbers(video, Decoding(frames=5, frame_stride=3)) == [0, 3, 6, 9, 12]
