@@ -316,3 +316,17 @@ def test_a_run_feeds_videos_and_images_and_quarantines_the_rest(films: Path, tmp
         "c.mkv": "3 frames fill no bucket",
         "d.mp4": EXPECTED["d.mp4"],
     }
+
+
+def test_what_has_another_length_stands_in_for_no_clip_and_is_not_bad(films: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 32, 48, 3), dtype=np.uint8)
+    (films / "d.mp4").unlink()
+    start = {"movflags": "faststart"}
+    path = write_video(films / "b.mp4", 40, codec="libx264", options={"g": "10"}, container=start, pictures=noise)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    source = open_source(films, frames=5)
+    chosen = buckets.assign([(1, 16, 16), (5, 16, 16)], read_sizes(source, range(len(source)))[0])
+    batches = list(islice(training_loader(source, PLAIN, 16, seed=1, batch_size=2, buckets=chosen), 16))
+    bad = {one.key: one.reason for batch in batches for one in batch.bad}
+    assert bad.keys() == {"b.mp4"} and "damaged" in bad["b.mp4"]
+    assert {key for batch in batches if batch.pixels.shape[2] == 5 for key in batch.keys} == {"a.mkv", "b.mp4"}
