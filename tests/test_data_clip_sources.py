@@ -280,12 +280,11 @@ def test_a_window_is_exact_at_rates_that_are_no_decimals(tmp_path: Path) -> None
     assert source.key(1) == "n.mp4#t=0.133467"
 
 
-def test_logging_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_note_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     footage._SAID.clear()
-    facts = footage.VideoFacts(1, Fraction(1), 1, 1, "", "", ("audio, ignored",))
     with caplog.at_level(logging.WARNING):
-        footage.tell("x", [facts, facts])
-        footage.tell("x", [facts])
+        footage.tell("x", {"audio, ignored": 2})
+        footage.tell("x", {"audio, ignored": 1})
     assert [record.message for record in caplog.records] == ["data x: 2 of the videos: audio, ignored"]
 
 

@@ -19,7 +19,7 @@ from videos import frame, number_of, write_video
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data import containers
-from ldm_vae.data.clips import crops_of, facts_of, first_frame, frames_of, reach, starts_of
+from ldm_vae.data.clips import crops_of, facts_of, first_frame, frames_of, reach, tiles_of
 from ldm_vae.data.decoding import Decoding, read_image
 from ldm_vae.data.footage import Video
 from ldm_vae.data.quarantine import BadImage
@@ -44,7 +44,8 @@ def test_a_clip_is_the_frames_from_its_start_on_in_every_container(tmp_path: Pat
     video = Video(str(write_video(tmp_path / name, codec=codec, options={"g": "4"})))
     known = facts_of(video, FIVE)
     assert (known.frames, known.rate, known.height, known.width) == (17, 25, 32, 48)
-    assert [numbers(video, FIVE, start) for start in starts_of(known, FIVE)] == [
+    count, length = tiles_of(known, FIVE)
+    assert [numbers(video, FIVE, number * length) for number in range(count)] == [
         list(range(first, first + 5)) for first in (0, 5, 10)
     ]
     assert numbers(video, FIVE, Fraction(12, 25)) == [12, 13, 14, 15, 16]
@@ -233,7 +234,7 @@ def test_an_image_is_a_clip_of_one_frame() -> None:
     assert crop.pixels.shape == (3, 1, 16, 16)
     assert torch.equal(crop.pixels[:, 0], centre_crop(read_image(png.getvalue()).pixels, 16).pixels)
     known = facts_of(png.getvalue(), FIVE)
-    assert (known.frames, reach(known, FIVE), starts_of(known, FIVE)) == (1, 1, [0])
+    assert (known.frames, reach(known, FIVE), tiles_of(known, FIVE)) == (1, 1, (1, 0))
 
 
 def reason(image: Any, decoding: Decoding = FIVE) -> str:
@@ -249,6 +250,11 @@ def test_a_short_video_is_refused_and_says_by_how_much(tmp_path: Path) -> None:
     assert reason(video, Decoding(frames=4, frame_stride=3)) == "9 frames in 0.36 s: 3 of the 4 of a clip, every 3th"
 
 
+def test_time_stamps_that_cannot_be_are_not_believed(tmp_path: Path) -> None:
+    far = Video(str(write_video(tmp_path / "far.mkv", 9, stamps=[40 * number for number in range(8)] + [2 * 10**9])))
+    assert facts_of(far, FIVE).frames == 9
+
+
 def test_damage_is_a_reason(tmp_path: Path) -> None:
     whole = write_video(
         tmp_path / "a.mp4", 40, codec="libx264", options={"g": "10"}, container={"movflags": "faststart"},
@@ -257,9 +263,17 @@ def test_damage_is_a_reason(tmp_path: Path) -> None:
     cut = Video(whole[: len(whole) * 6 // 10])
     assert len(list(frames_of(cut, FIVE))) == 5  # before the damage nothing is wrong
     assert "is cut off or damaged" in reason(replace(cut, start=Fraction(1)), Decoding(frames=10))
-    wounded = bytearray(whole)
-    wounded[len(whole) // 3 : len(whole) // 3 + 400] = bytes(range(200)) * 2
-    assert "damaged" in reason(bytes(wounded), Decoding(frames=40))
+    noise = np.random.default_rng(0).integers(0, 256, (32, 120, 3), dtype=np.uint8)
+    moved = [noise[:, number : number + 48] for number in range(40)]
+    data = write_video(tmp_path / "b.mkv", 40, codec="mpeg2video", options={"g": "10"}, pictures=moved).read_bytes()
+    wounded = bytearray(data)
+    for place in range(5):
+        wounded[len(data) * 4 // 10 + 9 * place] ^= 255
+    # the fifth frame is guessed, and all that refer to it up to the next key frame are wrong
+    for start in (2, 6):
+        told = reason(Video(bytes(wounded), start=Fraction(start, 25)), Decoding(frames=3))
+        assert told == "is cut off or damaged behind 0.12 s: FFmpeg had to invent parts"
+    assert len(list(frames_of(Video(bytes(wounded), start=Fraction(20, 25)), FIVE))) == 5
     (tmp_path / "empty.mp4").write_bytes(b"")
     write_video(tmp_path / "none.mkv", 0, sound=True)
     (tmp_path / "page.mp4").write_text("<!DOCTYPE html><html></html>")

@@ -129,13 +129,12 @@ def reach(known: VideoFacts, decoding: Decoding) -> int:
     return int(last / step_of(known, decoding)) + 1
 
 
-def starts_of(known: VideoFacts, decoding: Decoding) -> list[Fraction]:
-    """Starts of the clips that cover a video one after the other, in seconds; the first alone of one that is too short,
-    which says so when it is read."""
+def tiles_of(known: VideoFacts, decoding: Decoding) -> tuple[int, Fraction]:
+    """Clips that cover a video one after the other, and the seconds from one to the next; one of a video that is too
+    short, which says so when it is read."""
     if known.frames == 1 or decoding.frames is None:
-        return [Fraction(0)]
-    length = decoding.frames * step_of(known, decoding)
-    return [number * length for number in range(max(1, reach(known, decoding) // decoding.frames))]
+        return 1, Fraction(0)
+    return max(1, reach(known, decoding) // decoding.frames), decoding.frames * step_of(known, decoding)
 
 
 def _start(image: RawImage, known: VideoFacts, decoding: Decoding, draw: float | None) -> Fraction:

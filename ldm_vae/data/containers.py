@@ -85,6 +85,7 @@ class _Open:
             import av
         except ImportError as error:
             raise UsageError("data: clips need PyAV: pip install 'ldm-vae[video]'") from error
+        self.error: type[Exception] = av.error.FFmpegError
         self.file = video.open()
         try:
             self.container: Any = av.open(
@@ -96,7 +97,8 @@ class _Open:
             self.file.close()
             raise BadImage(f"it {what}" if what else f"not a video that can be read: {_said(error)}") from error
         try:
-            streams = [one for one in self.container.streams.video if not _is_cover(one)]
+            # without pictures beside a sound (the sleeve of a record)
+            streams = [one for one in self.container.streams.video if "attached_pic" not in str(one.disposition)]
             if not streams:
                 raise BadImage("holds no video stream")
             check_size(streams[0].codec_context.height, streams[0].codec_context.width)
@@ -119,54 +121,42 @@ class _Open:
         self.container.close()
         self.file.close()
 
-    def seek(self, seconds: Fraction) -> None:
-        """Go to the key frame before; raises an error of FFmpeg where that is not possible."""
-        origin = self.stream.start_time or 0
-        self.container.seek(origin + int(seconds / self.tick), stream=self.stream)
-
     def frames(self) -> Iterator[tuple[int, Any]]:
         """(ticks from the first frame of the stream, frame), in the order of display. Raises BadImage for damage."""
-        last = None
-        try:
-            for last, frame in self._frames():
-                yield last, frame
-        except self.errors() as error:
-            behind = "its beginning" if last is None else f"{float(last * self.tick):.2f} s"
-            raise BadImage(f"is damaged behind {behind}: {_said(error)}") from error
-
-    def _frames(self) -> Iterator[tuple[int, Any]]:
         start: int | None = self.stream.start_time
         last: int | None = None
-        origin = shift = 0
-        for packet in self.container.demux(self.stream):
-            if packet.is_corrupt:
-                raise BadImage(f"is cut off or damaged at {self._seconds(last)}")
-            for frame in packet.decode():
+        origin, shift, damage = 0, 0, ""
+        try:
+            for packet in self.container.demux(self.stream):
+                frames = packet.decode()
                 # what refers to an invented frame is wrong up to the next key frame, and does not say so
-                if frame.is_corrupt:
-                    raise BadImage(f"the frame behind {self._seconds(last)} is damaged")
-                if last is None:
-                    stamp = (start or 0) if frame.pts is None else int(frame.pts)
-                    origin = stamp if start is None else start
-                elif frame.pts is None:  # raw streams have no stamps: frames follow each other
-                    stamp = last + self.step
-                else:
-                    # a clock that is set back goes on from where it was; one that stands still moves on
-                    shift = last + self.step - frame.pts if frame.pts + shift <= last - self.step else shift
-                    stamp = max(frame.pts + shift, last + 1)
-                last = stamp
-                yield stamp - origin, frame
-
-    def _seconds(self, stamp: int | None) -> str:
-        origin = self.stream.start_time or 0
-        return "its beginning" if stamp is None else f"{float((stamp - origin) * self.tick):.2f} s"
+                if packet.is_corrupt or any(frame.is_corrupt for frame in frames):
+                    damage = "FFmpeg had to invent parts"
+                    break
+                for frame in frames:
+                    if last is None:
+                        stamp = (start or 0) if frame.pts is None else int(frame.pts)
+                        origin = stamp if start is None else start
+                    elif frame.pts is None:  # raw streams have no stamps: frames follow each other
+                        stamp = last + self.step
+                    else:
+                        # a clock that is set back goes on from where it was; one that stands still moves on
+                        shift = last + self.step - frame.pts if frame.pts + shift <= last - self.step else shift
+                        stamp = max(frame.pts + shift, last + 1)
+                    last = stamp
+                    yield stamp - origin, frame
+        except self.error as error:
+            damage = _said(error)
+        if damage:
+            behind = "its beginning" if last is None else f"{float((last - origin) * self.tick):.2f} s"
+            raise BadImage(f"is cut off or damaged behind {behind}: {damage}")
 
     def count_at_the_end(self) -> int:
         """Frames of the stream by its last packets; 0 where these do not tell."""
         if set(self.container.format.name.split(",")) & set(COUNTED):
             return 0
         ends = [0]
-        with contextlib.suppress(self.errors()):
+        with contextlib.suppress(self.error):
             self.container.seek(FAR, stream=self.stream)
             origin = self.stream.start_time or 0
             for packet in self.container.demux(self.stream):
@@ -177,28 +167,15 @@ class _Open:
     def count_all(self) -> int:
         """Frames of the stream by its packets, none decoded; at least 1."""
         count = 0
-        with contextlib.suppress(self.errors()):
+        with contextlib.suppress(self.error):
             for packet in self.container.demux(self.stream):
                 count += bool(packet.size and not packet.is_discard)
         return max(1, count)
-
-    @staticmethod
-    def errors() -> type[Exception]:
-        """The base of FFmpeg's errors."""
-        import av
-
-        found: type[Exception] = av.error.FFmpegError
-        return found
 
 
 def _said(error: Exception) -> str:
     """FFmpeg's words without its number."""
     return str(getattr(error, "strerror", None) or first_line(error))[:120]
-
-
-def _is_cover(stream: Any) -> bool:
-    """True for a picture beside a sound (the sleeve of a record)."""
-    return "attached_pic" in str(getattr(stream.disposition, "name", "") or stream.disposition)
 
 
 def _facts(video: Video) -> VideoFacts:
@@ -210,7 +187,8 @@ def _facts(video: Video) -> VideoFacts:
         name = f"{opened.container.format.name.split(',')[0]}/{opened.context.name}"
         notes, mode = _notes(opened, first), first.format.name
         count, rate = opened.count_at_the_end(), opened.rate
-    if not count:
+    # no frame takes less than a byte: more of them are stamps that are wrong
+    if not 0 < count <= video.bytes:
         # not every container that was read to some place can be read from its start again
         with _Open(video) as opened:
             count = opened.count_all()
@@ -246,8 +224,9 @@ def _chosen(
     with _Open(video, known.rate) as opened:
         if seek is not None:
             try:
-                opened.seek(seek)
-            except opened.errors() as error:
+                origin = opened.stream.start_time or 0
+                opened.container.seek(origin + int(seek / opened.tick), stream=opened.stream)
+            except opened.error as error:
                 raise _Late from error
         slack = opened.tick if decoding.frame_rate else 1 / known.rate / 2
         limits = [int((time + slack) / opened.tick) for time in times]

@@ -8,8 +8,7 @@ import hashlib
 import io
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -163,9 +162,9 @@ class VideoFacts:
 _SAID: set[tuple[str, str]] = set()
 
 
-def tell(data: str, facts: Iterable[VideoFacts]) -> None:
-    """Warn, once for each source of a process, about what is not read of its videos."""
-    for note, count in Counter(note for each in facts for note in each.notes).items():
+def tell(data: str, notes: Mapping[str, int]) -> None:
+    """Warn, once for each source of a process, about what is not read of so many of its videos."""
+    for note, count in notes.items():
         if (data, note) not in _SAID:
             _SAID.add((data, note))
             logger.warning("data %s: %d of the videos: %s", data, count, note)

@@ -9,6 +9,7 @@ Legend: N images; D 2, or 3 of clips.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def read_sizes(source: Source, indices: Sequence[int], num_workers: int = 0) -> 
     those that cannot be read; and the latter with their reasons. Of videos it is said what is ignored."""
     clips = source.decoding.frames is not None
     sizes, bad = np.zeros((len(source), 3 if clips else 2), dtype=np.int32), []
-    facts: list[VideoFacts] = []
+    notes: Counter[str] = Counter()
     with tqdm(total=len(indices), desc="image sizes", unit="images", disable=None, leave=False) as bar:
         for found in load(_Headers(source), batches_of(items(source, indices), FILES_AT_ONCE), num_workers):
             for index, size in found:
@@ -63,11 +64,11 @@ def read_sizes(source: Source, indices: Sequence[int], num_workers: int = 0) -> 
                     bad.append(size)
                 elif isinstance(size, VideoFacts):
                     sizes[index] = reach(size, source.decoding), size.height, size.width
-                    facts.append(size)
+                    notes.update(size.notes)
                 else:
                     sizes[index] = size
             bar.update(len(found))
-    tell(getattr(source, "name", type(source).__name__), facts)
+    tell(getattr(source, "name", type(source).__name__), notes)
     return sizes, bad
 
 

@@ -10,6 +10,7 @@ Legend: N videos and images of the source.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ldm_vae.data.clips import facts_of, reach, starts_of
+from ldm_vae.data.clips import facts_of, reach, tiles_of
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.footage import Video, VideoFacts, tell
 from ldm_vae.data.quarantine import BadImage
@@ -48,7 +49,7 @@ class Windows:
         counts = np.ones(len(source), np.int64)
         # seconds from clip to clip as fractions: of 10^4 clips at 30000/1001 a second floats would lose a frame
         self._length = np.zeros((len(source), 2), np.int64)
-        found: list[VideoFacts] = []
+        notes: Counter[str] = Counter()
         left = whole = 0
         with ThreadPoolExecutor(THREADS, "facts") as threads:
             looked = threads.map(self._look, range(len(source)))
@@ -56,15 +57,15 @@ class Windows:
                 # what cannot be read, or is too short, has one clip that says so
                 if known is None or known.frames == 1:
                     continue
-                found.append(known)
-                starts, there = starts_of(known, self.decoding), reach(known, self.decoding)
-                counts[index] = len(starts)
-                self._length[index] = starts[1].as_integer_ratio() if len(starts) > 1 else (0, 1)
-                covered = len(starts) * (self.decoding.frames or 1)
+                notes.update(known.notes)
+                (count, length), there = tiles_of(known, self.decoding), reach(known, self.decoding)
+                counts[index] = count
+                self._length[index] = length.as_integer_ratio() if count > 1 else (0, 1)
+                covered = count * (self.decoding.frames or 1)
                 if there >= covered:
                     whole, left = whole + there, left + there - covered
         self._ends = np.cumsum(counts)
-        tell(self.name, found)
+        tell(self.name, notes)
         if left:
             logger.warning(
                 "data %s: %d of %d frames are left out: the last of a video, which fill no clip of %d",
