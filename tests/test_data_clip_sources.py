@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import logging
@@ -329,3 +330,11 @@ def test_what_has_another_length_stands_in_for_no_clip_and_is_not_bad(films: Pat
     bad = {one.key: one.reason for batch in batches for one in batch.bad}
     assert bad.keys() == {"b.mp4"} and "damaged" in bad["b.mp4"]
     assert {key for batch in batches if batch.pixels.shape[2] == 5 for key in batch.keys} == {"a.mkv", "b.mp4"}
+
+
+def test_a_field_that_has_a_flag_is_refused_by_its_name() -> None:
+    with refused(UsageError, "--data.frames"):
+        DataFlags.of(argparse.Namespace(data_fields={"frames": "5"}))
+    for name, value in (("frames", 0), ("frame_rate", -1.0), ("frame_stride", 0)):
+        with refused(UsageError, f"--{name}"):
+            DataFlags.of(argparse.Namespace(**{name: value}))

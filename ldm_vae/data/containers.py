@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -44,13 +45,12 @@ def facts(video: Video) -> VideoFacts:
         UsageError: PyAV is not installed.
     """
     place = video.place
-    assert not isinstance(video.content, tuple)
-    return _facts(video) if place is None else _remembered(str(video.content), video.offset, video.size, place)
+    return _facts(video) if place is None else _remembered(replace(video, start=None), place)
 
 
 @lru_cache(maxsize=8192)
-def _remembered(path: str, offset: int, size: int | None, _place: tuple[Any, ...]) -> VideoFacts:
-    return _facts(Video(path, offset, size))
+def _remembered(video: Video, _place: tuple[int, ...]) -> VideoFacts:
+    return _facts(video)
 
 
 def frames_at(video: Video, decoding: Decoding, times: Sequence[Fraction]) -> Iterator[Decoded]:

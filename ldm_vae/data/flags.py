@@ -59,6 +59,9 @@ class DataFlags:
         if given.get("alpha") is not None:
             given["alpha"] = given["alpha"] == "straight"
         flags = cls(**given)
+        for name in flags.data_fields:
+            if name in cls.__dataclass_fields__:
+                raise UsageError(f"--data.{name}: expected --{name}, the flag of that name")
         if flags.channels is not None and flags.channels < 1:
             raise UsageError(f"--channels: expected at least 1, got {flags.channels}")
         if flags.value_range is not None:

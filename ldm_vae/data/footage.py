@@ -9,7 +9,7 @@ import io
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import IO, Any
@@ -58,17 +58,15 @@ class Video:
             raise BadImage(reason_of(error)) from error
 
     @property
-    def place(self) -> tuple[Any, ...] | None:
-        """Key for what is remembered of it: another one when the file is replaced. None for bytes."""
+    def place(self) -> tuple[int, ...] | None:
+        """Inode, size and times of its file, another one when that is replaced; None of bytes."""
         if not isinstance(self.content, str):
             return None
         try:
             status = os.stat(self.content)
         except (OSError, ValueError):
             return None
-        return (
-            self.content, self.offset, self.size, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns,
-        )  # fmt: skip
+        return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     @property
     def bytes(self) -> int:
@@ -89,7 +87,7 @@ class Video:
             return digest.hexdigest()
         # a long file has many clips: read once
         place = self.place
-        return _digest(self) if place is None else _remembered_digest(self.content, self.offset, self.size, place)
+        return _digest(self) if place is None else _remembered_digest(replace(self, start=None), place)
 
 
 class _Part(io.RawIOBase):
@@ -136,8 +134,8 @@ def _digest(video: Video) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _remembered_digest(path: str, offset: int, size: int | None, _place: tuple[Any, ...]) -> str:
-    return _digest(Video(path, offset, size))
+def _remembered_digest(video: Video, _place: tuple[int, ...]) -> str:
+    return _digest(video)
 
 
 @dataclass(frozen=True)
