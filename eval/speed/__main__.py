@@ -41,6 +41,7 @@ from . import (
     store,
     train,
     variants,
+    video,
 )
 from .timing import machine
 
@@ -114,6 +115,10 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], list[dict[str, A
         "images decoded, cropped and batched per core, beside a plain datasets + DataLoader pipeline",
         data.run,
     ),
+    "video": (
+        "clips decoded, cropped and batched per core, beside bare PyAV and a plain loop",
+        video.run,
+    ),
     "grow": (
         "a training step as resolution, batch and processes grow: seconds and memory",
         grow.run,
@@ -177,6 +182,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         ratio = found.get("ratio")
         shown = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) x {ratio['to']}" if ratio else ""
         rate = f"   {found['images_per_s']:.4g} images/s" if "images_per_s" in found else ""
+        rate += f"   {found['frames_per_s']:.4g} frames/s" if "frames_per_s" in found else ""
         rate += f"   {found['memory_mb']} MB" if "memory_mb" in found else ""
         rate += f"   {found['psnr']:.2f} dB" if "psnr" in found else ""
         rate += f"   differs by {found['difference']:.2g}" if found.get("difference") is not None else ""

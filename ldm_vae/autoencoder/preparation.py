@@ -17,9 +17,10 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import DEFAULT, Decoding
 from ldm_vae.data.flags import NO_FLAGS, DataFlags, SplitPart
 from ldm_vae.data.holdout import Holdout, part_of
-from ldm_vae.data.preprocessing import FILE, SETTABLE, Preprocessing
+from ldm_vae.data.preprocessing import FILE, OF_CLIPS, SETTABLE, Preprocessing
 from ldm_vae.data.source import Source, open_source, with_resize
 from ldm_vae.data.transforms import decoding_of, preprocessing_identity
+from ldm_vae.data.windows import windows
 
 Network = TypeVar("Network")
 
@@ -44,28 +45,35 @@ class Preparation:
         """The record of a network that goes on with this."""
         return Preprocessing.of(self.decoding, self.holdout)
 
-    def open(self, data: str | Path) -> Source:
-        """Open DATA, or the part of it that a flag names, with this decoding. Raises UsageError when nothing is there,
-        WorkError when it is empty."""
+    def open(self, data: str | Path, *, whole: bool = False) -> Source:
+        """Open DATA, or the part that a flag names, with this decoding: images, or the clips that cover its videos
+        (whole: the videos).
+
+        Raises:
+            UsageError: nothing is there.
+            WorkError: it is empty.
+        """
         flags, decoding = self.flags, self.decoding
         source = open_source(
             data, image_column=flags.image_column, caption_column=flags.caption_column, split=flags.split,
             kind=flags.kind, channels=decoding.channels, background=decoding.background,
-            value_range=decoding.value_range, alpha=decoding.alpha, jpeg_draft=decoding.jpeg_draft, **flags.data_fields,
+            value_range=decoding.value_range, alpha=decoding.alpha, jpeg_draft=decoding.jpeg_draft,
+            frames=decoding.frames, frame_rate=decoding.frame_rate, frame_stride=decoding.frame_stride,
+            **flags.data_fields,
         )  # fmt: skip
         source = with_resize(source, decoding.resize)
         if source.decoding != decoding:  # of a kind of somebody's own
             raise UsageError(f"data {data}: expected the decoding {decoding}, its kind has {source.decoding}")
-        if flags.part is None:
-            return source
-        if self.holdout is None:
-            raise UsageError(
-                f"--part {flags.part}: no network here records a split of its images; expected one that was trained "
-                "with data.holdout"
-            )
-        chosen, said = part_of(source, self.holdout, flags.part, str(data))
-        print(f"note: {said}", file=sys.stderr)
-        return chosen
+        if flags.part is not None:
+            if self.holdout is None:
+                raise UsageError(
+                    f"--part {flags.part}: no network here records a split of its images; expected one that was "
+                    "trained with data.holdout"
+                )
+            chosen, said = part_of(source, self.holdout, flags.part, str(data))
+            print(f"note: {said}", file=sys.stderr)
+            source = chosen
+        return source if whole else windows(source)
 
 
 def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Preparation:
@@ -173,7 +181,7 @@ def _decide(
         raise UsageError(f"--channels: expected {channels}, which {taker} takes, got {flags.channels}")
     chosen: dict[str, Any] = {"alpha": alpha}
     notes = []
-    for field in SETTABLE:
+    for field in (*SETTABLE, *OF_CLIPS):
         given, said = getattr(flags, field), [(name, getattr(found, field)) for name, found in records]
         if given is not None:
             chosen[field] = given

@@ -17,9 +17,11 @@ resulting aspect buckets. Write ten thumbnails as one image.
   ldm-vae inspect photographs
   ldm-vae inspect "shards/{000..099}.tar" --caption_column json.caption --resolution 1024
   ldm-vae inspect owner/name --split validation --thumbnails look.png
+  ldm-vae inspect films --frames 17             # of videos also frames, rates, durations, and what is ignored
 
 DATA is a folder of images, a zip, a list file (.txt), parquet or arrow files, a folder written by datasets'
-save_to_disk, tar shards (file, folder, glob, {000..099} or URL) or a dataset of the hub.
+save_to_disk, tar shards (file, folder, glob, {000..099} or URL) or a dataset of the hub. With --frames it may hold
+videos.
 """
 
 
@@ -55,7 +57,7 @@ def run(request: Request) -> None:
     # 64 is usual at 1024 px; a smaller resolution needs finer steps for the same shapes, a VAE multiples of 8
     step = request.bucket_step or max(8, request.resolution // 16 // 8 * 8)
     shapes = buckets.generate(request.resolution**2, step)
-    source = plain(request.flags).open(request.data)
+    source = plain(request.flags).open(request.data, whole=True)
     found = survey(source, request.max_images or None, request.num_workers)
     print("\n".join(lines(found, request.resolution, shapes)))
     if not found.good:

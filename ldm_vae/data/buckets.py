@@ -9,6 +9,9 @@ Each bucket has its own endless stream, shuffled epoch by epoch, cut into global
 shuffled among each other. A batch that an epoch does not fill is filled by the next epoch of its bucket: every image
 comes once per epoch of its bucket, every rank gets the same number of batches, and nothing is padded or dropped.
 
+Of clips a shape is (frames, height, width), and a size too: the frames of the longest clip that a video has, 1 of an
+image. A video goes to the longest bucket that it fills, images to those of one frame.
+
 Legend: N images, K buckets, B batch of one rank, GB of all ranks.
 """
 
@@ -28,14 +31,16 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.sampler import Order, Task, Work
 
 Array = np.ndarray[Any, Any]
-Shape = tuple[int, int]
+Shape = tuple[int, ...]
+Sides = tuple[int, int]
 
 
 class BucketConfig(Section):
     """`buckets: {step: 64}` makes them from the area; `buckets: {shapes: [[1024, 1024], [832, 1216]]}` names them."""
 
-    shapes: tuple[tuple[int, int], ...] | None = None
-    """The list itself, (height, width) each; area, step and max_aspect then have nothing to say."""
+    shapes: tuple[tuple[int, int] | tuple[int, int, int], ...] | None = None
+    """The list itself, (height, width) each, of clips also (frames, height, width); area, step and max_aspect then have
+    nothing to say."""
     area: int | None = Field(None, gt=0)
     """Pixels of a bucket, at most; resolution * resolution if it is not given."""
     step: int = Field(64, gt=0)
@@ -48,6 +53,8 @@ class BucketConfig(Section):
         if self.shapes is not None:
             if not self.shapes or min(min(shape) for shape in self.shapes) < 1:
                 raise ValueError("shapes: expected at least one (height, width), each above 0")
+            if len({len(shape) for shape in self.shapes}) > 1:
+                raise ValueError("shapes: expected all of them as (height, width), or all as (frames, height, width)")
             made = [name for name in ("area", "step", "max_aspect") if name in self.model_fields_set]
             changed = [name for name in made if getattr(self, name) != type(self).model_fields[name].default]
             if changed:
@@ -55,7 +62,7 @@ class BucketConfig(Section):
         return self
 
     def choose(self, resolution: int, factor: int) -> list[Shape]:
-        """The shapes (height, width) of a run.
+        """The shapes of a run, (height, width), or as they are named.
 
         Args:
             resolution: gives the area where none is given.
@@ -65,16 +72,24 @@ class BucketConfig(Section):
             UsageError: a side is not a multiple of f, or no shape fits.
         """
         if self.shapes is None:
-            shapes = generate(self.area or resolution**2, self.step, self.max_aspect)
+            shapes: list[Shape] = [*generate(self.area or resolution**2, self.step, self.max_aspect)]
         else:
-            shapes = sorted(set(self.shapes), key=lambda shape: shape[0] / shape[1])
+            shapes = sorted(set(self.shapes), key=lambda shape: (shape[-2] / shape[-1], *shape[:-2]))
         for shape in shapes:
-            if shape[0] % factor or shape[1] % factor:
-                raise UsageError(f"buckets: sides must be multiples of f = {factor}, got {shape[0]} x {shape[1]}")
+            if shape[-2] % factor or shape[-1] % factor:
+                raise UsageError(f"buckets: sides must be multiples of f = {factor}, got {shape[-2]} x {shape[-1]}")
         return shapes
 
 
-def generate(area: int, step: int = 64, max_aspect: float = 2.0) -> list[Shape]:
+def of_clips(shapes: Sequence[Shape], frames: int) -> list[Shape]:
+    """Shapes (height, width) => those of clips of so many frames and of images; others as they are."""
+    return [
+        longer for shape in shapes
+        for longer in ([(1, *shape), (frames, *shape)][frames == 1 :] if len(shape) == 2 else [shape])
+    ]  # fmt: skip
+
+
+def generate(area: int, step: int = 64, max_aspect: float = 2.0) -> list[Sides]:
     """Bucket shapes (height, width), sorted by height / width: sides are multiples of `step`, the area is as large as
     fits into `area`, and no side is longer than `max_aspect` times the other.
 
@@ -85,7 +100,7 @@ def generate(area: int, step: int = 64, max_aspect: float = 2.0) -> list[Shape]:
         raise UsageError(
             f"buckets: expected area >= step * step and max_aspect >= 1, got area {area}, step {step}, {max_aspect:g}"
         )
-    shapes = set()
+    shapes: set[Sides] = set()
     # the short side only: each shape is added with its transpose
     for height in range(step, math.isqrt(area) + 1, step):
         width = area // height // step * step
@@ -110,25 +125,44 @@ class Assignment:
     def lines(self) -> list[str]:
         """Lines of text: the shapes that have images, and how many."""
         counted = zip(self.shapes, self.counts(), strict=True)
-        return [f"  {f'{height} x {width}':14}{count:>8,}" for (height, width), count in counted if count]
+        return [f"  {' x '.join(map(str, shape)):14}{count:>8,}" for shape, count in counted if count]
 
 
 def assign(shapes: Sequence[Shape], sizes: Array) -> Assignment:
-    """The bucket whose aspect ratio is nearest, in the logarithm, so that 2:1 and 1:2 are treated alike."""
+    """The bucket whose aspect ratio is nearest, in the logarithm, so that 2:1 and 1:2 are treated alike; of clips among
+    the longest that it fills.
+
+    Args:
+        sizes: (H, W) of each image, or (frames, H, W), int [N, 2] or [N, 3], as the shapes are.
+    """
     if not shapes:
         raise UsageError("buckets: the list of shapes is empty")
-    aspects = np.log([height / width for height, width in shapes])
+    aspects = np.log([shape[-2] / shape[-1] for shape in shapes])
     readable = (sizes > 0).all(axis=1)
     # unreadable sizes are 0, which has no logarithm; `readable` masks them
     safe = np.maximum(sizes, 1)
-    own = np.log(safe[:, 0] / safe[:, 1])
+    own = np.log(safe[:, -2] / safe[:, -1])
+    frames = longest_of(shapes, sizes)
     bucket = np.full(len(sizes), -1, dtype=np.int16)
     best = np.full(len(sizes), np.inf)
     for number, aspect in enumerate(aspects):  # K passes over [N] rather than one [N, K]
         distance = np.abs(own - aspect)
-        nearer = readable & (distance < best)
+        nearer = readable & (distance < best) & (frames == (shapes[number][0] if len(shapes[number]) == 3 else 0))
         bucket[nearer], best[nearer] = number, distance[nearer]
     return Assignment(tuple(shapes), bucket)
+
+
+def longest_of(shapes: Sequence[Shape], sizes: Array) -> Array:
+    """Frames of the bucket of each video, int [N]: the most that it fills; an image's are 1, and no video's while there
+    are longer ones. -1 where it fills none; 0 for all where shapes have none."""
+    lengths = sorted({shape[0] for shape in shapes if len(shape) == 3})
+    if not lengths:
+        return np.zeros(len(sizes), np.int64)
+    found = np.full(len(sizes), -1, np.int64)
+    for length in lengths:
+        fills = (sizes[:, 0] == 1) if length == 1 < lengths[-1] else (sizes[:, 0] >= length)
+        found[fills] = length
+    return found
 
 
 def batches(

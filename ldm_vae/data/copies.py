@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import resize
 
 from ldm_vae.core.progress import Progress
-from ldm_vae.data.decoding import read_image
+from ldm_vae.data.clips import first_frame
 from ldm_vae.data.ordered import batches_of, items
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Source
@@ -60,7 +60,7 @@ class _Thumbnails(Dataset[Any]):
 
     def _look(self, index: int) -> torch.Tensor:
         try:
-            return frequencies(read_image(self.source[index].image, self.decoding, DRAFT).pixels)
+            return frequencies(first_frame(self.source[index].image, self.decoding, DRAFT).pixels)
         except BadImage:  # like nothing
             return torch.full((BITS,), torch.nan, dtype=torch.half)
 

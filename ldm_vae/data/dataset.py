@@ -6,7 +6,7 @@
 What a batch holds depends on (seed, epoch, index) only: tasks come from the sampler in the main process, every draw is
 keyed, and workers use one thread. Pixels cross the process border as uint8, one tensor a batch.
 
-Legend: B batch, C channels, R resolution.
+Legend: B batch, C channels, T frames of a clip, R resolution.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data import buckets as aspect_buckets
 from ldm_vae.data import sampler, stream
 from ldm_vae.data.buckets import Assignment
-from ldm_vae.data.decoding import Decoding, read_image
+from ldm_vae.data.clips import TooShort, crops_of
+from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.ordered import Sample, ordered_loader
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.ranges import ENOUGH, Values, Watch
@@ -42,10 +43,10 @@ MOST_BAD_IN_A_ROW = 10_000  # bad images in a row after which a disk is missing 
 class Batch:
     """One rank's part of a global batch.
 
-    pixels uint8 [B, C, R, R]; positions, epochs, indices int64 [B]; keys of the images in the batch; original_sizes
-    int64 [B, 2] (H, W); boxes int64 [B, 4] (top, left, height, width) in the original's pixels; flipped bool [B];
-    bad: images that could not be used on the way, their slots filled by the next index that could; values: of the
-    first images that a worker decodes.
+    pixels uint8 [B, C, R, R], of clips [B, C, T, R, R]; positions, epochs, indices int64 [B]; keys of the images in the
+    batch; original_sizes int64 [B, 2] (H, W); boxes int64 [B, 4] (top, left, height, width) in the original's pixels;
+    flipped bool [B]; bad: images that could not be used on the way, their slots filled by the next index that could;
+    values: of the first images that a worker decodes.
     """
 
     pixels: torch.Tensor
@@ -93,6 +94,11 @@ class ImageDataset(Dataset[Batch]):
                 return bad
             index, record_key, crop = found
             chosen.append((task, index, record_key, crop))
+        if len(lengths := {crop.pixels.shape[1] for *_, crop in chosen if crop.pixels.ndim == 4}) > 1:
+            raise UsageError(
+                f"data.frames: a batch has clips of {' and '.join(map(str, sorted(lengths)))} frames; images and "
+                "videos mix by buckets, which a stream cannot have"
+            )
         return Batch(
             pixels=torch.stack([crop.pixels for *_, crop in chosen]),
             positions=torch.tensor([task.position for task, *_ in chosen]),
@@ -117,7 +123,12 @@ class ImageDataset(Dataset[Batch]):
             try:
                 return self._crop(epoch, index, record, work.shape)
             except BadImage as error:
-                self._known_bad.add(index)
+                # it has a bucket of its own
+                if isinstance(error, TooShort) and len(work.shape or ()) == 3:
+                    continue
+                # a video that is damaged in one place may be used at another, whatever this worker has met
+                if self.decoding.frames is None:
+                    self._known_bad.add(index)
                 key = record.key if record is not None else self._key(index)
                 bad.append(Bad(key, error.reason))
         if self.source is None:
@@ -145,24 +156,33 @@ class ImageDataset(Dataset[Batch]):
         return self.source.key(index)
 
     def _crop(
-        self, epoch: int, index: int, record: Record | None, shape: tuple[int, int] | None
+        self, epoch: int, index: int, record: Record | None, shape: tuple[int, ...] | None
     ) -> tuple[int, str, Crop]:
         """(index, key, crop) of one image in one epoch: depends on (seed, epoch, index) only. Raises BadImage."""
         if record is None:
             assert self.source is not None
             record = self.source[index]
-        resolution = shape or self.resolution
+        decoding, draw = self.decoding, None
+        if shape is not None and len(shape) == 3:
+            decoding = replace(decoding, frames=shape[0])
+        if decoding.frames is not None:
+            draw = float(rng.generator(self.seed, "clip", epoch, index).random())
+        resolution: Resolution = self.resolution if shape is None else (shape[-2], shape[-1])
         longest = resolution if isinstance(resolution, int) else max(resolution)
         at_least = None if self.transform.resize == "none" else round(longest * self.transform.scale[1])
-        image = read_image(record.image, self.decoding, at_least)
+
+        def view(pixels: torch.Tensor, original_size: tuple[int, int]) -> tuple[Crop, ...]:
+            # drawn anew for each frame of a clip, which are cut alike
+            generator = rng.generator(self.seed, "augmentation", epoch, index)
+            return (random_crop(pixels, resolution, self.transform, generator, original_size, self.decoding.alpha),)
+
+        (crop,), image = crops_of(record.image, decoding, view, at_least=at_least, draw=draw)
+        if shape is not None and len(shape) == 3 and crop.pixels.shape[1] != shape[0]:
+            raise TooShort(f"an image among clips of {shape[0]} frames")
         # looking costs a pass over the image, and the first ones tell the range
         if self._looked < ENOUGH:
             self._looked += 1
             self._values.append(image.values)
-        generator = rng.generator(self.seed, "augmentation", epoch, index)
-        crop = random_crop(
-            image.pixels, resolution, self.transform, generator, image.original_size, self.decoding.alpha
-        )
         return index, record.key, crop
 
 

@@ -21,16 +21,17 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.validation import HEAD, disguise
-from ldm_vae.data import alpha, arrays, colour, depth, tiff
+from ldm_vae.data import alpha, arrays, colour, depth, footage, tiff
 from ldm_vae.data.arrays import Array
 from ldm_vae.data.colour import Background
 from ldm_vae.data.flags import Resize
+from ldm_vae.data.footage import Video
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.ranges import Range, Values, check_range
 
 __all__ = ["BadImage", "Decoded", "Decoding", "RawImage", "decode", "read_image"]
 
-RawImage = bytes | Array | Image.Image
+RawImage = bytes | Array | Image.Image | Video
 
 WHITE: Background = (255, 255, 255)
 MAX_PIXELS = 178_956_970  # where Pillow calls an image a bomb: 512 MiB of RGB
@@ -69,14 +70,29 @@ class Decoding:
     """Of whole images (training's crops follow `transform`): see TransformConfig.resize."""
     alpha: bool = False
     """The fourth of four channels is straight alpha (alpha.py), and no further channel of any meaning."""
+    frames: int | None = None
+    """Frames of a clip; None: images, and videos are none."""
+    frame_rate: float | None = None
+    """Frames a second to which a video is resampled; None: its own."""
+    frame_stride: int = 1
+    """Every so many frames at that rate."""
 
     def __post_init__(self) -> None:
         check_range(self.value_range)
+        if self.frames is None and (self.frame_rate is not None or self.frame_stride != 1):
+            raise UsageError("frames: expected the number of frames of a clip beside frame_rate and frame_stride")
+        if self.frames is not None and self.jpeg_draft:
+            raise UsageError("jpeg_draft: is for images alone, expected false with frames")
         if self.alpha and self.channels != alpha.CHANNELS:
             raise UsageError(f"alpha: expected channels 4 (red, green, blue, alpha), got {self.channels}")
 
 
 DEFAULT = Decoding()
+
+
+def endings_of(decoding: Decoding) -> frozenset[str]:
+    """Endings of the files that are read so: those of videos too where clips are."""
+    return EXTENSIONS if decoding.frames is None else EXTENSIONS | footage.EXTENSIONS
 
 
 @dataclass(frozen=True)
@@ -141,7 +157,7 @@ def read_image(image: RawImage, decoding: Decoding = DEFAULT, at_least: int | No
     except BadImage:
         raise
     except Exception as error:  # format plugins raise anything on hostile bytes: struct.error, KeyError, ...
-        raise _bad_image(error) from error
+        raise bad_image(error) from error
 
 
 def read_size(image: RawImage, decoding: Decoding = DEFAULT) -> tuple[int, int]:
@@ -150,9 +166,11 @@ def read_size(image: RawImage, decoding: Decoding = DEFAULT) -> tuple[int, int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # arrays have no header that Pillow reads
-            if not isinstance(image, Image.Image) and (isinstance(image, np.ndarray) or _array(image) is not None):
+            if isinstance(image, np.ndarray) or (isinstance(image, bytes) and _array(image) is not None):
                 return read_image(image, decoding).original_size
             # only the header is parsed: nothing is decompressed for a size
+            if isinstance(image, Video):
+                raise BadImage("a video; `frames` reads clips")
             picture = _open(image)
             width, height = picture.size
             tags: Any = getattr(picture, "tag_v2", None)  # of a TIFF
@@ -162,10 +180,11 @@ def read_size(image: RawImage, decoding: Decoding = DEFAULT) -> tuple[int, int]:
     except BadImage:
         raise
     except Exception as error:
-        raise _bad_image(error) from error
+        raise bad_image(error) from error
 
 
-def _bad_image(error: Exception) -> BadImage:
+def bad_image(error: Exception) -> BadImage:
+    """The reason in an error of a decoder."""
     if isinstance(error, MemoryError):
         return BadImage("needs more memory than there is")
     if isinstance(error, Image.DecompressionBombError):
@@ -177,6 +196,8 @@ def _bad_image(error: Exception) -> BadImage:
 def _read(image: RawImage, decoding: Decoding, at_least: int | None) -> Decoded:
     if isinstance(image, np.ndarray):
         return _from_array(image, decoding, "array")
+    if isinstance(image, Video):
+        raise BadImage("a video; `frames` reads clips")
     if isinstance(image, bytes) and (found := _array(image)) is not None:
         name, load = found
         return _from_array(load(image), decoding, name)
@@ -207,7 +228,7 @@ def _read(image: RawImage, decoding: Decoding, at_least: int | None) -> Decoded:
     else:
         if decoding.value_range is not None:
             picture, made_of = depth.stretched(picture, stored, decoding.value_range)
-        pixels = _pixels(colour.to_bands(picture, decoding.channels, decoding.background))
+        pixels = pixels_of(colour.to_bands(picture, decoding.channels, decoding.background))
     return Decoded(pixels, (height, width), name, mode, made_of)
 
 
@@ -230,11 +251,12 @@ def _open(image: bytes | Image.Image) -> Image.Image:
             what = disguise(head)
             told = f"it {what}" if what else "not an image of a known format, or damaged at its beginning"
             raise BadImage(told) from error
-    _check_size(image.height, image.width)
+    check_size(image.height, image.width)
     return image
 
 
-def _check_size(height: int, width: int) -> None:
+def check_size(height: int, width: int) -> None:
+    """Raise BadImage for a picture that is too large, or a strip."""
     if height * width > MAX_PIXELS:
         raise BadImage(f"{width} x {height} pixels, the limit is {MAX_PIXELS / 1e6:.0f} million")
     if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
@@ -252,11 +274,11 @@ def _orientation(picture: Image.Image) -> int:
 
 def _from_array(array: Array, decoding: Decoding, name: str) -> Decoded:
     pixels, values = arrays.from_array(array, decoding.channels, decoding.value_range, alpha=decoding.alpha)
-    _check_size(pixels.shape[1], pixels.shape[2])
+    check_size(pixels.shape[1], pixels.shape[2])
     return Decoded(pixels, (pixels.shape[1], pixels.shape[2]), name, str(array.dtype), values)
 
 
-def _pixels(picture: Image.Image) -> torch.Tensor:
+def pixels_of(picture: Image.Image) -> torch.Tensor:
     """A loaded L, RGB or RGBA picture => uint8 [C, H, W].
 
     Pillow keeps RGB in four bytes a pixel; its arrow interface lends them without a copy (np.asarray takes a fifth of

@@ -27,7 +27,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     try:
         return files.read_bytes(path, MAX_BYTES)
     except (OSError, ValueError) as error:
-        raise BadImage(_reason(error)) from error
+        raise BadImage(reason_of(error)) from error
 
 
 def read_range(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
@@ -41,7 +41,7 @@ def read_range(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
             while len(data) < size and (more := file.read(size - len(data))):
                 data += more
     except (OSError, ValueError, OverflowError) as error:
-        raise BadImage(_reason(error)) from error
+        raise BadImage(reason_of(error)) from error
     if len(data) < size:
         raise BadImage("the archive is cut off here")
     return data
@@ -53,7 +53,8 @@ def check_member_name(name: str) -> None:
         raise BadImage("its name climbs out of the archive")
 
 
-def _reason(error: OSError | ValueError | OverflowError) -> str:
+def reason_of(error: OSError | ValueError | OverflowError) -> str:
+    """The reason for the quarantine of a file that cannot be read."""
     code = getattr(error, "errno", None)
     known = {errno.ENOENT: "no such file (it vanished, or never was)", errno.EACCES: "permission denied"}
     return known.get(code, f"cannot be read: {getattr(error, 'strerror', None) or error}")  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from ldm_vae.core.request import Parser, shared
 Resize = Literal["short_side", "none"]
 SplitPart = Literal["train", "holdout"]
 
-KINDS = ("folder", "hub", "list", "webdataset", "zip")  # the files of data/sources, without importing them
+KINDS = ("folder", "frames", "hub", "list", "webdataset", "zip")  # the files of data/sources, without importing them
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class DataFlags:
     background: tuple[int, int, int] | None = None
     resize: Resize | None = None
     alpha: bool | None = None
+    frames: int | None = None
+    frame_rate: float | None = None
+    frame_stride: int | None = None
     jpeg_draft: bool = False
     image_column: str | None = None
     caption_column: str | None = None
@@ -58,12 +61,18 @@ class DataFlags:
         if given.get("alpha") is not None:
             given["alpha"] = given["alpha"] == "straight"
         flags = cls(**given)
+        for name in flags.data_fields:
+            if name in cls.__dataclass_fields__:
+                raise UsageError(f"--data.{name}: expected --{name}, the flag of that name")
         if flags.channels is not None and flags.channels < 1:
             raise UsageError(f"--channels: expected at least 1, got {flags.channels}")
         if flags.value_range is not None:
             low, high = flags.value_range
             if not (math.isfinite(low) and math.isfinite(high) and low != high):
                 raise UsageError(f"--value_range: expected two numbers, black's and white's, got {low:g} {high:g}")
+        for name in ("frames", "frame_rate", "frame_stride"):
+            if (number := getattr(flags, name)) is not None and not (0 < number < math.inf):
+                raise UsageError(f"--{name}: expected more than 0, got {number:g}")
         if flags.background is not None and not all(0 <= value <= 255 for value in flags.background):
             raise UsageError(f"--background: expected three numbers from 0 to 255, got {flags.background}")
         return flags
@@ -93,6 +102,9 @@ def add_decoding_arguments(
         "--alpha", choices=("straight", "channel"),
         help="fourth of four channels: straight (not premultiplied) alpha, or a channel like the others",
     )  # fmt: skip
+    add("--frames", type=int, metavar="N", help="videos as clips of N frames, images as clips of one")
+    add("--frame_rate", type=float, metavar="F", help="frames a second of a clip (default: those of the video)")
+    add("--frame_stride", type=int, metavar="N", help="every Nth frame (1)")
     if resize:
         add(
             "--resize", choices=("short_side", "none"),

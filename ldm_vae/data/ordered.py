@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm_vae.core.errors import UsageError
-from ldm_vae.data.decoding import read_image
+from ldm_vae.data.clips import View, crops_of
 from ldm_vae.data.flags import Resize
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.ranges import ENOUGH, Values, Watch
@@ -32,8 +32,8 @@ from ldm_vae.data.workers import load
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of an ordered pass: its index, key, views (the crops of it), other columns, SHA-256 and size in bytes
-    as stored, and its stamp from before it was read (`stamps.stamp_now`)."""
+    """One image or clip of an ordered pass: its index, key, views (the crops of it), other columns, SHA-256 and size in
+    bytes as stored, and its stamp from before it was read (`stamps.stamp_now`)."""
 
     index: int
     key: str
@@ -47,9 +47,6 @@ class Sample:
     def crop(self) -> Crop:
         """The first view, and the only one unless `view` says otherwise."""
         return self.views[0]
-
-
-View = Callable[[torch.Tensor, tuple[int, int]], tuple[Crop, ...]]
 
 
 def centre_view(
@@ -119,8 +116,7 @@ class _OrderedDataset(Dataset[tuple[list[Sample], list[Bad]]]):
                 # before the bytes are read, so that the stamp belongs to them or to older ones
                 stamp = stamp_now(self.source, item[0])
                 record = take(self.source, item)
-                image = read_image(record.image, self.decoding, self.at_least)
-                views = self.view(image.pixels, image.original_size)
+                views, image = crops_of(record.image, self.decoding, self.view, at_least=self.at_least)
                 # of the bytes in the source, not of the pixels: a store is compared with these
                 checksum = image_checksum(record.image), image_bytes(record.image)
                 good.append(Sample(item[0], record.key, views, record.columns, *checksum, stamp))
@@ -184,8 +180,8 @@ def ordered_loader(
 
     Args:
         indices: which images, in which order; all if None (of a stream, only all).
-        view: (image uint8 [C, H, W], original size) => crops; a centre crop at `resolution` if None. Several views of
-            an image share one decode. With workers it must be picklable.
+        view: (image, or frame of a clip, uint8 [C, H, W], original size) => crops; a centre crop at `resolution` if
+            None. Several views of an image share one decode. With workers it must be picklable.
         draft_at_least: short side, in pixels, that is enough for the views of a source with jpeg_draft; None refuses
             such a source.
 

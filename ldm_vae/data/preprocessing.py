@@ -32,6 +32,7 @@ HEADER = "ldm_vae.data.preprocessing"  # in the header of our single files: the 
 FORMAT, VERSION = "ldm-vae preprocessing", 1
 
 SETTABLE = ("value_range", "background", "resize", "alpha")  # what two networks of equally many channels may differ in
+OF_CLIPS = ("frames", "frame_rate", "frame_stride")  # what flags may change beside: another clip of the same pixels
 
 
 class Preprocessing(Section):
@@ -40,8 +41,14 @@ class Preprocessing(Section):
 
     format: Literal["ldm-vae preprocessing"] = "ldm-vae preprocessing"
     version: Literal[1] = 1
-    signal: Literal["image"] = "image"
-    """Of what a sample is; clips and sounds will have fields of their own."""
+    signal: Literal["image", "video"] = "image"
+    """Of what a sample is; sounds will have fields of their own."""
+    frames: int | None = Field(None, gt=0)
+    """Of a clip; this and the next two of videos alone, and no part of what fine-tuning may not change."""
+    frame_rate: float | None = Field(None, gt=0.0)
+    """Frames a second, None: those of the video."""
+    frame_stride: int = Field(1, gt=0)
+    """Every so many frames of those."""
     channels: int = Field(ge=1, le=2**16)
     """Of the decoded sample: the network's in_channels."""
     value_range: tuple[float, float] | None = None
@@ -102,19 +109,22 @@ class Preprocessing(Section):
         Raises:
             UsageError: nothing can be decoded so.
         """
-        said = {name: getattr(decoding, name) for name in ("channels", *SETTABLE) if name != "alpha"}
-        return _valid(said | ({"alpha": "straight"} if decoding.alpha else {}) | {"holdout": holdout}, "data")
+        said = {name: getattr(decoding, name) for name in ("channels", *SETTABLE, *OF_CLIPS) if name != "alpha"}
+        said |= {"signal": "image" if decoding.frames is None else "video", "holdout": holdout}
+        return _valid(said | ({"alpha": "straight"} if decoding.alpha else {}), "data")
 
     @property
     def decoding(self) -> Decoding:
         """The decoding that it records."""
         return Decoding(
-            self.channels, self.background, self.value_range, resize=self.resize, alpha=self.alpha == "straight"
-        )
+            self.channels, self.background, self.value_range, resize=self.resize, alpha=self.alpha == "straight",
+            frames=self.frames, frame_rate=self.frame_rate, frame_stride=self.frame_stride,
+        )  # fmt: skip
 
     def to_bytes(self) -> bytes:
         """Contents of the file."""
         absent = {"holdout"} if self.holdout is None else set()
+        absent |= set(OF_CLIPS) if self.signal == "image" else set()
         return (json.dumps(self.model_dump(mode="json", exclude=absent), indent=2) + "\n").encode()
 
 
@@ -135,8 +145,10 @@ def parse(content: bytes | str, where: object) -> Preprocessing:
             f"{where}: `version` is {str(tree.get('version'))[:20]}, this program reads version {VERSION}; use the "
             "version of ldm-vae that wrote it, or a newer one"
         )
-    if tree.get("signal") != "image":
-        raise UsageError(f"{where}: `signal` is {str(tree.get('signal'))[:20]}, this program reads images")
+    if tree.get("signal") not in ("image", "video"):
+        raise UsageError(f"{where}: `signal` is {str(tree.get('signal'))[:20]}, this program reads images and videos")
+    if (tree["signal"] == "video") != (tree.get("frames") is not None):
+        raise UsageError(f"{where}: damaged, `frames` does not go with `signal` {tree['signal']}")
     return _valid(tree, f"{where}: damaged")
 
 

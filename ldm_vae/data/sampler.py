@@ -35,10 +35,10 @@ class Task:
 @dataclass(frozen=True, slots=True)
 class Work:
     """One rank's part of a global batch, for a worker: tasks, the (height, width) of its crops if the batch has its own
-    (aspect buckets), and what was found bad on the way here."""
+    (aspect buckets; of clips with their frames before), and what was found bad on the way here."""
 
     tasks: list[Task]
-    shape: tuple[int, int] | None = None
+    shape: tuple[int, ...] | None = None
     bad: tuple[Bad, ...] = ()
 
 

@@ -28,6 +28,7 @@ from ldm_vae.core.progress import Progress
 from ldm_vae.data.decoding import EXTENSIONS, Decoding, RawImage
 from ldm_vae.data.files import printable, repeated
 from ldm_vae.data.flags import Resize
+from ldm_vae.data.footage import Video
 from ldm_vae.data.quarantine import BadImage
 
 
@@ -97,6 +98,12 @@ class SourceConfig(Part):
     alpha: bool = False
     """The fourth of four channels is straight alpha: images without one are opaque, resizing does not mix in invisible
     colour, and losses and metrics see composites. Without it, four channels are alike."""
+    frames: int | None = Field(None, gt=0)
+    """Frames of a clip: videos are read as clips of so many, images as clips of one. Without it, images alone are."""
+    frame_rate: float | None = Field(None, gt=0.0, le=1000.0)
+    """Frames a second of a clip, by the time stamps of the video; by default the video's own."""
+    frame_stride: int = Field(1, gt=0)
+    """Take every so many frames of those."""
     jpeg_draft: bool = False
     """Decode JPEG at 1/2, 1/4 or 1/8 of its size where that is enough: faster, and some 50 dB off. Training only; a
     store made with it says so in its identity."""
@@ -116,7 +123,10 @@ class SourceConfig(Part):
 
     def decoding(self) -> Decoding:
         """The knobs that change pixels."""
-        return Decoding(self.channels, self.background, self.value_range, self.jpeg_draft, alpha=self.alpha)
+        return Decoding(
+            self.channels, self.background, self.value_range, self.jpeg_draft, alpha=self.alpha, frames=self.frames,
+            frame_rate=self.frame_rate, frame_stride=self.frame_stride,
+        )  # fmt: skip
 
     def absent(self, expected: str) -> UsageError:
         """The error where `path` is not what this kind reads, with the kind that reads it."""
@@ -251,6 +261,8 @@ def _kind_of_folder(place: Path) -> str:
 
 def image_checksum(image: RawImage) -> str:
     """SHA-256 of an image as the source holds it: the bytes of its file, or shape, type and values of an array."""
+    if isinstance(image, Video):
+        return image.checksum()
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
     array = np.ascontiguousarray(np.asarray(image))
@@ -259,6 +271,8 @@ def image_checksum(image: RawImage) -> str:
 
 def image_bytes(image: RawImage) -> int:
     """Bytes of an image as the source holds it: of its file, or of the values of an array."""
+    if isinstance(image, Video):
+        return image.bytes
     return len(image) if isinstance(image, bytes) else int(np.asarray(image).nbytes)
 
 

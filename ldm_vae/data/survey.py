@@ -8,7 +8,7 @@ Legend: N images looked at.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,11 +24,13 @@ from ldm_vae.core.pictures import save, sheet
 from ldm_vae.core.progress import Progress
 from ldm_vae.data import buckets, copies
 from ldm_vae.data.alpha import visible
+from ldm_vae.data.clips import facts_of, first_frame, frames_of
 from ldm_vae.data.decoding import read_image
+from ldm_vae.data.footage import Video, VideoFacts
 from ldm_vae.data.ordered import IndexedRecord, batches_of, items, key_of, take
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.ranges import Values, by_range
-from ldm_vae.data.source import Source
+from ldm_vae.data.source import Source, image_bytes
 from ldm_vae.data.stream import Stream, length
 from ldm_vae.data.transforms import centre_crop
 from ldm_vae.data.workers import load
@@ -41,8 +43,8 @@ ASPECTS = (0.4, 0.5, 0.62, 0.72, 0.85, 1.18, 1.4, 1.6, 2.0, 2.5)  # borders of t
 
 @dataclass(frozen=True)
 class Finding:
-    """One image: index, key, (H, W), format and mode of its file, bytes, its caption, its values and what its copies
-    are found by (`copies.frequencies`); reason if it is bad."""
+    """One image or video: index, key, (H, W), format and mode of its file, bytes, its caption, its values and what its
+    copies are found by (`copies.frequencies`); with `data.frames`, what is known of it as a video; reason if bad."""
 
     index: int
     key: str
@@ -51,9 +53,10 @@ class Finding:
     mode: str = ""
     bytes: int = 0
     caption: str | None = None
-    reason: str = ""
     values: Values | None = None
     frequencies: np.ndarray[Any, Any] | None = None
+    video: VideoFacts | None = None
+    reason: str = ""
 
 
 @dataclass
@@ -88,15 +91,21 @@ class _Look(Dataset[list[Finding]]):
     def _look(self, item: IndexedRecord) -> Finding:
         try:
             record = take(self.source, item)
-            image = read_image(record.image, self.decoding)
+            if self.decoding.frames is None:
+                image, video = read_image(record.image, self.decoding), None
+            else:  # a clip of each: all frames of long videos would take their time
+                clip = frames_of(record.image, self.decoding)
+                image = next(clip)
+                deque(clip, maxlen=0)
+                video = facts_of(record.image, self.decoding)
         except BadImage as error:
             return Finding(item[0], key_of(self.source, item), reason=error.reason)
-        size = len(record.image) if isinstance(record.image, bytes) else 0
+        size = image_bytes(record.image) if isinstance(record.image, bytes | Video) else 0
         caption = record.columns.get("caption")
         text = None if caption is None else str(caption)
         return Finding(
-            item[0], record.key, image.original_size, image.format, image.mode, size, text, values=image.values,
-            frequencies=copies.frequencies(image.pixels).numpy(),
+            item[0], record.key, image.original_size, image.format, image.mode, size, text, image.values,
+            copies.frequencies(image.pixels).numpy(), video,
         )  # fmt: skip
 
 
@@ -122,10 +131,20 @@ def lines(found: Survey, resolution: int, shapes: Sequence[buckets.Shape]) -> li
     """The survey as a person reads it."""
     good, bad = found.good, found.bad
     looked = "" if found.total == len(found.findings) else f", {len(found.findings):,} of them looked at"
-    total = "a stream of images" if found.total is None else f"{found.total:,} images"
+    what = "images" if all(f.video is None for f in good) else "images and videos"
+    total = f"a stream of {what}" if found.total is None else f"{found.total:,} {what}"
     out = [f"{total}{looked}: {len(good):,} usable, {len(bad):,} not"]
+    videos = [f.video for f in good if f.video is not None]
     if good:
-        out += ["", *_sizes(found, resolution), "", *_aspects(found), "", *_counts("formats", [f.format for f in good])]
+        out += [
+            "",
+            *_sizes(found, resolution),
+            *_videos(videos),
+            "",
+            *_aspects(found),
+            "",
+            *_counts("formats", [f.format for f in good]),
+        ]
         out += _counts("modes", [f.mode for f in good])
         out += [*_values(good), _copies(good)]
     out += ["", *_columns(found)]
@@ -151,6 +170,24 @@ def _sizes(found: Survey, resolution: int) -> list[str]:
     share = 100 * small / len(sizes)
     out.append(f"{small:,} ({share:.1f} %) have a short side below {resolution} px and would be enlarged")
     return out
+
+
+def _videos(facts: Sequence[VideoFacts]) -> list[str]:
+    """Frames, rates and seconds of videos, and what is not read of them; nothing of images."""
+    moving = [each for each in facts if each.frames > 1]
+    out = []
+    if len(facts) > len(moving):
+        out += [f"{'images':12}{len(facts) - len(moving):,} of them, clips of one frame"]
+    if not moving:
+        return out
+    for name, values in (("frames", [f.frames for f in moving]), ("seconds", [f.seconds for f in moving])):
+        told = [f"{value:10.0f}" if name == "frames" else f"{value:10.2f}" for value in _quantiles(np.array(values))]
+        out.append(f"{name:12}" + "".join(told))
+    out += _counts("frames/s", [f"{float(f.rate):.6g}" for f in moving])
+    notes = Counter(note for f in moving for note in f.notes)
+    return out + [
+        f"{'' if number else 'notes':12}{count:,}: {note}" for number, (note, count) in enumerate(notes.items())
+    ]
 
 
 def _quantiles(values: np.ndarray[Any, Any]) -> list[float]:
@@ -219,7 +256,7 @@ def thumbnails(source: Source, found: Survey, path: Path) -> int:
     good = found.good
     chosen = [good[at] for at in sorted({round(i * (len(good) - 1) / (THUMBNAILS - 1)) for i in range(THUMBNAILS)})]
     side, columns = THUMBNAIL_SIDE, (len(chosen) + 1) // 2 if len(chosen) > 5 else len(chosen)
-    read = [read_image(source[finding.index].image, source.decoding).pixels for finding in chosen]
+    read = [first_frame(source[finding.index].image, source.decoding).pixels for finding in chosen]
     shown = [visible(pixels, source.decoding.alpha) for pixels in read]
     coloured = [pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1) for pixels in shown]
     crops = [centre_crop(pixels, side).pixels for pixels in coloured]

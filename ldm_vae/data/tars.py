@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import PurePosixPath
@@ -63,12 +63,12 @@ class Group:
     key: str
     members: list[Member] = field(default_factory=list)
 
-    def image(self, image_column: str | None) -> Member:
-        """The image among the members. Raises BadImage when there is none, or it is refused."""
+    def image(self, image_column: str | None, endings: Collection[str] = EXTENSIONS) -> Member:
+        """The image (or video) among the members. Raises BadImage when there is none, or it is refused."""
         for member in self.members:
             if member.refused:
                 raise BadImage(member.refused)
-        wanted = [member for member in self.members if is_image(member.extension, image_column)]
+        wanted = [member for member in self.members if is_image(member.extension, image_column, endings)]
         if len(wanted) > 1:
             raise SeveralImages([member.name for member in wanted])
         if not wanted:
@@ -76,14 +76,14 @@ class Group:
             raise BadImage(f"the sample has no image, only {have}")
         return wanted[0]
 
-    def others(self) -> list[Member]:
+    def others(self, endings: Collection[str] = EXTENSIONS) -> list[Member]:
         """Members that are columns: all but images."""
-        return [member for member in self.members if not is_image(member.extension, None)]
+        return [member for member in self.members if not is_image(member.extension, None, endings)]
 
 
-def is_image(extension: str, image_column: str | None) -> bool:
+def is_image(extension: str, image_column: str | None, endings: Collection[str] = EXTENSIONS) -> bool:
     """True if a member of this extension is the image; `image_column` is an extension, any picture's if None."""
-    return extension == image_column if image_column else f".{extension.rpartition('.')[2]}" in EXTENSIONS
+    return extension == image_column if image_column else f".{extension.rpartition('.')[2]}" in endings
 
 
 def members(archive: tarfile.TarFile) -> Iterator[tuple[Member, tarfile.TarInfo]]:

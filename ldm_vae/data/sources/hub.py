@@ -21,8 +21,9 @@ from ldm_vae.core import hub
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.paths import expanded, nearest_path
 from ldm_vae.core.validation import disguised_file
-from ldm_vae.data.decoding import Decoding, RawImage
+from ldm_vae.data.decoding import DEFAULT, Decoding, RawImage
 from ldm_vae.data.files import read_bytes
+from ldm_vae.data.footage import Video, is_video
 from ldm_vae.data.metadata import rename_caption
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.ranges import FIELD, own_range
@@ -67,7 +68,7 @@ class HubSource(Named):
     ) -> None:
         self.decoding = decoding
         self.name = name
-        self.image_column = find_image_column(dataset, image_column, name)
+        self.image_column = find_image_column(dataset, image_column, name, decoding)
         self._captions = check_caption_column(dataset, caption_column, name)
         self._dataset = undecoded(dataset)
         self._dtype = declared_dtype(dataset, self.image_column)
@@ -132,7 +133,7 @@ class HubStream(InOrderOnly):
         self.name = config.path
         self.decoding = config.decoding()
         self.shuffle_buffer = config.shuffle_buffer
-        self.image_column = find_image_column(dataset, config.image_column, config.path)
+        self.image_column = find_image_column(dataset, config.image_column, config.path, self.decoding)
         self._captions = check_caption_column(dataset, config.caption_column, config.path)
         self._dataset = undecoded(dataset)
         self._dtype = declared_dtype(dataset, self.image_column)
@@ -222,13 +223,18 @@ def _files(path: Path) -> list[str]:
     return []
 
 
-def find_image_column(dataset: Any, image_column: str | None, name: str) -> str:
-    """The column that holds the images. Raises UsageError when it is not there, or when there are several to choose."""
+def find_image_column(dataset: Any, image_column: str | None, name: str, decoding: Decoding = DEFAULT) -> str:
+    """The column that holds the images, or with `decoding.frames` the videos. Raises UsageError where it is not there,
+    or there are several."""
     features: dict[str, Any] = dict(dataset.features or {})
     if image_column is not None:
         if features and image_column not in features:
             raise UsageError(f"data.image_column {image_column}: {name} has {', '.join(features)}")
         return image_column
+    if decoding.frames is not None:
+        videos = [column for column, feature in features.items() if type(feature).__name__ == "Video"]
+        if len(videos) == 1 or "video" in (videos or features):
+            return "video" if "video" in (videos or features) else videos[0]
     images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
     # the usual name, also where a stream declares no features; not where it is text (a path) beside real images
     if not features or "image" in (images or features):
@@ -249,12 +255,10 @@ def check_caption_column(dataset: Any, caption_column: str | None, name: str) ->
 def undecoded(dataset: Any) -> Any:
     """The same dataset as it is stored: image columns as bytes, whatever format the dataset remembers (that of numpy
     makes an int64 of every integer)."""
-    import datasets
-
     dataset = dataset.with_format(None)
     for column, feature in dict(dataset.features or {}).items():
-        if isinstance(feature, datasets.Image) and feature.decode:
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        if type(feature).__name__ in ("Image", "Video") and feature.decode:
+            dataset = dataset.cast_column(column, type(feature)(decode=False))
     return dataset
 
 
@@ -295,7 +299,7 @@ def as_image(value: Any, dtype: np.dtype[Any] | None = None) -> RawImage:
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     if isinstance(value, str | os.PathLike):
-        return read_bytes(value)
+        return Video(os.fspath(value)) if is_video(os.fspath(value)) else read_bytes(value)
     if isinstance(value, PillowImage.Image):
         return value
     if isinstance(value, list | np.ndarray):

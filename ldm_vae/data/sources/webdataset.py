@@ -25,8 +25,9 @@ from ldm_vae.core.files import WINDOW, Transfer
 from ldm_vae.core.progress import Progress
 from ldm_vae.core.validation import why_unreadable
 from ldm_vae.data import tars
-from ldm_vae.data.decoding import Decoding
+from ldm_vae.data.decoding import Decoding, endings_of
 from ldm_vae.data.files import MAX_BYTES, Names, check_unique, read_range
+from ldm_vae.data.footage import Video, is_video
 from ldm_vae.data.metadata import rename_caption
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.source import Named, Record, SourceConfig, not_empty
@@ -89,17 +90,17 @@ class TarSource(Named):
         self._refused: dict[int, str] = {}
         keys: list[str] = []
         names = shard_names(shards)
-        # shard, offset, size of each image; extension, offset, size of each other member, and where a sample's end
-        # in flat arrays, which take a fraction of the memory of tuples of Python's integers
+        # shard, offset, size of each image, whether it is a video; extension, offset, size of each other member, and
+        # where a sample's end, in flat arrays, which take a fraction of the memory of tuples of Python's integers
         images, others, ends = array("q"), array("q"), array("q")
         for number, shard in enumerate(Progress(shards, desc="indexing shards", unit="shards", leave=False)):
             for key, image, rest in self._index(shard, image_column):
                 if isinstance(image, str):
                     # still a sample, with its key and reason: the order and number of samples do not depend on damage
                     self._refused[len(keys)] = image
-                    images.extend((number, 0, 0))
+                    images.extend((number, 0, 0, 0))
                 else:
-                    images.extend((number, image.offset, image.size))
+                    images.extend((number, image.offset, image.size, is_video(image.name)))
                 for member in rest:
                     if member.extension not in self._extensions:
                         self._extensions.append(member.extension)
@@ -108,7 +109,7 @@ class TarSource(Named):
                 keys.append(f"{names[shard]}/{key}")
         self._names = Names(keys)
         check_unique(self._names, self.name, "two samples of that name in one shard, or one shard given twice")
-        self._images = np.array(images, dtype=np.int64).reshape(-1, 3)
+        self._images = np.array(images, dtype=np.int64).reshape(-1, 4)
         self._others = np.array(others, dtype=np.int64).reshape(-1, 3)
         self._ends = np.array(ends, dtype=np.int64)
         head = (caption_column or "").split(".")[0]
@@ -122,14 +123,15 @@ class TarSource(Named):
     ) -> Iterator[tuple[str, tars.Member | str, list[tars.Member]]]:
         """(key, image or the reason why there is none, other members) of each sample; damage ends a shard early."""
         damage: list[str] = []
+        endings = endings_of(self.decoding)
         for sample in tars.group(_members_until_damage(shard, damage)):
             try:
-                image: tars.Member | str = sample.image(image_column)
+                image: tars.Member | str = sample.image(image_column, endings)
             except tars.SeveralImages as error:
                 raise UsageError(f"data.image_column: {shard}, sample {sample.key}: {error.reason}") from error
             except BadImage as error:
                 image = error.reason
-            yield sample.key, image, sample.others()
+            yield sample.key, image, sample.others(endings)
         # the damaged rest has a key of its own, so the quarantine shows that something is missing
         for reason in damage:
             yield "rest-of-shard", f"the rest of the shard cannot be read: {reason}", []
@@ -144,7 +146,7 @@ class TarSource(Named):
         key = self._names[index]
         if index in self._refused:
             raise BadImage(self._refused[index])
-        number, offset, size = map(int, self._images[index])
+        number, offset, size, video = map(int, self._images[index])
         shard = self._shards[number]
         columns: dict[str, Any] = dict.fromkeys(self._extensions)
         # members of sample i: from the end of sample i - 1 to its own
@@ -152,10 +154,11 @@ class TarSource(Named):
             columns[self._extensions[which]] = tars.column_value(
                 self._extensions[which], read_range(shard, start, length)
             )
-        return Record(key, read_range(shard, offset, size), with_caption(columns, self._captions))
+        image = Video(shard, offset, size) if video else read_range(shard, offset, size)
+        return Record(key, image, with_caption(columns, self._captions))
 
     def facts(self, index: int) -> Facts | None:
-        number, offset, size = map(int, self._images[index])
+        number, offset, size, _ = map(int, self._images[index])
         return None if index in self._refused else file_facts(self._shards[number], (offset,), size)
 
 
@@ -202,11 +205,12 @@ class TarStream(InOrderOnly):
 
     def _record(self, name: str, sample: tars.Group, bytes_of: dict[str, bytes]) -> Record | Bad:
         try:
-            image = sample.image(self._image_column)
+            image = sample.image(self._image_column, endings_of(self.decoding))
         except BadImage as error:
             return Bad(f"{name}/{sample.key}", error.reason)
         columns = {
-            member.extension: tars.column_value(member.extension, bytes_of[member.name]) for member in sample.others()
+            member.extension: tars.column_value(member.extension, bytes_of[member.name])
+            for member in sample.others(endings_of(self.decoding))
         }
         return Record(f"{name}/{sample.key}", bytes_of[image.name], with_caption(columns, self._captions))
 

@@ -19,7 +19,7 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.core.paths import expanded
 from ldm_vae.core.validation import why_unreadable
 from ldm_vae.data import tree
-from ldm_vae.data.decoding import EXTENSIONS, Decoding
+from ldm_vae.data.decoding import Decoding, endings_of
 from ldm_vae.data.files import MAX_BYTES, Names, check_member_name, check_unique, normal, printable, read_range
 from ldm_vae.data.metadata import TreeColumns
 from ldm_vae.data.quarantine import BadImage
@@ -41,7 +41,9 @@ class Config(SourceConfig):
         if not path.is_file():
             raise self.absent("a zip file")
         source = ZipSource(path, self.decoding(), self.caption_column)
-        not_empty(source, self.path, f"image ({', '.join(sorted(EXTENSIONS))}); hidden files do not count")
+        not_empty(
+            source, self.path, f"image ({', '.join(sorted(endings_of(source.decoding)))}); hidden files do not count"
+        )
         return source
 
 
@@ -60,9 +62,8 @@ class ZipSource(Named):
                 }  # a member that is there twice, with the same content, is one
                 members = [(name, member) for (name, _, _), member in sorted(found.items())]
                 by_name, left_out = dict(members), LeftOut()
-                images = tree.members(
-                    (name for name, _ in members), EXTENSIONS, left_out, lambda name: _head(archive, by_name[name])
-                )
+                names, endings = (name for name, _ in members), endings_of(decoding)
+                images = tree.members(names, endings, left_out, lambda name: _head(archive, by_name[name]))
         except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeError) as error:
             raise UsageError(f"data {path}: cannot be opened as a zip: {why_unreadable(path, error)}") from error
         left_out.tell(self.name)

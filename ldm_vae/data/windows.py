@@ -1,0 +1,121 @@
+"""Windows: the clips that cover the videos of a source one after the other, as a source of its own.
+
+For encoding and evaluation, where every frame counts: clip k of a video begins where clip k - 1 ends, its key is
+`NAME#t=SECONDS` (`#frame=N` of a folder of frames). Frames at the end that fill no clip are left out, and said. Images
+are themselves. Training draws its clips from the videos instead (dataset.py).
+
+Legend: N videos and images of the source.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from ldm_vae.core.progress import Progress
+from ldm_vae.data.clips import facts_of, reach, tiles_of
+from ldm_vae.data.decoding import Decoding
+from ldm_vae.data.footage import Video, VideoFacts, tell
+from ldm_vae.data.quarantine import BadImage
+from ldm_vae.data.source import Record, Source
+from ldm_vae.data.stamps import THREADS, Facts, Stamped
+from ldm_vae.data.stream import Stream
+
+logger = logging.getLogger(__name__)
+
+
+def windows(source: Any) -> Any:
+    """The clips of a source of videos; a source of images as it is. Every video is opened once."""
+    if source.decoding.frames is None:
+        return source
+    if isinstance(source, Stream):
+        logger.warning("data %s: read in order, so of each video the first clip alone is taken", _name(source))
+        return source
+    return Windows(source)
+
+
+class Windows:
+    """Clips of the videos of `source`."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.columns, self.name = source, source.columns, _name(source)
+        self.decoding: Decoding = source.decoding
+        counts = np.ones(len(source), np.int64)
+        # seconds from clip to clip as fractions: of 10^4 clips at 30000/1001 a second floats would lose a frame
+        self._length = np.zeros((len(source), 2), np.int64)
+        notes: Counter[str] = Counter()
+        left = whole = 0
+        with ThreadPoolExecutor(THREADS, "facts") as threads:
+            looked = threads.map(self._look, range(len(source)))
+            for index, known in enumerate(Progress(looked, "videos", len(source), leave=False)):
+                # what cannot be read, or is too short, has one clip that says so
+                if known is None or known.frames == 1:
+                    continue
+                notes.update(known.notes)
+                (count, length), there = tiles_of(known, self.decoding), reach(known, self.decoding)
+                counts[index] = count
+                self._length[index] = length.as_integer_ratio() if count > 1 else (0, 1)
+                covered = count * (self.decoding.frames or 1)
+                if there >= covered:
+                    whole, left = whole + there, left + there - covered
+        self._ends = np.cumsum(counts)
+        tell(self.name, notes)
+        if left:
+            logger.warning(
+                "data %s: %d of %d frames are left out: the last of a video, which fill no clip of %d",
+                self.name, left, whole, self.decoding.frames,
+            )  # fmt: skip
+
+    def _look(self, index: int) -> VideoFacts | None:
+        try:
+            return facts_of(self.source[index].image, self.decoding)
+        except BadImage:
+            return None
+
+    def _place(self, index: int) -> tuple[int, Fraction | None]:
+        """(index in the source, start of the clip; None where there is but one)."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        at = int(np.searchsorted(self._ends, index, side="right"))
+        above, below = map(int, self._length[at])
+        number = index - (int(self._ends[at - 1]) if at else 0)
+        return at, Fraction(above, below) * number if above else None
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def key(self, index: int) -> str:
+        at, start = self._place(index)
+        return self.source.key(at) + self._suffix(at, start)
+
+    def _suffix(self, at: int, start: Fraction | None) -> str:
+        if start is None:
+            return ""
+        # of frame folders, whose seconds are frames
+        unit = "frame" if getattr(self.source, "by_frame", False) else "t"
+        return f"#{unit}={f'{float(start):.6f}'.rstrip('0').rstrip('.')}"
+
+    def __getitem__(self, index: int) -> Record:
+        at, start = self._place(index)
+        record = self.source[at]
+        if start is None:
+            return record
+        image = record.image
+        assert isinstance(image, bytes | Video)
+        video = replace(image, start=start) if isinstance(image, Video) else Video(image, start=start)
+        return replace(record, key=record.key + self._suffix(at, start), image=video)
+
+    def facts(self, index: int) -> Facts | None:
+        at, start = self._place(index)
+        found = self.source.facts(at) if isinstance(self.source, Stamped) else None
+        return found and found._replace(identity=(*found.identity, hash(start or 0)))
+
+
+def _name(source: Any) -> str:
+    return getattr(source, "name", type(source).__name__)
