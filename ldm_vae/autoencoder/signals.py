@@ -106,7 +106,7 @@ def same_draws(vae: Any, device: torch.device) -> Iterator[None]:
 
 
 def held_by(encoded: Any) -> Any:
-    """What an `encode` gave: a posterior, or latents."""
+    """Output of an `encode`: a posterior, or latents."""
     return encoded[0] if isinstance(encoded, tuple) else getattr(encoded, field_of(encoded))
 
 
@@ -125,7 +125,7 @@ def field_of(encoded: Any) -> str:
 
 
 def leave(vae: Any, decoded: Any, frames: int | None) -> torch.Tensor:
-    """What the network's `decode` gave => pixels in [-1, 1]: [B, C, T, H, W] of so many latent frames, or images."""
+    """Output of the network's `decode` => pixels in [-1, 1]: [B, C, T, H, W] of so many latent frames, or images."""
     family = family_of(vae)
     pixels: torch.Tensor = decoded if torch.is_tensor(decoded) else decoded.sample
     if is_by_frame(vae):

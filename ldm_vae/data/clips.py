@@ -96,7 +96,7 @@ def frames_of(image: RawImage, decoding: Decoding, draw: float | None = None) ->
 
 
 def first_frame(image: RawImage, decoding: Decoding, at_least: int | None = None) -> Decoded:
-    """An image, of at least so many pixels a side where it may be reduced, or the first frame of a clip. Raises BadImage."""
+    """An image, of at least so many pixels a side where it is reduced, or a clip's first frame. Raises BadImage."""
     if decoding.frames is None:
         return read_image(image, decoding, at_least)
     return next(frames_of(image, replace(decoding, frames=1)))

@@ -56,7 +56,7 @@ class PushPlan:
     stale: tuple[str, ...]
     """Files of shards there that this store does not have."""
     overwrites: bool
-    """Whether the store that is there now has shards of the same names with other content."""
+    """True if the store that is there now has shards of the same names with other content."""
 
     def __str__(self) -> str:
         there = len(self.manifest.shards) * len(EXTENSIONS) - len(self.missing)

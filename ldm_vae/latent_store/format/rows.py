@@ -77,7 +77,7 @@ def map_shard(path: Path, identity: Identity, shard: ShardRecord) -> dict[str, n
 
 
 def are_sums(table: npt.NDArray[Any] | None, identity: Identity, shard: ShardRecord) -> bool:
-    """Whether a shard's table of sums is one of such a shard: other programs leave it out, or write anything."""
+    """True if a shard's table of sums is one of such a shard: other programs leave it out, or write anything."""
     width = 2 + 3 * shard.shape[0] * identity.patch**2 if identity.codes is None else 1 + identity.codes
     if table is None or table.dtype != np.float64 or table.ndim != 2 or table.shape[1] != width or not len(table):
         return False

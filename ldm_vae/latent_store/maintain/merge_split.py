@@ -55,7 +55,7 @@ class StoredPiece:
 
     @property
     def group(self) -> Group:
-        """What the rows share (`publication.Group`)."""
+        """Facts that the rows share (`publication.Group`)."""
         return self.shard.group
 
     @property
