@@ -46,7 +46,7 @@ check: install
 	$(TESTING) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 	@echo "Open site/index.html in a browser."
 
 clean:

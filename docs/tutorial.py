@@ -99,8 +99,8 @@ print("KL of each, nats:", [round(value) for value in moments.kl().sum(dim=(1, 2
 # %% [markdown]
 # Figures to report come from `ldm-vae evaluate`, which has a fixed protocol, confidence intervals and more metrics
 # ([evaluation](evaluation.md)); here on the 48 held-out tiles. The last rows are the linear code that is best for these
-# very tiles. After 480 images the network's LPIPS is below that code's, and so is its PSNR, by a decibel. After the 6,000
-# images of `make demo` both are better: 34.3 dB and 0.016.
+# very tiles. After 480 images the network's LPIPS is better than that code's, and its PSNR a decibel worse. After the
+# 6,000 images of `make demo` both are better: 34.3 dB and 0.016.
 
 # %%
 # !ldm-vae evaluate runs/tutorial photos/heldout --output measured --resolution 64 --metrics psnr,ssim,lpips_alex

@@ -132,7 +132,7 @@ def test_commands_are_found_wherever_a_page_has_them(tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 def test_the_site_is_built_and_asks_nothing_of_other_hosts(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", "docs/site/mkdocs.yml"]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", "docs/site/mkdocs.yml"]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "http_proxy": "http://127.0.0.1:9"}
     done = subprocess.run(
         [*build, "--site-dir", str(tmp_path / "site")],

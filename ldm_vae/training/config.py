@@ -150,7 +150,7 @@ class Training(RunConfig):
         return self
 
     def _check_holdout(self) -> None:
-        if getattr(self.validation_data, "holdout", None) is not None:
+        if isinstance(self.validation_data, SourceConfig) and self.validation_data.holdout is not None:
             raise ValueError("validation_data.holdout: is validated on as a whole; expected data.holdout, or none")
         if self.holdout is not None and self.validation_data is not None:
             raise ValueError(
@@ -165,8 +165,7 @@ class Training(RunConfig):
     @property
     def holdout(self) -> float | None:
         """Share of `data` that is held out, in the place of validation_data."""
-        share: float | None = getattr(self.data, "holdout", None)
-        return share
+        return self.data.holdout if isinstance(self.data, SourceConfig) else None
 
     @property
     def validated(self) -> str:

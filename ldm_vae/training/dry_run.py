@@ -194,7 +194,7 @@ def describe(settings: Training, processes: int = 1) -> str:
         "memory, GB": f"{_listed(memory)}; peak about {peak / GB:.1f} in a process with {batch}",
         "on a CPU": "" if torch.cuda.is_available() else _on_a_cpu(peak),
         "init_from": _found_base(settings),
-        "data": _found_data(settings.data, global_batch, settings.max_train_images),
+        "data": _found_data(settings.data, global_batch, settings.max_train_images, settings.holdout),
         "validation_data": _found_data(settings.validation_data),
     }
     comments = "".join(f"# {name + ':':16} {text}\n" for name, text in lines.items() if text)
@@ -242,7 +242,7 @@ def _cached(hub_id: str, name: str) -> bool:
         return False
 
 
-def _found_data(data: Any, global_batch: int = 0, max_images: int = 0) -> str:
+def _found_data(data: Any, global_batch: int = 0, max_images: int = 0, holdout: float | None = None) -> str:
     if data is None:
         return ""
     if data.kind == "hub" and not Path(data.path).exists():
@@ -257,8 +257,8 @@ def _found_data(data: Any, global_batch: int = 0, max_images: int = 0) -> str:
     if not global_batch:
         return f"{count:,} images in {data.path}"
     train, held = count, ""
-    if (share := getattr(data, "holdout", None)) is not None:
-        train -= int(is_held_out(numbers_of(source), share).sum())
+    if holdout is not None:
+        train -= int(is_held_out(numbers_of(source), holdout).sum())
         held = f", {count - train:,} of them held out and {train:,} to train on, less copies of the former"
     return (
         f"{count:,} images in {data.path}{held}; an epoch is {train / global_batch:.4g} updates of {global_batch}, "
