@@ -305,7 +305,7 @@ def test_a_run_feeds_videos_and_images_and_quarantines_the_rest(films: Path, tmp
             "train_batch_size": 2, "losses": {"l1": {}}, "max_train_images": 4,
         }
     )  # fmt: skip
-    source, held_out = open_sources(settings)
+    source, held_out = open_sources(settings, Accelerator(cpu=True))
     assert held_out is not None and len(held_out) == 9
     quarantine = Quarantine(len(source), path=tmp_path / "run" / "quarantine.jsonl")
     feed = ImageFeed(settings, None, source)

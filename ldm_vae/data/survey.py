@@ -123,7 +123,7 @@ def survey(source: Source | Stream, max_images: int | None = None, num_workers: 
         for batch in load(_Look(source), batches_of(chosen, 16), num_workers):
             found.findings += batch
             bar.update(len(batch))
-            bar.set_postfix(bad=len(found.bad))
+            bar.set_postfix({"bad": len(found.bad)}, refresh=False)
     return found
 
 

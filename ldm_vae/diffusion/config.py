@@ -184,7 +184,7 @@ def open_latents(settings: DiffusionTraining) -> StoredLatents:
 def _names(
     dataset: LatentDataset, column: str | None, values: Sequence[Any], classes: Sequence[Any]
 ) -> tuple[str, ...]:
-    """Names of the classes in pictures: of a number the name of its folder, of an image's key its file, where no two are
+    """Names of the classes in pictures: of a number its folder, of an image's key its file, where no two are
     the same; else the value."""
     if column == "label" and "label_name" in dataset.manifest.columns:
         known = dict(zip(values, dataset.column("label_name"), strict=True))
