@@ -108,12 +108,12 @@ def test_memory_does_not_depend_on_the_length(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_frames_take_no_more_memory_than_a_hundred() -> None:
+def test_two_thousand_frames_take_no_more_memory_than_a_hundred() -> None:
     vae, peaks = tiny("AutoencoderKLWan"), []
     with torch.no_grad():
-        for frames in (101, 10_001):
+        for frames in (101, 2_001):
             moments = encode_clip(vae, parts(frames, 16, (3, 32, 32)))
             shown = sum(part.shape[2] for part in decode_clip(vae, (part.mean for part in moments)))
             assert shown == frames
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB, the most so far
-    assert peaks[1] - peaks[0] < 32 * 1024  # the clip alone is 120 MB in fp32
+    assert peaks[1] - peaks[0] < 12 * 1024  # the clip alone is 24 MB in fp32

@@ -1,4 +1,5 @@
-"""Every autoencoder class of the installed diffusers: those of images pass one battery, every other is refused."""
+"""Every autoencoder class of the installed diffusers: those of images pass one battery, those of clips that of
+`test_families_clips.py`, every other is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from images import write_images
 from repository import ROOT
 from sentences import refused
-from tiny_classes import CLASSES, CONFIGS, IMAGES, TRAINED, pixels_for, tiny
+from tiny_classes import CLASSES, CONFIGS, IMAGES, TRAINED, VIDEOS, pixels_for, tiny
 from torch import nn
 
 from eval import families
@@ -37,7 +38,7 @@ def test_every_class_of_images_has_a_tiny_instance() -> None:
     assert sorted(CONFIGS) == IMAGES
 
 
-@pytest.mark.parametrize("name", sorted({*CLASSES} - {*IMAGES}))
+@pytest.mark.parametrize("name", sorted({*CLASSES} - {*IMAGES, *VIDEOS}))
 def test_a_class_of_something_else_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
     with refused(UsageError, name):

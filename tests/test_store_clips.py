@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from ldm_vae.latent_store.maintain.summary import describe
 from ldm_vae.latent_store.maintain.verify import verify
 from ldm_vae.latent_store.read.pictures import contact_sheet, decode_to_png
 from ldm_vae.latent_store.write import sample_stream
+from ldm_vae.latent_store.write.encoder import Encoder
 
 SETTINGS: dict[str, Any] = {"resolution": 16, "batch_size": 2, "shard_size": 6, "dtype": "fp32"}
 WAN = "AutoencoderKLWan"
@@ -109,6 +112,17 @@ def test_processes_threads_and_stops_give_the_same_bytes(tmp_path: Path) -> None
     assert not read_manifest(tmp_path / "stopped").complete
     write_store(vae, Footage(count=14), tmp_path / "stopped", **SETTINGS)
     assert tree(tmp_path / "one") == tree(tmp_path / "stopped")
+
+
+def test_each_thread_has_caches_of_its_own_and_the_same_weights(tmp_path: Path) -> None:
+    vae = tiny("AutoencoderKLMagvit")  # it keeps them in its layers
+    identity = write_store(vae, Footage(count=2), tmp_path / "store", **SETTINGS).identity
+    encoder = Encoder(vae, identity, batch_size=2)
+    both = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(lambda _: (both.wait(), encoder._network())[1], range(2))
+    layers = [one.encoder.conv_in, other.encoder.conv_in, vae.encoder.conv_in]
+    assert len({id(layer) for layer in layers}) == 3 and len({layer.weight.data_ptr() for layer in layers}) == 1
 
 
 def test_updates_splits_and_merges_keep_every_clip(tmp_path: Path) -> None:
