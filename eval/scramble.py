@@ -21,7 +21,7 @@ import torch
 from ldm_vae.autoencoder import finite, latents
 from ldm_vae.autoencoder.geometry import only_kl, resolution_of
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.normalisation import normalisation_of
+from ldm_vae.autoencoder.normalisation_law import normalisation_of
 from ldm_vae.autoencoder.preparation import preparation_of
 from ldm_vae.core.errors import UsageError, run_program
 from ldm_vae.core.request import Parser

@@ -18,7 +18,7 @@ from tiny_classes import IMAGES, tiny
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import geometry_of, step_of
-from ldm_vae.autoencoder.normalisation import own_normalisation
+from ldm_vae.autoencoder.normalisation_law import own_normalisation
 from ldm_vae.autoencoder.preparation import record
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.preprocessing import FILE, Preprocessing

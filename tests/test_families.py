@@ -27,7 +27,8 @@ from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.checkpointing import enable_checkpointing
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import check_resolution, geometry_of, some_latents
-from ldm_vae.autoencoder.normalisation import Normalisation, held_by, normalisation_of, own_normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.normalisation_law import held_by, normalisation_of, own_normalisation
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.errors import UsageError
 from ldm_vae.export.diffusers_folder import write_vae

@@ -21,14 +21,8 @@ from ldm_vae.autoencoder.fine_tuning import idle_parameters
 from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.lengths import lengths_of
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.normalisation import (
-    Normalisation,
-    give,
-    held_by,
-    normalisation_of,
-    own_normalisation,
-    take_away,
-)
+from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.normalisation_law import give, held_by, normalisation_of, own_normalisation, take_away
 from ldm_vae.autoencoder.preparation import has_alpha
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.errors import UsageError

@@ -26,7 +26,7 @@ from eval import families
 from ldm_vae import LatentDataset, Normalisation, open_images, write_store
 from ldm_vae.autoencoder.families import VARIANTS
 from ldm_vae.autoencoder.geometry import geometry_of
-from ldm_vae.autoencoder.normalisation import normalisation_of
+from ldm_vae.autoencoder.normalisation_law import normalisation_of
 from ldm_vae.autoencoder.signals import enter
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.transforms import to_pixels

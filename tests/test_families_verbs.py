@@ -14,7 +14,7 @@ from tiny_classes import IMAGES, tiny
 from eval import diffusability, families, latent_space
 from ldm_vae import LatentDataset, evaluate, load_autoencoder, open_images, write_store
 from ldm_vae.autoencoder.geometry import geometry_of, step_of
-from ldm_vae.autoencoder.normalisation import own_normalisation
+from ldm_vae.autoencoder.normalisation_law import own_normalisation
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError
 from ldm_vae.diffusion.config import DiffusionTraining, load_decoder, open_latents

@@ -32,7 +32,8 @@ from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.normalisation import Normalisation, normalisation_of
+from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.normalisation_law import normalisation_of
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.source import open_source
 from ldm_vae.losses.gaussian_nll import Config as GaussianNLL

@@ -20,7 +20,8 @@ from ldm_vae.autoencoder.fine_tuning import idle_parameters, is_encoders
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.normalisation import Normalisation, own_normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.normalisation_law import own_normalisation
 from ldm_vae.autoencoder.preparation import has_alpha
 from ldm_vae.core.errors import UsageError
 from ldm_vae.export.normalisation import is_default

@@ -18,7 +18,7 @@ from tiny_classes import tiny
 
 from ldm_vae import LatentDataset, read_manifest, write_store
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.normalisation import normalisation_of
+from ldm_vae.autoencoder.normalisation_law import normalisation_of
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.transforms import centre_crop, to_pixels, to_uint8
 from ldm_vae.latent_store.convert.conversion import convert_to

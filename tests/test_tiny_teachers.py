@@ -13,7 +13,7 @@ from tiny_classes import IMAGES, pixels_for, tiny
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import geometry_of
-from ldm_vae.autoencoder.normalisation import own_normalisation
+from ldm_vae.autoencoder.normalisation_law import own_normalisation
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError
 from ldm_vae.perceptual.teacher import teacher

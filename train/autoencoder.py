@@ -19,7 +19,8 @@ from accelerate import Accelerator
 
 from ldm_vae.autoencoder.geometry import check_resolution
 from ldm_vae.autoencoder.latents import posterior_noise
-from ldm_vae.autoencoder.normalisation import Normalisation, is_fixed
+from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.normalisation_law import is_fixed
 from ldm_vae.autoencoder.preparation import record
 from ldm_vae.core.errors import run_program
 from ldm_vae.core.launch import StopSignal

@@ -8,7 +8,7 @@ from typing import Any
 
 from ldm_vae.autoencoder.fine_tuning import encoder_parts
 from ldm_vae.autoencoder.finite import check_weights
-from ldm_vae.autoencoder.normalisation import take_away
+from ldm_vae.autoencoder.normalisation_law import take_away
 from ldm_vae.autoencoder.preparation import record
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint, open_averages
 from ldm_vae.autoencoder.weights.files import Entry

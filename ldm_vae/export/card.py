@@ -13,7 +13,7 @@ import yaml
 
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import downsampling_factor, geometry_of, latent_channels
-from ldm_vae.autoencoder.normalisation import law_of, own_normalisation
+from ldm_vae.autoencoder.normalisation_law import law_of, own_normalisation
 from ldm_vae.autoencoder.preparation import recorded, shown
 from ldm_vae.core import intervals
 from ldm_vae.data.preprocessing import FILE

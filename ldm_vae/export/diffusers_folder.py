@@ -17,7 +17,8 @@ from accelerate import init_empty_weights
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import some_latents
-from ldm_vae.autoencoder.normalisation import Normalisation, give, own_normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.normalisation_law import give, own_normalisation
 from ldm_vae.autoencoder.preparation import record, recorded
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError

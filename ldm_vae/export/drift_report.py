@@ -18,7 +18,8 @@ import torch
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels
-from ldm_vae.autoencoder.normalisation import Normalisation, own_normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.normalisation_law import own_normalisation
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.progress import Progress
 from ldm_vae.data.transforms import to_pixels

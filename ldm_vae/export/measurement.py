@@ -17,7 +17,8 @@ from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.geometry import check_resolution, latent_channels
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.normalisation import Normalisation, normalisation_of
+from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.normalisation_law import normalisation_of
 from ldm_vae.autoencoder.preparation import Preparation, check_same, preparation_of, recorded
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.progress import Progress

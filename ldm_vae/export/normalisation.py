@@ -11,7 +11,8 @@ from typing import Any
 from diffusers import AutoencoderKL
 
 from ldm_vae.autoencoder.geometry import latent_channels
-from ldm_vae.autoencoder.normalisation import Normalisation, has_place, is_fixed, law_of, own_normalisation
+from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.normalisation_law import has_place, is_fixed, law_of, own_normalisation
 from ldm_vae.autoencoder.single_file import SD_SCALING, is_sd_shape
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import intervals

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import geometry_of, step_of
-from ldm_vae.autoencoder.normalisation import own_normalisation
+from ldm_vae.autoencoder.normalisation_law import own_normalisation
 from ldm_vae.autoencoder.preparation import recorded
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError

@@ -16,7 +16,7 @@ import torch
 from ldm_vae import __version__
 from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
 from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, latent_channels
-from ldm_vae.autoencoder.normalisation import law_in_words
+from ldm_vae.autoencoder.normalisation_law import law_in_words
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import atomic_io

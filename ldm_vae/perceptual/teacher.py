@@ -11,7 +11,7 @@ import torch
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.normalisation import normalisation_of
+from ldm_vae.autoencoder.normalisation_law import normalisation_of
 from ldm_vae.core.frozen_module import Frozen
 
 

@@ -25,7 +25,7 @@ from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, 
 from ldm_vae.autoencoder.latents import Moments, decode, encode
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.meta import without_values
-from ldm_vae.autoencoder.normalisation import law_in_words
+from ldm_vae.autoencoder.normalisation_law import law_in_words
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError

@@ -14,7 +14,8 @@ import torch
 
 from ldm_vae.autoencoder.fine_tuning import encoder_learns, set_trainable
 from ldm_vae.autoencoder.geometry import latent_channels
-from ldm_vae.autoencoder.normalisation import Normalisation, give, is_fixed, kind_of
+from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.autoencoder.normalisation_law import give, is_fixed, kind_of
 from ldm_vae.autoencoder.preparation import recorded
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import config

@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm_vae import __version__
 from ldm_vae.autoencoder.geometry import latent_channels
-from ldm_vae.autoencoder.normalisation import normalisation_of
+from ldm_vae.autoencoder.normalisation_law import normalisation_of
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.paths import nearest_path

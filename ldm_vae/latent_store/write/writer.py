@@ -18,7 +18,7 @@ from ldm_vae import __version__
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
 from ldm_vae.autoencoder.geometry import check_resolution
-from ldm_vae.autoencoder.normalisation import own_normalisation
+from ldm_vae.autoencoder.normalisation_law import own_normalisation
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.ownership import Ownership, is_mark, own_together
