@@ -147,3 +147,17 @@ def test_the_site_is_built_and_asks_nothing_of_other_hosts(tmp_path: Path) -> No
     assert not any("mermaid" in text or 'data-md-component="source"' in text for text in pages.values())
     assert all(f'id="ldm_vae.{home}.{name}"' in pages["reference.html"] for name, home in ldm_vae._HOMES.items())
     assert pages["tutorial.html"].count('src="images/tutorial_') == 4
+
+
+def test_the_record_is_written_as_it_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (ROOT / "tests" / "docs_commands.md").read_text(encoding="utf-8")
+    monkeypatch.setattr("command_record.PATH", tmp_path / "record.md")
+    (tmp_path / "record.md").write_text(before, encoding="utf-8")
+    record = Record.read()
+    record.write()
+    assert (tmp_path / "record.md").read_text(encoding="utf-8") == before
+    assert all(text.count("`") % 2 == 0 for row in record.not_run.values() for text in row)
+    command = next(iter(record.run))
+    record.ran(command, "--short", 1.25, "2026-01-01")
+    record.write()
+    assert Record.read().run[command] == ("--short", "1.2", "2026-01-01")

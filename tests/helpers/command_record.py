@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from documents import all_commands
@@ -43,7 +44,7 @@ class Record:
             lines = text.splitlines(keepends=True)
             count = next((n for n, line in enumerate(lines) if not line.startswith("|")), len(lines))
             for row in lines[1:count]:
-                command, *rest = (cell.strip("`") for cell in _cells(row.rstrip("\n")))
+                command, *rest = (re.sub(r"^`([^`]*)`$", r"\1", cell) for cell in _cells(row.rstrip("\n")))
                 table[command] = tuple(rest)  # type: ignore[assignment]
             text = "".join(lines[count:])
         found.words.append(text)
