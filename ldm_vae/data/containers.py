@@ -101,12 +101,15 @@ class _Open:
             streams = [one for one in self.container.streams.video if "attached_pic" not in str(one.disposition)]
             if not streams:
                 raise BadImage("holds no video stream")
-            check_size(streams[0].codec_context.height, streams[0].codec_context.width)
+            context: Any = streams[0].codec_context
+            if context is None or not context.width:
+                raise BadImage("its video stream names no codec and size that are known")
+            check_size(context.height, context.width)
         except BadImage:
             self.__exit__()
             raise
         self.streams, self.stream = len(streams), streams[0]
-        self.context: Any = self.stream.codec_context
+        self.context = context
         # workers are the parallelism: threads of FFmpeg would fight them
         self.context.thread_count = 1
         self.tick = Fraction(self.stream.time_base or 1)
