@@ -64,7 +64,7 @@ def test_the_page_is_true(home: Path) -> None:
         (torch.full((1, 3, 64, 64), 255.0), torch.zeros(1, 3, 64, 64), ["psnr"], "got values from 255 to 255"),
         (torch.full((1, 3, 64, 64), math.nan), torch.zeros(1, 3, 64, 64), ["psnr"], "got values from nan"),
         (torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64), ["fd_efflite0"], "of whole sets"),
-        (torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64), ["pnsr"], "unknown metric"),
+        (torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64), ["pnsr"], "metrics: expected one of"),
     ],
 )
 def test_measure_refuses(original: torch.Tensor, reconstruction: torch.Tensor, metrics: list[str], says: str) -> None:
