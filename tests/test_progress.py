@@ -93,12 +93,12 @@ def test_what_is_stopped_says_by_what_and_what_is_left(number: int, tmp_path: Pa
     code = (
         "import os, signal\nfrom ldm_vae.core.errors import resumable, run_program\n"
         "def main():\n    with resumable('half is kept; the same command goes on'):\n"
-        "        try:\n            print('begun')\n            signal.pause()\n"
+        "        try:\n            signal.alarm(60)\n            print('begun')\n            signal.pause()\n"
         "        finally:\n            open('cleaned', 'w')\nrun_program(main)"
     )
     victim = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
     )  # fmt: skip
     assert victim.stdout is not None
     assert victim.stdout.readline() == "begun\n"  # written when it is printed, not when the buffer is full
