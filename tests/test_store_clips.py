@@ -144,6 +144,10 @@ def test_a_length_that_would_be_cut_is_refused_and_a_bad_clip_is_put_aside(tmp_p
     source.frames = (6,)
     with refused(UsageError, "T"):
         write_store(tiny(WAN), source, tmp_path / "cut", **SETTINGS)
+    object.__setattr__(source.decoding, "frames", 6)  # a source that says it is refused before anything is written
+    with refused(UsageError, "T"):
+        write_store(tiny(WAN), source, tmp_path / "nothing", **SETTINGS)
+    assert not (tmp_path / "nothing").exists()
     manifest = write_store(tiny(WAN), Footage(count=5, bad=(2,)), tmp_path / "store", **SETTINGS)
     assert (manifest.samples, manifest.quarantined) == (4, 1)
     with refused(UsageError, "vae"):
