@@ -102,6 +102,26 @@ def test_every_name_is_typed(name: str) -> None:
 def test_help_shows_all_of_it_and_nothing_is_public_by_accident() -> None:
     text = pydoc.plain(pydoc.render_doc(ldm_vae))
     assert all(name in text for name in NAMES)
-    assert set(NAMES) <= set(dir(ldm_vae))
+    assert [name for name in sorted(dir(ldm_vae)) if not name.startswith("_")] == NAMES
     with pytest.raises(AttributeError):
         _ = ldm_vae.load_autoencodr  # type: ignore[attr-defined]
+
+
+def test_what_is_public_is_one_line_in_an_interpreter(home: Path) -> None:
+    vae = ldm_vae.load_autoencoder("my-vae")
+    photos = ldm_vae.open_images("photos", vae)
+    law = ldm_vae.Normalisation(latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16, patch=2)
+    said = {
+        law: "Normalisation(channel: mean and std of 16 channels, 2x2 patches)",
+        ldm_vae.Normalisation(0.5, 0.1): "Normalisation(shift: scaling_factor 0.5, shift_factor 0.1)",
+    }
+    assert {one: repr(one) for one in said} == said
+    point = ldm_vae.Moments.point(torch.zeros(1, 4, 8, 8))
+    assert repr(point) == "Moments(mean alone [1, 4, 8, 8], torch.float32, cpu)"
+    manifest = ldm_vae.write_store(vae, photos, "two", resolution=[32, 64])
+    expected = "Manifest(24 samples in 2 shards: moments 4x16x16 and 1 more in fp16)"
+    assert repr(manifest) == str(manifest) == expected
+    assert repr(ldm_vae.LatentDataset("two", resolution=64)).startswith("LatentDataset('two': 12 samples, moments ")
+    result = ldm_vae.evaluate(vae, photos, resolution=64, metrics=["psnr"])
+    assert len(repr(result)) < 120 and "\n" not in repr(result)
+    assert repr(photos) == "FolderSource('photos': 12 images)"

@@ -47,6 +47,7 @@ def enter(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     """pixels [B, C, H, W] or [B, C, T, H, W] in [-1, 1] => what the network's `encode` takes; an image is a clip of one
     frame for a class of clips."""
     family = family_of(vae)
+    _forget(vae)
     if family.values != "signed":
         pixels = pixels * 0.5 + 0.5
     if family.values == "imagenet":
@@ -67,6 +68,7 @@ def enter(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
 def enter_latents(vae: Any, z: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
     """z [B, c, h, w] or [B, c, t, h, w] => what the network's `decode` takes, and its keywords."""
     family = family_of(vae)
+    _forget(vae)
     if is_by_frame(vae):
         return frames_of(z), {"num_frames": z.shape[2] if z.ndim == 5 else 1} if family.folded else {}
     if family.signal == "video" and z.ndim == 4:
@@ -77,6 +79,12 @@ def enter_latents(vae: Any, z: torch.Tensor) -> tuple[torch.Tensor, dict[str, An
     if getattr(getattr(vae, "config", None), "timestep_conditioning", False):
         return z, {"temb": z.new_zeros(len(z))}  # the pipelines' decode_timestep by default: z without noise
     return z, {}
+
+
+def _forget(vae: Any) -> None:
+    """Take away what a call that failed has left in the layers of an AutoencoderKLMagvit."""
+    if hasattr(vae, "_clear_conv_cache"):
+        vae._clear_conv_cache()
 
 
 def _tile_in_time(vae: Any, height: int, width: int) -> None:

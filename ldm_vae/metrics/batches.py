@@ -68,8 +68,10 @@ def image_batches(
     protocol says; the others go to `quarantine`.
 
     Raises:
-        UsageError: a protocol's own resize, of a source that is not resized or has alpha.
+        UsageError: a protocol's own resize, of a source that is not resized or has alpha; a source of clips.
     """
+    if getattr(source.decoding, "frames", None) is not None:
+        raise UsageError("frames: clips are encoded, stored and trained on, figures here are of images; leave it out")
     views = {"bytes": None, "floats": resized_floats, "pillow": resized_by_pillow}
     chosen = views[protocol.resize]
     if chosen is not None and source.decoding.resize == "none":

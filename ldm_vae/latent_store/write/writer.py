@@ -18,6 +18,7 @@ from ldm_vae import __version__
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
 from ldm_vae.autoencoder.geometry import check_resolution
+from ldm_vae.autoencoder.lengths import check_frames
 from ldm_vae.autoencoder.normalisation_law import own_normalisation
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
@@ -139,6 +140,8 @@ def write_store(
     for side in resolutions:
         check_resolution(side, vae)
     _at_least_one(batch_size=batch_size, shard_size=shard_size, encode_threads=encode_threads)
+    if (frames := getattr(source.decoding, "frames", None)) is not None:
+        check_frames(vae, frames)
     if tile is not None:
         check_tile(*tile, vae)
     if has_other_tiles(vae):
