@@ -75,7 +75,9 @@ class Normalisation:
     def __repr__(self) -> str:
         names = ("scaling_factor", "shift_factor")
         said = [f"{name} {value:g}" for name in names if (value := getattr(self, name)) is not None]
-        said += [] if self.latents_mean is None else [f"mean and std of {len(self.latents_mean) // self.frames} channels"]
+        said += (
+            [] if self.latents_mean is None else [f"mean and std of {len(self.latents_mean) // self.frames} channels"]
+        )
         said += [f"of {self.frames} latent frames each"] if self.frames > 1 else []
         said += [f"{self.patch}x{self.patch} patches"] if self.patch > 1 else []
         return f"Normalisation({self.kind}: {', '.join(said)}{f', for {self.pipelines}' if self.pipelines else ''})"

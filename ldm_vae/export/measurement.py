@@ -66,7 +66,9 @@ class Images:
         source = (self.preparation or preparation_of({"": vae})).open(self.data)
         indices = spread(len(source), self.limit or len(source))
         quarantine = Quarantine(len(source))
-        return image_batches(source, indices, self.resolution, batch_size=self.batch_size, quarantine=quarantine)
+        return image_batches(
+            source, indices, self.resolution, batch_size=self.batch_size, quarantine=quarantine, clips=True
+        )
 
 
 def is_store(stats: str) -> bool:

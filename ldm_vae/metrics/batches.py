@@ -63,14 +63,18 @@ def image_batches(
     num_workers: int = 0,
     quarantine: Quarantine | None = None,
     protocol: Protocol = PINNED,
+    clips: bool = False,
 ) -> Iterator[ImageBatch]:
     """The usable images among `indices` (all if None), in order, resized and centre-cropped to `resolution` as the
     protocol says; the others go to `quarantine`.
 
+    Args:
+        clips: a source of clips will do.
+
     Raises:
-        UsageError: a protocol's own resize, of a source that is not resized or has alpha; a source of clips.
+        UsageError: a protocol's own resize, of a source that is not resized or has alpha; clips where images alone do.
     """
-    if getattr(source.decoding, "frames", None) is not None:
+    if not clips and getattr(source.decoding, "frames", None) is not None:
         raise UsageError("frames: clips are encoded, stored and trained on, figures here are of images; leave it out")
     views = {"bytes": None, "floats": resized_floats, "pillow": resized_by_pillow}
     chosen = views[protocol.resize]
