@@ -17,6 +17,7 @@ from ldm_vae.autoencoder.lengths import lengths_of
 from ldm_vae.autoencoder.meta import on_meta, once, without_values
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.terminal import print_note
+from ldm_vae.core.text import an
 from ldm_vae.core.validation import first_line
 
 LARGEST_SAMPLE = 1024  # pixels: the largest that published configs of images say
@@ -66,7 +67,7 @@ def geometry_of(vae: Any) -> Geometry:
             return Geometry(channels, c, SIDES[0] // small, found[0].is_point, field)
     assert failed is not None
     raise UsageError(
-        f"VAE: a {type(vae).__name__} encodes no image [B, C, H, W]: {first_line(failed)}; "
+        f"VAE: {an(type(vae).__name__)} encodes no image [B, C, H, W]: {first_line(failed)}; "
         "a class that takes images in another form needs a row in ldm_vae/autoencoder/families.py"
     )
 
@@ -127,7 +128,7 @@ def resolution_of(asked: int | None, vae: Any, name: str, most: int = LARGEST_SA
 def only_kl(vae: Any, what: str) -> None:
     """Raises UsageError unless the VAE is an AutoencoderKL; `what` is the argument that asked for more."""
     if not isinstance(vae, AutoencoderKL):
-        raise UsageError(f"{what}: expected an AutoencoderKL, got a {type(vae).__name__}")
+        raise UsageError(f"{what}: expected an AutoencoderKL, got {an(type(vae).__name__)}")
 
 
 def some_latents(vae: Any, count: int = 1) -> torch.Tensor:
@@ -145,7 +146,7 @@ def check_resolution(resolution: int, vae: Any) -> None:
     side."""
     geometry, step = geometry_of(vae), step_of(vae)
     if geometry.side is not None and resolution != geometry.side:
-        raise UsageError(f"resolution: a {type(vae).__name__} makes {geometry.side} px only, got {resolution}")
+        raise UsageError(f"resolution: {an(type(vae).__name__)} makes {geometry.side} px only, got {resolution}")
     if resolution <= 0 or resolution % step:
         near = max(step, round(resolution / step) * step)
         of = "f" if step == geometry.factor else f"{geometry.factor} x {step // geometry.factor}"

@@ -21,6 +21,7 @@ from ldm_vae.autoencoder.geometry import some_latents
 from ldm_vae.autoencoder.meta import on_meta, once, without_values
 from ldm_vae.autoencoder.signals import injects_noise
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import an
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -70,7 +71,7 @@ def place_of(vae: Any) -> Place:
         UsageError: its decoder draws noise: it is no function of z that a cotangent goes back through.
     """
     if family_of(vae).noise or injects_noise(vae):
-        raise UsageError(f"model: a {type(vae).__name__} decodes by sampling, which this training has no gradient of")
+        raise UsageError(f"model: {an(type(vae).__name__)} decodes by sampling, which this training has no gradient of")
     return _trace(vae)
 
 

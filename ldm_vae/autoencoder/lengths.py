@@ -14,6 +14,7 @@ from ldm_vae.autoencoder import signals
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.meta import on_meta, once, without_values
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import an
 
 SIDE = 256  # of the frames that are tried
 LONG = 17  # frames, whole for every class whose lengths are 1 + t k with a t of 1, 2, 4, 8 or 16
@@ -94,4 +95,4 @@ def _check(field: str, name: str, found: int, first: int, step: int, law: str, w
         return
     below = first + max(0, over) // step * step if step else first
     near = str(below) if not step or over < 0 else f"{below} or {below + step}"
-    raise UsageError(f"{field}: expected {law} {what} for a {name}, got {found}; {near} would do")
+    raise UsageError(f"{field}: expected {law} {what} for {an(name)}, got {found}; {near} would do")

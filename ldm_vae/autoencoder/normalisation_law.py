@@ -12,6 +12,7 @@ from diffusers import AutoencoderTiny
 from ldm_vae.autoencoder.families import VARIANTS, Law, Variant, family_of, is_movq
 from ldm_vae.autoencoder.normalisation import Normalisation, NormalisationKind
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import an
 
 UNMEASURED = 0.0  # what nobody can divide by: of weights whose latents were never measured
 
@@ -45,7 +46,7 @@ def own_normalisation(vae: Any, where: str = "VAE", pipelines: str | None = None
     if pipelines is not None and (pipelines not in VARIANTS or law != "batch_norm"):
         raise UsageError(
             f"pipelines {pipelines}: expected one of {', '.join(VARIANTS)}, with an AutoencoderKLFlux2, and {where} is "
-            f"a {type(vae).__name__}; leave it out for all others, which read it as its class has it"
+            f"{an(type(vae).__name__)}; leave it out for all others, which read it as its class has it"
         )
     if law == "inside":
         return Normalisation(1.0)
@@ -84,7 +85,7 @@ def normalisation_of(vae: Any, where: str = "VAE", pipelines: str | None = None)
     if (found := own_normalisation(vae, where, pipelines)) is None:
         export = "`ldm-vae export SRC OUT --stats DATA`, or " if has_place(vae) else ""
         raise UsageError(
-            f"{where}: a {type(vae).__name__} whose config names no normalisation of its latents; measure one: "
+            f"{where}: {an(type(vae).__name__)} whose config names no normalisation of its latents; measure one: "
             f"{export}`normalisation` of a latent store's readers"
         )
     return found
@@ -100,7 +101,7 @@ def held_by(vae: Any, normalisation: Normalisation) -> Normalisation:
     law, name, keys = law_of(vae), type(vae).__name__, _keys(vae)
     if law == "inside" and normalisation != Normalisation(1.0):
         raise UsageError(
-            f"normalisation `{normalisation.kind}`: a {name} normalises inside, so that its z stays as it is"
+            f"normalisation `{normalisation.kind}`: {an(name)} normalises inside, so that its z stays as it is"
         )
     only_channels = "latents_mean" in keys and ("scaling_factor" not in keys or keys["latents_mean"] is not None)
     if law in ("batch_norm", "buffers") or only_channels:  # also where a mean stands in the config by default
@@ -111,7 +112,7 @@ def held_by(vae: Any, normalisation: Normalisation) -> Normalisation:
         return replace(found, latents_std=std, scaling_factor=None if family_of(vae).reciprocal else scale)
     missing = [key for key, value in normalisation.to_config().items() if value is not None and key not in keys]
     if law == "config" and missing:  # VQModel and AutoencoderTiny know no latents_mean
-        raise UsageError(f"normalisation `{normalisation.kind}`: the config of a {name} has no {missing[0]}")
+        raise UsageError(f"normalisation `{normalisation.kind}`: the config of {an(name)} has no {missing[0]}")
     return normalisation
 
 

@@ -32,6 +32,11 @@ def lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
+def an(name: str) -> str:
+    """A class or kind with its article: `an AutoencoderKL`, `a VQModel`."""
+    return f"an {name}" if name[:1] in "AEIOaeio" else f"a {name}"
+
+
 def nearest(word: str, known: Iterable[str], shown: Callable[[str], str] = str) -> str:
     """`, did you mean X` of the most similar word among `known`, as it is `shown`; nothing where none is similar."""
     close = difflib.get_close_matches(word, [*known], n=1)

@@ -25,6 +25,7 @@ from ldm_vae.core.config import Part, Section, choice, validate
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.paths import expanded, nearest_path
 from ldm_vae.core.progress import Progress
+from ldm_vae.core.text import an
 from ldm_vae.data.decoding import EXTENSIONS, Decoding, RawImage
 from ldm_vae.data.files import printable, repeated
 from ldm_vae.data.flags import Resize
@@ -207,7 +208,7 @@ def with_resize(source: SourceType, resize: Resize) -> SourceType:
         changed.decoding = replace(source.decoding, resize=resize)  # type: ignore[misc]
     except AttributeError as error:
         raise UsageError(
-            f"resize: expected {resize}, and the decoding of a {type(source).__name__} cannot be set; its own "
+            f"resize: expected {resize}, and the decoding of {an(type(source).__name__)} cannot be set; its own "
             "`decoding` must say it"
         ) from error
     return changed

@@ -18,6 +18,7 @@ from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import intervals
 from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.text import an
 from ldm_vae.export.diffusers_folder import STATISTICS, read_statistics
 from ldm_vae.export.measurement import base_normalisation
 from ldm_vae.export.request import Request
@@ -67,7 +68,7 @@ def choose(request: Request, vae: AutoencoderKL, measured: LatentStatistics | No
         found = measured.normalisation(request.normalisation or "scale")
         return Choice(found, _lines(found, "", measured))
     if own is None and not has_place(vae):
-        return Choice(None, [f"normalisation: none, as a {type(vae).__name__} has no place for one"])
+        return Choice(None, [f"normalisation: none, as {an(type(vae).__name__)} has no place for one"])
     if own is None:
         if measured is None:
             raise UsageError(f"SRC {request.source}: its config names no normalisation; give --stats to measure one")

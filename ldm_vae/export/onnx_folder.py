@@ -31,6 +31,7 @@ from ldm_vae.autoencoder.normalisation_law import own_normalisation
 from ldm_vae.autoencoder.preparation import recorded
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import an
 from ldm_vae.core.validation import first_line
 from ldm_vae.data import preprocessing
 from ldm_vae.export.replacement import check_replaceable
@@ -91,7 +92,7 @@ def check_exportable(vae: Any) -> None:
         raise UsageError(f"--target onnx: needs {', '.join(missing)}: pip install 'ldm-vae[onnx]'")
     if family_of(vae).noise:
         raise UsageError(
-            f"--target onnx: a {type(vae).__name__} decodes by sampling from a generator, which no graph can hold"
+            f"--target onnx: {an(type(vae).__name__)} decodes by sampling from a generator, which no graph can hold"
         )
 
 
@@ -171,7 +172,7 @@ def _write(side: Any, path: Path, name: str, outputs: list[str], channels: int, 
             failed = failed or _root(error)
     assert failed is not None
     kind = type(side.vae).__name__
-    raise UsageError(f"--target onnx: the {path.stem} of a {kind} cannot be exported: {first_line(failed)}")
+    raise UsageError(f"--target onnx: the {path.stem} of {an(kind)} cannot be exported: {first_line(failed)}")
 
 
 def _inputs(channels: int, step: int, only: int | None, axes: Mapping[int, str]) -> Iterator[torch.Tensor]:

@@ -17,6 +17,7 @@ import torch
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.geometry import downsampling_factor, sample_size
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import an
 from ldm_vae.core.validation import first_line
 
 
@@ -75,7 +76,7 @@ def measure_tiling(vae: Any, pixels: torch.Tensor, *, tile: int | None = None, o
     try:
         tiled = finite.decode(tiled_vae, z).clamp(-1, 1)
     except RuntimeError as reason:
-        raise UsageError(f"tiling: a {type(vae).__name__} fails to decode in tiles: {first_line(reason)}") from reason
+        raise UsageError(f"tiling: {an(type(vae).__name__)} fails to decode in tiles: {first_line(reason)}") from reason
     difference = (whole - tiled).abs() * 127.5
     seams = _seams(pixels.shape[2], pixels.shape[3], side, overlap).to(difference.device)
     error = float((whole - tiled).double().square().mean())
@@ -102,10 +103,10 @@ def in_tiles(vae: Any, side: int, overlap: float) -> Any:
     try:
         tiled.enable_tiling()
     except (AttributeError, NotImplementedError) as error:
-        raise UsageError(f"tiling: a {name} has none, as diffusers has it; expected another class") from error
+        raise UsageError(f"tiling: {an(name)} has none, as diffusers has it; expected another class") from error
     scale = getattr(tiled, "spatial_scale_factor", factor)  # of an AutoencoderTiny 2^out_channels, whatever f is
     if scale != factor:
-        raise UsageError(f"tiling: that of a {name} is for f = {scale}; this one has f = {factor}, and would be cut")
+        raise UsageError(f"tiling: that of {an(name)} is for f = {scale}; this one has f = {factor}, and would be cut")
     if hasattr(tiled, "tile_sample_min_size"):
         tiled.tile_sample_min_size, tiled.tile_latent_min_size = side, side // factor
         tiled.tile_overlap_factor = overlap

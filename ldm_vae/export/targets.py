@@ -24,6 +24,7 @@ from ldm_vae.autoencoder.geometry import image_channels, latent_channels
 from ldm_vae.autoencoder.ldm_network import LdmNetwork
 from ldm_vae.autoencoder.single_file import has_attention_levels, is_sd_shape, load_single_file, save_single_file
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.text import an
 from ldm_vae.core.validation import first_line
 from ldm_vae.export.diffusers_folder import compare
 
@@ -65,7 +66,7 @@ def check_class(name: str, kind: str) -> None:
     others = [other for other, target in TARGETS.items() if kind in target.classes]
     way = f"--target {' or '.join(others)} writes what is read" if others else "no program is known that reads one"
     raise UsageError(
-        f"--target {name}: {TARGETS[name].title} reads no single file of a {kind}; {way}, --target diffusers a folder"
+        f"--target {name}: {TARGETS[name].title} reads no single file of {an(kind)}; {way}, --target diffusers a folder"
     )
 
 

@@ -18,6 +18,7 @@ from ldm_vae.autoencoder.single_file import load_single_file
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.ownership import own_name
+from ldm_vae.core.text import an
 from ldm_vae.export import hub
 from ldm_vae.export.card import Card, card_name
 from ldm_vae.export.diffusers_folder import configured_copy, write_configured
@@ -226,7 +227,7 @@ def _write_folder(
     done: Done,
 ) -> None:
     """The diffusers folder; force_upcast is what an audit of the activations says (of an AutoencoderKL)."""
-    upcast, verdict = None, f"force_upcast is left as it is: a {type(vae).__name__} is not audited"
+    upcast, verdict = None, f"force_upcast is left as it is: {an(type(vae).__name__)} is not audited"
     if isinstance(vae, AutoencoderKL):
         upcast, verdict = _audit(vae, request, preparation, card)
     ready = configured_copy(vae, normalisation, sample_size=request.resolution, force_upcast=upcast)

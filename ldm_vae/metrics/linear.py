@@ -17,6 +17,7 @@ from diffusers import VQModel
 from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, latent_channels
 from ldm_vae.autoencoder.linear_code import LinearCode, PatchMoments
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import an
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import ImageBatch, image_batches, share_of, spread
@@ -51,9 +52,9 @@ def why_no_code(vae: Any) -> str | None:
     name, channels = type(vae).__name__, latent_channels(vae)
     numbers = downsampling_factor(vae) ** 2 * image_channels(vae)
     if isinstance(vae, VQModel):
-        return f"linear code: none beside a {name}, whose codebook is no continuous code"
+        return f"linear code: none beside {an(name)}, whose codebook is no continuous code"
     if channels > numbers:
-        return f"linear code: none beside a {name}, which gives {channels} numbers for the {numbers} of a patch"
+        return f"linear code: none beside {an(name)}, which gives {channels} numbers for the {numbers} of a patch"
     return None
 
 

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode, unset_fa
 
 from ldm_vae.core import hub
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.text import an
 from ldm_vae.core.validation import disguised_file, first_line
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of pixels in [0, 1], by channel
@@ -48,7 +49,7 @@ def load_network(name: str, kind: str, source: str) -> Any:
         )
     except Exception as error:  # what a damaged or foreign folder makes of transformers: any kind
         raise UsageError(
-            f"{name}: {source} cannot be loaded as a {kind}: {hub.failure(error, source, silent)}"
+            f"{name}: {source} cannot be loaded as {an(kind)}: {hub.failure(error, source, silent)}"
         ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -93,7 +94,7 @@ def vision_outline(name: str, source: str, layers: int) -> Any:
 def _of_images(name: str, source: str, network: Any) -> Any:
     if network.main_input_name != "pixel_values":
         raise UsageError(
-            f"{name}: expected a vision network, got {source}, a {type(network).__name__}, which takes "
+            f"{name}: expected a vision network, got {source}, {an(type(network).__name__)}, which takes "
             f"{network.main_input_name}"
         )
     return network

@@ -23,6 +23,7 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.core.numbers import Positive, Side
 from ldm_vae.core.rng import seeded
 from ldm_vae.core.terminal import print_note
+from ldm_vae.core.text import an
 from ldm_vae.data.buckets import BucketConfig
 from ldm_vae.data.preprocessing import SETTABLE
 from ldm_vae.data.source import SourceConfig
@@ -259,7 +260,7 @@ def learning(vae: Any, trainable: Sequence[str], frames: int | None = None) -> A
         vae.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in vae.parameters()):
         raise UsageError(
-            f"trainable: {', '.join(trainable)} names no parameter that a {type(vae).__name__} lets learn; it "
+            f"trainable: {', '.join(trainable)} names no parameter that {an(type(vae).__name__)} lets learn; it "
             f"holds still, e.g., {idle[0]}"
         )
     return vae.train()

@@ -29,6 +29,7 @@ from ldm_vae.core import hub
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.files import read_bytes
 from ldm_vae.core.terminal import print_note
+from ldm_vae.core.text import an
 from ldm_vae.core.validation import check_model_config, first_line, parse_json
 
 CONFIG = "config.json"
@@ -77,7 +78,7 @@ def class_of(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] |
     if classes is None and not (family := family_of(found)).is_served:
         what = {"video": "clips", "audio": "sounds"}.get(family.signal, "something else than images")
         told = family.refusal or f"one of {what}"
-        raise UsageError(f"{place}: expected an autoencoder of images or clips, got a {name}, which is {told}")
+        raise UsageError(f"{place}: expected an autoencoder of images or clips, got {an(name)}, which is {told}")
     if config.get("quantization_config"):
         raise UsageError(
             f"{place}: its {CONFIG} has a quantization_config: quantised weights are not read; give the weights that "

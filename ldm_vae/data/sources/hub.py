@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from ldm_vae.core import hub
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.paths import expanded, nearest_path
+from ldm_vae.core.text import an
 from ldm_vae.core.validation import disguised_file
 from ldm_vae.data.decoding import DEFAULT, Decoding, RawImage
 from ldm_vae.data.files import read_bytes
@@ -309,4 +310,4 @@ def as_image(value: Any, dtype: np.dtype[Any] | None = None) -> RawImage:
             raise BadImage("a list of lists of different lengths is not an image") from error
         except TypeError as error:
             raise BadImage(f"a list of lists with holes is not an image: {error}") from error
-    raise BadImage("the row holds no image" if value is None else f"a {type(value).__name__} is not an image")
+    raise BadImage("the row holds no image" if value is None else f"{an(type(value).__name__)} is not an image")

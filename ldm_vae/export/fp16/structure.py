@@ -19,6 +19,7 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 
 from ldm_vae.autoencoder.families import is_movq
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import an
 
 
 @dataclass
@@ -84,7 +85,7 @@ def structure_of(vae: Any) -> Structure:
     """
     if not is_scalable(vae):
         raise UsageError(
-            f"fp16 fix: expected the encoder and decoder of an AutoencoderKL, got those of a {type(vae).__name__}; "
+            f"fp16 fix: expected the encoder and decoder of an AutoencoderKL, got those of {an(type(vae).__name__)}; "
             "`fp16 audit` takes it, and bf16 has fp32's range"
         )
     found = Structure([], [], [])

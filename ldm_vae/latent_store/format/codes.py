@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field
 from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import an
 from ldm_vae.latent_store.format.layout import StorageDtype, StoreKind
 
 Array = npt.NDArray[np.float64]
@@ -39,7 +40,7 @@ def choose(vae: Any, store: StoreKind | None, dtype: StorageDtype | None) -> tup
         kinds = ("mean",)
     store = kinds[0] if store is None else store
     if store not in kinds:
-        raise UsageError(f"store: expected {' or '.join(kinds)} of a {type(vae).__name__}, got {store}")
+        raise UsageError(f"store: expected {' or '.join(kinds)} of {an(type(vae).__name__)}, got {store}")
     if store != "indices":
         dtype = "fp16" if dtype is None else dtype
         if dtype not in ("fp16", "bf16", "fp32"):

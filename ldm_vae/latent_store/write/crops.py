@@ -14,6 +14,7 @@ import torch
 
 from ldm_vae.autoencoder.geometry import geometry_of, step_of
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import an
 from ldm_vae.data import buckets
 from ldm_vae.data.decoding import DEFAULT, Decoding
 from ldm_vae.data.flags import Resize
@@ -45,7 +46,9 @@ def cutting_of(identity: Identity, vae: Any) -> Cutting:
     shapes = None
     if step is not None:
         if (side := geometry_of(vae).side) is not None:
-            raise UsageError(f"buckets: a {type(vae).__name__} makes squares of {side} px of all shapes; leave it out")
+            raise UsageError(
+                f"buckets: {an(type(vae).__name__)} makes squares of {side} px of all shapes; leave it out"
+            )
         shapes = tuple(bucket_shapes(side, step, step_of(vae)) for side in identity.resolution)
     decoding = decoding_of_store(identity)
     if decoding.resize == "none" and decoding.jpeg_draft:

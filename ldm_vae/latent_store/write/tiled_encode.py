@@ -21,6 +21,7 @@ from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.meta import on_meta, without_values
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import an
 
 
 def check_tile(tile: int, overlap: int, vae: Any) -> None:
@@ -29,7 +30,9 @@ def check_tile(tile: int, overlap: int, vae: Any) -> None:
     geometry = geometry_of(vae)
     factor = geometry.factor
     if geometry.side is not None:
-        raise UsageError(f"tile: a {type(vae).__name__} encodes images of {geometry.side} px only, and no parts of one")
+        raise UsageError(
+            f"tile: {an(type(vae).__name__)} encodes images of {geometry.side} px only, and no parts of one"
+        )
     if tile < factor or tile % factor:
         raise UsageError(f"tile: expected a positive multiple of f = {factor}, got {tile}")
     if overlap < 0 or overlap % factor or overlap > tile // 2:
