@@ -66,9 +66,7 @@ class Images:
         source = (self.preparation or preparation_of({"": vae})).open(self.data)
         indices = spread(len(source), self.limit or len(source))
         quarantine = Quarantine(len(source))
-        return image_batches(
-            source, indices, self.resolution, batch_size=self.batch_size, quarantine=quarantine, clips=True
-        )
+        return image_batches(source, indices, self.resolution, batch_size=self.batch_size, quarantine=quarantine)
 
 
 def is_store(stats: str) -> bool:
