@@ -47,6 +47,10 @@ SHORTER = [
     (r"train (configs/)?(demo|cut_outs)\b.*--init noise",
      f"{SHORT_RUN} --validate_every_images 16 --adversary.start_images 8 --adversary.warmup_images 4"),
     (r"train (configs/)?(demo|cut_outs)\b", f"{SHORT_RUN} --validate_every_images 16 --init_images 64"),
+    (r"train photographs (?!.*--dry_run)",
+     f"{SHORT_RUN} --data.holdout 0.5 --validate_every_images 16 --init_images 64"),
+    (r"train photographs ", "--data.holdout 0.5"),
+    (r"train CONFIG .*--data.holdout", "--data.holdout 0.5"),
     (r"train textbook", "--max_train_images 256 --validate_every_images 256"),
     (r"train finetune_decoder_sd --latent_store",
      "--max_train_images 4 --train_batch_size 2 --mixed_precision no --dataloader_num_workers 0 --losses.lpips.net "

@@ -25,6 +25,7 @@ from images import write_images
 from repository import ROOT
 from tiny_pipeline import pipeline
 from training_runs import TINY
+from videos import write_video
 
 from ldm_vae import cli, load_autoencoder, open_images, write_store, write_vae
 from ldm_vae.autoencoder.config import AutoencoderConfig
@@ -37,7 +38,7 @@ COMMIT = "0" * 40
 
 # the documents' names of each stand-in
 NAMES = {
-    "photographs": "photographs PHOTOGRAPHS PHOTOS DATA HELD_OUT PICTURES IMAGENET/train",
+    "photographs": "photographs my_photographs PHOTOGRAPHS PHOTOS DATA HELD_OUT PICTURES IMAGENET/train",
     "scans": "SCANS scans",
     "photographs.zip": "photographs.zip",
     "chosen.txt": "chosen.txt",
@@ -51,7 +52,8 @@ NAMES = {
     "vae.safetensors": "my-vae.safetensors",
     "scrambled": "scrambled",
     "pipeline": "my-pipeline",
-    "run": "runs/mine runs/demo",
+    "run": "runs/mine runs/demo runs/noise runs/linear",
+    "holdout_run": "runs/photographs",
     "textbook_run": "runs/textbook_vae",
     "store": "my-latents STORE",
     "large_store": "one",
@@ -61,6 +63,8 @@ NAMES = {
     "cache_of_kohya": "their-cache",
     "config": "CONFIG",
     "cut_outs": "cut-outs",
+    "clips": "clips",
+    "film": "data/film",
     "cut_outs.yaml": "cut_outs.yaml",
     "my_lab": "my_lab",
     "hub_cache": "hub_cache",
@@ -96,9 +100,12 @@ class StandIns:
     # --- images ---------------------------------------------------------------------------------------------------
 
     def photographs(self, out: Path) -> None:
-        """In four folders, which are classes."""
-        for label in range(4):
-            write_images(out / f"class_{label}", IMAGES // 4, (272, 288))
+        """In four folders, which are classes; no picture twice."""
+        write_images(out, IMAGES, (272, 288))
+        for number, path in enumerate(sorted(out.iterdir())):
+            label = out / f"class_{number % 4}"
+            label.mkdir(exist_ok=True)
+            path.rename(label / path.name)
 
     def scans(self, out: Path) -> None:
         """Without folders, named by patient."""
@@ -147,6 +154,15 @@ class StandIns:
         write_cut_outs(out / "train", 16)
         write_cut_outs(out / "heldout", 4, seed=1)
 
+    def clips(self, out: Path) -> None:
+        """Folders of numbered frames."""
+        for name in ("a", "b"):
+            write_images(out / name, 17, (32, 32))
+
+    def film(self, out: Path) -> None:
+        (out / "film").mkdir(parents=True)
+        write_video(out / "film" / "0.mkv", 17)
+
     # --- networks and runs ------------------------------------------------------------------------------------------
 
     def vae(self, out: Path) -> None:
@@ -172,10 +188,16 @@ class StandIns:
     def run(self, out: Path) -> None:
         """64 images, validated, with checkpoints."""
         photographs = {"kind": "folder", "path": str(self.get("photographs"))}
-        settings = TINY | {
-            "output_dir": str(out), "data": photographs, "validation_data": photographs, "model": SHAPE,
-            "max_train_images": 64, "validate_every_images": 32, "validation_images": 4, "best_metric": "psnr",
-            "validation_metrics": ["psnr"],
+        self._train(out, {"data": photographs, "validation_data": photographs})
+
+    def holdout_run(self, out: Path) -> None:
+        """The same with half of the images held out."""
+        self._train(out, {"data": {"kind": "folder", "path": str(self.get("photographs")), "holdout": 0.5}})
+
+    def _train(self, out: Path, images: dict[str, Any]) -> None:
+        settings = TINY | images | {
+            "output_dir": str(out), "model": SHAPE, "max_train_images": 64, "validate_every_images": 32,
+            "validation_images": 4, "best_metric": "psnr", "validation_metrics": ["psnr"],
         }  # fmt: skip
         file = self.folder / "run.yaml"
         file.write_text(yaml.safe_dump(settings))
