@@ -53,7 +53,7 @@ from ldm_vae.latent_space.equivariance import equivariance_error
 from ldm_vae.latent_space.spectrum import high_frequency_share
 from ldm_vae.latent_store import LatentDataset, write_store
 from ldm_vae.metrics import result
-from ldm_vae.metrics.batches import image_batches, spread
+from ldm_vae.metrics.batches import check_images, image_batches, spread
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.running import Running
 from ldm_vae.report import build_report
@@ -139,7 +139,7 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
         raise WorkError(NOT_INSTALLED)
     for name, vae in zip(options.vae, vaes, strict=True):
         measure_checkpoint(vae.to(device), name)
-    source = preparation.open(options.data)
+    check_images(source := preparation.open(options.data))
     recipe = Recipe(options.train_images, options.batch_size, options.learning_rate)
     base = DiT(
         num_layers=options.layers, num_attention_heads=options.heads, attention_head_dim=options.head_dim

@@ -354,8 +354,11 @@ def test_the_monitor_says_what_a_linear_code_beats() -> None:
     floor = {"linear_code/psnr": 30.0, "linear_code/lpips_alex": 0.1}
 
     def said(psnr: float, lpips: float) -> set[str]:
-        return set(below_linear({"validation/psnr": psnr, "validation/lpips_alex": lpips, **floor}))
+        return set(below_linear({"validation/psnr": psnr, "validation/lpips_alex": lpips, **floor}, "noise"))
 
     assert said(29.0, 0.2) == {"below_linear"}
     assert said(31.0, 0.2) == said(29.0, 0.05) == set()
-    assert below_linear({"validation/psnr": 1.0}) == {}
+    below = {"validation/psnr": 29.0, "validation/lpips_alex": 0.2, **floor}
+    advised = ["init: linear" in below_linear(below, init)["below_linear"] for init in ("noise", "linear")]
+    assert advised == [True, False]
+    assert below_linear({"validation/psnr": 1.0}, "noise") == {}

@@ -24,6 +24,7 @@ from ldm_vae.data.transforms import centre_crop, to_pixels, to_uint8
 from ldm_vae.latent_store.convert.conversion import convert_to
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.latent_store.maintain.merge_split import merge, split
+from ldm_vae.latent_store.maintain.repair import repair
 from ldm_vae.latent_store.maintain.spot_check import reencode
 from ldm_vae.latent_store.maintain.summary import describe
 from ldm_vae.latent_store.maintain.verify import verify
@@ -138,6 +139,11 @@ def test_updates_splits_and_merges_keep_every_clip(tmp_path: Path) -> None:
     assert rows[0].keys() == rows[1].keys() and all(torch.equal(rows[0][key], rows[1][key]) for key in rows[0])
     checked = reencode(store, read_manifest(store), vae, Footage(count=9), count=4)
     assert checked.identical == checked.samples == 4 and not checked.problems
+    files = {path: path.read_bytes() for path in (store / "shards").glob("*.safetensors")}
+    lost = sorted(files)[-1]
+    lost.unlink()
+    repair(store, vae=lambda: vae, source=lambda: Footage(count=9))
+    assert {path: path.read_bytes() for path in files} == files and verify(store) == []
 
 
 def test_a_length_that_would_be_cut_is_refused_and_a_bad_clip_is_put_aside(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ class Events:
         assert self.held_out is not None
         scores = validate(averaged, state.ema_objective.module, self.held_out, state)
         log = [*self.logbook.lines, {"images": state.images_seen, **scores}]
-        warnings = below_linear(scores) | overfitting(log, settings.best_metric, settings.output_dir)
+        warnings = below_linear(scores, settings.init) | overfitting(log, settings.best_metric, settings.output_dir)
         for sentence in warnings.values():
             state.accelerator.print(f"at {state.images_seen:,} images: {sentence}")
         self.logbook.write(state.images_seen, scores, warnings)

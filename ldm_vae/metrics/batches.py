@@ -54,6 +54,12 @@ def some_of(source: Source | Stream, wanted: int) -> Sequence[int] | None:
     return None if isinstance(source, Stream) else spread(len(source), wanted)
 
 
+def check_images(source: Source | Stream) -> None:
+    """Raises UsageError for a source of clips, where images alone do."""
+    if source.decoding.frames is not None:
+        raise UsageError("frames: clips are encoded, stored and trained on, figures here are of images; leave it out")
+
+
 def image_batches(
     source: Source | Stream,
     indices: Sequence[int] | None,
@@ -74,8 +80,8 @@ def image_batches(
     Raises:
         UsageError: a protocol's own resize, of a source that is not resized or has alpha; clips where images alone do.
     """
-    if not clips and getattr(source.decoding, "frames", None) is not None:
-        raise UsageError("frames: clips are encoded, stored and trained on, figures here are of images; leave it out")
+    if not clips:
+        check_images(source)
     views = {"bytes": None, "floats": resized_floats, "pillow": resized_by_pillow}
     chosen = views[protocol.resize]
     if chosen is not None and source.decoding.resize == "none":

@@ -89,8 +89,9 @@ def diagnose(log: Sequence[Line], config: AdversaryConfig) -> dict[str, str]:
     return found
 
 
-def below_linear(scores: Line) -> dict[str, str]:
-    """A name and a sentence where a validation stands below the linear code of the same size in PSNR and in LPIPS."""
+def below_linear(scores: Line, init: str) -> dict[str, str]:
+    """A name and a sentence where a validation is below the linear code of the same size in PSNR and in LPIPS; init: of
+    the run."""
     if not {"linear_code/psnr", "linear_code/lpips_alex"} <= scores.keys():
         return {}
     (psnr, psnr_floor), (lpips, lpips_floor) = (
@@ -100,7 +101,8 @@ def below_linear(scores: Line) -> dict[str, str]:
         return {}
     sentence = (
         f"the network reconstructs worse than a linear code of its size (PSNR {psnr:.2f} against {psnr_floor:.2f} dB, "
-        f"LPIPS {lpips:.3f} against {lpips_floor:.3f}): train on, or start from that code with `init: linear`"
+        f"LPIPS {lpips:.3f} against {lpips_floor:.3f}): train on"
+        f"{'' if init == 'linear' else ', or start from that code with `init: linear`'}"
     )
     return {"below_linear": sentence}
 

@@ -140,7 +140,7 @@ def write_store(
     for side in resolutions:
         check_resolution(side, vae)
     _at_least_one(batch_size=batch_size, shard_size=shard_size, encode_threads=encode_threads)
-    if (frames := getattr(source.decoding, "frames", None)) is not None:
+    if (frames := source.decoding.frames) is not None:
         check_frames(vae, frames)
     if tile is not None:
         check_tile(*tile, vae)
