@@ -158,7 +158,8 @@ def _preparation(request: Request, vae: AutoencoderKL, base: AutoencoderKL | Non
     if recorded(vae) is not None or request.flags.decide:
         record(vae, preparation.kept)
         done.lines += preparation.notes
-        done.lines.append(f"images are decoded as `{preparation.identity}`, which is recorded with the weights")
+        changed = preparation.identity.partition(" ")[2]  # behind its version
+        done.lines.append(f"images are decoded with {changed or 'the defaults'}, which is recorded with the weights")
     return preparation
 
 
