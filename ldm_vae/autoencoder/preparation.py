@@ -63,7 +63,15 @@ class Preparation:
         )  # fmt: skip
         source = with_resize(source, decoding.resize)
         if source.decoding != decoding:  # of a kind of somebody's own
-            raise UsageError(f"data {data}: expected the decoding {decoding}, its kind has {source.decoding}")
+            names = [
+                name
+                for name in Decoding.__dataclass_fields__
+                if getattr(decoding, name) != getattr(source.decoding, name)
+            ]
+            expected, has = (
+                ", ".join(f"{name} {getattr(one, name)!r}" for name in names) for one in (decoding, source.decoding)
+            )
+            raise UsageError(f"data {data}: expected images decoded with {expected}, its kind has {has}")
         if flags.part is not None:
             if self.holdout is None:
                 raise UsageError(
