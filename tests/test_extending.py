@@ -154,7 +154,7 @@ def test_a_source_that_decodes_otherwise_than_the_network_takes_images_is_refuse
         "class Grey:\n    decoding = Decoding(channels=1)\n"
         "class Config(Part):\n    path: str\n    channels: int = 3\n    def build(self): return Grey()\n"
     )
-    with refused(UsageError, "decoding"):
+    with refused(UsageError, "data"):
         plain(DataFlags(kind=path)).open("x")
     assert plain(DataFlags(kind=path, channels=1)).open("x").decoding.channels == 1
 
