@@ -35,7 +35,10 @@ INFLATION = 2.0**18  # 3e5 times, as in the wild
 
 def build(shape: str) -> AutoencoderKL:
     torch.manual_seed(0)
-    return AutoencoderConfig(**{"norm_num_groups": 4, "layers_per_block": 1} | SHAPES[shape]).build().eval()
+    vae = AutoencoderConfig(**{"norm_num_groups": 4, "layers_per_block": 1} | SHAPES[shape]).build().eval()
+    # the probes' side: one that no config says is 512
+    vae.register_to_config(sample_size=32, _use_default_values=[])
+    return vae
 
 
 def inflated(vae: AutoencoderKL, factor: float = INFLATION) -> AutoencoderKL:
