@@ -92,7 +92,7 @@ def test_other_forms_of_images(tmp_path: Path) -> None:
     for nothing, reason in (
         (None, "no image"),
         ({"bytes": None, "path": None}, "no image"),
-        (3, "a int"),
+        (3, "an int"),
         ([[1], [1, 2]], "lengths"),
     ):
         with pytest.raises(BadImage, match=reason):

@@ -171,7 +171,7 @@ def test_preview_from_images_and_from_a_store(
         assert len(tree["latent_rgb_factors"]) == 4 and len(tree["latent_rgb_factors_bias"]) == 3
     assert run_cli(*call, "--stats", image_folder) == 0
     assert (out / "pictures" / "reconstruction.png").is_file()
-    assert "![](pictures/reconstruction.png)" in (out / "README.md").read_text()
+    assert "![originals and their reconstructions](pictures/reconstruction.png)" in (out / "README.md").read_text()
 
 
 # --- stores -----------------------------------------------------------------------------------------------------------

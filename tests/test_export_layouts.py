@@ -24,6 +24,7 @@ from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.single_file import load_single_file, save_single_file
 from ldm_vae.autoencoder.weights.layouts import LAYOUTS, file_names, to_file
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.text import an
 from ldm_vae.export.diffusers_folder import configured_copy
 from ldm_vae.export.targets import TARGETS, warnings_for, write_target
 
@@ -179,7 +180,7 @@ def test_a_class_that_a_program_reads_no_file_of(
     tiny(kind).save_pretrained(tmp_path / "vae")
     assert run_cli("export", tmp_path / "vae", tmp_path / "out", "--target", target) == 2
     said = capsys.readouterr().err
-    assert f"--target {target}" in said and f"reads no single file of a {kind}" in said
+    assert f"--target {target}" in said and f"reads no single file of {an(kind)}" in said
     takers = [name for name, one in TARGETS.items() if kind in one.classes]
     assert all(name in said for name in takers) and ("no program is known" in said) == (not takers)
     assert not (tmp_path / "out").exists()
