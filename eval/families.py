@@ -65,7 +65,7 @@ def _law(name: str, family: Family) -> str:
 
 
 def _signal(family: Family) -> str:
-    """What it encodes, with the lengths of clips as `lengths.py` has them."""
+    """The signal that it encodes, with the lengths of clips as `lengths.py` has them."""
     if family.signal == "image":
         return "image"
     step = "t" if family.step is None else family.step

@@ -168,7 +168,7 @@ def _reconstruct(vae: Any, images: Sequence[_Image], preparation: Preparation, r
 
 
 def _read(image: _Image, vae: Any, decoding: Decoding, request: Request) -> torch.Tensor | str:
-    """What of an image is reconstructed, uint8 [C, H, W]; why nothing is, of one in a folder.
+    """The part of an image that is reconstructed, uint8 [C, H, W]; the reason where none is, of one in a folder.
 
     Raises:
         UsageError: nothing is, of one that a user named.

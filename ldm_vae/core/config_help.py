@@ -1,4 +1,4 @@
-"""What `--help` of a config says: its options with their values, and every kind that one of them may be."""
+"""Help of a config (`--help`): its options with their values, and every kind that one of them may be."""
 
 from __future__ import annotations
 

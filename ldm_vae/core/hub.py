@@ -87,6 +87,6 @@ def connect() -> str | None:
 
 
 def failure(error: Exception, name: str, reason: str | None) -> str:
-    """What to say of a failed call of the hub: `reason` of `connect`, else the client's own words."""
+    """Reason of a failed call of the hub: `reason` of `connect`, else the client's own words."""
     said = first_line(error) if reason is None else f"{reason}, and it is not in the cache"
     return f"{said}{nearest_path(name)}"

@@ -65,13 +65,10 @@ class _Thumbnails(Dataset[Any]):
             return torch.full((BITS,), torch.nan, dtype=torch.half)
 
 
-def look(source: Source, indices: range, num_workers: int, show: bool = True) -> torch.Tensor:
-    """The frequencies fp16 [n, 64] of consecutive images; NaN of one that cannot be read.
-
-    show: a progress bar.
-    """
+def look(source: Source, indices: range, num_workers: int) -> torch.Tensor:
+    """The frequencies fp16 [n, 64] of consecutive images; NaN of one that cannot be read."""
     found = [torch.empty(0, BITS, dtype=torch.half)]
-    with Progress(total=len(indices), desc="copies", unit="img", disable=not show, leave=False) as bar:
+    with Progress(total=len(indices), desc="copies", unit="img", leave=False) as bar:
         for batch in load(_Thumbnails(source), batches_of(items(source, indices), 16), num_workers):
             found.append(batch)
             bar.update(len(batch))

@@ -88,7 +88,7 @@ def _looks(settings: Training, source: Source, accelerator: Accelerator) -> torc
     # consecutive parts: neighbouring files are read by one rank
     mine = range(rank * count // ranks, (rank + 1) * count // ranks)
     part = torch.zeros(count, copies.BITS, dtype=torch.half)
-    part[mine.start : mine.stop] = copies.look(source, mine, settings.dataloader_num_workers, show=rank == 0)
+    part[mine.start : mine.stop] = copies.look(source, mine, settings.dataloader_num_workers)
     looks: torch.Tensor = accelerator.reduce(part.to(accelerator.device), "sum")
     return looks
 

@@ -163,7 +163,7 @@ class Manifest(Section):
 
     @property
     def contents(self) -> str:
-        """What a sample is, in words."""
+        """Part of a sentence: a sample's kind and shape."""
         shapes = [*dict.fromkeys("x".join(map(str, shard.shape)) for shard in self.shards)]
         several = f" and {len(shapes) - 1} more" if len(shapes) > 1 else ""
         return f"{self.identity.store} {''.join(shapes[:1])}{several} in {self.identity.dtype}"
