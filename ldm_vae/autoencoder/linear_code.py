@@ -8,8 +8,11 @@ A patch p of f x f pixels has mean m and covariance S = V diag(s^2) V^T (eigenva
 A network of the same latent size that reconstructs worse has not yet learned what least squares knows (Baldi & Hornik,
 "Neural networks and principal component analysis", 1989).
 
-Legend: B batch, C image channels, H W pixels, f patch side, c latent channels, h w patches, P = f f C numbers of a
-patch (rows first, channels last).
+Of clips a patch has t frames of f x f pixels. The first frame of a clip is a patch of t frames that are all alike, as
+the classes of clips are causal: 1 + t k frames are 1 + k patches.
+
+Legend: B batch, C image channels, T frames, H W pixels, f patch side, t frames of a patch, c latent channels, h w
+patches, P = t f f C numbers of a patch (frames first, channels last).
 """
 
 from __future__ import annotations
@@ -25,17 +28,27 @@ from ldm_vae.core.errors import UsageError
 SMALLEST = 1e-6  # of the largest standard deviation: a component below it is constant, and is not blown up to unit size
 
 
-def to_patches(images: torch.Tensor, factor: int) -> torch.Tensor:
-    """images [B, C, H, W] => patches [B, h, w, P]; a rest below f at the right and at the bottom is left out."""
+def to_patches(images: torch.Tensor, factor: int, frames: int = 1) -> torch.Tensor:
+    """images [B, C, H, W] => patches [B, h, w, P], clips [B, C, 1 + t k, H, W] => [B, 1 + k, h, w, P]; a rest below f
+    at the right and at the bottom is left out."""
+    if images.ndim == 5:
+        front = images[:, :, :1].expand(-1, -1, frames - 1, -1, -1)
+        tiles = torch.cat([front, images], dim=2).unfold(2, frames, frames).unfold(3, factor, factor)
+        tiles = tiles.unfold(4, factor, factor)  # [B, C, 1 + k, h, w, t, f, f]
+        return tiles.permute(0, 2, 3, 4, 5, 6, 7, 1).flatten(4)
     tiles = images.unfold(2, factor, factor).unfold(3, factor, factor)  # [B, C, h, w, f, f]
     return tiles.permute(0, 2, 3, 4, 5, 1).flatten(3)
 
 
-def from_patches(patches: torch.Tensor, factor: int) -> torch.Tensor:
-    """patches [B, h, w, P] => images [B, C, H, W]."""
-    batch, rows, columns, _ = patches.shape
-    tiles = patches.reshape(batch, rows, columns, factor, factor, -1).permute(0, 5, 1, 3, 2, 4)
-    return tiles.flatten(4, 5).flatten(2, 3)
+def from_patches(patches: torch.Tensor, factor: int, frames: int = 1) -> torch.Tensor:
+    """patches [B, h, w, P] => images [B, C, H, W], [B, 1 + k, h, w, P] => clips [B, C, 1 + t k, H, W]."""
+    *batch, rows, columns, _ = patches.shape
+    tiles = patches.reshape(-1, rows, columns, frames, factor, factor, patches.shape[-1] // (frames * factor**2))
+    images = tiles.permute(0, 6, 3, 1, 4, 2, 5).flatten(5, 6).flatten(3, 4)  # [.., C, t, H, W]
+    if len(batch) == 1:
+        return images[:, :, 0]
+    clips = images.unflatten(0, batch).transpose(1, 2).flatten(2, 3)  # [B, C, t + t k, H, W]
+    return clips[:, :, frames - 1 :]
 
 
 class PatchMoments:
@@ -45,17 +58,23 @@ class PatchMoments:
     not depend on the order of the images, the batches or the number of processes, to the bit.
     """
 
-    def __init__(self, factor: int, channels: int, device: torch.device | str = "cpu") -> None:
-        self.factor = factor
-        numbers = factor * factor * channels
+    def __init__(self, factor: int, channels: int, device: torch.device | str = "cpu", frames: int = 1) -> None:
+        self.factor, self.frames = factor, frames
+        numbers = frames * factor * factor * channels
         # one tensor, so that one reduction adds up the ranks: a patch with a 1 behind it gives count, sums and products
         self.products = torch.zeros(numbers + 1, numbers + 1, dtype=torch.float64, device=device)
 
     def update(self, pixels: torch.Tensor) -> None:
-        """pixels [B, C, H, W] on the scale 0..255."""
-        rows = to_patches(pixels.to(self.products.device), self.factor).flatten(0, 2).double()
+        """pixels [B, C, H, W] on the scale 0..255, or clips [B, C, T, H, W]."""
+        rows = to_patches(pixels.to(self.products.device), self.factor, self.frames).flatten(0, -2).double()
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
         self.products += rows.T @ rows
+
+    @property
+    def shape(self) -> str:
+        """Of a patch, in words."""
+        frames = "" if self.frames == 1 else f"{self.frames} frames of "
+        return f"{frames}{self.factor} x {self.factor} pixels"
 
     def add_up(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Add up over the ranks; `total` sums a tensor over all of them."""
@@ -71,7 +90,7 @@ class PatchMoments:
         if latent_channels > numbers:
             raise UsageError(
                 f"model.latent_channels: a linear code has at most one channel for each of the {numbers} numbers of a "
-                f"patch of {self.factor} x {self.factor} pixels, got {latent_channels}"
+                f"patch of {self.shape}, got {latent_channels}"
             )
         products = self.products.cpu()
         count, sums = products[-1, -1], products[-1, :-1]
@@ -87,23 +106,24 @@ class PatchMoments:
         if not deviations[0] > 0:
             raise UsageError("data: all pixels of the training crops are equal; a linear code needs images that differ")
         deviations = deviations.clamp_min(SMALLEST * float(deviations[0]))
-        return LinearCode(self.factor, mean / 127.5 - 1, vectors.contiguous(), deviations)
+        return LinearCode(self.factor, mean / 127.5 - 1, vectors.contiguous(), deviations, self.frames)
 
 
 @dataclass(frozen=True)
 class LinearCode:
     """A fitted linear code: factor f; of pixels in [-1, 1], in fp64: mean [P], components V [P, c] of length 1,
-    deviations s [c], falling."""
+    deviations s [c], falling; frames t."""
 
     factor: int
     mean: torch.Tensor
     components: torch.Tensor
     deviations: torch.Tensor
+    frames: int = 1
 
     @property
     def channels(self) -> int:
         """C of an image."""
-        return len(self.mean) // self.factor**2
+        return len(self.mean) // (self.frames * self.factor**2)
 
     @property
     def latent_channels(self) -> int:
@@ -111,18 +131,18 @@ class LinearCode:
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, C, H, W] in [-1, 1] => z [B, c, h, w] in fp64, each channel of mean 0 and variance 1 over what
-        the code was fitted on."""
-        rows = to_patches(images.double(), self.factor) - self.mean.to(images.device)
-        return (rows @ (self.components / self.deviations).to(images.device)).permute(0, 3, 1, 2)
+        the code was fitted on; clips [B, C, T, H, W] => [B, c, 1 + k, h, w]."""
+        rows = to_patches(images.double(), self.factor, self.frames) - self.mean.to(images.device)
+        return (rows @ (self.components / self.deviations).to(images.device)).movedim(-1, 1)
 
     def of_patches(self, patches: torch.Tensor) -> torch.Tensor:
         """patches [n, P] on the scale 0..255 => z [n, c]."""
         return (patches.double() / 127.5 - 1 - self.mean) @ (self.components / self.deviations)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """z [B, c, h, w] => images [B, C, H, W] in fp64, not clamped."""
-        rows = z.double().permute(0, 2, 3, 1) @ (self.components * self.deviations).T.to(z.device)
-        return from_patches(rows + self.mean.to(z.device), self.factor)
+        """z [B, c, h, w] => images [B, C, H, W] in fp64, not clamped; [B, c, 1 + k, h, w] => clips."""
+        rows = z.double().movedim(1, -1) @ (self.components * self.deviations).T.to(z.device)
+        return from_patches(rows + self.mean.to(z.device), self.factor, self.frames)
 
 
 ROUNDS = 10  # of Lloyd's algorithm; it falls fast at first

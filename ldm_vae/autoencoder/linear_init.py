@@ -1,4 +1,5 @@
-"""`init: linear`: an AutoencoderKL or VQModel whose first forward is the linear code (`linear_code.py`).
+"""`init: linear`: an AutoencoderKL, VQModel or AutoencoderKLWan whose first forward is the linear code
+(`linear_code.py`).
 
 docs/training.md derives it. The tools, within the weights of diffusers' own modules:
 
@@ -14,6 +15,11 @@ docs/training.md derives it. The tools, within the weights of diffusers' own mod
 
 A level i holds patches of 2^i pixels, as coordinates y_i of unit variance in the components of the code's own
 sub-patches: y_0 the colour, y_L (f = 2^L) the code. Where a width has too few channels the smallest are left out.
+
+Of clips, a level may join two frames (Wan's time convolutions). Its coordinates w of both are linear in those of each, v:
+w = A v_1 + B v_2, and v_1 = C w, v_2 = D w. The first frame of a clip, which the network takes past these convolutions,
+is one that does not move: w = (A + B) v, v = (C + D) w / 2. The strided convolution therefore writes (A + B) v where w
+stands and v beside it, and the decoder reads v as (C + D) w / 2 plus channels that are 0 in the first frame.
 
 Legend: m channels of a group, n signals, C image channels, c latent channels.
 """
@@ -31,13 +37,17 @@ from ldm_vae.autoencoder.linear_layers import (
     add_noise,
     as_pairs,
     check_room,
-    clear,
+    clear_attention,
     clear_residuals,
+    gains_of,
+    groups_of,
+    halves,
     inner_map,
     inverse_map,
     quarters,
     set_rows,
 )
+from ldm_vae.autoencoder.linear_parts import Level, Side, shortcut_of, side_of
 from ldm_vae.core.errors import UsageError
 
 LOGVAR = -7.0  # of the posterior: noise of 3 % of a latent's standard deviation
@@ -61,71 +71,131 @@ def start_linear(vae: Any, code: LinearCode, scale: torch.Tensor | None = None) 
     scale = torch.ones(code.latent_channels, dtype=torch.float64) if scale is None else scale
     # a network of shortcuts: whatever is set below is all that the first forward computes, apart from NOISE
     clear_residuals(vae)
-    for module in vae.modules():
-        if hasattr(module, "to_out"):  # attention
-            clear(module.to_out[0])
+    clear_attention(vae)
     for conv in (vae.quant_conv, vae.post_quant_conv):
         if conv is not None:
             set_rows(conv, range(conv.out_channels), torch.eye(conv.out_channels, conv.in_channels))
-    _start_encoder(vae.encoder, code, scale)
-    _start_decoder(vae.decoder, code, scale)
+    _start_encoder(side_of(vae.encoder), code, scale)
+    _start_decoder(side_of(vae.decoder), code, scale)
 
 
 # --- encoder ----------------------------------------------------------------------------------------------------------
 
 
-def _start_encoder(encoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
-    blocks, count = encoder.down_blocks, code.latent_channels
+@dataclass
+class Writer:
+    """A convolution that writes a level's coordinates: rows [n, in, ...]; of two frames that `time` joins, rows for the
+    coordinates of one of them, and ways [2, n, their number] from these to n."""
+
+    conv: Any
+    rows: torch.Tensor
+    bias: torch.Tensor
+    time: Any = None
+    ways: torch.Tensor | None = None
+
+
+def _start_encoder(encoder: Side, code: LinearCode, scale: torch.Tensor) -> None:
+    blocks, count = encoder.levels, code.latent_channels
     levels = len(blocks) - 1
-    # maps of coordinates to patches, level by level: the last one's are the latents themselves
-    maps = [code.components * code.deviations / scale]
-    inner = code.components * code.deviations
-    for level in range(levels, 0, -1):
-        inner = inner_map(inner, 2**level)
-        # of size 1 in flat patches: what the code leaves out makes the small components larger than their deviations
-        maps.insert(0, inner / inner.norm(dim=0) * 2 ** (level - 1))
+    last = Channels(encoder.conv_out.in_channels, groups_of(encoder.norm_out))
+    check_room(last, count)
+    maps, befores = _encoder_maps(blocks, code, scale)
     colour = code.mean.view(-1, code.channels).mean(dim=0)
     rest = code.mean - colour.repeat(len(code.mean) // code.channels)
-    last = Channels(encoder.conv_norm_out.num_channels, encoder.conv_norm_out.num_groups)
-    check_room(last, count)
 
     # what writes each level: conv_in, then the strided convolutions, with shortcuts that carry it to a new width
     entry = inverse_map(maps[0])
     nothing = torch.zeros(1, dtype=torch.float64)
-    writers = [(encoder.conv_in, entry, -entry @ colour)]
+    writers = [Writer(encoder.conv_in, entry, -entry @ colour)]
+    frames = 1
     for level, block in enumerate(blocks):
-        shortcut = block.resnets[0].conv_shortcut
+        shortcut = shortcut_of(block.resnets[0]) if block.resnets else None
         if shortcut is not None:
-            writers.append((shortcut, torch.eye(maps[level].shape[1], dtype=torch.float64), nothing))
+            writers.append(Writer(shortcut, torch.eye(maps[level].shape[1], dtype=torch.float64), nothing))
         if level < levels:
             # the next level's coordinates are linear in those that this level holds of the four quarters
-            weight = quarters(inverse_map(maps[level + 1]).T, 2 ** (level + 1))  # [2, 2, P / 4, n of the next]
+            weight = quarters(inverse_map(befores[level]).T, 2 ** (level + 1), frames)  # [2, 2, P / 4, n of the next]
             taps = (weight.mT @ maps[level]).permute(2, 3, 0, 1)
             # the rest of the mean (beyond its colour) once, where the patch is whole: at the last level
             bias = -inverse_map(maps[-1]) @ rest if level == levels - 1 else nothing
-            writers.append((block.downsamplers[0].conv, taps, bias))
-    for place, (conv, weight, bias) in enumerate(writers):
-        add_noise(conv)
-        outputs: Any = range(len(weight))
-        if place == len(writers) - 1:  # in front of conv_norm_out
-            outputs, weight = last.both(0, count), as_pairs(weight)
-            bias = as_pairs(bias.expand(count))
-        elif len(weight) > conv.out_channels:
-            raise UsageError(
-                f"model.block_out_channels: init: linear has {len(weight)} numbers to carry where {conv.out_channels} "
-                "channels are; expected at least so many, or init: noise"
-            )
-        padded = torch.zeros(len(weight), conv.in_channels, *weight.shape[2:], dtype=torch.float64)
-        padded[:, : weight.shape[1]] = weight
-        set_rows(conv, outputs, padded, bias)
+            ways = None
+            if block.time is not None:
+                ways = halves(inverse_map(maps[level + 1]).T).mT @ befores[level]
+                frames *= 2
+            writers.append(Writer(block.sampler, taps, bias, block.time, ways))
+    for place, writer in enumerate(writers):
+        final = place == len(writers) - 1  # in front of the last norm
+        _write(writer, last.both(0, count) if final else None)
 
     # the head: constants from the last residual block on, the mean linear, the variance constant
-    last.add_constants(encoder.mid_block.resnets[-1].conv2.bias)
-    last.set_norm(encoder.conv_norm_out)
+    last.add_constants(encoder.middle.conv2.bias)
+    last.set_norm(encoder.norm_out)
     add_noise(encoder.conv_out)
     set_rows(encoder.conv_out, range(count), last.read(0, count))
     logvar = range(count, encoder.conv_out.out_channels)  # none in a VQModel
     set_rows(encoder.conv_out, logvar, torch.zeros(len(logvar), last.width), LOGVAR)
+
+
+def _encoder_maps(
+    blocks: list[Level], code: LinearCode, scale: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Maps of coordinates to patches, level by level: the last one's are the latents themselves. And those of the levels
+    from 1 on before two frames were joined, which are the same where none are."""
+    maps, befores = [code.components * code.deviations / scale], []
+    inner, frames = code.components * code.deviations, code.frames
+    for level in range(len(blocks) - 1, 0, -1):
+        before, width = maps[0], blocks[level - 1].sampler.out_channels
+        if blocks[level - 1].time is not None:
+            # beside w; the latents may be pairs, with two constants
+            taken = 2 * code.latent_channels + 2 if level == len(blocks) - 1 else before.shape[1]
+            if width - taken < code.latent_channels:
+                raise UsageError(
+                    f"init: linear needs a width of {taken + code.latent_channels} where two frames are joined, as each "
+                    f"of them has at least {code.latent_channels} numbers beside theirs, got {width}; a larger one, "
+                    "fewer latent channels or init: noise would do"
+                )
+            inner, frames = inner_map(halves(inner), width - taken), frames // 2
+            before = _sized(inner, code.channels)
+        befores.insert(0, before)
+        # where two frames are joined below, w and v share the channels
+        joined = level > 1 and blocks[level - 2].time is not None
+        most = blocks[level - 2].sampler.out_channels // 2 if joined else None
+        inner = inner_map(quarters(inner, 2**level, frames), most)
+        maps.insert(0, _sized(inner, code.channels))
+    return maps, befores
+
+
+def _sized(maps: torch.Tensor, channels: int) -> torch.Tensor:
+    """Of size 1 in flat patches: what the code leaves out makes the small components larger than their deviations."""
+    return maps / maps.norm(dim=0) * (len(maps) / channels) ** 0.5
+
+
+def _write(writer: Writer, pairs: list[int] | None) -> None:
+    """Set its rows; as `pairs`, for the norm that follows."""
+    conv, rows, bias = writer.conv, writer.rows, writer.bias
+    padded = torch.zeros(len(rows), conv.in_channels, *rows.shape[2:], dtype=torch.float64)
+    padded[:, : rows.shape[1]] = rows
+    still = padded if writer.ways is None else torch.einsum("wv,v...->w...", writer.ways.sum(dim=0), padded)
+    outputs = list(range(len(still))) if pairs is None else pairs
+    beside = 0 if writer.ways is None else len(padded)
+    if len(outputs) + beside > conv.out_channels:
+        raise UsageError(
+            f"model.block_out_channels: init: linear has {len(still)} numbers to carry where {conv.out_channels} "
+            "channels are; expected at least so many, or init: noise"
+        )
+    signals = as_pairs if pairs is not None else torch.Tensor.contiguous
+    bias = signals(bias.expand(len(still)))
+    add_noise(conv)
+    set_rows(conv, outputs, signals(still), bias)
+    if writer.ways is None:
+        return
+    free = [channel for channel in range(conv.out_channels) if channel not in outputs][:beside]
+    set_rows(conv, free, padded)
+    add_noise(writer.time)
+    writer.time.weight[outputs] = 0
+    for tap, way in zip((1, 2), writer.ways, strict=True):  # the first tap sees the frame before the two
+        writer.time.weight[torch.tensor(outputs)[:, None], free, tap, 0, 0] = signals(way).to(conv.weight)
+    writer.time.bias[outputs] = bias.to(conv.bias)
 
 
 # --- decoder ----------------------------------------------------------------------------------------------------------
@@ -145,10 +215,11 @@ class Split:
     gates: list[int]
 
 
-def _split(outer: torch.Tensor, inner: torch.Tensor, side: int, most: int) -> Split:
-    """The pixels' maps as base and gated forms, at most `most`: those that matter most for the picture."""
+def _split(parts: torch.Tensor, inner: torch.Tensor, most: int) -> Split:
+    """The pixels' maps `parts` [2, 2, P, n] as base and gated forms of `inner` coordinates, at most `most`: those that
+    matter most for the picture."""
     weights = inner.square().sum(dim=0).sqrt()[:, None]  # a coordinate's size in the picture
-    parts = weights * (inverse_map(inner) @ quarters(outer, side))  # [2, 2, k, n]: rows, columns
+    parts = weights * (inverse_map(inner) @ parts)  # [2, 2, k, n]: rows, columns
     # added by each gate to the form of the pixel in an odd row and an odd column, where all gates are shut
     apart = (
         parts[1, 0] - parts[1, 1],
@@ -171,32 +242,45 @@ def _split(outer: torch.Tensor, inner: torch.Tensor, side: int, most: int) -> Sp
     return Split(base / weights, forms, out / weights, gates)
 
 
-def _start_decoder(decoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
-    norm_out = decoder.conv_norm_out
-    groups, blocks = norm_out.num_groups, decoder.up_blocks
+def _rooms(blocks: list[Level], widths: list[Channels], code: LinearCode) -> tuple[list[int], list[int]]:
+    """How many signals each level may have, from the picture upwards, of the frames that it joins and of each of them:
+    they stand beside two sums of differences and the next level's signals."""
+    levels, frames = len(blocks) - 1, 1
+    joined, single = [code.channels], [0]
+    rest = code.frames * code.latent_channels
+    for level in range(1, levels + 1):
+        block, here, behind = blocks[levels - level], widths[levels - level], widths[levels - level + 1]
+        sampled = Channels(block.sampler.out_channels, here.groups)
+        check_room(behind, 3 + joined[-1])
+        check_room(sampled, 1)
+        # no more than a patch has numbers, nor than four quarters of the level above can hold
+        wanted = min(4**level * code.channels * frames, 4 ** (levels - level) * rest // frames)
+        single.append(min(wanted, sampled.pairs, behind.pairs - 2 - joined[-1]))
+        if block.time is None:
+            joined.append(single[-1])
+        else:
+            frames *= 2
+            # w leaves room for the v of the level above, in the block that it comes from
+            joined.append(min(2 * single[-1], max(1, (here.pairs - 2) // 2)))
+    return joined, single
+
+
+def _start_decoder(decoder: Side, code: LinearCode, scale: torch.Tensor) -> None:
+    blocks, groups = decoder.levels, groups_of(decoder.norm_out)
     widths = [Channels(block.resnets[-1].conv2.out_channels, groups) for block in blocks]
     levels = len(blocks) - 1
     if levels and len(blocks[0].resnets) < 2:
         raise UsageError("model.layers_per_block: init: linear needs at least 1, got 0")
-
-    # how many signals each level may have, from the picture upwards: they stand beside two sums of differences and the
-    # next level's signals
-    room = [code.channels]
-    for level in range(1, levels + 1):
-        here, behind = widths[levels - level], widths[levels - level + 1]
-        # no more than a patch has numbers, nor than four quarters of the level above can hold
-        wanted = min(4**level * code.channels, 4 ** (levels - level) * code.latent_channels)
-        check_room(behind, 3 + room[-1])
-        check_room(here, 1)
-        room.append(min(wanted, here.pairs, behind.pairs - 2 - room[-1]))
+    joined, single = _rooms(blocks, widths, code)
 
     # latents => signals of the highest level
-    count = room[-1] if levels else code.latent_channels
-    outer = (code.components * code.deviations)[:, :count]
+    count = joined[-1] if levels and blocks[0].time is None else code.latent_channels
+    outer, frames = (code.components * code.deviations)[:, :count], code.frames
     add_noise(decoder.conv_in)
     reader = torch.zeros(count, widths[0].width, dtype=torch.float64)
     # latents => coordinates of unit variance: the encoder's scale undone
     reader[range(count), range(count)] = 1 / scale[:count]
+    spare = torch.eye(widths[0].width, dtype=torch.float64)[code.latent_channels :]
     set_rows(decoder.conv_in, range(code.latent_channels), torch.eye(code.latent_channels))
     if not levels:
         check_room(widths[0], code.channels)
@@ -207,30 +291,44 @@ def _start_decoder(decoder: Any, code: LinearCode, scale: torch.Tensor) -> None:
         outer = torch.eye(code.channels, dtype=torch.float64)
 
     for step in range(1, levels + 1):
-        level = levels - step + 1
-        inner = inner_map(outer, 2**level, room[level - 1])
-        here, behind, block = widths[step - 1], widths[step], blocks[step]
-        split = _split(outer, inner, 2**level, behind.pairs)
-        upsampler = blocks[step - 1].upsamplers[0].conv
-        add_noise(upsampler)
-        set_rows(upsampler, here.both(0, len(reader)), as_pairs(reader))
-        reader = _depth_to_space(block, here, behind, split)
+        level, block = levels - step + 1, blocks[step - 1]
+        if block.time is not None:
+            both, frames = halves(outer), frames // 2
+            outer = inner_map(both, min(single[level], len(spare)))
+            reader = _two_of_one(block.time, reader, spare[: outer.shape[1]], inverse_map(outer) @ both)
+        parts = quarters(outer, 2**level, frames)
+        inner = inner_map(parts, joined[level - 1])
+        here, behind = Channels(block.sampler.out_channels, groups), widths[step]
+        split = _split(parts, inner, behind.pairs)
+        add_noise(block.sampler)
+        set_rows(block.sampler, here.both(0, len(reader)), as_pairs(reader))
+        reader = _depth_to_space(blocks[step], here, behind, split)
+        # signals are pairs, so what is alike in both channels of one is 0
+        spare = 0.5 * behind.read(0, behind.pairs).abs()
         outer = inner
 
     # the head
-    last = blocks[-1].resnets[-1] if len(blocks[-1].resnets) else decoder.mid_block.resnets[-1]
-    widths[-1].add_constants(last.conv2.bias)
-    widths[-1].set_norm(norm_out)
+    widths[-1].add_constants(decoder.last_resnet.conv2.bias)
+    widths[-1].set_norm(decoder.norm_out)
     add_noise(decoder.conv_out)
     colour = code.mean.view(-1, code.channels).mean(dim=0)
     set_rows(decoder.conv_out, range(code.channels), outer @ (2 * reader), colour)  # behind the SiLU a pair reads twice
 
 
-def _depth_to_space(block: Any, here: Channels, behind: Channels, split: Split) -> torch.Tensor:
+def _two_of_one(time: Any, reader: torch.Tensor, spare: torch.Tensor, ways: torch.Tensor) -> torch.Tensor:
+    """A convolution that makes two frames of one: signals w, which `reader` reads, become ways[0] w and ways[1] w =>
+    the rows that read them, from the first frame too, which does not pass it; spare: rows that read 0 there."""
+    add_noise(time)
+    write = inverse_map(spare.T).T
+    time.weight[:, :, -1, 0, 0] = torch.cat([write @ way @ reader for way in ways]).to(time.weight)
+    return ways.mean(dim=0) @ reader + spare
+
+
+def _depth_to_space(block: Level, here: Channels, behind: Channels, split: Split) -> torch.Tensor:
     """The two residual blocks behind an upsampler => the rows that read the next signals from the tensor they leave."""
     count, forms = split.forms.shape[1], len(split.forms)
     differences, gate = block.resnets[:2]
-    if (shortcut := differences.conv_shortcut) is not None:
+    if (shortcut := shortcut_of(differences)) is not None:
         add_noise(shortcut)
         set_rows(shortcut, behind.both(0, count), as_pairs(0.5 * here.read(0, count)))
 
@@ -243,7 +341,7 @@ def _depth_to_space(block: Any, here: Channels, behind: Channels, split: Split) 
         taps[:, :, 1, 1] = as_pairs(here.read(0, compared))
         taps[:, :, row, column] = -taps[:, :, 1, 1]
         set_rows(differences.conv1, behind.both(side * compared, compared), taps)
-    differences.norm2.weight.fill_(SLOPE)
+    gains_of(differences.norm2).fill_(SLOPE)
     sums = torch.zeros(len(SIDES), behind.width, dtype=torch.float64)
     for side in range(len(SIDES)):
         sums[side, behind.both(side * compared, compared)] = TOGETHER / (SLOPE * compared)
@@ -256,9 +354,13 @@ def _depth_to_space(block: Any, here: Channels, behind: Channels, split: Split) 
     # gates: `opened` is 1 at a sum of 0 and 0 from 1 on; a form x passes as silu(x - t) - silu(-x - t), where t is SHUT
     # for each side that is not open
     behind.set_norm(gate.norm1)
-    minus = behind.both(count, len(SIDES))[len(SIDES) :]
-    gate.norm1.weight[minus] *= OPEN
-    gate.norm1.bias[minus] = OPEN
+    sides = behind.both(count, len(SIDES))
+    plus, minus = sides[: len(SIDES)], sides[len(SIDES) :]
+    # 1 - the sum, by the tensor and not by the norm, as an RMS norm has no bias
+    for conv, one in ((differences.conv2, 1), (gate.conv2, -1)):
+        conv.bias[minus] += one
+        conv.bias[plus] -= one
+    gains_of(gate.norm1)[minus] *= OPEN
     opened = torch.zeros(len(SIDES), behind.width, dtype=torch.float64)
     opened[range(len(SIDES)), minus] = 1 / float(torch.nn.functional.silu(torch.tensor(OPEN, dtype=torch.float64)))
     add_noise(gate.conv1)

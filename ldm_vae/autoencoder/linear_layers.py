@@ -1,4 +1,7 @@
-"""Linear maps in diffusers' layers: signals that pass a GroupNorm and a SiLU unchanged, for `linear_init.py`.
+"""Linear maps in diffusers' layers: signals that pass a norm and a SiLU unchanged, for `linear_init.py`.
+
+The norm is a GroupNorm, or Wan's RMS norm, which is one of one group where the mean is 0. A layer of clips sees the
+present frame with its last tap in time.
 
 Legend: P numbers of a patch, n signals.
 """
@@ -65,11 +68,13 @@ class Channels:
     def add_constants(self, bias: torch.Tensor, sign: int = 1) -> None:
         bias.view(self.groups, self.size)[:, -2:] += sign * self.constant * torch.tensor([1.0, -1.0])
 
-    def set_norm(self, norm: nn.GroupNorm, gain: float = 1.0) -> None:
+    def set_norm(self, norm: Any, gain: float = 1.0) -> None:
         """Let signals pass times `gain`; the constants come out as +1 and -1, which a weight reads like a bias."""
-        norm.weight.fill_(STD * gain)
-        norm.weight.view(self.groups, self.size)[:, -2:] = STD / self.constant
-        norm.bias.zero_()
+        weight = gains_of(norm)
+        weight.fill_(STD * gain)
+        weight.view(self.groups, self.size)[:, -2:] = STD / self.constant
+        if isinstance(norm, nn.GroupNorm):
+            norm.bias.zero_()
 
 
 @torch.no_grad()
@@ -80,9 +85,29 @@ def clear_residuals(network: nn.Module) -> None:
             clear(module.conv2)
 
 
+@torch.no_grad()
+def clear_attention(network: nn.Module) -> None:
+    """Make every attention its shortcut, in place."""
+    for module in network.modules():
+        if hasattr(module, "to_out"):
+            clear(module.to_out[0])
+        elif hasattr(module, "to_qkv"):
+            clear(module.proj)
+
+
 def clear(layer: Any) -> None:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
+
+
+def gains_of(norm: Any) -> Any:
+    """The affine weight [channels] of a norm, in place."""
+    return norm.weight if isinstance(norm, nn.GroupNorm) else norm.gamma.data.view(-1)
+
+
+def groups_of(norm: Any) -> int:
+    """1 of an RMS norm."""
+    return getattr(norm, "num_groups", 1)
 
 
 def add_noise(conv: Any) -> None:
@@ -94,12 +119,13 @@ def set_rows(conv: Any, outputs: Any, weight: torch.Tensor, bias: torch.Tensor |
     """Rows of a convolution: weight [outputs, in] at the middle tap, or [outputs, in, rows, columns] from the first."""
     outputs = list(outputs)
     conv.weight[outputs] = 0
-    middle = conv.kernel_size[0] // 2
+    now = conv.weight if conv.weight.ndim == 4 else conv.weight[:, :, -1]
+    middle = now.shape[-1] // 2
     taps = weight[:, :, None, None] if weight.ndim == 2 else weight
     first = middle if weight.ndim == 2 else 0
-    rows = torch.zeros_like(conv.weight[outputs])
+    rows = torch.zeros_like(now[outputs])
     rows[:, :, first : first + taps.shape[2], first : first + taps.shape[3]] = taps.to(rows)
-    conv.weight[outputs] = rows
+    now[outputs] = rows
     conv.bias[outputs] = torch.as_tensor(bias).to(conv.bias)
 
 
@@ -118,16 +144,21 @@ def check_room(channels: Channels, needed: int) -> None:
         )
 
 
-def quarters(rows: torch.Tensor, side: int) -> torch.Tensor:
+def quarters(rows: torch.Tensor, side: int, frames: int = 1) -> torch.Tensor:
     """Maps [P, n] to patches of `side` => to their quarters [2, 2, P / 4, n]."""
     half = side // 2
-    return rows.reshape(2, half, 2, half, -1, rows.shape[1]).permute(0, 2, 1, 3, 4, 5).flatten(2, 4)
+    return rows.reshape(frames, 2, half, 2, half, -1, rows.shape[1]).permute(1, 3, 0, 2, 4, 5, 6).flatten(2, 5)
 
 
-def inner_map(outer: torch.Tensor, side: int, most: int | None = None) -> torch.Tensor:
-    """Map [P, n] of coordinates of unit variance to their patches of `side` => the same map [P / 4, k] for the patches'
-    quarters: their principal components, at most `most`, each times its standard deviation."""
-    parts = quarters(outer, side).flatten(0, 1)  # [4, P / 4, n]
+def halves(rows: torch.Tensor) -> torch.Tensor:
+    """Maps [P, n] to patches of several frames => to their earlier and later frames [2, P / 2, n]."""
+    return rows.view(2, -1, rows.shape[1])
+
+
+def inner_map(parts: torch.Tensor, most: int | None = None) -> torch.Tensor:
+    """Maps [..., P, n] of coordinates of unit variance to the parts of their patches => the same map [P, k] for one
+    part: its principal components, at most `most`, each times its standard deviation."""
+    parts = parts.reshape(-1, *parts.shape[-2:])
     variances, vectors = torch.linalg.eigh((parts @ parts.mT).mean(dim=0))
     # directions without variance carry nothing, and dividing by their deviation would blow rounding up
     rank = int((variances > 1e-12 * variances[-1]).sum())
