@@ -13,7 +13,7 @@ from torch import nn
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.fine_tuning import idle_parameters, resize_channels, set_trainable
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, image_channels, latent_channels
+from ldm_vae.autoencoder.geometry import image_channels
 from ldm_vae.autoencoder.last_layer import place_of
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import check_same, has_alpha, recorded, shown
@@ -28,7 +28,6 @@ from ldm_vae.data.buckets import BucketConfig
 from ldm_vae.data.preprocessing import SETTABLE
 from ldm_vae.data.source import SourceConfig
 from ldm_vae.data.transforms import TransformConfig
-from ldm_vae.perceptual.teacher import teacher
 from ldm_vae.run.folder import MAY_CHANGE as ANY_RUN_MAY_CHANGE
 from ldm_vae.run.folder import RunConfig
 from ldm_vae.run.optim import OptimizerConfig
@@ -279,35 +278,6 @@ def check_preprocessing(settings: Training, network: Any, name: str) -> None:
     known = found.decoding if found is not None else replace(ours, alpha=ours.alpha or has_alpha(network))
     names = {one: f"data.{one}" for one in SETTABLE} | {"resize": "transform.resize"}
     check_same("the config says", ours, name, known, names, "set that, or ignore_preprocessing: true")
-
-
-def check_teachers(settings: Training, vae: Any) -> None:
-    """Raises UsageError where a teacher, which sees the training's images, records another preprocessing, or has
-    latents of another shape than those of `vae`."""
-    ours = (latent_channels(vae), downsampling_factor(vae))
-    for section in ("losses", "perturbations"):
-        for name, part in getattr(settings, section).items():
-            if isinstance(source := getattr(part, "teacher", None), str):
-                network, place = teacher(source).network, f"{section}.{name}.teacher {source}"
-                check_preprocessing(settings, network, place)
-                check_resolution(settings.resolution, network)
-                if (images := image_channels(network)) != settings.model.in_channels:
-                    raise UsageError(f"{place}: expected images of {settings.model.in_channels} channels, has {images}")
-                theirs = (latent_channels(network), downsampling_factor(network))
-                if theirs != ours:
-                    raise UsageError(
-                        f"{place}: has latents of {theirs[0]} channels at f {theirs[1]}, the model of {ours[0]} at f "
-                        f"{ours[1]}; expected the same{_tiny_of(settings, *theirs)}"
-                    )
-
-
-def _tiny_of(settings: Training, channels: int, factor: int) -> str:
-    """The shape of an AutoencoderTiny for latents of so many channels at this f."""
-    if settings.model.kind != "tiny":
-        return ""
-    if factor & (factor - 1):
-        return f", and no AutoencoderTiny has f {factor}: theirs are powers of 2"
-    return f": model.latent_channels {channels} and {factor.bit_length()} widths on each side"
 
 
 def build_network(settings: Training, vae: Any, outline: bool = False) -> TrainableAutoencoder:
