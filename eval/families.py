@@ -75,9 +75,9 @@ def _signal(family: Family) -> str:
 
 def _kinds() -> dict[str, str]:
     """`model.kind` by the class that it builds from scratch."""
-    kinds = [one for one in options("ldm_vae.models") if one != "pretrained"]
+    kinds = {kind: importlib.import_module(f"ldm_vae.models.{kind}").Config for kind in options("ldm_vae.models")}
     with torch.device("meta"):
-        built = {kind: importlib.import_module(f"ldm_vae.models.{kind}").Config().build() for kind in kinds}
+        built = {kind: config().build() for kind, config in kinds.items() if hasattr(config, "build")}
     return {type(network).__name__: f"`{kind}`" for kind, network in built.items()}
 
 

@@ -28,7 +28,8 @@ from ldm_vae.data.preprocessing import Preprocessing
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.latent_store import read_manifest
 from ldm_vae.report import tables
-from ldm_vae.training.config import Training, build_autoencoder, check_teachers
+from ldm_vae.training.config import Training, build_autoencoder
+from ldm_vae.training.teachers import check_teachers
 
 RANGE = Preprocessing(channels=1, value_range=(0, 4095), resize="none")
 OTHER = Preprocessing(channels=1, value_range=(-1000, 1000), resize="none")

@@ -19,8 +19,9 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.perceptual.teacher import teacher
 from ldm_vae.run.optim import trainable_parameters
 from ldm_vae.training.adversary import Adversary
-from ldm_vae.training.config import Training, build_autoencoder, build_network, build_objective, check_teachers
+from ldm_vae.training.config import Training, build_autoencoder, build_network, build_objective
 from ldm_vae.training.step import TrainingStep
+from ldm_vae.training.teachers import check_teachers
 
 TEACHERS = [name for name in IMAGES if own_normalisation(tiny(name)) is not None]
 

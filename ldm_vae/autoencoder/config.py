@@ -31,6 +31,11 @@ def check_layers(layers: int, widths: Sequence[int], name: str = "layers_per_blo
         raise ValueError(f"{name}: expected at least 1 for an encoder whose widths differ, got 0")
 
 
+def check_clip_parameters(widths: Sequence[int], layers: int, name: str) -> None:
+    """Raise ValueError as `check_parameters`, for kernels of 3 x 3 x 3."""
+    check_parameters(widths, 3 * layers + 1, name)  # blocks and the middle: 2 (3 l + 1) + 1 = 3 (2 l + 1)
+
+
 def check_lengths(fields: Mapping[str, Sequence[Any]]) -> None:
     """Raise ValueError for fields of other lengths than the first: each has one value for each resolution, and encoder
     and decoder have one f."""

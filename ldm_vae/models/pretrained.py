@@ -21,5 +21,9 @@ class Config(Part):
         """Nothing that a config could ask for."""
         return {}
 
+    def build_from(self, base: Any, place: str) -> Any:
+        """The network, of that of init_from: itself."""
+        return base
+
     def bottleneck(self, vae: Any) -> Bottleneck:
         return PointBottleneck() if geometry_of(vae).is_point else GaussianBottleneck(vae)

@@ -12,9 +12,11 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.fine_tuning import idle_parameters, resize_channels, set_trainable
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, image_channels, latent_channels
+from ldm_vae.autoencoder.geometry import image_channels
 from ldm_vae.autoencoder.last_layer import place_of
+from ldm_vae.autoencoder.lengths import check_frames
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import check_same, has_alpha, recorded, shown
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
@@ -28,13 +30,17 @@ from ldm_vae.data.buckets import BucketConfig
 from ldm_vae.data.preprocessing import SETTABLE
 from ldm_vae.data.source import SourceConfig
 from ldm_vae.data.transforms import TransformConfig
-from ldm_vae.perceptual.teacher import teacher
 from ldm_vae.run.folder import MAY_CHANGE as ANY_RUN_MAY_CHANGE
 from ldm_vae.run.folder import RunConfig
 from ldm_vae.run.optim import OptimizerConfig
 from ldm_vae.training.adversary import AdversaryConfig
 from ldm_vae.training.objective import Objective
 
+# kinds whose numbers of channels stay those of init_from
+FIXED_SIZES = {
+    **dict.fromkeys(("dc", "hunyuan_image"), "has shortcuts that average other channels with other sizes"),
+    **dict.fromkeys(("ltx", "vidtok", "wan"), "is of clips"),
+}
 ValidationMetric = Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg", "delta_e", "alpha_psnr", "alpha_l1"]
 
 
@@ -110,22 +116,19 @@ class Training(RunConfig):
             raise ValueError("latent_store: needs init_from, the autoencoder whose encoder made it")
         if self.latent_store is not None and self.buckets is not None:
             raise ValueError("latent_store: its crops are what was encoded; expected no buckets")
-        if self.model.kind == "pretrained" and self.init_from is None:
-            raise ValueError("model.kind: pretrained needs init_from, the network that it is")
-        if self.model.kind == "pretrained" and self.ignore_mismatched_sizes:
-            raise ValueError("ignore_mismatched_sizes: model.kind pretrained takes init_from as it is; expected false")
-        if self.model.kind in ("dc", "hunyuan_image") and self.ignore_mismatched_sizes:
-            raise ValueError(
-                f"ignore_mismatched_sizes: the shortcuts of model.kind {self.model.kind} average other channels with "
-                "other sizes; expected false"
-            )
+        kind = self.model.kind
+        if self.is_built_from and self.init_from is None:
+            raise ValueError(f"model.kind: {kind} needs init_from, the network that it is or is made of")
+        if self.ignore_mismatched_sizes and (self.is_built_from or kind in FIXED_SIZES):
+            reason = FIXED_SIZES.get(kind, "takes init_from as it is")
+            raise ValueError(f"ignore_mismatched_sizes: model.kind {kind} {reason}; expected false")
         self._check_holdout()
         quantizer = getattr(self.model, "quantizer", None)
         if self.init == "linear":
             if self.init_from is not None:
                 raise ValueError("init: linear is for a network from scratch; expected no init_from, or init: noise")
-            if self.model.kind not in ("kl", "vq", "flux2"):
-                raise ValueError(f"init: linear is for model.kind kl, vq or flux2, got {self.model.kind}")
+            if kind not in ("kl", "vq", "flux2"):
+                raise ValueError(f"init: linear is for model.kind kl, vq or flux2, got {kind}")
             if quantizer is not None and (quantizer.kind, getattr(quantizer, "distance", "")) != ("vq", "euclidean"):
                 raise ValueError("init: linear needs model.quantizer.kind vq with distance euclidean, or init: noise")
         if self.latent_store is not None and quantizer is not None:
@@ -162,6 +165,11 @@ class Training(RunConfig):
             raise ValueError(
                 "data.holdout: the images of latent_store are trained on, whatever their keys; expected validation_data"
             )
+
+    @property
+    def is_built_from(self) -> bool:
+        """True if the network is that of init_from, or made of it."""
+        return hasattr(self.model, "build_from")
 
     @property
     def holdout(self) -> float | None:
@@ -209,8 +217,9 @@ def build_autoencoder(settings: Training) -> Any:
         UsageError: the shape of `init_from` is not `model`, it records another preprocessing, or `trainable` names
             nothing.
     """
-    if settings.model.kind == "pretrained":
-        return learning(_pretrained(settings), settings.trainable, getattr(settings.data, "frames", None))
+    frames = getattr(settings.data, "frames", None)
+    if settings.is_built_from:
+        return learning(_built_from(settings), settings.trainable, frames)
     # drawn whatever init_from brings: what does not fit keeps these weights, the same on every rank
     with seeded(settings.seed):
         vae = settings.model.build()
@@ -219,9 +228,11 @@ def build_autoencoder(settings: Training) -> Any:
         may_differ = ("latent_channels", "in_channels") if settings.ignore_mismatched_sizes else ()
         # before the shapes, which another class has under other names
         if type(base) is not type(vae):
+            ours, theirs = (family_of(one).signal == "video" for one in (vae, base))
+            hint = "; model.kind inflated makes a class of clips of it" if ours and not theirs else ""
             raise UsageError(
                 f"init_from {settings.init_from}: expected the class of model.kind {settings.model.kind}, "
-                f"{type(vae).__name__}, got {type(base).__name__}"
+                f"{type(vae).__name__}, got {type(base).__name__}{hint}"
             )
         for name, value in settings.model.shape().items():
             value, came = (json.loads(json.dumps(one)) for one in (value, base.config[name]))  # tuples as lists
@@ -231,11 +242,11 @@ def build_autoencoder(settings: Training) -> Any:
                 raise UsageError(f"model.{field}: the config says {value}, {settings.init_from} has {came}{hint}")
         check_preprocessing(settings, base, f"init_from {settings.init_from}")
         vae = resize_channels(base, vae)
-    return learning(vae, settings.trainable)
+    return learning(vae, settings.trainable, frames)
 
 
-def _pretrained(settings: Training) -> Any:
-    """The network of init_from, of whatever class."""
+def _built_from(settings: Training) -> Any:
+    """The network of init_from, of whatever class, or what the model makes of it."""
     assert settings.init_from is not None
     vae = load_autoencoder(settings.init_from)
     if isinstance(vae, VQModel):
@@ -249,13 +260,16 @@ def _pretrained(settings: Training) -> Any:
     if (channels := image_channels(vae)) != settings.model.in_channels:
         raise UsageError(f"model.in_channels: expected {channels} of init_from, got {settings.model.in_channels}")
     check_preprocessing(settings, vae, f"init_from {settings.init_from}")
-    return vae
+    with seeded(settings.seed):
+        return settings.model.build_from(vae, f"init_from {settings.init_from}")
 
 
 def learning(vae: Any, trainable: Sequence[str], frames: int | None = None) -> Any:
     """A network of any class in training: what `trainable` names learns, but for what has no part in the reconstruction
     of an image, or of a clip of so many frames."""
     set_trainable(vae, trainable)
+    if frames is not None:
+        check_frames(vae, frames, "data.frames")
     for name in (idle := idle_parameters(vae, frames)):
         vae.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in vae.parameters()):
@@ -279,35 +293,6 @@ def check_preprocessing(settings: Training, network: Any, name: str) -> None:
     known = found.decoding if found is not None else replace(ours, alpha=ours.alpha or has_alpha(network))
     names = {one: f"data.{one}" for one in SETTABLE} | {"resize": "transform.resize"}
     check_same("the config says", ours, name, known, names, "set that, or ignore_preprocessing: true")
-
-
-def check_teachers(settings: Training, vae: Any) -> None:
-    """Raises UsageError where a teacher, which sees the training's images, records another preprocessing, or has
-    latents of another shape than those of `vae`."""
-    ours = (latent_channels(vae), downsampling_factor(vae))
-    for section in ("losses", "perturbations"):
-        for name, part in getattr(settings, section).items():
-            if isinstance(source := getattr(part, "teacher", None), str):
-                network, place = teacher(source).network, f"{section}.{name}.teacher {source}"
-                check_preprocessing(settings, network, place)
-                check_resolution(settings.resolution, network)
-                if (images := image_channels(network)) != settings.model.in_channels:
-                    raise UsageError(f"{place}: expected images of {settings.model.in_channels} channels, has {images}")
-                theirs = (latent_channels(network), downsampling_factor(network))
-                if theirs != ours:
-                    raise UsageError(
-                        f"{place}: has latents of {theirs[0]} channels at f {theirs[1]}, the model of {ours[0]} at f "
-                        f"{ours[1]}; expected the same{_tiny_of(settings, *theirs)}"
-                    )
-
-
-def _tiny_of(settings: Training, channels: int, factor: int) -> str:
-    """The shape of an AutoencoderTiny for latents of so many channels at this f."""
-    if settings.model.kind != "tiny":
-        return ""
-    if factor & (factor - 1):
-        return f", and no AutoencoderTiny has f {factor}: theirs are powers of 2"
-    return f": model.latent_channels {channels} and {factor.bit_length()} widths on each side"
 
 
 def build_network(settings: Training, vae: Any, outline: bool = False) -> TrainableAutoencoder:

@@ -20,10 +20,11 @@ from ldm_vae.run.folder import global_batch, prepare_network, resume, save
 from ldm_vae.run.metrics_log import Averages
 from ldm_vae.run.optim import schedule, set_learning_rate, trainable_parameters
 from ldm_vae.training.adversary import Adversary
-from ldm_vae.training.config import Training, build_discriminator, build_network, build_objective, check_teachers
+from ldm_vae.training.config import Training, build_discriminator, build_network, build_objective
 from ldm_vae.training.objective import Objective
 from ldm_vae.training.smallest_crop import check_smallest
 from ldm_vae.training.step import TrainingStep
+from ldm_vae.training.teachers import check_teachers
 
 
 @dataclass
