@@ -47,7 +47,7 @@ def from_patches(patches: torch.Tensor, factor: int, frames: int = 1) -> torch.T
     images = tiles.permute(0, 6, 3, 1, 4, 2, 5).flatten(5, 6).flatten(3, 4)  # [.., C, t, H, W]
     if len(batch) == 1:
         return images[:, :, 0]
-    clips = images.unflatten(0, batch).transpose(1, 2).flatten(2, 3)  # [B, C, t + t k, H, W]
+    clips = images.reshape(*batch, *images.shape[1:]).transpose(1, 2).flatten(2, 3)  # [B, C, t + t k, H, W]
     return clips[:, :, frames - 1 :]
 
 

@@ -88,6 +88,7 @@ def clear_residuals(network: nn.Module) -> None:
 @torch.no_grad()
 def clear_attention(network: nn.Module) -> None:
     """Make every attention its shortcut, in place."""
+    module: Any
     for module in network.modules():
         if hasattr(module, "to_out"):
             clear(module.to_out[0])

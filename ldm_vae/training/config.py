@@ -53,8 +53,8 @@ class Training(RunConfig):
     """Of the discriminator; default: the same."""
     init: Literal["noise", "linear"] = "noise"
     """Of a network from scratch. noise: random weights. linear: the first forward is the linear code of the model's own
-    size, principal components of patches of the training crops (`autoencoder/linear_init.py`); model.kind kl, vq or
-    flux2."""
+    size, principal components of patches of the training crops (`autoencoder/linear_init.py`); model.kind kl, vq,
+    flux2 or wan."""
     init_images: int = Field(1024, gt=0)
     """Training crops that the linear code is fitted on."""
     init_from: str | None = None
@@ -127,8 +127,13 @@ class Training(RunConfig):
         if self.init == "linear":
             if self.init_from is not None:
                 raise ValueError("init: linear is for a network from scratch; expected no init_from, or init: noise")
-            if kind not in ("kl", "vq", "flux2"):
-                raise ValueError(f"init: linear is for model.kind kl, vq or flux2, got {kind}")
+            if kind not in ("kl", "vq", "flux2", "wan"):
+                raise ValueError(f"init: linear is for model.kind kl, vq, flux2 or wan, got {kind}")
+            if kind == "wan" and (self.model.is_residual or self.model.patch_size):
+                raise ValueError(
+                    "init: linear is for the shape of Wan 2.1; expected model.is_residual: false and no "
+                    "model.patch_size, or init: noise"
+                )
             if quantizer is not None and (quantizer.kind, getattr(quantizer, "distance", "")) != ("vq", "euclidean"):
                 raise ValueError("init: linear needs model.quantizer.kind vq with distance euclidean, or init: noise")
         if self.latent_store is not None and quantizer is not None:

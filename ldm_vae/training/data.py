@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels, step_of
+from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, latent_channels, step_of
+from ldm_vae.autoencoder.lengths import lengths_of
 from ldm_vae.autoencoder.linear_code import PatchMoments, k_means, to_patches
 from ldm_vae.autoencoder.linear_init import start_linear
 from ldm_vae.autoencoder.preparation import shown
@@ -164,7 +165,7 @@ def start_from_data(vae: Any, source: Source | Stream, settings: Training, accel
             start_linear(vae, code, scale)
             vae.quantize.embedding.weight.data.copy_(k_means(code.of_patches(patches) * scale, codes, settings.seed))
         else:
-            start_linear(vae, moments.code(settings.model.latent_channels))
+            start_linear(vae, moments.code(latent_channels(vae)))
     # eigenvectors may differ in rounding between machines
     for parameter in vae.parameters():
         parameter.data.copy_(broadcast(parameter.data.to(accelerator.device)))
@@ -179,7 +180,9 @@ def _patches_of(
         source, settings.transform, settings.resolution, seed=settings.seed, batch_size=settings.train_batch_size,
         rank=accelerator.process_index, world_size=ranks, num_workers=settings.dataloader_num_workers,
     )  # fmt: skip
-    moments = PatchMoments(downsampling_factor(vae), settings.model.in_channels, accelerator.device)
+    lengths = lengths_of(vae)
+    frames = lengths.step // lengths.latent_step
+    moments = PatchMoments(downsampling_factor(vae), image_channels(vae), accelerator.device, frames)
     patches = []
     for batch in itertools.islice(loader, -(-wanted // (settings.train_batch_size * ranks))):
         # the last batch may run beyond `init_images`, whose number must not depend on the ranks
