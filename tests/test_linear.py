@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from fork_server import fork
 from images import write_images
 from launcher import TWO, launch
+from linear_codes import LINEAR, MODEL, code_of, first_loss, in_pixels, pictures, train
 from PIL import Image
 from safetensors.torch import load_file
 from sentences import refused
@@ -24,7 +25,6 @@ from eval import reconstruction
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.linear_code import (
-    LinearCode,
     PatchMoments,
     from_patches,
     k_means,
@@ -35,26 +35,6 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.models.flux2 import Config as Flux2Config
 from ldm_vae.training.monitor import below_linear
 from ldm_vae.training.objective import rate
-
-
-def pictures(count: int = 48, channels: int = 3, side: int = 32) -> torch.Tensor:
-    """uint8 [count, channels, side, side] with the spectrum of photographs, 1 / frequency, so that no patch is flat."""
-    draw = torch.Generator().manual_seed(1)
-    noise = torch.fft.rfft2(torch.randn(count, channels, side, side, generator=draw))
-    frequency = (torch.fft.fftfreq(side)[:, None] ** 2 + torch.fft.rfftfreq(side)[None] ** 2).sqrt().clamp_min(1 / side)
-    smooth = torch.fft.irfft2(noise / frequency)
-    return (128 + 50 * smooth / smooth.std()).clamp(0, 255).to(torch.uint8)
-
-
-def code_of(images: torch.Tensor, factor: int, channels: int) -> LinearCode:
-    moments = PatchMoments(factor, images.shape[1])
-    moments.update(images)
-    return moments.code(channels)
-
-
-def in_pixels(images: torch.Tensor) -> torch.Tensor:
-    return images.double() / 127.5 - 1
-
 
 # --- the code ---------------------------------------------------------------------------------------------------------
 
@@ -179,19 +159,6 @@ def test_what_has_no_room_is_one_sentence(shape: dict[str, Any], field: str) -> 
         start_linear(vae, code)
 
 
-def train(vae: AutoencoderKL, images: torch.Tensor, updates: int, learning_rate: float) -> None:
-    optimizer = torch.optim.Adam(vae.parameters(), learning_rate)
-    x = in_pixels(images).float()
-    draw = torch.Generator().manual_seed(0)
-    for _ in range(updates):
-        optimizer.zero_grad()
-        posterior = vae.encode(x).latent_dist
-        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=draw)
-        loss = (vae.decode(z).sample - x).abs().mean() + 1e-6 * posterior.kl().mean()
-        loss.backward()
-        optimizer.step()
-
-
 def test_every_weight_has_a_gradient() -> None:
     vae = built(SHAPES["f4"] | {"mid_block_add_attention": True})
     images = pictures(8)
@@ -242,18 +209,10 @@ def hidden_units(vae: AutoencoderKL, x: torch.Tensor) -> int:
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-MODEL = {"block_out_channels": [32, 32], "layers_per_block": 1, "norm_num_groups": 4, "mid_block_add_attention": False}
-LINEAR = {"init": "linear", "init_images": 9, "model": MODEL, "adversary": {"weight": 0.0}, "discriminator": None}
-
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("linear") / "images", 11)
-
-
-def first_loss(folder: Path) -> float:
-    with (folder / "metrics.jsonl").open() as file:
-        return float(json.loads(file.readline())["loss/l1"])
 
 
 @pytest.mark.slow
