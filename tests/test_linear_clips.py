@@ -140,7 +140,7 @@ def test_a_training_on_clips_starts_from_the_code(tmp_path: Path) -> None:
         done = run(write_config(folder, data, **changes))
         assert done.returncode == 0, done.stderr
         losses[start] = first_loss(folder / "run")
-    assert losses["linear"] < 0.3 * losses["noise"]
+    assert losses["linear"] < 0.75 * losses["noise"]
 
 
 def test_the_shape_of_wan_2_2_cannot_start_linear(tmp_path: Path) -> None:
