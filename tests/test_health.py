@@ -53,7 +53,7 @@ def test_lecam_is_the_papers() -> None:
     averages = torch.zeros(2, dtype=torch.float64)
     for step in range(1, 6):
         real, fake = (torch.randn(4, 1, 3, 3, generator=draw, dtype=torch.float64) for _ in range(2))
-        loss = game.lecam(real, fake)
+        loss = game.lecam(real, fake, len(real))
         game.after_update()
         if step == 1:
             assert loss.item() == 0.0  # there is no average yet

@@ -1,7 +1,7 @@
 """Cost of a run before it is started: `--dry_run`. Nothing is computed or fetched, of the data only the list is read:
 the real training step runs on tensors without content, its operations and memory are counted.
 
-Legend: B batch, C image channels, H W pixels, c latent channels, h w latent positions.
+Legend: B batch, C image channels, T frames of a clip, H W pixels, c latent channels, t h w latent positions.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from ldm_vae.autoencoder.latents import Moments, decode, encode
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.meta import without_values
 from ldm_vae.autoencoder.normalisation_law import law_in_words
+from ldm_vae.autoencoder.signals import frames_of
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.flop_counter import Cost, gpu_autocast
 from ldm_vae.core.frozen_module import Frozen
+from ldm_vae.core.text import an
 from ldm_vae.data.holdout import is_held_out, numbers_of
 from ldm_vae.data.stream import length
 from ldm_vae.kernels.group_norm import fuse_norms
@@ -45,7 +47,7 @@ from ldm_vae.training.config import (
     learning,
 )
 from ldm_vae.training.decoder_only import drop_encoder
-from ldm_vae.training.smallest_crop import check_smallest
+from ldm_vae.training.smallest_crop import check_smallest, crop_size
 from ldm_vae.training.step import TrainingStep
 
 GB = 1e9
@@ -57,9 +59,9 @@ LIBRARIES = 0.9e9  # torch and what else is imported
 
 @dataclass(frozen=True)
 class Plan:
-    """Cost of a run: parameters by network; GFLOP an image of each forward pass, and of a whole step with the adversary
-    active; bytes of the tensors of a process by what holds them (a teacher's network, which is not loaded, left
-    out)."""
+    """Cost of a run: parameters by network; GFLOP an image, or a clip, of each forward pass, and of a whole step with
+    the adversary active; bytes of the tensors of a process by what holds them (a teacher's network, which is not
+    loaded, left out)."""
 
     parameters: dict[str, int]
     forward_gflop: dict[str, float]
@@ -95,10 +97,10 @@ def plan(settings: Training, processes: int = 1) -> Plan:
         objective = build_objective(settings, outline=True)
         objective.attach(network)
         critic = build_discriminator(settings, outline=True)
-        size = settings.resolution
-        images = torch.empty(settings.train_batch_size, settings.model.in_channels, size, size)
-        noise = torch.empty(len(images), *network.noise_shape(size, size))
-        latents = torch.empty(len(images), *network.latent_shape(size, size))
+        size = crop_size(settings)
+        images = torch.empty(settings.train_batch_size, settings.model.in_channels, *size)
+        noise = torch.empty(len(images), *network.noise_shape(*size))
+        latents = torch.empty(len(images), *network.latent_shape(*size))
         parts: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
             "encoder": (partial(encode, vae), (images,)),
             "decoder": (partial(decode, vae), (latents,)),
@@ -108,9 +110,15 @@ def plan(settings: Training, processes: int = 1) -> Plan:
             drop_encoder(vae)
             del parts["encoder"]
             stored = Moments(latents, latents, geometry_of(vae).is_point)
-        seen = images.new_empty(len(images), settings.seen_channels, size, size)
-        parts |= {name: (term, (seen, seen)) for name, term in objective.terms.items() if term.domain == "pixels"}
-        parts |= {} if critic is None else {"discriminator": (critic, (seen,))}
+        clips = images.new_empty(len(images), settings.seen_channels, *size)
+        seen = {"pixels": frames_of(clips), "clips": clips}
+        for name, term in objective.terms.items():
+            if (domain := str(term.domain)) in seen:
+                some, wanted = seen[domain], settings.losses[name].frames
+                if wanted is not None:
+                    some = some[: wanted * len(images)]
+                parts[name] = (term, (some, some))
+        parts |= {} if critic is None else {"discriminator": (critic, (seen[getattr(critic, "domain", "pixels")],))}
         forward = {
             name: _flops(function, arguments) / len(images) / 1e9 for name, (function, arguments) in parts.items()
         }
@@ -181,16 +189,18 @@ def describe(settings: Training, processes: int = 1) -> str:
     check_resolution(settings.resolution, vae)
     found = plan(settings, processes)
     global_batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
-    latent = build_network(settings, vae, outline=True).latent_shape(settings.resolution, settings.resolution)
+    latent = build_network(settings, vae, outline=True).latent_shape(*crop_size(settings))
     millions = {name: f"{count / 1e6:.2f} M" for name, count in found.parameters.items()}
     forward = {name: f"{count:.3g}" for name, count in found.forward_gflop.items() if count}
     memory = {name: f"{count / GB:.2f}" for name, count in found.bytes.items()}
     peak = sum(found.bytes.values())
-    batch = f"{settings.train_batch_size} images of {settings.resolution} px"
+    *frames, _, _ = crop_size(settings)
+    one, several = ("clip", f"clips of {frames[0]} frames") if frames else ("image", "images")
+    batch = f"{settings.train_batch_size} {several} of {settings.resolution} px"
     lines = {
         "class": f"{type(vae).__name__}; normalisation {law_in_words(vae)}",
         "parameters": f"{_listed(millions)}; f {downsampling_factor(vae)}, latents {' x '.join(map(str, latent))}",
-        "GFLOP an image": f"forward {_listed(forward)}; a training step with all that plays {found.step_gflop:.4g}",
+        f"GFLOP {an(one)}": f"forward {_listed(forward)}; a training step with all that plays {found.step_gflop:.4g}",
         "memory, GB": f"{_listed(memory)}; peak about {peak / GB:.1f} in a process with {batch}",
         "on a CPU": "" if torch.cuda.is_available() else _on_a_cpu(peak),
         "init_from": _found_base(settings),
