@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 Tensors = dict[str, torch.Tensor]
 
-# thirteen scenarios of 20 steps in one launch: a minute on a quiet machine, five where other work shares the cores
+# fifteen scenarios of 20 steps in one launch: a minute on a quiet machine, five where other work shares the cores
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
@@ -40,7 +40,8 @@ def distance(ours: Tensors, theirs: Tensors, prefix: str = "") -> float:
 
 
 @pytest.mark.parametrize(
-    "scenario", ["plain", "codebook", "controlled", "regularised", "accumulated", "game_2", "codes_2", "alpha_2"]
+    "scenario",
+    ["plain", "codebook", "controlled", "regularised", "accumulated", "game_2", "codes_2", "alpha_2", "clips_2"],
 )
 def test_one_process_and_two_are_the_same(results: Path, scenario: str) -> None:
     one, two, other = load(results, scenario)
@@ -75,7 +76,7 @@ def test_accumulation_is_its_own_thing(results: Path) -> None:
     assert distance(plain, accumulated, "vae.") > 1e-6
 
 
-@pytest.mark.parametrize("scenario", ["game", "codes", "alpha"])
+@pytest.mark.parametrize("scenario", ["game", "codes", "alpha", "clips"])
 def test_with_a_fixed_weight_two_micro_batches_are_one_batch(results: Path, scenario: str) -> None:
     """R1, LeCAM, controller and variance; a codebook with its restarts: on one process and on two."""
     whole, halves, on_two = (
