@@ -3,15 +3,18 @@ has no clips to see is refused before the first step."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from images import write_images
 from sentences import refused
 from tiny_classes import tiny
 from torch import nn
+from training_runs import one_sentence, run, write_config
 
 from ldm_vae.autoencoder.latents import Moments, posterior_noise
 from ldm_vae.autoencoder.signals import clips_of, frames_of, spread_frames
@@ -236,6 +239,26 @@ def test_the_shortest_clip_must_have_room(monkeypatch: pytest.MonkeyPatch) -> No
     without = {"buckets": {"shapes": [[5, 16, 16]]}}
     assert shortest(settings(**without), 2) == 5
     assert plan(settings(**without)).forward_gflop["discriminator"] > 0
+
+
+def test_files_of_which_none_is_a_video_are_refused(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", 4)
+    path = write_config(tmp_path, images, data={"kind": "folder", "path": str(images), "frames": 9})
+    said = one_sentence(run(path), 2)
+    assert "data.frames: 9, and none of 4 files is a video of so many frames" in said
+
+
+def test_channels_last_is_for_weights_of_either_rank() -> None:
+    chosen = settings(channels_last=True)
+    vae = tiny("AutoencoderKLWan").requires_grad_(True).train()
+    state = build_state(chosen, Accelerator(cpu=True), vae)
+    for network, layer in ((vae, vae.decoder.conv_in), (state.critic, state.critic.network[0])):
+        assert layer.weight.ndim == 5 and layer.weight.is_contiguous(memory_format=torch.channels_last_3d)
+        flat = [one for one in network.parameters() if one.ndim == 4]
+        assert all(one.is_contiguous(memory_format=torch.channels_last) for one in flat)
+    images = clips(5).float()
+    logs = state.step(images, torch.zeros(2, *state.network.noise_shape(5, 16, 16)), 0)
+    assert torch.isfinite(logs["adversary/weight"])
 
 
 # --- the cost ---------------------------------------------------------------------------------------------------------
