@@ -179,6 +179,15 @@ def test_r1_is_paid_in_one_of_so_many_updates(accumulation: int, every: int, of_
     assert mean == pytest.approx(0.5 * gradient.square().flatten(1).sum(dim=1).mean().item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_lecam_counts_clips(dimensions: int) -> None:
+    """Its half-life is of clips, whether their frames are judged one by one or not."""
+    step = build(1, terms=OF_CLIPS, dimensions=dimensions, lecam_weight=1.0)
+    step.adversary.after_update = lambda: None
+    step(*batch(step, 0, UPDATE), 0)
+    assert step.adversary.images == UPDATE
+
+
 STATEFUL: dict[str, dict[str, Any]] = {
     "lecam": {"lecam_weight": 1.0},
     "codebook": PARTS["codebook"][0],

@@ -9,6 +9,7 @@ import math
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -32,7 +33,7 @@ class Config(Part):
     """group, spectral and none do not depend on the other images, so that any number of processes and micro-batches
     trains the same network; batch (as published) makes the result depend on the micro-batch of a process; sync_batch,
     which needs GPUs, on that of all processes."""
-    dimensions: Literal[2, 3] = 2
+    dimensions: int = Field(2, ge=2, le=3)
     """2: each frame of a clip is judged by itself; 3: clips are, by convolutions over time, which halve it in the first
     two layers (Open-Sora Plan's). A patch of 3 layers then sees 31 frames, of 2 layers 23."""
 
