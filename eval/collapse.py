@@ -183,7 +183,7 @@ def run(name: str, term: TermConfig, network: Network, images: int, batch: int, 
     for seen, chosen in batches(images, batch, 2 * seed + 1, f"{name} {seed}"):
         set_learning_rate(optimizer, TOGETHER * schedule(seen, 0, images, "cosine"))
         r = network(chosen, posterior_noise(seed, range(seen, seen + batch), (CHANNELS, 1, 1)), seen)
-        total = objective.pixel_terms(r.pixels, r.target, r.images_seen)[0]
+        total = objective.pixel_terms(r.pixels, r, r.images_seen)[0]
         (total + objective.latent_terms(r, r.images_seen)[0]).backward()
         optimizer.step()
         optimizer.zero_grad()

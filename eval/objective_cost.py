@@ -4,7 +4,9 @@
 
 The autoencoder is that of configs/kl_f8_d4.yaml (of vq_f8_16384 for the terms of a codebook). A term is counted with
 its backward as far as the reconstruction or the latents; a term that watches a frozen network counts its forward too.
-A teacher's encoder, whose size is the user's, is counted as one of the same shape as the autoencoder's.
+A teacher's encoder, whose size is the user's, is counted as one of the same shape as the autoencoder's. An image is a
+clip of one frame to terms of clips; `ldm-vae train CONFIG --dry_run` counts a run on clips, with the frames that terms
+choose.
 
 Legend: B batch, C image channels, H W pixels.
 """
@@ -70,8 +72,9 @@ def count(kind: str, size: int) -> tuple[float, float]:
             r = model(images, torch.empty(1, *model.noise_shape(size, size)))
             r.pixels.sum().backward()
         part, _ = cut(r)
+        pair = (part.pixels, images)
         with Cost() as own:
-            value = term(part) if term.domain == "latents" else term(part.pixels, images)
+            value = term(part) if term.domain == "latents" else term(*(part.seen(one, term.domain) for one in pair))
             if kind != "activation_range":  # its graph is the network's own
                 value.backward()
         flops = own.flops + (_encoder(model.vae, images) if kind in NEEDS_TEACHER else 0)

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.latents import posterior_noise
+from ldm_vae.autoencoder.signals import frames_of
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core import rng
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
@@ -24,6 +25,8 @@ from ldm_vae.losses.kl_capacity import Config as Capacity
 from ldm_vae.losses.kl_free_bits import Config as FreeBits
 from ldm_vae.losses.kl_target import Config as KLTarget
 from ldm_vae.losses.l1 import Config as L1
+from ldm_vae.losses.l2 import Config as L2
+from ldm_vae.losses.temporal_difference import Config as TemporalDifference
 from ldm_vae.models.vq import Config as VQConfig
 from ldm_vae.perturbations.eq import Config as EQ
 from ldm_vae.run.optim import trainable_parameters
@@ -31,7 +34,7 @@ from ldm_vae.training.adversary import Adversary, AdversaryConfig
 from ldm_vae.training.objective import Objective
 from ldm_vae.training.step import TrainingStep
 
-UPDATE, UPDATES, SIDE = 4, 4, 16  # images of an update, updates, px
+UPDATE, UPDATES, SIDE, FRAMES = 4, 4, 16, 3  # images of an update, updates, px, frames of a clip
 
 
 def build(
@@ -39,6 +42,7 @@ def build(
     terms: dict[str, Any] | None = None,
     quantizer: dict[str, Any] | None = None,
     norm: str = "group",
+    dimensions: int = 2,
     perturbations: tuple[Any, ...] = (),
     max_grad_norm: float | None = None,
     learning_rate: float = 0.1,
@@ -52,7 +56,7 @@ def build(
     vae = config.build().double()
     network = TrainableAutoencoder(vae, config.bottleneck(vae), [part.build(0) for part in perturbations])
     objective = Objective({"l1": L1(), **(terms or {})}).double()
-    critic = PatchGAN(width=8, layers=1, norm=norm).build().double()
+    critic = PatchGAN(width=8, layers=1, norm=norm, dimensions=dimensions).build().double()
     optimizers = [
         accelerator.prepare(torch.optim.SGD(trainable_parameters(modules), lr=learning_rate))
         for modules in ((network, objective), (critic,))
@@ -65,10 +69,13 @@ def build(
 
 
 def batch(step: TrainingStep, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    positions = range(start, start + count)
-    images = rng.normal(1, "images", positions, (3, SIDE, SIDE)).double().tanh()
-    images *= torch.tensor([0.2 + position % UPDATE / UPDATE for position in positions]).view(-1, 1, 1, 1)
-    return images, posterior_noise(2, positions, step.model.noise_shape(SIDE, SIDE)).double()
+    """Images, or clips where there is a term of those."""
+    positions, size = range(start, start + count), (FRAMES, SIDE, SIDE)
+    size = size if "time" in step.objective.terms else size[1:]
+    images = rng.normal(1, "images", positions, (3, *size)).double().tanh()
+    brightness = torch.tensor([0.2 + position % UPDATE / UPDATE for position in positions])
+    images *= brightness.view(-1, 1, *[1] * len(size))
+    return images, posterior_noise(2, positions, step.model.noise_shape(*size)).double()
 
 
 def run(step: TrainingStep, updates: int = UPDATES, first: int = 0) -> dict[str, torch.Tensor]:
@@ -94,6 +101,8 @@ def state(step: TrainingStep) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in found.items()}
 
 
+OF_CLIPS = {"time": TemporalDifference(), "some": L2(frames=2), "kl": KL()}
+REGULARISED = {"r1_weight": 50.0, "r1_every": 2, "lecam_weight": 1.0, "lecam_halflife_images": 8}
 VQ = {"kind": "vq", "decay": 0.9, "restart_images": 2 * UPDATE}
 # what is set, and a piece of the state that must have moved for the comparison to say something
 PARTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -114,6 +123,8 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "free bits of a dimension": ({"terms": {"free": FreeBits(bits=0.3, per="dimension")}}, "objective.terms.free"),
     "kl_capacity": ({"terms": {"c": Capacity(weight=1.0, nats=30, images=20)}}, "objective.terms.c.rate"),
     "gaussian_nll": ({"terms": {"nll": GaussianNLL(), "kl": KL()}}, "objective.terms.nll.logvar"),
+    "clips": ({"terms": OF_CLIPS, "norm": "spectral", "dimensions": 3} | REGULARISED, "game.averages"),
+    "frames": ({"terms": OF_CLIPS, "norm": "spectral"} | REGULARISED, "game.averages"),
     "eq": ({"perturbations": (EQ(scales=(0.5, 1.0)),), "terms": {"kl": KL()}}, "model"),
 }  # fmt: skip
 
@@ -139,10 +150,16 @@ def test_micro_batches_leave_what_one_batch_leaves(part: str) -> None:
         torch.testing.assert_close(other[name], value, rtol=1e-8, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize(("accumulation", "every"), [(1, 3), (2, 2), (3, 2), (2, 4), (4, 2), (3, 4)])
-def test_r1_is_paid_in_one_of_so_many_updates(accumulation: int, every: int) -> None:
+@pytest.mark.parametrize(
+    ("accumulation", "every", "of_clips"),
+    [
+        *((*one, {}) for one in [(1, 3), (2, 2), (3, 2), (2, 4), (4, 2), (3, 4)]),
+        *((2, 2, {"terms": OF_CLIPS, "dimensions": dimensions}) for dimensions in (2, 3)),
+    ],
+)
+def test_r1_is_paid_in_one_of_so_many_updates(accumulation: int, every: int, of_clips: dict[str, Any]) -> None:
     """By all micro-batches of an update or by none, and on the average gamma / 2 times the squared gradient."""
-    step = build(accumulation, r1_weight=1.0, r1_every=every, learning_rate=0.0)
+    step = build(accumulation, r1_weight=1.0, r1_every=every, learning_rate=0.0, **of_clips)
     paid = []
     for update in range(2 * every):
         for part in range(accumulation):
@@ -153,11 +170,22 @@ def test_r1_is_paid_in_one_of_so_many_updates(accumulation: int, every: int) -> 
         [accumulation] + [0] * (every - 1)
     ) * 2
     images, _ = batch(step, 0, accumulation)
+    if of_clips.get("dimensions") == 2:  # each frame is an image to it
+        images = frames_of(images)
     images.requires_grad_()
     logits = step.discriminator(images)
     (gradient,) = torch.autograd.grad(logits.sum() / logits[0].numel(), images)
     mean = sum(float(r1) for r1 in paid if r1 is not None) / len(paid)
-    assert mean == pytest.approx(0.5 * gradient.square().sum(dim=(1, 2, 3)).mean().item(), rel=1e-9)
+    assert mean == pytest.approx(0.5 * gradient.square().flatten(1).sum(dim=1).mean().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_lecam_counts_clips(dimensions: int) -> None:
+    """Its half-life is of clips, whether their frames are judged one by one or not."""
+    step = build(1, terms=OF_CLIPS, dimensions=dimensions, lecam_weight=1.0)
+    step.adversary.after_update = lambda: None
+    step(*batch(step, 0, UPDATE), 0)
+    assert step.adversary.images == UPDATE
 
 
 STATEFUL: dict[str, dict[str, Any]] = {

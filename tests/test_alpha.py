@@ -21,9 +21,9 @@ from tiny_classes import tiny
 from tiny_networks import TinyLPIPS
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
-from ldm_vae.autoencoder.latents import posterior_noise
+from ldm_vae.autoencoder.latents import Moments, posterior_noise
 from ldm_vae.autoencoder.preparation import preparation_of, record
-from ldm_vae.autoencoder.trainable import TrainableAutoencoder
+from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data import alpha
 from ldm_vae.data.decoding import Decoding, read_image
@@ -306,6 +306,10 @@ def test_backgrounds_are_drawn_by_the_image_and_move_no_other_draw() -> None:
     assert found.background.abs().max() <= 1
     own = posterior_noise(3, range(64), plain.noise_shape(32, 32))
     assert torch.equal(noise[:, :4], own) and plain(images, own).background is None
+    # all frames of a clip are seen over one
+    of_clips = network(images[:2, :, None].expand(-1, -1, 3, -1, -1), noise[:2, :, None].expand(-1, -1, 3, -1, -1))
+    assert torch.equal(of_clips.background, found.background[:2].repeat_interleave(3, dim=0))
+    assert of_clips.seen(of_clips.pixels).shape == (6, 3, 32, 32)
 
 
 def test_nothing_rewards_invisible_colour() -> None:
@@ -315,7 +319,11 @@ def test_nothing_rewards_invisible_colour() -> None:
     hidden = target[:, 3:] == -1
     other = torch.where(hidden & (torch.arange(4) < 3).view(1, 4, 1, 1), 0.5, target)
     noisy = pixels + torch.cat([torch.rand(2, 3, 32, 32), torch.zeros(2, 1, 32, 32)], dim=1)
-    losses = [objective.pixel_terms(noisy, one, 0, background)[0] for one in (target, other)]
+    moments = Moments.point(target)
+    losses = [
+        objective.pixel_terms(noisy, Reconstruction(one, noisy, one, moments, one, (), background=background))[0]
+        for one in (target, other)
+    ]
     assert torch.equal(*losses) and losses[0] > 0
     losses[0].backward()
     assert not (pixels.grad[:, :3] * hidden).any() and (pixels.grad[:, :3] * ~hidden).any()

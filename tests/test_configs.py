@@ -28,6 +28,7 @@ from ldm_vae.training.config import (
     build_objective,
     learning,
 )
+from ldm_vae.training.smallest_crop import crop_size
 from ldm_vae.training.step import TrainingStep
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -147,10 +148,10 @@ def test_every_config_takes_a_step(path: Path, monkeypatch: pytest.MonkeyPatch) 
         accelerator, network, objective, optimizer, Adversary(settings.adversary), critic, critic_optimizer
     )
     before = [parameter.detach().clone() for parameter in trainable_parameters([network, objective])]
-    size = settings.resolution
+    size = crop_size(settings)
     draw = torch.Generator().manual_seed(0)
-    images = torch.rand(2, settings.model.in_channels, size, size, generator=draw) * 2 - 1
-    logs = step(images, torch.randn(2, *network.noise_shape(size, size), generator=draw), 0)
+    images = torch.rand(2, settings.model.in_channels, *size, generator=draw) * 2 - 1
+    logs = step(images, torch.randn(2, *network.noise_shape(*size), generator=draw), 0)
     assert all(value.isfinite().all() for value in logs.values()), logs
     assert {f"loss/{name}" for name in settings.losses} <= set(logs)
     moved = [
@@ -169,6 +170,7 @@ def test_the_named_configs_exist() -> None:
         "finetune_decoder_flux2",
         "finetune_decoder_qwenimage",
         "finetune_decoder_sana",
+        "finetune_decoder_wan",
         "rae_decoder",
     }
     assert named <= {path.stem for path in CONFIGS}

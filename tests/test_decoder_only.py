@@ -12,7 +12,7 @@ from cli_call import run_cli
 from images import write_images
 from PIL import Image
 from sentences import refused
-from tiny_classes import TRAINED, pixels_for, tiny
+from tiny_classes import TRAINED, clips_for, pixels_for, tiny
 from tiny_networks import TinyLPIPS
 from training_runs import metrics, newest, one_sentence, run, write_config
 
@@ -29,6 +29,7 @@ from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.losses import lpips
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.lpips import Config as LPIPSConfig
+from ldm_vae.losses.temporal_difference import Config as TemporalDifference
 from ldm_vae.models.pretrained import Config as Pretrained
 from ldm_vae.run.optim import OptimizerConfig, trainable_parameters
 from ldm_vae.training.adversary import Adversary, AdversaryConfig
@@ -45,9 +46,9 @@ PRETRAINED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def decoders_own(vae: Any) -> Any:
+def decoders_own(vae: Any, frames: int | None = None) -> Any:
     """The network in training, its decoder alone learning."""
-    ahead, idle = tuple(f"{name}." for name in encoder_parts(vae)), idle_parameters(vae)
+    ahead, idle = tuple(f"{name}." for name in encoder_parts(vae)), idle_parameters(vae, frames)
     for name, parameter in vae.requires_grad_(False).named_parameters():
         parameter.requires_grad_(name not in idle and not name.startswith(ahead))
     return vae.train()
@@ -66,28 +67,30 @@ def test_what_is_dropped_is_all_that_a_decode_does_without(name: str) -> None:
     assert encoder_parts(vae) == encoder_parts(tiny(name)) and encoder_fingerprint(vae) != print_before
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(("name", "clips"), [*((name, False) for name in TRAINED), ("AutoencoderKLWan", True)])
 def test_an_update_from_stored_moments_is_the_update_with_the_encoder(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, clips: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lpips, "random_lpips", lambda net: TinyLPIPS())
-    moments = latents.encode(tiny(name), pixels_for(tiny(name)))
+    images = (clips_for if clips else pixels_for)(tiny(name))
+    frames, of_clips = images.shape[2] if clips else None, {"time": TemporalDifference()} if clips else {}
+    moments = latents.encode(tiny(name), images)
     results = []
     for stored in (None, moments):
-        vae = decoders_own(tiny(name))
+        vae = decoders_own(tiny(name), frames)
         if stored is not None:
             drop_encoder(vae)
         network = TrainableAutoencoder(vae, Pretrained().bottleneck(vae))
         torch.manual_seed(3)
         channels = geometry_of(vae).in_channels
-        terms = {"l1": L1()} | ({"lpips": LPIPSConfig()} if channels == 3 else {})
-        critic, objective = PatchGAN(width=8, layers=1).build(channels), Objective(terms, True)
+        terms = {"l1": L1()} | ({"lpips": LPIPSConfig(frames=2 if clips else None)} if channels == 3 else {}) | of_clips
+        critic = PatchGAN(width=8, layers=1, dimensions=3 if clips else 2).build(channels)
+        objective = Objective(terms, True)
         optimizers = [OptimizerConfig().build(trainable_parameters([one]), 1e-3) for one in (network, critic)]
         step = TrainingStep(
             Accelerator(cpu=True), network, objective, optimizers[0], Adversary(AdversaryConfig(weight=0.5)), critic,
             optimizers[1],
         )  # fmt: skip
-        images = pixels_for(vae)
         noise = torch.randn(2, *network.noise_shape(*images.shape[2:]), generator=torch.Generator().manual_seed(4))
         logs = [step(images, noise, 0, stored) for _ in range(2)]
         results.append((logs, dict(vae.named_parameters()), critic.state_dict()))

@@ -286,20 +286,23 @@ def test_the_last_layers_gradient_is_the_textbooks(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_step_moves_what_has_a_part_and_nothing_else(name: str, tmp_path: Path) -> None:
     vae, clips = tiny(name), clips_for(tiny(name))
-    channels = geometry_of(vae).in_channels
+    channels, frames = geometry_of(vae).in_channels, clips.shape[2]
+    of_clips = {"ssim": {"frames": 2}, "time": {"kind": "temporal_difference"}} if frames > 1 else {"ssim": {}}
     settings = Training(
         output_dir=tmp_path, max_train_images=8, train_batch_size=2, learning_rate=1e-3, resolution=32, seed=0,
-        init_from="none", model={"kind": "pretrained", "in_channels": channels}, losses={"l1": {}, "ssim": {}},
-        adversary={"weight": 0.5}, discriminator={"kind": "patchgan", "width": 8, "layers": 1},
-        data={"kind": "folder", "path": "none", "channels": channels, "alpha": has_alpha(vae)},
+        init_from="none", model={"kind": "pretrained", "in_channels": channels}, losses={"l1": {}, **of_clips},
+        adversary={"weight": 0.5},
+        discriminator={"kind": "patchgan", "width": 8, "layers": 1, "dimensions": 3 if frames > 1 else 2},
+        data={"kind": "folder", "path": "none", "channels": channels, "alpha": has_alpha(vae), "frames": frames},
     )  # fmt: skip
-    vae = learning(vae, ["*"], clips.shape[2])
+    vae = learning(vae, ["*"], frames)
     state = build_state(settings, Accelerator(cpu=True), vae)
     before = {key: value.clone() for key, value in vae.state_dict().items()}
     noise = torch.randn(2, *state.network.noise_shape(*clips.shape[2:]), generator=torch.Generator().manual_seed(3))
     for _ in range(2):
         logs = state.step(clips, noise, 2, None)
     assert torch.isfinite(logs["adversary/weight"]) and logs["adversary/weight"] > 0 and logs["loss/ssim"] > 0
+    assert frames == 1 or logs["loss/time"] > 0
     expected = {key for key, one in vae.named_parameters() if one.requires_grad}
     moved = {key for key, value in vae.state_dict().items() if not torch.equal(value, before[key])}
     # a bias before a norm of single channels moves by rounding or not at all

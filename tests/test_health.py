@@ -47,13 +47,15 @@ def test_r1_is_lazy_and_counts_updates() -> None:
     assert not Adversary(AdversaryConfig()).r1_due(0, 8)
 
 
-def test_lecam_is_the_papers() -> None:
+@pytest.mark.parametrize("frames", [1, 3])
+def test_lecam_is_the_papers(frames: int) -> None:
+    """Of clips whose frames are judged one by one there are more logits, and no more images."""
     game = Adversary(AdversaryConfig(lecam_weight=0.5, lecam_halflife_images=4)).double()
     draw = torch.Generator().manual_seed(0)
     averages = torch.zeros(2, dtype=torch.float64)
     for step in range(1, 6):
-        real, fake = (torch.randn(4, 1, 3, 3, generator=draw, dtype=torch.float64) for _ in range(2))
-        loss = game.lecam(real, fake)
+        real, fake = (torch.randn(4 * frames, 1, 3, 3, generator=draw, dtype=torch.float64) for _ in range(2))
+        loss = game.lecam(real, fake, 4)
         game.after_update()
         if step == 1:
             assert loss.item() == 0.0  # there is no average yet

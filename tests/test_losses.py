@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.signals import clips_of
 from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError
@@ -60,20 +61,20 @@ def build(kind: str, vae_folder: str = "") -> nn.Module:
     return module.Config(**KWARGS.get(kind, {})).build()
 
 
-def images(count: int = 2, channels: int = 3) -> torch.Tensor:
+def images(count: int = 2, channels: int = 3, size: tuple[int, ...] = (32, 32)) -> torch.Tensor:
     draw = torch.Generator().manual_seed(3)
-    return torch.rand(count, channels, 32, 32, generator=draw) * 2 - 1
+    return torch.rand(count, channels, *size, generator=draw) * 2 - 1
 
 
-def forward(model: TrainableAutoencoder, images_seen: int = 0) -> Reconstruction:
-    noise = torch.randn(2, *model.noise_shape(32, 32), generator=torch.Generator().manual_seed(4))
-    return model(images(channels=3 + model.alpha), noise, images_seen)
+def forward(model: TrainableAutoencoder, images_seen: int = 0, size: tuple[int, ...] = (32, 32)) -> Reconstruction:
+    noise = torch.randn(2, *model.noise_shape(*size), generator=torch.Generator().manual_seed(4))
+    return model(images(channels=3 + model.alpha, size=size), noise, images_seen)
 
 
-def reaches(model: TrainableAutoencoder, objective: Objective) -> set[str]:
+def reaches(model: TrainableAutoencoder, objective: Objective, size: tuple[int, ...] = (32, 32)) -> set[str]:
     """The parts that a backward of the objective moves."""
-    r = forward(model)
-    pixels = objective.pixel_terms(r.pixels, r.target, 0, r.background)[0]
+    r = forward(model, size=size)
+    pixels = objective.pixel_terms(r.pixels, r)[0]
     (pixels + objective.latent_terms(r)[0]).backward()
     parts = {"encoder": model.vae.encoder, "decoder": model.vae.decoder, "own": objective}
     if hasattr(model.vae, "quantize"):
@@ -94,6 +95,7 @@ REACHES = {
     "ssim": {"encoder", "decoder"},
     "focal_frequency": {"encoder", "decoder"},
     "haar": {"encoder", "decoder"},
+    "temporal_difference": {"encoder", "decoder"},
     "gaussian_nll": {"encoder", "decoder", "own"},
     "kl": {"encoder"},
     "kl_free_bits": {"encoder"},
@@ -116,8 +118,17 @@ def nothing() -> L1:
     return L1(weight=0.0)
 
 
-@pytest.mark.parametrize("kind", TERMS)
-def test_a_term_keeps_the_contract(kind: str, tiny_vae_folder: object, nothing: L1) -> None:
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        (kind, size)
+        for kind in TERMS
+        for size in ((32, 32), (3, 32, 32))
+        if kind != "temporal_difference" or len(size) > 2
+    ],
+    ids=lambda one: one if isinstance(one, str) else "image" if len(one) == 2 else "clip",
+)
+def test_a_term_keeps_the_contract(kind: str, size: tuple[int, ...], tiny_vae_folder: object, nothing: L1) -> None:
     term = build(kind, str(tiny_vae_folder))
     codes = getattr(term, "needs", "posterior") == "codes"
     model = network(codes, "gumbel" if kind == "code_kl" else "vq", term.domain == "alpha")
@@ -126,22 +137,27 @@ def test_a_term_keeps_the_contract(kind: str, tiny_vae_folder: object, nothing: 
     objective.configs[kind] = L1(weight=1.0)
     objective.attach(model)
 
-    def value() -> torch.Tensor:
-        r = forward(model)
-        return term(r) if term.domain == "latents" else term(r.pixels, r.target)
+    if len(size) > 2 and (codes or kind == "alignment"):
+        with refused(UsageError, "model" if codes else "losses.alignment"):
+            term(forward(model, size=size))
+        return
 
-    found = value()
+    def value(r: Reconstruction) -> torch.Tensor:
+        both = [clips_of(one, 3) if term.domain == "clips" else one for one in (r.pixels, r.target)]
+        return term(r) if term.domain == "latents" else term(*both)
+
+    found = value(forward(model, size=size))
     assert found.shape == () and found.isfinite() and found.dtype == torch.float32
     assert found.item() != 0.0, "a term that is 0 here tests nothing"
     # autocast inside a step: the network computes in bf16, the term in fp32
-    r = forward(model)
+    r = forward(model, size=size)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = term(r) if term.domain == "latents" else term(r.pixels, r.target)
+        inside = value(r)
     assert inside.dtype == torch.float32
-    expected = (value() if kind == "kl_target" else found).item()
+    expected = (value(forward(model, size=size)) if kind == "kl_target" else found).item()
     # a projection to features is a convolution, which autocast may round
     assert inside.item() == pytest.approx(expected, rel=2e-2 if kind in ("kl_target", "activation_range") else 1e-5)
-    assert reaches(model, objective) == REACHES[kind]
+    assert reaches(model, objective, size) == REACHES[kind]
 
 
 def test_every_term_has_a_row_above() -> None:
@@ -306,7 +322,7 @@ def test_what_the_latent_carries_is_logged() -> None:
 def test_the_bound_is_told_where_there_is_a_likelihood() -> None:
     objective = Objective({"gaussian_nll": GaussianNLL(levels=256), "kl": KL(weight=1.0)})
     r = forward(network(codes=False))
-    _, logs = objective.pixel_terms(r.pixels, r.target)
+    _, logs = objective.pixel_terms(r.pixels, r)
     logs |= objective.latent_terms(r)[1]
     bound = objective.bound(logs, r.images)
     nats = logs["loss/gaussian_nll"] * 3072 + logs["kl_nats_per_image"]

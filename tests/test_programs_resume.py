@@ -20,29 +20,54 @@ from kills import Reaper, fork_until
 from launcher import free_port
 from repository import ROOT
 from safetensors.torch import load_file
-from training_runs import assert_same_run, metrics, newest, one_sentence, run, run_two, start, write_config
+from training_runs import (
+    OF_CLIPS,
+    assert_same_run,
+    metrics,
+    newest,
+    one_sentence,
+    run,
+    run_two,
+    start,
+    write_config,
+    write_videos,
+)
 
 from train import autoencoder as training_program
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("data") / "images", 11)
+def images(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, or as `clips` four videos and two images."""
+    folder = tmp_path_factory.mktemp("data") / (name := getattr(request, "param", "images"))
+    if name == "images":
+        return write_images(folder, 11)
+    for path in write_images(write_videos(folder, 4, 11) / "stills", 2).iterdir():
+        path.rename(folder / path.name)
+    return folder
+
+
+def config_of(folder: Path, images: Path) -> Path:
+    """A run's config; on clips with terms and a discriminator of clips, and frames that are chosen."""
+    if images.name == "images":
+        return write_config(folder, images)
+    return write_config(folder, images, **OF_CLIPS, data={"kind": "folder", "path": str(images), "frames": 9})
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     """40 updates with the adversary from the twelfth on."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = run(write_config(folder, images))
+    done = run(config_of(folder, images))
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("images", ["images", "clips"], indirect=True)
 def test_killed_at_random_moments_it_ends_bit_equal(undisturbed: Path, images: Path, tmp_path: Path) -> None:
     reaper = Reaper(random.Random(0), longest=3.0)
-    config = write_config(tmp_path, images)
+    config = config_of(tmp_path, images)
     while reaper.kills < 4:  # a run that came to its end is made again
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         ended = None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from sentences import refused
+from tiny_classes import tiny
 from torch import nn
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
@@ -19,6 +20,7 @@ from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.losses import TermConfig
 from ldm_vae.losses.kl import Config as KL
 from ldm_vae.losses.l1 import Config as L1
+from ldm_vae.losses.temporal_difference import Config as TemporalDifference
 from ldm_vae.training.adversary import Adversary, AdversaryConfig
 from ldm_vae.training.objective import Objective
 from ldm_vae.training.step import TrainingStep
@@ -74,14 +76,30 @@ class FrozenOptimizer(torch.optim.SGD):
         return None
 
 
-def build(*, start_images: int = 0, accumulation: int = 1, adaptive: bool = True, loss: str = "hinge") -> TrainingStep:
+FRAMES, CHOSEN = 9, 2  # of a clip, and those of them that its perceptual term sees
+
+
+def build(
+    *,
+    start_images: int = 0,
+    accumulation: int = 1,
+    adaptive: bool = True,
+    loss: str = "hinge",
+    dimensions: int | None = None,
+) -> TrainingStep:
+    """dimensions: of the discriminator of clips; None trains on images."""
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
-    vae = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build().double()
-    model = TrainableAutoencoder(vae)
+    vae = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build()
+    if dimensions is not None:
+        vae = tiny("AutoencoderKLWan").requires_grad_(True).train()
+    model = TrainableAutoencoder(vae.double())
     terms = {"l1": L1(), "perceptual": PerceptualConfig(weight=0.7), "scale": ScaleConfig(), "kl": KL(weight=1e-2)}
+    if dimensions is not None:
+        of_clips = {"perceptual": PerceptualConfig(weight=0.7, frames=CHOSEN), "time": TemporalDifference(weight=3.0)}
+        terms = terms | of_clips
     objective = Objective(terms)
-    discriminator = PatchGAN(width=8, layers=1).build().double()
+    discriminator = PatchGAN(width=8, layers=1, dimensions=dimensions or 2).build().double()
     adversary = Adversary(AdversaryConfig(weight=0.5, adaptive=adaptive, start_images=start_images, loss=loss))
     return TrainingStep(
         accelerator,
@@ -100,8 +118,38 @@ def batch(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randn(2, 4, 16, 16, generator=draw, dtype=torch.float64)
 
 
+def clips(frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    images = torch.rand(2, 3, frames, 16, 16, generator=draw, dtype=torch.float64) * 2 - 1
+    return images, torch.randn(2, 17, (frames + 3) // 4, 2, 2, generator=draw, dtype=torch.float64)
+
+
 def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def by_frame(images: torch.Tensor) -> torch.Tensor:
+    """Images, or the frames [B*T, C, H, W] of clips."""
+    return torch.stack([frame for clip in images for frame in clip.unbind(1)]) if images.ndim == 5 else images
+
+
+def by_clip(frames: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.stack([torch.stack(tuple(clip), dim=1) for clip in frames.split(count)])
+
+
+def of_clips(objective: Objective, pixels: torch.Tensor, clips: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The terms on pixels, written out: `CHOSEN` frames of each clip, from a start that the last noise decides."""
+    count, terms = clips.shape[2], objective.terms
+    target, chosen, changes = by_frame(clips), [], []
+    for clip in range(len(clips)):
+        start = torch.special.ndtr(noise[clip, -1, 0, 0, 0]).item()
+        places = [int((start + step) * count / CHOSEN) for step in range(CHOSEN)] if count > 1 else [0]
+        chosen += [clip * count + place for place in places]
+        for frame in range(clip * count, clip * count + count - 1):
+            changes.append(((pixels[frame + 1] - pixels[frame]) - (target[frame + 1] - target[frame])).abs())
+    total = (pixels - target).abs().mean() + terms["scale"](pixels, target)
+    total = total + 0.7 * terms["perceptual"](pixels[chosen], target[chosen])
+    return total + 3.0 * torch.stack(changes).mean() if changes else total
 
 
 def textbook(step: TrainingStep, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, dict, dict]:
@@ -110,25 +158,36 @@ def textbook(step: TrainingStep, images: torch.Tensor, noise: torch.Tensor) -> t
     for module in (model, objective, discriminator):
         module.zero_grad()
     r = model(images, noise)
-    rec, _ = objective.pixel_terms(r.pixels, images)
+    rec = objective.pixel_terms(r.pixels, r)[0] if images.ndim == 4 else of_clips(objective, r.pixels, images, noise)
     rate, _ = objective.latent_terms(r)
-    fake = step.adversary.generator_loss(discriminator(r.pixels))
+    judged = {2: lambda one: one, 3: lambda one: by_clip(one, images.shape[2])}[images.ndim - 2]
+    if discriminator.domain == "pixels":
+        judged = by_frame
+    fake = step.adversary.generator_loss(discriminator(judged(r.pixels)))
     last = model.vae.decoder.conv_out.weight
     g_rec = torch.autograd.grad(rec, last, retain_graph=True)[0].norm()
     g_adv = torch.autograd.grad(fake, last, retain_graph=True)[0].norm()
-    weight = 0.5 * (g_rec / (g_adv + 1e-4)).clamp(max=1e4 / images[0].numel()).detach()
+    weight = 0.5 * (g_rec / (g_adv + 1e-4)).clamp(max=1e4 / r.pixels[0].numel()).detach()
     (rec + rate + weight * fake).backward()
     generator = gradients(model) | gradients(objective)
     discriminator.zero_grad()
-    real, fake = discriminator(images), discriminator(r.pixels.detach())
+    real, fake = discriminator(judged(by_frame(images))), discriminator(judged(r.pixels.detach()))
     step.adversary.discriminator_loss(real, fake).backward()
     return weight, generator, gradients(discriminator)
 
 
-@pytest.mark.parametrize("loss", ["hinge", "vanilla", "non_saturating"])
-def test_the_step_equals_its_textbook_form(loss: str) -> None:
-    step = build(loss=loss)
-    images, noise = batch()
+@pytest.mark.parametrize(
+    ("loss", "frames", "dimensions"),
+    [
+        *((loss, None, None) for loss in ("hinge", "vanilla", "non_saturating")),
+        ("hinge", FRAMES, 2),
+        ("hinge", FRAMES, 3),
+        ("hinge", 1, 3),  # images among clips
+    ],
+)
+def test_the_step_equals_its_textbook_form(loss: str, frames: int | None, dimensions: int | None) -> None:
+    step = build(loss=loss, dimensions=dimensions)
+    images, noise = batch() if frames is None else clips(frames)
     weight, generator, discriminator = textbook(step, images, noise)
     for module in (step.model, step.objective, step.discriminator):
         module.zero_grad()
@@ -138,6 +197,9 @@ def test_the_step_equals_its_textbook_form(loss: str) -> None:
     assert ours.keys() == generator.keys()
     for name, expected in generator.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-14, msg=name)
+        assert frames is None or float((ours[name] - expected).norm()) <= 1e-10 * max(float(expected.norm()), 1e-4)
+    if frames == FRAMES:  # all of a clip has a part
+        assert logs["loss/time"] > 0 and len(generator) == len(list(step.model.parameters())) + 1
     for name, expected in discriminator.items():
         torch.testing.assert_close(gradients(step.discriminator)[name], expected, rtol=1e-9, atol=1e-14, msg=name)
 
@@ -167,7 +229,7 @@ def test_no_gradient_leaks_between_the_two_networks() -> None:
     assert not gradients(step.discriminator)
     # the discriminator's side alone must not touch the autoencoder
     step = build()
-    step._discriminator(images, step.model(images, noise).pixels.detach(), 0)
+    step._discriminator(step.model(images, noise), 0)
     assert not gradients(step.model)
     assert gradients(step.discriminator)
 

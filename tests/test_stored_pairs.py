@@ -17,6 +17,7 @@ from images import write_images
 from PIL import Image
 from repository import ROOT
 from tiny_networks import SHAPE
+from training_runs import OF_CLIPS, write_videos
 
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.load import load_autoencoder
@@ -100,15 +101,29 @@ def test_it_is_training_with_a_frozen_encoder(
 
 
 @pytest.mark.slow
-def test_pixels_read_again_are_those_that_were_stored(tiny_vae_folder: Path, images: Path, tmp_path: Path) -> None:
-    plain = encode(tiny_vae_folder, images, tmp_path / "plain", "--views", "ten_crop")
-    whole = encode(tiny_vae_folder, images, tmp_path / "whole", "--views", "ten_crop", "--pixels")
+@pytest.mark.parametrize("frames", [None, 5])
+def test_pixels_read_again_are_those_that_were_stored(
+    frames: int | None, tiny_vae_folder: Path, images: Path, tmp_path: Path
+) -> None:
+    options, settings = ("--views", "ten_crop"), {}
+    if frames is not None:  # two clips of each video
+        images = write_videos(tmp_path / "videos", 4, 2 * frames + 2)
+        options = (*options, "--frames", str(frames))
+        settings = {"data": {"kind": "folder", "path": str(images), "frames": frames}} | OF_CLIPS
+    plain = encode(tiny_vae_folder, images, tmp_path / "plain", *options)
+    whole = encode(tiny_vae_folder, images, tmp_path / "whole", *options, "--pixels")
     for name, store, workers in (("plain", plain, 0), ("whole", whole, 0), ("workers", plain, 2)):
         folder, more = tmp_path / f"by_{name}", {"latent_store": str(store), "dataloader_num_workers": workers}
-        done = train(folder, tiny_vae_folder, images, **more)
+        done = train(folder, tiny_vae_folder, images, **settings | more)
         assert done.returncode == 0, done.stderr
+        assert not (folder / "run" / "quarantine.jsonl").exists()
     assert same(weights(tmp_path / "by_plain"), weights(tmp_path / "by_whole"))
     assert same(weights(tmp_path / "by_plain"), weights(tmp_path / "by_workers"))
+    assert not same(weights(tmp_path / "by_plain"), dict(load_autoencoder(tiny_vae_folder).state_dict()))
+    if frames is not None:
+        settings["data"] = {"kind": "folder", "path": str(images), "frames": 3}
+        done = train(tmp_path / "others", tiny_vae_folder, images, latent_store=str(whole), **settings)
+        assert done.returncode == 2 and "data.frames: expected 5, as the images are decoded, got 3" in done.stderr
 
 
 def test_images_found_elsewhere_changed_or_gone(tiny_vae_folder: Path, images: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from ldm_vae.run.inputs import compare_images
 from ldm_vae.run.metrics_log import Logbook, check_finite
 from ldm_vae.run.trackers import log_picture
 from ldm_vae.training.config import MAY_CHANGE, Training, build_autoencoder
-from ldm_vae.training.data import ImageFeed, check_alpha, open_sources, start_from_data
+from ldm_vae.training.data import ImageFeed, check_signal, open_sources, start_from_data
 from ldm_vae.training.decoder_only import StoredFeed
 from ldm_vae.training.dry_run import describe
 from ldm_vae.training.monitor import below_linear, diagnose, overfitting
@@ -72,7 +72,7 @@ def train(settings: Training) -> None:
     if settings.init == "linear" and checkpoint.newest(run / "checkpoints", say) is None:
         start_from_data(vae, source, settings, accelerator)
     feed = (ImageFeed if settings.latent_store is None else StoredFeed)(settings, vae, source)
-    check_alpha(settings, feed.prepared)
+    check_signal(settings, feed.prepared)
     record(vae, feed.prepared)  # goes into checkpoints and the export
     given = given_normalisation(settings, vae)
     state = build_state(settings, accelerator, vae)

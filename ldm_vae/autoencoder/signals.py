@@ -25,7 +25,21 @@ def frames_of(clips: torch.Tensor) -> torch.Tensor:
 
 def clips_of(frames: torch.Tensor, count: int) -> torch.Tensor:
     """Frames [B*T, C, H, W], count T of each clip => clips [B, C, T, H, W]."""
-    return frames.view(-1, count, *frames.shape[1:]).transpose(1, 2)
+    # contiguous: some operations take no other layout of five dimensions
+    return frames.view(-1, count, *frames.shape[1:]).transpose(1, 2).contiguous()
+
+
+def spread_frames(draws: torch.Tensor, count: int, wanted: int) -> torch.Tensor:
+    """Places of `wanted` of the count T frames of each clip among their frames [B*T]: [B * min(wanted, T)].
+
+    They are evenly spread from a start that the clip's draw [B] in (0, 1) decides (systematic sampling, Madow & Madow
+    1944): each frame is as likely, so the mean over them has the mean over all as its expectation.
+    """
+    wanted = min(wanted, count)
+    steps = torch.arange(wanted, device=draws.device)
+    # a draw may round to 1
+    chosen = ((draws[:, None] + steps) * (count / wanted)).long().clamp(max=count - 1)
+    return (chosen + count * torch.arange(len(draws), device=draws.device)[:, None]).flatten()
 
 
 def is_by_frame(vae: Any) -> bool:

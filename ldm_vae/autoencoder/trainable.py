@@ -20,7 +20,8 @@ from ldm_vae.autoencoder.fine_tuning import encoder_learns, is_encoders
 from ldm_vae.autoencoder.geometry import latent_channels, latent_size
 from ldm_vae.autoencoder.last_layer import Call, Watch
 from ldm_vae.autoencoder.latents import Moments
-from ldm_vae.autoencoder.signals import frames_of
+from ldm_vae.autoencoder.signals import clips_of, frames_of, spread_frames
+from ldm_vae.core.errors import UsageError
 from ldm_vae.data.alpha import composite
 
 
@@ -32,8 +33,8 @@ class Reconstruction:
     (that of the images unless a perturbation moved both); of clips [B, C, T, H, W] both are their frames [B*T, C, H,
     W], so that every term and discriminator of images sees those; moments of q(z|x); latents z [B, c, h, w] or [B, c,
     t, h, w] before any perturbation; last_calls of the decoder's last layer, from which the adaptive weight is
-    computed; codes where there is a codebook; images_seen when it was made; background [B, 3, 1, 1] of images with
-    alpha, drawn by key.
+    computed; codes where there is a codebook; images_seen when it was made; background [B*T, 3, 1, 1] of images with
+    alpha, one for a clip, and draws [B] in (0, 1) of clips, by which terms choose frames: both drawn by key.
     """
 
     images: torch.Tensor
@@ -45,11 +46,25 @@ class Reconstruction:
     codes: Codes | None = None
     images_seen: int = 0
     background: torch.Tensor | None = None
+    draws: torch.Tensor | None = None
 
-    def seen(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The images that losses and the adversary judge, of pixels [B, C, H, W]: of those with alpha, the colour over
-        the background."""
-        return pixels if self.background is None else composite(pixels, self.background)
+    @property
+    def frames(self) -> int:
+        """T of clips, 1 of images."""
+        return self.images.shape[2] if self.images.ndim == 5 else 1
+
+    def seen(self, pixels: torch.Tensor, domain: str = "pixels") -> torch.Tensor:
+        """The images that losses and the adversary judge, of pixels [B*T, C, H, W]: of those with alpha, the colour
+        over the background; for the domain "clips" as clips [B, C, T, H, W], an image as one of one frame."""
+        shown = pixels if self.background is None else composite(pixels, self.background)
+        return clips_of(shown, self.frames) if domain == "clips" else shown
+
+    def some(self, images: torch.Tensor, wanted: int | None) -> torch.Tensor:
+        """So many frames of each clip, chosen by key, of all [B*T, C, H, W]; all of them if None."""
+        if wanted is None or wanted >= self.frames:
+            return images
+        assert self.draws is not None
+        return images[spread_frames(self.draws, self.frames, wanted)]
 
 
 @dataclass(frozen=True)
@@ -119,7 +134,8 @@ class TrainableAutoencoder(nn.Module):
     def noise_shape(self, *size: int) -> tuple[int, ...]:
         """(n, h, w) or (n, t, h, w) of the noise that `forward` takes for each image or clip of a size."""
         _, *positions = self.latent_shape(*size)
-        return (self.bottleneck.noise_channels + sum(self._wanted()) + 3 * self.alpha, *positions)
+        choice = len(size) == 3  # of the frames that a term sees; the last, so that no other draw moves
+        return (self.bottleneck.noise_channels + sum(self._wanted()) + 3 * self.alpha + choice, *positions)
 
     def _wanted(self) -> list[int]:
         """Channels of noise of each perturbation."""
@@ -132,7 +148,12 @@ class TrainableAutoencoder(nn.Module):
         normal, drawn by key => Reconstruction.
 
         stored: moments of these images; the encoder is then not run.
+
+        Raises:
+            UsageError: clips, of a model with a codebook.
         """
+        if images.ndim == 5 and self.bottleneck.gives == "codes":
+            raise UsageError("model: a codebook is trained on images, got clips; leave data.frames out")
         own = noise[:, : self.bottleneck.noise_channels]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_learns):
             if stored is None:
@@ -147,18 +168,19 @@ class TrainableAutoencoder(nn.Module):
             used += wanted
         self._watch.take()  # of decodes elsewhere, and of the adaptive weight's calls
         pixels, target = frames_of(self.bottleneck.decode(self.vae, z)), frames_of(target)
+        draw, clips = Draw(noise[:, used:].to(pixels), images, 0), images.ndim == 5
         return Reconstruction(
             images, pixels, target, encoded.moments, encoded.latents, self._watch.take(), encoded.codes, images_seen,
-            self._background(noise[:, used:].to(pixels), images),
+            self._background(draw, len(pixels) // len(images)), draw.uniform(-1) if clips else None,
         )  # fmt: skip
 
-    def _background(self, noise: torch.Tensor, images: torch.Tensor) -> torch.Tensor | None:
-        """A colour in [-1, 1] per image [B, 3, 1, 1], any as likely; its noise is the last, so that no other draw
-        moves."""
+    def _background(self, draw: Draw, frames: int) -> torch.Tensor | None:
+        """A colour in [-1, 1] per image or clip, any as likely, for each of its frames [B*T, 3, 1, 1]; behind the noise
+        of all that changes latents, so that no other draw moves."""
         if not self.alpha:
             return None
-        colours = torch.stack([Draw(noise, images, 0).uniform(channel) for channel in range(3)], dim=1)
-        return 2 * colours[:, :, None, None] - 1
+        colours = torch.stack([draw.uniform(channel) for channel in range(3)], dim=1)
+        return (2 * colours[:, :, None, None] - 1).repeat_interleave(frames, dim=0)
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:

@@ -10,7 +10,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 
 class Discriminator(nn.Module):
-    """A network whose spectral norms move once per update."""
+    """A network whose spectral norms move once per update.
+
+    domain: "pixels" for images [B, C, H, W], among them the frames of clips, or "clips" for clips [B, C, T, H, W].
+    """
+
+    domain = "pixels"
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

@@ -5,6 +5,8 @@ A file holds `Config(TermConfig)` whose `build` gives a module with an attribute
 - "pixels":  forward(pixels [B, C, H, W], target [B, C, H, W]) -> scalar, a mean over batch, channels and pixels;
 - "alpha":   the same of alpha [B, 1, H, W], for images that have it (terms on pixels are then given the colour over a
              background, C = 3: ldm_vae/data/alpha.py);
+- "clips":   the same of clips [B, C, T, H, W] where the others see their frames as images [B*T, C, H, W]; a run without
+             clips is refused, one-frame clips among longer ones are not;
 - "latents": forward(reconstruction: ldm_vae.autoencoder.trainable.Reconstruction) -> scalar.
 
 It may further have
@@ -58,6 +60,9 @@ class TermConfig(Part):
     """Factor of this term in the sum."""
     schedule: Schedule | None = None
     """A further factor that rises with the images seen: annealing of the KL, or a term that comes in late."""
+    frames: int | None = Field(None, gt=0)
+    """Frames of each clip that a term on pixels sees, chosen by key anew each time the clip comes; all if null. The
+    cost of lpips falls with them, its expectation does not change."""
 
     def weight_at(self, images_seen: int) -> float:
         """The weight after so many images."""

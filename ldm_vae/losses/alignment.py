@@ -44,6 +44,8 @@ class Alignment(nn.Module):
             raise UsageError(
                 f"losses.alignment.latent_channels: expected the model's {z.shape[1]}, got {self.project.in_channels}"
             )
+        if images.ndim != 4:
+            raise UsageError("losses.alignment: the features are of images, got clips; leave it out")
         with torch.autocast(images.device.type, enabled=False):
             with torch.no_grad():
                 greys = (three_channels(reconstruction.seen(images).float()) + 1) * 127.5

@@ -256,7 +256,9 @@ def stopped(accelerator: Accelerator, number: int, saved: Path | None) -> Stoppe
 def prepare_network(network: nn.Module, settings: RunConfig) -> None:
     """Memory layout and compilation of a network that is about to train, in place."""
     if settings.channels_last:
-        network.to(memory_format=torch.channels_last)
+        for weight in network.parameters():  # of a network with time of either rank, where `network.to` raises
+            if (layout := {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)) is not None:
+                weight.data = weight.data.contiguous(memory_format=layout)
         fuse_norms(network)
     if settings.torch_compile:
         # torch.compile(network) would put `_orig_mod.` into every name, and encode and decode would go past it

@@ -1,7 +1,8 @@
 """Adversary: the losses of both sides, the images from which each of them plays, and regularisers of the discriminator.
 
 Two methods, not a mode flag. `generator_loss` is what the autoencoder minimises, `discriminator_loss` what the
-discriminator does. Legend: B batch, C image channels, H W pixels, H' W' patches; logits are [B, 1, H', W'].
+discriminator does. Legend: B batch, C image channels, T frames, H W pixels, T' H' W' patches; logits are [B, 1, H',
+W'], of a discriminator of clips [B, 1, T', H', W'].
 """
 
 from __future__ import annotations
@@ -91,19 +92,19 @@ class Adversary(nn.Module):
         return self.config.r1_weight > 0 and images_seen // global_batch % self.config.r1_every == 0
 
     def r1(self, real: torch.Tensor, real_logits: torch.Tensor) -> torch.Tensor:
-        """gamma / 2 * E |grad_x D(x)|^2 times r1_every; D(x) is the mean logit of an image, real [B, C, H, W] requires
-        a gradient."""
+        """gamma / 2 * E |grad_x D(x)|^2 times r1_every; D(x) is the mean logit of an image [B, C, H, W], or of a clip
+        [B, C, T, H, W] where the discriminator sees those; real requires a gradient."""
         # the sum of the logits, divided afterwards in fp32: the cotangent of a mean is subnormal in fp16
         (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
         gradient = at_least_fp32(gradient) / real_logits[0].numel()
-        squared = gradient.square().sum(dim=(1, 2, 3)).mean()
+        squared = gradient.square().flatten(1).sum(dim=1).mean()
         return 0.5 * self.config.r1_weight * self.config.r1_every * squared
 
-    def lecam(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-        """lambda * (E relu(D(x) - fake average)^2 + E relu(real average - D(G))^2) of a micro-batch, with the averages
-        of the updates before it; 0 in the first update, which has none."""
+    def lecam(self, real_logits: torch.Tensor, fake_logits: torch.Tensor, images: int) -> torch.Tensor:
+        """lambda * (E relu(D(x) - fake average)^2 + E relu(real average - D(G))^2) of a micro-batch of so many images
+        or clips, with the averages of the updates before it; 0 in the first update, which has none."""
         self.logits.add(torch.stack([real_logits.detach().mean(), fake_logits.detach().mean()]))
-        self.images += len(real_logits) * distributed.world_size()
+        self.images += images * distributed.world_size()
         real_average, fake_average = self.averages.unbind()
         distance = F.relu(real_logits - fake_average).square() + F.relu(real_average - fake_logits).square()
         return torch.where(self.updates > 0, self.config.lecam_weight * distance.mean(), 0.0)

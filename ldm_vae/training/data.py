@@ -63,11 +63,13 @@ def _check_sources(source: Source | Stream, validation_source: Source | None, se
         raise UsageError("validation_data.jpeg_draft: for training only; measured pixels are decoded exactly")
 
 
-def check_alpha(settings: Training, prepared: Preprocessing) -> None:
-    """Raises UsageError where `data.alpha` is not what the images have: those of a latent store, or of a source of
-    somebody's own."""
-    if (came := prepared.decoding.alpha) != settings.alpha:
-        raise UsageError(f"data.alpha: expected {shown(came)}, as the images are decoded, got {shown(settings.alpha)}")
+def check_signal(settings: Training, prepared: Preprocessing) -> None:
+    """Raises UsageError where `data.alpha` or `data.frames` is not what the images have: those of a latent store, or of
+    a source of somebody's own."""
+    for name, default in (("alpha", False), ("frames", None)):
+        came, ours = getattr(prepared.decoding, name), getattr(settings.data, name, default)
+        if came != ours:
+            raise UsageError(f"data.{name}: expected {shown(came)}, as the images are decoded, got {shown(ours)}")
 
 
 def layout_of(settings: Training, accelerator: Accelerator, images_seen: int) -> dict[str, Any]:
@@ -116,6 +118,12 @@ class ImageFeed:
             readable = f"{sum(assignment.counts()):,} of {len(self.source):,} images"
             told = "height x width" if self.source.decoding.frames is None else "frames x height x width"
             accelerator.print(f"aspect buckets ({told}) of {readable}:", *assignment.lines(), sep="\n")
+            filled = [shape for shape, count in zip(assignment.shapes, assignment.counts(), strict=True) if count]
+            if (frames := self.source.decoding.frames or 1) > 1 and all(shape[0] == 1 for shape in filled):
+                raise UsageError(
+                    f"data.frames: {frames}, and none of {len(self.source):,} files is a video of so many frames; for "
+                    "images alone leave it out"
+                )
         layout = layout_of(settings, accelerator, images_seen)
         return training_loader(self.source, settings.transform, settings.resolution, buckets=assignment, **layout)
 

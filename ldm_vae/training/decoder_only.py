@@ -3,7 +3,7 @@
 The encoder is not run and not held. Pixels come from the store (`encode --pixels`), or are read again from the images:
 by key, cut as the store cut them, the checksum of their bytes compared.
 
-Legend: B batch, C image channels, c latent channels, H W pixels, h w latent positions.
+Legend: B batch, C image channels, c latent channels, T frames, H W pixels, t h w latent positions.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import record
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.data import sampler
+from ldm_vae.data import clips, sampler
 from ldm_vae.data.dataset import MOST_BAD_IN_A_ROW
-from ldm_vae.data.decoding import read_image
 from ldm_vae.data.preprocessing import Preprocessing
 from ldm_vae.data.quarantine import Bad, BadImage, Quarantine
 from ldm_vae.data.sampler import Work
 from ldm_vae.data.source import Source, image_checksum
 from ldm_vae.data.stream import Stream
 from ldm_vae.data.transforms import decoding_of, preprocessing_identity
+from ldm_vae.data.windows import windows
 from ldm_vae.data.workers import load
 from ldm_vae.latent_store.format.layout import (
     PIXELS,
@@ -54,8 +54,9 @@ COLUMNS = ("key", "source_index", "image_sha256")
 
 @dataclass
 class StoredBatch:
-    """One rank's part of a global batch: moments [B, c, h, w], pixels uint8 [B, C, H, W] they belong to, positions in
-    the stream of all images int64 [B], keys, and the images that could not be read again on the way."""
+    """One rank's part of a global batch: moments [B, c, h, w], of clips [B, c, t, h, w], pixels uint8 [B, C, H, W] or
+    [B, C, T, H, W] they belong to, positions in the stream of all images int64 [B], keys, and the images that could not
+    be read again on the way."""
 
     moments: Moments
     pixels: torch.Tensor
@@ -121,10 +122,10 @@ class StoredPairs(Dataset[StoredBatch]):
         # pixels of another image would train the decoder to undo latents that do not belong to them
         if image_checksum(record.image) != row["image_sha256"]:
             raise BadImage("the image has changed since it was encoded; `ldm-vae encode --update` takes it up")
-        image = read_image(record.image, self.source.decoding, self.cutting.at_least)
+        crops, _ = clips.crops_of(record.image, self.source.decoding, self.cutting, at_least=self.cutting.at_least)
         # the same keyed draw as `read` makes for the moments: crop and latents are of one view
         (view,) = self.latents.views([index], [epoch])
-        crop = self.cutting(image.pixels, image.original_size)[self.crops.index(crop_of(view))].pixels
+        crop = crops[self.crops.index(crop_of(view))].pixels
         return crop.flip(-1) if is_flipped(view) else crop
 
     def _place(self, key: str, index: int) -> int:
@@ -180,7 +181,7 @@ def open_pairs(settings: Training, vae: Any, source: Source | Stream) -> StoredP
             f"data: is prepared as `{ours}`, the store {path} was made as `{identity.preprocessing}`; set data and "
             "transform.resize so"
         )
-    return StoredPairs(latents, source)
+    return StoredPairs(latents, windows(source))
 
 
 def drop_encoder(vae: Any) -> None:

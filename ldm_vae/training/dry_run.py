@@ -2,7 +2,7 @@
 the real training step runs on tensors without content, its operations and memory are counted. With `data.frames` every
 sample is a clip.
 
-Legend: B batch, C image channels, T frames, H W pixels, c latent channels, t h w latent positions.
+Legend: B batch, C image channels, T frames of a clip, H W pixels, c latent channels, t h w latent positions.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from ldm_vae.autoencoder.latents import Moments, decode, encode
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.meta import without_values
 from ldm_vae.autoencoder.normalisation_law import law_in_words
+from ldm_vae.autoencoder.signals import frames_of
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.flop_counter import Cost, gpu_autocast
 from ldm_vae.core.frozen_module import Frozen
+from ldm_vae.core.text import an
 from ldm_vae.data.holdout import is_held_out, numbers_of
 from ldm_vae.data.stream import length
 from ldm_vae.kernels.group_norm import fuse_norms
@@ -46,7 +48,7 @@ from ldm_vae.training.config import (
     learning,
 )
 from ldm_vae.training.decoder_only import drop_encoder
-from ldm_vae.training.smallest_crop import check_smallest
+from ldm_vae.training.smallest_crop import check_smallest, crop_size
 from ldm_vae.training.step import TrainingStep
 
 GB = 1e9
@@ -96,7 +98,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
         objective = build_objective(settings, outline=True)
         objective.attach(network)
         critic = build_discriminator(settings, outline=True)
-        size = _size(settings)
+        size = crop_size(settings)
         images = torch.empty(settings.train_batch_size, settings.model.in_channels, *size)
         noise = torch.empty(len(images), *network.noise_shape(*size))
         latents = torch.empty(len(images), *network.latent_shape(*size))
@@ -109,9 +111,15 @@ def plan(settings: Training, processes: int = 1) -> Plan:
             drop_encoder(vae)
             del parts["encoder"]
             stored = Moments(latents, latents, geometry_of(vae).is_point)
-        seen = images.new_empty(len(images) * (frames or 1), settings.seen_channels, *size[-2:])
-        parts |= {name: (term, (seen, seen)) for name, term in objective.terms.items() if term.domain == "pixels"}
-        parts |= {} if critic is None else {"discriminator": (critic, (seen,))}
+        clips = images.new_empty(len(images), settings.seen_channels, *size)
+        seen = {"pixels": frames_of(clips), "clips": clips}
+        for name, term in objective.terms.items():
+            if (domain := str(term.domain)) in seen:
+                some, wanted = seen[domain], settings.losses[name].frames
+                if wanted is not None:
+                    some = some[: wanted * len(images)]
+                parts[name] = (term, (some, some))
+        parts |= {} if critic is None else {"discriminator": (critic, (seen[getattr(critic, "domain", "pixels")],))}
         forward = {
             name: _flops(function, arguments) / len(images) / 1e9 for name, (function, arguments) in parts.items()
         }
@@ -158,12 +166,6 @@ def plan(settings: Training, processes: int = 1) -> Plan:
     )
 
 
-def _size(settings: Training) -> tuple[int, ...]:
-    """(H, W) of the images, (T, H, W) of the clips."""
-    frames, side = getattr(settings.data, "frames", None), settings.resolution
-    return (side, side) if frames is None else (frames, side, side)
-
-
 def _flops(function: Any, arguments: tuple[torch.Tensor, ...]) -> int:
     with Cost() as cost, torch.no_grad():
         function(*arguments)
@@ -188,19 +190,18 @@ def describe(settings: Training, processes: int = 1) -> str:
     check_resolution(settings.resolution, vae)
     found = plan(settings, processes)
     global_batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
-    latent = build_network(settings, vae, outline=True).latent_shape(*_size(settings))
+    latent = build_network(settings, vae, outline=True).latent_shape(*crop_size(settings))
     millions = {name: f"{count / 1e6:.2f} M" for name, count in found.parameters.items()}
     forward = {name: f"{count:.3g}" for name, count in found.forward_gflop.items() if count}
     memory = {name: f"{count / GB:.2f}" for name, count in found.bytes.items()}
     peak = sum(found.bytes.values())
-    *frames, _, side = _size(settings)
-    of = f"clips of {frames[0]} frames," if frames else "images of"
-    batch = f"{settings.train_batch_size} {of} {side} px"
+    *frames, _, _ = crop_size(settings)
+    one, several = ("clip", f"clips of {frames[0]} frames") if frames else ("image", "images")
+    batch = f"{settings.train_batch_size} {several} of {settings.resolution} px"
     lines = {
         "class": f"{type(vae).__name__}; normalisation {law_in_words(vae)}",
         "parameters": f"{_listed(millions)}; f {downsampling_factor(vae)}, latents {' x '.join(map(str, latent))}",
-        f"GFLOP {'a clip' if frames else 'an image'}": f"forward {_listed(forward)}; a training step with all that "
-        f"plays {found.step_gflop:.4g}",
+        f"GFLOP {an(one)}": f"forward {_listed(forward)}; a training step with all that plays {found.step_gflop:.4g}",
         "memory, GB": f"{_listed(memory)}; peak about {peak / GB:.1f} in a process with {batch}",
         "on a CPU": "" if torch.cuda.is_available() else _on_a_cpu(peak),
         "init_from": _found_base(settings),

@@ -1,6 +1,6 @@
 """The objective: named terms times their weights. The dict that is summed is the dict that is logged.
 
-Legend: B batch, C image channels, H W pixels, c latent channels, h w latent positions.
+Legend: B batch, C image channels, T frames of a clip, H W pixels, c latent channels, h w latent positions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
 from ldm_vae.core import distributed
 from ldm_vae.core.errors import UsageError
-from ldm_vae.data.alpha import composite
 from ldm_vae.losses import TermConfig
 
 Logs = dict[str, torch.Tensor]
@@ -39,6 +38,9 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict(built)
         if not any(term.domain == "pixels" for term in self.terms.values()):
             raise UsageError(f"losses: expected at least one term on pixels, got {', '.join(terms) or 'none'}")
+        for name, term in self.terms.items():
+            if terms[name].frames is not None and term.domain not in ("pixels", "alpha"):
+                raise UsageError(f"losses.{name}.frames: is for terms on single frames, this one is on {term.domain}")
 
     def attach(self, network: TrainableAutoencoder) -> None:
         """Tell the terms what they will see; raises UsageError when one needs what the model does not give."""
@@ -59,21 +61,26 @@ class Objective(nn.Module):
                 self._term(name).attach(network)
 
     def pixel_terms(
-        self, pixels: torch.Tensor, target: torch.Tensor, images_seen: int = 0, background: torch.Tensor | None = None
+        self, pixels: torch.Tensor, reconstruction: Reconstruction, images_seen: int = 0
     ) -> tuple[torch.Tensor, Logs]:
-        """Weighted sum of the terms on pixels [B, C, H, W] (fp32, in [-1, 1]) and on alpha, and each term by name.
+        """Weighted sum of the terms on pixels, on alpha and on clips, and each term by name.
 
-        background: [B, 3, 1, 1] of images with alpha: the terms on pixels see both over it, so that colour counts as
-        far as it can be seen.
+        pixels: those of the reconstruction [B*T, C, H, W] (fp32, in [-1, 1]), with the graph that gradients go back
+        through.
         """
-        views = {"pixels": (pixels, target)}
-        if background is not None:
-            views = {
-                "pixels": (composite(pixels, background), composite(target, background)),
-                "alpha": (pixels[:, 3:], target[:, 3:]),
-            }
+        both = (pixels, reconstruction.target)
         domains = {name: str(term.domain) for name, term in self.terms.items()}
-        losses = {name: self.terms[name](*views[domain]) for name, domain in domains.items() if domain in views}
+        # of images with alpha the terms on pixels see composites, so that colour counts as far as it can be seen
+        views = {
+            domain: [reconstruction.seen(one, domain) for one in both]
+            for domain in {"pixels", "clips"}.intersection(domains.values())
+        }
+        if reconstruction.background is not None:
+            views["alpha"] = [one[:, 3:] for one in both]
+        losses = {
+            name: self.terms[name](*(reconstruction.some(view, self.configs[name].frames) for view in views[domain]))
+            for name, domain in domains.items() if domain in views
+        }  # fmt: skip
         return self._sum(losses, images_seen, pixels)
 
     def latent_terms(self, reconstruction: Reconstruction, images_seen: int = 0) -> tuple[torch.Tensor, Logs]:

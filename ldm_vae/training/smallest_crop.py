@@ -1,13 +1,26 @@
-"""Smallest crop of a run: what looks at the images must have room for it, known before the first step."""
+"""Smallest crop of a run: what looks at the images must have room for it, and what looks at clips must have some, known
+before the first step.
+
+Legend: T frames of a clip, H W pixels.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.rng import seeded
 from ldm_vae.core.validation import first_line
+from ldm_vae.data.buckets import Shape
 from ldm_vae.training.config import Training, build_discriminator, build_objective
+
+
+def crop_size(settings: Training) -> tuple[int, ...]:
+    """(H, W) of a square crop, of clips (T, H, W)."""
+    frames = getattr(settings.data, "frames", None)
+    return (*([] if frames is None else [frames]), settings.resolution, settings.resolution)
 
 
 def sides(settings: Training, factor: int) -> tuple[int, int]:
@@ -15,35 +28,56 @@ def sides(settings: Training, factor: int) -> tuple[int, int]:
 
     factor: f of the autoencoder; a latent that `perturbations.eq` scales is decoded to whole multiples of it.
     """
-    square = (settings.resolution, settings.resolution)
-    shapes = [square] if settings.buckets is None else settings.buckets.choose(settings.resolution, factor)
+    shapes = [shape[-2:] for shape in _shapes(settings, factor)]
     scale = min((min(getattr(part, "scales", (1.0,))) for part in settings.perturbations.values()), default=1.0)
     height, width = min(shapes, key=min)
     return factor * max(1, round(scale * height / factor)), factor * max(1, round(scale * width / factor))
 
 
+def shortest(settings: Training, factor: int) -> int:
+    """T of the shortest clip that a step may see: images among the videos are clips of one frame, unless
+    `buckets.shapes` leaves them out."""
+    return min(shape[0] if len(shape) == 3 else 1 for shape in _shapes(settings, factor))
+
+
+def _shapes(settings: Training, factor: int) -> list[Shape]:
+    square = (settings.resolution, settings.resolution)
+    return [square] if settings.buckets is None else settings.buckets.choose(settings.resolution, factor)
+
+
 def check_smallest(settings: Training, factor: int) -> None:
-    """Show terms of pixels and a discriminator like those of the run two images of the smallest crop.
+    """Show terms of pixels and a discriminator like those of the run two images of the smallest crop, those of clips
+    two of the shortest clips.
 
     Raises:
-        UsageError: one of them fails there, as where it has no room; the sentence names it and the crop.
+        UsageError: one of them fails there, as where it has no room; the sentence names it and the crop. Or it is for
+            clips, and the run has none.
     """
     height, width = sides(settings, factor)
     # of its own: batch statistics move, and some terms keep sums until the update
     objective, critic = build_objective(settings, outline=True), build_discriminator(settings, outline=True)
-    looking = {f"losses.{name}": (term, 2) for name, term in objective.terms.items() if term.domain == "pixels"}
+    looking: dict[str, tuple[Any, int]] = {
+        f"losses.{name}": (term, 2) for name, term in objective.terms.items() if term.domain in ("pixels", "clips")
+    }
     if critic is not None:
         looking["discriminator"] = (critic, 1)
+    of_clips = [name for name, (module, _) in looking.items() if getattr(module, "domain", "pixels") == "clips"]
+    of_clips += [f"losses.{name}.frames" for name, one in objective.configs.items() if one.frames is not None]
+    if of_clips and crop_size(settings)[:-2] in ((), (1,)):
+        raise UsageError(f"{of_clips[0]}: is for clips, and this run has images alone; expected data.frames above 1")
     images = torch.zeros(2, settings.seen_channels, height, width)
+    clips = images[:, :, None].expand(-1, -1, frames := shortest(settings, factor), -1, -1)
     for name, (module, arguments) in looking.items():
         try:
             with torch.no_grad(), seeded(settings.seed):
-                module(*[images] * arguments)
+                module(*[clips if name in of_clips else images] * arguments)
         except (RuntimeError, ValueError) as error:
             made_by = " and ".join(
                 ["resolution", *(one for one in ("buckets", "perturbations") if getattr(settings, one))]
             )
             crop = f"the smallest crop, {height} x {width} px by {made_by}"
+            if name in of_clips:
+                crop = f"the shortest clip, {frames} x {height} x {width} px by data.frames, {made_by}"
             if isinstance(error, UsageError):
                 raise UsageError(f"{error} ({crop})") from error
             fewer = "fewer layers or " if name == "discriminator" else ""

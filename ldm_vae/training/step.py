@@ -5,7 +5,7 @@ freed before the autoencoder's backward), the two are balanced at the last layer
 through decoder and encoder. An f8 network (widths 64 to 256, two images of 128 px) costs 419 GFLOP a step so;
 latent-diffusion's two forwards and two retained backwards cost 596.
 
-Legend: B batch, C image channels, H W pixels, c latent channels, h w latent positions.
+Legend: B batch, C image channels, T frames of a clip, H W pixels, c latent channels, h w latent positions.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class TrainingStep:
     def __call__(
         self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0, stored: Moments | None = None
     ) -> Logs:
-        """Train on images [B, C, H, W] in [-1, 1] and keyed noise [B, n, h, w] of this process; detached scalars by
-        name.
+        """Train on images [B, C, H, W] in [-1, 1] and keyed noise [B, n, h, w] of this process, or on clips [B, C, T,
+        H, W] and [B, n, t, h, w]; detached scalars by name.
 
         stored: the images' moments, where the decoder alone is trained.
 
@@ -60,9 +60,7 @@ class TrainingStep:
             reconstruction = self.model(images, noise, images_seen, stored)
             logs = self._autoencoder(reconstruction, images_seen)
             if self.adversary.discriminator_plays(images_seen):
-                # the last use of the reconstruction: from here on only its values
-                real, fake = map(reconstruction.seen, (reconstruction.target, reconstruction.pixels.detach()))
-                logs |= self._discriminator(real, fake, images_seen)
+                logs |= self._discriminator(reconstruction, images_seen)
         return logs
 
     # --- the step -----------------------------------------------------------------------------------------------------
@@ -70,9 +68,7 @@ class TrainingStep:
     def _autoencoder(self, reconstruction: Reconstruction, images_seen: int) -> Logs:
         # a leaf: the terms' own graphs end here, so they are freed before the autoencoder's backward begins
         pixels = reconstruction.pixels.detach().requires_grad_()
-        pixel_total, logs = self.objective.pixel_terms(
-            pixels, reconstruction.target, images_seen, reconstruction.background
-        )
+        pixel_total, logs = self.objective.pixel_terms(pixels, reconstruction, images_seen)
         # parameters of the terms themselves (a learned variance, a projection) get their gradients in the same pass
         own = trainable_parameters([self.objective])
         cotangent, *own_gradients = torch.autograd.grad(pixel_total, [pixels, *own], materialize_grads=True)
@@ -114,9 +110,7 @@ class TrainingStep:
     ) -> tuple[torch.Tensor, Logs]:
         # with respect to the pixels only: no gradient reaches the discriminator's weights, and unwrapped, so that DDP
         # does not wait for any
-        loss = self.adversary.generator_loss(
-            self.accelerator.unwrap_model(self.discriminator)(reconstruction.seen(pixels))
-        )
+        loss = self.adversary.generator_loss(self._critic(reconstruction.seen(pixels, self._judged)))
         (cotangent,) = torch.autograd.grad(loss, pixels)
         weight = loss.new_full((), self.adversary.config.weight)  # no copy from the host
         if self.adversary.config.adaptive:
@@ -129,11 +123,15 @@ class TrainingStep:
         }
         return weight * cotangent, logs
 
-    def _discriminator(self, real: torch.Tensor, fake: torch.Tensor, images_seen: int) -> Logs:
+    def _discriminator(self, reconstruction: Reconstruction, images_seen: int) -> Logs:
         assert self.discriminator is not None
+        # only the values of the reconstruction
+        both = (reconstruction.target, reconstruction.pixels.detach())
+        real, fake = (reconstruction.seen(one, self._judged) for one in both)
+        count = len(reconstruction.images)  # clips, as images_seen counts them, and not their frames
         micro_batches = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
         # decided by the images of the whole update, so all its micro-batches and ranks agree
-        r1_due = self.adversary.r1_due(images_seen, len(real) * micro_batches)
+        r1_due = self.adversary.r1_due(images_seen, count * micro_batches)
         real = real.detach().requires_grad_(r1_due)
         # fused attention has no second derivative, which R1 takes
         attention = sdpa_kernel(SDPBackend.MATH) if r1_due else contextlib.nullcontext()
@@ -146,7 +144,7 @@ class TrainingStep:
             penalty = self.adversary.r1(real, real_logits)
             loss, logs = loss + penalty, logs | {"adversary/r1": penalty.detach()}
         if self.adversary.config.lecam_weight > 0:
-            penalty = self.adversary.lecam(real_logits, fake_logits)
+            penalty = self.adversary.lecam(real_logits, fake_logits, count)
             loss, logs = loss + penalty, logs | {"adversary/lecam": penalty.detach()}
         self.accelerator.backward(loss)
         if not self.accelerator.sync_gradients:
@@ -156,9 +154,8 @@ class TrainingStep:
         taken, update_logs = self._update(self.discriminator_optimizer, "discriminator", parameters)
         if taken:
             self.adversary.after_update()
-            critic = self.accelerator.unwrap_model(self.discriminator)
-            if hasattr(critic, "after_update"):
-                critic.after_update()
+            if hasattr(self._critic, "after_update"):
+                self._critic.after_update()
         else:
             self.adversary.leave_out()
         return logs | update_logs
@@ -196,6 +193,15 @@ class TrainingStep:
             for parameter in trainable_parameters([self.discriminator]):
                 if parameter.grad is not None:
                     parameter.grad *= ratio
+
+    @property
+    def _critic(self) -> Any:
+        return self.accelerator.unwrap_model(self.discriminator)
+
+    @property
+    def _judged(self) -> str:
+        """The domain that the discriminator judges."""
+        return getattr(self._critic, "domain", "pixels")
 
     @property
     def _network(self) -> TrainableAutoencoder:

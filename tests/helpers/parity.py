@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tiny_classes import tiny
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.latents import posterior_noise
@@ -30,6 +31,7 @@ from ldm_vae.losses.kl_free_bits import Config as FreeBits
 from ldm_vae.losses.kl_target import Config as KLTarget
 from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.l2 import Config as L2
+from ldm_vae.losses.temporal_difference import Config as TemporalDifference
 from ldm_vae.models.vq import Config as VQConfig
 from ldm_vae.run.optim import trainable_parameters
 from ldm_vae.training.adversary import Adversary, AdversaryConfig
@@ -46,6 +48,7 @@ def train(
     codebook: Any = None,
     terms: Any = None,
     alpha: bool = False,
+    clips: bool = False,
     **adversary: Any,
 ) -> dict[str, torch.Tensor]:
     codebook = codebook or {}
@@ -55,12 +58,15 @@ def train(
     kind = VQConfig if codebook else AutoencoderConfig
     config = kind(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, in_channels=3 + alpha, **codebook)
     vae = config.build().double()
+    if clips:
+        vae = tiny("AutoencoderKLWan").double().requires_grad_(True).train()
+    size = (5, 16, 16) if clips else (16, 16)
     network = TrainableAutoencoder(vae, config.bottleneck(vae), alpha=alpha)
     continuous = {"l2": L2(), "kl": KL(weight=1e-3), "free": FreeBits(bits=9)}
     objective = Objective(
         {"l1": L1(), **(terms or ({"commitment": Commitment()} if codebook else continuous))}
     ).double()
-    critic = PatchGAN(width=8, layers=1).build().double()
+    critic = PatchGAN(width=8, layers=1, dimensions=3 if clips else 2).build().double()
     optimizers = [
         torch.optim.Adam(trainable_parameters(modules), lr=1e-3, betas=(0.5, 0.9), eps=1e-12)
         for modules in ((network, objective), (critic,))
@@ -85,10 +91,11 @@ def train(
     for number in range(STEPS * accumulation):
         start = number * whole + accelerator.process_index * share
         positions = range(start, start + share)
-        images = rng.normal(1, "images", positions, (3 + alpha, 16, 16)).double().tanh()
+        images = rng.normal(1, "images", positions, (3 + alpha, *size)).double().tanh()
         # images of unequal brightness: with equal ones an unreduced adaptive weight would hardly show
-        images *= torch.tensor([0.2 + (position % GLOBAL_BATCH) / 8 for position in positions]).view(-1, 1, 1, 1)
-        noise = posterior_noise(2, positions, network.noise_shape(16, 16)).double()
+        brightness = torch.tensor([0.2 + (position % GLOBAL_BATCH) / 8 for position in positions])
+        images *= brightness.view(-1, 1, *[1] * len(size))
+        noise = posterior_noise(2, positions, network.noise_shape(*size)).double()
         logs = step(images, noise, number // accumulation * GLOBAL_BATCH)
         if not first:
             first = {f"first.{name}": reduce(value, "mean") for name, value in logs.items() if "health" not in name}
@@ -109,6 +116,7 @@ def main() -> None:
     followed = {"num_vq_embeddings": 64, "quantizer": {"kind": "vq", "restart_images": 16, "decay": 0.9}}
     # a variance that learns, and a controller that sees the rate of the whole batch
     controlled = {"likelihood": GaussianNLL(), "target": KLTarget(nats_per_pixel=0.1, integral_images=100)}
+    of_clips = {"time": TemporalDifference(), "some": L2(frames=2), "kl": KL(weight=1e-3)}
     for name, accumulation, broken, adversary in (
         ("plain", 1, "", {}),
         ("codebook", 1, "", {"codebook": followed}),
@@ -122,6 +130,8 @@ def main() -> None:
                 ("game", regularisers | {"terms": controlled}),
                 ("codes", {"codebook": followed}),
                 ("alpha", {"alpha": True, "terms": {"alpha": Alpha()}}),
+                # 3-D discriminator, a term of clips and one that chooses frames
+                ("clips", regularisers | {"clips": True, "terms": of_clips}),
             )
         ),
         ("no_reduce", 1, "no_reduce", {}),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import yaml
 from fork_server import Child, Finished, fork
 from kills import ranks
+from videos import write_video
 
 from train import autoencoder as training_program
 
@@ -25,6 +27,24 @@ TINY = {
     "adversary": {"weight": 0.5, "start_images": 24, "warmup_images": 8},
     "discriminator": {"kind": "patchgan", "width": 8, "layers": 1},
 }
+
+
+OF_CLIPS: dict[str, object] = {
+    "losses": {
+        "l1": {}, "ssim": {"frames": 2}, "time": {"kind": "temporal_difference"}, "kl": {"weight": 1e-6},
+    },
+    "discriminator": {"kind": "patchgan", "width": 8, "layers": 1, "dimensions": 3},
+}  # fmt: skip
+
+
+def write_videos(folder: Path, count: int, frames: int) -> Path:
+    """Lossless videos of noise that moves, 32 x 48 px."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        still = np.random.default_rng(number).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+        pictures = [np.roll(still, place * (number + 1), axis=1) for place in range(frames)]
+        write_video(folder / f"{number}.mkv", frames, pictures=pictures)
+    return folder
 
 
 def write_config(folder: Path, images: Path, **changes: object) -> Path:
