@@ -72,12 +72,12 @@ def lengths_of(vae: Any) -> Lengths:
         return Lengths(family.first, step, first, latent_frames(family.first + step) - first)
 
 
-def check_frames(vae: Any, frames: int) -> None:
-    """Raises UsageError unless a clip of so many frames comes back whole."""
+def check_frames(vae: Any, frames: int, field: str = "T") -> None:
+    """Raises UsageError, which calls the number `field`, unless a clip of so many frames comes back whole."""
     if frames == 1 == family_of(vae).first:
         return
     lengths = lengths_of(vae)
-    _check("T", type(vae).__name__, frames, lengths.first, lengths.step, lengths.law, "frames")
+    _check(field, type(vae).__name__, frames, lengths.first, lengths.step, lengths.law, "frames")
 
 
 def check_latent_frames(vae: Any, frames: int) -> None:

@@ -1,4 +1,5 @@
-"""Linear floor: metrics of a linear code of the VAE's size, on the very images that are measured.
+"""Linear floor: metrics of a linear code of the VAE's size, on the very images that are measured, of clips frame by
+frame.
 
 The code (`autoencoder/linear_code.py`) is fitted on the measured images themselves: no linear code leaves a smaller
 squared error on them.
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from diffusers import VQModel
 
+from ldm_vae.autoencoder import signals
 from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, latent_channels
+from ldm_vae.autoencoder.lengths import lengths_of
 from ldm_vae.autoencoder.linear_code import LinearCode, PatchMoments
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.text import an
@@ -38,7 +41,9 @@ class LinearFloor:
 
     def update(self, batch: ImageBatch, device: torch.device) -> None:
         pixels = to_pixels(batch.pixels.to(device))
-        decoded = self.code.decode(self.code.encode(pixels)).to(pixels)
+        frames = signals.frames_of(pixels)
+        decoded = self.code.decode(self.code.encode(frames)).to(pixels)
+        decoded = decoded if pixels.ndim == 4 else signals.clips_of(decoded, pixels.shape[2])
         pair = self.protocol.pair(pixels, decoded, batch.indices, batch.alpha)
         for metric in self.metrics:
             metric.update(pair)
@@ -47,9 +52,14 @@ class LinearFloor:
         return {metric.name: metric.compute() for metric in self.metrics}
 
 
-def why_no_code(vae: Any) -> str | None:
+def why_no_code(vae: Any, clips: bool) -> str | None:
     """A sentence where no linear code is like this VAE's; None where one is."""
     name, channels = type(vae).__name__, latent_channels(vae)
+    if clips and (lengths := lengths_of(vae)).latent_step < lengths.step:
+        return (
+            f"linear code: none beside {an(name)} of clips, whose latent frames stand for "
+            f"{lengths.step / lengths.latent_step:g} frames each: a code of single frames would have more numbers"
+        )
     numbers = downsampling_factor(vae) ** 2 * image_channels(vae)
     if isinstance(vae, VQModel):
         return f"linear code: none beside {an(name)}, whose codebook is no continuous code"
@@ -63,14 +73,14 @@ def fit_code(
 ) -> LinearCode | None:
     """The code of the latent size of `vae` for the usable ones of these images, at most LARGEST, the same on every
     rank; None where there is none: `why_no_code`, or of images of one colour."""
-    if why_no_code(vae) is not None:
+    if why_no_code(vae, source.decoding.frames is not None) is not None:
         return None
     chosen = [indices[place] for place in spread(len(indices), LARGEST)]
     moments = PatchMoments(downsampling_factor(vae), image_channels(vae))
     for batch in image_batches(
         source, share_of(rank, world_size, chosen, batch_size), resolution, batch_size=batch_size
     ):
-        moments.update(batch.pixels)
+        moments.update(signals.frames_of(batch.pixels))
     moments.add_up(total)
     try:
         return moments.code(latent_channels(vae))
