@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ldm_vae.autoencoder.signals import frames_of
 from ldm_vae.core import rng
 from ldm_vae.core.errors import UsageError
 
@@ -52,8 +53,8 @@ class PatchMoments:
         self.products = torch.zeros(numbers + 1, numbers + 1, dtype=torch.float64, device=device)
 
     def update(self, pixels: torch.Tensor) -> None:
-        """pixels [B, C, H, W] on the scale 0..255."""
-        rows = to_patches(pixels.to(self.products.device), self.factor).flatten(0, 2).double()
+        """pixels [B, C, H, W], or frames of clips [B, C, T, H, W], on the scale 0..255."""
+        rows = to_patches(frames_of(pixels).to(self.products.device), self.factor).flatten(0, 2).double()
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
         self.products += rows.T @ rows
 

@@ -80,7 +80,7 @@ def fit_code(
     for batch in image_batches(
         source, share_of(rank, world_size, chosen, batch_size), resolution, batch_size=batch_size
     ):
-        moments.update(signals.frames_of(batch.pixels))
+        moments.update(batch.pixels)
     moments.add_up(total)
     try:
         return moments.code(latent_channels(vae))

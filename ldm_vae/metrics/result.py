@@ -203,8 +203,8 @@ def in_words(data: Json) -> str:
     if (clips := data.get("clips")) is None:
         return ""
     rate = "the video's own rate" if clips["rate"] is None else f"{clips['rate']:g} a second"
-    every = f", every {clips['stride']}th" if clips["stride"] > 1 else ""
-    return f" of {clips['frames']} frames ({rate}{every}), a clip's value the mean over its frames"
+    every = f", every {clips['stride']}th of them" if clips["stride"] > 1 else ""
+    return f" of {clips['frames']} frames at {rate}{every}"
 
 
 def how_decoded(data: Json) -> str:

@@ -274,6 +274,7 @@ def protocol(results: Sequence[Json]) -> list[str]:
     decoded = "the mode of the posterior" if used["posterior"] == "mode" else "one keyed draw of the posterior"
     bad = data["quarantined"]
     left_out = f", {bad} could not be read and {'is' if bad == 1 else 'are'} left out" if bad else ""
+    clips = "clips" in data
     whole = decoding_of(data.get("preprocessing", ""))
     as_they_are = whole is not None and whole.resize == "none"
     size = (
@@ -284,10 +285,10 @@ def protocol(results: Sequence[Json]) -> list[str]:
         f"{data['images']:,} {noun(data)}{in_words(data)} of {data['source']}{left_out}; each counted exactly once.",
         f"{size}, centre crop of {data['resolution']} px.{how_decoded(data)}",
         f"Decoded from {decoded}; output clamped to [−1, 1] and {ROUNDING[used['rounding']]} before every metric.",
-        f"PSNR per {'frame' if 'clips' in data else 'image'} on the 8-bit range, then averaged; SSIM with a Gaussian "
-        "window of 11, σ 1.5, range 255.",
+        f"PSNR per {'frame' if clips else 'image'} on the 8-bit range, then averaged; SSIM with a Gaussian window of 11, "
+        f"σ 1.5, range 255.{' A clip’s value is the mean over its frames.' if clips else ''}",
         f"Intervals: 95 % of the mean over {noun(data)} (Student’s t); {noun(data)} are taken as independent, which "
-        f"{'those of one video' if 'clips' in data else 'crops of one photograph'} are not.",
+        f"{'those of one video' if clips else 'crops of one photograph'} are not.",
     ]
 
 
