@@ -285,8 +285,8 @@ def protocol(results: Sequence[Json]) -> list[str]:
         f"{data['images']:,} {noun(data)}{in_words(data)} of {data['source']}{left_out}; each counted exactly once.",
         f"{size}, centre crop of {data['resolution']} px.{how_decoded(data)}",
         f"Decoded from {decoded}; output clamped to [−1, 1] and {ROUNDING[used['rounding']]} before every metric.",
-        f"PSNR per {'frame' if clips else 'image'} on the 8-bit range, then averaged; SSIM with a Gaussian window of 11, "
-        f"σ 1.5, range 255.{' A clip’s value is the mean over its frames.' if clips else ''}",
+        f"PSNR per {'frame' if clips else 'image'} on the 8-bit range, then averaged; SSIM with a Gaussian "
+        f"window of 11, σ 1.5, range 255.{' A clip’s value is the mean over its frames.' if clips else ''}",
         f"Intervals: 95 % of the mean over {noun(data)} (Student’s t); {noun(data)} are taken as independent, which "
         f"{'those of one video' if clips else 'crops of one photograph'} are not.",
     ]
