@@ -230,7 +230,7 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
             )
         noise = latents.posterior_noise(options.seed, batch.indices, shape).to(device)
         sampled = finite.decode(vae, moments.sample(noise)).clamp(-1, 1)
-        error = SQUARED.values(PINNED.pair(pixels, sampled, alpha=task.alpha))
+        error = ImageMetric("mse", "lower", squared_error).values(PINNED.pair(pixels, sampled, alpha=task.alpha))
         pair = PINNED.pair(pixels, finite.decode(vae, moments.mean), alpha=task.alpha)
         rate = moments.kl().double().flatten(1).sum(dim=1)
         values["psnr"].update(psnr.build().values(pair))
@@ -273,11 +273,8 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
 
 
 def squared_error(pair: Pair) -> torch.Tensor:
-    """Mean squared error of each image or frame in [-1, 1], fp64 [B]."""
+    """Mean squared error of each image or frame in [-1, 1], fp64."""
     return (pair.raw_reconstruction.double() - pair.raw_original.double()).square().flatten(1).mean(dim=1)
-
-
-SQUARED = ImageMetric("mse", "lower", squared_error)
 
 
 def latent_shape(vae: Any, resolution: int, device: torch.device, frames: int | None) -> tuple[int, ...]:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+ValidationMetric = Literal[
+    "psnr", "ssim", "l1", "lpips_alex", "lpips_vgg", "delta_e", "alpha_psnr", "alpha_l1", "temporal_l1", "flicker"
+]
+"""What a validation in training may measure: of single images or clips, by networks that are found by themselves."""
 
 
 class Title(NamedTuple):
