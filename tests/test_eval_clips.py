@@ -35,7 +35,7 @@ from ldm_vae.latent_space.equivariance import equivariance_error
 from ldm_vae.latent_space.spectrum import high_frequency_share, radial_power_spectrum
 from ldm_vae.metrics.batches import image_batches
 from ldm_vae.metrics.psnr import psnr
-from ldm_vae.report.images import frames_in, read_pixels
+from ldm_vae.report.images import film_of, read_pixels
 from ldm_vae.training.config import Training
 
 SCHEMA = json.loads((Path(metrics.__file__).parent / "metrics.schema.json").read_text())
@@ -109,8 +109,8 @@ def test_rows_and_pictures_are_of_clips(compared: Path) -> None:
             assert vae["metrics"]["psnr"] == pytest.approx(np.mean(frames), abs=1e-6)
             assert vae.get("by_frame", {"psnr": frames})["psnr"] == pytest.approx(frames, abs=1e-6)
             latent_frames = {("wan", 5): 2, ("kl", 5): 5}.get((name, count), 1)
-            assert frames_in(compared / "pictures" / vae["latent"]) == latent_frames
-    assert {frames_in(path) for path in (compared / "samples").iterdir()} == {5}
+            assert film_of(compared / "pictures" / vae["latent"]).frames == latent_frames
+    assert {film_of(path).frames for path in (compared / "samples").iterdir()} == {5}
 
 
 def test_the_call_measures_what_the_program_does(root: Path, compared: Path) -> None:
@@ -173,7 +173,7 @@ def test_reconstruct_shows_a_clip(root: Path, tmp_path: Path, capsys: pytest.Cap
     cli.call("reconstruct", str(root / "wan"), str(root / "films" / "film-0.mkv"), str(root / "mixed" / "still.png"),
              str(out), "--resolution", "16", "--frames", "9")  # fmt: skip
     both, after = (read_pixels(out / f"film-0.{ending}") for ending in ("before-after.png", "png"))
-    assert both.shape == (9 * 16, 32, 3) and frames_in(out / "still.before-after.png") == 1
+    assert both.shape == (9 * 16, 32, 3) and film_of(out / "still.before-after.png").frames == 1
     assert np.array_equal(both[:, 16:], after)
     printed = capsys.readouterr().out
     frames = [
@@ -182,7 +182,7 @@ def test_reconstruct_shows_a_clip(root: Path, tmp_path: Path, capsys: pytest.Cap
     ]
     assert f"PSNR {np.mean(frames):.2f} dB" in printed
     cli.call("reconstruct", str(root / "wan"), str(root / "films"), str(out), "--resolution", "16", "--frames", "5")
-    assert frames_in(out / "film-1.png") == 5
+    assert film_of(out / "film-1.png").frames == 5
     with refused(UsageError, "image"):
         cli.call("reconstruct", str(root / "wan"), str(root / "films" / "film-0.mkv"), str(out), "--resolution", "16")
 

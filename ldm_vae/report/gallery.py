@@ -33,11 +33,8 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
     ]  # fmt: skip
     if not pixels:
         return None
-    counts = [images.frames_in(images.inside(folder, f"{picture['name']}.original.png")) for picture in pictures]
-    # each map and reconstruction has as many values as the original
-    shown = sum(original[..., 0].size * (1 + 4 * len(others)) for original, others in pixels)
-    forms = [images.fitted(count, original.shape[0] // count, shown)
-             for count, (original, _) in zip(counts, pixels, strict=True)]  # fmt: skip
+    shown = sum(original[..., 0].size * (1 + len(others)) for original, others in pixels)
+    forms = [images.film_of(images.inside(folder, f"{picture['name']}.original.png"), shown) for picture in pictures]
     errors = [[images.error(original, other) for other in others] for original, others in pixels]
     perceived = [
         [images.read_map(images.inside(folder, vae["lpips"])) if "lpips" in vae else None for vae in picture["vaes"]]
@@ -63,8 +60,7 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
                 "difference": images.difference(original, other, scale["reach"], film),
                 "heat": images.heat_map(error, scale["largest"], film),
                 "lpips": None if where is None else images.heat_map(where, scale["most"], film),
-                "latent": images.embed(images.inside(folder, vae["latent"])),
-                "latent_frames": images.frames_in(images.inside(folder, vae["latent"])),
+                **_latent(images.inside(folder, vae["latent"])),
                 "metrics": _metrics(vae["metrics"]),
             }
             for name, vae, other, error, where in zip(names, picture["vaes"], others, row, seen, strict=True)
@@ -90,6 +86,11 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
         "pixelated": pixels[0][0].shape[1] < SHOWN_WIDTH,
         "form": max(forms, key=lambda film: film.frames),
     }
+
+
+def _latent(path: Path) -> Json:
+    film = images.film_of(path)
+    return {"latent": images.embed(path, film), "latent_frames": film.frames}
 
 
 def _curves(names: Sequence[str], vaes: Sequence[Json]) -> list[Markup]:
@@ -135,9 +136,10 @@ def samples(files: Sequence[Path]) -> list[Json]:
     for kind in sorted(kinds, key=lambda kind: (kind not in KINDS, list(KINDS).index(kind) if kind in KINDS else 0)):
         title, text = KINDS.get(kind, (kind, ""))
         own = [path for path in files if path.stem.rpartition("-")[0] == kind]
-        groups.append({"title": title, "text": text, "pictures": [images.embed(path) for path in own],
-                       "frames": images.frames_in(own[0]),
-                       "pixelated": images.read_pixels(own[0]).shape[1] < SHOWN_WIDTH})  # fmt: skip
+        first = images.read_pixels(own[0])
+        film = images.film_of(own[0], len(files) * first[..., 0].size)
+        groups.append({"title": title, "text": text, "pictures": [images.embed(path, film) for path in own],
+                       "frames": film.frames, "pixelated": first.shape[1] < SHOWN_WIDTH})  # fmt: skip
     return groups
 
 

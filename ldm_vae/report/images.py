@@ -1,8 +1,8 @@
 """Pictures for the page: embedded losslessly, and what is computed from a pair: the difference and the error map.
 
 A film, the frames of a clip, is one picture with one frame below the other: the page's script shows them one at a time,
-all films of a page the same, and a browser without it shows the first. Films in great number or of great size are made
-smaller (`fitted`), so that the page stays below some tens of megabytes.
+all films of a page the same, and a browser without it shows the first. Films of many pixels are compressed, and of very
+many made smaller (`fitted`), so that the page stays below some tens of megabytes.
 
 Legend: T frames, H W pixels of a frame.
 """
@@ -29,8 +29,9 @@ POSITIVE, NEGATIVE = (59, 125, 235), (226, 112, 32)  # readable on white and on 
 STOPS = ((13, 12, 34), (63, 15, 92), (133, 32, 106), (205, 65, 73), (247, 133, 60), (252, 208, 110), (252, 253, 215))
 
 
-LOSSLESS_PIXELS = 2**22  # of all films of a gallery together: at most 12 MB, of noise
-MOST_PIXELS = 2**26  # at quality 82 about 10 MB
+# pixels of all originals and reconstructions of a gallery together; maps, at most thrice as many, are compressed
+LOSSLESS_PIXELS = 2**21  # 6 MB of noise, half of that of videos
+MOST_PIXELS = 2**25  # at quality 90 about 10 MB
 TALLEST = 16383  # pixels of a WebP
 
 
@@ -46,8 +47,16 @@ class Film:
 PICTURE = Film()
 
 
+def film_of(path: Path, pixels: int = 0) -> Film:
+    """The form of a picture file, one of those that have so many pixels together."""
+    with Image.open(path) as image:
+        return fitted(getattr(image, "n_frames", 1), image.height, pixels)
+
+
 def fitted(frames: int, height: int, pixels: int) -> Film:
-    """The form of films of so many frames of a height, which have so many pixels together."""
+    """The form of films of so many frames of a height, which have so many pixels together; images are kept whole."""
+    if frames == 1:
+        return PICTURE
     divisor = max(1, math.ceil(math.sqrt(pixels / MOST_PIXELS)), math.ceil(frames * height / TALLEST))
     return Film(frames, divisor, pixels <= LOSSLESS_PIXELS)
 
@@ -59,12 +68,6 @@ def inside(folder: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{name} leads out of the folder")
     return path
-
-
-def frames_in(path: Path) -> int:
-    """T of a picture file."""
-    with Image.open(path) as image:
-        return int(getattr(image, "n_frames", 1))
 
 
 def read_pixels(path: Path) -> Pixels:
@@ -140,8 +143,8 @@ def heat_map(values: Pixels, largest: float, film: Film = PICTURE) -> str:
 
 
 def _map_form(values: Pixels, film: Film) -> Film:
-    """Maps of large pictures are shown, not read off."""
-    return replace(film, lossless=film.lossless and len(values) <= 128 * film.frames)
+    """Maps of large pictures and of films are shown, not read off."""
+    return replace(film, lossless=film.frames == 1 and len(values) <= 128)
 
 
 def _uri(image: Image.Image, film: Film = PICTURE) -> str:
@@ -153,6 +156,6 @@ def _uri(image: Image.Image, film: Film = PICTURE) -> str:
         image = Image.new(image.mode, (small[0].width, film.frames * small[0].height))
         for number, frame in enumerate(small):
             image.paste(frame, (0, number * frame.height))
-    options: dict[str, Any] = {"lossless": True, "method": 4, "exact": True} if film.lossless else {"quality": 82}
+    options: dict[str, Any] = {"lossless": True, "method": 4, "exact": True} if film.lossless else {"quality": 90}
     image.save(file, "WEBP", **options)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
