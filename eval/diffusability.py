@@ -139,7 +139,11 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
         raise WorkError(NOT_INSTALLED)
     for name, vae in zip(options.vae, vaes, strict=True):
         measure_checkpoint(vae.to(device), name)
-    check_images(source := preparation.open(options.data))
+    check_images(
+        source := preparation.open(options.data),
+        "the probe trains a denoiser of latents [c, h, w] and judges its samples as images; for clips a diffusion "
+        "model of videos, trained on a store of each VAE, would do",
+    )
     recipe = Recipe(options.train_images, options.batch_size, options.learning_rate)
     base = DiT(
         num_layers=options.layers, num_attention_heads=options.heads, attention_head_dim=options.head_dim

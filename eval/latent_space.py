@@ -1,4 +1,4 @@
-"""Measure a VAE's latent space: channels, information, likelihood and geometry, with images.
+"""Measure a VAE's latent space: channels, information, likelihood and geometry, with images or clips.
 
     ldm-vae latent_space runs/demo/vae HELD_OUT --output runs/demo/report --resolution 64
     ldm-vae latent_space runs/textbook_vae/vae data/digits/heldout --output measured --resolution 8
@@ -51,6 +51,7 @@ from ldm_vae.latent_space.spectrum import high_frequency_share, radial_power_spe
 from ldm_vae.metrics import psnr, result
 from ldm_vae.metrics.batches import ImageBatch, image_batches, share_of, spread
 from ldm_vae.metrics.evaluate import Checksum
+from ldm_vae.metrics.metric import ImageMetric
 from ldm_vae.metrics.protocol import PINNED, Pair
 from ldm_vae.metrics.ranks import gather, gather_rows
 from ldm_vae.metrics.running import Running, Summary
@@ -162,6 +163,7 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
             "protocol": protocol(options),
             "vae": result.describe_vae(vae, name, options.vae) | {"latent_values": survey.moments.mean[0].numel()},
             "data": {
+                **result.about_clips(preparation.decoding),
                 "source": options.data,
                 "resolution": options.resolution,
                 "quarantined": len(read_quarantine(quarantine_path)),
@@ -172,7 +174,7 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
             },
             "metrics": {metric: number.to_json() for metric, number in metrics.items()},
             "channels": survey.channels.figures(),
-            "spectrum": {"latents": survey.spectrum, "white_share": white_share(*survey.moments.mean.shape[2:])},
+            "spectrum": {"latents": survey.spectrum, "white_share": white_share(*survey.moments.mean.shape[-2:])},
             "information": informed,
             "likelihood": likelihood.figures() if likelihood else None,
             "mixture": mixture,
@@ -194,7 +196,7 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
 @dataclass(frozen=True)
 class Survey:
     """Over all processes: metrics of all images; variance of the likelihood (None without images to fit it on); bank,
-    indices of the images whose moments [M, c, h, w] were kept."""
+    indices of the images whose moments [M, c, h, w] (of clips [M, c, t, h, w]) were kept."""
 
     images: int
     checksum: str
@@ -210,11 +212,11 @@ class Survey:
 def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> Survey:
     """Channels, rate, distortion, spectrum; the variance of the likelihood from images with an even index."""
     vae, options, device = task.vae, task.options, task.accelerator.device
-    shape = latent_shape(vae, options.resolution, device)
+    shape = latent_shape(vae, options.resolution, device, task.source.decoding.frames)
     channels, checksum, spectrum = (
         ChannelStatistics(shape[0]),
         Checksum(),
-        torch.zeros(min(shape[1:]) // 2 + 1).double(),
+        torch.zeros(min(shape[-2:]) // 2 + 1).double(),
     )
     values = {name: Running() for name in ("psnr", "mse", "rate_nats", "bits_per_pixel", "high_frequency_share")}
     fit = Running()
@@ -222,15 +224,19 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
     bank, means, logvars, images = [], [torch.empty(0, *shape)], [torch.empty(0, *shape)], 0
     for batch, pixels in task.batches("survey", indices, quarantine):
         moments = finite.encode(vae, pixels)
+        if moments.mean.shape[1:] != shape:
+            raise UsageError(
+                f"data: expected clips of {task.source.decoding.frames} frames alone, got image {batch.keys[0]}"
+            )
         noise = latents.posterior_noise(options.seed, batch.indices, shape).to(device)
         sampled = finite.decode(vae, moments.sample(noise)).clamp(-1, 1)
-        error = PINNED.pair(pixels, sampled, alpha=task.alpha).mean(squared_error)
+        error = ImageMetric("mse", "lower", squared_error).values(PINNED.pair(pixels, sampled, alpha=task.alpha))
         pair = PINNED.pair(pixels, finite.decode(vae, moments.mean), alpha=task.alpha)
         rate = moments.kl().double().flatten(1).sum(dim=1)
         values["psnr"].update(psnr.build().values(pair))
         values["mse"].update(error)
         values["rate_nats"].update(rate)
-        values["bits_per_pixel"].update(rate / math.log(2) / options.resolution**2)
+        values["bits_per_pixel"].update(rate / math.log(2) / options.resolution**2 / pair.frames)
         values["high_frequency_share"].update(high_frequency_share(moments.mean))
         fit.update(error[[index % 2 == 0 for index in batch.indices]])
         channels.update(moments, batch.indices)
@@ -251,7 +257,7 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
     summaries = {name: running.over_ranks().summary() for name, running in values.items()}
     if merged.is_point:
         summaries = {name: found for name, found in summaries.items() if name not in ("rate_nats", "bits_per_pixel")}
-    if min(shape[1:]) == 1:
+    if min(shape[-2:]) == 1:
         del summaries["high_frequency_share"]  # one position has no frequencies
     fitted = fit.over_ranks()
     return Survey(
@@ -267,13 +273,14 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
 
 
 def squared_error(pair: Pair) -> torch.Tensor:
-    """Mean squared error of each image in [-1, 1], fp64 [B]."""
+    """Mean squared error of each image or frame in [-1, 1], fp64."""
     return (pair.raw_reconstruction.double() - pair.raw_original.double()).square().flatten(1).mean(dim=1)
 
 
-def latent_shape(vae: Any, resolution: int, device: torch.device) -> tuple[int, ...]:
-    """(c, h, w), by encoding an empty image: a VQModel's config does not say it in one word."""
-    empty = torch.zeros(1, image_channels(vae), resolution, resolution, device=device)
+def latent_shape(vae: Any, resolution: int, device: torch.device, frames: int | None) -> tuple[int, ...]:
+    """(c, h, w), of clips (c, t, h, w), by encoding an empty one: a VQModel's config does not say it in one word."""
+    length = () if frames is None else (frames,)
+    empty = torch.zeros(1, image_channels(vae), *length, resolution, resolution, device=device)
     return tuple(finite.encode(vae, empty).mean.shape[1:])
 
 
@@ -285,7 +292,7 @@ def look_from_the_side(task: Task, survey: Survey) -> dict[str, Summary]:
     """Errors of equivariance of the bank's images, by the name of the transformation."""
     values: dict[str, Running] = {}
     any_size = geometry_of(task.vae).side is None
-    for name in applicable(*survey.moments.mean.shape[2:], any_size):  # of a rank without images too
+    for name in applicable(*survey.moments.mean.shape[-2:], any_size):  # of a rank without images too
         values |= {f"equivariance_{name}": Running(), f"equivariance_psnr_{name}": Running()}
     for _, pixels in task.batches("equivariance", survey.bank if values else []):
         for name, found in equivariance_error(task.vae, pixels, survey.channels.mean, alpha=task.alpha).items():

@@ -1,13 +1,15 @@
-"""Measure how well one or several VAEs reconstruct images, with a fixed protocol.
+"""Measure how well one or several VAEs reconstruct images or clips, with a fixed protocol.
 
     ldm-vae evaluate runs/demo/vae HELD_OUT --output runs/demo/report --resolution 64
     ldm-vae evaluate my-vae stabilityai/sd-vae-ft-mse PHOTOS --output compared --resolution 256
     accelerate launch -m ldm_vae evaluate my-vae PHOTOS --output measured
+    ldm-vae evaluate my-video-vae my-vae CLIPS --output compared --resolution 64 --frames 17
 
 Protocol: the mode of the posterior is decoded. Images are decoded as the VAEs record (flags override it), resized by
 their short side (antialiased bicubic; not if the record says none) and centre-cropped to --resolution. Output is
 clamped to [-1, 1] and rounded to 8 bits before every metric. Every image counts exactly once on any number of
-processes. Means have 95 % intervals over images.
+processes. Means have 95 % intervals over images. With --frames, videos are clips of so many frames: metrics are of
+frames, a clip's value is the mean over its own, and intervals are over clips.
 
 DIR then holds metrics.json (one object, or a list with one per VAE), metrics.md, images.jsonl (metrics of each image),
 pictures/ and quarantine.jsonl. `ldm-vae report DIR` writes the HTML report.
@@ -62,7 +64,8 @@ def arguments() -> argparse.Namespace:
     add(
         "--metrics",
         metavar="NAME,...",
-        help=f"default: {', '.join(NAMES)} (alpha's of images that have it); or your module, as my_lab.sharpness",
+        help=f"default: {', '.join(NAMES)} (alpha's of images that have it, temporal_l1 and flicker of clips); or your "
+        "module, as my_lab.sharpness",
     )
     add("--lpips_weights", metavar="PATH", help="the LPIPS trunk, where it is not found by itself")
     add(
@@ -106,7 +109,8 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     check(options.metrics or NAMES, options.resolution)
     preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
     options.alpha, notes = preparation.decoding.alpha, list(preparation.notes)
-    options.metrics = options.metrics or default_names(options.alpha)
+    options.clips = preparation.decoding.frames is not None
+    options.metrics = options.metrics or default_names(options.alpha, options.clips)
     if options.alpha:
         notes.append("alpha: metrics of colour are means over composites on black and on white, of whole sets on white")
     source = preparation.open(options.data)
@@ -126,15 +130,16 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     # --- results: numbers, a table, and pictures of a fixed choice and of the worst -----------------------------------
     if accelerator.is_main_process:
         quarantined = len(read_quarantine(quarantine_path))
-        notes = [*notes, *dict.fromkeys(filter(None, map(why_no_code, vaes)))]
+        notes = [*notes, *dict.fromkeys(filter(None, (why_no_code(vae, options.clips) for vae in vaes)))]
         data = {
             "source": options.data, "resolution": options.resolution, "quarantined": quarantined,
-            "preprocessing": preparation.identity, "notes": notes,
+            "preprocessing": preparation.identity, "notes": notes, **result.about_clips(preparation.decoding),
         }  # fmt: skip
         computed = result.settings(accelerator.device, options.batch_size) | result.command("eval.reconstruction")
+        frames = preparation.decoding.frames
         results = [
             result.result(
-                options.protocol, result.describe_vae(vae, name, path), data, computed, evaluation, source.key
+                options.protocol, result.describe_vae(vae, name, path, frames), data, computed, evaluation, source.key
             )
             for name, vae, path, evaluation in zip(names, vaes, options.vae, evaluations, strict=True)
         ]
@@ -150,8 +155,9 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
         )  # fmt: skip
         first = vaes[0].to(accelerator.device)
         keep_samples(
-            options.output, first, evaluations[0].latents, options.resolution, accelerator.device, options.alpha
-        )
+            options.output, first, evaluations[0].latents, options.resolution, accelerator.device, options.alpha,
+            frames,
+        )  # fmt: skip
         result.write(options.output / "metrics.md", result.markdown(results))
         result.write(options.output / "metrics.json", results[0] if len(results) == 1 else results)
         print("\n".join([result.plain(results), *notes]))
@@ -216,6 +222,7 @@ def build(options: argparse.Namespace, accelerator: Accelerator, only: Sequence[
         weights=weights,
         protocol=options.protocol,
         alpha=options.alpha,
+        clips=options.clips,
     )
 
 

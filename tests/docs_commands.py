@@ -61,6 +61,7 @@ SHORTER = [
     (r"ldm-vae probe",
      "--layers 1 --heads 2 --head_dim 8 --train_images 8 --batch_size 4 --seeds 1 --samples 4 --steps 1"),
     (r"evaluate .*(--resolution 256|PHOTOS --output measured)", "--metrics psnr,ssim"),
+    (r"evaluate .*--frames", "--metrics psnr,ssim,flicker"),
     (r"latent_space .*--bank", "--bank 16 --likelihood_images 2 --components 2"),
     (r"latent_space ", "--bank 8 --likelihood_images 2 --components 2"),
 ]  # fmt: skip

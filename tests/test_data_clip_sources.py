@@ -291,7 +291,7 @@ def test_a_note_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_evaluation_reads_clips_and_images_in_batches_of_one_shape(films: Path) -> None:
     source = windows(open_source(films, frames=5))
-    batches = list(image_batches(source, None, 16, batch_size=9, clips=True))
+    batches = list(image_batches(source, None, 16, batch_size=9))
     assert [tuple(batch.pixels.shape) for batch in batches] == [(5, 3, 5, 16, 16), (2, 3, 1, 16, 16)]
     assert [key for batch in batches for key in batch.keys][-3:] == ["b.mp4#t=0.2", "e1.png", "e2.png"]
 

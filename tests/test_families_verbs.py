@@ -149,6 +149,8 @@ def test_why_there_is_no_linear_code() -> None:
     assert why_no_code(tiny("VQModel")) == "linear code: none beside a VQModel, whose codebook is no continuous code"
     more = tiny("AutoencoderKL", latent_channels=16)
     assert "which gives 16 numbers for the 12 of a patch" in str(why_no_code(more))
+    assert "24 + 16 k frames" in str(why_no_code(tiny("AutoencoderKLAllegro"), clips=True))
+    assert why_no_code(tiny("AutoencoderKLWan"), clips=True) is None
     assert all(why_no_code(tiny(name)) is None for name in IMAGES if name != "VQModel")
 
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from images import write_images
 from PIL import Image
+from tiny_classes import tiny
+from videos import number_of, write_video
 
 from eval import reconstruction
 from ldm_vae.autoencoder.config import AutoencoderConfig
@@ -47,6 +49,23 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "metrics.jsonl").write_text("".join(lines))
     (run / "config.yaml").write_text("output_dir: run\nadversary: {weight: 0.5, start_images: 5}\n")
     return build_report(run)
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of a class of clips and one of images on clips of five frames, whose frames tell their number."""
+    root = tmp_path_factory.mktemp("films")
+    (root / "videos").mkdir()
+    for number in range(2):
+        write_video(root / "videos" / f"{number}.mkv", 5, (32, 32))
+    for name in ("AutoencoderKLWan", "AutoencoderKL"):
+        tiny(name).save_pretrained(root / name)
+    with pytest.MonkeyPatch.context() as patch:
+        flags = ["--output", str(root / "out"), "--resolution", "32", "--metrics", "psnr", "--num_workers", "0"]
+        vaes = [str(root / "AutoencoderKLWan"), str(root / "AutoencoderKL")]
+        patch.setattr(sys, "argv", ["eval", *vaes, str(root / "videos"), "--frames", "5", *flags])
+        reconstruction.main()
+    return build_report(root / "out")
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +188,9 @@ def test_charts_tell_their_values(browser: Any, page: Path) -> None:
     assert find(browser, ".readout").text.split() == ["10", "l1", "0.5"]
 
 
-@pytest.mark.parametrize("width", [390, 768, 1280])
-def test_nothing_is_wider_than_the_screen(browser: Any, page: Path, width: int) -> None:
-    opened(browser, page, width)
+@pytest.mark.parametrize(("of", "width"), [("page", 390), ("page", 768), ("page", 1280), ("films", 390)])
+def test_nothing_is_wider_than_the_screen(browser: Any, request: pytest.FixtureRequest, of: str, width: int) -> None:
+    opened(browser, request.getfixturevalue(of), width)
     browser.execute_script(OPEN)
     assert browser.execute_script("return innerWidth") == width
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
@@ -250,6 +269,56 @@ def test_titles_and_ticks_of_a_chart_do_not_overlap(browser: Any, page: Path) ->
     assert overlaps == []
 
 
+def frame_shown(element: Any) -> int:
+    """The number of the frame that an element shows, by the grey in its right lower corner."""
+    with Image.open(io.BytesIO(element.screenshot_as_png)) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return number_of(torch.from_numpy(pixels[::8, ::8].copy()).permute(2, 0, 1))
+
+
+def test_films_of_a_page_show_one_frame(browser: Any, films: Path) -> None:
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    opened(browser, films, 1280)
+    number = "return Number(document.querySelector('#frame').value)"
+    seen = {browser.execute_script(number)}
+    # it plays by itself, and comes round
+    WebDriverWait(browser, 20).until(lambda _: seen.add(browser.execute_script(number)) or seen == {1, 2, 3, 4, 5})
+    find(browser, "#play").click()
+    find(browser, "#frame").send_keys(Keys.HOME + Keys.ARROW_RIGHT * 3)
+    assert find(browser, "#frame-number").text == "4 of 5"
+    for original in browser.find_elements("css selector", ".card img[id$='-original']"):
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", original)
+        assert frame_shown(original) == 3
+        assert original.size["width"] == pytest.approx(original.size["height"], abs=0.1)
+    places = browser.execute_script(
+        "return [...document.querySelectorAll('img.film')].map((e) => [e.dataset.frames, e.style.objectPosition])"
+    )
+    # latents of the class of clips have two frames
+    assert {(frames, place.split()[1]) for frames, place in places} == {("5", "75%"), ("2", "100%")}
+    assert len(places) > 20
+    browser.execute_script("window.scrollTo(0, 0)")
+    # the picture under the line too, and another one that is chosen while the clips stand still
+    for button in browser.find_elements("css selector", ".thumbnails button"):
+        button.click()
+        assert find(browser, ".canvas .before").get_attribute("style").endswith("75%;")
+    assert find(browser, ".canvas").size["width"] == find(browser, ".canvas").size["height"]
+    assert browser.execute_script(number) == 4
+
+
+def test_nothing_moves_where_the_system_asks_for_rest(browser: Any, films: Path) -> None:
+    features = [{"name": "prefers-reduced-motion", "value": "reduce"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    opened(browser, films, 1280)
+    frames = "return new Promise((done) => setTimeout(() => done(document.querySelector('#frame').value), 600))"
+    assert browser.execute_script(frames) == "1"
+    assert find(browser, "#play").get_attribute("aria-label") == "play"
+    find(browser, "#play").click()
+    assert browser.execute_script("return document.querySelector('.player.stopped')") is None
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
 def test_the_scheme_follows_the_system(browser: Any, page: Path) -> None:
     colours = {}
     for scheme in ("light", "dark"):
@@ -263,8 +332,9 @@ def test_the_scheme_follows_the_system(browser: Any, page: Path) -> None:
     assert brightness["dark"] < 100
 
 
-def test_nothing_was_fetched_and_nothing_complained(browser: Any, page: Path) -> None:
-    opened(browser, page, 1280)
+@pytest.mark.parametrize("of", ["page", "films"])
+def test_nothing_was_fetched_and_nothing_complained(browser: Any, request: pytest.FixtureRequest, of: str) -> None:
+    opened(browser, request.getfixturevalue(of), 1280)
     loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
     assert [name for name in loaded if not name.startswith("data:")] == []
     assert browser.get_log("browser") == []

@@ -18,7 +18,7 @@ from ldm_vae.latent_space import summary
 from ldm_vae.metrics.batches import ImageBatch
 from ldm_vae.metrics.metric import ImageMetric
 from ldm_vae.metrics.pictures import Pictures
-from ldm_vae.report import build_report
+from ldm_vae.report import build_report, images
 from ldm_vae.report.charts import MOST, Series, bar_chart, extremes, line_chart, small_charts
 from ldm_vae.report.gallery import gallery, samples
 from ldm_vae.report.images import NEGATIVE, POSITIVE, read_map, signed_map
@@ -156,3 +156,45 @@ def test_words_are_readable_in_both_schemes() -> None:
         for words in ("ink", "soft", "accent"):
             pair = sorted(luminance(scheme[name]) for name in (words, "paper"))
             assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (words, scheme[words])
+
+
+def test_a_film_has_its_frames_below_each_other(tmp_path: Path) -> None:
+    clip = torch.randint(0, 256, (3, 5, 12, 10), generator=torch.Generator().manual_seed(0)).float()
+    save(clip, tmp_path / "clip.png")
+    film = images.film_of(tmp_path / "clip.png", 5 * 12 * 10)
+    assert film == images.Film(5, 1, lossless=True)
+    tall = clip.transpose(0, 1).permute(0, 2, 3, 1).reshape(60, 10, 3).numpy()
+    assert np.array_equal(images.read_pixels(tmp_path / "clip.png"), tall)
+    assert np.array_equal(decoded(images.embed(tmp_path / "clip.png", film)), tall)
+    # made smaller, each frame is by itself: none has colours of its neighbours
+    small = decoded(images.embed(tmp_path / "clip.png", images.Film(5, 5)))
+    assert small.shape == (5 * 3, 2, 3)
+    for number in range(5):
+        frame = Image.fromarray(tall[12 * number : 12 * number + 12].astype(np.uint8)).reduce(5)
+        assert np.array_equal(small[3 * number : 3 * number + 3], np.asarray(frame))
+
+
+@pytest.mark.parametrize(
+    ("frames", "height", "pixels", "expected"),
+    [
+        (1, 20_000, 2**30, images.Film()),  # images are kept as they are
+        (9, 64, images.LOSSLESS_PIXELS, images.Film(9)),
+        (9, 64, images.LOSSLESS_PIXELS + 1, images.Film(9, lossless=False)),
+        (17, 256, images.MOST_PIXELS + 1, images.Film(17, 2, lossless=False)),
+        (81, 256, 0, images.Film(81, 2)),  # more rows than a WebP has
+    ],
+)
+def test_films_of_many_pixels_are_made_smaller(frames: int, height: int, pixels: int, expected: images.Film) -> None:
+    assert images.fitted(frames, height, pixels) == expected
+
+
+def test_an_interval_is_a_band_around_its_line() -> None:
+    band = [(1.0, 2.0, 6.0), (2.0, 3.0, 9.0)]
+    svg = str(line_chart([Series("mean", [(1.0, 4.0), (2.0, 5.0)], band=band)], label="x", x="frame", y="dB"))
+    points = re.search(r'<polygon class="band s0" points="([^"]+)"', svg)
+    assert points is not None
+    places = [tuple(map(float, point.split(","))) for point in points[1].split()]
+    # along the low ends and back along the high ones; a larger value is higher up
+    assert [x for x, _ in places] == [places[0][0], places[1][0], places[1][0], places[0][0]]
+    low_first, low_second, high_second, high_first = (y for _, y in places)
+    assert high_second < high_first < low_second < low_first

@@ -31,7 +31,6 @@ from ldm_vae.latent_store.maintain.verify import verify
 from ldm_vae.latent_store.read.pictures import contact_sheet, decode_to_png
 from ldm_vae.latent_store.write import sample_stream
 from ldm_vae.latent_store.write.encoder import Encoder
-from ldm_vae.metrics.batches import image_batches
 
 SETTINGS: dict[str, Any] = {"resolution": 16, "batch_size": 2, "shard_size": 6, "dtype": "fp32"}
 WAN = "AutoencoderKLWan"
@@ -178,13 +177,6 @@ def test_clips_are_decoded_to_animated_pictures_and_carried_by_no_other_format(t
     for name in ("kohya", "parquet", "webdataset"):
         with refused(UsageError, "--to"):
             convert_to(store, tmp_path / name, name)
-
-
-def test_figures_of_images_take_no_clips() -> None:
-    source = Footage(count=2)
-    object.__setattr__(source.decoding, "frames", 5)
-    with refused(UsageError, "frames"):
-        next(image_batches(source, None, 16, batch_size=1))
 
 
 def test_frames_are_encoded_in_tiles(tmp_path: Path) -> None:

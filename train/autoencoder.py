@@ -19,10 +19,11 @@ from accelerate import Accelerator
 
 from ldm_vae.autoencoder.geometry import check_resolution
 from ldm_vae.autoencoder.latents import posterior_noise
+from ldm_vae.autoencoder.lengths import check_frames
 from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.normalisation_law import is_fixed
 from ldm_vae.autoencoder.preparation import record
-from ldm_vae.core.errors import run_program
+from ldm_vae.core.errors import WorkError, run_program
 from ldm_vae.core.launch import StopSignal
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
@@ -35,6 +36,7 @@ from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.bound import evidence_bound
 from ldm_vae.metrics.evaluate import evaluate_reconstruction
 from ldm_vae.metrics.linear import MEASURED, LinearFloor, fit_code
+from ldm_vae.metrics.metric import Metric
 from ldm_vae.metrics.select import build_metrics
 from ldm_vae.metrics.titles import TITLES
 from ldm_vae.report import build_report
@@ -69,6 +71,9 @@ def train(settings: Training) -> None:
     # --- networks: from the config, another's weights or the linear code; a store's feed takes the encoder away -------
     vae = build_autoencoder(settings)
     check_resolution(settings.resolution, vae)
+    for name, one in (("data", source), ("validation_data", held_out)):
+        if one is not None and one.decoding.frames is not None:
+            check_frames(vae, one.decoding.frames, f"{name}.frames")
     if settings.init == "linear" and checkpoint.newest(run / "checkpoints", say) is None:
         start_from_data(vae, source, settings, accelerator)
     feed = (ImageFeed if settings.latent_store is None else StoredFeed)(settings, vae, source)
@@ -77,7 +82,7 @@ def train(settings: Training) -> None:
     given = given_normalisation(settings, vae)
     state = build_state(settings, accelerator, vae)
     if held_out is not None:  # what its metrics need is fetched now and not after the first hours
-        build_metrics(settings.validation_metrics, accelerator.device, settings.resolution, alpha=settings.alpha)
+        metrics_of(settings, accelerator, held_out)
 
     # --- the run folder, and where its last checkpoint left it: resume is the same command again ----------------------
     prepare_run_folder(settings, accelerator, MAY_CHANGE)
@@ -187,21 +192,31 @@ class Events:
         return improved
 
 
+def metrics_of(settings: Training, accelerator: Accelerator, source: Source) -> list[Metric]:
+    """The metrics of a validation on these images or clips, ready to update."""
+    return build_metrics(
+        settings.validation_metrics, accelerator.device, settings.resolution,
+        alpha=settings.alpha, clips=source.decoding.frames is not None,
+    )  # fmt: skip
+
+
 def validate(vae: Any, objective: Any, source: Source, state: TrainingState) -> dict[str, float]:
     """Reconstruction metrics of the averaged weights on held-out images, shared out over the ranks, and where the
     objective has a likelihood the evidence lower bound."""
     settings, accelerator = state.settings, state.accelerator
     chosen = spread(len(source), settings.validation_images)
     mine = share_of(accelerator.process_index, accelerator.num_processes, chosen, settings.train_batch_size)
-    names = settings.validation_metrics
-    metrics = build_metrics(names, accelerator.device, settings.resolution, alpha=settings.alpha)
+    metrics = metrics_of(settings, accelerator, source)
     shape = {"resolution": settings.resolution, "batch_size": settings.train_batch_size}
     batches = partial(image_batches, source, mine, settings.resolution, batch_size=settings.train_batch_size)
     code = fit_code(vae, source, chosen, accelerator.process_index, accelerator.num_processes, **shape)
-    of_code = build_metrics([name for name in names if name in MEASURED], accelerator.device, settings.resolution)
+    compared = [name for name in settings.validation_metrics if name in MEASURED]
+    of_code = build_metrics(compared, accelerator.device, settings.resolution)
     floor = code and LinearFloor(code, of_code)
     result = evaluate_reconstruction(vae, batches(), metrics, accelerator.device, linear=floor, **shape)
     scores = {name: summary.mean for name, summary in result.metrics.items() if summary.mean is not None}
+    if settings.best_metric not in scores:
+        raise WorkError(f"best_metric: {settings.best_metric} is of clips, and all of validation_data are images")
     scores |= evidence_bound(vae, objective, batches(), accelerator.device)
     if accelerator.is_main_process:
         sheet = record_validation(

@@ -35,6 +35,13 @@ class Lengths:
         return self.latent_first + (frames - self.first) // max(1, self.step) * self.latent_step
 
     @property
+    def joined(self) -> int | None:
+        """t, the frames of a latent frame, where 1 + t k frames have 1 + k latent frames or a multiple of k."""
+        if self.first != 1 or self.latent_first != 1:
+            return None
+        return self.step // self.latent_step if self.step else 1
+
+    @property
     def law(self) -> str:
         """The lengths in words."""
         if self.step == 0:
@@ -73,7 +80,7 @@ def lengths_of(vae: Any) -> Lengths:
 
 
 def check_frames(vae: Any, frames: int, field: str = "T") -> None:
-    """Raises UsageError, which opens with `field`, unless a clip of so many frames comes back whole."""
+    """Raises UsageError, which calls the number `field`, unless a clip of so many frames comes back whole."""
     if frames == 1 == family_of(vae).first:
         return
     lengths = lengths_of(vae)

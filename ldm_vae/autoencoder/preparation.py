@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import image_channels
+from ldm_vae.autoencoder.lengths import check_frames
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.decoding import DEFAULT, Decoding
 from ldm_vae.data.flags import NO_FLAGS, DataFlags, SplitPart
@@ -92,8 +93,8 @@ def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Prep
         vaes: by name on the command line; all see the same images.
 
     Raises:
-        UsageError: they take different numbers of channels, a flag asks for another, or two records differ and no
-            flag decides.
+        UsageError: they take different numbers of channels, a flag asks for another, two records differ and no flag
+            decides, or one would cut or pad clips of that length.
     """
     channels = {name: image_channels(vae) for name, vae in vaes.items()}
     if len(set(channels.values())) > 1:
@@ -102,6 +103,9 @@ def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Prep
     found = {f"VAE {name}": one for name, vae in vaes.items() if (one := recorded(vae)) is not None}
     records = [(name, one.decoding) for name, one in found.items()]
     decided = _decide(records, wanted, f"VAE {name}", flags, alpha=any(map(has_alpha, vaes.values())))
+    if (frames := decided.decoding.frames) is not None:
+        for vae in vaes.values():
+            check_frames(vae, frames, "frames")
     split = _split_of({name: one.holdout for name, one in found.items()}, flags)
     asked = () if flags.part is None or split is None else (f"part: {flags.part}, by data.holdout {split.share:g}",)
     return replace(decided, holdout=split, notes=(*decided.notes, *asked))

@@ -23,7 +23,7 @@ class Request:
 
     base: str = argument("BASE", "the VAE that the diffusion model was trained with")
     tuned: str = argument("TUNED", "the VAE that replaces it")
-    data: str = argument("DATA", "images: folder, dataset, list file, zip, tar shards, hub id")
+    data: str = argument("DATA", "images, with --frames clips: folder, dataset, list file, zip, tar shards, hub id")
     resolution: int | None = flag("side of the centre crop (default: BASE's sample_size)")
     images: int = flag("number of images, evenly spaced over DATA (default 64)", 64, metavar="N")
     batch_size: int = flag("images per forward pass (default 8)", 8)

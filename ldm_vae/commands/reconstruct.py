@@ -1,6 +1,6 @@
-"""`ldm-vae reconstruct VAE IMAGE... OUT`: reconstruct images, for a first look at an autoencoder.
+"""`ldm-vae reconstruct VAE IMAGE... OUT`: reconstruct images or clips, for a first look at an autoencoder.
 
-Legend: C channels, H W sides.
+Legend: C channels, T frames, H W sides.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ if TYPE_CHECKING:
 
 ON_SHEET, SHEET_SIDE = 32, 192  # pairs, and their side in pixels
 
-HELP = "encode and decode images, and write before and after"
+HELP = "encode and decode images or clips, and write before and after"
 DESCRIPTION = """\
 Decode the mode of each image's posterior. OUT/NAME.png is the reconstruction, OUT/NAME.before-after.png shows both side
 by side; OUT/sheet.png shows the first 32 of several. PSNR is printed. Of a folder, every image below it is taken, and
 what is left out is said; its sub-folders are kept in OUT. Without --resolution an image keeps its size, cropped to a
 multiple of the VAE's factor. With alpha, NAME.png is RGBA, and PSNR is the mean over composites on black and on white.
+With --frames N, IMAGE may be a video: its first N frames, in animated PNG files; PSNR is the mean over them.
 
   ldm-vae reconstruct runs/demo photo.jpg looked-at
   ldm-vae reconstruct runs/demo photographs one-more.png looked-at --resolution 256
   ldm-vae reconstruct stabilityai/sd-vae-ft-mse a.png b.png looked-at --resolution 512
+  ldm-vae reconstruct my-video-vae film.mp4 looked-at --resolution 64 --frames 17
 """
 
 
@@ -42,7 +44,7 @@ class Request:
     """The command line."""
 
     vae: str = argument("VAE", "a diffusers folder, a run folder, a hub id or a single file")
-    images: tuple[Path, ...] = argument("IMAGE", "image files, and folders of them", nargs="+")
+    images: tuple[Path, ...] = argument("IMAGE", "image files, with --frames videos, and folders of them", nargs="+")
     out: Path = argument("OUT", "folder for the images")
     resolution: int | None = flag("resize the short side and crop the centre to this size")
     config: str | None = flag(
@@ -68,7 +70,7 @@ def run(request: Request) -> None:
     from ldm_vae.core.ownership import own
     from ldm_vae.run.selection import at_checkpoint
 
-    images = _find(request.images)
+    images = _find(request.images, request.flags.frames is not None)
     name = at_checkpoint(request.vae, request.checkpoint)
     vae = load_autoencoder(name, request.config)
     if request.resolution is not None:
@@ -82,8 +84,9 @@ def run(request: Request) -> None:
         _reconstruct(vae, images, preparation, request)
 
 
-def _find(places: Sequence[Path]) -> list[_Image]:
-    """The images of files and folders, each under a name of its own; what a folder holds beside them is said on stderr.
+def _find(places: Sequence[Path], clips: bool) -> list[_Image]:
+    """The images (and videos, of clips) of files and folders, each under a name of its own; what a folder holds beside
+    them is said on stderr.
 
     Raises:
         UsageError: a folder holds none.
@@ -91,8 +94,10 @@ def _find(places: Sequence[Path]) -> list[_Image]:
     from ldm_vae.core.errors import UsageError
     from ldm_vae.core.terminal import print_note
     from ldm_vae.data.decoding import EXTENSIONS
+    from ldm_vae.data.footage import EXTENSIONS as OF_VIDEOS
     from ldm_vae.data.tree import LeftOut, walk
 
+    wanted = EXTENSIONS | OF_VIDEOS if clips else EXTENSIONS
     found: list[_Image] = []
     taken = {"sheet"}
     for place in places:
@@ -100,7 +105,7 @@ def _find(places: Sequence[Path]) -> list[_Image]:
             found.append(_Image(place, _free(place.stem, taken), named=True))
             continue
         left_out = LeftOut()
-        below = walk(place, EXTENSIONS, left_out)
+        below = walk(place, wanted, left_out)
         found += [
             _Image(place / one, _free(PurePosixPath(one).with_suffix("").as_posix(), taken), named=False)
             for one in below
@@ -112,7 +117,7 @@ def _find(places: Sequence[Path]) -> list[_Image]:
         for sentence in sentences:
             print_note(f"IMAGE {place}: {sentence}")
         if not below:
-            endings = ", ".join(sorted(EXTENSIONS))
+            endings = ", ".join(sorted(wanted))
             raise UsageError(f"IMAGE {place}: expected an image ({endings}) in the folder or below it, found none")
     return found
 
@@ -125,7 +130,8 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _reconstruct(vae: Any, images: Sequence[_Image], preparation: Preparation, request: Request) -> None:
-    """Write each image's reconstruction, and the two side by side; of several a sheet."""
+    """Write each image's reconstruction, and the two side by side; of several a sheet, of clips with their first
+    frames."""
     import torch
 
     from ldm_vae.core.errors import WorkError
@@ -152,13 +158,13 @@ def _reconstruct(vae: Any, images: Sequence[_Image], preparation: Preparation, r
         _, pair = reconstruct(vae, ImageBatch([0], [str(image.path)], crop[None], alpha), device)
         place = request.out / image.name
         place.parent.mkdir(parents=True, exist_ok=True)
-        save(pair.reconstruction[0], place.with_name(f"{place.name}.png"))
-        both = [visible(one[0], alpha).cpu() for one in (pair.original, pair.reconstruction)]
-        save(torch.cat(both, dim=2), place.with_name(f"{place.name}.before-after.png"))
+        save(_as_given(pair.reconstruction), place.with_name(f"{place.name}.png"))
+        both = [visible(one, alpha).cpu() for one in (pair.original, pair.reconstruction)]
+        save(_as_given(torch.cat(both, dim=3)), place.with_name(f"{place.name}.before-after.png"))
         decibels.append(psnr.build().values(pair).item())
         print(f"{image.path}  {_size(crop)}  PSNR {decibels[-1]:.2f} dB  {place}.before-after.png")
         if len(shown) < ON_SHEET:
-            small = [centre_crop(one.round().to(torch.uint8), SHEET_SIDE).pixels for one in both]
+            small = [centre_crop(one[0].round().to(torch.uint8), SHEET_SIDE).pixels for one in both]
             shown.append(torch.cat(small, dim=2))
     if not decibels:
         raise WorkError(f"IMAGE {', '.join(map(str, request.images))}: no usable image")
@@ -167,8 +173,14 @@ def _reconstruct(vae: Any, images: Sequence[_Image], preparation: Preparation, r
         print(f"{len(decibels):,} images, mean PSNR {fmean(decibels):.2f} dB; {request.out / 'sheet.png'}")
 
 
+def _as_given(frames: torch.Tensor) -> torch.Tensor:
+    """Frames [T, C, H, W] of one clip => [C, T, H, W], of an image [C, H, W]."""
+    return frames[0] if len(frames) == 1 else frames.transpose(0, 1)
+
+
 def _read(image: _Image, vae: Any, decoding: Decoding, request: Request) -> torch.Tensor | str:
-    """The part of an image that is reconstructed, uint8 [C, H, W]; the reason where none is, of one in a folder.
+    """The part of an image that is reconstructed, uint8 [C, H, W], of a clip [C, T, H, W]; the reason where none is, of
+    one in a folder.
 
     Raises:
         UsageError: nothing is, of one that a user named.
@@ -176,26 +188,31 @@ def _read(image: _Image, vae: Any, decoding: Decoding, request: Request) -> torc
     from ldm_vae.autoencoder.geometry import step_of
     from ldm_vae.core.errors import UsageError
     from ldm_vae.core.paths import nearest_path
-    from ldm_vae.data.decoding import BadImage, read_image
+    from ldm_vae.data.clips import crops_of
+    from ldm_vae.data.decoding import BadImage
     from ldm_vae.data.files import read_bytes
-    from ldm_vae.data.transforms import centre_crop
+    from ldm_vae.data.footage import Video, is_video
+    from ldm_vae.data.transforms import Crop, centre_crop
 
-    factor, reason = step_of(vae), ""
+    factor = step_of(vae)
+
+    def view(pixels: torch.Tensor, size: tuple[int, int]) -> tuple[Crop, ...]:
+        if request.resolution is not None:
+            return (centre_crop(pixels, request.resolution, size, decoding.resize, decoding.alpha),)
+        if min(pixels.shape[1:]) < factor:
+            raise BadImage(f"its sides must be at least f = {factor} pixels, it is {_size(pixels)}")
+        height, width = (side // factor * factor for side in pixels.shape[1:])
+        top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
+        return (Crop(pixels[:, top : top + height, left : left + width], size, (top, left, height, width)),)
+
     try:
-        pixels = read_image(read_bytes(image.path), decoding).pixels
-        if request.resolution is None and min(pixels.shape[1:]) < factor:
-            reason = f"its sides must be at least f = {factor} pixels, it is {_size(pixels)}"
+        content = Video(str(image.path)) if is_video(image.path.name) else read_bytes(image.path)
+        return crops_of(content, decoding, view)[0][0].pixels
     except BadImage as error:
         reason = f"{error.reason}{nearest_path(image.path)}"
-    if reason and image.named:
-        raise UsageError(f"image {image.path}: {reason}")
-    if reason:
+        if image.named:
+            raise UsageError(f"image {image.path}: {reason}") from error
         return reason
-    if request.resolution is not None:
-        return centre_crop(pixels, request.resolution, resize=decoding.resize, alpha=decoding.alpha).pixels
-    height, width = (side // factor * factor for side in pixels.shape[1:])
-    top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
-    return pixels[:, top : top + height, left : left + width]
 
 
 def _size(image: torch.Tensor) -> str:

@@ -4,7 +4,7 @@ Such a model hands base latents to the tuned decoder (text to image), and gets t
 (image to image). So both are measured: the latents against each other, and all four ways of encoding and decoding
 against the images.
 
-Legend: B batch, c latent channels, h w latent positions.
+Legend: B batch, c latent channels, P latent positions: h w of images, t h w of clips.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.geometry import downsampling_factor, latent_channels
+from ldm_vae.autoencoder.lengths import Lengths, lengths_of
 from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.normalisation_law import own_normalisation
 from ldm_vae.core.errors import UsageError, WorkError
@@ -106,6 +107,11 @@ class Drift:
         return [*rows, f"verdict: {self.verdict}"]
 
 
+def _law(lengths: Lengths) -> str:
+    latent = Lengths(lengths.latent_first, lengths.latent_step, 0, 0)
+    return f"{latent.law} latent frames of {lengths.law}"
+
+
 def _numbers(values: list[float]) -> str:
     return " ".join(f"{value:+.3f}" for value in values)
 
@@ -121,7 +127,7 @@ def measure_drift(
     total: int | None = None,
     normalisation: Normalisation | None = None,
 ) -> Drift:
-    """Compare two VAEs on one device over `batches` of images.
+    """Compare two VAEs on one device over `batches` of images or clips.
 
     Args:
         normalisation: the one that `tuned` is about to be written with; by default its config's.
@@ -135,6 +141,9 @@ def measure_drift(
         raise UsageError(
             f"BASE has {shapes[0][0]} channels at f = {shapes[0][1]}, TUNED {shapes[1][0]} at {shapes[1][1]}"
         )
+    in_time = [lengths_of(vae) for vae in (base, tuned)]
+    if in_time[0] != in_time[1]:
+        raise UsageError(f"BASE makes {_law(in_time[0])}, TUNED {_law(in_time[1])}")
     names = ("psnr", "lpips_alex") if lpips else ("psnr",)
     metrics = {way: build_metrics(names, base.device, resolution) for way in WAYS}
     means: dict[str, list[torch.Tensor]] = {"base": [], "tuned": []}
@@ -144,7 +153,7 @@ def measure_drift(
         z = {name: finite.encode(vae, pixels).mean for name, vae in vaes.items()}
         for name, value in z.items():
             # on the CPU and in fp64: the statistics below are over all images at once
-            means[name].append(value.double().cpu())
+            means[name].append(value.flatten(2).double().cpu())
         for way, measured in metrics.items():
             encoder, decoder = way.split(" -> ")
             pair = PINNED.pair(pixels, finite.decode(vaes[decoder], z[encoder]), alpha=batch.alpha)
@@ -152,19 +161,23 @@ def measure_drift(
                 metric.update(pair)
     if not means["base"]:
         raise WorkError("drift: there was no usable image")
-    before, after = torch.cat(means["base"]), torch.cat(means["tuned"])
-    centre, std = before.mean((0, 2, 3), keepdim=True), before.std((0, 2, 3), keepdim=True)
+    # [c, all positions]: images among clips have fewer of them
+    before, after = (torch.cat([one for part in means[name] for one in part], dim=1) for name in ("base", "tuned"))
+    centre, std = before.mean(1, keepdim=True), before.std(1, keepdim=True)
     # in the base's deviations, channel by channel: what a diffusion model of the base sees as 1
     apart = (after - before) / std
-    cosine = torch.cosine_similarity((before - centre).flatten(1), (after - centre).flatten(1))
+    cosine = torch.cat([
+        torch.cosine_similarity((one - centre).flatten(1), (other - centre).flatten(1))
+        for one, other in zip(means["base"], means["tuned"], strict=True)
+    ])  # fmt: skip
     return Drift(
         same_encoder=encoder_fingerprint(base) == encoder_fingerprint(tuned),
         same_normalisation=own_normalisation(base, "the base")
         == (normalisation or own_normalisation(tuned, "the VAE")),
-        images=len(before),
+        images=len(cosine),
         cosine=float(cosine.mean()),
         rms=float(apart.square().mean().sqrt()),
-        shift=apart.mean((0, 2, 3)).tolist(),
-        scale=(after.std((0, 2, 3)) / std.flatten()).tolist(),
+        shift=apart.mean(1).tolist(),
+        scale=(after.std(1) / std.flatten()).tolist(),
         metrics={way: {metric.name: metric.compute() for metric in measured} for way, measured in metrics.items()},
     )

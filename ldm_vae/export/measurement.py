@@ -1,6 +1,6 @@
 """Measurement of a VAE's latents: over batches of pixels, over images of any source, or as a latent store has them.
 
-Legend: B batch, C image channels, H W pixels.
+Legend: B batch, C image channels, T frames, H W pixels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from ldm_vae.metrics.batches import ImageBatch, image_batches, spread
 
 @torch.no_grad()
 def measure(vae: Any, pixel_batches: Iterable[torch.Tensor], device: torch.device | str) -> LatentStatistics:
-    """Statistics of the latents of pixels [B, C, H, W] in [-1, 1], summed in fp64, with intervals over images.
+    """Statistics of the latents of pixels [B, C, H, W] or [B, C, T, H, W] in [-1, 1], per channel over all positions,
+    summed in fp64, with intervals over images or clips.
 
     Raises:
         WorkError: there was no image, or the encoder gives NaN or Inf.
@@ -57,7 +58,8 @@ class Images:
     """Their decoding; as the VAE records by default."""
 
     def batches(self, vae: Any) -> Iterator[torch.Tensor]:
-        """Pixels [B, C, H, W] in [-1, 1] for this VAE. Raises UsageError when the resolution does not fit f."""
+        """Pixels [B, C, H, W] or [B, C, T, H, W] in [-1, 1] for this VAE. Raises UsageError when the resolution does
+        not fit f."""
         return (to_pixels(batch.pixels) for batch in self.image_batches(vae))
 
     def image_batches(self, vae: Any) -> Iterator[ImageBatch]:

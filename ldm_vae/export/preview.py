@@ -22,7 +22,7 @@ from torch.nn import functional
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.autoencoder.normalisation import Normalisation
-from ldm_vae.core.errors import WorkError
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.read.dataset import LatentDataset
 
 FILE = "latent_preview.json"
@@ -95,7 +95,7 @@ def pairs_of_images(vae: Any, pixel_batches: Iterable[torch.Tensor], normalisati
     """pixels [B, C, H, W] in [-1, 1] => (normalised latents, colours)."""
     for pixels in pixel_batches:
         mean = finite.encode(vae, pixels.to(vae.device, vae.dtype)).mean
-        yield normalisation.apply(mean), functional.avg_pool2d(pixels, downsampling_factor(vae))
+        yield _pair(vae, normalisation.apply(mean), pixels)
 
 
 @torch.no_grad()
@@ -105,4 +105,11 @@ def pairs_of_store(vae: Any, store: Path, normalisation: Normalisation, *, limit
     for place in range(min(limit, len(data))):
         scaled = data[place * len(data) // min(limit, len(data))]["latents"]
         pixels = data.decode(scaled[None], vae).clamp(-1, 1)
-        yield scaled[None], functional.avg_pool2d(pixels, downsampling_factor(vae))
+        yield _pair(vae, scaled[None], pixels)
+
+
+def _pair(vae: Any, scaled: torch.Tensor, pixels: torch.Tensor) -> Pair:
+    """Raises UsageError for clips, whose latent frames stand for several."""
+    if scaled.ndim > 4:
+        raise UsageError("--preview: colours are fitted on images, and these are clips; leave it out")
+    return scaled, functional.avg_pool2d(pixels, downsampling_factor(vae))

@@ -3,7 +3,10 @@
 A convolutional encoder commutes with neither scaling nor rotation by itself; latents of autoencoders that do are learnt
 faster by diffusion models (Kouzelis et al., "EQ-VAE", ICML 2025), which `perturbations.eq` trains for.
 
-Legend: B batch, C image channels, c latent channels, H W pixels, h w latent positions, T a transformation.
+Clips are transformed frame by frame.
+
+Legend: B batch, C image channels, c latent channels, H W pixels, h w latent positions (of clips t h w), T a
+transformation.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder import finite, signals
 from ldm_vae.autoencoder.geometry import downsampling_factor, geometry_of
 from ldm_vae.data.alpha import resampled
 from ldm_vae.metrics import psnr
@@ -30,9 +33,10 @@ class Transformation:
     turns: int = 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, channels, rows, columns] => moved likewise."""
-        height, width = (round(self.scale * side) for side in x.shape[2:])
-        return moved(x, height, width, self.turns)
+        """x [B, channels, rows, columns], of clips with frames before the rows => moved likewise."""
+        height, width = (round(self.scale * side) for side in x.shape[-2:])
+        found = moved(signals.frames_of(x), height, width, self.turns)
+        return found if x.ndim == 4 else signals.clips_of(found, x.shape[2])
 
 
 TRANSFORMATIONS = {
@@ -76,7 +80,8 @@ def equivariance_error(
     transformations: Mapping[str, Transformation] | None = None,
     alpha: bool = False,
 ) -> dict[str, Equivariance]:
-    """Encode images [B, C, H, W] in [-1, 1] before and behind each transformation (default: all that apply).
+    """Encode images [B, C, H, W] or clips [B, C, T, H, W] in [-1, 1] before and behind each transformation (default:
+    all that apply).
 
     center: mean of each channel over the data [c], the m of the relative error, so that a shift of the latent space
     makes no error small; the batch's own if it is not given. The mode of the posterior is compared. alpha: the fourth
@@ -85,15 +90,15 @@ def equivariance_error(
     factor = downsampling_factor(vae)
     if transformations is None:
         whole = geometry_of(vae).side is None
-        transformations = applicable(images.shape[2] // factor, images.shape[3] // factor, whole)
+        transformations = applicable(images.shape[-2] // factor, images.shape[-1] // factor, whole)
     mean = finite.encode(vae, images).mean
-    m = mean.double().mean(dim=(0, 2, 3)) if center is None else center.double().to(mean.device)
+    m = mean.double().flatten(2).mean(dim=(0, 2)) if center is None else center.double().to(mean.device)
     found = {}
     for name, transformation in transformations.items():
         target, moved = _of_images(transformation, images, alpha), transformation(mean)
         encoded = finite.encode(vae, target).mean.double()
         error = (encoded - moved.double()).square().flatten(1).sum(dim=1)
-        size = (encoded - m.view(-1, 1, 1)).square().flatten(1).sum(dim=1)
+        size = (encoded.flatten(2) - m.view(-1, 1)).square().flatten(1).sum(dim=1)
         pair = PINNED.pair(target, finite.decode(vae, moved), alpha=alpha)
         found[name] = Equivariance(error / size.clamp(min=1e-300), psnr.build().values(pair))
     return found
@@ -101,4 +106,7 @@ def equivariance_error(
 
 def _of_images(transformation: Transformation, images: torch.Tensor, alpha: bool) -> torch.Tensor:
     """images [B, C, H, W] in [-1, 1] transformed; without mixing in invisible colour where they have alpha."""
-    return 2 * resampled((images + 1) / 2, transformation) - 1 if alpha else transformation(images)
+    if not alpha:
+        return transformation(images)
+    found = 2 * resampled((signals.frames_of(images) + 1) / 2, transformation) - 1
+    return found if images.ndim == 4 else signals.clips_of(found, images.shape[2])

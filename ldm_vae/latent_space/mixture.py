@@ -6,7 +6,7 @@ lies outside is drawn as independent noise of the variance measured in each numb
 that such a sample has. (Ghosh et al., ICLR 2020, sample autoencoders from a mixture, of latent vectors.) The components
 are not scaled to one variance: clusters are apart where the variance is large, and scaled-up noise would hide them.
 
-Legend: M latents, c latent channels, h w latent positions, D = c * h * w, k principal components.
+Legend: M latents, c latent channels, h w latent positions (of clips t h w), D = c * h * w, k principal components.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LatentMixture:
     pca: Any
     mixture: Any
     outside: np.ndarray[Any, np.dtype[np.float64]]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     explained: float
 
     def sample(self, count: int, seed: int) -> torch.Tensor:
@@ -83,5 +83,4 @@ def fit_mixture(latents: torch.Tensor, components: int, seed: int) -> LatentMixt
         1e-3 * variances[-1], 1e-9 * variances[0], 1e-12
     )  # a component of few latents has directions without any
     mixture = GaussianMixture(min(components, count // PER_COMPONENT), reg_covar=floor, random_state=seed).fit(scores)
-    shape = (latents.shape[1], latents.shape[2], latents.shape[3])
-    return LatentMixture(pca, mixture, outside, shape, float(pca.explained_variance_ratio_.sum()))
+    return LatentMixture(pca, mixture, outside, tuple(latents.shape[1:]), float(pca.explained_variance_ratio_.sum()))

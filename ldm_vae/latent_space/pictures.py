@@ -1,11 +1,12 @@
-"""The pictures of a latent space, lossless: walks between images, along channels, and samples of two priors.
+"""The pictures of a latent space, lossless: walks between images, along channels, and samples of two priors; of clips
+the middle frames.
 
     latent_space/interpolation-0.linear.png     one row: the first image as decoded ... the second
     latent_space/interpolation-0.spherical.png  the same two, along the arc
     latent_space/traversal-03.png               channel 3 of one image, from -3 deviations to 3
     latent_space/samples.normal.png             z from N(0, I);  samples.field.png, samples.mixture.png: fitted ones
 
-Legend: N pictures, C image channels, R side, c latent channels, h w latent positions.
+Legend: N pictures, C image channels, R side, c latent channels, h w latent positions (of clips t h w).
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class LatentPictures:
 
     @torch.no_grad()
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
-        return finite.decode(self.vae, z.to(self.device).float()).cpu()
+        decoded = finite.decode(self.vae, z.to(self.device).float()).cpu()
+        return decoded if decoded.ndim == 4 else decoded[:, :, decoded.shape[2] // 2]
 
 
 def keep_pictures(

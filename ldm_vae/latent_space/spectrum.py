@@ -4,40 +4,42 @@ A diffusion model denoises coarse structure first, and an image's power falls wi
 power at high frequencies are closer to noise, and learning them is harder (Skorokhodov et al., "Improving the
 diffusability of autoencoders", ICML 2025).
 
-Legend: B batch, c latent channels, h w latent positions.
+Of clips, figures are means over latent frames. Legend: B batch, c latent channels, t h w latent positions.
 """
 
 from __future__ import annotations
 
 import torch
 
+from ldm_vae.autoencoder.signals import frames_of
 from ldm_vae.metrics.profile import radial_spectrum
 
 HIGH = 0.25  # cycles per position: half of the highest frequency that a row of positions can hold
 
 
 def radial_power_spectrum(latents: torch.Tensor) -> torch.Tensor:
-    """latents [B, c, h, w] => mean power over images and channels, fp64 [min(h, w) // 2 + 1].
+    """latents [B, c, h, w] or [B, c, t, h, w] => mean power over images and channels, fp64 [min(h, w) // 2 + 1].
 
     Entry k is the ring of k / min(h, w) cycles per position; white noise of variance 1 gives 1 in each. Entry 0 is 0:
     the mean of each plane is taken out.
     """
-    return radial_spectrum(latents) / len(latents)
+    frames = frames_of(latents)
+    return radial_spectrum(frames) / len(frames)
 
 
 def high_frequency_share(latents: torch.Tensor) -> torch.Tensor:
-    """latents [B, c, h, w] => the share of each one's power above HIGH, fp64 [B], between 0 and 1.
+    """latents [B, c, h, w] or [B, c, t, h, w] => the share of each one's power above HIGH, fp64 [B], between 0 and 1.
 
     Over all channels, the mean of each plane left out; 0 where nothing is left. White noise has `white_share(h, w)`.
     """
-    height, width = latents.shape[2:]
-    latents = latents.double()
+    height, width = latents.shape[-2:]
+    count, latents = len(latents), frames_of(latents).double()
     power = torch.fft.fft2(latents - latents.mean(dim=(2, 3), keepdim=True)).abs().square().sum(dim=1)
     high = _is_high(height, width).to(power.device)
     share: torch.Tensor = power[:, high].sum(dim=1) / power.sum(dim=(1, 2)).clamp(min=1e-300)
     # what rounding leaves of a constant has a share too
     left = power.sum(dim=(1, 2)) > 1e-24 * height * width * latents.square().sum(dim=(1, 2, 3))
-    return torch.where(left, share, 0.0)
+    return torch.where(left, share, 0.0).view(count, -1).mean(dim=1)
 
 
 def white_share(height: int, width: int) -> float:

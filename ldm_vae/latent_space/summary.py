@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm_vae.metrics.result import how_decoded
+from ldm_vae.metrics.result import how_decoded, in_words, noun
 from ldm_vae.metrics.titles import Title, amount
 
 Json = dict[str, Any]
@@ -187,8 +187,8 @@ def markdown(result: Json) -> str:
     data = result["data"]
     lines += [
         "",
-        f"{data['images']:,} images of {data['source']}, {data['resolution']} px centre crops, checksum "
-        f"{data['checksum'][:12]}; protocol {result['protocol']['name']} {result['protocol']['version']}."
+        f"{data['images']:,} {noun(data)}{in_words(data)} of {data['source']}, {data['resolution']} px centre crops, "
+        f"checksum {data['checksum'][:12]}; protocol {result['protocol']['name']} {result['protocol']['version']}."
         f"{how_decoded(data)}",
     ]
     return "\n".join(lines) + "\n"

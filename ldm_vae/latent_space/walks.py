@@ -4,7 +4,7 @@ A straight line between two draws of a Gaussian in many dimensions passes nearer
 (at half way |z| is smaller by the square root of 2); the arc keeps its distance (White, "Sampling generative networks",
 2016). Where the latent is an image of its own, as in latent diffusion, both mostly fade one picture into the other.
 
-Legend: c latent channels, h w latent positions, F frames.
+Legend: c latent channels, h w latent positions (of clips t h w), F frames.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def traversal(z: torch.Tensor, channel: int, mean: float, std: float, frames: in
     """
     moved = z.expand(frames, *z.shape).clone()
     steps = std * torch.linspace(-REACH, REACH, frames, dtype=z.dtype, device=z.device)
-    moved[:, channel] = (z[channel] if z[channel].numel() > 1 else mean) + steps.view(-1, 1, 1)
+    moved[:, channel] = (z[channel] if z[channel].numel() > 1 else mean) + steps.view(-1, *(1,) * (z.ndim - 1))
     return moved
 
 
 def _steps(like: torch.Tensor, frames: int) -> torch.Tensor:
-    return torch.linspace(0, 1, frames, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
+    return torch.linspace(0, 1, frames, dtype=like.dtype, device=like.device).view(-1, *(1,) * like.ndim)

@@ -1,6 +1,7 @@
-"""Images for a metric: the source's good images in order, each on one rank exactly once, cropped by the protocol.
+"""Images and clips for a metric: the good ones of a source in order, each on one rank exactly once, cropped by the
+protocol.
 
-Legend: B batch, C channels, R side of an image.
+Legend: B batch, C channels, T frames, R side of an image.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ def some_of(source: Source | Stream, wanted: int) -> Sequence[int] | None:
     return None if isinstance(source, Stream) else spread(len(source), wanted)
 
 
-def check_images(source: Source | Stream) -> None:
-    """Raises UsageError for a source of clips, where images alone do."""
+def check_images(source: Source | Stream, why: str) -> None:
+    """Raises UsageError for a source of clips, where images alone do; `why` is the rest of the sentence."""
     if source.decoding.frames is not None:
-        raise UsageError("frames: clips are encoded, stored and trained on, figures here are of images; leave it out")
+        raise UsageError(f"frames: {why}; leave it out")
 
 
 def image_batches(
@@ -69,19 +70,13 @@ def image_batches(
     num_workers: int = 0,
     quarantine: Quarantine | None = None,
     protocol: Protocol = PINNED,
-    clips: bool = False,
 ) -> Iterator[ImageBatch]:
-    """The usable images among `indices` (all if None), in order, resized and centre-cropped to `resolution` as the
-    protocol says; the others go to `quarantine`.
-
-    Args:
-        clips: a source of clips will do.
+    """The usable images or clips among `indices` (all if None), in order, resized and centre-cropped to `resolution` as
+    the protocol says; the others go to `quarantine`.
 
     Raises:
-        UsageError: a protocol's own resize, of a source that is not resized or has alpha; clips where images alone do.
+        UsageError: a protocol's own resize, of a source that is not resized, has alpha or is of clips.
     """
-    if not clips:
-        check_images(source)
     views = {"bytes": None, "floats": resized_floats, "pillow": resized_by_pillow}
     chosen = views[protocol.resize]
     if chosen is not None and source.decoding.resize == "none":
@@ -91,6 +86,10 @@ def image_batches(
         )
     if chosen is not None and source.decoding.alpha:
         raise UsageError(f"protocol: {protocol.name} is for images without alpha; the pinned protocol would do")
+    if chosen is not None and source.decoding.frames is not None:
+        raise UsageError(
+            f"protocol: {protocol.name} is for images, and frames makes clips; the pinned protocol would do"
+        )
     view = None if chosen is None else functools.partial(chosen, resolution=resolution)
     for samples, bad in ordered_loader(
         source, resolution, indices, batch_size=batch_size, num_workers=num_workers, view=view

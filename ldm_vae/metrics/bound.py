@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ldm_vae.autoencoder import finite, latents
+from ldm_vae.autoencoder.signals import frames_of
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import ImageBatch
 from ldm_vae.metrics.ranks import gather
@@ -42,7 +43,8 @@ def evidence_bound(
         noise = latents.posterior_noise(0, batch.indices, moments.mean.shape[1:]).to(device)
         decoded = finite.decode(vae, moments.sample(noise))
         nats = moments.kl().sum() / len(pixels)
-        logs = {f"loss/{likelihood}": objective.terms[likelihood](decoded, pixels), "kl_nats_per_image": nats}
+        term = objective.terms[likelihood](frames_of(decoded), frames_of(pixels))
+        logs = {f"loss/{likelihood}": term, "kl_nats_per_image": nats}
         bound = objective.bound(logs, pixels)
         means = [bound["elbo/nats_per_image"], bound["elbo/bits_per_dimension"], pixels.new_ones(())]
         sums += len(pixels) * torch.stack(means).double().cpu()

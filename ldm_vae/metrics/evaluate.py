@@ -1,6 +1,6 @@
-"""One pass over images: reconstruct, measure, merge over ranks. Validation and eval.reconstruction share it.
+"""One pass over images or clips: reconstruct, measure, merge over ranks. Validation and eval.reconstruction share it.
 
-Legend: B batch, C channels, R side of an image.
+Legend: B batch, C channels, T frames, R side of an image.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from ldm_vae.autoencoder import finite, latents
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, latent_channels
 from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.lengths import check_frames
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
@@ -38,9 +39,10 @@ WORST = 10  # how many of the poorest images are kept
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of an evaluation: metrics by name; images is N; checksum identifies the evaluated pixels, whatever their
-    order; worst holds (index, value of worst_by), poorest first; latents is Profile's dict; linear: metrics of a linear
-    code, if asked for."""
+    """Result of an evaluation: metrics by name; images is N, of images and clips together; checksum identifies the
+    evaluated pixels, whatever their order; worst holds (index, value of worst_by), poorest first; latents is Profile's
+    dict; linear: metrics of a linear code, if asked for; frames: of all of them, N of images; by_frame: of clips the
+    metrics of their first frames, their second, and so on."""
 
     metrics: dict[str, Summary]
     images: int
@@ -49,6 +51,8 @@ class Evaluation:
     worst: list[tuple[int, float]]
     latents: dict[str, Any]
     linear: dict[str, Summary] = field(default_factory=dict)
+    frames: int = 0
+    by_frame: dict[str, list[Summary]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         said = ", ".join(f"{name} {one}" for name, one in self.metrics.items())
@@ -65,7 +69,7 @@ def evaluate(
     num_workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """Measure how a VAE reconstructs images, by the pinned protocol (docs/evaluation.md).
+    """Measure how a VAE reconstructs images or clips, by the pinned protocol (docs/evaluation.md).
 
     Args:
         vae: what `load_autoencoder` gave.
@@ -74,7 +78,8 @@ def evaluate(
         metrics: names of `ldm_vae.metrics.select.NAMES`, or dotted paths of your modules.
 
     Raises:
-        UsageError: a metric does not exist, or the resolution is no multiple of f.
+        UsageError: a metric does not exist, the resolution is no multiple of f, or clips have a length that the class
+            would cut or pad.
         WorkError: no image can be read, weights that a metric needs cannot be had, or the network gives NaN.
 
     >>> from ldm_vae import evaluate, load_autoencoder, open_images
@@ -87,7 +92,10 @@ def evaluate(
     check_resolution(resolution, vae)
     bad = Quarantine(len(source))
     batches = image_batches(source, None, resolution, batch_size=batch_size, num_workers=num_workers, quarantine=bad)
-    chosen = build_metrics(metrics, device, resolution, alpha=source.decoding.alpha)
+    decoding = source.decoding
+    if decoding.frames is not None:
+        check_frames(vae, decoding.frames, "frames")
+    chosen = build_metrics(metrics, device, resolution, alpha=decoding.alpha, clips=decoding.frames is not None)
     vae = vae.to(device)
     result = evaluate_reconstruction(vae, batches, chosen, device, resolution=resolution, batch_size=batch_size)
     for key, reason in bad.bad.items():
@@ -103,11 +111,11 @@ def measure(
     metrics: Sequence[str] = ("psnr", "ssim", "lpips_alex"),
     alpha: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Measure pairs of images at hand, by the pinned protocol: values [B], fp64, for each metric.
+    """Measure pairs of images or clips at hand, by the pinned protocol: values [B], fp64, for each metric.
 
     Args:
-        original, reconstruction: pixels [B, C, H, W] in [-1, 1] on one device; what lies beyond is clamped in the
-            reconstruction, and both are rounded to 8 bits first.
+        original, reconstruction: pixels [B, C, H, W] or [B, C, T, H, W] in [-1, 1] on one device; what lies beyond is
+            clamped in the reconstruction, and both are rounded to 8 bits first.
         metrics: names of `ldm_vae.metrics.select.NAMES` that are of single images, or dotted paths of your modules.
         alpha: the fourth channel is straight alpha.
 
@@ -121,15 +129,18 @@ def measure(
     >>> measure(grey, grey + 2 / 255, metrics=["psnr"])["psnr"].round(decimals=2)
     tensor([48.1300, 48.1300], dtype=torch.float64)
     """
-    if original.ndim != 4 or original.shape != reconstruction.shape or not len(original):
+    if original.ndim not in (4, 5) or original.shape != reconstruction.shape or not len(original):
         came = f"{tuple(original.shape)} and {tuple(reconstruction.shape)}"
-        raise UsageError(f"original, reconstruction: expected two tensors of one shape [B, C, H, W], got {came}")
+        raise UsageError(
+            f"original, reconstruction: expected two tensors of one shape [B, C, H, W] or [B, C, T, H, W], got {came}"
+        )
     least, most = (float(one) for one in original.aminmax())
     if not -1 <= least <= most <= 1:
         raise UsageError(f"original: expected pixels in [-1, 1], got values from {least:g} to {most:g}")
     pair = PINNED.pair(original, reconstruction, alpha=alpha)
     found: dict[str, torch.Tensor] = {}
-    for metric in build_metrics(metrics, original.device, min(original.shape[2:]), alpha=alpha):
+    clips = pair.frames > 1
+    for metric in build_metrics(metrics, original.device, min(original.shape[-2:]), alpha=alpha, clips=clips):
         if (values := metric.update(pair)) is None:
             raise UsageError(f"metrics: {metric.name} is of whole sets of images; `evaluate` measures it")
         found[metric.name] = values
@@ -153,17 +164,18 @@ def evaluate_reconstruction(
 
     Args:
         vae: a diffusers autoencoder on `device`, in eval mode.
-        batches: the images of this rank, each image on exactly one rank.
+        batches: the images or clips of this rank, each on exactly one rank.
         batch_size: every batch is padded to it, so that an image's numbers do not depend on its neighbours or on the
             number of processes.
         linear: is shown the same images.
         each: called with the indices and per-image values of every batch.
 
     Raises:
+        UsageError: a clip has a length that the class would cut or pad.
         WorkError: no rank has an image, or the network gives NaN or infinity.
     """
     profile = Profile(_latent_shape(vae, resolution), resolution)
-    checksum, worst, images = Checksum(), Worst(metrics), 0
+    checksum, worst, images, frames = Checksum(), Worst(metrics), 0, 0
     for batch in batches:
         moments, pair = reconstruct(vae, batch, device, protocol, batch_size)
         values = {metric.name: found for metric in metrics if (found := metric.update(pair)) is not None}
@@ -171,28 +183,35 @@ def evaluate_reconstruction(
         checksum.update(batch.pixels)
         worst.update(batch.indices, values)
         images += len(batch.indices)
+        frames += pair.count
         if linear is not None:
             linear.update(batch, device)
         if each is not None:
             each(batch.indices, values)
 
     # a rank without images takes part: collectives below need every rank
-    images = int(gather(torch.tensor(images)).sum())
+    images, frames = gather(torch.tensor([images, frames])).sum(dim=0).tolist()
     if images == 0:
         raise WorkError("evaluation: there was no image to measure")
+    per_frame = {one.name: one.compute_frames() for one in metrics if isinstance(one, ImageMetric)}
     return Evaluation(
-        metrics={metric.name: _summary(metric) for metric in metrics},
+        metrics={metric.name: _summary(metric, of_frames=frames > images) for metric in metrics},
         images=images,
         checksum=checksum.compute(),
         worst_by=worst.by,
         worst=worst.compute(),
         latents=profile.compute(),
         linear={} if linear is None else linear.compute(),
+        frames=frames,
+        by_frame={name: found for name, found in per_frame.items() if found},
     )
 
 
-def _summary(metric: Metric) -> Summary:
+def _summary(metric: Metric, of_frames: bool) -> Summary:
+    """of_frames: the images of a metric of whole sets are frames of clips."""
     found = metric.compute()
+    if of_frames and found.mean is not None and not isinstance(metric, ImageMetric):
+        found = replace(found, note="; ".join(filter(None, ["of single frames: no distance of videos", found.note])))
     return found if metric.name in TITLES else replace(found, better=metric.better)
 
 
@@ -200,9 +219,11 @@ def _summary(metric: Metric) -> Summary:
 def reconstruct(
     vae: Any, batch: ImageBatch, device: torch.device, protocol: Protocol = PINNED, batch_size: int = 0
 ) -> tuple[Moments, Pair]:
-    """A batch => its moments [B, c, h, w] and the pair that the protocol compares, its tail padded to `batch_size`.
+    """A batch => its moments [B, c, h, w] or [B, c, t, h, w] and the pair that the protocol compares, its tail padded
+    to `batch_size`.
 
     Raises:
+        UsageError: its clips have a length that the class would cut or pad.
         WorkError: the network gives NaN or infinity; the layer and the image are named.
     """
     count = len(batch.indices)
@@ -232,7 +253,7 @@ class Checksum:
         self.total = 0
 
     def update(self, pixels: torch.Tensor) -> None:
-        """pixels [B, C, R, R], uint8 or fp32."""
+        """pixels [B, C, R, R] or [B, C, T, R, R], uint8 or fp32."""
         for image in pixels:
             digest = hashlib.sha256(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes())
             self.total = (self.total + int.from_bytes(digest.digest(), "big")) % 2**256
@@ -253,7 +274,7 @@ class Worst:
         self.heap: list[tuple[float, int]] = []  # (badness, -index): the least bad on top
 
     def update(self, indices: Sequence[int], values: Mapping[str, torch.Tensor]) -> None:
-        if not self.by:
+        if self.by not in values:
             return
         for index, value in zip(indices, values[self.by].tolist(), strict=True):
             # of equally bad ones the lower index stays, whatever the order in which they come

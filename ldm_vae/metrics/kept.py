@@ -27,7 +27,8 @@ class Kept:
 
     def update(self, pair: Pair) -> None:
         original, reconstruction = self.features(pair.on_white)
-        numbers = [float(rng.generator(0, self.purpose, index).random()) for index in pair.indices]
+        keys = [(index, frame) for index in pair.indices for frame in range(pair.frames)]
+        numbers = [float(rng.generator(0, self.purpose, *key).random()) for key in keys]
         self._new.append(
             torch.cat([torch.tensor(numbers)[:, None], original.float().cpu(), reconstruction.float().cpu()], dim=1)
         )

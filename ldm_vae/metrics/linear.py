@@ -1,4 +1,4 @@
-"""Linear floor: metrics of a linear code of the VAE's size, on the very images that are measured.
+"""Linear floor: metrics of a linear code of the VAE's size, on the very images or clips that are measured.
 
 The code (`autoencoder/linear_code.py`) is fitted on the measured images themselves: no linear code leaves a smaller
 squared error on them.
@@ -15,6 +15,7 @@ import torch
 from diffusers import VQModel
 
 from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, latent_channels
+from ldm_vae.autoencoder.lengths import lengths_of
 from ldm_vae.autoencoder.linear_code import LinearCode, PatchMoments
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.text import an
@@ -47,10 +48,13 @@ class LinearFloor:
         return {metric.name: metric.compute() for metric in self.metrics}
 
 
-def why_no_code(vae: Any) -> str | None:
+def why_no_code(vae: Any, clips: bool = False) -> str | None:
     """A sentence where no linear code is like this VAE's; None where one is."""
     name, channels = type(vae).__name__, latent_channels(vae)
-    numbers = downsampling_factor(vae) ** 2 * image_channels(vae)
+    frames = lengths_of(vae).joined if clips else 1
+    if frames is None:
+        return f"linear code: none beside {an(name)}, whose clips have {lengths_of(vae).law} frames and not 1 + t k"
+    numbers = frames * downsampling_factor(vae) ** 2 * image_channels(vae)
     if isinstance(vae, VQModel):
         return f"linear code: none beside {an(name)}, whose codebook is no continuous code"
     if channels > numbers:
@@ -63,10 +67,12 @@ def fit_code(
 ) -> LinearCode | None:
     """The code of the latent size of `vae` for the usable ones of these images, at most LARGEST, the same on every
     rank; None where there is none: `why_no_code`, or of images of one colour."""
-    if why_no_code(vae) is not None:
+    clips = source.decoding.frames is not None
+    if why_no_code(vae, clips) is not None:
         return None
     chosen = [indices[place] for place in spread(len(indices), LARGEST)]
-    moments = PatchMoments(downsampling_factor(vae), image_channels(vae))
+    frames = lengths_of(vae).joined or 1 if clips else 1
+    moments = PatchMoments(downsampling_factor(vae), image_channels(vae), frames=frames)
     for batch in image_batches(
         source, share_of(rank, world_size, chosen, batch_size), resolution, batch_size=batch_size
     ):

@@ -1,12 +1,14 @@
-"""Pictures for judging by eye: a few originals, reconstructions and latents, lossless, with their metrics.
+"""Pictures for judging by eye: a few originals, reconstructions and latents, lossless, with their metrics. Of clips
+they are animated, and metrics of each frame stand beside them.
 
     pictures/pictures.json            one object a picture: name, kind, key, index, and per VAE its files and metrics
     pictures/000.original.png
     pictures/000.reconstruction.png   of the second VAE: 000.reconstruction.2.png
-    pictures/000.lpips.png            where LPIPS sees a difference, if it is measured: 16 bits, 65535 for 1 and above
+    pictures/000.lpips.png            where LPIPS sees a difference, if it is measured: 16 bits, 65535 for 1 and above;
+                                      of a clip one frame below the other
     pictures/000.latent.png           the latent's three largest principal components as red, green and blue
 
-Legend: B batch, C channels, c latent channels, h w latent positions, R side of an image.
+Legend: B batch, C channels, T frames, c latent channels, t h w latent positions, R side of an image.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ldm_vae.autoencoder import signals
 from ldm_vae.core import atomic_io
 from ldm_vae.core.ownership import mark
 from ldm_vae.core.pictures import png, save
@@ -65,29 +69,36 @@ class Pictures:
         protocol: Protocol = PINNED,
     ) -> None:
         """Reconstruct the images of `batches` with one more VAE; kinds maps an index to "shown" or "worst"."""
-        means, added = [], []
+        means: list[torch.Tensor] = []
+        added: list[tuple[Path, int]] = []
         for batch in batches:
             moments, pair = reconstruct(vae, batch, device, protocol, batch_size)
-            values = {m.name: m.values(pair).tolist() for m in metrics if isinstance(m, ImageMetric)}
-            maps = next(
-                (pair.mean(m.where) for m in metrics if isinstance(m, ImageMetric) and m.where is not None), None
-            )
+            per_image = [m for m in metrics if isinstance(m, ImageMetric) and m.applies(pair)]
+            values = {m.name: m.of_frames(pair).tolist() for m in per_image}
+            maps = next((pair.mean(m.where) for m in per_image if m.where is not None), None)
+            before, after = (visible(one, pair.alpha) for one in (pair.original, pair.reconstruction))
             for row, (index, key) in enumerate(zip(batch.indices, batch.keys, strict=True)):
-                picture = self._picture(index, key, kinds[index], visible(pair.original[row], pair.alpha))
+                picture = self._picture(index, key, kinds[index], _one(before, row, pair.frames))
                 nth = f".{len(picture.vaes) + 1}" if picture.vaes else ""
                 files = {kind: f"{picture.name}.{kind}{nth}.png" for kind in ("reconstruction", "latent")}
-                save(visible(pair.reconstruction[row], pair.alpha), self.folder / files["reconstruction"])
+                save(_one(after, row, pair.frames), self.folder / files["reconstruction"])
                 if maps is not None:
                     files["lpips"] = f"{picture.name}.lpips{nth}.png"
                     # of 8 bits a good reconstruction, a few thousandths, would have one level or two
-                    levels = (65535 * maps[row, 0].clamp(0, 1)).round().cpu().numpy().astype(np.uint16)
+                    where = _one(maps, row, pair.frames)[0].flatten(0, -2)
+                    levels = (65535 * where.clamp(0, 1)).round().cpu().numpy().astype(np.uint16)
                     atomic_io.replace(self.folder / files["lpips"], atomic_io.data(png(Image.fromarray(levels))))
-                picture.vaes.append({**files, "metrics": {name: found[row] for name, found in values.items()}})
-                added.append(self.folder / files["latent"])
-            means.append(moments.mean.cpu())
+                picture.vaes.append({**files, "metrics": {name: fmean(found[row]) for name, found in values.items()}})
+                if pair.frames > 1:
+                    curves = {name: found[row] for name, found in values.items() if len(found[row]) > 1}
+                    picture.vaes[-1]["by_frame"] = curves
+                added.append((self.folder / files["latent"], moments.mean.shape[2:-2].numel()))
+            means.append(signals.frames_of(moments.mean).cpu())
         if means:
-            for path, colours in zip(added, principal_colours(torch.cat(means)), strict=True):
-                save(colours, path)
+            # one basis for all of them
+            colours = torch.split(principal_colours(torch.cat(means)), [frames for _, frames in added])
+            for (path, frames), found in zip(added, colours, strict=True):
+                save(_one(found, 0, frames), path)
 
     def _picture(self, index: int, key: str, kind: str, original: torch.Tensor) -> Picture:
         if index not in self.pictures:
@@ -99,6 +110,12 @@ class Pictures:
     def finish(self) -> None:
         rows = [asdict(picture) for picture in self.pictures.values()]
         (self.folder / INDEX).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def _one(frames: torch.Tensor, row: int, count: int) -> torch.Tensor:
+    """Frames [B*T, C, H, W], count T of each clip => a clip of them [C, T, H, W]; of images one [C, H, W]."""
+    own = frames[row * count : (row + 1) * count]
+    return own[0] if count == 1 else own.transpose(0, 1)
 
 
 def keep_pictures(

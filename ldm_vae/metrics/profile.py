@@ -1,6 +1,8 @@
 """Profile of the latent: information per channel, and power spectra before and behind it.
 
-Legend: B batch, C channels, c latent channels, H W pixels, h w latent positions.
+Of clips, spectra are of frames, and the mean over a clip's counts once.
+
+Legend: B batch, C channels, c latent channels, H W pixels, t h w latent positions.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder.latents import Moments
+from ldm_vae.autoencoder.signals import frames_of
 from ldm_vae.metrics.protocol import Pair
 from ldm_vae.metrics.ranks import gather
 
@@ -55,19 +58,19 @@ class Profile:
         self.sums = {name: torch.zeros(length, dtype=torch.float64) for name, length in lengths.items()}
 
     def update(self, moments: Moments, pair: Pair) -> None:
-        """Moments [B, c, h, w] and the pair decoded from them."""
+        """Moments [B, c, h, w] or [B, c, t, h, w] and the pair decoded from them."""
         self.images += moments.mean.shape[0]
-        seen = pair.on_white
-        mean, variance = moments.mean.double(), moments.logvar.double().exp()
-        kl = moments.kl().double().sum(dim=(0, 2, 3))
+        seen, latent_frames = pair.on_white, moments.mean.shape[2:-2].numel()
+        mean, variance = (values.double().flatten(2) for values in (moments.mean, moments.logvar.double().exp()))
+        kl = moments.kl().double().flatten(2).sum(dim=(0, 2))
         values = {
             "kl": torch.full_like(kl, torch.nan) if moments.is_point else kl,
-            "mean": mean.mean(dim=(2, 3)).sum(dim=0),
-            "square": mean.square().mean(dim=(2, 3)).sum(dim=0),
-            "noise": variance.mean(dim=(2, 3)).sum(dim=0),
-            "latents": radial_spectrum(moments.mean),
-            "original": radial_spectrum(seen.original[: pair.count] / 127.5),
-            "reconstruction": radial_spectrum(seen.reconstruction[: pair.count] / 127.5),
+            "mean": mean.mean(dim=2).sum(dim=0),
+            "square": mean.square().mean(dim=2).sum(dim=0),
+            "noise": variance.mean(dim=2).sum(dim=0),
+            "latents": radial_spectrum(frames_of(moments.mean)) / latent_frames,
+            "original": radial_spectrum(seen.original[: pair.count] / 127.5) / pair.frames,
+            "reconstruction": radial_spectrum(seen.reconstruction[: pair.count] / 127.5) / pair.frames,
         }
         for name, value in values.items():
             self.sums[name] += value.cpu()

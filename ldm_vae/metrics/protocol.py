@@ -4,7 +4,10 @@ The same network scores up to 1 dB apart under the protocols in use, so ours is 
 every result file: the mode of the posterior is decoded, output is clamped to [-1, 1] and *rounded* to 8 bits, and every
 metric compares those 8-bit images.
 
-Legend: B batch, C channels, H W pixels.
+Clips are compared frame by frame: a pair holds their frames, folded into the batch, and a clip's value is the mean over
+its own.
+
+Legend: B batch, C channels, T frames, H W pixels.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from ldm_vae.autoencoder.signals import frames_of
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.text import not_among
 from ldm_vae.data.alpha import BACKGROUNDS, composite
@@ -23,12 +27,12 @@ from ldm_vae.data.alpha import BACKGROUNDS, composite
 
 @dataclass(frozen=True)
 class Pair:
-    """A batch of originals and their reconstructions, each [B, C, H, W] fp32.
+    """A batch of originals and their reconstructions, each [B, C, H, W] fp32, of clips the frames [B*T, C, H, W].
 
     original and reconstruction are on the 0..255 scale, quantised as the protocol says; raw_original and
     raw_reconstruction are pixels in [-1, 1], the latter as decoded: not clamped. The first len(indices) images are to
     be measured; the others pad the batch, so that an image's numbers do not depend on how full its batch was. alpha:
-    the fourth channel is straight alpha; metrics of colour compare `views`.
+    the fourth channel is straight alpha; metrics of colour compare `views`. frames: T, 1 of images.
     """
 
     original: torch.Tensor
@@ -37,6 +41,7 @@ class Pair:
     raw_reconstruction: torch.Tensor
     indices: Sequence[int]
     alpha: bool = False
+    frames: int = 1
 
     @cached_property
     def views(self) -> tuple[Pair, ...]:
@@ -56,12 +61,12 @@ class Pair:
     def _over(self, grey: float) -> Pair:
         whole = [composite(one, grey, low=0.0).round() for one in (self.original, self.reconstruction)]
         raw = [composite(one, grey / 127.5 - 1) for one in (self.raw_original, self.raw_reconstruction)]
-        return Pair(whole[0], whole[1], raw[0], raw[1], self.indices)
+        return Pair(whole[0], whole[1], raw[0], raw[1], self.indices, frames=self.frames)
 
     @property
     def count(self) -> int:
-        """Number of images that are measured."""
-        return len(self.indices)
+        """Number of images, of clips of frames, that are measured."""
+        return len(self.indices) * self.frames
 
 
 @dataclass(frozen=True)
@@ -94,10 +99,11 @@ class Protocol:
         indices: Sequence[int] | None = None,
         alpha: bool = False,
     ) -> Pair:
-        """original and reconstruction [B, C, H, W], pixels in [-1, 1] => what the metrics compare."""
-        original, reconstruction = original.float(), reconstruction.float()
+        """original and reconstruction [B, C, H, W] or [B, C, T, H, W], pixels in [-1, 1] => what metrics compare."""
+        indices, frames = range(len(original)) if indices is None else indices, original.shape[2:-2].numel()
+        original, reconstruction = (frames_of(pixels).float() for pixels in (original, reconstruction))
         quantised = self.quantise(original), self.quantise(reconstruction)
-        return Pair(*quantised, original, reconstruction, range(len(original)) if indices is None else indices, alpha)
+        return Pair(*quantised, original, reconstruction, indices, alpha, frames)
 
     def quantise(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels in [-1, 1], or beyond => whole numbers 0..255, fp32."""

@@ -16,6 +16,7 @@ import torch
 from ldm_vae import __version__
 from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
 from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, latent_channels
+from ldm_vae.autoencoder.lengths import lengths_of
 from ldm_vae.autoencoder.normalisation_law import law_in_words
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
@@ -23,6 +24,7 @@ from ldm_vae.core import atomic_io
 from ldm_vae.core.files import LARGEST, read_bytes
 from ldm_vae.core.programs import words_of
 from ldm_vae.core.validation import as_written, parse_json
+from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.metrics.evaluate import Evaluation
 from ldm_vae.metrics.protocol import Protocol
@@ -48,9 +50,10 @@ def labels(vaes: Sequence[str]) -> list[str]:
     return names
 
 
-def describe_vae(vae: Any, name: str, source: str) -> Json:
-    """Identity and size of the VAE that was measured."""
-    return {
+def describe_vae(vae: Any, name: str, source: str, frames: int | None = None) -> Json:
+    """Identity and size of the VAE that was measured, on clips of so many frames."""
+    of_clips = {} if frames is None else {"latent_frames": lengths_of(vae).latent_frames(frames)}
+    return of_clips | {
         "name": name,
         "source": source,
         "class": type(vae).__name__,
@@ -72,7 +75,8 @@ def result(
 
     Args:
         vae: from `describe_vae`.
-        data: where the images came from, and how they were decoded: source, resolution, quarantined, preprocessing.
+        data: where the images came from, and how they were decoded: source, resolution, quarantined, preprocessing,
+            and of clips `about_clips`.
         computed: from `settings`.
         key_of: the key of an image by its index, for the worst ones.
     """
@@ -83,8 +87,10 @@ def result(
             **data,
             "images": evaluation.images,
             "checksum": evaluation.checksum,
+            **({"all_frames": evaluation.frames} if "clips" in data else {}),
         },
         "metrics": {name: summary.to_json() for name, summary in evaluation.metrics.items()},
+        **({"by_frame": _by_frame(evaluation)} if evaluation.by_frame else {}),
         **(
             {"linear_code": {name: summary.to_json() for name, summary in evaluation.linear.items()}}
             if evaluation.linear
@@ -97,6 +103,17 @@ def result(
         "settings": computed,
         "versions": versions(),
     }
+
+
+def _by_frame(evaluation: Evaluation) -> Json:
+    return {name: [one.to_json() for one in found] for name, found in evaluation.by_frame.items()}
+
+
+def about_clips(decoding: Decoding) -> Json:
+    """What identifies clips, for `data`: frames, their rate (None: the video's own) and stride; empty of images."""
+    if decoding.frames is None:
+        return {}
+    return {"clips": {"frames": decoding.frames, "rate": decoding.frame_rate, "stride": decoding.frame_stride}}
 
 
 def command(program: str) -> Json:
@@ -146,7 +163,7 @@ def table(results: Sequence[Json]) -> list[list[str]]:
         floors = [found.get("linear_code", {}).get(name) for found in results]
         if any(floors):
             rows.append([f"{heading(name)} of {LINEAR}", *(_cell(name, floor) for floor in floors)])
-    rows.append(["images", *(f"{found['data']['images']:,}" for found in results)])
+    rows.append([noun(results[0]["data"]), *(f"{found['data']['images']:,}" for found in results)])
     return rows
 
 
@@ -168,12 +185,26 @@ def markdown(results: Sequence[Json]) -> str:
     first = results[0]
     protocol, data = first["protocol"], first["data"]
     lines.append(
-        f"\nMean ± half of the 95 % interval over images. Protocol {protocol['name']} {protocol['version']}: "
-        f"{protocol['posterior']} of the posterior, {data['resolution']} px centre crops, 8-bit images "
-        f"({protocol['rounding']}). Data {data['source']}, checksum {data['checksum'][:12]}."
+        f"\nMean ± half of the 95 % interval over {noun(data)}{in_words(data)}. Protocol {protocol['name']} "
+        f"{protocol['version']}: {protocol['posterior']} of the posterior, {data['resolution']} px centre crops, 8-bit "
+        f"images ({protocol['rounding']}). Data {data['source']}, checksum {data['checksum'][:12]}."
         f"{how_decoded(data)}"
     )
     return "\n".join(lines) + "\n"
+
+
+def noun(data: Json) -> str:
+    """What was measured: clips, or images."""
+    return "clips" if "clips" in data else "images"
+
+
+def in_words(data: Json) -> str:
+    """What the clips are, behind a blank; empty of images."""
+    if (clips := data.get("clips")) is None:
+        return ""
+    rate = "the video's own rate" if clips["rate"] is None else f"{clips['rate']:g} a second"
+    every = f", every {clips['stride']}th of them" if clips["stride"] > 1 else ""
+    return f" of {clips['frames']} frames at {rate}{every}"
 
 
 def how_decoded(data: Json) -> str:

@@ -13,7 +13,7 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.core.text import not_among
 from ldm_vae.core.validation import first_line
 from ldm_vae.metrics import alpha as of_alpha
-from ldm_vae.metrics import cmmd, delta_e, kid, l1, lpips, ms_ssim, psnr, ssim
+from ldm_vae.metrics import cmmd, delta_e, kid, l1, lpips, ms_ssim, psnr, ssim, temporal
 from ldm_vae.metrics.frechet import FrechetDistance
 from ldm_vae.metrics.metric import Metric, Unmeasured
 from ldm_vae.metrics.protocol import PINNED, Protocol
@@ -24,9 +24,11 @@ from ldm_vae.perceptual.ssim import WINDOW
 NAMES = tuple(TITLES)
 
 
-def default_names(alpha: bool) -> tuple[str, ...]:
-    """All that can be measured of images with or without alpha."""
-    return tuple(name for name in NAMES if alpha or name not in of_alpha.NAMES)
+def default_names(alpha: bool, clips: bool = False) -> tuple[str, ...]:
+    """All that can be measured of images or clips, with or without alpha."""
+    return tuple(
+        name for name in NAMES if (alpha or name not in of_alpha.NAMES) and (clips or name not in temporal.NAMES)
+    )
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,13 @@ def build_metrics(
     weights: Weights = Weights(),  # frozen
     protocol: Protocol = PINNED,
     alpha: bool = False,
+    clips: bool = False,
 ) -> list[Metric]:
     """The metrics of `names`, ready to update; one whose network is not there has a row that says so.
 
     Args:
         alpha: the images have alpha.
+        clips: they may have several frames.
 
     Raises:
         UsageError: see `check`; a module of somebody's own gives no metric.
@@ -69,6 +73,8 @@ def build_metrics(
     check(names, resolution)
     if not alpha and (named := [name for name in names if name in of_alpha.NAMES]):
         raise UsageError(f"metrics: {named[0]}: expected images with alpha; `--alpha straight` says that they have it")
+    if not clips and (named := [name for name in names if name in temporal.NAMES]):
+        raise UsageError(f"metrics: {named[0]}: expected clips; `--frames N` reads videos as clips of N frames")
     per_image: dict[str, Callable[[], Metric]] = {
         "psnr": lambda: psnr.build(protocol),
         "ssim": lambda: ssim.build(protocol),
@@ -76,6 +82,8 @@ def build_metrics(
         "delta_e": delta_e.build,
         "alpha_psnr": lambda: of_alpha.build("alpha_psnr"),
         "alpha_l1": lambda: of_alpha.build("alpha_l1"),
+        "temporal_l1": lambda: temporal.build("temporal_l1"),
+        "flicker": lambda: temporal.build("flicker"),
         "lpips_alex": lambda: lpips.build("alex", device, weights.lpips, protocol),
         "lpips_vgg": lambda: lpips.build("vgg", device, weights.lpips, protocol),
     }

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+ValidationMetric = Literal[
+    "psnr", "ssim", "l1", "lpips_alex", "lpips_vgg", "delta_e", "alpha_psnr", "alpha_l1", "temporal_l1", "flicker"
+]
+"""What a validation in training may measure: of single images or clips, by networks that are found by themselves."""
 
 
 class Title(NamedTuple):
@@ -28,6 +33,12 @@ TITLES = {
     "delta_e": Title("ΔE 2000", "", 2, "lower", "Mean colour difference; 1 is just noticeable."),
     "alpha_psnr": Title("Alpha PSNR", "dB", 2, "higher", "Squared error of alpha on a logarithmic scale."),
     "alpha_l1": Title("Alpha L1", "grey levels", 2, "lower", "Mean absolute error of alpha, of 255."),
+    "temporal_l1": Title(
+        "Temporal difference", "grey levels", 2, "lower", "Mean absolute error of the difference of two frames, of 255."
+    ),
+    "flicker": Title(
+        "Flicker", "grey levels", 2, "lower", "RMS change of the error from frame to frame; 0 for one that stays."
+    ),
     "rfid": Title("rFID", "", 3, "lower", "Fréchet distance in Inception features (2015-12-05)."),
     "kid": Title("KID", "× 1000", 3, "lower", "Kernel distance in Inception features, mean over random subsets."),
     "fd_dinov2": Title("FD DINOv2", "", 2, "lower", "Fréchet distance in DINOv2 features."),

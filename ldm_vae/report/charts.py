@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
@@ -19,12 +19,14 @@ MOST = 16  # of what has a bar or a small chart of its own: a latent may have 76
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) in order of x; dots for few measured values, a line for many. `faint`: a reference."""
+    """Points (x, y) in order of x; dots for few measured values, a line for many. `faint`: a reference; `band`: (x,
+    low, high), an interval around the line."""
 
     label: str
     points: Sequence[tuple[float, float]]
     dots: bool = False
     faint: bool = False
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,10 @@ def line_chart(
         mark: a vertical line with a word.
     """
     series = [
-        Series(s.label, [(x, y) for x, y in s.points if math.isfinite(y) and (y > 0 or not log)], s.dots, s.faint)
-        for s in series
+        replace(s, points=[(x, y) for x, y in s.points if math.isfinite(y) and (y > 0 or not log)]) for s in series
     ]
     xs = [x for s in series for x, _ in s.points]
-    ys = [y for s in series for _, y in s.points]
+    ys = [y for s in series for _, y in s.points] + [end for s in series for _, *ends in s.band for end in ends]
     if not xs:
         return Markup("")
     x_axis = linear_axis(*(x_range or (min(xs), max(xs))), tight=True)
@@ -89,6 +90,9 @@ def line_chart(
     for number, s in enumerate(series):
         spots = [place(x, y) for x, y in s.points]
         colour = _colour(number, s)
+        if s.band:
+            around = [place(x, low) for x, low, _ in s.band] + [place(x, high) for x, _, high in reversed(s.band)]
+            parts.append(f'<polygon class="band {colour}" points="{" ".join(f"{x},{y}" for x, y in around)}"/>')
         if len(spots) > 1:
             parts.append(f'<polyline class="line {colour}" points="{" ".join(f"{x},{y}" for x, y in spots)}"/>')
         if s.dots or len(spots) == 1:

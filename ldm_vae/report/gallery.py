@@ -1,4 +1,5 @@
-"""The pictures of the page: originals, what each VAE made of them, differences and error maps, embedded."""
+"""The pictures of the page: originals, what each VAE made of them, differences and error maps, embedded; of clips
+films, and the metrics of each frame."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from ldm_vae.metrics.titles import number, title
+from ldm_vae.metrics.titles import heading, number, title
 from ldm_vae.report import images
+from ldm_vae.report.charts import Series, line_chart
 
 Json = dict[str, Any]
 
@@ -30,6 +33,8 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
     ]  # fmt: skip
     if not pixels:
         return None
+    shown = sum(original[..., 0].size * (1 + len(others)) for original, others in pixels)
+    forms = [images.film_of(images.inside(folder, f"{picture['name']}.original.png"), shown) for picture in pictures]
     errors = [[images.error(original, other) for other in others] for original, others in pixels]
     perceived = [
         [images.read_map(images.inside(folder, vae["lpips"])) if "lpips" in vae else None for vae in picture["vaes"]]
@@ -46,16 +51,16 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
             "most": _end(values for place in chosen for values in perceived[place] if values is not None),
         }
     cards = []
-    for picture, (original, others), row, seen in zip(pictures, pixels, errors, perceived, strict=True):
+    for picture, (original, others), row, seen, film in zip(pictures, pixels, errors, perceived, forms, strict=True):
         scale = scales[picture["kind"]]
         vaes = [
             {
                 "name": name,
-                "reconstruction": images.embed(images.inside(folder, vae["reconstruction"])),
-                "difference": images.difference(original, other, scale["reach"]),
-                "heat": images.heat_map(error, scale["largest"]),
-                "lpips": None if where is None else images.heat_map(where, scale["most"]),
-                "latent": images.embed(images.inside(folder, vae["latent"])),
+                "reconstruction": images.embed(images.inside(folder, vae["reconstruction"]), film),
+                "difference": images.difference(original, other, scale["reach"], film),
+                "heat": images.heat_map(error, scale["largest"], film),
+                "lpips": None if where is None else images.heat_map(where, scale["most"], film),
+                **_latent(images.inside(folder, vae["latent"])),
                 "metrics": _metrics(vae["metrics"]),
             }
             for name, vae, other, error, where in zip(names, picture["vaes"], others, row, seen, strict=True)
@@ -66,7 +71,9 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
                 "key": picture["key"],
                 "index": picture["index"],
                 "kind": picture["kind"],
-                "original": images.embed(images.inside(folder, f"{picture['name']}.original.png")),
+                "original": images.embed(images.inside(folder, f"{picture['name']}.original.png"), film),
+                "frames": film.frames,
+                "curves": _curves(names, picture["vaes"]),
                 "vaes": vaes,
             }
         )
@@ -77,7 +84,30 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
         "scales": scales,
         "stops": ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in images.STOPS),
         "pixelated": pixels[0][0].shape[1] < SHOWN_WIDTH,
+        "form": max(forms, key=lambda film: film.frames),
     }
+
+
+def _latent(path: Path) -> Json:
+    film = images.film_of(path)
+    return {"latent": images.embed(path, film), "latent_frames": film.frames}
+
+
+def _curves(names: Sequence[str], vaes: Sequence[Json]) -> list[Markup]:
+    """Charts of a clip's metrics frame by frame, a line for each VAE; none of an image."""
+    measured = [vae.get("by_frame", {}) for vae in vaes]
+    return [
+        line_chart(
+            [Series(name, list(enumerate(found[metric], 1))) for name, found in zip(names, measured, strict=True)],
+            label=f"{title(metric).heading} of each frame", x="frame", y=heading(metric),
+        )
+        for metric in of_curves(measured[0])
+    ]  # fmt: skip
+
+
+def of_curves(measured: Json) -> list[str]:
+    """Metrics that are drawn over the frames."""
+    return [name for name in ("psnr", "lpips_alex") if name in measured] or list(measured)[:2]
 
 
 def _end(maps: Iterable[images.Pixels]) -> float:
@@ -106,13 +136,15 @@ def samples(files: Sequence[Path]) -> list[Json]:
     for kind in sorted(kinds, key=lambda kind: (kind not in KINDS, list(KINDS).index(kind) if kind in KINDS else 0)):
         title, text = KINDS.get(kind, (kind, ""))
         own = [path for path in files if path.stem.rpartition("-")[0] == kind]
-        groups.append({"title": title, "text": text, "pictures": [images.embed(path) for path in own],
-                       "pixelated": images.read_pixels(own[0]).shape[1] < SHOWN_WIDTH})  # fmt: skip
+        first = images.read_pixels(own[0])
+        film = images.film_of(own[0], len(files) * first[..., 0].size)
+        groups.append({"title": title, "text": text, "pictures": [images.embed(path, film) for path in own],
+                       "frames": film.frames, "pixelated": first.shape[1] < SHOWN_WIDTH})  # fmt: skip
     return groups
 
 
 def _metrics(values: Json) -> list[Json]:
-    chosen = [name for name in ("psnr", "ssim", "lpips_alex") if name in values] or list(values)[:3]
+    chosen = [name for name in ("psnr", "ssim", "lpips_alex", "flicker") if name in values] or list(values)[:3]
     return [
         {"heading": title(name).heading, "value": number(name, values[name]), "unit": title(name).unit}
         for name in chosen

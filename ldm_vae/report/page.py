@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from ldm_vae import __version__
 from ldm_vae.core import atomic_io
 from ldm_vae.core.validation import as_written
+from ldm_vae.metrics.result import noun
 from ldm_vae.report import diffusion, latent_space, tables
 from ldm_vae.report.contents import Contents, read_contents
 from ldm_vae.report.gallery import SHOWN_WIDTH, gallery, samples
@@ -66,6 +67,9 @@ def render(contents: Contents) -> str:
             "subtitle": tables.subtitle(contents),
             "headline": tables.headline(contents),
             "metrics": tables.metric_rows(results),
+            "items": noun(results[0]["data"]) if results else "images",
+            "frame_curves": tables.frame_curves(results) if results else [],
+            "rate": tables.frame_rate(results[0]["data"]) if results else 0.0,
             "latents": [found for result in results if (found := tables.latents(result))],
             "protocol": tables.protocol(results) if results else [],
             "checksum": results[0]["data"]["checksum"] if results else "",

@@ -16,14 +16,17 @@ from ldm_vae import metrics
 from ldm_vae.core import intervals
 from ldm_vae.core.programs import words_of
 from ldm_vae.data.transforms import decoding_of
-from ldm_vae.metrics.result import LINEAR, how_decoded
-from ldm_vae.metrics.titles import TITLES, amount, heading, measured, number
+from ldm_vae.metrics.result import LINEAR, how_decoded, in_words, noun
+from ldm_vae.metrics.titles import TITLES, amount, heading, measured, number, title
 from ldm_vae.report.charts import Series, bar_chart, ends, extremes, line_chart
 from ldm_vae.report.contents import Contents
+from ldm_vae.report.gallery import of_curves
 
 Json = dict[str, Any]
 
 PUBLISHED = Path(metrics.__file__).parent / "published.json"
+
+UNKNOWN_RATE = 10.0  # frames a second of videos whose rates may differ
 
 POWER = "power; white noise of variance 1 has 1"
 
@@ -67,10 +70,20 @@ def _of_several(result: Json) -> Json:
 
 def _compression(result: Json) -> tuple[float, str]:
     """Compression: the numbers of an image that one number of its latent stands for, and both shapes."""
-    vae, side = result["vae"], result["data"]["resolution"]
+    vae, data = result["vae"], result["data"]
     factor, channels, colours = vae["downsampling_factor"], vae["latent_channels"], vae.get("image_channels", 3)
-    shape = f"{side} × {side} × {colours} → {side // factor} × {side // factor} × {channels}"
-    return colours * factor**2 / channels, shape
+    before, after = [*_square(data["resolution"]), colours], [*_square(data["resolution"] // factor), channels]
+    if "clips" in data:
+        before, after = [data["clips"]["frames"], *before], [vae["latent_frames"], *after]
+    return math.prod(before) / math.prod(after), f"{_shape(before)} → {_shape(after)}"
+
+
+def _square(side: int) -> tuple[int, int]:
+    return side, side
+
+
+def _shape(sides: Sequence[int]) -> str:
+    return " × ".join(map(str, sides))
 
 
 def subtitle(contents: Contents) -> str:
@@ -84,7 +97,8 @@ def subtitle(contents: Contents) -> str:
             parts += [f"normalisation {vae['normalisation']}"] if "normalisation" in vae else []
         else:
             parts.append(f"{len(contents.results)} autoencoders")
-        parts.append(f"{data['images']:,} images of {data['resolution']} px measured")
+        of = f"{data['clips']['frames']} frames of " if "clips" in data else ""
+        parts.append(f"{data['images']:,} {noun(data)} of {of}{data['resolution']} px measured")
     if contents.log:
         parts.insert(1, f"trained on {contents.log[-1]['images']:,} images")
     return " · ".join(parts)
@@ -149,8 +163,9 @@ def latents(result: Json) -> Json | None:
     found = result.get("latents")
     if not found:
         return None
-    kl = found["kl_nats_per_image"]
-    spectrum = found["spectrum"]
+    kl, data = found["kl_nats_per_image"], result["data"]
+    spectrum, item = found["spectrum"], noun(data).removesuffix("s")
+    pixels = data["resolution"] ** 2 * data.get("all_frames", data["images"]) / data["images"]
     before_after = [
         Series("original", _frequencies(spectrum["original"]), faint=True),
         Series("reconstruction", _frequencies(spectrum["reconstruction"])),
@@ -169,8 +184,8 @@ def latents(result: Json) -> Json | None:
     rate = (
         {
             "kl_total": f"{sum(kl):,.0f}",
-            "bits_per_pixel": f"{sum(kl) / math.log(2) / result['data']['resolution'] ** 2:.3g}",
-            "kl": bar_chart(kl, label="KL per latent channel in nats per image", y="nats per image"),
+            "bits_per_pixel": f"{sum(kl) / math.log(2) / pixels:.3g}",
+            "kl": bar_chart(kl, label=f"KL per latent channel in nats per {item}", y=f"nats per {item}"),
             "extremes": extremes(kl, "nats"),
         }
         if kl
@@ -189,6 +204,31 @@ def latents(result: Json) -> Json | None:
         ),
         "latent_spectrum": latent_spectrum(spectrum["latents"]),
     }
+
+
+def frame_curves(results: Sequence[Json]) -> list[Json]:
+    """Charts of metrics over the frames of clips: means over clips with their intervals, a line for each VAE."""
+    charts = []
+    for name in of_curves(results[0].get("by_frame", {})):
+        series = [_over_frames(result["vae"]["name"], result["by_frame"][name]) for result in results]
+        drawing = line_chart(
+            series, label=f"{title(name).heading} over the frames of a clip", x="frame", y=heading(name)
+        )
+        better = title(name).better
+        charts.append({"title": title(name).heading, "hint": f"{better} is better.", "drawing": drawing})
+    return charts
+
+
+def frame_rate(data: Json) -> float:
+    """Frames a second of the page's films: those of the clips, where they are known."""
+    clips = data.get("clips", {"rate": None, "stride": 1})
+    return float(clips["rate"] / clips["stride"] if clips["rate"] else UNKNOWN_RATE)
+
+
+def _over_frames(name: str, found: Sequence[Json]) -> Series:
+    measured = [(float(place), one) for place, one in enumerate(found, 1) if one["mean"] is not None]
+    band = [(place, *one["ci95"]) for place, one in measured if one["ci95"]]
+    return Series(name, [(place, one["mean"]) for place, one in measured], band=band)
 
 
 def latent_spectrum(power: Sequence[float]) -> Markup | None:
@@ -234,6 +274,7 @@ def protocol(results: Sequence[Json]) -> list[str]:
     decoded = "the mode of the posterior" if used["posterior"] == "mode" else "one keyed draw of the posterior"
     bad = data["quarantined"]
     left_out = f", {bad} could not be read and {'is' if bad == 1 else 'are'} left out" if bad else ""
+    clips = "clips" in data
     whole = decoding_of(data.get("preprocessing", ""))
     as_they_are = whole is not None and whole.resize == "none"
     size = (
@@ -241,12 +282,13 @@ def protocol(results: Sequence[Json]) -> list[str]:
     )
     return [
         f"Protocol “{used['name']}”, version {used['version']}.",
-        f"{data['images']:,} images of {data['source']}{left_out}; each counted exactly once.",
+        f"{data['images']:,} {noun(data)}{in_words(data)} of {data['source']}{left_out}; each counted exactly once.",
         f"{size}, centre crop of {data['resolution']} px.{how_decoded(data)}",
         f"Decoded from {decoded}; output clamped to [−1, 1] and {ROUNDING[used['rounding']]} before every metric.",
-        "PSNR per image on the 8-bit range, then averaged; SSIM with a Gaussian window of 11, σ 1.5, range 255.",
-        "Intervals: 95 % of the mean over images (Student’s t); images are taken as independent, which crops of one "
-        "photograph are not.",
+        f"PSNR per {'frame' if clips else 'image'} on the 8-bit range, then averaged; SSIM with a Gaussian "
+        f"window of 11, σ 1.5, range 255.{' A clip’s value is the mean over its frames.' if clips else ''}",
+        f"Intervals: 95 % of the mean over {noun(data)} (Student’s t); {noun(data)} are taken as independent, which "
+        f"{'those of one video' if clips else 'crops of one photograph'} are not.",
     ]
 
 

@@ -30,6 +30,7 @@ from ldm_vae.data.buckets import BucketConfig
 from ldm_vae.data.preprocessing import SETTABLE
 from ldm_vae.data.source import SourceConfig
 from ldm_vae.data.transforms import TransformConfig
+from ldm_vae.metrics.titles import ValidationMetric
 from ldm_vae.run.folder import MAY_CHANGE as ANY_RUN_MAY_CHANGE
 from ldm_vae.run.folder import RunConfig
 from ldm_vae.run.optim import OptimizerConfig
@@ -41,7 +42,6 @@ FIXED_SIZES = {
     **dict.fromkeys(("dc", "hunyuan_image"), "has shortcuts that average other channels with other sizes"),
     **dict.fromkeys(("ltx", "vidtok", "wan"), "is of clips"),
 }
-ValidationMetric = Literal["psnr", "ssim", "l1", "lpips_alex", "lpips_vgg", "delta_e", "alpha_psnr", "alpha_l1"]
 
 
 class Training(RunConfig):
@@ -150,6 +150,9 @@ class Training(RunConfig):
                     raise ValueError(f"validation_data.{name}: expected data.{name} {shown(ours)}, got {shown(theirs)}")
         if not self.alpha and (named := [name for name in self.validation_metrics if name.startswith("alpha_")]):
             raise ValueError(f"validation_metrics: {named[0]} is of images with alpha; expected data.alpha: true")
+        of_clips = {"temporal_l1", "flicker"} & {*self.validation_metrics}
+        if of_clips and getattr(self.validation_data or self.data, "frames", None) is None:
+            raise ValueError(f"validation_metrics: {min(of_clips)} is of clips; expected validation_data.frames")
         for name, part in (("data", self.data), ("validation_data", self.validation_data)):
             channels = getattr(part, "channels", self.model.in_channels)
             if channels != self.model.in_channels:

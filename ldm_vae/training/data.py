@@ -188,8 +188,7 @@ def _patches_of(
         source, settings.transform, settings.resolution, seed=settings.seed, batch_size=settings.train_batch_size,
         rank=accelerator.process_index, world_size=ranks, num_workers=settings.dataloader_num_workers,
     )  # fmt: skip
-    lengths = lengths_of(vae)
-    frames = lengths.step // lengths.latent_step
+    frames = 1 if source.decoding.frames is None else lengths_of(vae).joined or 1
     moments = PatchMoments(downsampling_factor(vae), image_channels(vae), accelerator.device, frames)
     patches = []
     for batch in itertools.islice(loader, -(-wanted // (settings.train_batch_size * ranks))):
@@ -197,7 +196,7 @@ def _patches_of(
         mine = batch.positions < wanted
         moments.update(batch.pixels[mine])
         if kept:
-            rows = to_patches(batch.pixels, moments.factor).flatten(1, 2)  # [B, h w, P]
+            rows = to_patches(batch.pixels, moments.factor, frames).flatten(1, -2)  # [B, h w, P]
             # keyed by position: the same patches for any number of processes
             places = keyed_places(settings.seed, batch.positions.tolist(), rows.shape[1], kept)
             rows = rows[torch.arange(len(rows))[:, None], places]

@@ -15,10 +15,10 @@ from typing import Any, get_args
 
 import torch
 
+from ldm_vae.metrics.titles import ValidationMetric
 from ldm_vae.run import checkpoint
 from ldm_vae.training.adaptive_weight import LARGEST
 from ldm_vae.training.adversary import AdversaryConfig
-from ldm_vae.training.config import ValidationMetric
 
 INTERVALS_IN_A_ROW = 3  # of the log, before a state is called one: single intervals of a healthy game look like any
 WON = 0.98  # accuracy on both sides; healthy runs of the demo stay below 0.9

@@ -103,7 +103,7 @@ def _images(settings: Training, record: Preprocessing | None) -> Iterator[torch.
     if record is not None and record.holdout is not None:
         source, _ = part_of(source, record.holdout, "train", settings.data.path)
     chosen = some_of(source, settings.normalisation_images)
-    batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size, clips=True)
+    batches = image_batches(source, chosen, settings.resolution, batch_size=settings.train_batch_size)
     # counted here too: of a stream `some_of` cannot choose
     left = settings.normalisation_images
     for batch in batches:

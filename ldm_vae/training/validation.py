@@ -40,8 +40,8 @@ def record_validation(
     images_seen: int,
 ) -> Path:
     """Write RUN/report/metrics.json, its pictures, and a sheet of them that stays; to be called by the main process
-    after `evaluate_reconstruction`. Returns the sheet, RUN/report/validation/images-N.png: a column for each image,
-    the original above its reconstruction.
+    after `evaluate_reconstruction`. Returns the sheet, RUN/report/validation/images-N.png: a column for each image
+    (the first frame of a clip), the original above its reconstruction.
 
     Args:
         vae: the averaged weights that were measured, on `device`.
@@ -51,10 +51,12 @@ def record_validation(
     report = run / "report"
     kinds = dict.fromkeys(spread(len(source), PICTURES), "shown")
     keep_pictures(report, [vae], source, kinds, metrics, device, resolution=resolution, batch_size=batch_size)
-    keep_samples(report, vae, evaluation.latents, resolution, device, source.decoding.alpha)
-    about = result.describe_vae(vae, f"{run.name}, averaged weights", str(run))
+    frames = source.decoding.frames
+    keep_samples(report, vae, evaluation.latents, resolution, device, source.decoding.alpha, frames)
+    about = result.describe_vae(vae, f"{run.name}, averaged weights", str(run), frames)
     prepared = preprocessing_identity(source.decoding)
     data = {"source": source_name, "resolution": resolution, "quarantined": 0, "preprocessing": prepared}
+    data |= result.about_clips(source.decoding)
     computed = result.settings(device, batch_size)
     found = result.result(PINNED, about, data, computed, evaluation, source.key)
     result.write(report / "metrics.json", found)

@@ -23,9 +23,10 @@ from datasets import Dataset, Image
 from fork_server import fork
 from images import write_images
 from repository import ROOT
+from tiny_classes import tiny
 from tiny_pipeline import pipeline
 from training_runs import TINY
-from videos import write_video
+from videos import write_moving, write_video
 
 from ldm_vae import cli, load_autoencoder, open_images, write_store, write_vae
 from ldm_vae.autoencoder.config import AutoencoderConfig
@@ -65,6 +66,9 @@ NAMES = {
     "cut_outs": "cut-outs",
     "clips": "clips",
     "film": "data/film",
+    "films": "films",
+    "film.mp4": "film.mp4",
+    "video_vae": "my-video-vae tuned-video-vae",
     "cut_outs.yaml": "cut_outs.yaml",
     "my_lab": "my_lab",
     "hub_cache": "hub_cache",
@@ -163,12 +167,21 @@ class StandIns:
         (out / "film").mkdir(parents=True)
         write_video(out / "film" / "0.mkv", 17)
 
+    def films(self, out: Path) -> None:
+        write_moving(out, 2, 17)
+
+    def film_mp4(self, out: Path) -> None:
+        write_video(out, 17, codec="mpeg4")
+
     # --- networks and runs ------------------------------------------------------------------------------------------
 
     def vae(self, out: Path) -> None:
         torch.manual_seed(0)
         network = AutoencoderConfig(**SHAPE).build().eval()
         write_vae(network, out, Normalisation.from_config({"scaling_factor": 0.9}), sample_size=64)
+
+    def video_vae(self, out: Path) -> None:
+        tiny("AutoencoderKLWan").save_pretrained(out)
 
     def vae_safetensors(self, out: Path) -> None:
         file = self.folder / "single.safetensors"

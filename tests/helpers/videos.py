@@ -78,3 +78,19 @@ def write_video(
             file.mux(speech.encode(silence))
             file.mux(speech.encode())
     return path
+
+
+def write_moving(folder: Path, count: int = 3, frames: int = 10, size: tuple[int, int] = (32, 48)) -> Path:
+    """A folder of videos, film-0.mkv and so on, of a disc that moves over a gradient, each of its own colour."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    for number in range(count):
+        pictures = []
+        for place in range(frames):
+            picture = np.stack([40 + columns * 2, 60 + rows * 3, 90 + 0 * rows], axis=-1).astype(np.uint8)
+            centre = 8 + 3 * number + 2 * place, 16 + 6 * np.sin(place / 2 + number)
+            inside = (columns - centre[0]) ** 2 + (rows - centre[1]) ** 2 < 40 + 10 * number
+            picture[inside] = 250 - 60 * number, 200, 30
+            pictures.append(picture)
+        write_video(folder / f"film-{number}.mkv", frames, size, pictures=pictures, rate=12)
+    return folder

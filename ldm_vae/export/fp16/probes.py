@@ -13,6 +13,7 @@ import torch
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import check_resolution, image_channels, sample_size
 from ldm_vae.autoencoder.preparation import Preparation, preparation_of
+from ldm_vae.autoencoder.signals import frames_of
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.metrics.batches import image_batches, spread
 
@@ -57,7 +58,7 @@ def make_probes(
     if data is not None:
         source = (preparation or preparation_of({"": vae})).open(data)
         batches = image_batches(source, spread(len(source), count), side, batch_size=count)
-        real = torch.cat([real, *(to_pixels(batch.pixels) for batch in batches)])
+        real = torch.cat([real, *(frames_of(to_pixels(batch.pixels)) for batch in batches)])
     images = torch.cat([real, extreme_images(channels, side)])
     return Probes(images, extreme_latents(means(vae, images)), len(real))
 

@@ -242,8 +242,11 @@ class LatentStatistics:
 
 
 def _patched(values: npt.NDArray[Any], patch: int) -> npt.NDArray[Any]:
-    """[B, c, h, w] => [B, c * p * p, h / p, w / p]."""
-    return values if patch == 1 else torch.pixel_unshuffle(torch.from_numpy(values), patch).numpy()
+    """[B, c, h, w] => [B, c * p * p, h / p, w / p], of clips frame by frame."""
+    if patch == 1:
+        return values
+    frames = torch.from_numpy(values).movedim(1, -3)  # where the channels are, also of clips [B, c, t, h, w]
+    return torch.pixel_unshuffle(frames, patch).movedim(-3, 1).numpy()
 
 
 def _image_sums(mean: npt.NDArray[Any], variance: npt.NDArray[Any] | None) -> Array:

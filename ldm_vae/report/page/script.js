@@ -51,8 +51,12 @@
 
   const draw = () => {
     const [a, b] = [picture.choices[left.value], picture.choices[right.value]];
-    before.src = a.src;
-    after.src = b.src;
+    for (const [shown, image] of [[before, a], [after, b]]) {
+      shown.src = image.src;
+      shown.classList.toggle("film", "frames" in image.dataset);
+      shown.dataset.frames = image.dataset.frames ?? 1;
+      shown.style.objectPosition = image.style.objectPosition;
+    }
     before.alt = a.alt;
     after.alt = b.alt;
     find(".tag.left").textContent = a.dataset.label;
@@ -69,8 +73,9 @@
     });
     const original = new Image();
     original.onload = () => {
-      const changed = size.width !== original.naturalWidth || size.height !== original.naturalHeight;
-      size = { width: original.naturalWidth, height: original.naturalHeight };
+      const height = original.naturalHeight / (picture.choices[0].dataset.frames ?? 1);
+      const changed = size.width !== original.naturalWidth || size.height !== height;
+      size = { width: original.naturalWidth, height };
       if (changed) fit();
     };
     original.src = picture.choices[0].src;
@@ -90,6 +95,7 @@
     const thumbnail = new Image();
     thumbnail.src = one.choices[0].src;
     thumbnail.alt = "";
+    if ("frames" in one.choices[0].dataset) thumbnail.style.objectPosition = "0 0";
     button.append(thumbnail);
     button.addEventListener("click", () => choose(one));
     find(".thumbnails").append(button);
@@ -115,6 +121,43 @@
     canvas.addEventListener(name, () => canvas.removeEventListener("pointermove", follow));
   }
   choose(pictures[0]);
+})();
+
+(() => {
+  // --- films: all of the page show one frame, by one clock
+  const player = document.querySelector(".player");
+  if (!player) return;
+  const slider = document.querySelector("#frame"), button = document.querySelector("#play");
+  const last = Number(slider.max) - 1, rate = Number(player.dataset.rate);
+  let frame = 0, playing = !matchMedia("(prefers-reduced-motion: reduce)").matches, shownAt = 0;
+
+  const show = (next) => {
+    frame = next;
+    for (const film of document.querySelectorAll("img.film")) {
+      const own = film.dataset.frames - 1; // latents have fewer
+      film.style.objectPosition = `0 ${100 * Math.round(frame * own / last) / own}%`;
+    }
+    slider.value = frame + 1;
+    document.querySelector("#frame-number").textContent = `${frame + 1} of ${last + 1}`;
+  };
+  const play = (now) => {
+    if (!playing) return;
+    if (now - shownAt >= 1000 / rate) {
+      shownAt = now - shownAt > 4000 / rate ? now : shownAt + 1000 / rate; // a page in the background stood still
+      show(frame === last ? 0 : frame + 1);
+    }
+    requestAnimationFrame(play);
+  };
+  const set = (on) => {
+    playing = on;
+    player.classList.toggle("stopped", !on);
+    button.setAttribute("aria-label", on ? "stop" : "play");
+    if (on) requestAnimationFrame(play);
+  };
+  button.addEventListener("click", () => set(!playing));
+  slider.addEventListener("input", () => { set(false); show(slider.value - 1); });
+  show(0);
+  set(playing);
 })();
 
 (() => {
