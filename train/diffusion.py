@@ -23,7 +23,6 @@ from ldm_vae.diffusion.config import (
     DiffusionTraining,
     build_denoiser,
     describe,
-    load_decoder,
     open_latents,
 )
 from ldm_vae.diffusion.flow import Denoiser, draw_flow
@@ -52,6 +51,7 @@ from ldm_vae.run.folder import (
 from ldm_vae.run.inputs import compare_store
 from ldm_vae.run.metrics_log import Averages, Logbook, check_finite
 from ldm_vae.run.optim import schedule, set_learning_rate, trainable_parameters
+from ldm_vae.run.store_training import load_decoder
 from ldm_vae.run.trackers import log_picture
 
 
