@@ -5,25 +5,21 @@ Legend: B batch, c latent channels, h w latent positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from pydantic import Field
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm_vae.autoencoder.normalisation import NormalisationKind
-from ldm_vae.autoencoder.trainable import count_parameters
-from ldm_vae.core import config, rng
+from ldm_vae.core import rng
 from ldm_vae.core.config import choice
 from ldm_vae.core.errors import UsageError
-from ldm_vae.core.flop_counter import Cost, gpu_autocast
 from ldm_vae.denoisers.dit import Config as DiTConfig
 from ldm_vae.diffusion.flow import Denoiser, FlowConfig, SamplingConfig
 from ldm_vae.latent_store.format.manifest import place_of, read_manifest
+from ldm_vae.run import cost
 from ldm_vae.run.store_training import MAY_CHANGE as STORE_MAY_CHANGE
 from ldm_vae.run.store_training import StoredSamples, StoreTraining, open_samples
-
-GB = 1e9
 
 
 class DiffusionTraining(StoreTraining):
@@ -70,20 +66,15 @@ def build_denoiser(settings: DiffusionTraining, latents: StoredSamples) -> Denoi
 
 def count_step(
     build: Callable[[], Denoiser], shape: Sequence[int], batch: int, mixed_precision: str = "no"
-) -> tuple[int, float, dict[str, int]]:
-    """(parameters, GFLOP of a training step per image, bytes by what holds them) of a network on latents of this shape
-    [c, h, w], counted on tensors without content."""
-    with FakeTensorMode(), gpu_autocast(mixed_precision):
-        denoiser = build()
-        latents = torch.empty(batch, *shape)
-        labels = torch.zeros(batch, dtype=torch.long)
-        with Cost() as cost:
-            times = torch.rand(batch)
-            (denoiser(latents, times, labels) - latents).square().mean().backward()
-    parameters = count_parameters(denoiser.parameters())
-    # 4 bytes a number; Adam has two moments
-    held = {"weights": 4 * parameters, "averaged weights": 4 * parameters, "Adam's moments": 8 * parameters}
-    return parameters, cost.flops / batch / 1e9, held | {"activations and gradients": cost.peak_bytes}
+) -> cost.StepCost:
+    """Cost of a training step of a network on latents of this shape [c, h, w]."""
+
+    def loss(denoiser: Denoiser) -> torch.Tensor:
+        latents, labels = torch.empty(batch, *shape), torch.zeros(batch, dtype=torch.long)
+        velocity: torch.Tensor = denoiser(latents, torch.rand(batch), labels)
+        return (velocity - latents).square().mean()
+
+    return cost.count_step(build, loss, batch, mixed_precision)
 
 
 def describe(settings: DiffusionTraining, processes: int = 1) -> str:
@@ -93,21 +84,7 @@ def describe(settings: DiffusionTraining, processes: int = 1) -> str:
         UsageError: the config does not hold together, or the store is not there.
     """
     latents = open_latents(settings)
-    parameters, gflop, held = count_step(
-        lambda: build_denoiser(settings, latents),
-        latents.shape,
-        settings.train_batch_size,
-        settings.mixed_precision,
+    counted = count_step(
+        lambda: build_denoiser(settings, latents), latents.shape, settings.train_batch_size, settings.mixed_precision
     )
-    batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
-    count = len(latents.dataset)
-    labels = f"{len(latents.classes)} classes of `{latents.label_column}`" if latents.classes else "unconditional"
-    memory = ", ".join(f"{name} {value / GB:.2f}" for name, value in held.items())
-    lines: Mapping[str, str] = {
-        "latents": f"{count:,} of {' x '.join(map(str, latents.shape))}, {labels}",
-        "parameters": f"{parameters / 1e6:.2f} M; {gflop:.4g} GFLOP a training step and image",
-        "memory, GB": f"{memory}; peak about {sum(held.values()) / GB:.1f} in a process",
-        "run": f"{settings.max_train_images // batch:,} updates of {batch}, "
-        f"{settings.max_train_images / count:.3g} epochs, {settings.max_train_images * gflop / 1e3:.4g} TFLOP",
-    }
-    return config.dump(settings) + "".join(f"# {name + ':':12} {text}\n" for name, text in lines.items())
+    return cost.plan(settings, latents, counted, processes)

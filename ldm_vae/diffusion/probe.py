@@ -84,8 +84,8 @@ def _patches(shape: Shape) -> dict[int, int]:
 
 
 def _count(config: DiT, shape: Shape, tokens: int) -> Matched:
-    parameters, gflop, _ = count_step(lambda: build(config, shape, 0), shape, 1)
-    return Matched(config, tokens, parameters, gflop)
+    counted = count_step(lambda: build(config, shape, 0), shape, 1)
+    return Matched(config, tokens, counted.parameters, counted.gflop)
 
 
 def _moved(one: Matched, shape: Shape, wanted: float, tolerance: float) -> Matched:

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from pydantic import Field
 
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
@@ -74,6 +75,14 @@ class StoredSamples:
     def none(self) -> int:
         """The label that stands for none."""
         return len(self.classes)
+
+    def loader(self, settings: StoreTraining, accelerator: Accelerator) -> LatentLoader:
+        """The exact order by key, this rank's part of each global batch; it is not for `accelerator.prepare`."""
+        return self.dataset.loader(
+            settings.train_batch_size, seed=settings.seed, num_workers=settings.dataloader_num_workers,
+            rank=accelerator.process_index, world_size=accelerator.num_processes,
+            pin_memory=accelerator.device.type == "cuda",
+        )  # fmt: skip
 
     def batches(self, loader: LatentLoader, images_seen: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
         """(latents [B, c, h, w], labels [B], the samples' positions in the global stream), for ever, from the loader's
