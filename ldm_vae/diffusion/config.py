@@ -42,13 +42,19 @@ MAY_CHANGE = (*STORE_MAY_CHANGE, "sampling.method", "sampling.steps", "sampling.
 
 
 def open_latents(settings: DiffusionTraining) -> StoredSamples:
-    """The store of the config. Raises what `open_samples` does, and UsageError for a store of indices."""
+    """The store of the config. Raises what `open_samples` does, and UsageError for indices and clips."""
     if read_manifest(place_of(settings.latents)).identity.codes is not None:
         raise UsageError(
             f"latents {settings.latents}: holds indices of codes; a diffusion model needs vectors, which "
             "`ldm-vae encode --store mean` keeps"
         )
-    return open_samples(settings, normalisation=settings.normalisation)
+    latents = open_samples(settings, normalisation=settings.normalisation)
+    if len(latents.shape) != 3:
+        raise UsageError(
+            f"latents {settings.latents}: holds latents of clips, {' x '.join(map(str, latents.shape))}; the networks "
+            "here are of images"
+        )
+    return latents
 
 
 # --- the network ------------------------------------------------------------------------------------------------------

@@ -129,9 +129,9 @@ def fit(
     Raises:
         WorkError: the loss became NaN or infinite.
     """
-    shape = next(iter(dataset.shapes()))
-    latents = StoredSamples(dataset, (shape[0], shape[1], shape[2]), None, (), None, seed)
-    denoiser = build(network.config, latents.shape, seed).to(device).train()
+    channels, height, width = next(iter(dataset.shapes()))
+    latents = StoredSamples(dataset, (channels, height, width), None, (), None, seed)
+    denoiser = build(network.config, (channels, height, width), seed).to(device).train()
     total, batch, flow_config = recipe.train_images, recipe.batch_size, FlowConfig()
     ema = Ema(denoiser, round(recipe.ema_share * total))
     optimizer = torch.optim.AdamW(denoiser.parameters(), recipe.learning_rate, weight_decay=0.0)

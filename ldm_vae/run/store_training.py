@@ -2,7 +2,7 @@
 
 The loops are train/diffusion.py and train/prior.py.
 
-Legend: B batch, c latent channels, h w latent positions.
+Legend: B batch, c latent channels, q codebooks, p latent positions: h w, of clips t h w.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ldm_vae.autoencoder.normalisation import NormalisationKind
 from ldm_vae.core import rng
 from ldm_vae.core.errors import UsageError
 from ldm_vae.latent_store.format.manifest import place_of, read_manifest
+from ldm_vae.latent_store.read.batch import Item
 from ldm_vae.latent_store.read.dataset import LatentDataset
 from ldm_vae.latent_store.read.loader import LatentLoader
 from ldm_vae.run.folder import MAY_CHANGE as ANY_RUN_MAY_CHANGE
@@ -60,11 +61,11 @@ MAY_CHANGE = (*ANY_RUN_MAY_CHANGE, "vae", "sample_every_images", "sample_images"
 
 @dataclass(frozen=True)
 class StoredSamples:
-    """A store as this training reads it: latents of one `shape` (c, h, w), and the values that are its classes, with
-    what pictures call them."""
+    """A store as a training reads it: latents of one `shape` (c, *p), or indices of codes (q, *p) of q codebooks, and
+    the values that are its classes, with what pictures call them."""
 
     dataset: LatentDataset
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     label_column: str | None
     classes: tuple[Any, ...]
     crop: int | None
@@ -85,55 +86,70 @@ class StoredSamples:
         )  # fmt: skip
 
     def batches(self, loader: LatentLoader, images_seen: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
-        """(latents [B, c, h, w], labels [B], the samples' positions in the global stream), for ever, from the loader's
-        own place on, which is that of `images_seen`."""
-        number_of = {value: number for number, value in enumerate(self.classes)}
+        """(latents or indices [B, *shape], labels [B], the samples' positions in the global stream), for ever, from the
+        loader's own place on, which is that of `images_seen`."""
         schedule = loader.schedule
         # the positions that this rank's images have in the global batch, by which noise and times are keyed
         start = images_seen + schedule.rank * schedule.batch_size
         while True:
             for batch in loader:
-                latents = batch["latents"]
+                latents, labels = self._of(batch)
                 positions = list(range(start, start + len(latents)))
-                # an image without a label trains the unconditional model
-                labels = torch.full((len(latents),), self.none)
-                if self.label_column is not None:
-                    values = batch[self.label_column]
-                    values = values.tolist() if isinstance(values, torch.Tensor) else values
-                    labels = torch.tensor([number_of.get(value, self.none) for value in values])
                 yield self.cropped(latents, positions), labels, positions
                 start += schedule.batch_size * schedule.world_size
 
+    def _of(self, batch: Item) -> tuple[torch.Tensor, torch.Tensor]:
+        """(latents or indices [B, *shape] but for the crop, labels [B]) of a batch of the dataset."""
+        # a VQModel's indices [B, h, w] are of one codebook
+        latents = batch["indices"][:, None] if "indices" in batch else batch["latents"]
+        # an image without a label trains the unconditional model
+        if self.label_column is None:
+            return latents, torch.full((len(latents),), self.none)
+        number_of = {value: number for number, value in enumerate(self.classes)}
+        values = batch[self.label_column]
+        values = values.tolist() if isinstance(values, torch.Tensor) else values
+        return latents, torch.tensor([number_of.get(value, self.none) for value in values])
+
     def cropped(self, latents: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
-        """latents [B, c, H, W] => [B, c, h, w], each at a place drawn by its key."""
+        """latents or indices [B, ..., H, W] => [B, ..., h, w], each at a place drawn by its key."""
         if self.crop is None:
             return latents
         rows = []
         for latent, key in zip(latents, keys, strict=True):
             # by position in the stream: another place each epoch, the same after a resume
             draw = rng.generator(self.seed, "latent crop", key)
-            top, left = (int(draw.integers(side - self.crop + 1)) for side in latent.shape[1:])
-            rows.append(latent[:, top : top + self.crop, left : left + self.crop])
+            top, left = (int(draw.integers(side - self.crop + 1)) for side in latent.shape[-2:])
+            rows.append(latent[..., top : top + self.crop, left : left + self.crop])
         return torch.stack(rows)
 
     def some(self, count: int) -> Iterator[torch.Tensor]:
         """`count` latents [c, h, w] of the store, evenly spread, cropped as in training; some come twice if need be."""
         for key in range(count):
-            index = key * len(self.dataset) // count if count <= len(self.dataset) else key % len(self.dataset)
-            yield self.cropped(self.dataset[index]["latents"][None], [key])[0]
+            yield self.cropped(self.dataset[self._spread(key, count)]["latents"][None], [key])[0]
+
+    def labelled(self, keys: Sequence[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(latents or indices [B, *shape], labels [B]) of those `keys` among the `count` that `some` gives."""
+        columns = () if self.label_column is None else (self.label_column,)
+        indices = [self._spread(key, count) for key in keys]
+        latents, labels = self._of(self.dataset.read(indices, [0] * len(indices), columns))
+        return self.cropped(latents, keys), labels
+
+    def _spread(self, key: int, count: int) -> int:
+        return key * len(self.dataset) // count if count <= len(self.dataset) else key % len(self.dataset)
 
     def originals(self, count: int) -> torch.Tensor:
         """`count` latents [count, c, h, w] to show beside as many samples: every class in turn, cropped as in training;
         some come twice if need be."""
         if not self.classes or self.label_column is None:
-            return torch.stack(list(self.some(count)))
+            return self.labelled(range(count), count)[0]
+        columns = (self.label_column,)
         rows: dict[Any, list[int]] = {value: [] for value in self.classes}
         for index, value in enumerate(self.dataset.column(self.label_column)):
             if value is not None and len(rows[value]) * len(self.classes) < count:
                 rows[value].append(index)
         turns = [(key // len(self.classes), rows[self.classes[key % len(self.classes)]]) for key in range(count)]
-        found = [self.dataset.read([own[turn % len(own)]], [0], ())["latents"] for turn, own in turns]
-        return torch.cat([self.cropped(latents, [key]) for key, latents in enumerate(found)])
+        found, _ = self._of(self.dataset.read([own[turn % len(own)] for turn, own in turns], [0] * count, columns))
+        return self.cropped(found, range(count))
 
 
 def open_samples(settings: StoreTraining, normalisation: NormalisationKind | None = None) -> StoredSamples:
@@ -156,15 +172,17 @@ def open_samples(settings: StoreTraining, normalisation: NormalisationKind | Non
     if len(shapes) != 1:
         listed = ", ".join("x".join(map(str, shape)) for shape in shapes)
         raise UsageError(f"latents {settings.latents}: expected one latent shape, it holds {listed}")
-    channels, *sides = shapes[0]
+    # a VQModel's indices are of one codebook
+    shape = shapes[0] if manifest.identity.codes is None else (1, *shapes[0])
     if settings.crop is not None:
-        if settings.crop > min(sides):
-            raise UsageError(f"crop: expected at most {min(sides)}, the side of the latents, got {settings.crop}")
-        sides = [settings.crop, settings.crop]
+        least = min(shape[-2:])
+        if settings.crop > least:
+            raise UsageError(f"crop: expected at most {least}, the side of the latents, got {settings.crop}")
+        shape = (*shape[:-2], settings.crop, settings.crop)
     values = [] if column is None else dataset.column(column)
     classes = tuple(sorted({value for value in values if value is not None}))
     names = _names(dataset, column, values, classes)
-    return StoredSamples(dataset, (channels, sides[0], sides[1]), column, classes, settings.crop, settings.seed, names)
+    return StoredSamples(dataset, shape, column, classes, settings.crop, settings.seed, names)
 
 
 def _names(
