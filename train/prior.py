@@ -22,6 +22,7 @@ from ldm_vae.prior.generator import CodeGenerator
 from ldm_vae.prior.rates import in_words, record_originals, record_rates, record_samples, validate
 from ldm_vae.report import build_report
 from ldm_vae.run.folder import start, start_from_command_line
+from ldm_vae.run.inputs import compare_store
 from ldm_vae.run.single_network import SingleNetwork
 from ldm_vae.run.store_training import load_decoder
 from ldm_vae.run.trackers import log_picture
@@ -47,6 +48,10 @@ def train(settings: PriorTraining) -> None:
         prior.around(state.ema.module), settings.model, vae, codes_of(codes), codes.shape, settings.sampling,
         codes.classes, settings.seed,
     )  # fmt: skip
+
+    if held_out is not codes:
+        resumed = state.newest is not None
+        compare_store(run, "validation_latents", held_out.dataset.manifest, accelerator, resumed=resumed)
 
     # --- originals, to be seen beside the samples; what they decode to says how many pixels bits are for --------------
     stored = codes.originals(settings.sample_images)
