@@ -38,10 +38,11 @@ def write_materials(folder: Path) -> Path:
     VQ(num_vq_embeddings=16, mid_block_add_attention=False, **shape).build().save_pretrained(folder / "vae")
     for number, name in enumerate(("cats", "dogs")):
         write_images(folder / "images" / name, 5 + number, size=(20, 20))
+        write_images(folder / "others" / name, 3, size=(16, 24))
     vae = load_autoencoder(folder / "vae")
     options = {"resolution": 16, "batch_size": 4, "vae_name": str(folder / "vae")}
     write_store(vae, open_source(folder / "images"), folder / "indices", **options)
-    write_store(vae, open_source(folder / "images" / "dogs"), folder / "heldout", pixels=True, **options)
+    write_store(vae, open_source(folder / "others"), folder / "heldout", pixels=True, **options)
     write_store(vae, open_source(folder / "images"), folder / "vectors", store="mean", **options)
     return folder
 
