@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from html_page import Page
 from kills import fork_until, ranks
 from PIL import Image
 from prior_runs import MASKED, run, start, write_config, write_materials
+from repository import ROOT
 from safetensors.torch import load_file
 from sentences import refused
 from training_runs import assert_same_run, metrics, newest, one_sentence
@@ -96,6 +98,14 @@ def test_the_rates_are_those_of_the_held_out_codes(finished: Path, home: Path) -
     assert {"cats, samples", "independent codes, decoded"} <= {image["alt"] for image in page.all("img")}
 
 
+def test_the_pages_snippet_samples_from_a_run(finished: Path, home: Path) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "discrete.md").read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {"run": finished, "vae": home / "vae"}
+    exec(compile(snippet, "docs/discrete.md", "exec"), names)
+    assert names["pixels"].shape == (8, 3, 16, 16) and names["indices"].shape == (8, 1, 8, 8)
+    assert torch.equal(names["generator"].pixels(range(8)), names["pixels"])
+
+
 def test_a_masked_prior_measures_a_bound_and_says_so(home: Path, tmp_path: Path) -> None:
     changes = {"model": MASKED, "sampling": {"steps": 3}, "max_train_images": 16, "conditional": False}
     done = run(write_config(tmp_path, home / "indices", **changes))
@@ -165,6 +175,7 @@ def test_dry_run_counts_and_writes_nothing(home: Path, tmp_path: Path) -> None:
     [
         ("vectors", {}, "holds mean; a prior needs indices of codes"),
         ("indices", {"validation_latents": "vectors"}, "expected codes of the VAE that made"),
+        ("indices", {"validation_latents": "birds_indices"}, "its label 0 is birds, that of training is cats"),
         ("indices", {"crop": 9}, "crop: expected at most 8, the side of the latents, got 9"),
         ("indices", {"model": {"kind": "lstm"}}, "unknown kind `lstm`; ldm_vae.priors has masked, transformer"),
         ("indices", {"model": MASKED | {"num_attention_heads": 3}}, "hidden_size: expected a multiple of"),

@@ -62,7 +62,18 @@ def open_codes(settings: PriorTraining) -> tuple[StoredSamples, StoredSamples]:
     if held_out.shape != train.shape:
         shapes = [" x ".join(map(str, found.shape)) for found in (train, held_out)]
         raise UsageError(f"{name}: expected codes {shapes[0]} as in {settings.latents}, got {shapes[1]}")
+    if (named := _other_name(train, held_out)) is not None:
+        raise UsageError(f"{name}: {named}; expected the same classes, or conditional: false")
     return train, replace(held_out, classes=train.classes, names=train.names)
+
+
+def _other_name(train: StoredSamples, held_out: StoredSamples) -> str | None:
+    """The first label that stands for another folder in the held-out store: numbers of folders are each store's own."""
+    if held_out.label_column != "label":
+        return None
+    theirs, ours = (dict(zip(found.classes, found.names, strict=True)) for found in (held_out, train))
+    differ = [label for label in theirs if label in ours and theirs[label] != ours[label]]
+    return f"its label {differ[0]} is {theirs[differ[0]]}, that of training is {ours[differ[0]]}" if differ else None
 
 
 def codes_of(samples: StoredSamples) -> int:
