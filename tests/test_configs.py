@@ -91,7 +91,7 @@ def test_every_config_loads_and_builds(path: Path) -> None:
         assert not encoder_learns(vae)
     check_resolution(settings.resolution, vae)
     assert (critic is not None) == settings.adversary.enabled
-    if path.stem.startswith(("vq_", "dvae_")):
+    if path.stem.startswith(("vq_f", "dvae_")):
         factor, codes = re.match(r"d?vq?a?e?_f(\d+)_(\d+)", path.stem).groups()
         assert downsampling_factor(vae) == int(factor) and vae.config.num_vq_embeddings == int(codes)
     factor, channels = (
