@@ -53,9 +53,10 @@ def train(settings: PriorTraining) -> None:
         resumed = state.newest is not None
         compare_store(run, "validation_latents", held_out.dataset.manifest, accelerator, resumed=resumed)
 
-    # --- originals, to be seen beside the samples; what they decode to says how many pixels bits are for --------------
-    stored = codes.originals(settings.sample_images)
-    pixels = record_originals(run, generator, stored, batch_size, codes.names)
+    # --- originals, to be seen beside the samples ---------------------------------------------------------------------
+    if accelerator.is_main_process:
+        stored = codes.originals(settings.sample_images)
+        record_originals(run, generator, stored, batch_size, codes.names)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     for indices, labels, positions in codes.batches(loader, state.images_seen):
@@ -70,7 +71,7 @@ def train(settings: PriorTraining) -> None:
         due = state.after_update(sample=settings.sample_every_images, validate=settings.validate_every_images)
         # before the checkpoint, from which a resumed run takes its log
         if due["validate"]:
-            bits = validate(generator.prior, held_out, settings.validation_images, batch_size, pixels, accelerator)
+            bits = validate(generator, held_out, settings.validation_images, batch_size, accelerator)
             state.logbook.write(state.images_seen, bits)
         state.save_if(due)
         if due["sample"] and not state.ended:

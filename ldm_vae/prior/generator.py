@@ -9,6 +9,7 @@ Legend: B batch, q codebooks, p positions, C image channels, H W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,6 +85,10 @@ class CodeGenerator:
         # a VQModel has one codebook, and its indices no place for a number of them
         given = indices[:, 0] if self.shape[0] == 1 else indices
         return finite.decode_indices(self.vae, given.to(self.vae.device)).cpu()
+
+    def image_pixels(self) -> int:
+        """Pixels of an image (of a clip, of all its frames), without its channels: what bits per pixel count."""
+        return math.prod(self.decode(torch.zeros(1, *self.shape, dtype=torch.long)).shape[2:])
 
     def pixels(self, keys: Sequence[int], label: Any = None, sampling: SamplingConfig | None = None) -> torch.Tensor:
         """Decoded samples [B, C, H, W]."""

@@ -27,7 +27,6 @@ from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.running import Running, Summary
 from ldm_vae.prior.generator import CodeGenerator
 from ldm_vae.prior.independent import Independent
-from ldm_vae.prior.model import Prior
 from ldm_vae.run.store_training import StoredSamples
 
 RECORD = "prior.json"
@@ -47,11 +46,10 @@ def _batches(
 
 @torch.no_grad()
 def validate(
-    prior: Prior, samples: StoredSamples, count: int, batch_size: int, pixels: int, accelerator: Accelerator
+    generator: CodeGenerator, samples: StoredSamples, count: int, batch_size: int, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Bits per index and per pixel of `count` images of a store, which have so many `pixels`; shared out over the
-    ranks."""
-    running = Running()
+    """Bits per index and per pixel of `count` images of a store, shared out over the ranks."""
+    prior, running = generator.prior, Running()
     mine = share_of(accelerator.process_index, accelerator.num_processes, range(count), batch_size)
     for indices, labels, keys in _batches(samples, mine, count, batch_size):
         indices, labels = indices.to(accelerator.device), labels.to(accelerator.device)
@@ -61,7 +59,10 @@ def validate(
     # of an estimated bound the name says so, wherever the log is read
     name = "bits" if prior.is_exact else "bound_bits"
     size = math.prod(samples.shape)
-    return {f"validation/{name}_per_index": bits / size, f"validation/{name}_per_pixel": bits / pixels}
+    return {
+        f"validation/{name}_per_index": bits / size,
+        f"validation/{name}_per_pixel": bits / generator.image_pixels(),
+    }
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def record_rates(
         "held_out": held_out is not train,
         "images": count,
         "indices": size,
-        "pixels": math.prod(picture.shape[2:]),
+        "pixels": generator.image_pixels(),
         "uniform": math.log2(generator.codes),
         "bits_per_index": {name: _scaled(found.summary(), 1 / math.log(2) / size) for name, found in rows.items()},
         "psnr": None if distortion is None else distortion.to_json(),
@@ -150,9 +151,7 @@ def record_samples(
 
 def record_originals(
     run: Path, generator: CodeGenerator, stored: torch.Tensor, batch_size: int, names: Sequence[str]
-) -> int:
-    """Write RUN/samples/originals.png: indices [N, q, *p] of the store, decoded, in the order of samples; returns the
-    pixels of an image."""
+) -> None:
+    """Write RUN/samples/originals.png: indices [N, q, *p] of the store, decoded, in the order of samples."""
     images = torch.cat([generator.decode(part) for part in torch.split(stored, batch_size)])
     sample_grids.grid(run / "samples" / "originals.png", images, names, alpha=has_alpha(generator.vae))
-    return math.prod(images.shape[2:])
