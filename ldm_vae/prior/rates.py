@@ -57,12 +57,9 @@ def validate(
     bits = running.over_ranks().summary().mean
     assert bits is not None
     # of an estimated bound the name says so, wherever the log is read
-    name = "bits" if prior.is_exact else "bound_bits"
+    name = "validation/bits" if prior.is_exact else "validation/bound_bits"
     size = math.prod(samples.shape)
-    return {
-        f"validation/{name}_per_index": bits / size,
-        f"validation/{name}_per_pixel": bits / generator.image_pixels(),
-    }
+    return {f"{name}_per_index": bits / size, f"{name}_per_pixel": bits / generator.image_pixels()}
 
 
 @torch.no_grad()

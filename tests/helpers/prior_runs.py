@@ -33,7 +33,7 @@ MASKED = {"kind": "masked", "hidden_size": 16, "num_hidden_layers": 1, "num_atte
 
 def write_materials(folder: Path) -> Path:
     """vae/, a VQModel of 16 codes; indices/ of two classes [8, 8], heldout/ with pixels, birds_indices/ of
-    another class, and vectors/ of its means."""
+    other classes, and vectors/ of its means."""
     torch.manual_seed(0)
     shape = {"latent_channels": 4, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
     VQ(num_vq_embeddings=16, mid_block_add_attention=False, **shape).build().save_pretrained(folder / "vae")
@@ -44,7 +44,8 @@ def write_materials(folder: Path) -> Path:
     options = {"resolution": 16, "batch_size": 4, "vae_name": str(folder / "vae")}
     write_store(vae, open_source(folder / "images"), folder / "indices", **options)
     write_store(vae, open_source(folder / "others"), folder / "heldout", pixels=True, **options)
-    write_images(folder / "birds" / "birds", 2, size=(20, 20))
+    for name in ("birds", "cats"):
+        write_images(folder / "birds" / name, 2, size=(20, 20))
     write_store(vae, open_source(folder / "birds"), folder / "birds_indices", **options)
     write_store(vae, open_source(folder / "images"), folder / "vectors", store="mean", **options)
     return folder
