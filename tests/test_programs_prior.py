@@ -40,8 +40,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
     """An undisturbed run."""
     folder = tmp_path_factory.mktemp("finished")
-    config = write_config(folder, home / "indices", validation_latents=str(home / "heldout"), sample_every_images=32)
-    done = run(config)
+    held_out = {"validation_latents": str(home / "heldout"), "validation_images": 9}  # it has 6
+    done = run(write_config(folder, home / "indices", sample_every_images=32, **held_out))
     assert done.returncode == 0, done.stderr
     assert "bits per index of 6 held-out images: prior " in done.stdout
     return folder / "run"
@@ -123,7 +123,7 @@ def test_a_masked_prior_measures_a_bound_and_says_so(home: Path, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [None, MASKED], ids=["transformer", "masked"])
 def test_killed_and_resumed_is_bit_equal(finished: Path, home: Path, tmp_path: Path, model: Any) -> None:
-    changes = {"validation_latents": str(home / "heldout"), "sample_every_images": 32, "crop": None}
+    changes = {"validation_latents": str(home / "heldout"), "validation_images": 9, "sample_every_images": 32}
     changes |= {} if model is None else {"model": model}
     whole = finished
     if model is not None:

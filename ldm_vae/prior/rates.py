@@ -48,8 +48,8 @@ def _batches(
 def validate(
     generator: CodeGenerator, samples: StoredSamples, count: int, batch_size: int, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Bits per index and per pixel of `count` images of a store, shared out over the ranks."""
-    prior, running = generator.prior, Running()
+    """Bits per index and per pixel of `count` images of a store, or all that it has; shared out over the ranks."""
+    prior, running, count = generator.prior, Running(), samples.at_most(count)
     mine = share_of(accelerator.process_index, accelerator.num_processes, range(count), batch_size)
     for indices, labels, keys in _batches(samples, mine, count, batch_size):
         indices, labels = indices.to(accelerator.device), labels.to(accelerator.device)
@@ -67,9 +67,9 @@ def record_rates(
     run: Path, generator: CodeGenerator, train: StoredSamples, held_out: StoredSamples, count: int, batch_size: int,
     pictures: int,
 ) -> Json:  # fmt: skip
-    """Measure `count` held-out images, and draw `pictures` of independent codes; what RUN/report/prior.json then has
-    under `rates`."""
-    total = COUNTED if train.crop is not None else min(COUNTED, len(train.dataset))
+    """Measure `count` held-out images, or all that there are, and draw `pictures` of independent codes; what
+    RUN/report/prior.json then has under `rates`."""
+    total, count = train.at_most(COUNTED), held_out.at_most(count)
     counted = (indices for indices, _, _ in _batches(train, range(total), total, batch_size))
     independent = Independent(counted, generator.codes, generator.shape)
     rows = {name: Running() for name in ("prior", "position", "overall")}

@@ -127,6 +127,10 @@ class StoredSamples:
         for key in range(count):
             yield self.cropped(self.dataset[self._spread(key, count)]["latents"][None], [key])[0]
 
+    def at_most(self, count: int) -> int:
+        """As many of `count` as are not the same: of whole latents those of the store, of crops all."""
+        return count if self.crop is not None else min(count, len(self.dataset))
+
     def labelled(self, keys: Sequence[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(latents or indices [B, *shape], labels [B]) of those `keys` among the `count` that `some` gives."""
         columns = () if self.label_column is None else (self.label_column,)
