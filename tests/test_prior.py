@@ -129,14 +129,18 @@ def test_samples_are_drawn_by_their_probability(codes: int, shape: tuple[int, ..
     assert chi_squared < freedom + 4 * math.sqrt(2 * freedom)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["transformer", "masked"])
-def test_samples_are_the_same_in_any_batch(kind: str) -> None:
+def test_samples_are_the_same_in_any_batch(kind: str, device: str) -> None:
     prior: Prior = causal(5, (1, 2, 3)) if kind == "transformer" else masked(5, (1, 2, 3))
-    labels = torch.arange(6) % 3
+    labels = torch.arange(6, device=device) % 3
+    prior.to(device)
     sampling = SamplingConfig(temperature=0.8, top_k=4, top_p=0.9, steps=4)
     whole = prior.sample(labels, 3, range(6), sampling)
     parts = [prior.sample(labels[i : i + n], 3, range(i, i + n), sampling) for i, n in ((0, 1), (1, 3), (4, 2))]
     assert torch.equal(whole, torch.cat(parts))
+    loss = prior(whole, labels, 0, range(6))
+    assert loss.device == whole.device == labels.device and prior.nats(whole, labels, 0, range(6)).shape == (6,)
     assert whole.shape == (6, 1, 2, 3) and int(whole.max()) < 5
     assert not torch.equal(whole, prior.sample(labels, 4, range(6), sampling))
     assert len({tuple(row) for row in whole.flatten(1).tolist()}) > 1
