@@ -42,6 +42,7 @@ from ldm_vae import cli
 SHORT_RUN = "--max_train_images 16 --validation_images 4 --normalisation_images 8"
 # what is appended to a command that matches, so that it takes seconds: all of it is said in tests/docs_commands.md
 SHORTER = [
+    (r"train vq_demo", f"{SHORT_RUN} --validate_every_images 16 --init_images 64"),
     (r"train (kl_|vq_|dvae_|dc_|finetune_(decoder_sd|sdxl|flux)|tiny)(?!.*--latent_store)", "--dry_run"),
     (r"train demo --init noise", f"{SHORT_RUN} --ema_halflife_images 4 --validate_every_images 16"),
     (r"train (configs/)?(demo|cut_outs)\b.*--init noise",
@@ -58,6 +59,8 @@ SHORTER = [
      "--discriminator.width 8"),
     (r"diffuse diffusion/demo",
      "--max_train_images 32 --sample_every_images 32 --sample_images 4 --measure_images 8 --sampling.steps 2"),
+    (r"prior prior/demo",
+     "--max_train_images 32 --sample_every_images 32 --sample_images 4 --validation_images 8 --model.num_layers 1"),
     (r"ldm-vae probe",
      "--layers 1 --heads 2 --head_dim 8 --train_images 8 --batch_size 4 --seeds 1 --samples 4 --steps 1"),
     (r"evaluate .*(--resolution 256|PHOTOS --output measured)", "--metrics psnr,ssim"),
@@ -68,7 +71,10 @@ SHORTER = [
 
 # stand-ins that a command reads without naming them
 READS = [
-    (r"train .*(\bdemo\b|cut_outs)", "data/demo"),
+    (r"train .*(\b(vq_)?demo\b|cut_outs)", "data/demo"),
+    (r"prior prior/demo", "runs/vq_demo"),
+    (r"prior prior/demo", "runs/vq_demo/latents"),
+    (r"prior prior/demo", "runs/vq_demo/heldout"),
     (r"cut_outs\.yaml", "cut-outs"),
     (r"train CONFIG", "photographs"),
     (r"my_lab", "my_lab"),

@@ -35,7 +35,7 @@ def wrong_in_library(name: str, text: str) -> list[str]:
     bad = [module for module in found if module.split(".")[0] in ("train", "eval", "tests", "")]
     if name.startswith("core/"):  # the base: below everything
         bad += [module for module in found if module.startswith("ldm_vae.") and not module.startswith("ldm_vae.core")]
-    if name.startswith(("losses/", "quantizers/", "perturbations/", "discriminators/")):
+    if name.startswith(("losses/", "quantizers/", "perturbations/", "discriminators/", "priors/")):
         package = f"ldm_vae.{name.split('/')[0]}."
         siblings = {path.stem for path in (ROOT / "ldm_vae" / name).parent.glob("*.py")} - {"__init__"}
         bad += [module for module in found if module.startswith(package) and module.split(".")[2] in siblings]

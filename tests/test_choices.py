@@ -13,6 +13,7 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.core.text import nearest, not_among
 from ldm_vae.diffusion.config import DiffusionTraining
 from ldm_vae.metrics import protocol, select
+from ldm_vae.prior.config import PriorTraining
 from ldm_vae.run.trackers import check_tracker
 from ldm_vae.training.config import Training
 
@@ -52,6 +53,16 @@ def test_of_a_diffusion_config() -> None:
     ):
         with pytest.raises(UsageError) as refusal:
             config.load(DiffusionTraining, CONFIGS / "diffusion" / "demo.yaml", flags)
+        _check(str(refusal.value), key, choices, meant)
+
+
+def test_of_a_prior_config() -> None:
+    for flags, key, choices, meant in (
+        (("--model.kind", "transfomer"), "model", ("masked", "transformer"), "transformer"),
+        (("--sampling.topk", "5"), "--sampling.topk", (), "--sampling.top_k"),
+    ):
+        with pytest.raises(UsageError) as refusal:
+            config.load(PriorTraining, CONFIGS / "prior" / "demo.yaml", flags)
         _check(str(refusal.value), key, choices, meant)
 
 

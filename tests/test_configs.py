@@ -18,6 +18,7 @@ from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import config
 from ldm_vae.diffusion.config import DiffusionTraining
 from ldm_vae.losses import lpips
+from ldm_vae.prior.config import PriorTraining
 from ldm_vae.run.optim import trainable_parameters
 from ldm_vae.training.adversary import Adversary
 from ldm_vae.training.config import (
@@ -33,6 +34,7 @@ from ldm_vae.training.step import TrainingStep
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DIFFUSION_CONFIGS = sorted((ROOT / "configs" / "diffusion").glob("*.yaml"))
+PRIOR_CONFIGS = sorted((ROOT / "configs" / "prior").glob("*.yaml"))
 
 # measured: a command and a date; published: a figure and its source; or openly not yet run
 EXPECTATION = re.compile(r"measured.*\d{4}-\d{2}-\d{2}|published: .*\d.*\(.+\)|not yet run", re.DOTALL)
@@ -63,7 +65,7 @@ def complaints(text: str) -> list[str]:
     return missing
 
 
-@pytest.mark.parametrize("path", [*CONFIGS, *DIFFUSION_CONFIGS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *DIFFUSION_CONFIGS, *PRIOR_CONFIGS], ids=lambda path: path.stem)
 def test_the_header_tells_command_cost_and_result(path: Path) -> None:
     text = path.read_text()
     assert text.startswith("# "), "a config opens with what it is for"
@@ -90,7 +92,7 @@ def test_every_config_loads_and_builds(path: Path) -> None:
         assert not encoder_learns(vae)
     check_resolution(settings.resolution, vae)
     assert (critic is not None) == settings.adversary.enabled
-    if path.stem.startswith(("vq_", "dvae_")):
+    if path.stem.startswith(("vq_f", "dvae_")):
         factor, codes = re.match(r"d?vq?a?e?_f(\d+)_(\d+)", path.stem).groups()
         assert downsampling_factor(vae) == int(factor) and vae.config.num_vq_embeddings == int(codes)
     factor, channels = (
@@ -115,6 +117,19 @@ def test_every_diffusion_config_loads_and_builds(path: Path) -> None:
             p.numel() for block in network.transformer_blocks for p in block.norm1.emb.parameters()
         )
         assert inside == 12 * (4 * 768 * 769 + 768 * 4 * 769 + 4 * 768 * 768 + 768 + 6 * 768 * 769)
+
+
+@pytest.mark.parametrize("path", PRIOR_CONFIGS, ids=lambda path: path.stem)
+def test_every_prior_config_loads_and_builds(path: Path) -> None:
+    settings = config.load(PriorTraining, path)
+    side = settings.crop or 32
+    with torch.device("meta"):
+        prior = settings.model.build(16384, (1, side, side), 1000)
+    assert prior.is_exact
+    if path.stem == "imagenet_256":
+        # GPT-2's blocks at 768: 12 width^2 and the biases and norms of a block
+        blocks = sum(p.numel() for name, p in prior.network.named_parameters() if name.startswith("blocks"))
+        assert blocks == 12 * (12 * 768**2 + 13 * 768)
 
 
 def narrow(settings: Training) -> Training:

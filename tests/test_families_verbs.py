@@ -17,12 +17,13 @@ from ldm_vae.autoencoder.geometry import geometry_of, step_of
 from ldm_vae.autoencoder.normalisation_law import own_normalisation
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError
-from ldm_vae.diffusion.config import DiffusionTraining, load_decoder, open_latents
+from ldm_vae.diffusion.config import DiffusionTraining, open_latents
 from ldm_vae.export.card import Card
 from ldm_vae.metrics.linear import why_no_code
 from ldm_vae.metrics.result import describe_vae
 from ldm_vae.report import tables
 from ldm_vae.report.contents import Contents
+from ldm_vae.run.store_training import load_decoder
 from train import diffusion
 
 DATA = {"images": 2, "resolution": 64}

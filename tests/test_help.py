@@ -21,8 +21,9 @@ from ldm_vae.core.config import Section, options
 from ldm_vae.core.request import Parser
 from ldm_vae.core.text import first_sentence
 from ldm_vae.diffusion.config import DiffusionTraining
+from ldm_vae.prior.config import PriorTraining
 from ldm_vae.training.config import Training
-from train import autoencoder, diffusion
+from train import autoencoder, diffusion, prior
 
 WIDTH, HELP_WIDTH = 120, 54  # columns of a page, and of the text beside a flag in 80
 LEAKS = re.compile(r"noqa|type: ?ignore|pragma|fmt: ?skip|:param|:class:|``|TODO|FIXME|XXX|\.\. \w+::|==SUPPRESS==")
@@ -115,6 +116,7 @@ def test_of_every_program_of_eval(capsys: pytest.CaptureFixture[str], monkeypatc
         (autoencoder, Training, "demo",
          ("models", "quantizers", "losses", "perturbations", "discriminators", "data.sources")),
         (diffusion, DiffusionTraining, "diffusion/demo", ("denoisers",)),
+        (prior, PriorTraining, "prior/demo", ("priors",)),
     ],
 )  # fmt: skip
 def test_of_the_trainings(
@@ -133,7 +135,7 @@ def test_of_the_trainings(
         for package in packages:
             for kind in options(f"ldm_vae.{package}"):
                 assert re.search(rf"^  {kind}( |$)", text, re.M), (package, kind)
-    assert re.search(r"^  linear, cosine, cyclic$", alone, re.M) or module is diffusion  # of schedules
+    assert re.search(r"^  linear, cosine, cyclic$", alone, re.M) or module is not autoencoder  # of schedules
     for name, field in section.model_fields.items():  # the file's options, with their values
         assert f"--{name}" in of_config or field.default is None or name in ("losses", "perturbations"), name
     assert "--gradient_checkpointing" in of_config and "--gradient-checkpointing" not in of_config
@@ -186,7 +188,7 @@ def test_every_field_of_a_config_has_whole_sentences() -> None:
 def test_the_list_of_configs_has_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(lambda: call("config"), capsys)
     entries = re.findall(r"^(\S+)\n((?:    .+\n)+)", text, re.M)
-    assert {"demo", "kl_f8_d4", "diffusion/demo"} <= {name for name, _ in entries}
+    assert {"demo", "kl_f8_d4", "diffusion/demo", "prior/demo"} <= {name for name, _ in entries}
     for name, sentence in entries:
         assert sentence.rstrip().endswith(".") and not CUT.search(sentence.rstrip().rstrip(".")), name
         header = (ROOT / "configs" / f"{name}.yaml").read_text()

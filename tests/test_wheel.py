@@ -65,7 +65,7 @@ def test_the_top_level_is_the_package_and_its_metadata(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert sorted(top.split("-")[0] for top in tops) == ["ldm_vae", "ldm_vae"]  # ldm_vae and ldm_vae-X.dist-info
     for program in ("train/autoencoder.py", "train/diffusion.py", "eval/reconstruction.py", "configs/demo.yaml",
-                    "configs/diffusion/demo.yaml"):  # fmt: skip
+                    "configs/diffusion/demo.yaml", "train/prior.py", "configs/prior/demo.yaml"):  # fmt: skip
         assert f"ldm_vae/programs/{program}" in names
     assert "ldm_vae/py.typed" in names
     assert not [name for name in names if "/tests/" in name or name.endswith((".pyc", ".pth"))]

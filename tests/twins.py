@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # run with -m from the root, without pytest's `pythonpath`
 
 import diffusion_runs
+import prior_runs
 import training_runs
 from checksums import tree
 from fork_server import Finished, fork
@@ -37,7 +38,7 @@ from ldm_vae.core.request import Parser
 from ldm_vae.data.source import open_source
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from tests.torture import FAULTS, place, table
-from train import autoencoder, diffusion
+from train import autoencoder, diffusion, prior
 
 IMAGES, MORE = 12, 18
 CROP = ["--resolution", "32"]
@@ -169,6 +170,10 @@ TWINS = {
         lambda p, out: [str(config(p, out, diffusion_runs.write_config, p / "store", max_train_images=16))],
         main=diffusion.main, equal=("run/denoiser/diff",),
     ),
+    "prior": Twin(
+        lambda p, out: [str(config(p, out, prior_runs.write_config, p / "codes" / "indices", max_train_images=16))],
+        main=prior.main, equal=("run/prior/diff",),
+    ),
 }  # fmt: skip
 
 
@@ -195,6 +200,8 @@ def make_materials(place: Path) -> None:
         write_store(vae, source, place / name, source_name=str(place / data), **size)
     source = open_source(place / "more")
     write_store(vae, source, place / "updated", source_name=str(place / "more"), **size, update=True)
+    (place / "codes").mkdir()
+    prior_runs.write_materials(place / "codes")
     once(cli.main, convert(place, place / "parquet", "--to", "parquet"))
     once(cli.main, TWINS["evaluate"].words(place, place / "evaluated"))
     once(online, ["store", "push", str(place / "store"), "me/latents"])

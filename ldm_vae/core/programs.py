@@ -14,6 +14,7 @@ from ldm_vae.core.text import nearest
 VERBS = {
     "train.autoencoder": "train",
     "train.diffusion": "diffuse",
+    "train.prior": "prior",
     "eval.reconstruction": "evaluate",
     "eval.latent_space": "latent_space",
     "eval.diffusability": "probe",
@@ -51,7 +52,7 @@ def run_with_config(program: str, arguments: list[str]) -> None:
 def shipped_configs() -> dict[str, Path]:
     """The configs that ship with the project, by name: `demo`, `diffusion/demo`."""
     home = root() / "configs"
-    files = [*sorted(home.glob("*.yaml")), *sorted(home.glob("diffusion/*.yaml"))]
+    files = [*sorted(home.glob("*.yaml")), *sorted(home.glob("diffusion/*.yaml")), *sorted(home.glob("prior/*.yaml"))]
     return {path.relative_to(home).with_suffix("").as_posix(): path for path in files}
 
 

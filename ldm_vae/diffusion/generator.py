@@ -44,7 +44,7 @@ class Generator:
 
     denoiser: Denoiser
     vae: Any
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     normalisation: Normalisation
     sampling: SamplingConfig
     classes: tuple[Any, ...] = ()

@@ -19,11 +19,12 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.progress import Progress
 from ldm_vae.core.rng import seeded
 from ldm_vae.denoisers.dit import Config as DiT
-from ldm_vae.diffusion.config import StoredLatents, count_step
+from ldm_vae.diffusion.config import count_step
 from ldm_vae.diffusion.flow import Denoiser, FlowConfig, draw_flow
 from ldm_vae.latent_store.read.dataset import LatentDataset
 from ldm_vae.run.ema import Ema
 from ldm_vae.run.optim import schedule, set_learning_rate
+from ldm_vae.run.store_training import StoredSamples
 
 Shape = tuple[int, int, int]
 
@@ -83,8 +84,8 @@ def _patches(shape: Shape) -> dict[int, int]:
 
 
 def _count(config: DiT, shape: Shape, tokens: int) -> Matched:
-    parameters, gflop, _ = count_step(lambda: build(config, shape, 0), shape, 1)
-    return Matched(config, tokens, parameters, gflop)
+    counted = count_step(lambda: build(config, shape, 0), shape, 1)
+    return Matched(config, tokens, counted.parameters, counted.gflop)
 
 
 def _moved(one: Matched, shape: Shape, wanted: float, tolerance: float) -> Matched:
@@ -128,9 +129,9 @@ def fit(
     Raises:
         WorkError: the loss became NaN or infinite.
     """
-    shape = next(iter(dataset.shapes()))
-    latents = StoredLatents(dataset, (shape[0], shape[1], shape[2]), None, (), None, seed)
-    denoiser = build(network.config, latents.shape, seed).to(device).train()
+    channels, height, width = next(iter(dataset.shapes()))
+    latents = StoredSamples(dataset, (channels, height, width), None, (), None, seed)
+    denoiser = build(network.config, (channels, height, width), seed).to(device).train()
     total, batch, flow_config = recipe.train_images, recipe.batch_size, FlowConfig()
     ema = Ema(denoiser, round(recipe.ema_share * total))
     optimizer = torch.optim.AdamW(denoiser.parameters(), recipe.learning_rate, weight_decay=0.0)

@@ -23,12 +23,9 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder.preparation import has_alpha
-from ldm_vae.core.files import read_bytes
-from ldm_vae.core.pictures import labelled, save, sheet
-from ldm_vae.core.validation import as_written, parse_json
-from ldm_vae.data.alpha import three_channels, visible
+from ldm_vae.data.alpha import three_channels
 from ldm_vae.diffusion.generator import Generator
-from ldm_vae.metrics import result
+from ldm_vae.metrics import result, sample_grids
 from ldm_vae.metrics.cmmd import cmmd
 from ldm_vae.metrics.frechet import Gaussian, frechet_distance
 from ldm_vae.metrics.profile import radial_spectrum
@@ -38,7 +35,6 @@ from ldm_vae.perceptual import features
 
 NAME, RECORD = "fd_efflite0", "diffusion.json"
 NOT_INSTALLED = f"{NAME} is not measured: pip install 'ldm-vae[features]'"
-MOST_COLUMNS, USUAL_COLUMNS, GAP = 12, 8, 4
 
 
 class Judge:
@@ -111,16 +107,8 @@ def record_samples(
     """Write RUN/samples/images-N.png, `count` samples of the keys 0, 1, ..., with the names of their classes; returns
     it."""
     images = torch.cat(list(generator.batches(count, batch_size)))
-    path = run / "samples" / f"images-{images_seen:09d}.png"
-    layout = _grid(path, images, generator, names)
-    found = {
-        "grids": sorted(picture.name for picture in path.parent.glob("images-*.png")),
-        "classes": list(names),
-        "labels": [names[number] for number in generator.labels(range(count))] if names else [],
-        "count": count,
-        "sampling": generator.sampling.model_dump(),
-    }
-    _record(run, found | layout)
+    path, found = sample_grids.write(run, images_seen, images, names, alpha=has_alpha(generator.vae))
+    _record(run, found | {"sampling": generator.sampling.model_dump()})
     return path
 
 
@@ -129,19 +117,7 @@ def record_originals(
 ) -> None:
     """Write RUN/samples/originals.png: latents [N, c, h, w] of the store, decoded, in the order of samples."""
     images = torch.cat([generator.decode(part) for part in torch.split(stored, batch_size)])
-    _grid(run / "samples" / "originals.png", images, generator, names)
-
-
-def _grid(path: Path, images: torch.Tensor, generator: Generator, names: Sequence[str]) -> dict[str, int]:
-    """Write images [N, C, H, W], every class in turn; returns where they are in the picture."""
-    columns = len(names) if 2 <= len(names) <= MOST_COLUMNS else USUAL_COLUMNS
-    shown = visible(PINNED.quantise(images), has_alpha(generator.vae))
-    height, width = shown.shape[2:]
-    if names:
-        shown = labelled(shown, [names[number] for number in generator.labels(range(len(shown)))])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(sheet(shown, columns, gap=GAP), path)
-    return {"columns": columns, "height": height, "width": width, "gap": GAP, "strip": shown.shape[2] - height}
+    sample_grids.grid(run / "samples" / "originals.png", images, names, alpha=has_alpha(generator.vae))
 
 
 def record_distances(
@@ -203,10 +179,7 @@ def in_words(measured: dict[str, dict[str, Any]]) -> str:
 
 
 def _record(run: Path, found: dict[str, Any]) -> None:
-    path = run / "report" / RECORD
-    with as_written(path):
-        before = parse_json(read_bytes(path)) if path.is_file() else {}
-        result.write(path, before | found)
+    result.update(run / "report" / RECORD, found)
 
 
 def field_statistics(latents: torch.Tensor) -> dict[str, Any]:

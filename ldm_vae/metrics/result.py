@@ -145,6 +145,13 @@ def write(path: Path, content: Any) -> None:
     atomic_io.replace(path, atomic_io.data(text.encode()))
 
 
+def update(path: Path, content: Json) -> None:
+    """Write an object's fields beside those that the file has. Raises WorkError where that cannot be read."""
+    with as_written(path):
+        before = parse_json(read_bytes(path)) if path.is_file() else {}
+        write(path, before | content)
+
+
 def read(path: Path) -> list[Json]:
     """The results of a metrics.json: one or several."""
     with as_written(path):

@@ -22,8 +22,8 @@ class Contents:
 
     home: the folder of index.html; log: the lines of metrics.jsonl; results: metrics.json as a list; pictures:
     pictures.json; statistics: of the latent store; config: of the run, and as it was written; samples: PNG files;
-    diffusion: what train.diffusion recorded; diffusability: of the probe; latent_space: of eval.latent_space; folder:
-    what was asked for.
+    diffusion, prior: what train.diffusion and train.prior recorded; diffusability: of the probe; latent_space: of
+    eval.latent_space; folder: what was asked for.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Contents:
     config_text: str = ""
     samples: list[Path] = field(default_factory=list)
     diffusion: Json | None = None
+    prior: Json | None = None
     diffusability: Json | None = None
     latent_space: Json | None = None
 
@@ -79,6 +80,7 @@ def read_contents(folder: Path) -> Contents:
         config_text=read_text(folder / "config.yaml") if config else "",
         samples=sorted(path for path in (home / "samples").glob("*.png") if not path.is_symlink()),
         diffusion=_json_or_none(home / "diffusion.json"),
+        prior=_json_or_none(home / "prior.json"),
         diffusability=_json_or_none(home / "diffusability.json"),
         latent_space=_json_or_none(home / "latent_space.json"),
     )

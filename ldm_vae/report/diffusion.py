@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm_vae.metrics.titles import TITLES
-from ldm_vae.report import images
-from ldm_vae.report.charts import MOST, compact
+from ldm_vae.report import images, sample_grids
 
 Json = dict[str, Any]
 
-OF_LABEL = 4  # samples of a label, where the picture has more
 SETS = {  # of images that were compared: heading and meaning
     "samples": ("samples", "of the diffusion model, decoded"),
     "field": ("Gaussian fields", "decoded; with the mean, deviation and spectrum of the latents"),
@@ -25,45 +23,13 @@ SHOWN = {  # pictures of the probe: caption
 
 def run(folder: Path, found: Json | None) -> Json | None:
     """RUN/samples and RUN/report/diffusion.json (`found`); None where there is no such run."""
-    if found is None:
+    shown = None if found is None else sample_grids.shown(folder, found)
+    if found is None or shown is None:
         return None
-    named = [images.inside(folder / "samples", name) for name in found["grids"]]
-    grids = [path for path in named if path.is_file()]
-    if not grids:
-        return None
-    shown = [
-        {"uri": images.embed(path), "caption": f"at {compact(_images_of(path))} images", "width": _width(path)}
-        for path in grids
-    ]
-    originals = images.inside(folder / "samples", "originals.png")
-    beside = originals if originals.is_file() else None
-    return {
-        "last": shown[-1],
-        "earlier": shown[:-1],
-        "labels": _by_label(grids[-1], beside, found) if found.get("labels") else [],
-        "classes": len(found["classes"]),
-        "originals": images.embed(beside) if beside and not found["classes"] else None,
+    return shown | {
         "sampling": sampling(found["sampling"]),
         "distances": [distances(found[name]) for name in ("distances", "cmmd") if found.get(name)],
     }
-
-
-def _by_label(grid: Path, originals: Path | None, found: Json) -> list[Json]:
-    """Samples of one label and originals of it, a strip of at most OF_LABEL each, for at most MOST labels."""
-    across, down = found["width"] + found["gap"], found["height"] + found["strip"] + found["gap"]
-    boxes: dict[str, list[tuple[int, int, int, int]]] = {}
-    for key, label in enumerate(found["labels"]):
-        row, column = divmod(key, found["columns"])
-        left, top = found["gap"] + column * across, found["gap"] + found["strip"] + row * down
-        boxes.setdefault(label, []).append((left, top, found["width"], found["height"]))
-    return [
-        {
-            "name": label,
-            "samples": images.cut_out(grid, own[:OF_LABEL]),
-            "originals": images.cut_out(originals, own[:OF_LABEL]) if originals else None,
-        }
-        for label, own in list(boxes.items())[:MOST]
-    ]
 
 
 def sampling(used: Json) -> str:
@@ -130,13 +96,3 @@ def _interval(summary: Json | None, form: str) -> Json:
 
 def _cell(value: str, interval: str = "") -> Json:
     return {"value": value, "interval": interval}
-
-
-def _images_of(path: Path) -> int:
-    return int(path.stem.rpartition("-")[2])
-
-
-def _width(path: Path) -> int:
-    """Pixels of the picture, enlarged so far that a phone still has them all."""
-    side = images.read_pixels(path).shape[1]
-    return int(side * max(1, round(720 / side)))

@@ -17,7 +17,7 @@ from ldm_vae import __version__
 from ldm_vae.core import atomic_io
 from ldm_vae.core.validation import as_written
 from ldm_vae.metrics.result import noun
-from ldm_vae.report import diffusion, latent_space, tables
+from ldm_vae.report import diffusion, latent_space, prior, tables
 from ldm_vae.report.contents import Contents, read_contents
 from ldm_vae.report.gallery import SHOWN_WIDTH, gallery, samples
 from ldm_vae.report.training import adversary_change, curves, health
@@ -93,6 +93,8 @@ def render(contents: Contents) -> str:
         view["samples"] = samples(contents.samples)
     with as_written(home / "diffusion.json"):
         view["diffusion"] = diffusion.run(contents.folder, contents.diffusion)
+    with as_written(home / "prior.json"):
+        view["prior"] = prior.run(contents.folder, contents.prior)
     with as_written(home / "diffusability.json"):
         view["diffusability"] = diffusion.probe(home, contents.diffusability)
     with as_written(home / "latent_space.json"):
@@ -114,4 +116,6 @@ def _kind(contents: Contents) -> str:
         return "Autoencoder"
     if contents.diffusion:
         return "Diffusion"
+    if contents.prior:
+        return "Prior"
     return "Probe" if contents.diffusability else "Autoencoder" if contents.log else "Latent space"

@@ -309,7 +309,7 @@ def commands(contents: Contents) -> list[str]:
     """The commands that give this page again."""
     lines = []
     if contents.config_text:
-        program = "train.diffusion" if contents.diffusion else "train.autoencoder"
+        program = "train.diffusion" if contents.diffusion else "train.prior" if contents.prior else "train.autoencoder"
         config = f"{contents.config.get('output_dir', contents.home)}/config.yaml"
         lines.append(shlex.join([*words_of(program), config]))
     if contents.results:

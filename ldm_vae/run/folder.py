@@ -1,6 +1,7 @@
 """The shared part of every training run: common knobs, the run folder, due events, saving and resuming.
 
-The loops are train/autoencoder.py and train/diffusion.py; what only one of them has is declared where it is used.
+The loops are train/autoencoder.py, train/diffusion.py and train/prior.py; what only one of them has is declared where
+it is used.
 """
 
 from __future__ import annotations

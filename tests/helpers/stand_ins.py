@@ -60,6 +60,9 @@ NAMES = {
     "large_store": "one",
     "other_store": "two",
     "demo_store": "runs/demo/latents",
+    "vq_run": "runs/vq_demo",
+    "vq_store": "runs/vq_demo/latents",
+    "vq_heldout": "runs/vq_demo/heldout",
     "parquet_store": "out",
     "cache_of_kohya": "their-cache",
     "config": "CONFIG",
@@ -220,6 +223,12 @@ class StandIns:
         paths = ("--data.path", self.get("digits") / "train", "--validation_data.path", self.get("digits") / "heldout")
         self.call("train", "textbook_vae", "--output_dir", out, *paths, "--max_train_images", 128)
 
+    def vq_run(self, out: Path) -> None:
+        data = self.get("demo_images")
+        paths = ("--data.path", data / "train", "--validation_data.path", data / "heldout")
+        short = ("--max_train_images", 16, "--validation_images", 4, "--init_images", 64)
+        self.call("train", "vq_demo", "--output_dir", out, *paths, *short)
+
     def cut_outs_yaml(self, out: Path) -> None:
         """The config of docs/training.md, and the demo's that it includes."""
         page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -257,6 +266,17 @@ class StandIns:
         vae = load_autoencoder(self.get("run"))
         source = open_images(self.get("demo_images") / "photographs", vae)
         write_store(vae, source, out, resolution=256, vae_name=str(self.get("run") / "vae"))
+
+    def _indices(self, out: Path, images: str, **more: Any) -> None:
+        vae = load_autoencoder(self.get("vq_run"))
+        source = open_images(self.get("demo_images") / images, vae)
+        write_store(vae, source, out, vae_name=str(self.get("vq_run") / "vae"), **more)
+
+    def vq_store(self, out: Path) -> None:
+        self._indices(out, "train", resolution=96)
+
+    def vq_heldout(self, out: Path) -> None:
+        self._indices(out, "heldout", resolution=64, pixels=True)
 
     def parquet_store(self, out: Path) -> None:
         self.call("store", "convert", self.get("store"), out, "--to", "parquet")
