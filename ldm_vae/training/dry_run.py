@@ -1,8 +1,7 @@
 """Cost of a run before it is started: `--dry_run`. Nothing is computed or fetched, of the data only the list is read:
-the real training step runs on tensors without content, its operations and memory are counted. With `data.frames` every
-sample is a clip.
+the real training step runs on tensors without content, its operations and memory are counted.
 
-Legend: B batch, C image channels, T frames, H W pixels, c latent channels, t h w latent positions.
+Legend: B batch, C image channels, H W pixels, c latent channels, h w latent positions.
 """
 
 from __future__ import annotations
@@ -58,9 +57,9 @@ LIBRARIES = 0.9e9  # torch and what else is imported
 
 @dataclass(frozen=True)
 class Plan:
-    """Cost of a run: parameters by network; GFLOP an image, or a clip, of each forward pass, and of a whole step with
-    the adversary active; bytes of the tensors of a process by what holds them (a teacher's network, which is not
-    loaded, left out)."""
+    """Cost of a run: parameters by network; GFLOP an image of each forward pass, and of a whole step with the adversary
+    active; bytes of the tensors of a process by what holds them (a teacher's network, which is not loaded, left
+    out)."""
 
     parameters: dict[str, int]
     forward_gflop: dict[str, float]
@@ -77,7 +76,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
     accelerator = Accelerator(cpu=True)
     # gradients that wait for the next micro-batch lie beside its activations: two show what any number holds
     micro_batches = accelerator.gradient_accumulation_steps = min(2, settings.gradient_accumulation_steps)
-    base, frames = _base(settings), getattr(settings.data, "frames", None)
+    base = _base(settings)
     fake = FakeTensorMode()
     if base is not None:
         with FakeCopyMode(fake):
@@ -86,7 +85,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
         if base is None:  # the weights of init_from are not wanted, its shape is `model`
             vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
         else:
-            vae = learning(base, settings.trainable, frames)
+            vae = learning(base, settings.trainable, getattr(settings.data, "frames", None))
         check_smallest(settings, downsampling_factor(vae))
         if settings.gradient_checkpointing:
             enable_checkpointing(vae)
@@ -96,10 +95,10 @@ def plan(settings: Training, processes: int = 1) -> Plan:
         objective = build_objective(settings, outline=True)
         objective.attach(network)
         critic = build_discriminator(settings, outline=True)
-        size = _size(settings)
-        images = torch.empty(settings.train_batch_size, settings.model.in_channels, *size)
-        noise = torch.empty(len(images), *network.noise_shape(*size))
-        latents = torch.empty(len(images), *network.latent_shape(*size))
+        size = settings.resolution
+        images = torch.empty(settings.train_batch_size, settings.model.in_channels, size, size)
+        noise = torch.empty(len(images), *network.noise_shape(size, size))
+        latents = torch.empty(len(images), *network.latent_shape(size, size))
         parts: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
             "encoder": (partial(encode, vae), (images,)),
             "decoder": (partial(decode, vae), (latents,)),
@@ -109,7 +108,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
             drop_encoder(vae)
             del parts["encoder"]
             stored = Moments(latents, latents, geometry_of(vae).is_point)
-        seen = images.new_empty(len(images) * (frames or 1), settings.seen_channels, *size[-2:])
+        seen = images.new_empty(len(images), settings.seen_channels, size, size)
         parts |= {name: (term, (seen, seen)) for name, term in objective.terms.items() if term.domain == "pixels"}
         parts |= {} if critic is None else {"discriminator": (critic, (seen,))}
         forward = {
@@ -158,12 +157,6 @@ def plan(settings: Training, processes: int = 1) -> Plan:
     )
 
 
-def _size(settings: Training) -> tuple[int, ...]:
-    """(H, W) of the images, (T, H, W) of the clips."""
-    frames, side = getattr(settings.data, "frames", None), settings.resolution
-    return (side, side) if frames is None else (frames, side, side)
-
-
 def _flops(function: Any, arguments: tuple[torch.Tensor, ...]) -> int:
     with Cost() as cost, torch.no_grad():
         function(*arguments)
@@ -188,19 +181,16 @@ def describe(settings: Training, processes: int = 1) -> str:
     check_resolution(settings.resolution, vae)
     found = plan(settings, processes)
     global_batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
-    latent = build_network(settings, vae, outline=True).latent_shape(*_size(settings))
+    latent = build_network(settings, vae, outline=True).latent_shape(settings.resolution, settings.resolution)
     millions = {name: f"{count / 1e6:.2f} M" for name, count in found.parameters.items()}
     forward = {name: f"{count:.3g}" for name, count in found.forward_gflop.items() if count}
     memory = {name: f"{count / GB:.2f}" for name, count in found.bytes.items()}
     peak = sum(found.bytes.values())
-    *frames, _, side = _size(settings)
-    of = f"clips of {frames[0]} frames," if frames else "images of"
-    batch = f"{settings.train_batch_size} {of} {side} px"
+    batch = f"{settings.train_batch_size} images of {settings.resolution} px"
     lines = {
         "class": f"{type(vae).__name__}; normalisation {law_in_words(vae)}",
         "parameters": f"{_listed(millions)}; f {downsampling_factor(vae)}, latents {' x '.join(map(str, latent))}",
-        f"GFLOP {'a clip' if frames else 'an image'}": f"forward {_listed(forward)}; a training step with all that "
-        f"plays {found.step_gflop:.4g}",
+        "GFLOP an image": f"forward {_listed(forward)}; a training step with all that plays {found.step_gflop:.4g}",
         "memory, GB": f"{_listed(memory)}; peak about {peak / GB:.1f} in a process with {batch}",
         "on a CPU": "" if torch.cuda.is_available() else _on_a_cpu(peak),
         "init_from": _found_base(settings),

@@ -18,6 +18,7 @@ from ldm_vae.training.config import Training
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "black-forest-labs/FLUX.2-dev": ("AutoencoderKLFlux2", {}),
     "Qwen/Qwen-Image": ("AutoencoderKLQwenImage", {}),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("AutoencoderKLWan", {}),
     "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers": ("AutoencoderDC", dc.Config().shape()),
     "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08": ("AutoencoderRAE", rae.PUBLISHED),
 }
