@@ -1,9 +1,9 @@
 """Gradients through the clamp that ends the decode of some classes (Wan, Qwen-Image).
 
-Where a network from random weights learns clips with a dark ground, its decoder leaves [-1, 1] within some tens of
-steps, and a clamp gives no gradient there: a tiny Wan on moving squares had 99.9 % of its pixels, all of the squares
-among them, at -1 after 100 steps of Adam at 1e-3, and nothing that could lift them. So in training what is outside gets
-the gradients that draw it inside, and none that would drive it on (as in K. Crowson's ClampWithGrad).
+Where a network from random weights learns images with a dark ground, its decoder leaves [-1, 1] within some tens of
+steps, and a clamp gives no gradient there. A tiny Wan on squares that move over black, 500 steps of Adam at 1e-3, had
+every pixel at -1, a gradient of 0 and an L1 of 0.200 (two seeds). So in training what is outside gets the gradients
+that lead inside, and none that lead on (as in K. Crowson's ClampWithGrad): 0.053 and 0.060 in the same runs.
 """
 
 from __future__ import annotations
