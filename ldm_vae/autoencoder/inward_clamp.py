@@ -8,10 +8,13 @@ that lead inside, and none that lead on (as in K. Crowson's ClampWithGrad): 0.05
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
-from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ldm_vae.autoencoder.families import family_of
 
 
 class InwardClamp(torch.autograd.Function):
@@ -23,13 +26,21 @@ class InwardClamp(torch.autograd.Function):
         return x.clamp(-1.0, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors
-        return gradient * ((x.abs() <= 1.0) | (x * gradient > 0.0))
+        inside: torch.Tensor = (x.abs() <= 1.0) | (x * gradient > 0.0)
+        return gradient * inside
 
 
-def clamp_inwards(decoder: nn.Module) -> None:
-    """Clamp what the decoder gives, before its network's own clamp, which then changes nothing."""
-    decoder.register_forward_hook(
-        lambda _, arguments, output: InwardClamp.apply(output) if torch.is_grad_enabled() else None  # type: ignore[no-untyped-call]
-    )
+class Inwards(TorchFunctionMode):
+    """Within it, a clamp to [-1, 1] is an InwardClamp."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.clamp and kwargs == {"min": -1.0, "max": 1.0}:
+            return InwardClamp.apply(*args)
+        return function(*args, **(kwargs or {}))
+
+
+def inwards(vae: Any) -> contextlib.AbstractContextManager[Any]:
+    """Around a decode in training."""
+    return Inwards() if family_of(vae).clamps else contextlib.nullcontext()

@@ -16,10 +16,8 @@ import torch
 from torch import nn
 
 from ldm_vae.autoencoder.bottleneck import Bottleneck, Codes, GaussianBottleneck
-from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.fine_tuning import encoder_learns, is_encoders
 from ldm_vae.autoencoder.geometry import latent_channels, latent_size
-from ldm_vae.autoencoder.inward_clamp import clamp_inwards
 from ldm_vae.autoencoder.last_layer import Call, Watch
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.signals import frames_of
@@ -93,8 +91,6 @@ class TrainableAutoencoder(nn.Module):
         self.bottleneck = GaussianBottleneck(vae) if bottleneck is None else bottleneck
         self.perturbations = nn.ModuleList(sorted(perturbations, key=lambda part: getattr(part, "resizes", False)))
         self._watch = Watch(vae)
-        if family_of(vae).clamps:
-            clamp_inwards(vae.decoder)
         self._hold_still()
 
     def train(self, mode: bool = True) -> TrainableAutoencoder:
