@@ -14,6 +14,7 @@ from tiny_networks import TinyLPIPS
 
 from ldm_vae.autoencoder.fine_tuning import encoder_learns
 from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor
+from ldm_vae.autoencoder.lengths import check_frames, lengths_of
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import config
 from ldm_vae.diffusion.config import DiffusionTraining
@@ -101,6 +102,14 @@ def test_every_config_loads_and_builds(path: Path) -> None:
     if factor:
         assert downsampling_factor(vae) == int(factor)
         assert vae.config.latent_channels == int(channels)
+    if path.stem.startswith("wan_"):
+        named = re.fullmatch(r"wan_t(\d+)_f(\d+)_d(\d+)", path.stem).groups()
+        lengths = lengths_of(vae)
+        assert (lengths.step, downsampling_factor(vae), vae.config.z_dim) == tuple(map(int, named))
+        millions = count_parameters(vae.parameters()) / 1e6
+        assert f"{millions:.2f} M parameters" in header_of(path.read_text())["cost"]
+    if getattr(settings.data, "frames", None) is not None:
+        check_frames(vae, settings.data.frames)
     if path.stem == "kl_f8_d4":
         assert count_parameters(vae.parameters()) == 83_653_863  # Stable Diffusion's
 
@@ -140,7 +149,7 @@ def narrow(settings: Training) -> Training:
         return settings.model_copy(update={"mixed_precision": "no", "adversary": adversary})
     widths = {name: tuple(max(4, width // 32 * 4) for width in value)
               for name, value in model.shape().items() if name.endswith("block_out_channels")}  # fmt: skip
-    small = {"norm_num_groups": 4, "num_vq_embeddings": 64}
+    small = {"norm_num_groups": 4, "num_vq_embeddings": 64, "base_dim": 8}
     model = model.model_copy(update=widths | {name: value for name, value in small.items() if hasattr(model, name)})
     size = min(settings.resolution, 64)
     changed = {"model": model, "resolution": size, "init_from": None, "mixed_precision": "no", "adversary": adversary}
@@ -187,5 +196,6 @@ def test_the_named_configs_exist() -> None:
         "finetune_decoder_sana",
         "finetune_decoder_wan",
         "rae_decoder",
+        "wan_t4_f8_d16",
     }
     assert named <= {path.stem for path in CONFIGS}

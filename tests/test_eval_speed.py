@@ -139,9 +139,10 @@ def test_speed_encode_writes_its_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 # --- checkpointing ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_checkpointing_holds_at_most_six_tenths_of_the_plain_memory(name: str) -> None:
-    assert checkpointing.count(name, True) <= 0.6 * checkpointing.count(name, False)
+@pytest.mark.parametrize(("name", "frames"), [*((name, None) for name in NETWORKS), ("wan", 9), ("qwenimage", 9)])
+def test_checkpointing_holds_at_most_six_tenths_of_the_plain_memory(name: str, frames: int | None) -> None:
+    most = 0.6 if frames is None else 0.45  # of clips 0.36 counted
+    assert checkpointing.count(name, True, frames) <= most * checkpointing.count(name, False, frames)
 
 
 @pytest.mark.slow

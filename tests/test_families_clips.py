@@ -312,6 +312,23 @@ def test_a_step_moves_what_has_a_part_and_nothing_else(name: str, tmp_path: Path
     assert "Wan" not in name or (not frozen and len(idle_parameters(vae)) > 0)
 
 
+@pytest.mark.parametrize("name", ["AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan",
+                                  "AutoencoderKLWan 2.2"])  # fmt: skip
+def test_a_decode_that_clamps_is_drawn_back(name: str) -> None:
+    """A network all of whose pixels lie outside [-1, 1] gets the gradient that leads inside, and none that leads on."""
+    vae = tiny(name)
+    vae.decoder.conv_out.bias.fill_(-9.0)
+    network, clips = TrainableAutoencoder(vae.requires_grad_(True)), clips_for(vae, 1)
+    noise = torch.zeros(1, *network.noise_shape(*clips.shape[2:]))
+    pixels = network(clips, noise).pixels
+    with torch.no_grad():
+        z = latents.encode(vae, clips).mean
+        assert torch.equal(pixels, signals.frames_of(latents.decode(vae, z))) and bool((pixels == -1.0).all())
+    for sign, learns in ((-1.0, True), (1.0, False)):  # descent lifts, descent lowers
+        (gradient,) = torch.autograd.grad((sign * pixels).sum(), vae.decoder.conv_out.bias, retain_graph=True)
+        assert bool(gradient.any()) == learns
+
+
 def gradients(vae: Any, clips: torch.Tensor) -> dict[str, torch.Tensor]:
     vae.zero_grad()
     moments = latents.encode(vae, clips)

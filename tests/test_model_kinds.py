@@ -16,15 +16,19 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanImage,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
     AutoencoderTiny,
+    AutoencoderVidTok,
     VQModel,
 )
 from fork_server import Finished, fork
 from images import write_images
 from safetensors.torch import load_file
 from sentences import refused
-from tiny_classes import SCRATCH
+from tiny_classes import CLIP_KINDS, SCRATCH
 from training_runs import metrics, newest, one_sentence, run, write_config
+from videos import write_video
 
 from eval import reconstruction
 from ldm_vae import cli
@@ -34,12 +38,15 @@ from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerp
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.normalisation_law import normalisation_of
+from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.rng import seeded
 from ldm_vae.data.source import open_source
 from ldm_vae.losses.gaussian_nll import Config as GaussianNLL
 from ldm_vae.metrics.batches import image_batches
 from ldm_vae.metrics.bound import evidence_bound
 from ldm_vae.perceptual.pretrained import lpips_trunk
+from ldm_vae.training.config import Training
 from ldm_vae.training.objective import Objective
 
 SHAPE = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
@@ -54,11 +61,23 @@ TINY_SHAPE = {
 }
 
 
+def clips_beside(images: Path) -> Path:
+    """Videos of 11 frames, one of them an image, in a folder beside the images."""
+    folder = images.parent / "clips"
+    if images.parts and not folder.exists():
+        folder.mkdir()
+        for number in range(4):
+            write_video(folder / f"{number}.mkv", 11 - number, (32, 32))
+        (folder / "still.png").write_bytes(next(images.glob("*.png")).read_bytes())
+    return folder
+
+
 def kinds(teacher: Path, images: Path | str = "") -> dict[str, tuple[type, dict[str, Any]]]:
     restart = {"kind": "vq", "restart_images": 8}
     learned = {"kind": "vq", "codebook": "learned", "distance": "cosine", "restart_images": 8}
     gumbel = {"kind": "gumbel", "anneal_images": 32}
     schedule = {"images": 32}
+    clips = {"data": {"kind": "folder", "path": str(clips_beside(Path(images))), "frames": 9}}
     posterior, saving = {"losses": {"l1": {}, "kl": {}}}, {"gradient_checkpointing": True}
     return {
         "kl": (AutoencoderKL, {"model": SCRATCH["kl"], "gradient_accumulation_steps": 2} | posterior),
@@ -66,6 +85,13 @@ def kinds(teacher: Path, images: Path | str = "") -> dict[str, tuple[type, dict[
         "flux2": (AutoencoderKLFlux2, {"model": SCRATCH["flux2"], "gradient_accumulation_steps": 2} | posterior),
         "asymmetric": (AsymmetricAutoencoderKL, {"model": SCRATCH["asymmetric"]} | posterior | saving),
         "hunyuan_image": (AutoencoderKLHunyuanImage, {"model": SCRATCH["hunyuan_image"]} | posterior | saving),
+        "wan": (AutoencoderKLWan, {"model": SCRATCH["wan"]} | posterior | saving | clips),
+        "ltx": (AutoencoderKLLTXVideo, {"model": SCRATCH["ltx"]} | posterior | clips),
+        "vidtok": (AutoencoderVidTok, {"model": SCRATCH["vidtok"]} | posterior | clips),
+        "vidtok_fsq": (
+            AutoencoderVidTok,
+            {"model": SCRATCH["vidtok"] | {"regularizer": "fsq"}, "losses": {"l1": {}}} | saving | clips,
+        ),
         "vq": (VQModel, {"model": VQ | {"quantizer": restart}, "losses": {"l1": {}, "commitment": {}}}),
         "vq_learned_cosine": (
             VQModel,
@@ -129,7 +155,17 @@ def kinds(teacher: Path, images: Path | str = "") -> dict[str, tuple[type, dict[
     }
 
 
-KINDS = ("vq", "tiny", *SCRATCH, "kl_with_networks", "kl_of_many_terms", "vq_learned_cosine", "fsq", "dvae")
+KINDS = (
+    "vq",
+    "tiny",
+    *SCRATCH,
+    "vidtok_fsq",
+    "kl_with_networks",
+    "kl_of_many_terms",
+    "vq_learned_cosine",
+    "fsq",
+    "dvae",
+)
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
 
@@ -184,12 +220,13 @@ def test_a_run_exports_its_diffusers_class_to_the_bit(kind: str, trained: Any, t
     vae = model.from_pretrained(folder / "vae")
     tensors = load_file(newest(folder) / "tensors.safetensors")
     for name, value in vae.state_dict().items():
-        assert name.startswith("bn.") or torch.equal(value, tensors[f"ema.{name}"]), name
+        assert name.startswith(("bn.", "latents_")) or torch.equal(value, tensors[f"ema.{name}"]), name
     loaded = load_autoencoder(folder)
     assert type(loaded) is model
     with torch.no_grad():
         z = latents.encode(loaded, pictures()).mean
-        assert torch.equal(latents.decode(loaded, z), vae.eval().decode(z).sample)
+        if kind not in (*CLIP_KINDS, "vidtok_fsq"):
+            assert torch.equal(latents.decode(loaded, z), vae.eval().decode(z).sample)
     lines = metrics(folder)
     assert all(value == value for line in lines for value in line.values())
     logged = set(lines[-1])
@@ -208,9 +245,15 @@ def test_a_run_exports_its_diffusers_class_to_the_bit(kind: str, trained: Any, t
             assert lines[0]["weight/code_kl"] < lines[-1]["weight/code_kl"]
     if model is AutoencoderTiny:
         assert vae.config.scaling_factor == 1.0  # its latents are the teacher's, normalised
-    if kind in SCRATCH:
+    if kind in SCRATCH and kind != "vidtok":
         measured = normalisation_of(vae)
-        assert measured != Normalisation(1.0) and measured.kind == ("channel" if kind == "flux2" else "scale")
+        kept = "channel" if kind in ("flux2", "wan", "ltx") else "scale"
+        assert measured != Normalisation(1.0) and measured.kind == kept
+    if kind in CLIP_KINDS:  # what only later frames use has learned
+        settings = config.load(Training, folder / "config.yaml")
+        with seeded(settings.seed):
+            fresh = settings.model.build().state_dict()
+        assert all(not torch.equal(one, fresh[name]) for name, one in vae.named_parameters() if one.ndim > 1)
     if kind == "flux2":  # 4 channels of 2 x 2 positions, each by what was measured
         assert len({*vae.bn.running_mean.tolist()}) == len({*vae.bn.running_var.tolist()}) == 16
         assert not tensors["autoencoder.bn.running_mean"].any()  # no forward has run it

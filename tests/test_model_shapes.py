@@ -45,6 +45,29 @@ THREE = {  # resolutions of a DC
         ("dc", {"encoder_block_out_channels": [8, 2], "latent_channels": 2, "attention_head_dim": 2,
                 "downsample_block_type": "pixel_unshuffle"}, "pixel_unshuffle"),
         ("dc", THREE | {"encoder_layers_per_block": [1, 0, 1]}, "encoder_layers_per_block"),
+        ("wan", {"temperal_downsample": [True]}, "temperal_downsample"),
+        ("wan", {"temperal_downsample": [True, False]}, "temperal_downsample"),  # t 2
+        ("wan", {"dim_mult": [1, 1, 1, 1], "temperal_downsample": [True] * 3}, "temperal_downsample"),  # t 8
+        ("wan", {"base_dim": 1, "dim_mult": [1, 1, 1]}, "base_dim"),  # nothing is half of one channel
+        ("wan", {"decoder_base_dim": 1, "dim_mult": [1, 1, 1]}, "decoder_base_dim"),
+        ("wan", {"num_res_blocks": 0}, "num_res_blocks"),
+        ("wan", {"is_residual": True, "dim_mult": [1, 3, 3]}, "encoder"),  # 8 values of 8 channels are no 24
+        ("wan", {"is_residual": True, "dim_mult": [3, 1, 1]}, "encoder"),
+        ("wan", {"is_residual": True}, "encoder"),  # the last step is none: 8 channels are no 16
+        ("wan", {"is_residual": True, "dim_mult": [1, 1, 16]}, "encoder"),
+        ("wan", {"is_residual": True, "dim_mult": [1, 1, 8, 1], "temperal_downsample": [False, True, True]}, "decoder"),
+        ("wan", {"patch_size": 1}, "model.patch_size"),
+        ("ltx", {"block_out_channels": []}, "block_out_channels"),
+        ("ltx", {"decoder_block_out_channels": [8]}, "decoder_block_out_channels"),
+        ("ltx", {"layers_per_block": [1, 1]}, "layers_per_block"),
+        ("ltx", {"decoder_layers_per_block": [1, 1]}, "decoder_layers_per_block"),
+        ("ltx", {"spatio_temporal_scaling": [True]}, "spatio_temporal_scaling"),
+        ("ltx", {"decoder_spatio_temporal_scaling": [True, True]}, "decoder_spatio_temporal_scaling"),
+        ("vidtok", {"ch_mult": [1, 2]}, "ch_mult"),
+        ("vidtok", {"num_res_blocks": 0}, "num_res_blocks"),
+        ("vidtok", {"regularizer": "fsq", "z_channels": 9}, "z_channels"),
+        ("vidtok", {"regularizer": "lfq"}, "model.regularizer"),
+        ("vidtok", {"ch": 65536, "num_res_blocks": 256}, "ch"),
     ],
 )  # fmt: skip
 def test_a_shape_that_cannot_be_is_one_sentence(kind: str, changes: dict[str, Any], field: str) -> None:

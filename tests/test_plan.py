@@ -108,7 +108,7 @@ def test_the_plan_is_what_the_real_step_does(accumulation: int) -> None:
     assert found.bytes["Adam's moments"] == pytest.approx(2 * found.bytes["weights"], rel=0.01)
 
 
-@pytest.mark.parametrize("kind", ["dc", "asymmetric"])
+@pytest.mark.parametrize("kind", ["dc", "asymmetric", "wan"])
 def test_every_kind_is_planned(kind: str) -> None:
     """Also one of whose parameters some do not learn."""
     chosen = settings(model=SCRATCH[kind], losses={"l1": {}}, gradient_checkpointing=True)

@@ -3,7 +3,7 @@
 - `checkpointing`: the growth of the resident memory of a process that has loaded a network, in one encode, decode and
   backward of one image, the gradients of all its weights included; `seconds` of both passes;
 - `checkpointing_counted`: the most bytes that tensors hold in the same pass, free of the allocator and of what a
-  convolution takes while it works.
+  convolution takes while it works; with `_clip`, of a clip instead of an image.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.checkpointing import enable_checkpointing
+from ldm_vae.autoencoder.families import family_of
 from ldm_vae.core.flop_counter import Cost
 from ldm_vae.core.progress import Progress
 
@@ -25,6 +26,7 @@ from .networks import NETWORKS, network
 from .timing import PeakMemory
 
 RESOLUTION = 256
+FRAMES, CLIP_RESOLUTION = 9, 128  # of a clip, for the classes of clips
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -34,6 +36,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         plain, spared = (_in_a_process(name, checkpointing) for checkpointing in (False, True))
         rows.append(_row("checkpointing", name, plain[0], spared[0]) | {"seconds": [plain[1], spared[1]]})
         rows.append(_row("checkpointing_counted", name, *(count(name, one) for one in (False, True))))
+        if family_of(NETWORKS[name][0]).signal == "video":
+            counted = (count(name, one, FRAMES) for one in (False, True))
+            rows.append(_row("checkpointing_counted_clip", name, *counted) | {"resolution": CLIP_RESOLUTION})
     return rows
 
 
@@ -46,10 +51,12 @@ def _row(figure: str, name: str, plain: int, spared: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def count(name: str, checkpointing: bool) -> int:
-    """The most bytes that tensors hold in one pass above the network's weights, counted on tensors without content."""
+def count(name: str, checkpointing: bool, frames: int | None = None) -> int:
+    """The most bytes that tensors hold in one pass above the network's weights, of an image or of a clip of so many
+    frames, counted on tensors without content."""
     with FakeTensorMode():
         vae, pixels = _trainable(name, checkpointing)
+        pixels = pixels if frames is None else torch.empty(1, 3, frames, CLIP_RESOLUTION, CLIP_RESOLUTION)
         with Cost() as cost:
             _backward(vae, pixels)
     return cost.peak_bytes

@@ -13,6 +13,7 @@ from torch import nn
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import latent_channels
+from ldm_vae.autoencoder.inward_clamp import inwards
 from ldm_vae.autoencoder.latents import Moments
 
 
@@ -57,7 +58,8 @@ class Bottleneck(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} takes no stored moments")
 
     def decode(self, vae: Any, z: torch.Tensor) -> torch.Tensor:
-        return latents.decode(vae, z)
+        with inwards(vae):
+            return latents.decode(vae, z)
 
     def after_update(self, vae: Any) -> dict[str, torch.Tensor]:
         """Move its state by all micro-batches of an update that was taken, and restore what must hold of the weights;

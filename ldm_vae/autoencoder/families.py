@@ -32,6 +32,7 @@ class Family:
     reciprocal: its pipelines multiply by 1 / latents_std, which is rounded first, instead of dividing.
     first, step: clips of first, first + step, first + 2 step, ... frames come back whole; a step of None is its t, the
     frames of a latent frame, and of 0 that there is no other length.
+    clamps: its decode ends in a clamp to [-1, 1].
     single: one clip a call.
     folded: takes the frames as a batch of images, and their number when it decodes.
     padded: its callers put the first frame t - 1 times more in front.
@@ -51,6 +52,7 @@ class Family:
     reciprocal: bool = False
     first: int = 1
     step: int | None = None
+    clamps: bool = False
     single: bool = False
     folded: bool = False
     padded: bool = False
@@ -77,9 +79,9 @@ FAMILIES: dict[str, Family] = {
     "AutoencoderTiny": Family(checkpointing=False),
     "AutoencoderRAE": Family(law="inside", values="unit"),
     "ConsistencyDecoderVAE": Family(noise=True),
-    "AutoencoderKLWan": Family("video", reciprocal=True),
-    "AutoencoderKLQwenImage": Family("video", reciprocal=True),
-    "AutoencoderKLQwenImage21": Family("video", alpha=True, step=0),
+    "AutoencoderKLWan": Family("video", reciprocal=True, clamps=True),
+    "AutoencoderKLQwenImage": Family("video", reciprocal=True, clamps=True),
+    "AutoencoderKLQwenImage21": Family("video", alpha=True, step=0, clamps=True),
     "AutoencoderKLTemporalDecoder": Family("video", step=1, folded=True),
     "AutoencoderKLAllegro": Family("video", first=24, step=16, single=True, frames_first=True, tiled=True),
     "AutoencoderKLCogVideoX": Family("video", step=8),

@@ -42,15 +42,15 @@ _NAMES = (
 )
 # of layers that it has no weights for: the last of a residual branch, and those from channels to as many
 _ENDS = (
-    r"temporal_res_block\.conv2\.|temp_conv\w*\.(\d+\.)?conv4\.|temp_conv_(in|out)\.|mid_block\.convs\.\d+\.conv2\.|"
+    r"temporal_res_block\.conv2\.|temp_conv\w*\.(\d+\.)?conv4\.2\.|temp_conv_(in|out)\.|mid_block\.convs\.\d+\.conv2\.|"
     r"attentions\.\d+\.to_out\."
 )
 _BETWEEN = r"^(post_)?quant_conv\.|time_conv_out\."
 
 
 def inflate(base: Any, into: str, place: str = "VAE") -> Any:
-    """A network of the class `into`, one of CLASSES, with the weights of an AutoencoderKL. What is new, and not the end of
-    a branch, keeps its random weights.
+    """A network of the class `into`, one of CLASSES, with the weights of an AutoencoderKL. What is new and not
+    the end of a branch keeps its random weights.
 
     Args:
         place: what opens the sentence of an error.

@@ -10,12 +10,14 @@ from ldm_vae.autoencoder.inflation import inflate
 from ldm_vae.core.config import Part
 from ldm_vae.core.numbers import Channels
 
+Into = Literal["AutoencoderKLAllegro", "AutoencoderKLMagvit", "AutoencoderKLTemporalDecoder"]
+
 
 class Config(Part):
     """A class of clips that `init_from`, a network of images, is made into."""
 
     kind: Literal["inflated"] = "inflated"
-    into: Literal["AutoencoderKLAllegro", "AutoencoderKLMagvit", "AutoencoderKLTemporalDecoder"]
+    into: Into = "AutoencoderKLAllegro"
     """Class: Allegro's for any AutoencoderKL, clips of 24 + 16 k frames, t 4; Magvit for one without attention, 1 + 4 k
     frames, causal; TemporalDecoder for one without post_quant_conv, each frame encoded by itself."""
     in_channels: Channels = 3

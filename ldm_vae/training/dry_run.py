@@ -1,6 +1,5 @@
 """Cost of a run before it is started: `--dry_run`. Nothing is computed or fetched, of the data only the list is read:
-the real training step runs on tensors without content, its operations and memory are counted. With `data.frames` every
-sample is a clip.
+the real training step runs on tensors without content, its operations and memory are counted.
 
 Legend: B batch, C image channels, T frames of a clip, H W pixels, c latent channels, t h w latent positions.
 """
@@ -60,9 +59,9 @@ LIBRARIES = 0.9e9  # torch and what else is imported
 
 @dataclass(frozen=True)
 class Plan:
-    """Cost of a run: parameters by network; GFLOP an image, or a clip, of each forward pass, and of a whole step with
-    the adversary active; bytes of the tensors of a process by what holds them (a teacher's network, which is not
-    loaded, left out)."""
+    """Cost of a run: parameters by network; GFLOP an image of each forward pass, and of a whole step with the adversary
+    active; bytes of the tensors of a process by what holds them (a teacher's network, which is not loaded, left
+    out)."""
 
     parameters: dict[str, int]
     forward_gflop: dict[str, float]
@@ -79,7 +78,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
     accelerator = Accelerator(cpu=True)
     # gradients that wait for the next micro-batch lie beside its activations: two show what any number holds
     micro_batches = accelerator.gradient_accumulation_steps = min(2, settings.gradient_accumulation_steps)
-    base, frames = _base(settings), getattr(settings.data, "frames", None)
+    base = _base(settings)
     fake = FakeTensorMode()
     if base is not None:
         with FakeCopyMode(fake):
@@ -88,7 +87,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
         if base is None:  # the weights of init_from are not wanted, its shape is `model`
             vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
         else:
-            vae = learning(base, settings.trainable, frames)
+            vae = learning(base, settings.trainable, getattr(settings.data, "frames", None))
         check_smallest(settings, downsampling_factor(vae))
         if settings.gradient_checkpointing:
             enable_checkpointing(vae)

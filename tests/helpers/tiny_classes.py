@@ -166,7 +166,17 @@ SCRATCH: dict[str, dict[str, Any]] = {
     },
     "hunyuan_image": {"kind": "hunyuan_image", "block_out_channels": [32, 64], "layers_per_block": 1,
                       "latent_channels": 4},
+    "wan": {"kind": "wan", "base_dim": 8, "dim_mult": [1, 1, 2], "num_res_blocks": 1, "z_dim": 4,
+            "temperal_downsample": [True, True]},
+    "ltx": {
+        "kind": "ltx", "latent_channels": 4, "patch_size": 2,
+        **{f"{side}{name}": value for side in ("", "decoder_") for name, value in {
+            "block_out_channels": [8, 16], "layers_per_block": [1, 1, 1], "spatio_temporal_scaling": [True, False],
+        }.items()},
+    },
+    "vidtok": {"kind": "vidtok", "ch": 8, "ch_mult": [1, 1, 2], "num_res_blocks": 1},
 }  # fmt: skip
+CLIP_KINDS = ("wan", "ltx", "vidtok")
 CLASSES = sorted(name for name, one in vars(autoencoders).items() if inspect.isclass(one))
 STILLS = ["AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan"]  # pipelines give them one frame
 IMAGES = sorted([name for name in CLASSES if family_of(name).signal == "image"] + STILLS)
