@@ -26,13 +26,14 @@ from PIL import Image, UnidentifiedImageError
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data import containers
-from ldm_vae.data.decoding import FORMATS, Decoded, Decoding, RawImage, bad_image, read_image, read_size
+from ldm_vae.data.decoding import FORMATS, Decoded, Decoding, RawImage, bad_image, check_size, read_image, read_size
 from ldm_vae.data.files import read_bytes
 from ldm_vae.data.footage import Video, VideoFacts
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.transforms import Crop
 
 ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # the other formats of several pictures hold pages, not frames
+MOST_ANIMATED = 2**33  # pixels of all frames: minutes, where a few bytes can stand for hours
 STILL_MS = 100  # of a frame that states none, as browsers show it
 STILL = Fraction(1)
 
@@ -178,13 +179,22 @@ def _open_picture(image: bytes, formats: tuple[str, ...]) -> Any:
 
 
 def _animation(image: RawImage) -> Any:
-    """An open picture of more than one frame; None of anything else."""
+    """An open picture of more than one frame; None of anything else. Raises BadImage for one that is too large."""
     if isinstance(image, Video) and isinstance(image.content, bytes):
         image = image.content
     if not isinstance(image, bytes):
         return None
     picture = _open_picture(image, tuple(name for name in ANIMATIONS if name in FORMATS))
-    return picture if getattr(picture, "n_frames", 1) > 1 else None
+    if (count := getattr(picture, "n_frames", 1)) == 1:
+        return None
+    check_size(picture.height, picture.width)
+    # every frame is composed for the times alone: nothing can be passed over, as in a container
+    if count * picture.height * picture.width > MOST_ANIMATED:
+        raise BadImage(
+            f"{count:,} frames of {picture.width} x {picture.height} pixels, the limit of an animated picture is "
+            f"{MOST_ANIMATED / 1e9:.1f} billion in all"
+        )
+    return picture
 
 
 def _times(animation: Any) -> list[Fraction]:
