@@ -33,7 +33,7 @@ from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.transforms import Crop
 
 ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # the other formats of several pictures hold pages, not frames
-MOST_ANIMATED = 2**33  # pixels of all frames: minutes, where a few bytes can stand for hours
+MOST_ANIMATED = 2**30  # pixels of all frames: seconds, where a few bytes can stand for hours
 STILL_MS = 100  # of a frame that states none, as browsers show it
 STILL = Fraction(1)
 
@@ -80,7 +80,9 @@ def frames_of(image: RawImage, decoding: Decoding, draw: float | None = None) ->
         BadImage: it cannot be decoded, or is shorter than the clip.
     """
     with _as_bad_image():
-        known = facts_of(image, decoding)
+        animation = _animation(image)
+        appear = [] if animation is None else _times(animation)
+        known = facts_of(image, decoding) if animation is None else _facts_of_animation(animation, appear)
         if known.frames == 1:
             times = [Fraction(0)]
         else:
@@ -88,8 +90,8 @@ def frames_of(image: RawImage, decoding: Decoding, draw: float | None = None) ->
             times = [start + number * step_of(known, decoding) for number in range(decoding.frames or 1)]
         if isinstance(image, Video) and isinstance(image.content, tuple):
             yield from _of_files(image.content, decoding, times, known)
-        elif (animation := _animation(image)) is not None:
-            yield from _of_animation(animation, decoding, times)
+        elif animation is not None:
+            yield from _of_animation(animation, decoding, times, appear[:-1])
         elif (video := _container(image)) is not None:
             yield from containers.frames_at(video, decoding, times)
         else:
@@ -109,9 +111,7 @@ def facts_of(image: RawImage, decoding: Decoding) -> VideoFacts:
         if isinstance(image, Video) and isinstance(image.content, tuple):
             return _facts_of_files(image.content, decoding)
         if (animation := _animation(image)) is not None:
-            shown = _times(animation)
-            count, size = len(shown) - 1, (animation.height, animation.width)
-            return VideoFacts(count, count / shown[-1], *size, str(animation.format), animation.mode)
+            return _facts_of_animation(animation, _times(animation))
         if (video := _container(image)) is not None:
             return containers.facts(video)
         height, width = read_size(image, decoding)
@@ -208,8 +208,14 @@ def _times(animation: Any) -> list[Fraction]:
     return times
 
 
-def _of_animation(animation: Any, decoding: Decoding, times: Sequence[Fraction]) -> Iterator[Decoded]:
-    appear = _times(animation)[:-1]
+def _facts_of_animation(animation: Any, appear: Sequence[Fraction]) -> VideoFacts:
+    count, size = len(appear) - 1, (animation.height, animation.width)
+    return VideoFacts(count, count / appear[-1], *size, str(animation.format), animation.mode)
+
+
+def _of_animation(
+    animation: Any, decoding: Decoding, times: Sequence[Fraction], appear: Sequence[Fraction]
+) -> Iterator[Decoded]:
     slack = Fraction(1, 1000) if decoding.frame_rate else (appear[-1] / max(1, len(appear) - 1)) / 2
     for time in times:
         number = max(at for at, shown in enumerate(appear) if shown <= time + slack)
