@@ -252,6 +252,15 @@ def test_an_export_is_read_back_with_its_normalisation(name: str, tmp_path: Path
             assert torch.equal(latents.encode(back, clips).mean, latents.encode(vae, clips).mean)
 
 
+def test_what_no_pipeline_of_a_class_reads_is_no_normalisation() -> None:
+    vae = tiny("AutoencoderKLCogVideoX")  # whose config has the keys of an AutoencoderKL
+    for law in (Normalisation(0.5, 0.25), Normalisation(1.0, None, (0.0,) * 4, (1.0,) * 4)):
+        with refused(UsageError, "normalisation"):
+            held_by(vae, law)
+    vae.register_to_config(shift_factor=0.25, latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
+    assert normalisation_of(vae) == Normalisation(vae.config.scaling_factor)
+
+
 @pytest.mark.parametrize("name", NORMALISED)
 def test_a_law_that_was_taken_away_is_refused(name: str) -> None:
     vae = tiny(name)

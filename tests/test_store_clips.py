@@ -21,7 +21,6 @@ from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.normalisation_law import normalisation_of
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.transforms import centre_crop, to_pixels, to_uint8
-from ldm_vae.latent_store.convert.conversion import convert_to
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.latent_store.maintain.merge_split import merge, split
 from ldm_vae.latent_store.maintain.repair import repair
@@ -162,7 +161,7 @@ def test_a_length_that_would_be_cut_is_refused_and_a_bad_clip_is_put_aside(tmp_p
         write_store(tiled, Footage(count=4), tmp_path / "tiled", **SETTINGS)
 
 
-def test_clips_are_decoded_to_animated_pictures_and_carried_by_no_other_format(tmp_path: Path) -> None:
+def test_clips_are_decoded_to_animated_pictures(tmp_path: Path) -> None:
     vae, source, store = tiny(WAN), Footage(count=3), tmp_path / "store"
     source.frames = (5,)
     write_store(vae, source, store, **SETTINGS)
@@ -174,9 +173,6 @@ def test_clips_are_decoded_to_animated_pictures_and_carried_by_no_other_format(t
         picture.seek(4)
         assert torch.equal(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1), decoded[:, 4])
     assert contact_sheet(data, vae)[1:4] == b"PNG"
-    for name in ("kohya", "parquet", "webdataset"):
-        with refused(UsageError, "--to"):
-            convert_to(store, tmp_path / name, name)
 
 
 def test_frames_are_encoded_in_tiles(tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ from diffusers import AutoencoderKL
 from sentences import refused
 from store_sources import AFTER, Album, Pictures, names
 from stores import SETTINGS, contents
+from tiny_classes import tiny
+from videos import write_films
 
+from ldm_vae import open_images
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import read_manifest, verify, write_store
@@ -126,6 +129,19 @@ def test_damage_is_named_and_repaired_to_the_same_bytes(
         assert done == Repaired(encoded_units=(1,))
     else:
         assert repair(store, vae=never, source=never) == Repaired(copied=(file,))
+    assert tree(store) == before and verify(store) == []
+
+
+def test_a_shard_of_clips_is_encoded_again_from_their_films(tmp_path: Path) -> None:
+    films, vae = write_films(tmp_path / "films", 8, damaged=(5,)), tiny("AutoencoderKLWan")
+    store = tmp_path / "s"
+    write_store(vae, open_images(films, vae, frames=5), store, **SETTINGS | {"shard_size": 4})
+    before = tree(store)
+    one, other = sorted((store / "shards").glob("00000001-*.safetensors"))  # of images, of clips
+    truncate(one)
+    flip_a_bit(other)
+    assert {problem.file for problem in verify(store)} == {f"shards/{path.name}" for path in (one, other)}
+    assert mend(store, vae, open_images(films, vae, frames=5)) == Repaired(encoded_units=(1,))
     assert tree(store) == before and verify(store) == []
 
 

@@ -21,7 +21,10 @@ from image_files import COUNT, KINDS, bmp, pictures, set_back, times, write
 from sentences import refused
 from store_sources import Album, Stop, Stopping, names
 from stores import SETTINGS, encode
+from tiny_classes import tiny
+from videos import frame, write_video
 
+from ldm_vae import open_images
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data import stamps
 from ldm_vae.data.metadata import columns_digest
@@ -79,6 +82,32 @@ def test_a_picture_replaced_under_its_name_is_refused(
     run(tiny_vae, data, tmp_path / "s", check=check)
     run(tiny_vae, data, tmp_path / "fresh")
     assert stored(tmp_path / "s") == stored(tmp_path / "fresh") and verify(tmp_path / "s") == []
+
+
+def test_a_film_replaced_under_its_name_is_refused_and_all_its_clips_are_taken_up(tmp_path: Path) -> None:
+    """Same name, same size, same mtime: a film has several clips, and one checksum."""
+    vae, films, store = tiny("AutoencoderKLWan"), tmp_path / "films", tmp_path / "s"
+    size: dict[str, Any] = {"resolution": 16, "batch_size": 2, "shard_size": 4}
+
+    def film(number: int, level: int) -> None:
+        pictures = [frame(level + at, (16, 24)) for at in range(10)]
+        write_video(films / f"{number}.avi", 10, (16, 24), codec="rawvideo", pix_fmt="bgr24", pictures=pictures)
+
+    films.mkdir()
+    for number in range(3):
+        film(number, number)
+    write_store(vae, open_images(films, vae, frames=5), store, **size)
+    before, were, sizes = tree(store), times(films), [path.stat().st_size for path in sorted(films.iterdir())]
+    film(1, 7)
+    set_back(were)
+    assert sizes == [path.stat().st_size for path in sorted(films.iterdir())]
+    with refused(UsageError, "OUT"):
+        write_store(vae, open_images(films, vae, frames=5), store, **size)
+    assert tree(store) == before
+    write_store(vae, open_images(films, vae, frames=5), store, **size, update=True)
+    write_store(vae, open_images(films, vae, frames=5), tmp_path / "fresh", **size)
+    assert stored(store) == stored(tmp_path / "fresh") and verify(store) == []
+    assert len(LatentDataset(store)) == 6 and sum(len(shard.removed) for shard in read_manifest(store).shards) == 2
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "paths"])

@@ -1,7 +1,7 @@
 """Killed at any moment, by any number of processes: the finished store is the one that was never interrupted.
 
-In the suite (slow): 24 kills of forked children at random moments, and 4 of the real program under its launcher. As
-often as one likes, and everything else beside it: `python -m tests.torture`.
+In the suite (slow): 24 kills of forked children at random moments, 4 of children that encode clips, and 4 of the real
+program under its launcher. As often as one likes, and everything else beside it: `python -m tests.torture`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,21 @@ from images import write_images
 from kills import Launched, Reaper, launch_program, wait_until
 from store_sources import Pictures
 from stores import SETTINGS
+from tiny_classes import tiny
+from videos import films_of, write_films
 
+from ldm_vae import open_images
 from ldm_vae.core import atomic_io
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
+from ldm_vae.latent_store.format.quarantine import read_quarantine
 from ldm_vae.latent_store.write.writer import Processes
 
 
-def vae() -> Any:
+def vae(films: str = "") -> Any:
     import torch
+
+    if films:
+        return tiny("AutoencoderKLWan")
 
     from ldm_vae.autoencoder.config import AutoencoderConfig
 
@@ -41,33 +48,35 @@ def source(count: int) -> Pictures:
     return Pictures(count, bad=(5, 31), broken=(17,))
 
 
-def child(out: str, rank: int, count: int, workers: int, update: int) -> None:
-    """Encode `count` pictures, or update a store to `update` of them."""
+def child(out: str, rank: int, count: int, workers: int, update: int, films: str = "") -> None:
+    """Encode 60 pictures, or update a store to `update` of them; or the clips of a folder of films."""
     import torch
 
     torch.set_num_threads(1)
-    processes = Processes(rank, count)
-    write_store(
-        vae(), source(update or 60), out, **SETTINGS, processes=processes, num_workers=workers, update=bool(update)
-    )
+    own: dict[str, Any] = {"processes": Processes(rank, count), "num_workers": workers, "update": bool(update)}
+    if films:
+        network = vae(films)
+        write_store(network, open_images(films, network, frames=5), out, **SETTINGS | {"shard_size": 2} | own)
+    else:
+        write_store(vae(), source(update or 60), out, **SETTINGS | own)
 
 
-def torture(out: Path, kills: int, seed: int) -> int:
+def torture(out: Path, kills: int, seed: int, films: str = "") -> int:
     """Start children with random numbers of processes and workers, kill each after a random time, until `kills` were
     killed while they worked; then let one finish. Returns how many children it took."""
     reaper = Reaper(random.Random(seed))
     while reaper.kills < kills:
         count = reaper.draw.choice([1, 1, 2, 3])
         calls = [
-            partial(child, str(out), rank, count, reaper.draw.choice([0, 0, 1]), 0) for rank in range(1, count)
-        ] or [partial(child, str(out), 0, 1, 0, 0)]
+            partial(child, str(out), rank, count, reaper.draw.choice([0, 0, 1]), 0, films) for rank in range(1, count)
+        ] or [partial(child, str(out), 0, 1, 0, 0, films)]
         for done in reaper.strike([fork(call, []) for call in calls]):
             assert done.returncode in (0, -signal.SIGKILL), done.stderr
         if (out / "manifest.json").is_file() and read_manifest(out).complete:
             shutil.rmtree(out)  # a finished store is never touched again: the next round begins anew
         elif len(list((out / "units").glob("*.json"))) > 6 and reaper.draw.random() < 0.5:
             undo(out, reaper.draw)
-    child(str(out), 0, 1, 0, 0)
+    child(str(out), 0, 1, 0, 0, films)
     return reaper.started
 
 
@@ -89,6 +98,22 @@ def test_killed_two_dozen_times_at_random_moments(tmp_path: Path) -> None:
     assert verify(tmp_path / "killed") == []
     keys = [LatentDataset(tmp_path / "killed", columns=("key",))[index]["key"] for index in range(57)]
     assert keys == [source(60).key(index) for index in range(60) if index not in (5, 17, 31)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_clips_of_which_some_are_damaged_are_there_once_after_kills(tmp_path: Path) -> None:
+    """Two lengths, a container that ends in its middle, one that ends in its header, and a video that is too short."""
+    films = write_films(tmp_path / "films", 16, damaged=(5, 10), short=(12,))
+    child(str(tmp_path / "whole"), 0, 1, 0, 0, str(films))
+    torture(tmp_path / "killed", 4, 0, str(films))
+    assert tree(tmp_path / "killed") == tree(tmp_path / "whole") and verify(tmp_path / "killed") == []
+    data = LatentDataset(tmp_path / "killed", columns=("key",))
+    keys = [data[index]["key"] for index in range(len(data))]
+    bad = {f"film_{number:02d}.mkv" for number in (5, 10, 12)}
+    assert sorted(keys) == [key for key in films_of(films) if key.partition("#")[0] not in bad]
+    assert [entry.key for entry in read_quarantine(tmp_path / "killed")] == sorted(bad)
+    assert {shard.frames for shard in read_manifest(tmp_path / "killed").shards} == {1, 5}
 
 
 @pytest.mark.slow

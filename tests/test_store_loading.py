@@ -11,13 +11,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from sentences import refused
-from store_sources import AFTER, Album, Mixed, Pictures
+from store_sources import AFTER, Album, Footage, Mixed, Pictures, ordered_clips
 from stores import SETTINGS
+from tiny_classes import tiny
 from torch.utils.data import DataLoader
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.latent_store import LatentDataset, write_store
 from ldm_vae.latent_store.read.loader import LatentLoader, LatentStream
+from ldm_vae.latent_store.write import sample_stream
 
 
 @pytest.fixture
@@ -31,6 +33,14 @@ def mixed(tiny_vae: AutoencoderKL, tmp_path: Path) -> Path:
     """Eleven pictures in three shapes."""
     write_store(tiny_vae, Mixed(11), tmp_path / "m", **{**SETTINGS, "resolution": 24, "bucket_step": 4})
     return tmp_path / "m"
+
+
+@pytest.fixture
+def clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eleven clips of three lengths."""
+    monkeypatch.setattr(sample_stream, "ordered_loader", ordered_clips)
+    write_store(tiny("AutoencoderKLWan"), Footage(11), tmp_path / "c", **SETTINGS)
+    return tmp_path / "c"
 
 
 def indices(batches: Any) -> list[list[int]]:
@@ -99,13 +109,16 @@ def test_noise_and_views_are_new_each_epoch(store: Path) -> None:
     assert not torch.equal(first["latents"][first["index"].argsort()], second["latents"][second["index"].argsort()])
 
 
-def test_a_batch_has_one_shape_and_all_shapes_come(mixed: Path) -> None:
-    data = LatentDataset(mixed)
-    assert {shape: len(of) for shape, of in data.shapes().items()} == {
-        (4, 10, 14): 3,
-        (4, 12, 12): 4,
-        (4, 14, 10): 4,
-    }
+SHAPES = {
+    "mixed": {(4, 10, 14): 3, (4, 12, 12): 4, (4, 14, 10): 4},
+    "clips": {(16, 1, 2, 2): 2, (16, 2, 2, 2): 6, (16, 3, 2, 2): 3},
+}
+
+
+@pytest.mark.parametrize("kind", [*SHAPES])
+def test_a_batch_has_one_shape_and_all_shapes_come(kind: str, request: pytest.FixtureRequest) -> None:
+    data = LatentDataset(request.getfixturevalue(kind))
+    assert {shape: len(of) for shape, of in data.shapes().items()} == SHAPES[kind]
     seen: Counter[int] = Counter()
     loaders = [data.loader(1, rank=rank, world_size=2) for rank in range(2)]
     for _ in range(4):
@@ -117,7 +130,7 @@ def test_a_batch_has_one_shape_and_all_shapes_come(mixed: Path) -> None:
     assert len({item["latents"].shape for item in items}) > 1
 
 
-@pytest.mark.parametrize("kind", ["store", "mixed"])
+@pytest.mark.parametrize("kind", ["store", "mixed", "clips"])
 def test_resume_goes_on_with_the_very_next_batch(kind: str, request: pytest.FixtureRequest) -> None:
     data = LatentDataset(request.getfixturevalue(kind))
     whole = data.loader(2, seed=3)

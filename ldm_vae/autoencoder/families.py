@@ -39,6 +39,7 @@ class Family:
     frames_first: decodes to [B, T, C, H, W].
     tiled: works in tiles of its own, which are part of what it is.
     sigma_data: of its pipelines' scheduler, which scales the latents.
+    unread: keys of its config that none of its pipelines reads.
     refusal: why it is not served.
     """
 
@@ -59,6 +60,7 @@ class Family:
     frames_first: bool = False
     tiled: bool = False
     sigma_data: float | None = None
+    unread: tuple[str, ...] = ()
     refusal: str = ""
 
     @property
@@ -84,7 +86,7 @@ FAMILIES: dict[str, Family] = {
     "AutoencoderKLQwenImage21": Family("video", alpha=True, step=0, clamps=True),
     "AutoencoderKLTemporalDecoder": Family("video", step=1, folded=True),
     "AutoencoderKLAllegro": Family("video", first=24, step=16, single=True, frames_first=True, tiled=True),
-    "AutoencoderKLCogVideoX": Family("video", step=8),
+    "AutoencoderKLCogVideoX": Family("video", step=8, unread=("shift_factor", "latents_mean", "latents_std")),
     "AutoencoderKLCosmos": Family("video", sigma_data=0.5),
     "AutoencoderKLHunyuanVideo": _VIDEO,
     "AutoencoderKLHunyuanImageRefiner": Family("video", step=1),

@@ -96,6 +96,13 @@ def check_latent_frames(vae: Any, frames: int) -> None:
     _check("t", type(vae).__name__, frames, latent.first, latent.step, latent.law, "latent frames")
 
 
+def frames_of(vae: Any, latent_frames: int) -> int:
+    """T of a clip of t latent frames. Raises UsageError for a t that no clip has."""
+    check_latent_frames(vae, latent_frames)
+    lengths = lengths_of(vae)
+    return lengths.first + (latent_frames - lengths.latent_first) // max(1, lengths.latent_step) * lengths.step
+
+
 def _check(field: str, name: str, found: int, first: int, step: int, law: str, what: str) -> None:
     over = found - first
     if found == first or (step and over >= 0 and over % step == 0):

@@ -24,7 +24,7 @@ def law_of(vae: Any) -> Law:
 
 def kind_of(vae: Any) -> NormalisationKind | None:
     """The kind of normalisation that a network names, with whatever numbers; None where it names none."""
-    law, config = law_of(vae), vae.config
+    law, config = law_of(vae), _config(vae)
     if law in ("batch_norm", "buffers") or (law == "config" and config.get("latents_mean") is not None):
         return "channel"
     if law == "inside" or config.get("scaling_factor") is not None:
@@ -60,7 +60,7 @@ def own_normalisation(vae: Any, where: str = "VAE", pipelines: str | None = None
         return Normalisation.from_config({"scaling_factor": 1.0, **held}, where)
     if kind_of(vae) is None:
         return None
-    found = Normalisation.from_config(vae.config, where)
+    found = Normalisation.from_config(_config(vae), where)
     if (sigma_data := family_of(vae).sigma_data) is not None:
         of_each = len(found.latents_mean or ()) // int(vae.config.latent_channels) or 1
         return replace(found, scaling_factor=sigma_data, frames=of_each)
@@ -112,13 +112,20 @@ def held_by(vae: Any, normalisation: Normalisation) -> Normalisation:
         return replace(found, latents_std=std, scaling_factor=None if family_of(vae).reciprocal else scale)
     missing = [key for key, value in normalisation.to_config().items() if value is not None and key not in keys]
     if law == "config" and missing:  # VQModel and AutoencoderTiny know no latents_mean
-        raise UsageError(f"normalisation `{normalisation.kind}`: the config of {an(name)} has no {missing[0]}")
+        has_no = "pipelines of {} read no" if missing[0] in family_of(vae).unread else "the config of {} has no"
+        raise UsageError(f"normalisation `{normalisation.kind}`: {has_no.format(an(name))} {missing[0]}")
     return normalisation
 
 
+def _config(vae: Any) -> dict[str, Any]:
+    """A network's config as its pipelines read it."""
+    return {name: value for name, value in vae.config.items() if name not in family_of(vae).unread}
+
+
 def _keys(vae: Any) -> dict[str, Any]:
-    """The keys of a class's config, with its defaults."""
-    return {name: one.default for name, one in inspect.signature(type(vae).__init__).parameters.items()}
+    """The keys of a class's config that its pipelines read, with its defaults."""
+    keys = inspect.signature(type(vae).__init__).parameters
+    return {name: one.default for name, one in keys.items() if name not in family_of(vae).unread}
 
 
 def is_fixed(vae: Any) -> bool:

@@ -140,7 +140,7 @@ def open_images(
     Args:
         data: a folder, zip, list file, parquet or arrow files, tar shards, or a hub dataset: see `open_source`.
         vae: what `load_autoencoder` gave.
-        kind, fields: as for `open_source`.
+        kind, fields: as for `open_source`; `frames=17` opens the clips of videos.
         part: of images that its training split (`data.holdout`), only those that it trained on (`train`) or those held
             out (`holdout`).
 
@@ -153,9 +153,12 @@ def open_images(
     >>> len(photos), photos.key(0)
     (12, 'img_0000.png')
     """
+    # how images are decoded the network decides too, so those fields are not the source's alone
+    flagged = {name: fields.pop(name) for name in [*fields] if name in DataFlags.__dataclass_fields__}
     flags = DataFlags(
-        image_column=image_column, caption_column=caption_column, split=split, kind=kind, part=part, data_fields=fields
-    )
+        image_column=image_column, caption_column=caption_column, split=split, kind=kind, part=part,
+        data_fields=fields, **flagged,
+    )  # fmt: skip
     return preparation_of({"": vae}, flags).open(data)
 
 

@@ -26,13 +26,14 @@ from PIL import Image, UnidentifiedImageError
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data import containers
-from ldm_vae.data.decoding import FORMATS, Decoded, Decoding, RawImage, bad_image, read_image, read_size
+from ldm_vae.data.decoding import FORMATS, Decoded, Decoding, RawImage, bad_image, check_size, read_image, read_size
 from ldm_vae.data.files import read_bytes
 from ldm_vae.data.footage import Video, VideoFacts
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.transforms import Crop
 
 ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # the other formats of several pictures hold pages, not frames
+MOST_ANIMATED = 2**30  # pixels of all frames: seconds, where a few bytes can stand for hours
 STILL_MS = 100  # of a frame that states none, as browsers show it
 STILL = Fraction(1)
 
@@ -79,7 +80,9 @@ def frames_of(image: RawImage, decoding: Decoding, draw: float | None = None) ->
         BadImage: it cannot be decoded, or is shorter than the clip.
     """
     with _as_bad_image():
-        known = facts_of(image, decoding)
+        animation = _animation(image)
+        appear = [] if animation is None else _times(animation)
+        known = facts_of(image, decoding) if animation is None else _facts_of_animation(animation, appear)
         if known.frames == 1:
             times = [Fraction(0)]
         else:
@@ -87,8 +90,8 @@ def frames_of(image: RawImage, decoding: Decoding, draw: float | None = None) ->
             times = [start + number * step_of(known, decoding) for number in range(decoding.frames or 1)]
         if isinstance(image, Video) and isinstance(image.content, tuple):
             yield from _of_files(image.content, decoding, times, known)
-        elif (animation := _animation(image)) is not None:
-            yield from _of_animation(animation, decoding, times)
+        elif animation is not None:
+            yield from _of_animation(animation, decoding, times, appear[:-1])
         elif (video := _container(image)) is not None:
             yield from containers.frames_at(video, decoding, times)
         else:
@@ -108,9 +111,7 @@ def facts_of(image: RawImage, decoding: Decoding) -> VideoFacts:
         if isinstance(image, Video) and isinstance(image.content, tuple):
             return _facts_of_files(image.content, decoding)
         if (animation := _animation(image)) is not None:
-            shown = _times(animation)
-            count, size = len(shown) - 1, (animation.height, animation.width)
-            return VideoFacts(count, count / shown[-1], *size, str(animation.format), animation.mode)
+            return _facts_of_animation(animation, _times(animation))
         if (video := _container(image)) is not None:
             return containers.facts(video)
         height, width = read_size(image, decoding)
@@ -178,13 +179,22 @@ def _open_picture(image: bytes, formats: tuple[str, ...]) -> Any:
 
 
 def _animation(image: RawImage) -> Any:
-    """An open picture of more than one frame; None of anything else."""
+    """An open picture of more than one frame; None of anything else. Raises BadImage for one that is too large."""
     if isinstance(image, Video) and isinstance(image.content, bytes):
         image = image.content
     if not isinstance(image, bytes):
         return None
     picture = _open_picture(image, tuple(name for name in ANIMATIONS if name in FORMATS))
-    return picture if getattr(picture, "n_frames", 1) > 1 else None
+    if (count := getattr(picture, "n_frames", 1)) == 1:
+        return None
+    check_size(picture.height, picture.width)
+    # every frame is composed for the times alone: nothing can be passed over, as in a container
+    if count * picture.height * picture.width > MOST_ANIMATED:
+        raise BadImage(
+            f"{count:,} frames of {picture.width} x {picture.height} pixels, the limit of an animated picture is "
+            f"{MOST_ANIMATED / 1e9:.1f} billion in all"
+        )
+    return picture
 
 
 def _times(animation: Any) -> list[Fraction]:
@@ -198,8 +208,14 @@ def _times(animation: Any) -> list[Fraction]:
     return times
 
 
-def _of_animation(animation: Any, decoding: Decoding, times: Sequence[Fraction]) -> Iterator[Decoded]:
-    appear = _times(animation)[:-1]
+def _facts_of_animation(animation: Any, appear: Sequence[Fraction]) -> VideoFacts:
+    count, size = len(appear) - 1, (animation.height, animation.width)
+    return VideoFacts(count, count / appear[-1], *size, str(animation.format), animation.mode)
+
+
+def _of_animation(
+    animation: Any, decoding: Decoding, times: Sequence[Fraction], appear: Sequence[Fraction]
+) -> Iterator[Decoded]:
     slack = Fraction(1, 1000) if decoding.frame_rate else (appear[-1] / max(1, len(appear) - 1)) / 2
     for time in times:
         number = max(at for at, shown in enumerate(appear) if shown <= time + slack)

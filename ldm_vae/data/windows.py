@@ -10,6 +10,7 @@ Legend: N videos and images of the source.
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,6 +29,7 @@ from ldm_vae.data.stamps import THREADS, Facts, Stamped
 from ldm_vae.data.stream import Stream
 
 logger = logging.getLogger(__name__)
+CLIP = re.compile(r"(.+)#((?:t|frame)=[0-9.]+)")
 
 
 def windows(source: Any) -> Any:
@@ -115,6 +117,12 @@ class Windows:
         at, start = self._place(index)
         found = self.source.facts(at) if isinstance(self.source, Stamped) else None
         return found and found._replace(identity=(*found.identity, hash(start or 0)))
+
+
+def video_of(key: str) -> tuple[str, str]:
+    """The key of the video that a clip is of, and what says where in it; nothing of a video's only clip."""
+    found = CLIP.fullmatch(key)
+    return (key, "") if found is None else (found[1], found[2])
 
 
 def _name(source: Any) -> str:

@@ -57,6 +57,7 @@ NAMES = {
     "holdout_run": "runs/photographs",
     "textbook_run": "runs/textbook_vae",
     "store": "my-latents STORE",
+    "clip_store": "my-clips",
     "large_store": "one",
     "other_store": "two",
     "demo_store": "runs/demo/latents",
@@ -251,6 +252,11 @@ class StandIns:
     def store(self, out: Path) -> None:
         self.get("photographs")
         self._encode(out, "photographs", vae_name=str(self.get("vae")))
+
+    def clip_store(self, out: Path) -> None:
+        """Of a tiny Wan, whose latents have the channels of the published one's."""
+        vae = tiny("AutoencoderKLWan")
+        write_store(vae, open_images(self.get("film") / "film", vae, frames=5), out, resolution=32)
 
     def large_store(self, out: Path) -> None:
         """1,000 samples of four classes, one position each."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import av
 import numpy as np
+from PIL import Image
 
 STEP = 12  # levels from frame to frame
 
@@ -94,3 +95,29 @@ def write_moving(folder: Path, count: int = 3, frames: int = 10, size: tuple[int
             pictures.append(picture)
         write_video(folder / f"film-{number}.mkv", frames, size, pictures=pictures, rate=12)
     return folder
+
+
+def write_films(folder: Path, count: int = 12, *, damaged: Sequence[int] = (), short: Sequence[int] = ()) -> Path:
+    """Videos of 5 and 10 frames by turns, each fourth an image; the damaged ones end in their middle (even
+    ones in their header), short ones have three frames."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        pictures = [frame(number + at, (16, 24)) for at in range(3 if number in short else 5 * (1 + number % 2))]
+        path = folder / f"film_{number:02d}.mkv"
+        if number % 4 == 3 and number not in (*damaged, *short):
+            Image.fromarray(pictures[0]).save(path.with_suffix(".png"))
+            continue
+        write_video(path, len(pictures), (16, 24), pictures=pictures)
+        if number in damaged:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if number % 2 else 40])
+    return folder
+
+
+def films_of(folder: Path) -> list[str]:
+    """Keys of the clips of five frames, and of the images, that are sound in such a folder of videos; in order."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        number = int(path.stem[-2:])
+        parts = ["#t=0", "#t=0.2"] if path.suffix == ".mkv" and number % 2 else [""]
+        found += [path.name + part for part in parts]
+    return found

@@ -20,13 +20,18 @@ DESCRIPTION = f"""\
   ldm-vae store split my-latents out --parts 4    # out/0 to out/3, consecutive whole units
   ldm-vae store split my-latents out --rows 0:1000
   ldm-vae store split my-latents out --where label=3 --where source=photos
-  ldm-vae store convert my-latents out --to parquet    # or webdataset, lightningdit, kohya; prints what is lost
+  ldm-vae store convert my-latents out --to parquet    # prints what is lost; more formats: --help
   ldm-vae store convert out my-latents --from parquet
 {sharing.DESCRIPTION}"""
 
-Format = Literal["parquet", "webdataset", "lightningdit", "kohya"]  # the files of latent_store/convert/formats
+# the files of latent_store/convert/formats
+Format = Literal["parquet", "webdataset", "lightningdit", "kohya", "musubi", "finetrainers"]
 FORMATS = ", ".join(get_args(Format))
-Model = Literal["sd", "sdxl", "sd3", "flux"]  # of formats/kohya.py, and the next
+FOR_A_MODEL = ("kohya", "musubi", "finetrainers")
+# their MODELS, in this order
+Model = Literal[
+    "sd", "sdxl", "sd3", "flux", "hv", "hv15", "wan", "k5", "ltx_video", "hunyuan_video", "cogvideox",
+]  # fmt: skip
 Names = Literal["sized", "plain", "old"]
 
 
@@ -97,7 +102,7 @@ class Convert:
     from_format: Format | None = flag(
         f"SRC is in this format: {FORMATS}; OUT becomes a store", name="from", one_of="directions", metavar="FORMAT"
     )
-    model: Model | None = flag("--to kohya: the diffusion model that the cache is for")
+    model: Model | None = flag("--to kohya, musubi or finetrainers: the diffusion model that the cache is for")
     names: Names | None = flag(
         "--to kohya: file names, by sd-scripts version: sized 0.10.2 and later (default), plain 0.10.0, old 0.7.0"
     )
@@ -239,9 +244,9 @@ def _convert(request: Convert) -> None:
     from ldm_vae.latent_store.convert.formats import Options, kohya
 
     source, out = Path(request.source), Path(request.out)
-    for name in ("model", "names"):
-        if request.to_format != "kohya" and getattr(request, name) is not None:
-            raise UsageError(f"--{name}: belongs to --to kohya")
+    for name, owners in (("model", FOR_A_MODEL), ("names", ("kohya",))):
+        if request.to_format not in owners and getattr(request, name) is not None:
+            raise UsageError(f"--{name}: belongs to --to {', '.join(owners)}")
     if request.to_format is not None:
         if request.vae is not None:
             raise UsageError("--vae: belongs to --from; a store knows its VAE")

@@ -8,6 +8,7 @@ says that this is a claim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def convert_to(store: Path, out: Path, name: str, options: Options | None = None
     """
     options = options or Options()
     chosen, manifest = formats.load(name), read_finished(store)
-    if any(shard.frames is not None for shard in manifest.shards):
+    if not chosen.CLIPS and any(shard.frames is not None for shard in manifest.shards):
         raise UsageError(f"--to {name}: is for latents [c, h, w], and store {store} holds those of clips [c, t, h, w]")
     lost = chosen.cannot_carry(manifest, options)
     if manifest.samples == 0:
@@ -69,6 +70,7 @@ def convert_from(
     """
     from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint
     from ldm_vae.autoencoder.geometry import downsampling_factor
+    from ldm_vae.autoencoder.lengths import frames_of
 
     chosen = formats.load(name)
     if not path.exists():
@@ -90,8 +92,16 @@ def convert_from(
     assert encoder is not None
     codes = getattr(vae.config, "num_vq_embeddings", None)
     normalisation = normalisation_of(vae, f"VAE {vae_name}")
-    channels = latent_channels(vae)
-    claim = Claim(encoder, downsampling_factor(vae), channels, codes, str(path), shard_size, normalisation)
+    claim = Claim(
+        encoder=encoder,
+        factor=downsampling_factor(vae),
+        channels=latent_channels(vae),
+        codes=codes,
+        source=str(path),
+        shard_size=shard_size,
+        normalisation=normalisation,
+        frames_of=partial(frames_of, vae),
+    )
     found = chosen.read(path, claim)
     head = Manifest(
         identity=found.identity,

@@ -3,7 +3,7 @@
 Nothing in a stranger's file is believed: a value that no store may hold (NaN, an index beyond the codebook) ends the
 conversion in one sentence.
 
-Legend: n rows, c latent channels, h w latent positions.
+Legend: n rows, c latent channels, T frames, t latent frames, h w latent positions.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
+    CLIP_FRAMES,
     PIXELS,
     SAFETENSORS_DTYPES,
     TENSOR_NAMES,
@@ -70,8 +71,8 @@ class ForeignPiece:
     def _stored(self, name: str, tensors: Tensors, samples: Samples) -> npt.NDArray[Any]:
         values = tensors.get(name)
         pixels = name.split(".")[0] == PIXELS
-        _, *size = self.group
-        shape = self.shape if values is None or not pixels else (*values.shape[1:2], *size)
+        _, height, width, *frames = self.group
+        shape = self.shape if values is None or not pixels else (*values.shape[1:2], *frames, height, width)
         # shapes before values: a wrong one would make the checks below meaningless
         if values is None or values.shape != (len(samples), *shape):
             found = "is missing" if values is None else f"has the shape {values.shape[1:]}, not {shape}"
@@ -103,10 +104,11 @@ def _rounded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
 
 
 def group_of(row: dict[str, Any], where: object) -> Group:
-    """Resolution and size of the crop, as a store's row says them."""
+    """Resolution and size of the crop, and of a clip its frames, as a store's row says them."""
     try:
         height, width = map(int, str(row["bucket"]).split("x"))
-        if min(group := (int(row["resolution"]), height, width)) < 1:
+        frames = [] if row.get(CLIP_FRAMES) is None else [int(row[CLIP_FRAMES])]
+        if min(group := (int(row["resolution"]), height, width, *frames)) < 1:
             raise ValueError("not positive")
         return group
     except (KeyError, TypeError, ValueError) as error:
@@ -138,15 +140,24 @@ class Claim:
     shard_size: int
     normalisation: Normalisation
     """The one that its config names."""
+    frames_of: Callable[[int], int]
+    """t => T of its clips. Raises UsageError for a t that no clip has."""
 
     def group(self, shape: Sequence[int]) -> Group:
-        """Resolution and size of crops whose latents have this shape [..., h, w]."""
+        """Resolution and size of crops whose latents have this shape [c, h, w], or [h, w] of codes; of clips, whose
+        latents are [c, t, h, w], their frames too.
+
+        Raises:
+            UsageError: no clip of the VAE has so many latent frames.
+        """
         height, width = (int(side) * self.factor for side in shape[-2:])
-        return round(math.sqrt(height * width)), height, width
+        frames = [self.frames_of(int(shape[1]))] if len(shape) == 4 else []
+        return round(math.sqrt(height * width)), height, width, *frames
 
     def check_channels(self, where: object, shape: Sequence[int]) -> None:
-        """Raises UsageError unless latents of this shape (c, h, w), or indices (h, w), can be of this VAE."""
-        if len(shape) == 3 and shape[0] != self.channels:
+        """Raises UsageError unless latents of this shape (c, h, w) or (c, t, h, w), or indices (h, w), can be of this
+        VAE."""
+        if len(shape) > 2 and shape[0] != self.channels:
             raise UsageError(
                 f"--vae: the latents in {where} have {shape[0]} channels and those of this VAE {self.channels}; name "
                 "the VAE that made them"
@@ -155,7 +166,7 @@ class Claim:
     def check_crop(self, key: str, group: Group, crop: tuple[float, float], slack: float = 0) -> None:
         """Raises UsageError unless a crop of these sides (height, width), which the latents name as theirs, gives
         latents of such a size; slack: pixels that it may be smaller, by the rounding of another program."""
-        _, *sides = group
+        sides = group[1:3]
         if not all(0 <= side - said <= slack for side, said in zip(sides, crop, strict=True)):
             height, width = (side // self.factor for side in sides)
             raise UsageError(
@@ -169,12 +180,13 @@ class Claim:
         Raises:
             UsageError: its bucket is that of a VAE of another f.
         """
-        resolution, height, width = group
+        resolution, height, width, *frames = group
         if (bucket := BUCKET.fullmatch(str(more.get("bucket")))) is not None:
             one, other = (int(side) for side in bucket.groups())  # ours is HxW, some write WxH
             self.check_crop(key, group, (other, one) if (other, one) == (height, width) else (one, other))
         own = {"key": key, "source": self.source, "source_index": index, "image_sha256": None}
         own |= {"resolution": resolution, "bucket": f"{height}x{width}"}
+        own |= {CLIP_FRAMES: frames[0]} if frames else {}
         if (size := original_size(more)) is not None:
             own["original_size"] = size
             more = {name: value for name, value in more.items() if name != "original_size"}
@@ -196,7 +208,7 @@ class Claim:
             raise WorkError(f"{self.source}: tensors {', '.join(tensors)} of type {dtype} are not those of a store")
         if kind == "indices" and self.codes is None:
             raise WorkError(f"{self.source}: {kind} are not what this VAE gives")
-        squares = all(height == width for _, height, width in groups)
+        squares = all(height == width for _, height, width, *_ in groups)
         return Identity.model_validate(
             {
                 "encoder": self.encoder,

@@ -37,10 +37,11 @@ TENSOR_NAMES: dict[StoreKind, tuple[str, ...]] = {
 }
 PIXELS = "pixels"
 IMAGE_BYTES = "image_bytes"  # a column: the size of an image's bytes in its source
+CLIP_FRAMES = "clip_frames"  # a column of clips: their frames
 STATISTICS = "statistics"
 OWN_COLUMNS = (
     *("key", "source", "source_index", "image_sha256", IMAGE_BYTES),
-    *("original_size", "resolution", "bucket", "crop_box"),
+    *("original_size", "resolution", "bucket", "crop_box", CLIP_FRAMES),
 )
 
 CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")

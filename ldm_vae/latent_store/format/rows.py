@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.chunks import CHUNK_ROWS, chunk_rows
 from ldm_vae.latent_store.format.codes import CodeStatistics
 from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
@@ -22,7 +23,6 @@ from ldm_vae.latent_store.format.layout import (
     tensor_name,
 )
 from ldm_vae.latent_store.format.manifest import ShardRecord
-from ldm_vae.latent_store.format.shards import CHUNK_ROWS
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 
 ReadRows = Callable[[str, int, int], npt.NDArray[Any]]
@@ -46,9 +46,12 @@ def statistics(identity: Identity, read: ReadRows, keys: Sequence[str]) -> npt.N
     images = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
     dtype = SAFETENSORS_DTYPES[identity.dtype]
     total = LatentStatistics(patch=identity.patch)
+    first_name = tensor_name(TENSOR_NAMES[identity.store][0], "")
+    # chunks are a matter of the shape alone, since the last bits of sums depend on them
+    step = chunk_rows(read(first_name, 0, 1).shape[1:])
     for view in identity.views:
-        for first in range(0, len(images), CHUNK_ROWS):
-            stop = min(first + CHUNK_ROWS, len(images))
+        for first in range(0, len(images), step):
+            stop = min(first + step, len(images))
             variance = None
             if identity.store == "moments":
                 logvar = shards.to_float(read(tensor_name("logvar", view), first, stop), dtype)

@@ -30,7 +30,8 @@ import torch
 from ldm_vae.core.errors import WorkError
 from ldm_vae.core.tables import check_values, kinds_within
 from ldm_vae.core.validation import parse_json, why_unreadable
-from ldm_vae.latent_store.format.layout import MAPPED_ROWS, ROWS, STATISTICS, TENSORS
+from ldm_vae.latent_store.format.chunks import chunk_rows
+from ldm_vae.latent_store.format.layout import CLIP_FRAMES, MAPPED_ROWS, ROWS, STATISTICS, TENSORS
 from ldm_vae.latent_store.storage.file_record import FileRecord
 from ldm_vae.latent_store.storage.objects import HashedFile, Storage
 
@@ -43,11 +44,10 @@ def _is_list_of_numbers(kind: pa.DataType) -> bool:
 # known. `image_bytes` is not among them: a store of an older version has a source's own column under that name.
 OWN_TYPES: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
     **dict.fromkeys(("key", "source", "image_sha256", "bucket"), ("text", pa.types.is_string)),
-    **dict.fromkeys(("source_index", "resolution"), ("whole numbers", pa.types.is_integer)),
+    **dict.fromkeys(("source_index", "resolution", CLIP_FRAMES), ("whole numbers", pa.types.is_integer)),
     "original_size": ("lists of whole numbers", _is_list_of_numbers),
 }
 HEADER_ALIGNMENT = 4096  # tensors begin on a page
-CHUNK_ROWS = 256
 
 # safetensors' name of a dtype => bytes per value and the numpy dtype that holds it (numpy has no bfloat16)
 STORAGE: dict[str, np.dtype[Any]] = {
@@ -126,8 +126,9 @@ def write_tensors(
         if statistics is not None:
             file.write(np.ascontiguousarray(statistics, dtype="<f8"))
         for spec in spool.specs:
-            for first in range(0, spool.rows, CHUNK_ROWS):
-                file.write(spool.read(spec.name, first, min(first + CHUNK_ROWS, spool.rows)))
+            step = chunk_rows(spec.shape)
+            for first in range(0, spool.rows, step):
+                file.write(spool.read(spec.name, first, min(first + step, spool.rows)))
 
     return storage.publish(f"{name}.{TENSORS}", write)
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.chunks import chunk_rows
 from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import TENSORS, shard_path
 from ldm_vae.latent_store.format.manifest import (
@@ -73,8 +74,9 @@ class StoredPiece:
         mapped = map_shard(shard_path(self.store, self.shard.name, TENSORS), self.manifest.identity, self.shard)
         table = shards.read_rows(shard_path(self.store, self.shard.name))
         names = tensors_of(self.manifest.identity)
-        for begin in range(0, len(positions), shards.CHUNK_ROWS):
-            some = self.rows[positions[begin : begin + shards.CHUNK_ROWS]]
+        step = chunk_rows(self.shape)
+        for begin in range(0, len(positions), step):
+            some = self.rows[positions[begin : begin + step]]
             yield {name: mapped[name][some] for name in names}, table.take(some).to_pylist()
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 from ldm_vae.core.errors import WorkError
 from ldm_vae.core.progress import Progress
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.chunks import chunk_rows
 from ldm_vae.latent_store.format.layout import (
     EXTENSIONS,
     MAPPED_ROWS,
@@ -29,7 +30,6 @@ from ldm_vae.latent_store.format.manifest import (
     read_finished,
 )
 from ldm_vae.latent_store.format.rows import map_shard, tensors_of
-from ldm_vae.latent_store.format.shards import CHUNK_ROWS
 from ldm_vae.latent_store.storage.file_record import checksum
 
 
@@ -115,9 +115,10 @@ def _check_rows(manifest: Manifest, shard: ShardRecord, stem: Path) -> Iterator[
     mapped = map_shard(stem.with_name(f"{shard.name}.{TENSORS}"), manifest.identity, shard)
     dtype = SAFETENSORS_DTYPES[manifest.identity.dtype]
     for name in tensors_of(manifest.identity):
-        for first in range(0, shard.rows, CHUNK_ROWS):
-            if not np.isfinite(shards.to_float(mapped[name][first : first + CHUNK_ROWS], dtype)).all():
-                yield Problem(file, f"tensor {name} holds NaN or infinity in rows {first} to {first + CHUNK_ROWS}")
+        step = chunk_rows(shard.shape)
+        for first in range(0, shard.rows, step):
+            if not np.isfinite(shards.to_float(mapped[name][first : first + step], dtype)).all():
+                yield Problem(file, f"tensor {name} holds NaN or infinity in rows {first} to {first + step}")
                 break
 
 

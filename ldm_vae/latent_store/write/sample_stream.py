@@ -17,7 +17,7 @@ from ldm_vae.data.ordered import Sample, ordered_loader
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.source import Source, image_checksum
 from ldm_vae.data.stamps import stamp_now
-from ldm_vae.latent_store.format.layout import IMAGE_BYTES, passed_on, tensor_name
+from ldm_vae.latent_store.format.layout import CLIP_FRAMES, IMAGE_BYTES, passed_on, tensor_name
 from ldm_vae.latent_store.format.work_units import BadSample, Unit, storable
 from ldm_vae.latent_store.write.crops import Cutting
 from ldm_vae.latent_store.write.freshness_cache import Sightings, sighting
@@ -114,8 +114,10 @@ def _rows(sample: Sample, unit: Unit, name: str, cutting: Cutting) -> list[Ready
     rows, width = [], len(cutting.crops)
     for number, resolution in enumerate(cutting.resolutions):
         crops = dict(zip(cutting.crops, sample.views[number * width : (number + 1) * width], strict=True))
-        side = crops[""].pixels.shape[-2:]
-        geometry = {"resolution": resolution, "bucket": f"{side[0]}x{side[1]}"}
+        _, *frames, height, wide = crops[""].pixels.shape
+        geometry: dict[str, Any] = {"resolution": resolution, "bucket": f"{height}x{wide}"}
+        if frames:
+            geometry[CLIP_FRAMES] = frames[0]
         boxes = {tensor_name("crop_box", crop): list(cut.box) for crop, cut in crops.items()}
         pixels = {crop: cut.pixels for crop, cut in crops.items()}
         rows.append(Ready(unit, sample.index, pixels, {**own, **geometry, **boxes, **passed_on(sample.columns)}))

@@ -1,10 +1,12 @@
 """Formats of other programs for latents, one file each; the file name is the name on the command line.
 
-A format is a module with four functions:
+A format is a module with a constant and four functions:
 
+    CLIPS                                         whether it holds latents [c, t, h, w]
     cannot_carry(manifest, options)               what it has no place for, one sentence each
     write(folder, manifest, pieces, options)      a store's rows => files in an empty folder
-    carried(path)                                 what `write` left beside the latents, or None in a stranger's folder
+    carried(path)                                 what `write` left beside the latents, or None in a stranger's folder;
+                                                  a UsageError of a format that is never read, which has no `read`
     read(path, told)                              => `Found`; told is what `carried` gave, or what the user claims
 """
 
@@ -40,7 +42,7 @@ class Options:
     """Options of a format beyond what the store itself says."""
 
     model: str | None = None
-    """kohya: the diffusion model that the latents are for."""
+    """kohya, musubi, finetrainers: the diffusion model that the latents are for."""
     names: str = "sized"
     """kohya: how files and arrays are called, which is what a version of sd-scripts finds them by."""
 
@@ -77,8 +79,10 @@ def found(path: Path, origin: Carried | Claim, sketches: Sequence[Sketch], notes
     if not sketches:
         raise WorkError(f"SRC {path}: no latents in it")
     for sketch in sketches:
-        if len(sketch.shape) not in (2, 3) or not all(0 < side < LARGEST for side in sketch.shape):
-            raise WorkError(f"{sketch.where}: has arrays of the shape {list(sketch.shape)}, not latents [c, h, w]")
+        if len(sketch.shape) not in (2, 3, 4) or not all(0 < side < LARGEST for side in sketch.shape):
+            raise WorkError(
+                f"{sketch.where}: has arrays of the shape {list(sketch.shape)}, not latents [c, h, w] or [c, t, h, w]"
+            )
     if isinstance(origin, Carried):
         identity = origin.manifest.identity
     else:
@@ -92,6 +96,10 @@ def found(path: Path, origin: Carried | Claim, sketches: Sequence[Sketch], notes
     for sketch in sketches:
         if (len(sketch.shape) == 2) != (identity.codes is not None):
             raise WorkError(f"{sketch.where}: has the shape {list(sketch.shape)}, which {identity.store} have not")
+        if (len(sketch.shape) == 4) != (len(sketch.group) == 4):
+            raise WorkError(
+                f"{sketch.where}: has latents {list(sketch.shape)}, and its rows say `clip_frames` otherwise"
+            )
     pieces = [ForeignPiece(s.where, identity, s.keys, s.group, s.shape, s.load) for s in sketches]
     return Found(identity, pieces, tuple(notes))
 
@@ -111,6 +119,8 @@ def is_tensor(name: str) -> bool:
 
 class Format(Protocol):
     """The module of a format."""
+
+    CLIPS: bool
 
     def cannot_carry(self, manifest: Manifest, options: Options) -> list[str]:
         """Raises UsageError when nothing of the store has a place in it."""

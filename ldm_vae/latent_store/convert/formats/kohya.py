@@ -55,13 +55,14 @@ from ldm_vae.latent_store.convert.sidecar import (
     row_to_json,
     write_carried,
 )
+from ldm_vae.latent_store.format.chunks import CHUNK_ROWS
 from ldm_vae.latent_store.format.layout import FLIP, TENSOR_NAMES, tensor_name
 from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.quarantine import read_quarantine
-from ldm_vae.latent_store.format.shards import CHUNK_ROWS
 from ldm_vae.latent_store.maintain.merge_split import StoredPiece
 from ldm_vae.latent_store.maintain.repack import Integers, Samples, Tensors
 
+CLIPS = False
 MODELS = ("sd", "sdxl", "sd3", "flux")
 SCALED = ("flux",)  # their caches hold latents that are normalised already
 NAMES = ("sized", "plain", "old")

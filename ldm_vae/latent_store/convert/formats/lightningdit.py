@@ -37,6 +37,7 @@ from ldm_vae.latent_store.convert.sidecar import (
     write_carried,
 )
 from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.chunks import CHUNK_ROWS
 from ldm_vae.latent_store.format.layout import FLIP, TENSOR_NAMES, tensor_name
 from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.quarantine import read_quarantine
@@ -45,6 +46,7 @@ from ldm_vae.latent_store.maintain.merge_split import StoredPiece
 from ldm_vae.latent_store.maintain.repack import Integers, Samples, Tensors
 from ldm_vae.latent_store.storage.objects import LocalFolder
 
+CLIPS = False
 LATENTS, FLIPPED, LABELS = "latents", "latents_flip", "labels"
 
 
@@ -132,14 +134,16 @@ def _sketch(path: Path, origin: Carried | Claim) -> Sketch:
     table = _columns(path, mapped, origin)
     keys = table.column("key").to_pylist()
     group = (
-        origin.group(latents.shape) if isinstance(origin, Claim) else group_of(table.slice(0, 1).to_pylist()[0], path)
+        origin.group(latents.shape[1:])
+        if isinstance(origin, Claim)
+        else group_of(table.slice(0, 1).to_pylist()[0], path)
     )
 
     def load(positions: Integers) -> Iterator[tuple[Tensors, Samples]]:
         mapped = shards.map_tensors(path)
         table = _columns(path, mapped, origin)
-        for begin in range(0, len(positions), shards.CHUNK_ROWS):
-            some = positions[begin : begin + shards.CHUNK_ROWS]
+        for begin in range(0, len(positions), CHUNK_ROWS):
+            some = positions[begin : begin + CHUNK_ROWS]
             samples = table.take(some).to_pylist()
             if isinstance(origin, Claim):
                 samples = [origin.row(row.pop("key"), n, group, row) for n, row in zip(some, samples, strict=True)]

@@ -1,4 +1,4 @@
-"""Parquet that `datasets.load_dataset` reads: one file per shard, tensors as Array3D beside the columns.
+"""Parquet that `datasets.load_dataset` reads: one file per shard, tensors as Array2D to Array4D beside the columns.
 
     load_dataset("parquet", data_files="OUT/*.parquet")[...].with_format("torch")["mean"]    # [c, h, w]
 
@@ -37,7 +37,7 @@ from ldm_vae.latent_store.convert.sidecar import (
     as_numbers,
     parse_carried,
 )
-from ldm_vae.latent_store.format import shards
+from ldm_vae.latent_store.format.chunks import chunk_rows
 from ldm_vae.latent_store.format.layout import ROWS, shard_path
 from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.quarantine import read_quarantine
@@ -45,6 +45,7 @@ from ldm_vae.latent_store.format.rows import tensors_of
 from ldm_vae.latent_store.maintain.merge_split import StoredPiece
 from ldm_vae.latent_store.maintain.repack import Integers, Samples, Tensors
 
+CLIPS = True
 CARRIED, QUARANTINE = b"ldm_vae", b"ldm_vae_quarantine"
 MOST_BYTES = 1 << 33  # of one row group, unpacked
 
@@ -73,7 +74,7 @@ def write(folder: Path, manifest: Manifest, pieces: Sequence[StoredPiece], optio
         QUARANTINE: json.dumps([entry.model_dump(mode="json") for entry in read_quarantine(pieces[0].store)]).encode()
     }
     for number, piece in enumerate(Progress(pieces, desc="convert", unit="shards", leave=False)):
-        place = folder / "{}-{}x{}".format(*piece.group) if several else folder
+        place = folder / f"{piece.group[0]}-{'x'.join(map(str, piece.group[1:]))}" if several else folder
         place.mkdir(exist_ok=True)
         with contextlib.ExitStack() as stack:
             writer = None
@@ -124,7 +125,7 @@ def _schema(columns: pa.Schema, numbers: Tensors) -> pa.Schema:
 
     features = {**datasets.Features.from_arrow_schema(columns)}
     for name, values in numbers.items():
-        kind = datasets.Array3D if values.ndim == 4 else datasets.Array2D
+        kind = {3: datasets.Array2D, 4: datasets.Array3D, 5: datasets.Array4D}[values.ndim]
         features[name] = kind(values.shape[1:], str(values.dtype))
     return datasets.Features(features).arrow_schema
 
@@ -198,12 +199,12 @@ def _sketch(path: Path, origin: Carried | Claim) -> Sketch:
         arrays = {name: _array(path, first.column(column)) for name, column in names.items()}
         rows = first.drop_columns(list(names.values())).to_pylist()
     values = next(iter(arrays.values()))
-    group = group_of(rows[0], path) if isinstance(origin, Carried) else origin.group(values.shape)
+    group = group_of(rows[0], path) if isinstance(origin, Carried) else origin.group(values.shape[1:])
     if keys and not all(isinstance(key, str) for key in keys):
         raise WorkError(f"{path}: the column key is not text in every row")
 
     def load(positions: Integers) -> Iterator[tuple[Tensors, Samples]]:
-        for first, batch, own in _batches(path, positions):
+        for first, batch, own in _batches(path, positions, chunk_rows(sketch.shape)):
             tensors = {name: _array(path, batch.column(column)) for name, column in names.items()}
             samples = batch.drop_columns(list(names.values())).to_pylist()
             if isinstance(origin, Claim):
@@ -219,14 +220,14 @@ def _sketch(path: Path, origin: Carried | Claim) -> Sketch:
     return sketch
 
 
-def _batches(path: Path, positions: Integers) -> Iterator[tuple[int, pa.RecordBatch, Integers]]:
+def _batches(path: Path, positions: Integers, most: int) -> Iterator[tuple[int, pa.RecordBatch, Integers]]:
     """(place of its first row, rows at the positions that are in it, those positions within it), batch by batch."""
     with _opened(path) as file:
         start = 0
         for number in range(file.metadata.num_row_groups):
             stop = start + file.metadata.row_group(number).num_rows
             if len(own := positions[(positions >= start) & (positions < stop)]):
-                for batch in file.iter_batches(shards.CHUNK_ROWS, row_groups=[number]):
+                for batch in file.iter_batches(most, row_groups=[number]):
                     # positions ascend, so each batch has a run of them
                     here = own[(own >= start) & (own < start + len(batch))] - start
                     if len(here):

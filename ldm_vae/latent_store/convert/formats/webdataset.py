@@ -47,12 +47,13 @@ from ldm_vae.latent_store.convert.sidecar import (
     row_to_json,
     write_carried,
 )
+from ldm_vae.latent_store.format.chunks import chunk_rows
 from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.quarantine import read_quarantine
-from ldm_vae.latent_store.format.shards import CHUNK_ROWS
 from ldm_vae.latent_store.maintain.merge_split import StoredPiece
 from ldm_vae.latent_store.maintain.repack import Integers, Samples, Tensors
 
+CLIPS = True
 HEADER = 256  # bytes that hold the header of a .npy file
 Header = tuple[tuple[int, ...], np.dtype[Any]]  # shape and dtype
 
@@ -178,8 +179,9 @@ def _sketch(path: Path, shape: tuple[int, ...], places: _Places, origin: Carried
     group = origin.group(shape) if isinstance(origin, Claim) else group_of(_row(path, *at["json"][0]), path)
 
     def load(positions: Integers) -> Iterator[tuple[Tensors, Samples]]:
-        for begin in range(0, len(positions), CHUNK_ROWS):
-            some = positions[begin : begin + CHUNK_ROWS].tolist()
+        step = chunk_rows(shape)
+        for begin in range(0, len(positions), step):
+            some = positions[begin : begin + step].tolist()
             tensors = {name: np.stack([_array(path, *at[name][row]) for row in some]) for name in places.headers}
             samples = [_row(path, *at["json"][row]) if "json" in at else {} for row in some]
             if isinstance(origin, Claim):
