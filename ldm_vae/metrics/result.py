@@ -110,7 +110,7 @@ def _by_frame(evaluation: Evaluation) -> Json:
 
 
 def about_clips(decoding: Decoding) -> Json:
-    """What identifies clips, for `data`: frames, their rate (None: the video's own) and stride; empty of images."""
+    """Identity of clips, for `data`: frames, their rate (None: the video's own) and stride; empty of images."""
     if decoding.frames is None:
         return {}
     return {"clips": {"frames": decoding.frames, "rate": decoding.frame_rate, "stride": decoding.frame_stride}}
@@ -201,12 +201,12 @@ def markdown(results: Sequence[Json]) -> str:
 
 
 def noun(data: Json) -> str:
-    """What was measured: clips, or images."""
+    """Noun of the samples that were measured: clips, or images."""
     return "clips" if "clips" in data else "images"
 
 
 def in_words(data: Json) -> str:
-    """What the clips are, behind a blank; empty of images."""
+    """Description of the clips, behind a blank; empty of images."""
     if (clips := data.get("clips")) is None:
         return ""
     rate = "the video's own rate" if clips["rate"] is None else f"{clips['rate']:g} a second"

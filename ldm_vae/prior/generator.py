@@ -33,7 +33,7 @@ FOLDER, CALL = "prior", "prior.json"
 
 
 class Call(Section):
-    """How a trained network is called: what it was built from, and the settings of its samples."""
+    """Settings of a trained network: of its making, and of its samples."""
 
     model: choice("ldm_vae.priors")  # type: ignore[valid-type]
     codes: int
