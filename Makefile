@@ -1,4 +1,5 @@
 # make demo     the whole job on real photographs, on a CPU, in minutes
+# make demo-video  clips against single frames, on a film and on moving digits, in minutes
 # make test     the quick tests          make check   lint, types and all tests (what CI runs)
 # make docs     the documents as a site  make clean   remove .venv, site, runs/demo and data/demo
 # make install  only make .venv ready
@@ -11,9 +12,9 @@ BIN := .venv/bin
 TESTING := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
 LAUNCH := --num_processes 1 --num_machines 1 --num_cpu_threads_per_process 2 --mixed_precision no --dynamo_backend no
 
-.PHONY: help install demo test check docs clean
+.PHONY: help install demo demo-video test check docs clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 7
 
 install: .venv/.ready
 .venv/.ready: pyproject.toml
@@ -33,6 +34,25 @@ demo: install
 	@echo "Next, on a folder of your own images:"
 	@echo "  $(BIN)/ldm-vae inspect PHOTOS"
 	@echo "  $(BIN)/ldm-vae train configs/kl_f8_d4.yaml --data.path PHOTOS --output_dir runs/mine"
+
+# two data sets, each an autoencoder of clips and one of single frames: the same command with another model
+VIDEO := $(BIN)/accelerate launch $(LAUNCH) -m train.autoencoder
+MOVING := --data.path data/moving/train --output_dir runs/demo_video
+
+demo-video: install
+	$(BIN)/ldm-vae assets clip data/film
+	$(BIN)/ldm-vae assets moving_digits data/moving
+	$(BIN)/ldm-vae assets lpips --net alex
+	$(VIDEO) configs/demo_video.yaml
+	$(VIDEO) configs/demo_video_frames.yaml
+	$(VIDEO) configs/demo_video.yaml $(MOVING)/moving_clips
+	$(VIDEO) configs/demo_video_frames.yaml $(MOVING)/moving_frames
+	$(BIN)/ldm-vae evaluate runs/demo_video/film_clips/vae runs/demo_video/film_frames/vae data/film/heldout \
+	    --frames 25 --resolution 256 --batch_size 1 --output runs/demo_video/film
+	$(BIN)/ldm-vae evaluate runs/demo_video/moving_clips/vae runs/demo_video/moving_frames/vae data/moving/heldout \
+	    --frames 33 --resolution 64 --batch_size 4 --output runs/demo_video/moving
+	$(BIN)/ldm-vae report runs/demo_video/film
+	$(BIN)/ldm-vae report runs/demo_video/moving
 
 test: install
 	$(BIN)/ldm-vae assets lpips

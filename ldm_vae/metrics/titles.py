@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 ValidationMetric = Literal[
     "psnr", "ssim", "l1", "lpips_alex", "lpips_vgg", "delta_e", "alpha_psnr", "alpha_l1", "temporal_l1", "flicker"
 ]
-"""Metrics that a validation in training may have: of single images or clips, by networks that are found by themselves."""
+"""Metrics that a validation in training may have: of images or clips, by networks that are found by themselves."""
 
 
 class Title(NamedTuple):
