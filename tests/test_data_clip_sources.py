@@ -94,7 +94,7 @@ def test_windows_cover_videos_and_say_what_is_left(films: Path, caplog: pytest.L
         "3 of 28 frames are left out: the last of a video, which fill no clip of 5",
     ]
     assert [source.key(index) for index in range(len(source))] == sorted(named)
-    assert walked(source, num_workers=2) == named
+    assert walked(source, num_workers=2) == named and repr(source) == f"Windows({str(films)!r}: {len(source)} clips)"
     assert windows(pictures := open_source(films)) is pictures and len(pictures) == 2
 
 
@@ -128,6 +128,15 @@ def test_videos_in_a_table_and_in_a_stream(films: Path, tmp_path: Path) -> None:
     table.to_parquet(str(tmp_path / "films.parquet"))
     source = open_source(tmp_path / "films.parquet", frames=5)
     assert list(walked(source).values()) == [EXPECTED["a.mkv"], EXPECTED["b.mp4"]]
+    # as a hub has them: a column of the feature Video, found by its kind, and never decoded by `datasets`
+    features = datasets.Features({"film": datasets.Video(), "text": datasets.Value("string")})
+    there = datasets.Dataset.from_dict({"film": rows, "text": ["x", "y"]}, features=features)
+    there.save_to_disk(str(tmp_path / "saved"))
+    there.to_parquet(str(tmp_path / "hub.parquet"))
+    for name in ("saved", "hub.parquet"):
+        source = open_source(tmp_path / name, frames=5, caption_column="text")
+        assert list(walked(source).values()) == [EXPECTED["a.mkv"], EXPECTED["b.mp4"]], name
+        assert source[1].columns["caption"] == "y" and len(windows(source)) == 5
     with tarfile.open(tmp_path / "films.tar.gz", "w:gz") as tar:
         for name in ("a.mkv", "b.mp4"):
             tar.add(films / name, name)
@@ -153,6 +162,7 @@ def test_folders_of_frames(tmp_path: Path) -> None:
     assert walked(open_source(tmp_path / "clips", kind="frames", frames=3, frame_stride=4))["walk/one"] == [0, 4, 8]
     (tmp_path / "clips" / "walk" / "one" / "f7.png").unlink()
     assert "frame 7 is missing" in walked(source.__class__(source.root, source.decoding))["walk/one"]
+    assert repr(source) == f"FrameFolders({str(tmp_path / 'clips')!r}: {len(source)} folders of frames)"
     for knobs, field in (({}, "data.frames"), ({"frames": 5, "frame_rate": 8.0}, "data.frame_rate")):
         with refused(UsageError, field):
             open_source(tmp_path / "clips", kind="frames", **knobs)

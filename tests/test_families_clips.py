@@ -252,6 +252,14 @@ def test_an_export_is_read_back_with_its_normalisation(name: str, tmp_path: Path
             assert torch.equal(latents.encode(back, clips).mean, latents.encode(vae, clips).mean)
 
 
+def test_a_clip_alone_is_not_taken_for_a_batch_of_images() -> None:
+    law, clip = normalisation_of(tiny("AutoencoderKLWan")), torch.randn(16, 3, 4, 4)
+    for call in (law.apply, law.undo):
+        with refused(UsageError, "normalisation"):
+            call(clip)
+    assert law.apply(clip[None]).shape == (1, 16, 3, 4, 4) and law.apply(clip[:, 0]).shape == (16, 4, 4)
+
+
 def test_what_no_pipeline_of_a_class_reads_is_no_normalisation() -> None:
     vae = tiny("AutoencoderKLCogVideoX")  # whose config has the keys of an AutoencoderKL
     for law in (Normalisation(0.5, 0.25), Normalisation(1.0, None, (0.0,) * 4, (1.0,) * 4)):

@@ -21,8 +21,10 @@ from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.normalisation_law import normalisation_of
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.transforms import centre_crop, to_pixels, to_uint8
+from ldm_vae.latent_store.format import chunks
+from ldm_vae.latent_store.format.chunks import chunk_rows
 from ldm_vae.latent_store.format.statistics import LatentStatistics
-from ldm_vae.latent_store.maintain.merge_split import merge, split
+from ldm_vae.latent_store.maintain.merge_split import merge, pieces, split
 from ldm_vae.latent_store.maintain.repair import repair
 from ldm_vae.latent_store.maintain.spot_check import reencode
 from ldm_vae.latent_store.maintain.summary import describe
@@ -30,6 +32,7 @@ from ldm_vae.latent_store.maintain.verify import verify
 from ldm_vae.latent_store.read.pictures import contact_sheet, decode_to_png
 from ldm_vae.latent_store.write import sample_stream
 from ldm_vae.latent_store.write.encoder import Encoder
+from ldm_vae.latent_store.write.tiled_encode import check_own_tiles
 
 SETTINGS: dict[str, Any] = {"resolution": 16, "batch_size": 2, "shard_size": 6, "dtype": "fp32"}
 WAN = "AutoencoderKLWan"
@@ -175,9 +178,28 @@ def test_clips_are_decoded_to_animated_pictures(tmp_path: Path) -> None:
     assert contact_sheet(data, vae)[1:4] == b"PNG"
 
 
+def test_a_few_rows_of_long_clips_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (
+        chunk_rows((4, 128, 128)) == 256 and chunk_rows((16, 21, 60, 104)) == 4 and chunk_rows((16, 9999, 64, 64)) == 1
+    )
+    monkeypatch.setattr(chunks, "CHUNK_VALUES", 2 * 16 * 3 * 2 * 2)
+    manifest = write_store(tiny(WAN), Footage(count=12), tmp_path / "store", **SETTINGS)
+    for piece in pieces(tmp_path / "store", manifest):
+        most = 2 if piece.shard.frames == 9 else 3 if piece.shard.frames == 5 else 6
+        assert all(len(rows) <= most for _, rows in piece.read(np.arange(len(piece.keys))))
+    assert verify(tmp_path / "store") == []
+
+
 def test_frames_are_encoded_in_tiles(tmp_path: Path) -> None:
     vae, settings = tiny(WAN), SETTINGS | {"resolution": 32}
     for name, tile in (("whole", None), ("tiled", (16, 8))):
         write_store(vae, Footage(count=3), tmp_path / name, **settings, tile=tile)
     whole, tiled = (LatentDataset(tmp_path / name, raw=True)[2]["mean"] for name in ("whole", "tiled"))
     assert whole.shape == tiled.shape == (16, 3, 4, 4) and not torch.equal(whole, tiled)
+    own = tiny("AutoencoderKLMiniMaxH3")  # which works in tiles that are part of what it is
+    own.disable_tiling()
+    with refused(UsageError, "vae"):
+        write_store(own, Footage(count=3), tmp_path / "own", **settings)
+    assert not (tmp_path / "own").exists()
+    own.enable_tiling()
+    check_own_tiles(own)

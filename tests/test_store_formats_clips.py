@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sentences import refused
-from store_sources import Footage, ordered_clips
+from store_sources import Footage, Pictures, ordered_clips
 from stores import shard_files
 from tiny_classes import tiny
 
@@ -142,7 +142,7 @@ def test_of_moments_there_is_a_place_for_the_mean_or_a_sample(tmp_path: Path) ->
     assert [*images] == ["img_003"] and len([*(tmp_path / "wan" / "clips").iterdir()]) == 3
 
 
-def test_what_musubi_tuner_has_of_a_store_is_that_store(tmp_path: Path) -> None:
+def test_what_musubi_tuner_has_of_a_store_is_that_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for store, more in {"clips": {"store": "mean", "dtype": "bf16"}, "samples": {"store": "sample"}}.items():
         write_store(tiny(WAN), Footage(count=8, bad=(7,)), tmp_path / store, **SETTINGS | more)
         convert_to(tmp_path / store, tmp_path / f"{store}-out", "musubi", Options(model="hv"))
@@ -154,6 +154,11 @@ def test_what_musubi_tuner_has_of_a_store_is_that_store(tmp_path: Path) -> None:
         assert notes == ("1 .safetensors without latents were left out",)
         assert shard_files(tmp_path / f"{store}-back") == shard_files(tmp_path / store)
         assert unordered(back) == unordered(read_manifest(tmp_path / store))
+    monkeypatch.undo()
+    write_store(tiny(WAN), Pictures(5), tmp_path / "stills", **SETTINGS, store="mean")  # latents [c, h, w]
+    convert_to(tmp_path / "stills", tmp_path / "stills-out", "musubi", Options(model="hv"))
+    convert_from(tmp_path / "stills-out", tmp_path / "stills-back", "musubi")
+    assert shard_files(tmp_path / "stills-back") == shard_files(tmp_path / "stills")
 
 
 def test_musubi_tuners_own_cache_is_read_with_the_vae_that_made_it(tmp_path: Path) -> None:

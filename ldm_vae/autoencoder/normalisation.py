@@ -173,7 +173,11 @@ class Normalisation:
     # in the order of operations of diffusers' pipelines: equal to the bit
 
     def apply(self, z: torch.Tensor) -> torch.Tensor:
-        """z [c, h, w], [B, c, h, w] or [B, c, t, h, w] => latents, of the same shape unless they are patchified."""
+        """z [c, h, w], [B, c, h, w] or [B, c, t, h, w] => latents, of the same shape unless they are patchified.
+
+        Raises:
+            UsageError: it has not the channels that the means are of.
+        """
         z = torch.pixel_unshuffle(z, self.patch)
         latents = self._done(positions_first(z, self.patch) if self.layout == "position" else z)
         return torch.pixel_shuffle(latents, self.patch) if self.layout == "none" else latents
@@ -204,6 +208,12 @@ class Normalisation:
     def _channels(self, values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
         """One value for each channel, or for each channel and latent frame: an image has the first frame's."""
         found = torch.tensor(values, device=like.device, dtype=like.dtype).view(-1, self.frames, 1, 1)
+        # a clip [c, t, h, w] alone would be taken for a batch of images
+        if like.ndim < 3 or like.shape[0 if like.ndim == 3 else 1] != len(found):
+            raise UsageError(
+                f"normalisation: is of {len(found)} channels, got latents {list(like.shape)}; expected [c, h, w], "
+                "[B, c, h, w] or [B, c, t, h, w]: a clip alone is a batch of one, z[None]"
+            )
         if like.ndim < 5:
             return found[:, 0]
         if 1 < self.frames < like.shape[2]:

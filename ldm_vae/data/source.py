@@ -67,12 +67,13 @@ class Named:
     """Mixin of a source with a name: its line in an interpreter."""
 
     name: str
+    counted = "images"
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}: {len(self):,} images)"
+        return f"{type(self).__name__}({self.name!r}: {len(self):,} {self.counted})"
 
 
 class SourceConfig(Part):

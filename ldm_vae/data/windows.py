@@ -24,7 +24,7 @@ from ldm_vae.data.clips import facts_of, reach, tiles_of
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.footage import Video, VideoFacts, tell
 from ldm_vae.data.quarantine import BadImage
-from ldm_vae.data.source import Record, Source
+from ldm_vae.data.source import Named, Record, Source
 from ldm_vae.data.stamps import THREADS, Facts, Stamped
 from ldm_vae.data.stream import Stream
 
@@ -42,8 +42,10 @@ def windows(source: Any) -> Any:
     return Windows(source)
 
 
-class Windows:
+class Windows(Named):
     """Clips of the videos of `source`."""
+
+    counted = "clips"
 
     def __init__(self, source: Source) -> None:
         self.source, self.columns, self.name = source, source.columns, _name(source)

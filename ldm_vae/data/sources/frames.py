@@ -21,7 +21,7 @@ from ldm_vae.data.files import Names, beneath, printable, read_bytes
 from ldm_vae.data.footage import Video
 from ldm_vae.data.metadata import TreeColumns
 from ldm_vae.data.quarantine import BadImage
-from ldm_vae.data.source import Record, SourceConfig, not_empty
+from ldm_vae.data.source import Named, Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
 from ldm_vae.data.tree import LeftOut, walk
 
@@ -44,9 +44,10 @@ class Config(SourceConfig):
         return source
 
 
-class FrameFolders:
+class FrameFolders(Named):
     """Folders of frames below `root`, sorted by their POSIX path."""
 
+    counted = "folders of frames"
     by_frame = True
     """Clips are named by the number of their first frame, not by seconds."""
 

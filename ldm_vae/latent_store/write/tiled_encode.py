@@ -39,14 +39,22 @@ def check_tile(tile: int, overlap: int, vae: Any) -> None:
         raise UsageError(f"tile_overlap: expected a multiple of f = {factor} up to {tile // 2}, got {overlap}")
 
 
-def has_other_tiles(vae: Any) -> bool:
-    """True where a network works in tiles that its class alone does not tell: a store records none of these."""
+def check_own_tiles(vae: Any) -> None:
+    """Raises UsageError where a network works in tiles that its class alone does not tell: a store records none of
+    these."""
     family = family_of(vae)
-    if family.frames_first or not family.tiled:  # AutoencoderKLAllegro's are set at each call (signals.py)
-        return bool(getattr(vae, "use_tiling", False)) and not family.frames_first
-    with on_meta():
-        fresh = without_values(vae)
-    return any(value != getattr(vae, name) for name, value in vars(fresh).items() if "til" in name)
+    if family.frames_first:  # AutoencoderKLAllegro's are set at each call (signals.py)
+        return
+    if not family.tiled and getattr(vae, "use_tiling", False):
+        raise UsageError("vae: its tiling is on, which a store does not record: `vae.disable_tiling()`, or give `tile`")
+    if family.tiled:
+        with on_meta():
+            fresh = without_values(vae)
+        if changed := [name for name, value in vars(fresh).items() if "til" in name and value != getattr(vae, name)]:
+            raise UsageError(
+                f"vae: its {changed[0]} is {getattr(vae, changed[0])}, where {an(type(vae).__name__)} has "
+                f"{getattr(fresh, changed[0])}, which a store does not record: load it again"
+            )
 
 
 def tile_of(tile: int | None, overlap: int | None, factor: int) -> tuple[int, int] | None:

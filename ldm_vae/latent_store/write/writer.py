@@ -61,7 +61,7 @@ from ldm_vae.latent_store.write.finalize import finish
 from ldm_vae.latent_store.write.freshness import Check
 from ldm_vae.latent_store.write.freshness_cache import Sightings
 from ldm_vae.latent_store.write.pipeline import Pipeline
-from ldm_vae.latent_store.write.tiled_encode import check_tile, has_other_tiles
+from ldm_vae.latent_store.write.tiled_encode import check_own_tiles, check_tile
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ def write_store(
         check_frames(vae, frames)
     if tile is not None:
         check_tile(*tile, vae)
-    if has_other_tiles(vae):
-        raise UsageError("vae: its tiling is on, which a store does not record: `vae.disable_tiling()`, or give `tile`")
+    check_own_tiles(vae)
     kind, storage, codes = choose(vae, store, dtype)
     identity = Identity(
         encoder=encoder_fingerprint(vae),
