@@ -12,7 +12,7 @@ from sentences import refused
 from torch import nn
 
 from ldm_vae.core.errors import UsageError
-from ldm_vae.prior.independent import Independent
+from ldm_vae.prior.independent import Independent, Uses
 from ldm_vae.prior.model import Prior
 from ldm_vae.prior.order import OrderName, from_steps, table, to_steps
 from ldm_vae.prior.sampling import SamplingConfig, draw, restrict
@@ -267,6 +267,9 @@ def test_independent_codes_are_distributions_of_their_frequencies() -> None:
     seen = torch.bincount(images[:, 0, 0, 1], minlength=3).double()
     torch.testing.assert_close(independent.position[0, 1].exp(), (seen + 3 * overall.double()) / 503)
     assert independent.nats(images, independent.position).mean() < independent.nats(images, independent.overall).mean()
+    uses = Uses(2, 3)
+    uses.update(torch.tensor([[[0, 0, 1, 1]], [[2, 2, 2, 2]]]).movedim(0, 1))
+    assert uses.entropy() == pytest.approx(math.log(2) / 2)
     drawn = independent.sample(0, range(2000))
     shares = torch.bincount(drawn[:, 0, 0, 1], minlength=3) / 2000
     torch.testing.assert_close(shares, independent.position[0, 1].exp().float(), atol=0.04, rtol=0)

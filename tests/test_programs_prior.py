@@ -86,6 +86,7 @@ def test_the_rates_are_those_of_the_held_out_codes(finished: Path, home: Path) -
     assert metrics(finished)[-1]["validation/bits_per_index"] == pytest.approx(bits["prior"]["mean"], rel=1e-6)
     assert metrics(finished)[-1]["validation/bits_per_pixel"] == pytest.approx(bits["prior"]["mean"] / 4, rel=1e-6)
     assert rates["is_exact"] and rates["held_out"] and rates["uniform"] == 4
+    assert rates["fitted"] == pytest.approx(data.manifest.statistics["entropy_bits"], abs=1e-9)
     assert (rates["indices"], rates["pixels"], rates["images"]) == (64, 256, 6)
     decoded = data.decode(batch["indices"], vae)
     rounded = (decoded * 127.5 + 127.5).round().clamp(0, 255)
@@ -93,7 +94,8 @@ def test_the_rates_are_those_of_the_held_out_codes(finished: Path, home: Path) -
     page = Page((finished / "report" / "index.html").read_text())
     assert page.sections[0] == "prior" and "Prior report" in page.text
     for words in (f"{bits['prior']['mean']:.3f}", f"{bits['overall']['mean']:.3f}", f"{rates['psnr']['mean']:.2f} dB",
-                  "its exact likelihood", "independent, by position", "ldm-vae prior"):  # fmt: skip
+                  f"{rates['fitted']:.3f}", "its exact likelihood", "independent, by position", "independent, fitted",
+                  "ldm-vae prior"):  # fmt: skip
         assert words in page.text, words
     assert {"cats, samples", "independent codes, decoded"} <= {image["alt"] for image in page.all("img")}
 

@@ -3,6 +3,8 @@
     position   p(index) is the frequency of the code at this position
     overall    p(index) is the frequency of the code anywhere (its entropy is the perplexity that a store records)
 
+    fitted     that frequency in the measured images themselves: the fewest bits that one table can take
+
 Overall frequencies have one pseudo-count a code, those of a position as many together as there are codes, spread as the
 overall ones: every code has a probability, and a position that was seen rarely falls back to all positions.
 
@@ -17,6 +19,23 @@ import torch
 
 from ldm_vae.core import rng
 from ldm_vae.prior.sampling import draw
+
+
+class Uses:
+    """Uses of each code in the images that are measured, [q, K]."""
+
+    def __init__(self, books: int, codes: int) -> None:
+        self.counts = torch.zeros(books, codes, dtype=torch.float64)
+
+    def update(self, indices: torch.Tensor) -> None:
+        """Add indices [B, q, *p]."""
+        books = [torch.bincount(book.flatten(), minlength=self.counts.shape[1]) for book in indices.cpu().unbind(1)]
+        self.counts += torch.stack(books)
+
+    def entropy(self) -> float:
+        """In nats per index, a mean over codebooks."""
+        shares = self.counts / self.counts.sum(dim=1, keepdim=True)
+        return float(-torch.special.xlogy(shares, shares).sum(dim=1).mean())
 
 
 class Independent:

@@ -26,7 +26,7 @@ from ldm_vae.metrics.batches import share_of
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.running import Running, Summary
 from ldm_vae.prior.generator import CodeGenerator
-from ldm_vae.prior.independent import Independent
+from ldm_vae.prior.independent import Independent, Uses
 from ldm_vae.run.store_training import StoredSamples
 
 RECORD = "prior.json"
@@ -73,11 +73,13 @@ def record_rates(
     counted = (indices for indices, _, _ in _batches(train, range(total), total, batch_size))
     independent = Independent(counted, generator.codes, generator.shape)
     rows = {name: Running() for name in ("prior", "position", "overall")}
+    uses = Uses(generator.shape[0], generator.codes)
     for indices, labels, keys in _batches(held_out, range(count), count, batch_size):
         given, label = indices.to(generator.device), labels.to(generator.device)
         rows["prior"].update(generator.prior.nats(given, label, held_out.seed, keys).cpu())
         rows["position"].update(independent.nats(indices, independent.position))
         rows["overall"].update(independent.nats(indices, independent.overall))
+        uses.update(indices)
     picture = generator.decode(independent.sample(generator.seed, range(pictures)))
     sample_grids.grid(run / "samples" / "independent.png", picture, train.names, alpha=has_alpha(generator.vae))
     distortion = _distortion(held_out.dataset, generator.vae, count, batch_size)
@@ -89,6 +91,7 @@ def record_rates(
         "indices": size,
         "pixels": generator.image_pixels(),
         "uniform": math.log2(generator.codes),
+        "fitted": uses.entropy() / math.log(2),
         "bits_per_index": {name: _scaled(found.summary(), 1 / math.log(2) / size) for name, found in rows.items()},
         "psnr": None if distortion is None else distortion.to_json(),
     }
@@ -124,8 +127,8 @@ def in_words(rates: Json) -> str:
     image = bits["prior"] * rates["indices"]
     found = "" if rates["psnr"] is None else f", decoded at a PSNR of {rates['psnr']['mean']:.2f} dB"
     lines = [
-        f"bits per index of {rates['images']:,} {what}: {prior}, independent codes {bits['position']:.3f} by position "
-        f"and {bits['overall']:.3f} overall, uniform {rates['uniform']:.3f}",
+        f"bits per index of {rates['images']:,} {what}: {prior}, independent codes {bits['position']:.3f} by position, "
+        f"{bits['overall']:.3f} overall, {rates['fitted']:.3f} fitted to these images, uniform {rates['uniform']:.3f}",
         f"that is {image / rates['pixels']:.4f} bits per pixel and {image:,.0f} bits an image of {rates['pixels']:,} "
         f"pixels{found}",
     ]

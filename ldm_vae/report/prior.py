@@ -13,6 +13,10 @@ INDEPENDENT = {  # by name: heading and meaning
     "position": ("independent, by position", "each code by its frequency at its position in training codes"),
     "overall": ("independent, overall", "each code by its frequency anywhere in training codes"),
 }
+FIXED = (
+    ("fitted", "independent, fitted", "the frequencies of these very codes: the fewest bits that one table can take"),
+    ("uniform", "uniform", "every code alike"),
+)
 
 
 def run(folder: Path, found: Json | None) -> Json | None:
@@ -41,7 +45,8 @@ def rates(found: Json) -> Json:
     exact = "its exact likelihood" if found["is_exact"] else "an upper bound, of indices unmasked in a random order"
     named = {"prior": ("prior", exact), **INDEPENDENT}
     rows = [_row(found, *named[name], found["bits_per_index"][name]) for name in named]
-    rows.append(_row(found, "uniform", "every code alike", {"mean": found["uniform"], "ci95": None}))
+    for name, heading, meaning in FIXED:
+        rows.append(_row(found, heading, meaning, {"mean": found[name], "ci95": None}))
     whose = "held-out images" if found["held_out"] else "images of the training store"
     psnr = found["psnr"]
     return {
