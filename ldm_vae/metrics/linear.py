@@ -52,7 +52,7 @@ class LinearFloor:
         return {metric.name: metric.compute() for metric in self.metrics}
 
 
-def why_no_code(vae: Any, clips: bool) -> str | None:
+def why_no_code(vae: Any, clips: bool = False) -> str | None:
     """A sentence where no linear code is like this VAE's; None where one is."""
     name, channels = type(vae).__name__, latent_channels(vae)
     if clips and (lengths := lengths_of(vae)).latent_step < lengths.step:
