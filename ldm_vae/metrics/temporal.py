@@ -5,9 +5,9 @@ With e_t the error of frame t, what a reconstruction makes of the difference of 
     temporal_l1  mean |e_{t+1} - e_t|             of sharp motion that is blurred, and of flicker
     flicker      sqrt(mean (e_{t+1} - e_t)^2)     0 for an error that stays as it is, however large
 
-over pixels, colours and pairs of frames (definitions of this toolkit, of no published table). For an error drawn anew in
-each frame, of deviation s, flicker is sqrt(2) s (and temporal_l1 2 s / sqrt(pi), where it is Gaussian); steady errors
-leave it below sqrt(2) times the clip's RMS error.
+over pixels, colours and pairs of frames (definitions of this toolkit, of no published table). For an error drawn anew
+in each frame, of deviation s, flicker is sqrt(2) s (and temporal_l1 2 s / sqrt(pi), where it is Gaussian); steady
+errors leave it below sqrt(2) times the clip's RMS error.
 
 Legend: B batch, C channels, T frames, H W pixels.
 """
