@@ -77,7 +77,7 @@ def _kinds() -> dict[str, str]:
     """`model.kind` by the class that it builds from scratch."""
     kinds = {kind: importlib.import_module(f"ldm_vae.models.{kind}").Config for kind in options("ldm_vae.models")}
     with torch.device("meta"):
-        built = {kind: config().build() for kind, config in kinds.items() if hasattr(config, "build")}
+        built = {kind: config().build() for kind, config in kinds.items() if not hasattr(config, "build_from")}
     return {type(network).__name__: f"`{kind}`" for kind, network in built.items()}
 
 
