@@ -23,6 +23,7 @@ from ldm_vae.autoencoder.normalisation_law import normalisation_of
 from ldm_vae.core.errors import UsageError
 from ldm_vae.models import ltx, vidtok, wan
 from ldm_vae.training.config import Training, build_autoencoder
+from ldm_vae.training.scaling import given_normalisation
 from ldm_vae.training.state import build_state
 
 SHAPE: dict[str, Any] = {"block_out_channels": (32, 32, 64), "norm_num_groups": 32, "layers_per_block": 2}
@@ -162,6 +163,21 @@ def test_what_is_no_base_of_clips_is_refused(tmp_path: Path) -> None:
     for wrong in ({"init_from": None}, {"ignore_mismatched_sizes": True}):
         with pytest.raises(ValueError, match="inflated"):
             Training(**common | inflated | wrong)
+
+
+def test_a_normalisation_that_the_class_cannot_hold_is_refused_at_the_start(tmp_path: Path) -> None:
+    base = image_network(**BASES["AutoencoderKLMagvit"])
+    base.register_to_config(scaling_factor=0.5, shift_factor=0.1)
+    base.save_pretrained(tmp_path / "base")
+    settings = Training(
+        output_dir=tmp_path, max_train_images=8, train_batch_size=1, learning_rate=1e-3, losses={"l1": {}},
+        init_from=str(tmp_path / "base"), model={"kind": "inflated", "into": "AutoencoderKLMagvit"},
+        trainable=("decoder.*", "post_quant_conv.*"), data={"kind": "folder", "path": "none", "frames": 5},
+    )  # fmt: skip
+    vae = build_autoencoder(settings)
+    with refused(UsageError, "init_from"):
+        given_normalisation(settings, vae)
+    assert given_normalisation(settings.model_copy(update={"normalisation": "scale"}), vae) is None
 
 
 # --- the same class, first of images and then of clips ----------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from ldm_vae.autoencoder.fine_tuning import encoder_learns, set_trainable
 from ldm_vae.autoencoder.geometry import latent_channels
 from ldm_vae.autoencoder.normalisation import Normalisation
-from ldm_vae.autoencoder.normalisation_law import give, is_fixed, kind_of
+from ldm_vae.autoencoder.normalisation_law import give, held_by, is_fixed, kind_of
 from ldm_vae.autoencoder.preparation import recorded
 from ldm_vae.autoencoder.weights.checkpoint import is_checkpoint
 from ldm_vae.core import config
@@ -47,7 +47,14 @@ def given_normalisation(settings: Training, vae: Any) -> Normalisation | None:
         base = base_normalisation(settings.init_from, channels)
     except UsageError:  # its config names none that holds
         return None
-    return None if is_default(base, vae) else base
+    if is_default(base, vae):
+        return None
+    if settings.model.kind == "inflated":  # another class: said now and not when the run has ended
+        try:
+            held_by(vae, base)
+        except UsageError as error:
+            raise UsageError(f"init_from {settings.init_from}: {error}; `normalisation: scale` measures one") from error
+    return base
 
 
 def normalise(
