@@ -18,6 +18,7 @@ from tiny_classes import tiny
 
 from ldm_vae import LatentDataset, read_manifest, write_store
 from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.normalisation_law import normalisation_of
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.transforms import centre_crop, to_pixels, to_uint8
@@ -203,3 +204,15 @@ def test_frames_are_encoded_in_tiles(tmp_path: Path) -> None:
     assert not (tmp_path / "own").exists()
     own.enable_tiling()
     check_own_tiles(own)
+
+
+@pytest.mark.parametrize("pipelines", [None, "ideogram4", "bria_fibo2"])
+def test_patches_of_a_clip_are_those_of_its_frames(pipelines: str | None) -> None:
+    law = Normalisation.from_statistics("channel", torch.linspace(-1, 1, 16).double(), torch.ones(16).double(), patch=2)
+    law = law.laid_out_for(pipelines)
+    z = torch.randn(2, 4, 3, 4, 6)
+    given = law.apply(z)
+    assert given.shape[1:] == law.shape((4, 3, 4, 6))
+    for frame in range(3):
+        assert torch.equal(given[:, :, frame], law.apply(z[:, :, frame]))
+    torch.testing.assert_close(law.undo(given), z)

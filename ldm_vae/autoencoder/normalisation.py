@@ -15,6 +15,7 @@ import torch
 from ldm_vae.autoencoder.families import VARIANTS, Layout
 from ldm_vae.autoencoder.latents import LOGVAR_RANGE
 from ldm_vae.autoencoder.patches import channels_first, positions_first
+from ldm_vae.autoencoder.signals import clips_of, frames_of
 from ldm_vae.core.errors import UsageError, WorkError
 
 LEAST_VARIANCE = 2 * math.exp(LOGVAR_RANGE[0])  # of a posterior at the end of that range, and rounding: nothing
@@ -164,11 +165,11 @@ class Normalisation:
         return "channel" if self.pipelines is None else VARIANTS[self.pipelines].layout
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the latents of a z of this shape (c, h, w)."""
+        """Shape of the latents of a z of this shape (c, h, w) or (c, t, h, w)."""
         if self.layout == "none":
             return stored
-        channels, *positions = stored
-        return (channels * self.patch**2, *(side // self.patch for side in positions))
+        channels, *frames, height, width = stored
+        return (channels * self.patch**2, *frames, height // self.patch, width // self.patch)
 
     # in the order of operations of diffusers' pipelines: equal to the bit
 
@@ -178,6 +179,8 @@ class Normalisation:
         Raises:
             UsageError: it has not the channels that the means are of.
         """
+        if z.ndim == 5 and self.patch > 1:  # a class of images, frame by frame
+            return clips_of(self.apply(frames_of(z)), z.shape[2])
         z = torch.pixel_unshuffle(z, self.patch)
         latents = self._done(positions_first(z, self.patch) if self.layout == "position" else z)
         return torch.pixel_shuffle(latents, self.patch) if self.layout == "none" else latents
@@ -192,6 +195,8 @@ class Normalisation:
 
     def undo(self, latents: torch.Tensor) -> torch.Tensor:
         """latents [c, h, w], [B, c, h, w] or [B, c, t, h, w] => z."""
+        if latents.ndim == 5 and self.patch > 1:
+            return clips_of(self.undo(frames_of(latents)), latents.shape[2])
         if self.layout == "none":
             latents = torch.pixel_unshuffle(latents, self.patch)
         z = self._undone(latents)
