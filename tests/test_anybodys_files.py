@@ -209,7 +209,7 @@ def test_latents_that_do_not_vary_make_a_store(tmp_path: Path) -> None:
     assert run_cli("export", tmp_path / "vae", tmp_path / "out", "--stats", tmp_path / "store") == 1
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 0, 8), (2, 4, 8), (2, 4, 2, 8, 8)])
+@pytest.mark.parametrize("shape", [(2, 4, 0, 8), (2, 4, 8), (2, 4, 1, 2, 8, 8)])
 def test_foreign_arrays_that_are_no_latents(shape: tuple[int, ...], tmp_path: Path) -> None:
     if len(shape) == 4:
         save_file({"latents": torch.zeros(shape)}, tmp_path / "a.safetensors")
