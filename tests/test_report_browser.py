@@ -284,7 +284,9 @@ def test_films_of_a_page_show_one_frame(browser: Any, films: Path) -> None:
     number = "return Number(document.querySelector('#frame').value)"
     seen = {browser.execute_script(number)}
     # it plays by itself, and comes round; looked at more often than it moves, so that no frame hides behind another
-    WebDriverWait(browser, 20, poll_frequency=0.03).until(lambda _: seen.add(browser.execute_script(number)) or seen == {1, 2, 3, 4, 5})
+    WebDriverWait(browser, 20, poll_frequency=0.03).until(
+        lambda _: seen.add(browser.execute_script(number)) or seen == {1, 2, 3, 4, 5}
+    )
     find(browser, "#play").click()
     find(browser, "#frame").send_keys(Keys.HOME + Keys.ARROW_RIGHT * 3)
     assert find(browser, "#frame-number").text == "4 of 5"
