@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import time
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from fork_server import fork
 from sentences import refused
 
 from ldm_vae.core.errors import UsageError, WorkError
@@ -14,6 +19,7 @@ from ldm_vae.data.dataset import Batch, ordered_loader, training_loader
 from ldm_vae.data.decoding import decode
 from ldm_vae.data.source import Source, open_source
 from ldm_vae.data.transforms import TransformConfig, centre_crop
+from ldm_vae.data.workers import load
 
 CONFIG = TransformConfig(scale=(1.0, 2.0))
 
@@ -151,3 +157,32 @@ def test_evaluation_refuses_jpeg_draft(image_folder: Path) -> None:
     with refused(UsageError, "data.jpeg_draft"):
         ordered_loader(source, 16, batch_size=4)
     assert len(list(ordered_loader(source, 16, batch_size=12, draft_at_least=16))) == 1
+
+
+class Endless:
+    """A data set whose first batch never comes: a read that hangs."""
+
+    def __init__(self, pids: Path) -> None:
+        self.pids = pids
+
+    def __getitems__(self, tasks: object) -> object:
+        (self.pids / str(os.getpid())).touch()
+        time.sleep(600)
+        return tasks
+
+
+def hang() -> None:
+    next(load(Endless(Path(sys.argv[1])), [[0], [1]], num_workers=2))
+
+
+def test_workers_inside_a_batch_leave_with_a_killed_main_process(tmp_path: Path) -> None:
+    victim = fork(hang, [str(tmp_path)])
+    while len(pids := [int(path.name) for path in tmp_path.iterdir()]) < 2:
+        assert victim.running()
+        time.sleep(0.01)
+    victim.kill(signal.SIGKILL)
+    victim.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "they hold the lock of the run"
+        time.sleep(0.05)

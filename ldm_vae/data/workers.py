@@ -10,6 +10,7 @@ import atexit
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ldm_vae.core.errors import WORKERS_HELP, UsageError, WorkError, environment_failure
+from ldm_vae.core.parent_process import is_gone
 from ldm_vae.core.validation import first_line
 
 GRACE = 5.0  # seconds: see `_take`
@@ -91,6 +93,15 @@ def _start_worker(_worker: int) -> None:
     # a spawned worker that ends while its queue's thread is inside torch aborts the process and frightens the parent
     atexit.register(os._exit, 0)
     sys.excepthook = _excepthook
+    # torch looks for the main process between batches only: a worker that waits inside one, killed main process or not,
+    # stays and holds what it has inherited, the lock of a run among it
+    threading.Thread(target=_leave_with_the_main_process, daemon=True).start()
+
+
+def _leave_with_the_main_process() -> None:
+    while not is_gone():
+        time.sleep(1.0)
+    os._exit(0)
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
