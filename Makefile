@@ -37,6 +37,7 @@ demo: install
 
 # two data sets, each an autoencoder of clips and one of single frames: the same command with another model
 VIDEO := $(BIN)/accelerate launch $(LAUNCH) -m train.autoencoder
+SHOWN := --metrics psnr,ssim,lpips_alex,temporal_l1,flicker
 MOVING := --data.path data/moving/train --output_dir runs/demo_video
 
 demo-video: install
@@ -48,9 +49,9 @@ demo-video: install
 	$(VIDEO) configs/demo_video.yaml $(MOVING)/moving_clips
 	$(VIDEO) configs/demo_video_frames.yaml $(MOVING)/moving_frames
 	$(BIN)/ldm-vae evaluate runs/demo_video/film_clips/vae runs/demo_video/film_frames/vae data/film/heldout \
-	    --frames 25 --resolution 256 --batch_size 1 --output runs/demo_video/film
+	    --frames 25 --resolution 128 --resize none --batch_size 1 $(SHOWN) --output runs/demo_video/film
 	$(BIN)/ldm-vae evaluate runs/demo_video/moving_clips/vae runs/demo_video/moving_frames/vae data/moving/heldout \
-	    --frames 33 --resolution 64 --batch_size 4 --output runs/demo_video/moving
+	    --frames 33 --resolution 64 --max_images 12 --batch_size 1 $(SHOWN) --output runs/demo_video/moving
 	$(BIN)/ldm-vae report runs/demo_video/film
 	$(BIN)/ldm-vae report runs/demo_video/moving
 
