@@ -182,7 +182,7 @@ def test_workers_inside_a_batch_leave_with_a_killed_main_process(tmp_path: Path)
         time.sleep(0.01)
     victim.kill(signal.SIGKILL)
     victim.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, "they hold the lock of the run"
         time.sleep(0.05)
