@@ -75,7 +75,7 @@ def _split(parts: torch.Tensor, inner: torch.Tensor, most: int) -> Split:
 
 
 def _rooms(blocks: list[Level], widths: list[Channels], code: LinearCode) -> tuple[list[int], list[int]]:
-    """How many signals each level may have, from the picture upwards, of the frames that it joins and of each of them:
+    """Numbers of signals of each level, from the picture upwards, of the frames that it joins and of each of them:
     they stand beside two sums of differences and the next level's signals."""
     levels, frames = len(blocks) - 1, 1
     joined, single = [code.channels], [0]
