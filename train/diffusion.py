@@ -29,9 +29,9 @@ from ldm_vae.diffusion.sample_metrics import (
     clip_looks,
     in_words,
     record_distances,
-    record_originals,
     record_samples,
 )
+from ldm_vae.metrics.sample_grids import record_originals
 from ldm_vae.report import build_report
 from ldm_vae.run.folder import start, start_from_command_line
 from ldm_vae.run.single_network import SingleNetwork

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 
 from ldm_vae.core.errors import run_program
+from ldm_vae.metrics.sample_grids import record_originals
 from ldm_vae.prior.config import MAY_CHANGE, PriorTraining, build_prior, codes_of, describe, open_codes
 from ldm_vae.prior.generator import CodeGenerator
-from ldm_vae.prior.rates import in_words, record_originals, record_rates, record_samples, validate
+from ldm_vae.prior.rates import in_words, record_rates, record_samples, validate
 from ldm_vae.report import build_report
 from ldm_vae.run.folder import start, start_from_command_line
 from ldm_vae.run.inputs import compare_store

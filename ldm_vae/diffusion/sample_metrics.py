@@ -112,14 +112,6 @@ def record_samples(
     return path
 
 
-def record_originals(
-    run: Path, generator: Generator, stored: torch.Tensor, batch_size: int, names: Sequence[str] = ()
-) -> None:
-    """Write RUN/samples/originals.png: latents [N, c, h, w] of the store, decoded, in the order of samples."""
-    images = torch.cat([generator.decode(part) for part in torch.split(stored, batch_size)])
-    sample_grids.grid(run / "samples" / "originals.png", images, names, alpha=has_alpha(generator.vae))
-
-
 def record_distances(
     run: Path,
     generator: Generator,

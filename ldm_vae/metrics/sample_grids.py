@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ldm_vae.autoencoder.preparation import has_alpha
 from ldm_vae.core.pictures import labelled, save, sheet
 from ldm_vae.data.alpha import visible
 from ldm_vae.metrics.protocol import PINNED
@@ -35,6 +36,12 @@ def write(
         "count": len(images),
         **layout,
     }
+
+
+def record_originals(run: Path, generator: Any, stored: torch.Tensor, batch_size: int, names: Sequence[str]) -> None:
+    """Write RUN/samples/originals.png: [N, ...] of the store, decoded, in the order of samples."""
+    images = torch.cat([generator.decode(part) for part in torch.split(stored, batch_size)])
+    grid(run / "samples" / "originals.png", images, names, alpha=has_alpha(generator.vae))
 
 
 def grid(path: Path, images: torch.Tensor, names: Sequence[str], *, alpha: bool = False) -> dict[str, int]:

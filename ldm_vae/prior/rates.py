@@ -147,11 +147,3 @@ def record_samples(
     path, found = sample_grids.write(run, images_seen, images, names, alpha=has_alpha(generator.vae))
     result.update(run / "report" / RECORD, found | {"sampling": generator.sampling.model_dump()})
     return path
-
-
-def record_originals(
-    run: Path, generator: CodeGenerator, stored: torch.Tensor, batch_size: int, names: Sequence[str]
-) -> None:
-    """Write RUN/samples/originals.png: indices [N, q, *p] of the store, decoded, in the order of samples."""
-    images = torch.cat([generator.decode(part) for part in torch.split(stored, batch_size)])
-    sample_grids.grid(run / "samples" / "originals.png", images, names, alpha=has_alpha(generator.vae))

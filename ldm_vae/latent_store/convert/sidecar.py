@@ -80,6 +80,13 @@ def read_carried(folder: Path) -> Carried | None:
     return parse_carried(content, path)
 
 
+def read_carried_tree(path: Path) -> Carried | None:
+    """Read the store.json at the top of a tree of files. Raises UsageError where there is no tree."""
+    if not path.is_dir():
+        raise UsageError(f"SRC {path}: expected the folder of a latents cache")
+    return read_carried(path)
+
+
 def as_numbers(identity: Identity, tensors: Tensors) -> Tensors:
     """Tensors as other programs can hold them: bf16, which numpy has not, as float32, which holds it exactly."""
     dtype = SAFETENSORS_DTYPES[identity.dtype]

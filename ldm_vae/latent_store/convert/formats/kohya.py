@@ -50,7 +50,7 @@ from ldm_vae.latent_store.convert.sidecar import (
     draw,
     loses_of_moments,
     one_sample,
-    read_carried,
+    read_carried_tree,
     row_from_json,
     row_to_json,
     write_carried,
@@ -188,11 +188,7 @@ def _crop_ltrb(bucket: Sequence[int], original: Sequence[int]) -> npt.NDArray[np
 # --- back -------------------------------------------------------------------------------------------------------------
 
 
-def carried(path: Path) -> Carried | None:
-    """Read the store.json at the top of the tree."""
-    if not path.is_dir():
-        raise UsageError(f"SRC {path}: expected the folder of a latents cache")
-    return read_carried(path)
+carried = read_carried_tree
 
 
 @dataclass(frozen=True)
