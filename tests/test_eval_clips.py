@@ -34,6 +34,7 @@ from ldm_vae.export.measurement import Images, measure
 from ldm_vae.latent_space.equivariance import equivariance_error
 from ldm_vae.latent_space.spectrum import high_frequency_share, radial_power_spectrum
 from ldm_vae.metrics.batches import image_batches
+from ldm_vae.metrics.linear import fit_code
 from ldm_vae.metrics.psnr import psnr
 from ldm_vae.report.images import film_of, read_pixels
 from ldm_vae.training.config import Training
@@ -86,6 +87,13 @@ def test_a_class_of_clips_beside_one_of_images(compared: Path) -> None:
     assert clips["linear_code"]["psnr"]["mean"] != images["linear_code"]["psnr"]["mean"]
     table = (compared / "metrics.md").read_text()
     assert "clips of 5 frames at the video's own rate, every 2th of them" in table and "| clips | 3 | 3 |" in table
+
+
+def test_the_linear_code_is_of_as_many_frames_as_a_latent_frame(root: Path) -> None:
+    source = windows(open_source(root / "films", frames=5))
+    for kind, frames in (("AutoencoderKLWan", 4), ("AutoencoderKL", 1)):
+        code = fit_code(tiny(kind), source, range(len(source)), 0, 1, resolution=16, batch_size=2)
+        assert code is not None and code.frames == frames
 
 
 def test_rows_and_pictures_are_of_clips(compared: Path) -> None:
