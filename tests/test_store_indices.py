@@ -25,7 +25,7 @@ from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_sto
 from ldm_vae.latent_store.maintain.rounding_error import measure_costs
 from ldm_vae.latent_store.maintain.spot_check import reencode
 from ldm_vae.latent_store.maintain.summary import describe
-from ldm_vae.latent_store.write.writer import Processes
+from ldm_vae.latent_store.write.processes import Processes
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,10 @@ from videos import films_of, write_films
 
 from ldm_vae import open_images
 from ldm_vae.core import atomic_io
+from ldm_vae.core.ownership import Part
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
 from ldm_vae.latent_store.format.quarantine import read_quarantine
-from ldm_vae.latent_store.write.writer import Processes
+from ldm_vae.latent_store.write.processes import Processes
 
 
 def vae(films: str = "") -> Any:
@@ -46,6 +47,14 @@ def vae(films: str = "") -> Any:
 
 def source(count: int) -> Pictures:
     return Pictures(count, bad=(5, 31), broken=(17,))
+
+
+def part(out: str, index: int, count: int) -> None:
+    """Encode a part of the 60 pictures."""
+    import torch
+
+    torch.set_num_threads(1)
+    write_store(vae(), source(60), out, **SETTINGS, processes=Processes(part=Part(index, count)))
 
 
 def child(out: str, rank: int, count: int, workers: int, update: int, films: str = "") -> None:
@@ -98,6 +107,24 @@ def test_killed_two_dozen_times_at_random_moments(tmp_path: Path) -> None:
     assert verify(tmp_path / "killed") == []
     keys = [LatentDataset(tmp_path / "killed", columns=("key",))[index]["key"] for index in range(57)]
     assert keys == [source(60).key(index) for index in range(60) if index not in (5, 17, 31)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_parts_at_once_of_which_some_are_killed(tmp_path: Path) -> None:
+    """Three parts without a launcher, each started again until all are done; a round that ends begins anew."""
+    child(str(tmp_path / "whole"), 0, 1, 0, 0)
+    out, reaper = tmp_path / "parts", Reaper(random.Random(2))
+    calls = [partial(part, str(out), index, 3) for index in (1, 2, 3)]
+    while reaper.kills < 8:
+        for done in reaper.strike([fork(call, []) for call in calls]):
+            assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        if (out / "manifest.json").is_file() and read_manifest(out).complete:
+            assert tree(out) == tree(tmp_path / "whole")
+            shutil.rmtree(out)
+    for call in calls:
+        call()
+    assert tree(out) == tree(tmp_path / "whole") and verify(out) == []
 
 
 @pytest.mark.slow

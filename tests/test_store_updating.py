@@ -20,7 +20,7 @@ from stores import SETTINGS, contents, encode, equal
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import LatentDataset, LatentStatistics, read_manifest, verify, write_store
 from ldm_vae.latent_store.format.layout import PLAN
-from ldm_vae.latent_store.write.writer import Processes
+from ldm_vae.latent_store.write.processes import Processes
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.inventory import take_inventory
 from ldm_vae.data.transforms import centre_crop, to_pixels
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify, write_store
-from ldm_vae.latent_store.write.writer import Processes
+from ldm_vae.latent_store.write.processes import Processes
 
 
 @pytest.fixture(params=["pictures", "films"])

@@ -24,7 +24,7 @@ from ldm_vae.latent_store.format.layout import SHARDS, UNITS
 from ldm_vae.latent_store.format.manifest import write_manifest
 from ldm_vae.latent_store.maintain.repair import repair
 from ldm_vae.latent_store.write.finalize import finish
-from ldm_vae.latent_store.write.writer import Processes
+from ldm_vae.latent_store.write.processes import Processes
 from tests import twins
 
 

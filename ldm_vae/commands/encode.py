@@ -17,6 +17,7 @@ processes, which may change on resume.
 
   ldm-vae encode my-vae photographs my-latents --resolution 256
   accelerate launch -m ldm_vae encode my-vae photographs my-latents --resolution 256     # several processes
+  ldm-vae encode my-vae photographs my-latents --resolution 256 --job_part 3/16          # a task of an array job
 
 VAE is a diffusers folder, a run folder, a hub id or a single file; DATA is a folder of images, a dataset (parquet,
 arrow, tar shards, hub id) or a list of files. To read the store:
@@ -57,6 +58,11 @@ class Request:
         "diffusion pipelines that the latents are for, where they read the normalisation of an AutoencoderKLFlux2 in "
         "another way than FLUX.2"
     )
+    job_part: str | None = flag(
+        "encode part I of N alone, beside launches of the other parts on any machines, as tasks of an array job; the "
+        "one that ends last finishes the store",
+        metavar="I/N",
+    )
     update: bool = flag("apply additions, changes and removals in DATA since the last encode", False)
     retry_quarantined: bool = flag("retry quarantined images", False)
     check: Literal["doubt", "contents", "size"] = flag(
@@ -86,17 +92,19 @@ def run(request: Request) -> None:
     from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.core.errors import UsageError, resumable
     from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
+    from ldm_vae.core.ownership import Part
     from ldm_vae.latent_store import write_store
     from ldm_vae.latent_store.maintain.rounding_error import describe_costs, measure_costs
     from ldm_vae.latent_store.maintain.summary import describe, units_in
     from ldm_vae.latent_store.write.encoder import default_threads, default_workers
+    from ldm_vae.latent_store.write.processes import Processes
     from ldm_vae.latent_store.write.tiled_encode import tile_of
-    from ldm_vae.latent_store.write.writer import Processes
     from ldm_vae.run.selection import at_checkpoint
     from ldm_vae.training.scaling import measure_checkpoint
 
     if not 0 <= request.max_bad <= 1:
         raise UsageError(f"--max_bad: expected a share between 0 and 1, got {request.max_bad}")
+    part = Part.parse(request.job_part or "1/1", "--job_part")
     accelerator = build_accelerator(request.mixed_precision, ddp_timeout=ON_THEIR_OWN)
     name = at_checkpoint(request.vae, request.checkpoint)
     vae = load_autoencoder(name, request.config)
@@ -128,12 +136,14 @@ def run(request: Request) -> None:
             num_workers=default_workers(processes) if request.num_workers is None else request.num_workers,
             encode_threads=threads,
             max_bad=request.max_bad,
-            processes=Processes(accelerator.process_index, processes, accelerator.wait_for_everyone),
+            processes=Processes(accelerator.process_index, processes, accelerator.wait_for_everyone, part),
             device=device,
             source_name=request.data,
             vae_name=name,
         )
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not manifest.complete:
+        print(f"part {part} of {request.out} is done; the store is finished by the part that ends last")
+    elif accelerator.is_main_process:
         print("\n".join([describe(request.out, manifest), *preparation.notes]))
         if manifest.units > before:
             print(describe_costs(measure_costs(Path(request.out), manifest, vae, source)))

@@ -10,13 +10,19 @@ A third file, MARK, stays: a walk over a data set leaves out folders that hold i
 
 The processes of one job share its ownership: process 0 owns the folder, the others join it. What they hold keeps a new
 job out until the last of them has ended, an orphan of a killed launcher as well.
+
+Parts of one job that do not communicate (tasks of an array) own a part each, with marks of its own beside those of the
+other parts. While any part is at work nobody owns the whole, and parts of another number wait as well. What one alone
+may do at a time, a part does in its turn.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import mimetypes
+import re
 import sys
 import threading
 import time
@@ -30,6 +36,7 @@ from filelock import BaseFileLock, FileLock, LeaseSettingsMismatch, SoftFileLeas
 from ldm_vae.core.errors import UsageError, WorkError
 
 LOCK, LEASE = ".lock", ".owner"
+TURN = ".turn"  # end of the marks of the part that is at something which one alone may do
 MARK = ".ldm-vae"
 WAIT_SECONDS = 30.0  # seconds: a killed process may take a while to end (torch's data workers look for it every 5 s)
 LEASE_SECONDS = 60.0  # twice what network file systems cache of a folder by default; renewed every third of it
@@ -37,6 +44,42 @@ ATTEMPTS = 100
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what such file systems answer
 
 _held: dict[tuple[str, int], str] = {}  # (folder, thread): a thread cannot wait for itself
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `index`, from 1, of the `count` that share a job without communication; of 1, the whole."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str, field: str) -> Part:
+        """`2/8` => part 2 of 8. Raises UsageError for anything else."""
+        found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise UsageError(f"{field}: expected I/N with I from 1 to N, as in 2/8, got {text}")
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def is_whole(self) -> bool:
+        """True where there is no other part."""
+        return self.count == 1
+
+    @property
+    def suffix(self) -> str:
+        """End of the names of its marks."""
+        return "" if self.is_whole else f".{self.index}-of-{self.count}"
+
+    def shares(self, mark: Path) -> bool:
+        """True for a mark of this job's parts (or of their processes), and of their turn."""
+        return mark.name.endswith(TURN) or re.search(rf"\.[0-9]+-of-{self.count}(\.[0-9]+)?$", mark.name) is not None
+
+
+WHOLE = Part(1, 1)
 
 
 @dataclass(frozen=True)
@@ -48,6 +91,7 @@ class Ownership:
     lease: Path
     record: bytes | None
     """The lease's content, which names its holder; None while the folder has no owner, only processes that joined."""
+    part: Part = WHOLE
 
     def check(self) -> None:
         """Make sure that the folder is still this job's. Costs the reading of one small file.
@@ -64,14 +108,25 @@ class Ownership:
             "what was finished is kept, the same command goes on from there when the other has ended"
         )
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Do what one alone may do at a time: the owner of the whole at once, a part after the others' turns."""
+        if self.part.is_whole:
+            yield
+        else:
+            folder, what = self.lease.parent, f"{self.what}, one part at a time"
+            with _owned(folder / f"{LOCK}{TURN}", folder / f"{LEASE}{TURN}", what, patience=math.inf):
+                yield
+
 
 @contextlib.contextmanager
-def own(folder: Path, field: str) -> Iterator[Ownership]:
+def own(folder: Path, field: str, part: Part = WHOLE) -> Iterator[Ownership]:
     """Own `folder` while the block runs; it is made if it is absent. MARK alone is left in it afterwards, and of a
     folder that was made and stayed empty nothing at all.
 
     Args:
         field: the name of the folder's argument, for messages.
+        part: own this part alone, beside the owners of the others.
 
     Raises:
         UsageError: another job is at work on it, and still is after 30 s; or it holds images of somebody else, among
@@ -86,7 +141,7 @@ def own(folder: Path, field: str) -> Iterator[Ownership]:
     with contextlib.ExitStack() as stack:
         # registered first, so it runs last, after the marks in the folder are gone
         stack.callback(_remove_empty, made)
-        owner = _entered(stack, lambda: _owned(folder / LOCK, folder / LEASE, what), folder, f"{what}: cannot be made")
+        owner = _entered(stack, lambda: _taken(folder, part, what), folder, f"{what}: cannot be made")
         stack.enter_context(_marked(folder))
         yield owner
 
@@ -130,22 +185,25 @@ def own_name(out: Path, field: str = "OUT") -> Iterator[Ownership]:
 
 
 @contextlib.contextmanager
-def own_together(folder: Path, field: str, rank: int, barrier: Callable[[], None]) -> Iterator[Ownership]:
-    """Own `folder` with all processes of a launch: process 0 takes it, the others join at the barrier. As `own`.
+def own_together(
+    folder: Path, field: str, rank: int, barrier: Callable[[], None], part: Part = WHOLE
+) -> Iterator[Ownership]:
+    """Own `folder`, or a part of it, with all processes of a launch: process 0 takes it, the others join at the
+    barrier. As `own`.
 
     A process that joins where nobody is the owner (each process of the launch is started by itself) keeps owners out
     while it works.
     """
     if rank == 0:
         # owned before the barrier: a process that joins finds the lease, and knows whose it is
-        with own(folder, field) as ownership:
+        with own(folder, field, part) as ownership:
             barrier()
             yield ownership
     else:
         barrier()
         with contextlib.ExitStack() as stack:
             what = f"{field} {folder}"
-            yield _entered(stack, lambda: _joined(folder, rank, what), folder, f"{what}: cannot be made")
+            yield _entered(stack, lambda: _joined(folder, rank, part, what), folder, f"{what}: cannot be made")
 
 
 def is_mark(path: Path) -> bool:
@@ -174,29 +232,64 @@ def _entered(
 
 
 @contextlib.contextmanager
-def _joined(folder: Path, member: int, what: str) -> Iterator[Ownership]:
-    with _locked(folder / f"{LOCK}.{member}", what):
-        yield Ownership(what, folder / LEASE, _read(folder / LEASE))
+def _joined(folder: Path, member: int, part: Part, what: str) -> Iterator[Ownership]:
+    lease = folder / f"{LEASE}{part.suffix}"
+    with _locked(folder / f"{LOCK}{part.suffix}.{member}", what):
+        yield Ownership(what, lease, _read(lease), part)
 
 
 @contextlib.contextmanager
-def _owned(lock: Path, lease: Path, what: str) -> Iterator[Ownership]:
-    with _locked(lock, what):
+def _taken(folder: Path, part: Part, what: str) -> Iterator[Ownership]:
+    with contextlib.ExitStack() as own_marks:
+        with _owned(folder / LOCK, folder / LEASE, what, beside=part) as whole:
+            if part.is_whole:
+                yield whole
+                return
+            # The whole is owned for the moment in which the part's marks are made: whoever wants the whole from here on
+            # meets them.
+            what += f", part {part}"
+            lease = folder / f"{LEASE}{part.suffix}"
+            owned = own_marks.enter_context(_owned(folder / f"{LOCK}{part.suffix}", lease, what))
+        yield Ownership(what, lease, owned.record, part)
+
+
+@contextlib.contextmanager
+def _owned(
+    lock: Path, lease: Path, what: str, *, beside: Part = WHOLE, patience: float | None = None
+) -> Iterator[Ownership]:
+    """Hold both marks, while no process of an earlier job and no part, but for those `beside`, has any."""
+
+    def others(mark: Path) -> list[Path]:
+        return [path for path in mark.parent.glob(f"{mark.name}.*") if beside.is_whole or not beside.shares(path)]
+
+    # parts that start together take a moment each, of which nothing need be said
+    with _locked(lock, what, patience, quiet=0.0 if beside.is_whole else WAIT_SECONDS / 2):
         # orphans of a killed job hold their own locks for the moments until they notice
-        for left in lock.parent.glob(f"{lock.name}.*"):
+        for left in others(lock):
             with _locked(left, what):
                 pass
         # the lock first: where locks work, a live owner is met there, and a lease that is left has lost its owner
-        claim = SoftFileLease(lease, lease_duration=LEASE_SECONDS, thread_local=False)
-        _acquire(claim, LEASE_SECONDS + WAIT_SECONDS / 2, what)
-        try:
+        for left in others(lease):
+            # filelock's own passing names lie there too
+            if re.search(r"-of-[0-9]+$", left.name):
+                with _leased(left, what):
+                    pass
+        with _leased(lease, what, patience):
             yield Ownership(what, lease, _read(lease))
-        finally:
-            claim.release()
 
 
 @contextlib.contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
+def _leased(lease: Path, what: str, patience: float | None = None) -> Iterator[None]:
+    claim = SoftFileLease(lease, lease_duration=LEASE_SECONDS, thread_local=False)
+    _acquire(claim, LEASE_SECONDS + WAIT_SECONDS / 2 if patience is None else patience, what)
+    try:
+        yield
+    finally:
+        claim.release()
+
+
+@contextlib.contextmanager
+def _locked(path: Path, what: str, patience: float | None = None, quiet: float = 0.0) -> Iterator[None]:
     """Hold the lock. Its file is deleted while the lock is still held: a waiter sees that and takes a new one."""
     me = (str(path.absolute()), threading.get_ident())
     if me in _held:
@@ -206,7 +299,7 @@ def _locked(path: Path, what: str) -> Iterator[None]:
     _held[me] = what
     try:
         try:
-            _acquire(lock, WAIT_SECONDS, what)
+            _acquire(lock, WAIT_SECONDS if patience is None else patience, what, quiet)
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise
@@ -219,14 +312,15 @@ def _locked(path: Path, what: str) -> Iterator[None]:
             lock.release()
 
 
-def _acquire(lock: BaseFileLock, patience: float, what: str) -> None:
+def _acquire(lock: BaseFileLock, patience: float, what: str, quiet: float = 0.0) -> None:
     try:
-        # without waiting first, so that the sentence below appears only when there is something to wait for
-        lock.acquire(timeout=0)
+        # almost without waiting first, so that the sentence below appears only when there is something to wait for
+        lock.acquire(timeout=quiet)
     except (Timeout, LeaseSettingsMismatch):
-        print(f"{what}: another launch is at work on it; waiting up to {patience:.0f} s for its end", file=sys.stderr)
+        limit = "" if patience == math.inf else f" up to {patience:.0f} s"
+        print(f"{what}: another launch is at work on it; waiting{limit} for its end", file=sys.stderr)
         try:
-            lock.acquire(timeout=patience)
+            lock.acquire(timeout=-1 if patience == math.inf else patience)
         except (Timeout, LeaseSettingsMismatch) as error:  # the second: another version of ours, with other seconds
             raise _refusal(what) from error
 

@@ -161,6 +161,14 @@ def is_done(store: Path, unit: int, work: str) -> bool:
     )
 
 
+def are_done(store: Path, units: Sequence[Unit], work: str) -> bool:
+    """True if all these units are done. While some have no record, it costs one listing of a folder."""
+    there = {path.name for path in (store / UNITS).iterdir()}
+    return all(record_path(store, unit.number).name in there for unit in units) and all(
+        is_done(store, unit.number, work) for unit in units
+    )
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size

@@ -47,6 +47,8 @@ from ldm_vae.latent_store.write.updates import (
 
 logger = logging.getLogger(__name__)
 
+EVERYTHING = slice(0, None, 1)
+
 Check = Literal["doubt", "contents", "size"]
 """The images that are read: those in doubt, all, or (trusting equal sizes) only those of which no size is known."""
 
@@ -68,14 +70,17 @@ class Findings:
 
 
 def check(
-    store: Path, manifest: Manifest, wanted: SourceIdentity, source: Source, how: Check, num_workers: int
+    store: Path, manifest: Manifest, wanted: SourceIdentity, source: Source, how: Check, num_workers: int, share: slice
 ) -> None:
     """Compare what a store keeps of an earlier call with the images as they are now.
+
+    Args:
+        share: of the units, or of the images of a finished store, that are looked at.
 
     Raises:
         UsageError: an image is not the one that was encoded.
     """
-    held = _held(store, manifest, wanted, source)
+    held = _held(store, manifest, wanted, source, share)
     found = Findings() if held is None else held.compare(how, num_workers)
     if found.unreadable:
         logger.warning("%d images cannot be read now and keep the latents that they have", found.unreadable)
@@ -234,35 +239,40 @@ def _first_half(checksum: str | None) -> int:
     return int((checksum or "0")[:16], 16)
 
 
-def _held(store: Path, manifest: Manifest, wanted: SourceIdentity, source: Source) -> _Held | None:
+def _held(
+    store: Path, manifest: Manifest, wanted: SourceIdentity, source: Source, share: slice = EVERYTHING
+) -> _Held | None:
     """The part that the same command would keep; None when that is nothing, or when it is refused for other reasons."""
     if not manifest.complete:
         # the first encode was stopped: its done units
-        return None if manifest.source != wanted else _done(store, manifest, fresh_plan(wanted), (), source)
+        return None if manifest.source != wanted else _done(store, manifest, fresh_plan(wanted), (), source, share)
     plan = read_plan(store, manifest.units)
     # an update for this very source was stopped: the rows it keeps, and its done units
     if plan is not None and plan.source == wanted:
-        return _done(store, manifest, plan, manifest.shards, source)
+        return _done(store, manifest, plan, manifest.shards, source, share)
     if manifest.source != wanted:
         return None
-    # finished, for this very source: everything
-    return _of(store, manifest, manifest.shards, read_quarantine(store), source, [range(len(source))], whole=True)
+    # finished, for this very source
+    pieces, whole = [range(len(source))[share]], share == EVERYTHING
+    return _of(store, manifest, manifest.shards, read_quarantine(store), source, pieces, whole=whole)
 
 
-def _done(store: Path, manifest: Manifest, plan: Plan, shards: Sequence[ShardRecord], source: Source) -> _Held | None:
+def _done(
+    store: Path, manifest: Manifest, plan: Plan, shards: Sequence[ShardRecord], source: Source, share: slice
+) -> _Held | None:
     """The rows that a plan keeps, and the units of it that are done."""
     work = plan.digest(manifest.identity)
     kept = [shard.without(plan.removed.get(shard.name, ())) for shard in shards]
     bad = list(plan.bad)
     pieces: list[Sequence[int]] = []
-    for unit in plan.units(manifest.identity.shard_size):
+    for unit in plan.units(manifest.identity.shard_size)[share]:
         if work_units.is_done(store, unit.number, work) and (
             record := work_units.read_record(store, unit.number, work)
         ):
             kept += record.shards
             bad += record.bad
             pieces.append(unit.indices)
-    return _of(store, manifest, kept, bad, source, [range(len(source))] if shards else pieces, whole=False)
+    return _of(store, manifest, kept, bad, source, [range(len(source))[share]] if shards else pieces, whole=False)
 
 
 def _of(

@@ -7,6 +7,7 @@ finishes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,16 +62,8 @@ from ldm_vae.latent_store.write.finalize import finish
 from ldm_vae.latent_store.write.freshness import Check
 from ldm_vae.latent_store.write.freshness_cache import Sightings
 from ldm_vae.latent_store.write.pipeline import Pipeline
+from ldm_vae.latent_store.write.processes import Processes
 from ldm_vae.latent_store.write.tiled_encode import check_own_tiles, check_tile
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process, all of them, and how they wait for each other."""
-
-    rank: int = 0
-    count: int = 1
-    barrier: Callable[[], None] = lambda: None
 
 
 def write_store(
@@ -122,6 +115,7 @@ def write_store(
             or only where their `size` does not tell. (An update reads all.)
         max_bad: share of unusable images above which the store is not finished.
         num_workers: decoding processes.  encode_threads: batches encoded at the same time, each with one torch thread.
+        processes: this process among those of its launch, and the launch's part of the job.
         source_name, vae_name: what the column `source` and the manifest call them.
 
     Raises:
@@ -139,6 +133,11 @@ def write_store(
     resolutions = (resolution,) if isinstance(resolution, int) else tuple(resolution)
     for side in resolutions:
         check_resolution(side, vae)
+    if not processes.part.is_whole and (update or retry_quarantined):
+        raise UsageError(
+            f"part {processes.part}: expected a first encode, got {'update' if update else 'retry_quarantined'}: the "
+            "plan of what differs is made by one launch (of any number of processes)"
+        )
     _at_least_one(batch_size=batch_size, shard_size=shard_size, encode_threads=encode_threads)
     if (frames := source.decoding.frames) is not None:
         check_frames(vae, frames)
@@ -175,7 +174,7 @@ def write_store(
     wanted = Manifest(identity=identity, source=work_units.source_identity(source), recorded=recorded)
 
     # owned from before the manifest is read until it is written for the last time
-    with own_together(out, "OUT", processes.rank, processes.barrier) as owner:
+    with own_together(out, "OUT", processes.rank, processes.barrier, processes.part) as owner:
         work = _Work(out, wanted, source, cutting, processes, owner, check, num_workers, encode_threads, max_bad)
         return _write(work, Encoder(vae, identity, batch_size=batch_size, device=device), update, retry_quarantined)
 
@@ -191,12 +190,18 @@ def _write(work: _Work, encoder: Encoder, update: bool, retry_quarantined: bool)
     # an update reads every image for its plan; any other call keeps old latents, so it checks that their images are the
     # same
     if not (update or retry_quarantined):
-        work.on_one(lambda: freshness.check(out, manifest, wanted.source, work.source, work.check, work.num_workers))
+        share = work.processes.launch
+        work.on_one(
+            lambda: freshness.check(out, manifest, wanted.source, work.source, work.check, work.num_workers, share),
+            reads=True,
+        )
     # a new store, or a first encode that was stopped: the plan is the same, units that are done are skipped
     if not manifest.complete:
         if manifest.source != wanted.source:
             raise _other_images(out, manifest, wanted)
         manifest = work.do(fresh_plan(wanted.source), encoder)
+    if not manifest.complete:  # other parts are at work
+        return manifest
     # now finished, whichever way: compare it with the source and leave a plan for what differs
     if update or retry_quarantined:
         if manifest.source != wanted.source and not update:
@@ -228,11 +233,13 @@ class _Work:
     threads: int
     max_bad: float
 
-    def on_one(self, task: Callable[[], object]) -> Manifest:
-        """Process 0 does the task, the others wait for it; the manifest after it."""
+    def on_one(self, task: Callable[[], object], *, reads: bool = False) -> Manifest:
+        """Process 0 does the task, the others wait for it; the manifest after it. A task that only `reads` the store is
+        done beside those of other parts."""
         if self.processes.rank == 0:
             self.owner.check()
-            task()
+            with contextlib.nullcontext() if reads else self.owner.turn():
+                task()
         self.processes.barrier()
         return read_manifest(self.out)
 
@@ -241,16 +248,22 @@ class _Work:
         digest = plan.digest(encoder.identity)
         # dealt before done units are left out: processes that look at different moments must agree on each unit's
         # process
-        own = plan.units(encoder.identity.shard_size)[self.processes.rank :: self.processes.count]
+        units = plan.units(encoder.identity.shard_size)
+        own = units[self.processes.own]
         pending = [unit for unit in own if not work_units.is_done(self.out, unit.number, digest)]
         stream = sample_stream.samples(
             self.source, self.wanted.recorded.data, self.cutting, pending, encoder.batch_size, self.num_workers
         )
         pipeline = Pipeline(self.out, encoder, digest, self.owner, threads=self.threads, show=self.processes.rank == 0)
         pipeline.run(sample_stream.noted(stream, Sightings(self.out)), sum(len(unit.indices) for unit in pending))
-        # the merge reads the records of all processes
+        # the merge reads the records of all processes, and of all parts: the one that ends last finds them complete
         self.processes.barrier()
-        return self.on_one(lambda: finish(self.out, read_manifest(self.out), plan, max_bad=self.max_bad))
+
+        def merge() -> None:
+            if self.processes.part.is_whole or work_units.are_done(self.out, units, digest):
+                finish(self.out, read_manifest(self.out), plan, max_bad=self.max_bad)
+
+        return self.on_one(merge)
 
 
 def _plan(work: _Work, manifest: Manifest, retry: bool) -> None:
