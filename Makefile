@@ -54,6 +54,7 @@ demo-video: install
 	    --frames 33 --resolution 64 --max_images 12 --batch_size 1 $(SHOWN) --output runs/demo_video/moving
 	$(BIN)/ldm-vae report runs/demo_video/film
 	$(BIN)/ldm-vae report runs/demo_video/moving
+	$(BIN)/python -m eval.filmstrip runs/demo_video/film runs/demo_video/moving runs/demo_video/frames.png
 
 test: install
 	$(BIN)/ldm-vae assets lpips

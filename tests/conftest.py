@@ -125,6 +125,19 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def few_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen features in the place of EfficientNet's 1,280, whose distances cost more than all else of tiny runs."""
+    import torch
+
+    from ldm_vae.perceptual import features
+
+    torch.manual_seed(0)
+    trunk = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 16))
+    network = features.Features(trunk.requires_grad_(False), 16)
+    monkeypatch.setattr(features, "efflite0", lambda device: network)
+
+
+@pytest.fixture
 def grey_vae() -> AutoencoderKL:
     """A VAE of one channel, without a record of preprocessing."""
     return built(in_channels=1, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)

@@ -32,23 +32,18 @@ import training_runs
 import yaml
 from fork_server import fork
 from PIL import Image
-from tiny_classes import tiny
-from videos import frame, write_films, write_video
+from videos import frame, write_video
 
 from ldm_vae import cli
 from ldm_vae.core.request import Parser
 from tests.torture import place
-from tests.twins import CROP, TWINS, UNITS, Twin, config, ended_well, make_materials, once
+from tests.twins import CROP, FIVE, TWINS, UNITS, Twin, config, encode_clips, ended_well, make_materials, once
 from train import autoencoder
 
 SECONDS = 120.0
 KINDS = ("list", "tar", "zip", "parquet")
 NOT_OF_FILES = ("push", "pull", "demo", "digits")  # of the twins: these read none of ours, or need a hub
 DECODER_ONLY = {"max_train_images": 4, "losses": {"l1": {}}, "adversary": {}, "trainable": ["decoder.*"]}
-
-
-FIVE = ["--frames", "5"]
-CLIPS = ["--resolution", "16", "--batch_size", "4", "--shard_size", "4", "--num_workers", "0", "--encode_threads", "1"]
 
 
 def convert(place: Path, out: Path, *flags: str) -> list[str]:
@@ -71,8 +66,8 @@ def on_clips(place: Path, out: Path) -> list[str]:
 
 
 def make_clips(folder: Path) -> None:
-    """Videos of several containers and frames in folders, a tiny Wan, its store of them, and that as a cache."""
-    write_films(folder / "films", 6)
+    """Beside the films of the twins videos of other containers, frames in folders, a store of them, and that as a
+    cache."""
     for name, codec in (("a.mp4", "libx264"), ("b.webm", "libvpx-vp9"), ("c.ts", "libx264")):
         write_video(folder / "films" / name, 10, (16, 24), codec=codec)
     pictures = [Image.fromarray(frame(number, (16, 24))) for number in range(6)]
@@ -80,7 +75,6 @@ def make_clips(folder: Path) -> None:
     for number, picture in enumerate(pictures):
         (folder / "folders" / "walk").mkdir(parents=True, exist_ok=True)
         picture.save(folder / "folders" / "walk" / f"{number}.png")
-    tiny("AutoencoderKLWan").save_pretrained(folder / "wan")
     once(cli.main, VERBS["encode clips"].words(folder, folder / "clips"))
     once(cli.main, VERBS["to musubi"].words(folder, folder / "musubi"))
 
@@ -119,10 +113,7 @@ VERBS = {
     "tiling": reading("tiling", "--tile", "32", data="images/img_0000.png"),
     "fp16 audit": reading("fp16 audit", *CROP),
     "inspect clips": Twin(lambda p, out: ["inspect", str(p / "films"), *FIVE, "--thumbnails", f"{out}.png"]),
-    "encode clips": Twin(lambda p, out: ["encode", str(p / "wan"), str(p / "films"), str(out), *CLIPS, *FIVE]),
-    "encode frames": Twin(
-        lambda p, out: ["encode", str(p / "wan"), str(p / "folders"), str(out), *CLIPS, *FIVE, "--kind", "frames"]
-    ),
+    "encode frames": Twin(lambda p, out: encode_clips(p, out, "folders", "--kind", "frames")),
     "decode clips": Twin(lambda p, out: ["decode", str(p / "clips"), str(out), "--vae", str(p / "wan")]),
     "to musubi": Twin(lambda p, out: convert(p, out, "--to", "musubi", "--model", "wan")),
     "from musubi": Twin(lambda p, out: ["store", "convert", str(p / "musubi"), str(out), "--from", "musubi"]),

@@ -19,13 +19,13 @@ from training_runs import metrics as logged
 from training_runs import one_sentence, run, write_config
 from videos import write_moving
 
-from eval import diffusability, latent_space, reconstruction
+from eval import diffusability, filmstrip, latent_space, reconstruction
 from ldm_vae import cli, evaluate, load_autoencoder, metrics
 from ldm_vae.autoencoder.latents import decode, encode
 from ldm_vae.autoencoder.normalisation_law import own_normalisation
 from ldm_vae.autoencoder.preparation import preparation_of
 from ldm_vae.core import config
-from ldm_vae.core.errors import UsageError
+from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.flags import DataFlags
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import to_pixels
@@ -87,6 +87,45 @@ def test_a_class_of_clips_beside_one_of_images(compared: Path) -> None:
     assert clips["linear_code"]["psnr"]["mean"] != images["linear_code"]["psnr"]["mean"]
     table = (compared / "metrics.md").read_text()
     assert "clips of 5 frames at the video's own rate, every 2th of them" in table and "| clips | 3 | 3 |" in table
+
+
+def test_a_filmstrip_has_a_row_for_the_originals_and_one_for_each_vae(
+    compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, half = tmp_path / "strip.png", tmp_path / "half"
+    program(monkeypatch, filmstrip, compared, compared, out)
+    shown = json.loads((compared / "pictures" / "pictures.json").read_text())[0]
+    files = [f"{shown['name']}.original.png", *(vae["reconstruction"] for vae in shown["vaes"])]
+    films = [read_pixels(compared / "pictures" / file).reshape(5, 16, 16, 3) for file in files]
+    came = read_pixels(out)
+    assert came.shape == (3 * 20 - 4, 2 * (3 * 20 - 4) + 16, 3)
+    for row, film in enumerate(films):
+        for place, frame in enumerate((0, 2, 4)):
+            for left in (20 * place, 72 + 20 * place):
+                assert np.array_equal(came[20 * row : 20 * row + 16, left : left + 16], film[frame])
+    with refused(UsageError, "at most those of a clip, got 6 of the 5"):
+        program(monkeypatch, filmstrip, compared, out, "--frames", "6")
+    with refused(UsageError, "frames"):
+        program(monkeypatch, filmstrip, compared, out, "--frames", "0")
+    # a result of one VAE, and of half the size
+    (half / "pictures").mkdir(parents=True)
+    (half / "metrics.json").write_text("[]")
+    with refused(UsageError, "expected pictures"):
+        program(monkeypatch, filmstrip, half, out)
+    (half / "pictures" / "pictures.json").write_text(json.dumps([{"name": "0", "vaes": shown["vaes"][:1]}]))
+    for name in ("0.original.png", shown["vaes"][0]["reconstruction"]):
+        frames = [Image.fromarray(frame) for frame in films[0][:, ::2, ::2].astype(np.uint8)]
+        frames[0].save(half / "pictures" / name, save_all=True, append_images=frames[1:])
+    program(monkeypatch, filmstrip, half, out, "--frames", "1")
+    assert read_pixels(out).shape == (8 + 4 + 8, 8, 3)
+    with refused(UsageError, "equally many VAEs, got 2, 1"):
+        program(monkeypatch, filmstrip, compared, half, out)
+    (half / "pictures" / "pictures.json").write_text(json.dumps([{"name": "0", "vaes": shown["vaes"][:1] * 2}]))
+    program(monkeypatch, filmstrip, compared, half, out)
+    assert np.array_equal(read_pixels(out)[:16:2, 72:88:2], films[0][0, ::2, ::2])
+    (half / "pictures" / "pictures.json").write_text(json.dumps([{"name": "0", "vaes": shown["vaes"]}]))
+    with refused(WorkError, "pictures.json"):
+        program(monkeypatch, filmstrip, half, out)
 
 
 def test_the_linear_code_is_of_as_many_frames_as_a_latent_frame(root: Path) -> None:

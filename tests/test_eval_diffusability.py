@@ -117,7 +117,7 @@ def random_vae(folder: Path, seed: int, channels: int) -> str:
     return str(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("few_features")
 def test_the_program_measures_and_does_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = write_images(tmp_path / "images", 6, size=(20, 20))
     vaes = [random_vae(tmp_path / name, number, 3 + number) for number, name in enumerate(("one", "other"))]

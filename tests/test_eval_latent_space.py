@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from images import write_images
-from launcher import TWO, launch
+from kills import ranks
 from sentences import refused
 
 from eval import latent_space
@@ -174,11 +174,11 @@ def test_one_image_gives_what_one_image_can(
 @pytest.mark.slow
 def test_one_process_and_two_agree(tiny_vae_folder: Path, image_folder: Path, tmp_path: Path) -> None:
     found = []
-    for number, options in enumerate((("--num_processes", "1"), TWO), start=1):
+    for number in (1, 2):
         out = tmp_path / f"out{number}"
-        call = ["-m", "eval.latent_space", str(tiny_vae_folder), str(image_folder), "--output", str(out), *CHEAP]
-        done = launch([*call, *FEW], *options)
-        assert done.returncode == 0, done.stderr[-2000:]
+        call = [str(tiny_vae_folder), str(image_folder), "--output", str(out), *CHEAP, *FEW]
+        for done in [rank.wait() for rank in ranks(latent_space.main, call, number)]:
+            assert done.returncode == 0, done.stderr[-2000:]
         found.append(json.loads((out / "latent_space.json").read_text()))
     one, two = found
     assert (one["settings"].pop("processes"), two["settings"].pop("processes")) == (1, 2)

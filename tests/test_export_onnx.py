@@ -32,7 +32,13 @@ GRAPHS = [
     for name in IMAGES
     if name != "ConsistencyDecoderVAE"
 ]
-CHANGES: dict[str, dict[str, Any]] = {"AutoencoderKL": {"scaling_factor": 0.5}}
+TWO_LEVELS = {"dim_mult": [1, 1], "temperal_downsample": [True]}  # more of them trace more of the same
+CHANGES: dict[str, dict[str, Any]] = {
+    "AutoencoderKL": {"scaling_factor": 0.5},
+    "AutoencoderKLWan": TWO_LEVELS,
+    "AutoencoderKLQwenImage": TWO_LEVELS,
+    "AutoencoderKLQwenImage21": {"dim_mult": [1, 1]},
+}
 
 
 def run(file: Path, given: torch.Tensor) -> list[torch.Tensor]:

@@ -45,6 +45,8 @@ class Whole:
     more: dict[str, Any] = field(default_factory=dict)
     side: int = 32
     latents: Latents = plain
+    parts: dict[str, Any] = field(default_factory=dict)
+    """Its other components."""
 
     def __str__(self) -> str:
         return self.pipeline.__name__  # type: ignore[no-any-return]
@@ -103,6 +105,27 @@ PIPELINES = [
         diffusers.CogVideoXDDIMScheduler, {"prompt_embeds": (1, 4, 8), "negative_prompt_embeds": (1, 4, 8)}, 9,
         latents=lambda vae, seen: seen.transpose(1, 2),
     ),
+    Whole(
+        "AutoencoderKLAllegro", diffusers.AllegroPipeline,
+        lambda: diffusers.AllegroTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, num_layers=1,
+            cross_attention_dim=24, sample_width=4, sample_height=4, sample_frames=6, caption_channels=8,
+        ),
+        diffusers.DDIMScheduler, {"prompt_embeds": (1, 4, 8), "negative_prompt_embeds": (1, 4, 8)}, 24,
+        more={"prompt_attention_mask": torch.ones(1, 4), "negative_prompt_attention_mask": torch.ones(1, 4),
+              "negative_prompt": None},
+    ),
+    Whole(
+        "AutoencoderKLHunyuanVideo15", diffusers.HunyuanVideo15Pipeline,
+        lambda: diffusers.HunyuanVideo15Transformer3DModel(
+            in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1,
+            num_refiner_layers=1, text_embed_dim=8, text_embed_2_dim=8, image_embed_dim=8, rope_axes_dim=(2, 4, 4),
+        ),
+        FLOW, {f"{name}_embeds{number}": (1, 4, 8) for name in ("prompt", "negative_prompt") for number in ("", "_2")},
+        5, parts={"guider": diffusers.ClassifierFreeGuidance(guidance_scale=2.0)},
+        more={f"{name}_embeds_mask{number}": torch.ones(1, 4)
+              for name in ("prompt", "negative_prompt") for number in ("", "_2")},
+    ),
 ]  # fmt: skip
 
 
@@ -125,7 +148,12 @@ def test_a_pipeline_shows_what_its_latents_decode_to(case: Whole, tmp_path: Path
     write_vae(vae, tmp_path / "vae", held_by(vae, Normalisation(0.5)))  # as if it had been measured
     torch.manual_seed(0)
     pipeline = assembled(
-        case.pipeline, tmp_path, case.name, transformer=case.transformer().eval(), scheduler=case.scheduler()
+        case.pipeline,
+        tmp_path,
+        case.name,
+        transformer=case.transformer().eval(),
+        scheduler=case.scheduler(),
+        **case.parts,
     )
     assert type(pipeline.vae) is type(vae)
     embeds = {name: torch.randn(shape) for name, shape in case.embeds.items()}

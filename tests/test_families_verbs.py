@@ -38,6 +38,7 @@ DIFFUSION = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_features")
 @pytest.mark.parametrize("name", IMAGES)
 def test_every_verb_takes_it(name: str, tmp_path: Path) -> None:
     network = tiny(name)

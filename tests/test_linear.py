@@ -13,13 +13,12 @@ import torch
 from diffusers import AutoencoderKL
 from fork_server import fork
 from images import write_images
-from launcher import TWO, launch
 from linear_codes import LINEAR, MODEL, code_of, first_loss, in_pixels, pictures, train
 from PIL import Image
 from safetensors.torch import load_file
 from sentences import refused
 from torchvision.transforms.v2 import functional
-from training_runs import newest, run, write_config
+from training_runs import newest, run, run_two, write_config
 
 from eval import reconstruction
 from ldm_vae.autoencoder import latents
@@ -244,8 +243,7 @@ def test_two_processes_start_from_the_same_weights_as_one(images: Path, tmp_path
         if name == "one":
             assert run(config).returncode == 0
         else:
-            done = launch(["-m", "train.autoencoder", str(config)], *TWO)
-            assert done.returncode == 0, done.stderr
+            run_two(config)
         found.append(load_file(newest(tmp_path / name / "run") / "tensors.safetensors"))
     for name, tensor in found[0].items():
         if name.startswith("autoencoder"):

@@ -5,25 +5,26 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import parity
 import pytest
 import torch
-from launcher import TWO, launch
+from kills import ranks
 from safetensors.torch import load_file
 
 Tensors = dict[str, torch.Tensor]
 # the gradient of a key's bias is zero but for rounding (softmax does not see it), which Adam divides by itself
 KEYS = ("to_k.bias", "to_qkv.bias")
 
-# fifteen scenarios of 20 steps in one launch: a minute on a quiet machine, five where other work shares the cores
+# fifteen scenarios of 12 steps in one launch: half a minute on a quiet machine, five where other work shares the cores
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("parity")
-    for options in (("--num_processes", "1"), TWO):
-        done = launch(["tests/helpers/parity.py", str(out)], *options, timeout=900)
-        assert done.returncode == 0, done.stderr
+    for processes in (1, 2):
+        for done in [rank.wait(900) for rank in ranks(parity.main, [str(out)], processes)]:
+            assert done.returncode == 0, done.stderr
     return out
 
 
@@ -50,7 +51,7 @@ def test_one_process_and_two_are_the_same(results: Path, scenario: str) -> None:
     assert all(torch.equal(two[name], other[name]) for name in two), "the ranks are not bit-equal"
     assert distance(one, two, "first.") < 1e-10  # losses, adaptive weight and gradient norms of the first step
     meant = [{name: value for name, value in side.items() if not name.endswith(KEYS)} for side in (one, two)]
-    assert distance(*meant) < 1e-10  # weights of both networks after 20 steps
+    assert distance(*meant) < 1e-10  # weights of both networks after 12 steps
     assert distance(one, two) < 1e-6
 
 

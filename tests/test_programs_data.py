@@ -9,7 +9,6 @@ import datasets
 import numpy as np
 import pytest
 from images import write_images
-from launcher import TWO, launch
 from PIL import Image
 from training_runs import metrics, newest, one_sentence, run, run_two, write_config
 
@@ -118,8 +117,7 @@ def test_two_processes_share_a_stream(parquet: Path, tmp_path: Path) -> None:
     whole = parquet.with_name("whole.parquet")
     assert run(stream_config(tmp_path / "one", whole)).returncode == 0
     config = stream_config(tmp_path / "two", whole, train_batch_size=2)
-    done = launch(["-m", "train.autoencoder", str(config)], *TWO)
-    assert done.returncode == 0, done.stderr
+    run_two(config)
     assert_same_course(tmp_path / "one" / "run", tmp_path / "two" / "run")
 
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 import yaml
 from diffusion_runs import run, write_config, write_materials
-from kills import fork_until
-from launcher import TWO, launch
+from kills import fork_until, ranks
 from PIL import Image
 from repository import ROOT
 from safetensors.torch import load_file
@@ -153,8 +152,8 @@ def test_micro_batches_without_labels_are_one_batch(home: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_two_processes_train_the_same_network_as_one(finished: Path, home: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, home / "latents", train_batch_size=2)
-    done = launch(["-m", "train.diffusion", str(config)], *TWO)
-    assert done.returncode == 0, done.stderr
+    for done in [rank.wait() for rank in ranks(program.main, [str(config)], 2)]:
+        assert done.returncode == 0, done.stderr
     ours, theirs = metrics(finished), metrics(tmp_path / "run")
     assert (ours[0].pop("num_processes"), theirs[0].pop("num_processes")) == (1, 2)
     for mine, other in zip(ours, theirs, strict=True):

@@ -4,12 +4,12 @@
     python -m tests.torture --minutes 60 --kills 200     # or when each victim was killed so often
     python -m tests.torture --minutes 5 --seed 7 --only encode --programs 1
 
-Victims: training, encoding, exporting and pushing to a hub (one on the loopback interface), the first two also as two
-processes of which one is killed, or both, and with data workers. Most are forked children that run the real entry point
-(tests/helpers/fork_server.py), a share (--programs) are new interpreters under Accelerate's launcher, killed with all
-they started, or the launcher alone. Whenever a victim gets to its end, what it left is compared, bit for bit, with what
-it leaves when nothing disturbs it; after every kill, what is there must be readable. The exit status is 1 if anything
-was lost, doubled, unreadable or different.
+Victims: training, encoding images and clips, exporting and pushing to a hub (one on the loopback interface), the first
+two also as two processes of which one is killed, or both; training and encoding with data workers, too. Most are forked
+children that run the real entry point (tests/helpers/fork_server.py), a share (--programs) are new interpreters under
+Accelerate's launcher, killed with all they started, or the launcher alone. Whenever a victim gets to its end, what it
+left is compared, bit for bit, with what it leaves when nothing disturbs it; after every kill, what is there must be
+readable. The exit status is 1 if anything was lost, doubled, unreadable or different.
 """
 
 from __future__ import annotations

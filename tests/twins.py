@@ -29,7 +29,9 @@ from checksums import tree
 from fork_server import Finished, fork
 from images import write_images
 from loopback_hub import Hub
+from tiny_classes import tiny
 from victims import Figures, online, write_vae
+from videos import films_of, write_films
 
 from ldm_vae import cli
 from ldm_vae.autoencoder.load import load_autoencoder
@@ -43,6 +45,8 @@ from train import autoencoder, diffusion, prior
 IMAGES, MORE = 12, 18
 CROP = ["--resolution", "32"]
 UNITS = [*CROP, "--batch_size", "4", "--shard_size", "4", "--num_workers", "0", "--encode_threads", "1"]
+FIVE = ["--frames", "5"]
+CLIPS = ["--resolution", "16", "--batch_size", "4", "--shard_size", "4", "--num_workers", "0", "--encode_threads", "1"]
 
 PROBE = [*diffusion_runs.SMALL, "--train_images", "8", "--batch_size", "4", "--seeds", "1"]
 
@@ -59,6 +63,11 @@ def old_store(place: Path, out: Path) -> None:
     shutil.copytree(place / "store", out)
 
 
+def old_clips(place: Path, out: Path) -> None:
+    """OUT is a store of the first films."""
+    shutil.copytree(place / "few_clips", out)
+
+
 def damaged_store(place: Path, out: Path) -> None:
     """OUT has lost tensors of one unit and the rows of another."""
     shutil.copytree(place / "updated", out)
@@ -73,6 +82,15 @@ def store_is_sound(place: Path, out: Path, figures: Figures) -> None:
     keys = [data.row(index, ("key",))["key"] for index in range(len(data))]
     expected = {path.name for path in (place / "more").iterdir()}
     figures.lost += len((expected if len(keys) > IMAGES else set(sorted(expected)[:IMAGES])) - set(keys))
+    figures.doubled += len(keys) - len(set(keys))
+
+
+def clips_are_sound(place: Path, out: Path, figures: Figures) -> None:
+    """The same of the clips of all films."""
+    figures.unreadable += len(verify(out)) + (not read_manifest(out).complete)
+    data = LatentDataset(out, columns=("key",))
+    keys = [data.row(index, ("key",))["key"] for index in range(len(data))]
+    figures.lost += len(set(films_of(place / "films")) - set(keys))
     figures.doubled += len(keys) - len(set(keys))
 
 
@@ -96,6 +114,10 @@ class Twin:
 
 def encode(place: Path, out: Path, images: str = "images", *more: str) -> list[str]:
     return ["encode", str(place / "vae"), str(place / images), str(out), *UNITS, *more]
+
+
+def encode_clips(place: Path, out: Path, films: str = "films", *more: str) -> list[str]:
+    return ["encode", str(place / "wan"), str(place / films), str(out), *CLIPS, *FIVE, *more]
 
 
 def convert(place: Path, out: Path, *flags: str) -> list[str]:
@@ -122,6 +144,13 @@ TWINS = {
         begin=old_store, check=store_is_sound,
     ),
     "merge": Twin(lambda p, out: ["store", "merge", str(p / "store"), str(p / "others"), str(out)]),
+    "encode clips": Twin(encode_clips, check=clips_are_sound),
+    "update clips": Twin(
+        lambda p, out: encode_clips(p, out, "films", "--update"), begin=old_clips, check=clips_are_sound
+    ),
+    "merge clips": Twin(
+        lambda p, out: ["store", "merge", str(p / "few_clips"), str(p / "more_clips"), str(out)], check=clips_are_sound
+    ),
     "split": Twin(lambda p, out: ["store", "split", str(p / "store"), str(out), "--parts", "2"]),
     "to parquet": Twin(lambda p, out: convert(p, out, "--to", "parquet")),
     "to webdataset": Twin(lambda p, out: convert(p, out, "--to", "webdataset")),
@@ -200,6 +229,14 @@ def make_materials(place: Path) -> None:
         write_store(vae, source, place / name, source_name=str(place / data), **size)
     source = open_source(place / "more")
     write_store(vae, source, place / "updated", source_name=str(place / "more"), **size, update=True)
+    write_films(place / "films", 6)
+    tiny("AutoencoderKLWan").save_pretrained(place / "wan")
+    for number, path in enumerate(sorted((place / "films").iterdir())):
+        films = place / ("few" if number < 3 else "more_films")
+        films.mkdir(exist_ok=True)
+        shutil.copy(path, films)
+    for films, store in (("few", "few_clips"), ("more_films", "more_clips")):
+        once(cli.main, encode_clips(place, place / store, films))
     (place / "codes").mkdir()
     prior_runs.write_materials(place / "codes")
     once(cli.main, convert(place, place / "parquet", "--to", "parquet"))

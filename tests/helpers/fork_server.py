@@ -25,9 +25,11 @@ from repository import ROOT
 
 from ldm_vae.core.errors import run_program
 
+# our programs, and what they import where they use it: a third of a second of each of a thousand children
 PRELOAD = [
     "torch", "fork_server", "ldm_vae.cli", "ldm_vae.export.workflow", "ldm_vae.latent_store.write.writer",
-    "ldm_vae.latent_store.write.updates", "train.autoencoder", "train.diffusion", "train.prior",
+    "ldm_vae.latent_store.write.updates", "ldm_vae.data.sources.folder", "train.autoencoder", "train.diffusion",
+    "train.prior", "pandas", "pyarrow.dataset", "sklearn.mixture",
 ]  # fmt: skip
 
 AT_FIRST = dict(os.environ)  # this is imported before any test changes it

@@ -1,8 +1,6 @@
-"""Run by test_parity.py on one process and on two: the real training step in fp64 on the same global batches.
+"""Run by test_parity.py as one process and as two: the real training step in fp64 on the same global batches.
 
-    accelerate launch [--multi_gpu --num_processes 2 ...] tests/helpers/parity.py OUT
-
-Writes OUT/SCENARIO.safetensors with the weights after 20 Adam steps and what the first step logged. The scenarios
+Writes OUT/SCENARIO.safetensors with the weights after 12 Adam steps and what the first step logged. The scenarios
 `no_reduce` (the adaptive weight is each rank's own) and `bypass` (DDP's forward is gone round, as the popular script
 does) are broken on purpose.
 """
@@ -38,7 +36,7 @@ from ldm_vae.training.adversary import Adversary, AdversaryConfig
 from ldm_vae.training.objective import Objective
 from ldm_vae.training.step import TrainingStep
 
-GLOBAL_BATCH, STEPS = 8, 20
+GLOBAL_BATCH, STEPS = 8, 12
 
 
 def train(
@@ -141,7 +139,3 @@ def main() -> None:
         save_file(result, out / f"{name}.{accelerator.num_processes}.{accelerator.process_index}.safetensors")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main()
