@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -92,7 +92,7 @@ class BitsBack:
     def __init__(self, vae: Any, objective: Objective) -> None:
         assert objective.likelihood is not None
         self.vae: Any = vae
-        self.likelihood: Any = objective.terms[objective.likelihood]
+        self.likelihood = cast(Any, objective.terms[objective.likelihood])
         self.levels: int = self.likelihood.levels
         own = dict(self.likelihood.named_parameters())
         levels = {"levels": torch.tensor(self.levels)}

@@ -155,7 +155,8 @@ def decode(codec: Codec, header: Header, code: Code, place: str) -> list[torch.T
         expected = "--prior with the VQ autoencoder" if header.kind == "indices" else "no --prior"
         raise UsageError(f"{place}: holds {header.kind}; expected {expected}")
     if header.networks != codec.networks:
-        of = "prior" if header.networks[:2] == codec.networks[:2] else "VAE"
+        third = "prior" if header.kind == "indices" else "likelihood"
+        of = third if header.networks[:2] == codec.networks[:2] else "VAE"
         raise UsageError(f"{place}: was made with another {of} than is given")
     here = environment()
     other = ", ".join(
