@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -87,7 +87,7 @@ def load_likelihood(source: str, which: str | None = None) -> tuple[Any, Objecti
 class BitsBack:
     """Images uint8 [C, H, W] of any sizes <=> a stack."""
 
-    kind: Literal["bits_back", "indices"] = "bits_back"
+    kind = "bits_back"
 
     def __init__(self, vae: Any, objective: Objective) -> None:
         assert objective.likelihood is not None
@@ -104,7 +104,7 @@ class BitsBack:
 
     def check(self, image: torch.Tensor, name: str) -> None:
         """Raises UsageError for an image uint8 [C, H, W] with a value that is none of the levels."""
-        other = image[self._image(self._levels_of(image)) != image]
+        other = image[self._image(self.levels_of(image)) != image]
         if len(other):
             raise UsageError(
                 f"IMAGE {name}: has the value {int(other[0])}, which is none of the {self.levels} levels (from 0 to "
@@ -130,7 +130,7 @@ class BitsBack:
                 return None
             shape, posterior = self._posterior(image)
             bins = _pop(stack, int(np.prod(shape)), posterior)
-            _push(stack, self._levels_of(image).flatten().numpy(), self._pixels(bins, shape, image.shape))
+            _push(stack, self.levels_of(image).flatten().numpy(), self._pixels(bins, shape, image.shape))
             stack.encode_reverse(bins, self._prior())
         words: Words = stack.get_compressed()
         return words
@@ -187,7 +187,8 @@ class BitsBack:
     def _prior() -> Any:
         return coders().model.Uniform(BINS)
 
-    def _levels_of(self, image: torch.Tensor) -> torch.Tensor:
+    def levels_of(self, image: torch.Tensor) -> torch.Tensor:
+        """Levels int32 from 0, of an image uint8."""
         return (image.double() * ((self.levels - 1) / 255)).round().int()
 
     def _image(self, levels: torch.Tensor) -> torch.Tensor:

@@ -15,13 +15,15 @@ import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 
+from ldm_vae.compression.bits_back import BitsBack
 from ldm_vae.compression.entropy_coder import Code, OtherContentError, environment, pinned
+from ldm_vae.compression.indices import Indices
 from ldm_vae.core.config import Section, validate
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.files import SMALL
@@ -81,20 +83,7 @@ class Header(Section):
         return self
 
 
-class Codec(Protocol):
-    """A way to code images uint8 [C, H, W] of any sizes."""
-
-    kind: Literal["bits_back", "indices"]
-    networks: tuple[str, str, str]
-    vae: Any
-
-    def check(self, image: torch.Tensor, name: str) -> None:
-        """Raises UsageError for an image that cannot be coded."""
-
-    def encode(self, images: Sequence[torch.Tensor]) -> Code: ...
-
-    def decode(self, code: Code, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-        """Raises OtherContentError where something else comes out."""
+Codec = BitsBack | Indices
 
 
 def write(codec: Codec, names: Sequence[str], images: Sequence[torch.Tensor]) -> bytes:

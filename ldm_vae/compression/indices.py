@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +45,7 @@ Coding = Callable[[npt.NDArray[np.float64], Symbols | None], Symbols]
 class Indices:
     """Images uint8 [C, H, W] of any sizes <=> a code; what comes back is what the network makes of their indices."""
 
-    kind: Literal["bits_back", "indices"] = "indices"
+    kind = "indices"
 
     def __init__(self, generator: CodeGenerator, name: str) -> None:
         """Raises UsageError for a prior without a likelihood, with classes, of clips, or of another codebook."""
@@ -69,9 +69,6 @@ class Indices:
         of_vae = (encoder_fingerprint(self.vae), decoder_fingerprint(self.vae))
         self.networks = (*of_vae, fingerprint(self.prior.network.state_dict()))
         self.factor = downsampling_factor(self.vae)
-
-    def check(self, image: torch.Tensor, name: str) -> None:
-        """Every image can be coded."""
 
     def encode(self, images: Sequence[torch.Tensor]) -> Code:
         crops = torch.cat([self.crops(image) for image in Progress(images, desc="encode", unit="img")])

@@ -21,7 +21,7 @@ from ldm_vae.data.named_images import NamedImage
 from ldm_vae.prior.generator import CodeGenerator
 from ldm_vae.run.selection import at_checkpoint
 
-EXACT = {1: ("L",), 3: ("RGB",), 4: ("RGBA",)}  # modes of files whose values are kept as they are, by channels
+EXACT = {1: "L", 3: "RGB", 4: "RGBA"}  # mode of files whose values are kept as they are, by channels
 
 
 def open_codec(vae: str, prior: str | None = None, checkpoint: str | None = None) -> Codec:
@@ -49,12 +49,12 @@ def read_images(images: Sequence[NamedImage], codec: Codec) -> list[torch.Tensor
             read = read_image(read_bytes(image.path), decoding)
         except BadImage as error:
             raise UsageError(f"IMAGE {image.path}: {error.reason}{nearest_path(image.path)}") from error
-        modes = EXACT.get(channels, ())
-        if codec.kind == "bits_back" and (read.mode not in modes or read.made_of is not None):
-            raise UsageError(
-                f"IMAGE {image.path}: is {read.mode}, and a lossless code of a VAE of {channels} channels keeps "
-                f"{' or '.join(modes) or 'nothing'} of 8 bits"
-            )
-        codec.check(read.pixels, str(image.path))
+        if isinstance(codec, BitsBack):
+            if read.mode != EXACT.get(channels) or read.made_of is not None:
+                raise UsageError(
+                    f"IMAGE {image.path}: is {read.mode}, and a lossless code of a VAE of {channels} channels keeps "
+                    f"{EXACT.get(channels, 'nothing')} of 8 bits"
+                )
+            codec.check(read.pixels, str(image.path))
         found.append(read.pixels)
     return found
