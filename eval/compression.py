@@ -49,6 +49,7 @@ from ldm_vae.metrics.select import build_metrics
 Json = dict[str, Any]
 Images = Sequence[torch.Tensor]  # uint8 [C, H, W]
 CPU = torch.device("cpu")
+METRICS = ("psnr", "lpips_alex")
 QUALITIES = (5, 10, 20, 40, 80)  # of JPEG and WebP, beside the one at this code's rate
 TALLEST = 16_383  # pixels of a side of a WebP
 
@@ -197,7 +198,7 @@ def compare_lossy(options: argparse.Namespace) -> Json:
     images = read_images(find_images(options.data), codec)
     if options.resolution is not None:
         images = [centre_crop(image, options.resolution).pixels for image in images]
-    metrics = functools.partial(build_metrics, ["psnr", "lpips"], CPU, min(min(one.shape[1:]) for one in images))
+    metrics = functools.partial(build_metrics, METRICS, CPU, min(min(one.shape[1:]) for one in images))
     parts, back = coded(codec, images, lossless=False)
     crops = torch.cat([codec.crops(image) for image in images])
     none = torch.zeros(len(crops), dtype=torch.long)
