@@ -13,6 +13,7 @@ import pytest
 import torch
 from cli_call import call
 from compression_runs import summed, train_on_digits, with_header
+from diffusers import AutoencoderKL
 from images import write_images
 from PIL import Image
 from repository import ROOT
@@ -28,9 +29,12 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.named_images import find_images
 from ldm_vae.data.source import open_source
 from ldm_vae.demo.digits import prepare_digits
+from ldm_vae.losses.gaussian_nll import Config as GaussianNLLConfig
 from ldm_vae.losses.gaussian_nll import GaussianNLL
+from ldm_vae.losses.kl import Config as KL
 from ldm_vae.metrics.batches import image_batches
 from ldm_vae.metrics.bound import evidence_bound
+from ldm_vae.training.objective import Objective
 
 CPU = torch.device("cpu")
 
@@ -124,6 +128,20 @@ def test_sizes_that_do_not_divide_and_several_tables_of_rows(
     found = decode(codec, *read(content, "FILE"), "FILE")
     assert [one.shape for one in found] == [one.shape for one in given]
     assert all(torch.equal(one, other) for one, other in zip(found, given, strict=True))
+
+
+def test_colour_of_256_levels_and_several_latent_positions(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    objective = Objective({"gaussian_nll": GaussianNLLConfig(logvar=-1.0, levels=256), "kl": KL()}).requires_grad_(
+        False
+    )
+    codec = BitsBack(tiny_vae.requires_grad_(False), objective)
+    write_images(tmp_path, 2, size=(9, 14))
+    given = read_images(find_images([tmp_path]), codec)
+    content = write(codec, ["a", "b"], given)
+    assert all(
+        torch.equal(one, other) for one, other in zip(decode(codec, *read(content, "FILE"), "FILE"), given, strict=True)
+    )
+    assert parts_of(content)["images"] < 1.2 * 2 * 9 * 14 * 3  # of a network that knows nothing, about 8 bits a value
 
 
 def test_a_stack_that_runs_dry_begins_anew_with_more(
