@@ -18,6 +18,7 @@ from images import write_images
 from PIL import Image
 from repository import ROOT
 from sentences import refused
+from tiny_networks import network
 from training_runs import metrics
 
 from ldm_vae.commands import doctor
@@ -174,13 +175,17 @@ def test_masses_of_levels_are_the_likelihood_and_sum_to_one() -> None:
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_networks_without_such_a_likelihood_are_refused(tiny_vae_folder: Path, digits: Path, tmp_path: Path) -> None:
+def test_networks_without_such_a_likelihood_are_refused(
+    run: Path, tiny_vae_folder: Path, digits: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.lvc"
     with refused(UsageError, "checkpoints"):
         call("compress", digits / "heldout", out, "--vae", tiny_vae_folder)
     dense = train_on_digits(tmp_path / "dense", digits, 64, "--losses.gaussian_nll.levels", "null")
     with refused(UsageError, "losses.gaussian_nll.levels"):
         call("compress", digits / "heldout", out, "--vae", dense)
+    with refused(UsageError, "vae"):
+        BitsBack(network(codes=True).vae, load_likelihood(str(run))[1])
     assert not out.exists()
 
 
@@ -285,7 +290,8 @@ def test_bytes_changed_with_their_checksum_are_one_sentence_or_the_same_images(c
         {"names": ["a\\..\\b", *"bcdef"]},
         {"names": ["C:a", *"bcdef"]},
         {"names": ["a\x1b[2J", *"bcdef"]},
-        {"names": ["a" * 300, *"bcdef"]},
+        {"names": ["ä" * 111, *"bcdef"]},
+        {"names": ["a\ud800", *"bcdef"]},
         {"names": ["a", *"abcde"]},
         {"names": ["a", "a.png/b", *"cdef"]},
         {"sizes": [[8, 8]] * 5},

@@ -35,7 +35,7 @@ MAGIC = b"\x89LVC\r\n\x1a\n"  # as PNG's: a transfer as text changes it
 VERSION = 1
 FIXED = struct.Struct("<8sHI")
 DIGEST = 32
-LONGEST = 200  # characters of a file's name without its ending: most file systems have 255 bytes
+LONGEST = 220  # bytes of a part of a name; file systems have 255, for the ending and a temporary name too
 
 Pixels = Annotated[int, Field(gt=0, le=2**15)]
 Checksum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -64,9 +64,8 @@ class Header(Section):
     def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         files = {f"{name}.png" for name in names}
         for name in names:
-            parts = name.split("/")
-            plain = all(part not in ("", ".", "..") and len(part) <= LONGEST for part in parts)
-            if not (plain and name.isprintable() and "\\" not in name and ":" not in name[:2]):
+            plain = name.isprintable() and "\\" not in name and ":" not in name[:2]
+            if not plain or any(part in ("", ".", "..") or len(part.encode()) > LONGEST for part in name.split("/")):
                 raise ValueError(f"expected relative paths of printable characters, got {name[:80]!r}")
             if any(str(folder) in files for folder in PurePosixPath(name).parents):
                 raise ValueError(f"{name!r} is below the file of another image")
