@@ -1,7 +1,7 @@
 """Compare the files of `ldm-vae compress` with what the networks' likelihood says and with other coders.
 
     python -m eval.compression runs/textbook_vae data/digits/heldout --seen data/digits/train --output compared
-    python -m eval.compression runs/vq_demo data/demo/photographs --prior runs/prior --output compared
+    python -m eval.compression runs/vq_demo data/demo/photographs/heldout --prior runs/prior --output compared
 
 Lossless (no --prior): bits per pixel value of one file of all images and of a file for each, without names and sizes:
 this code, PNG, WebP lossless, and an adaptive coder whose context is the pixels to the left and above (order 2), which
