@@ -17,7 +17,7 @@ from ldm_vae.core.request import Parser, add_actions, add_request
 
 ORDER = (
     "assets", "inspect", "config", "train", "export", "encode", "store", "evaluate", "latent_space", "report",
-    "diffuse", "prior", "probe", "reconstruct", "decode", "fp16", "drift", "tiling", "doctor",
+    "diffuse", "prior", "probe", "reconstruct", "decode", "compress", "decompress", "fp16", "drift", "tiling", "doctor",
 )  # fmt: skip
 
 EPILOG = """\

@@ -84,7 +84,8 @@ READS = [
 ]
 # positional argument that each verb writes: it is not there before the command, except where that goes on with it
 WRITES = {"export": 1, "encode": 2, "store merge": -1, "store split": 1, "store convert": 1, "store pull": 1,
-          "fp16 fix": 1, "reconstruct": -1, "decode": 1, "eval.scramble": 2}  # fmt: skip
+          "fp16 fix": 1, "reconstruct": -1, "decode": 1, "eval.scramble": 2, "compress": -1,
+          "decompress": 1}  # fmt: skip
 GOES_ON = re.compile(r"--update|--pipeline|evaluate .*runs/demo/report")
 FORKED = {"ldm-vae": cli.main, "accelerate": accelerate_cli.main}
 LIMIT = 600  # seconds of a command

@@ -30,6 +30,7 @@ EXTRAS = {
     "onnx": ("onnxruntime", "export --target onnx"),
     "tiff": ("tifffile", "unusual TIFFs"),
     "video": ("av", "clips"),
+    "compress": ("constriction", "compress and decompress"),
     "report": ("matplotlib", "plots of eval"),
     "tensorboard": ("tensorboard", "tracker: tensorboard"),
     "wandb": ("wandb", "tracker: wandb"),

@@ -5,10 +5,9 @@ Legend: C channels, T frames, H W sides.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
     from ldm_vae.autoencoder.preparation import Preparation
     from ldm_vae.data.decoding import Decoding
+    from ldm_vae.data.named_images import NamedImage
 
 ON_SHEET, SHEET_SIDE = 32, 192  # pairs, and their side in pixels
 
@@ -54,23 +54,15 @@ class Request:
     flags: DataFlags = decoding_flags()
 
 
-@dataclass(frozen=True)
-class _Image:
-    """An image's file, the name of its pictures in OUT, and whether a user named it; others may be left out."""
-
-    path: Path
-    name: str
-    named: bool
-
-
 def run(request: Request) -> None:
     from ldm_vae.autoencoder.geometry import check_resolution
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.core.ownership import own
+    from ldm_vae.data.named_images import find_images
     from ldm_vae.run.selection import at_checkpoint
 
-    images = _find(request.images, request.flags.frames is not None)
+    images = find_images(request.images, clips=request.flags.frames is not None, taken={"sheet"})
     name = at_checkpoint(request.vae, request.checkpoint)
     vae = load_autoencoder(name, request.config)
     if request.resolution is not None:
@@ -84,52 +76,7 @@ def run(request: Request) -> None:
         _reconstruct(vae, images, preparation, request)
 
 
-def _find(places: Sequence[Path], clips: bool) -> list[_Image]:
-    """The images (and videos, of clips) of files and folders, each under a name of its own; what a folder holds beside
-    them is said on stderr.
-
-    Raises:
-        UsageError: a folder holds none.
-    """
-    from ldm_vae.core.errors import UsageError
-    from ldm_vae.core.terminal import print_note
-    from ldm_vae.data.decoding import EXTENSIONS
-    from ldm_vae.data.footage import EXTENSIONS as OF_VIDEOS
-    from ldm_vae.data.tree import LeftOut, walk
-
-    wanted = EXTENSIONS | OF_VIDEOS if clips else EXTENSIONS
-    found: list[_Image] = []
-    taken = {"sheet"}
-    for place in places:
-        if not place.is_dir():
-            found.append(_Image(place, _free(place.stem, taken), named=True))
-            continue
-        left_out = LeftOut()
-        below = walk(place, wanted, left_out)
-        found += [
-            _Image(place / one, _free(PurePosixPath(one).with_suffix("").as_posix(), taken), named=False)
-            for one in below
-        ]
-        sentences = left_out.sentences()
-        if others := left_out.others.total():
-            endings = ", ".join(sorted(ending or "no ending" for ending in left_out.others))
-            sentences.append(f"left out: {others:,} of other endings ({endings})")
-        for sentence in sentences:
-            print_note(f"IMAGE {place}: {sentence}")
-        if not below:
-            endings = ", ".join(sorted(wanted))
-            raise UsageError(f"IMAGE {place}: expected an image ({endings}) in the folder or below it, found none")
-    return found
-
-
-def _free(name: str, taken: set[str]) -> str:
-    """The name, with a number where another image has it."""
-    free = next(one for one in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))) if one not in taken)
-    taken.add(free)
-    return free
-
-
-def _reconstruct(vae: Any, images: Sequence[_Image], preparation: Preparation, request: Request) -> None:
+def _reconstruct(vae: Any, images: Sequence[NamedImage], preparation: Preparation, request: Request) -> None:
     """Write each image's reconstruction, and the two side by side; of several a sheet, of clips with their first
     frames."""
     import torch
@@ -178,7 +125,7 @@ def _as_given(frames: torch.Tensor) -> torch.Tensor:
     return frames[0] if len(frames) == 1 else frames.transpose(0, 1)
 
 
-def _read(image: _Image, vae: Any, decoding: Decoding, request: Request) -> torch.Tensor | str:
+def _read(image: NamedImage, vae: Any, decoding: Decoding, request: Request) -> torch.Tensor | str:
     """The part of an image that is reconstructed, uint8 [C, H, W], of a clip [C, T, H, W]; the reason where none is, of
     one in a folder.
 

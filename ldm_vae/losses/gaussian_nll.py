@@ -42,6 +42,12 @@ class GaussianNLL(nn.Module):
         values."""
         return value if self.levels is not None else value - math.log(2 / 255)
 
+    def masses(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Probabilities fp64 [..., L] of the L levels of values whose means are pixels [...]; they sum to 1."""
+        assert self.levels is not None
+        values = torch.linspace(-1, 1, self.levels, dtype=torch.float64, device=pixels.device)
+        return self._log_mass(pixels[..., None], values, self.logvar, self.levels).exp()
+
     def figures(self) -> dict[str, torch.Tensor]:
         return {"sigma": torch.exp(0.5 * self.logvar.detach())}
 

@@ -64,6 +64,7 @@ NAMES = {
     "vq_run": "runs/vq_demo",
     "vq_store": "runs/vq_demo/latents",
     "vq_heldout": "runs/vq_demo/heldout",
+    "prior_run": "runs/prior",
     "parquet_store": "out",
     "cache_of_kohya": "their-cache",
     "config": "CONFIG",
@@ -229,6 +230,11 @@ class StandIns:
         paths = ("--data.path", data / "train", "--validation_data.path", data / "heldout")
         short = ("--max_train_images", 16, "--validation_images", 4, "--init_images", 64)
         self.call("train", "vq_demo", "--output_dir", out, *paths, *short)
+
+    def prior_run(self, out: Path) -> None:
+        stores = ("--latents", self.get("vq_store"), "--validation_latents", self.get("vq_heldout"))
+        short = ("--max_train_images", 32, "--sample_images", 4, "--validation_images", 8, "--model.num_layers", 1)
+        self.call("prior", "prior/demo", *stores, "--output_dir", out, *short)
 
     def cut_outs_yaml(self, out: Path) -> None:
         """The config of docs/training.md, and the demo's that it includes."""
