@@ -6,9 +6,9 @@
 
 Protocol: images are resized by their short side (antialiased bicubic) and centre-cropped to --resolution. One pass over
 all images gives channels, use of codes, rate, distortion and spectrum; every image counts once on any number of
-processes, and sums are in fp64. --bank images, evenly spaced, give mutual information, equivariance and the mixture. The likelihood is a
-Gaussian per pixel value with one variance, fitted on every other image; bounds are given for --likelihood_images of the
-rest. Every random draw is keyed by its image. docs/latent_space.md explains each quantity.
+processes, and sums are in fp64. --bank images, evenly spaced, give mutual information, equivariance and the mixture.
+The likelihood is a Gaussian per pixel value with one variance, fitted on every other image; bounds are given for
+--likelihood_images of the rest. Every random draw is keyed by its image. docs/latent_space.md explains each quantity.
 
 DIR then holds latent_space.json, latent_space.md, latent_space/ (images) and latent_space.quarantine.jsonl. `ldm-vae
 report DIR` writes the HTML report; with RUN/report as DIR it is a section of the run's report.

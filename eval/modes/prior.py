@@ -129,8 +129,9 @@ def table(found: Json) -> str:
         [
             *lines,
             "",
-            f"{found['images']:,} images of {found['entropy_bits']:.3f} bits have {found['outcomes']:,} arrays of codes "
-            f"of {found['entropy_of_codes_bits']:.3f} bits; {found['reconstructed']:.1%} of the mass decodes to itself.",
+            f"{found['images']:,} images of {found['entropy_bits']:.3f} bits have {found['outcomes']:,} arrays of "
+            f"codes of {found['entropy_of_codes_bits']:.3f} bits; {found['reconstructed']:.1%} of the mass decodes to "
+            "itself.",
             f"Of {found['samples']:,} samples {codes['valid']:.1%} are codes of an image, and {pictures['valid']:.1%} "
             f"decode to one; they hold {codes['coverage']:.1%} and {pictures['coverage']:.1%} of the mass.",
             f"Codes that no training image has: {found['unseen']['truth']:.2%} of the mass, to which the prior gives "
