@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
     add("--run", type=Path, metavar="RUN", help="prior: the run of train.prior")
     add("--vae", metavar="VAE", help="prior: the VAE whose codes it learned")
     add("--samples", type=int, default=4096, help="prior: draws whose images are looked up (4,096)")
-    add("--images", type=int, default=25_600, help="of the VAEs: images that each sees in training (25,600)")
+    add("--images", type=int, default=19_200, help="of the VAEs: images that each sees in training (19,200)")
     add("--batch_size", type=int, default=64, help="images of a step, and of a decode (64)")
     add("--seeds", type=int, default=5, help="disentanglement: repetitions of each weight (5)")
     add("--betas", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0], help="its weights of the KL (1 2 4 8)")

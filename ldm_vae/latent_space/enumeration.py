@@ -16,7 +16,7 @@ import torch
 
 def merged(descriptions: torch.Tensor, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Distinct outcomes [G, ...] of descriptions [N, ...], their probabilities [G], the outcome of each image [N]."""
-    outcomes, of = descriptions.flatten(1).unique(dim=0, return_inverse=True)
+    outcomes, of = torch.unique(descriptions.flatten(1), dim=0, return_inverse=True)
     mass = torch.zeros(len(outcomes), dtype=torch.float64).index_add_(0, of, probabilities.double())
     return outcomes.view(-1, *descriptions.shape[1:]), mass, of
 
@@ -61,4 +61,4 @@ def sampled(truth: torch.Tensor, chosen: torch.Tensor) -> dict[str, float]:
     """Of drawn outcomes [N] (-1: none of the list): the share that is one, and the share of the truth's mass [G] that
     is among them."""
     listed = chosen >= 0
-    return {"valid": float(listed.double().mean()), "coverage": float(truth[chosen[listed].unique()].sum())}
+    return {"valid": float(listed.double().mean()), "coverage": float(truth[torch.unique(chosen[listed])].sum())}
