@@ -5,10 +5,10 @@
     accelerate launch -m ldm_vae latent_space my-vae PHOTOS --output measured --resolution 256
 
 Protocol: images are resized by their short side (antialiased bicubic) and centre-cropped to --resolution. One pass over
-all images gives channels, rate, distortion and spectrum; every image counts once on any number of processes, and sums
-are in fp64. --bank images, evenly spaced, give mutual information, equivariance and the mixture. The likelihood is a
-Gaussian per pixel value with one variance, fitted on every other image; bounds are given for --likelihood_images of the
-rest. Every random draw is keyed by its image. docs/latent_space.md explains each quantity.
+all images gives channels, use of codes, rate, distortion and spectrum; every image counts once on any number of
+processes, and sums are in fp64. --bank images, evenly spaced, give mutual information, equivariance and the mixture.
+The likelihood is a Gaussian per pixel value with one variance, fitted on every other image; bounds are given for
+--likelihood_images of the rest. Every random draw is keyed by its image. docs/latent_space.md explains each quantity.
 
 DIR then holds latent_space.json, latent_space.md, latent_space/ (images) and latent_space.quarantine.jsonl. `ldm-vae
 report DIR` writes the HTML report; with RUN/report as DIR it is a section of the run's report.
@@ -42,6 +42,7 @@ from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.latent_space import summary
 from ldm_vae.latent_space.channels import ChannelStatistics
+from ldm_vae.latent_space.codes import CodeUse, code_use
 from ldm_vae.latent_space.equivariance import applicable, equivariance_error
 from ldm_vae.latent_space.information import information
 from ldm_vae.latent_space.likelihood import SAMPLES, LikelihoodBounds, fitted_variance
@@ -174,6 +175,7 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
             },
             "metrics": {metric: number.to_json() for metric, number in metrics.items()},
             "channels": survey.channels.figures(),
+            "codes": None if survey.codes is None else survey.codes.figures(),
             "spectrum": {"latents": survey.spectrum, "white_share": white_share(*survey.moments.mean.shape[-2:])},
             "information": informed,
             "likelihood": likelihood.figures() if likelihood else None,
@@ -195,13 +197,15 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
 
 @dataclass(frozen=True)
 class Survey:
-    """Over all processes: metrics of all images; variance of the likelihood (None without images to fit it on); bank,
-    indices of the images whose moments [M, c, h, w] (of clips [M, c, t, h, w]) were kept."""
+    """Over all processes: metrics of all images; codes (None of a network without codebooks); variance of the
+    likelihood (None without images to fit it on); bank, indices of the images whose moments [M, c, h, w] (of clips [M,
+    c, t, h, w]) were kept."""
 
     images: int
     checksum: str
     metrics: dict[str, Summary]
     channels: ChannelStatistics
+    codes: CodeUse | None
     spectrum: list[float]
     variance: float | None
     bank: list[int]
@@ -210,7 +214,7 @@ class Survey:
 
 @torch.inference_mode()
 def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> Survey:
-    """Channels, rate, distortion, spectrum; the variance of the likelihood from images with an even index."""
+    """Channels, codes, rate, distortion, spectrum; the variance of the likelihood from images with an even index."""
     vae, options, device = task.vae, task.options, task.accelerator.device
     shape = latent_shape(vae, options.resolution, device, task.source.decoding.frames)
     channels, checksum, spectrum = (
@@ -218,6 +222,7 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
         Checksum(),
         torch.zeros(min(shape[-2:]) // 2 + 1).double(),
     )
+    codes = code_use(vae, shape)
     values = {name: Running() for name in ("psnr", "mse", "rate_nats", "bits_per_pixel", "high_frequency_share")}
     fit = Running()
     wanted = {indices[place] for place in spread(len(indices), options.bank)}
@@ -240,6 +245,8 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
         values["high_frequency_share"].update(high_frequency_share(moments.mean))
         fit.update(error[[index % 2 == 0 for index in batch.indices]])
         channels.update(moments, batch.indices)
+        if codes is not None:
+            codes.update(vae, moments.mean)
         spectrum += radial_power_spectrum(moments.mean).cpu() * len(pixels)
         checksum.update(batch.pixels)
         images += len(batch.indices)
@@ -265,6 +272,7 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
         checksum=checksum.compute(),
         metrics=summaries,
         channels=merged,
+        codes=None if codes is None else codes.over_ranks(),
         spectrum=(gather(spectrum).sum(dim=0) / images).tolist(),
         variance=fitted_variance(fitted.mean) if fitted.count else None,
         bank=gather_rows(torch.tensor(bank, dtype=torch.long)).tolist(),

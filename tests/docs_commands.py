@@ -43,6 +43,7 @@ SHORT_RUN = "--max_train_images 16 --validation_images 4 --normalisation_images 
 # what is appended to a command that matches, so that it takes seconds: all of it is said in tests/docs_commands.md
 SHORTER = [
     (r"train vq_demo", f"{SHORT_RUN} --validate_every_images 16 --init_images 64"),
+    (r"train factors_vq", f"{SHORT_RUN} --validate_every_images 16"),
     (r"train (kl_|vq_|dvae_|dc_|wan_|finetune_(decoder_sd|sdxl|flux)|tiny)(?!.*--latent_store)", "--dry_run"),
     (r"train smoke .*data/moving_digits", "--max_train_images 8 --normalisation_images 8"),
     (r"train demo --init noise", f"{SHORT_RUN} --ema_halflife_images 4 --validate_every_images 16"),
@@ -62,6 +63,9 @@ SHORTER = [
      "--max_train_images 32 --sample_every_images 32 --sample_images 4 --measure_images 8 --sampling.steps 2"),
     (r"prior prior/demo",
      "--max_train_images 32 --sample_every_images 32 --sample_images 4 --validation_images 8 --model.num_layers 1"),
+    (r"prior prior/factors", "--max_train_images 64 --validation_images 8 --validate_every_images 64"),
+    (r"eval.modes evidence", "--images 640 --steps 40"),
+    (r"eval.modes disentanglement", "--images 640 --seeds 1"),
     (r"ldm-vae probe",
      "--layers 1 --heads 2 --head_dim 8 --train_images 8 --batch_size 4 --seeds 1 --samples 4 --steps 1"),
     (r"evaluate .*(--resolution 256|PHOTOS --output measured)", "--metrics psnr,ssim"),
@@ -80,6 +84,10 @@ READS = [
     (r"train CONFIG", "photographs"),
     (r"my_lab", "my_lab"),
     (r"train textbook", "data/digits"),
+    (r"train factors_vq", "data/factors"),
+    (r"prior prior/factors", "runs/factors_vq"),
+    (r"prior prior/factors", "runs/factors_vq/latents"),
+    (r"prior prior/factors", "runs/factors_vq/heldout"),
     (r"scrambled", "plain"),
 ]
 # positional argument that each verb writes: it is not there before the command, except where that goes on with it

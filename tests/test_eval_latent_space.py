@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +20,13 @@ from sentences import refused
 
 from eval import latent_space
 from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.ownership import MARK
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.latent_space import summary
+from ldm_vae.latent_space.codes import code_use
 from ldm_vae.latent_space.likelihood import BIN
 from ldm_vae.metrics.batches import image_batches
 from ldm_vae.models import tiny, vq
@@ -124,8 +127,46 @@ def test_an_encoder_without_a_variance_gives_what_applies(
     assert found["information"] is found["likelihood"] is found["mixture"] is None
     assert "rate_nats" not in found["metrics"] and "high_frequency_share" in found["metrics"]
     assert "no variance" in summary.about_information(found)
-    assert '<section id="latent-space">' in build_report(out).read_text(encoding="utf-8")
+    page = build_report(out).read_text(encoding="utf-8")
+    assert '<section id="latent-space">' in page
     assert "samples.normal.png" not in str(found["pictures"]) and "samples.field.png" in str(found["pictures"])
+
+    # codes: of all images at once, as a store records them
+    assert ("Use of each code" in page) is (kind == "vq")
+    if kind == "tiny":
+        assert found["codes"] is summary.about_codes(found) is None
+        return
+    vae = load_autoencoder(tmp_path / "vq")
+    (batch,) = image_batches(open_source(image_folder), range(12), 16, batch_size=12)
+    with torch.no_grad():
+        indices = latents.nearest_codes(vae, latents.encode(vae, to_pixels(batch.pixels)).mean)
+    counts = torch.bincount(indices.flatten(), minlength=16)
+    shares = counts[counts > 0] / counts.sum()
+    (book,) = found["codes"]
+    assert book["count"] == 12 * 64 == sum(book["uses"]) and book["codes"] == 16
+    assert book["uses"] == counts[counts > 0].sort(descending=True).values.tolist()
+    assert (book["used"], book["dead"]) == (int((counts > 0).sum()), int((counts == 0).sum()))
+    assert book["perplexity"] == pytest.approx(float((-shares * shares.log()).sum().exp()), rel=1e-5)
+    sentence = f"{book['used']} of 16 codes used in 768 positions, {book['dead']} dead"
+    assert sentence in page and sentence in (out / "latent_space.md").read_text()
+
+
+def test_each_codebook_has_its_own_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indices [B, q, *p] of a network with several codebooks; those of clips are counted frame by frame."""
+    indices = torch.tensor([[0, 0], [1, 2], [0, 0], [1, 3]]).view(4, 2, 1, 1).repeat(1, 1, 2, 1)
+    network = SimpleNamespace(config=SimpleNamespace(num_vq_embeddings=5), device="cpu")
+    monkeypatch.setattr(latents, "nearest_codes", lambda _, z: indices[: len(z)])
+    use = code_use(network, (3, 2, 1))
+    assert use is not None and len(use.books) == 2
+    use.update(network, torch.zeros(2, 3, 2, 2, 1))  # two clips of two frames
+    first, second = use.over_ranks().figures()
+    assert first["uses"] == [4, 4] and second["uses"] == [4, 2, 2]
+    assert (first["count"], first["used"], first["dead"], second["dead"]) == (8, 2, 3, 2)
+    assert first["perplexity"] == pytest.approx(2) and second["entropy_bits"] == pytest.approx(1.5)
+    said = summary.about_codes({"codes": [first, second]})
+    assert said is not None and said.startswith("Codebook 0: 2 of 5 codes used in 8 positions, 3 dead")
+    assert "codebook 1: 3 of 5" in said and "5 codes" in said
+    assert code_use(SimpleNamespace(config=SimpleNamespace()), (3, 2, 1)) is None
 
 
 @pytest.mark.parametrize(

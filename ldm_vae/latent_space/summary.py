@@ -76,6 +76,22 @@ def about_channels(result: Json) -> str:
     return "; ".join(parts) + "."
 
 
+def about_codes(result: Json) -> str | None:
+    """Sentence on the use of codes over the whole set, a clause for each codebook; None without codebooks."""
+    found = result.get("codes")  # absent from what earlier versions measured
+    if not found:
+        return None
+    parts = []
+    for number, book in enumerate(found):
+        name = "codebook" if len(found) == 1 else f"codebook {number}"
+        parts.append(
+            f"{name}: {book['used']:,} of {book['codes']:,} codes used in {book['count']:,} positions, "
+            f"{book['dead']:,} dead, perplexity {book['perplexity']:,.1f} ({book['entropy_bits']:.2f} bits)"
+        )
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
+
+
 def about_information(result: Json) -> str:
     """Mutual information and the gap to the prior, or why there are none."""
     found = result["information"]
@@ -206,5 +222,5 @@ def plain(result: Json) -> str:
 
 
 def _paragraphs(result: Json) -> list[str]:
-    found = [about_channels(result), about_information(result), about_likelihood(result)]
+    found = [about_channels(result), about_codes(result), about_information(result), about_likelihood(result)]
     return [line for sentence in found if sentence for line in (sentence, "")]

@@ -11,7 +11,7 @@ import numpy as np
 from ldm_vae.latent_space import summary
 from ldm_vae.metrics.titles import amount
 from ldm_vae.report import images
-from ldm_vae.report.charts import bar_chart, ends, extremes
+from ldm_vae.report.charts import Series, bar_chart, ends, extremes, line_chart
 from ldm_vae.report.tables import latent_spectrum
 
 Json = dict[str, Any]
@@ -38,6 +38,8 @@ def section(home: Path, found: Json | None) -> Json | None:
         "rows": summary.rows(found),
         "sentences": list(filter(None, (summary.about_information(found), summary.about_likelihood(found)))),
         "about_channels": summary.about_channels(found),
+        "codes": _codes(found.get("codes")),
+        "about_codes": summary.about_codes(found),
         "kl": bar_chart(kl, label="KL per latent channel in nats per image", y="nats per image") if kl else None,
         "extremes": extremes(kl, "nats") if kl else "",
         "spectrum": latent_spectrum(found["spectrum"]["latents"]),
@@ -103,6 +105,20 @@ def _strip(home: Path, entry: Json, caption: str, columns: int | None = None) ->
         "width": (columns or entry["frames"]) * max(FRAME, min(side, 2 * FRAME)),
         "pixelated": side < FRAME,
     }
+
+
+def _codes(books: Sequence[Json] | None) -> Any:
+    """Chart of the share of positions that each used code has, the most frequent first, a line for each codebook; None
+    without codebooks."""
+    if not books:
+        return None
+    lines = [
+        Series(f"codebook {number}", [(rank + 1.0, uses / book["count"]) for rank, uses in enumerate(book["uses"])])
+        for number, book in enumerate(books)
+    ]
+    most = max(book["codes"] for book in books)
+    x, y = "rank of the code, the most frequent first", "share of positions"
+    return line_chart(lines, label="use of each code", x=x, y=y, log=True, x_range=(1.0, float(most)))
 
 
 def _correlation(matrix: Sequence[Sequence[float]]) -> Json:

@@ -37,6 +37,7 @@ SHAPE: dict[str, Any] = {"block_out_channels": [8, 8, 16, 16], "layers_per_block
 IMAGES = 8
 COMMIT = "0" * 40
 
+SHORT_RUN = ("--max_train_images", 16, "--validation_images", 4)
 # the documents' names of each stand-in
 NAMES = {
     "photographs": "photographs my_photographs PHOTOGRAPHS PHOTOS DATA HELD_OUT PICTURES IMAGENET/train",
@@ -49,6 +50,7 @@ NAMES = {
     "panorama.jpg": "panorama.jpg",
     "demo_images": "data/demo photos",
     "digits": "data/digits",
+    "factors": "data/factors",
     "vae": "my-vae VAE SRC vae-a vae-b sd-vae old-vae my-tiny-vae TEACHER plain",
     "vae.safetensors": "my-vae.safetensors",
     "scrambled": "scrambled",
@@ -65,6 +67,10 @@ NAMES = {
     "vq_store": "runs/vq_demo/latents",
     "vq_heldout": "runs/vq_demo/heldout",
     "prior_run": "runs/prior",
+    "factors_run": "runs/factors_vq",
+    "factors_store": "runs/factors_vq/latents",
+    "factors_heldout": "runs/factors_vq/heldout",
+    "factors_prior": "runs/factors_prior",
     "parquet_store": "out",
     "cache_of_kohya": "their-cache",
     "config": "CONFIG",
@@ -159,6 +165,9 @@ class StandIns:
     def digits(self, out: Path) -> None:
         self.call("assets", "digits", out)
 
+    def factors(self, out: Path) -> None:
+        self.call("assets", "factors", out)
+
     def cut_outs(self, out: Path) -> None:
         write_cut_outs(out / "train", 16)
         write_cut_outs(out / "heldout", 4, seed=1)
@@ -228,8 +237,27 @@ class StandIns:
     def vq_run(self, out: Path) -> None:
         data = self.get("demo_images")
         paths = ("--data.path", data / "train", "--validation_data.path", data / "heldout")
-        short = ("--max_train_images", 16, "--validation_images", 4, "--init_images", 64)
-        self.call("train", "vq_demo", "--output_dir", out, *paths, *short)
+        self.call("train", "vq_demo", "--output_dir", out, *paths, *SHORT_RUN, "--init_images", 64)
+
+    def factors_run(self, out: Path) -> None:
+        data = self.get("factors")
+        paths = ("--data.path", data / "train", "--validation_data.path", data / "heldout")
+        self.call("train", "factors_vq", "--output_dir", out, *paths, *SHORT_RUN)
+
+    def factors_store(self, out: Path) -> None:
+        self._factors_indices(out, "train")
+
+    def factors_heldout(self, out: Path) -> None:
+        self._factors_indices(out, "heldout", "--pixels")
+
+    def _factors_indices(self, out: Path, part: str, *more: str) -> None:
+        self.call("encode", self.get("factors_run") / "vae", self.get("factors") / part, out, "--resolution", 16, *more)
+
+    def factors_prior(self, out: Path) -> None:
+        stores = ("--latents", self.get("factors_store"), "--validation_latents", self.get("factors_heldout"))
+        vae = ("--vae", self.get("factors_run") / "vae")
+        self.call("prior", "prior/factors", "--output_dir", out, *stores, *vae, "--max_train_images", 64,
+                  "--validation_images", 8)  # fmt: skip
 
     def prior_run(self, out: Path) -> None:
         stores = ("--latents", self.get("vq_store"), "--validation_latents", self.get("vq_heldout"))
