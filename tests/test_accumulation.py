@@ -110,7 +110,7 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "lecam": ({"lecam_weight": 1.0, "lecam_halflife_images": 8}, "game.averages"),
     "spectral norm": ({"norm": "spectral"}, "critic"),
     "clipping": ({"max_grad_norm": 1e-2}, "model"),
-    "codebook": ({"quantizer": VQ, "terms": {"commitment": Commitment()}}, "model.bottleneck.sums"),
+    "codebook": ({"quantizer": VQ, "terms": {"commitment": Commitment()}}, "model.bottleneck.statistics.sums"),
     "cosine": ({"quantizer": VQ | {"distance": "cosine"}, "terms": {"commitment": Commitment()}}, "model.bottleneck"),
     "learned codebook": (
         {"quantizer": VQ | {"codebook": "learned", "distance": "cosine"}, "terms": {"codebook": Codebook()}},

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from ldm_vae.autoencoder.codebooks import beside, put_beside
+
 Found = TypeVar("Found")
 
 
@@ -29,7 +31,8 @@ def once(measure: Callable[[Any], Found]) -> Callable[[Any], Found]:
         if not hasattr(vae, "from_config"):
             known[vae] = measure(vae)
             return known[vae]
-        key = (type(vae), repr(vae.config))
+        books = beside(vae)
+        key = (type(vae), repr((vae.config, books and books.shape)))
         if key not in of_config:
             of_config[key] = measure(vae)
         known[vae] = of_config[key]
@@ -47,10 +50,13 @@ def without_values(vae: Any) -> Any:
     taken = inspect.signature(type(vae).__init__).parameters
     config = {name: value for name, value in vae.config.items() if name in taken}
     try:
-        return type(vae).from_config(config).eval().to("meta")  # also buffers that are constants of a module
+        empty = type(vae).from_config(config)
     except RuntimeError:  # it reads a value while it is built (AutoencoderVidTok's levels)
         with torch.device("cpu"):
-            return type(vae).from_config(config).eval().to("meta")
+            empty = type(vae).from_config(config)
+    books = beside(vae)
+    # `to` also takes buffers that are constants of a module
+    return put_beside(empty, None if books is None else books.shape.build()).eval().to("meta")
 
 
 @contextlib.contextmanager
