@@ -10,6 +10,7 @@ code.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any, Literal
 
@@ -108,7 +109,7 @@ class ResidualCodebooks(Codebooks):
 
     @torch.no_grad()
     def indices(self, z: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(z.device.type, enabled=False):
+        with precise(z):
             residual, found = rows_of(z).to(self.rows), []
             for level in range(self.shape.codebooks):
                 found.append(self.look_up(level, residual)[1])
@@ -116,7 +117,7 @@ class ResidualCodebooks(Codebooks):
         return torch.stack([positions_of(level[:, None], z)[:, 0] for level in found], dim=1)
 
     def vectors(self, indices: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(indices.device.type, enabled=False):
+        with precise(indices):
             shares = [self.share(level, self.rows[level][own.flatten()]) for level, own in enumerate(indices.unbind(1))]
         return positions_of(torch.stack(shares).sum(dim=0), indices)
 
@@ -157,6 +158,12 @@ def bits_to_index(bits: torch.Tensor) -> torch.Tensor:
     return index
 
 
+def precise(like: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Around what is not for half precision, in which close codes have one distance."""
+    # device meta knows no autocast
+    return contextlib.nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
+
+
 def rows_of(z: torch.Tensor) -> torch.Tensor:
     """[B, c, *p] => [N, c]."""
     return z.movedim(1, -1).flatten(0, -2)
@@ -170,7 +177,7 @@ def positions_of(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def nearest(rows: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
     """Index of the nearest of book [K, c] for each of rows [N, c]: by the very function of diffusers' VQModel, so that
     ties fall alike."""
-    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+    with torch.no_grad(), precise(rows):
         return torch.cdist(rows, book.to(rows.dtype)).argmin(dim=1)
 
 

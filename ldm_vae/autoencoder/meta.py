@@ -21,22 +21,23 @@ Found = TypeVar("Found")
 
 def once(measure: Callable[[Any], Found]) -> Callable[[Any], Found]:
     """Remember what a run without values finds: for a network, and for all of its class and config."""
-    known: WeakKeyDictionary[Any, Found] = WeakKeyDictionary()
+    known: WeakKeyDictionary[Any, tuple[Any, Found]] = WeakKeyDictionary()
     of_config: dict[tuple[type, str], Found] = {}
 
     @functools.wraps(measure)
     def found(vae: Any) -> Found:
-        if vae in known:
-            return known[vae]
+        books = beside(vae)  # may have come since
+        shape = books and books.shape
+        if vae in known and known[vae][0] == shape:
+            return known[vae][1]
         if not hasattr(vae, "from_config"):
-            known[vae] = measure(vae)
-            return known[vae]
-        books = beside(vae)
-        key = (type(vae), repr((vae.config, books and books.shape)))
+            known[vae] = (shape, measure(vae))
+            return known[vae][1]
+        key = (type(vae), repr((vae.config, shape)))
         if key not in of_config:
             of_config[key] = measure(vae)
-        known[vae] = of_config[key]
-        return known[vae]
+        known[vae] = (shape, of_config[key])
+        return of_config[key]
 
     return found
 

@@ -20,7 +20,16 @@ from torch import nn
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.bottleneck import Bottleneck, Codes, Encoded
-from ldm_vae.autoencoder.codebooks import NAME, Codebooks, ResidualCodebooks, Shape, beside, positions_of, rows_of
+from ldm_vae.autoencoder.codebooks import (
+    NAME,
+    Codebooks,
+    ResidualCodebooks,
+    Shape,
+    beside,
+    positions_of,
+    precise,
+    rows_of,
+)
 from ldm_vae.autoencoder.inward_clamp import inwards
 from ldm_vae.core.config import Part
 from ldm_vae.core.errors import UsageError
@@ -49,7 +58,7 @@ class ResidualQuantizer(Bottleneck):
         moments, books = latents.encode(vae, images), beside(vae)
         assert isinstance(books, ResidualCodebooks)
         z, factorised = moments.mean, self.config.code_dim is not None
-        with torch.autocast(images.device.type, enabled=False):
+        with precise(images):
             # a level that a sample does without neither decodes nor costs nor moves its codebook
             kept = self._kept(noise, z)
             residual = rows = rows_of(z)
