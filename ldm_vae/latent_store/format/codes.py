@@ -6,6 +6,7 @@ Legend: B batch, p latent positions, q codebooks, K codes of each.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -89,11 +90,11 @@ class CodeStatistics:
         self.sums = self.sums + sums
 
     def to_json(self) -> dict[str, Any]:
-        """Images, indices, codes and used ones; the entropy of their use in bits and its perplexity. Of several
+        """Images, positions, codes and used ones; the entropy of their use in bits and its perplexity. Of several
         codebooks all together (used ones of all, entropy a mean), and each under `codebooks`."""
         found = {
             "images": int(self.sums[0, 0]),
-            "count": int(self.sums[:, 1:].sum()),
+            "count": int(self.sums[0, 1:].sum()),
             "codes": self.sums.shape[1] - 1,
             **_use(self.sums[:, 1:]),
         }
@@ -109,3 +110,9 @@ def _use(uses: Array) -> dict[str, Any]:
         "entropy_bits": entropy / math.log(2),
         "perplexity": math.exp(entropy),
     }
+
+
+def codes_in_words(usage: Mapping[str, Any]) -> str:
+    """Codes of a store, from its `to_json`: `1,024`, of several codebooks `8 x 1,024`."""
+    books = len(usage.get("codebooks", ()))
+    return f"{books} x {usage['codes']:,}" if books else f"{usage['codes']:,}"
