@@ -52,7 +52,8 @@ class CodeEntropy(nn.Module):
                 f"losses.code_entropy.batch: codes is for at most {MOST_BITS} bits, the code has {logits.shape[1]}; "
                 "expected bits"
             )
-        each = (F.softplus(logits) - logits * logits.sigmoid()).sum(dim=1).mean()
+        # of a bit: softplus(l) - l sigmoid(l); F.softplus leaves out what is below 2e-9
+        each = -(F.logsigmoid(-logits) + logits * logits.sigmoid()).sum(dim=1).mean()
         mean = mean_of_codes(logits) if self.batch == "codes" else mean_of_bits(logits)
         known = self.used.see(mean.detach()).clamp_min(torch.finfo(mean.dtype).tiny)
         together = -(mean * known.log()).sum()
