@@ -128,7 +128,10 @@ class CodebookStatistics(nn.Module):
         dead = (self.uses == 0)[:, None]
         # gathered in the same order everywhere and drawn by key: every rank restarts codes at the same vectors
         vectors = torch.cat([distributed.everybody(rows) for rows in self.vectors])  # in the order of the images
-        draw = rng.generator(0, "restart", self.images_seen, *self.key).integers(0, len(vectors), len(book))
+        # each vector once where there are enough: which of two equal rows is the nearest is a matter of rounding
+        draw = rng.generator(0, "restart", self.images_seen, *self.key).choice(
+            len(vectors), len(book), replace=len(vectors) < len(book)
+        )
         fresh = vectors[torch.from_numpy(draw).to(vectors.device)]
         book.data.copy_(torch.where(dead, fresh, book))
         self.sums.copy_(torch.where(dead, fresh, self.sums))
