@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,20 @@ from images import write_images
 from prior_runs import run as run_prior
 from prior_runs import write_config as write_prior
 from safetensors.torch import load_file
-from training_runs import assert_same_run, newest, run, write_config, write_videos
+from sentences import refused
+from training_runs import assert_same_run, newest, one_sentence, run, write_config, write_videos
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.codebooks import beside
 from ldm_vae.autoencoder.load import load_autoencoder
+from ldm_vae.core.config import load
+from ldm_vae.core.errors import UsageError
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify
-from ldm_vae.latent_store.maintain.summary import describe
+from ldm_vae.latent_store.maintain.summary import describe as describe_store
 from ldm_vae.prior.generator import CodeGenerator
+from ldm_vae.training.config import Training
+from ldm_vae.training.dry_run import describe
 
 RESIDUAL = {"kind": "residual", "codebooks": 3, "codes": 16, "restart_images": 8, "dropout": 0.5}
 CODES: dict[str, Any] = {
@@ -114,7 +120,8 @@ def test_a_store_holds_the_indices_of_every_codebook(home: Path, tmp_path: Path)
     assert run_cli("decode", home / "indices", tmp_path / "decoded", "--vae", home / "run" / "vae") == 0
     assert len([*(tmp_path / "decoded").glob("*.png")]) == 8
     assert (
-        "of 3 x 16 used in 2,048 positions" in (said := describe(home / "indices", manifest)) and "codebook 3" in said
+        "of 3 x 16 used in 2,048 positions" in (said := describe_store(home / "indices", manifest))
+        and "codebook 3" in said
     )
 
 
@@ -150,3 +157,63 @@ def test_clips_have_codes_of_every_position_in_time(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     generator = CodeGenerator.load(config / "run", vae)
     assert generator.indices([0]).shape == (1, 3, 2, 4, 4) and generator.pixels([0]).shape == (1, 3, 5, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": {"kind": "vq", "num_vq_embeddings": 16}}, "quantizer: model.kind vq has codes of its own"),
+        ({"model": {"kind": "vidtok", "regularizer": "fsq"}}, "quantizer: model.kind vidtok has codes of its own"),
+        ({"quantizer": {"kind": "gumbel"}}, "quantizer.kind: gumbel is for a VQModel"),
+        ({"quantizer": RESIDUAL | {"codebook": "learned"}}, "quantizer.codebook: learned needs the term"),
+        ({"latent_store": "s", "init_from": "v"}, "latent_store: a codebook learns together"),
+        ({"losses": {"l1": {}, "kl": {}}}, "losses.kl: expected a model that gives a posterior"),
+        ({"quantizer": None}, "losses.commitment: expected a model that gives codes"),
+        (
+            {"quantizer": RESIDUAL, "losses": {"l1": {}, "code_entropy": {}}},
+            "losses.code_entropy: expected a quantizer",
+        ),
+    ],
+)
+def test_a_config_without_a_place_for_a_quantizer_is_refused(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    write_images(tmp_path / "pictures", 2, size=(32, 32))
+    settings = {"model": {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}} | CODES | changes
+    path = write_config(tmp_path, tmp_path / "pictures", **settings)
+    with refused(UsageError, sentence.split(":")[0]) as error:
+        describe(load(Training, path))
+    assert sentence in str(error.value)
+
+
+def test_a_run_goes_on_from_a_networks_codes_and_no_others(home: Path, tmp_path: Path) -> None:
+    start = {"init_from": str(home / "run" / "vae"), "max_train_images": 4}
+    done = run(write_config(tmp_path, home / "pictures", **CODES | start), "--dry_run")
+    assert done.returncode == 0 and "quantizer:" in done.stdout, done.stderr
+    for quantizer in (None, RESIDUAL | {"codes": 8}):
+        more = start | {"quantizer": quantizer, "losses": {"l1": {}}}
+        done = run(write_config(tmp_path, home / "pictures", **CODES | more))
+        assert "quantizer: expected that of init_from" in one_sentence(done, 2)
+        assert "codebooks 3, codes 16" in one_sentence(done, 2)
+    frozen = start | {"trainable": ["decoder.*", "post_quant_conv.*"]}
+    done = run(write_config(tmp_path, home / "pictures", **CODES | frozen))
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_autoencoder(place) for place in (tmp_path / "run", home / "run"))
+    assert torch.equal(ours.quantizer.rows, theirs.quantizer.rows), "its codes stay with its encoder"
+    assert not torch.equal(ours.decoder.conv_out.weight, theirs.decoder.conv_out.weight)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("{", "quantizer.json"),
+        ('{"kind": "residual", "channels": 4, "codes": 99}', "quantizer.safetensors"),
+        ('{"kind": "residual", "channels": 65536, "codebooks": 1024, "codes": 1000000}', "quantizer.json"),
+        ('{"kind": "lfq", "channels": 4, "codes": 8}', "quantizer.json"),
+    ],
+)
+def test_a_damaged_quantizer_is_one_sentence(home: Path, tmp_path: Path, text: str, field: str) -> None:
+    shutil.copytree(home / "run" / "vae", tmp_path / "vae")
+    (tmp_path / "vae" / "quantizer.json").write_text(text)
+    with refused(UsageError, field):
+        load_autoencoder(tmp_path / "vae")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from ldm_vae.autoencoder.codebooks import rows_of
+from ldm_vae.autoencoder.codebooks import precise, rows_of
 from ldm_vae.autoencoder.trainable import Reconstruction
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.micro_batches import LastUpdate
@@ -80,7 +80,8 @@ def mean_of_codes(logits: torch.Tensor) -> torch.Tensor:
             product = torch.stack([product * (-bit).sigmoid()[:, None], product * bit.sigmoid()[:, None]], dim=2)
             product = product.flatten(1)
         halves.append(product)
-    return halves[0].mT @ halves[1] / len(logits)
+    with precise(logits):  # autocast would take bf16 for a matrix product
+        return halves[0].mT @ halves[1] / len(logits)
 
 
 def mean_of_bits(logits: torch.Tensor) -> torch.Tensor:
