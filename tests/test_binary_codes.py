@@ -26,6 +26,8 @@ from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.losses.code_entropy import Config as CodeEntropy
 from ldm_vae.losses.commitment import Config as Commitment
 from ldm_vae.models.vq import Config as VQ
+from ldm_vae.prior.generator import CodeGenerator
+from ldm_vae.prior.sampling import SamplingConfig
 from ldm_vae.quantizers.bsq import Config as BSQ
 from ldm_vae.quantizers.lfq import Config as LFQ
 
@@ -154,3 +156,10 @@ def test_what_cannot_be_is_one_sentence() -> None:
 def test_commitment_is_to_the_corners() -> None:
     r = forward(network("bsq"))
     torch.testing.assert_close(Commitment().build()(r), F.mse_loss(r.codes.before, r.codes.after))
+
+
+def test_a_generator_decodes_one_codebook_beside_a_network() -> None:
+    vae = network("lfq", beside=True).vae.eval().requires_grad_(False)
+    indices = torch.randint(0, 32, (2, 1, 8, 8))
+    generator = CodeGenerator(None, None, vae, 32, (1, 8, 8), SamplingConfig())
+    assert torch.equal(generator.decode(indices), latents.decode_indices(vae, indices))

@@ -21,6 +21,7 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.losses.codebook import Config as CodebookLoss
 from ldm_vae.losses.commitment import Config as Commitment
 from ldm_vae.models.vq import Config as VQ
+from ldm_vae.quantizers import CodebookStatistics
 from ldm_vae.quantizers.residual import Config
 
 SHAPE = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
@@ -210,6 +211,15 @@ def test_dead_codes_of_every_level_come_back_to_life() -> None:
     assert all((torch.cdist(rows[level, 8:], left[level]).amin(dim=1) < 1e-2).all() for level in range(3))
     fresh = [torch.cdist(rows[level, 8:], left[level]).argmin(dim=1) for level in range(3)]
     assert not torch.equal(fresh[0], fresh[1]), "each codebook has draws of its own"
+
+
+def test_codes_that_are_restarted_together_are_distinct() -> None:
+    """Of two equal rows rounding chooses the nearest, and with another batch another one."""
+    book, vectors = torch.zeros(64, 2), torch.randn(80, 2)
+    statistics = CodebookStatistics(book, 0.9, 16)
+    statistics.see(vectors, torch.zeros(80, dtype=torch.long), 16)
+    statistics.move(book, follows=False)
+    assert len(book[1:].unique(dim=0)) == 63 and (torch.cdist(book[1:], vectors).amin(dim=1) < 1e-6).all()
 
 
 def test_trained_on_a_toy_the_error_falls_with_every_codebook() -> None:
