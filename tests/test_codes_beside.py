@@ -117,6 +117,11 @@ def test_a_store_holds_the_indices_of_every_codebook(home: Path, tmp_path: Path)
     assert [book["used"] for book in books] == (counts > 0).sum(dim=1).tolist()
     assert manifest.statistics["used"] == sum(book["used"] for book in books)
     assert verify(home / "indices") == []
+    for form in ("parquet", "webdataset"):  # there and back to the bit
+        assert run_cli("store", "convert", home / "indices", tmp_path / form, "--to", form) == 0
+        assert run_cli("store", "convert", tmp_path / form, tmp_path / f"from_{form}", "--from", form) == 0
+        back = LatentDataset(tmp_path / f"from_{form}")
+        assert back.manifest.identity.codebooks == 3 and torch.equal(back[1]["indices"], item["indices"])
     assert run_cli("decode", home / "indices", tmp_path / "decoded", "--vae", home / "run" / "vae") == 0
     assert len([*(tmp_path / "decoded").glob("*.png")]) == 8
     assert (

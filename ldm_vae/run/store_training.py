@@ -101,7 +101,7 @@ class StoredSamples:
     def _of(self, batch: Item) -> tuple[torch.Tensor, torch.Tensor]:
         """(latents or indices [B, *shape] but for the crop, labels [B]) of a batch of the dataset."""
         latents = batch["latents"] if "latents" in batch else batch["indices"]
-        if self.dataset.manifest.identity.codes is not None and self.dataset.manifest.identity.codebooks is None:
+        if not self.dataset.manifest.identity.axes:
             latents = latents[:, None]  # a VQModel's indices [B, *p] are of one codebook
         # an image without a label trains the unconditional model
         if self.label_column is None:
@@ -178,8 +178,7 @@ def open_samples(settings: StoreTraining, normalisation: NormalisationKind | Non
         listed = ", ".join("x".join(map(str, shape)) for shape in shapes)
         raise UsageError(f"latents {settings.latents}: expected one latent shape, it holds {listed}")
     # a VQModel's indices are of one codebook
-    identity = manifest.identity
-    shape = shapes[0] if identity.codes is None or identity.codebooks is not None else (1, *shapes[0])
+    shape = shapes[0] if manifest.identity.axes else (1, *shapes[0])
     if settings.crop is not None:
         least = min(shape[-2:])
         if settings.crop > least:

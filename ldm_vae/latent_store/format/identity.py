@@ -60,6 +60,12 @@ class Identity(Section):
         return self
 
     @property
+    def axes(self) -> int:
+        """Axes of a stored value in front of its positions: one, of channels or of codebooks; none of a VQModel's
+        indices."""
+        return int(self.codes is None or self.codebooks is not None)
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the fields that are not at their default, so that a new field with a default changes nothing."""
         tree = self.model_dump(mode="json", exclude_defaults=True)

@@ -185,10 +185,10 @@ class Manifest(Section):
             raise ValueError(f"samples: {self.samples:,}, its shards have {live:,}")
         if self.identity.codes is not None:
             usage = config.validate(Usage, self.statistics or {}, "statistics")
-            books = self.identity.codebooks
-            positions = [one if books is None else one[1:] for one in shapes if books in (None, *one[:1])]
-            good = usage.codes == self.identity.codes and len(positions) == len(shapes)
-            images, good = usage.images, good and all(len(one) in (2, 3) for one in positions)
+            good = usage.codes == self.identity.codes and all(
+                len(one) - self.identity.axes in (2, 3) and self.identity.codebooks in (None, one[0]) for one in shapes
+            )
+            images = usage.images
         else:
             measured = config.validate(Measured, self.statistics or {}, "statistics")
             used, channels = self.recorded.normalisation.get("latents_mean"), len(measured.mean)
