@@ -31,6 +31,7 @@ from ldm_vae.core.request import Parser
 from ldm_vae.models.vq import Config as VQModelConfig
 
 NEEDS_TEACHER = ("drift",)
+BITS = 18  # of the codes of code_entropy: MAGVIT-v2's
 
 
 def network(kind: str) -> TrainableAutoencoder:
@@ -53,7 +54,8 @@ def cut(r: Reconstruction) -> tuple[Reconstruction, list[torch.Tensor]]:
     if codes is not None:
         before, after = leaf(codes.before), leaf(codes.after)
         kl = None if codes.kl is None else leaf(codes.kl)
-        codes, more = Codes(codes.indices, before, after, kl), [before, after]
+        logits = leaf(before.new_empty(len(before), BITS, *before.shape[2:]))
+        codes, more = Codes(codes.indices, before, after, kl, logits), [before, after, logits]
     moments = latents.Moments(mean, logvar, r.moments.is_point)
     images = r.images
     return Reconstruction(images, pixels, images, moments, z, r.last_calls, codes), [mean, logvar, pixels, z, *more]

@@ -42,8 +42,8 @@ from ldm_vae import cli
 SHORT_RUN = "--max_train_images 16 --validation_images 4 --normalisation_images 8"
 # what is appended to a command that matches, so that it takes seconds: all of it is said in tests/docs_commands.md
 SHORTER = [
-    (r"train vq_demo", f"{SHORT_RUN} --validate_every_images 16 --init_images 64"),
     (r"train factors_vq", f"{SHORT_RUN} --validate_every_images 16"),
+    (r"train r?vq_demo", f"{SHORT_RUN} --validate_every_images 16 --init_images 64"),
     (r"train (kl_|vq_|dvae_|dc_|wan_|finetune_(decoder_sd|sdxl|flux)|tiny)(?!.*--latent_store)", "--dry_run"),
     (r"train smoke .*data/moving_digits", "--max_train_images 8 --normalisation_images 8"),
     (r"train demo --init noise", f"{SHORT_RUN} --ema_halflife_images 4 --validate_every_images 16"),

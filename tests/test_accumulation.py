@@ -10,12 +10,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from ldm_vae.autoencoder.codebooks import put_beside
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.latents import posterior_noise
 from ldm_vae.autoencoder.signals import frames_of
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core import rng
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
+from ldm_vae.losses.code_entropy import Config as CodeEntropy
 from ldm_vae.losses.code_kl import Config as CodeKL
 from ldm_vae.losses.codebook import Config as Codebook
 from ldm_vae.losses.commitment import Config as Commitment
@@ -29,6 +31,8 @@ from ldm_vae.losses.l2 import Config as L2
 from ldm_vae.losses.temporal_difference import Config as TemporalDifference
 from ldm_vae.models.vq import Config as VQConfig
 from ldm_vae.perturbations.eq import Config as EQ
+from ldm_vae.quantizers.lfq import Config as LFQ
+from ldm_vae.quantizers.residual import Config as Residual
 from ldm_vae.run.optim import trainable_parameters
 from ldm_vae.training.adversary import Adversary, AdversaryConfig
 from ldm_vae.training.objective import Objective
@@ -43,6 +47,7 @@ def build(
     quantizer: dict[str, Any] | None = None,
     norm: str = "group",
     dimensions: int = 2,
+    beside: Any = None,
     perturbations: tuple[Any, ...] = (),
     max_grad_norm: float | None = None,
     learning_rate: float = 0.1,
@@ -54,7 +59,10 @@ def build(
     codes = {"num_vq_embeddings": 24, "latent_channels": 3, "quantizer": quantizer}
     config = AutoencoderConfig(**shape) if quantizer is None else VQConfig(**shape, **codes)
     vae = config.build().double()
-    network = TrainableAutoencoder(vae, config.bottleneck(vae), [part.build(0) for part in perturbations])
+    if beside is not None:
+        put_beside(vae, beside.beside(4).double())
+    bottleneck = (beside.build if beside else config.bottleneck)(vae)
+    network = TrainableAutoencoder(vae, bottleneck, [part.build(0) for part in perturbations])
     objective = Objective({"l1": L1(), **(terms or {})}).double()
     critic = PatchGAN(width=8, layers=1, norm=norm, dimensions=dimensions).build().double()
     optimizers = [
@@ -103,6 +111,7 @@ def state(step: TrainingStep) -> dict[str, torch.Tensor]:
 
 OF_CLIPS = {"time": TemporalDifference(), "some": L2(frames=2), "kl": KL()}
 REGULARISED = {"r1_weight": 50.0, "r1_every": 2, "lecam_weight": 1.0, "lecam_halflife_images": 8}
+RESIDUAL = {"codebooks": 3, "codes": 16, "dropout": 0.5, "decay": 0.9, "restart_images": 2 * UPDATE}
 VQ = {"kind": "vq", "decay": 0.9, "restart_images": 2 * UPDATE}
 # what is set, and a piece of the state that must have moved for the comparison to say something
 PARTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -110,7 +119,7 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "lecam": ({"lecam_weight": 1.0, "lecam_halflife_images": 8}, "game.averages"),
     "spectral norm": ({"norm": "spectral"}, "critic"),
     "clipping": ({"max_grad_norm": 1e-2}, "model"),
-    "codebook": ({"quantizer": VQ, "terms": {"commitment": Commitment()}}, "model.bottleneck.sums"),
+    "codebook": ({"quantizer": VQ, "terms": {"commitment": Commitment()}}, "model.bottleneck.statistics.sums"),
     "cosine": ({"quantizer": VQ | {"distance": "cosine"}, "terms": {"commitment": Commitment()}}, "model.bottleneck"),
     "learned codebook": (
         {"quantizer": VQ | {"codebook": "learned", "distance": "cosine"}, "terms": {"codebook": Codebook()}},
@@ -118,6 +127,15 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fsq": ({"quantizer": {"kind": "fsq", "levels": [4, 3, 2]}}, "model"),
     "gumbel": ({"quantizer": {"kind": "gumbel"}, "terms": {"rate": CodeKL(weight=0.01)}}, "model"),
+    "lfq": ({"beside": LFQ(), "terms": {"entropy": CodeEntropy()}}, "objective.terms.entropy.used"),
+    "residual": ({"beside": Residual(**RESIDUAL), "terms": {"commitment": Commitment()}}, "model.bottleneck.levels.2"),
+    "learned residual": (
+        {
+            "beside": Residual(**RESIDUAL | {"codebook": "learned", "code_dim": 2, "distance": "cosine"}),
+            "terms": {"commitment": Commitment(), "codebook": Codebook()},
+        },
+        "model.vae.quantizer.into",
+    ),
     "kl_target": ({"terms": {"t": KLTarget(nats_per_pixel=0.1, integral_images=10)}}, "objective.terms.t.log_beta"),
     "kl_free_bits": ({"terms": {"free": FreeBits(bits=9)}}, "objective.terms.free.rates"),
     "free bits of a dimension": ({"terms": {"free": FreeBits(bits=0.3, per="dimension")}}, "objective.terms.free"),
@@ -135,7 +153,10 @@ def test_micro_batches_leave_what_one_batch_leaves(part: str) -> None:
     settings, moved = PARTS[part]
     whole, several = build(1, **settings), build(2, **settings)
     before, first = state(whole), 0
-    if part == "free bits of a dimension":  # in its first update each micro-batch decides alone, as is documented
+    if part in (
+        "free bits of a dimension",
+        "lfq",
+    ):  # in its first update each micro-batch decides alone, as is documented
         first = 1
         run(whole, 1)
         for ours, theirs in ((several.model, whole.model), (several.objective, whole.objective),

@@ -109,6 +109,7 @@ REACHES = {
     "commitment": {"encoder"},
     "codebook": {"codebook"},
     "code_kl": {"encoder", "codebook"},
+    "code_entropy": {"encoder"},
 }
 
 
@@ -131,14 +132,15 @@ def nothing() -> L1:
 def test_a_term_keeps_the_contract(kind: str, size: tuple[int, ...], tiny_vae_folder: object, nothing: L1) -> None:
     term = build(kind, str(tiny_vae_folder))
     codes = getattr(term, "needs", "posterior") == "codes"
-    model = network(codes, "gumbel" if kind == "code_kl" else "vq", term.domain == "alpha")
+    quantizer = {"code_kl": "gumbel", "code_entropy": "lfq"}.get(kind, "vq")
+    model = network(codes, quantizer, term.domain == "alpha")
     objective = Objective({"l1": nothing})
     objective.terms = nn.ModuleDict({"l1": nothing.build(), kind: term})
     objective.configs[kind] = L1(weight=1.0)
     objective.attach(model)
 
-    if len(size) > 2 and (codes or kind == "alignment"):
-        with refused(UsageError, "model" if codes else "losses.alignment"):
+    if len(size) > 2 and kind == "alignment":
+        with refused(UsageError, "losses.alignment"):
             term(forward(model, size=size))
         return
 

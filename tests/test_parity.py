@@ -44,7 +44,18 @@ def distance(ours: Tensors, theirs: Tensors, prefix: str = "") -> float:
 
 @pytest.mark.parametrize(
     "scenario",
-    ["plain", "codebook", "controlled", "regularised", "accumulated", "game_2", "codes_2", "alpha_2", "clips_2"],
+    [
+        "plain",
+        "codebook",
+        "controlled",
+        "regularised",
+        "accumulated",
+        "game_2",
+        "codes_2",
+        "residual_2",
+        "alpha_2",
+        "clips_2",
+    ],
 )
 def test_one_process_and_two_are_the_same(results: Path, scenario: str) -> None:
     one, two, other = load(results, scenario)
@@ -78,7 +89,7 @@ def test_accumulation_is_its_own_thing(results: Path) -> None:
     assert distance(plain, accumulated, "vae.") > 1e-6
 
 
-@pytest.mark.parametrize("scenario", ["game", "codes", "alpha", "clips"])
+@pytest.mark.parametrize("scenario", ["game", "codes", "residual", "alpha", "clips"])
 def test_with_a_fixed_weight_two_micro_batches_are_one_batch(results: Path, scenario: str) -> None:
     """R1, LeCAM, controller and variance; a codebook with its restarts: on one process and on two."""
     whole, halves, on_two = (

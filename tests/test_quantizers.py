@@ -121,11 +121,11 @@ def test_nothing_moves_without_a_graph() -> None:
     before = model.vae.quantize.embedding.weight.clone()
     with torch.no_grad():
         forward(model)
-    assert model.bottleneck.pending.sum is None
+    assert model.bottleneck.statistics.pending.sum is None
     forward(model)  # a micro-batch that is not the last of its update
-    assert torch.equal(before, model.vae.quantize.embedding.weight) and not model.bottleneck.uses.any()
+    assert torch.equal(before, model.vae.quantize.embedding.weight) and not model.bottleneck.statistics.uses.any()
     model.bottleneck.after_update(model.vae)
-    assert not torch.equal(before, model.vae.quantize.embedding.weight) and model.bottleneck.uses.any()
+    assert not torch.equal(before, model.vae.quantize.embedding.weight) and model.bottleneck.statistics.uses.any()
 
 
 @pytest.mark.parametrize("quantizer", [{"kind": "vq"}, {"kind": "gumbel"}, {"kind": "fsq", "levels": [4, 4, 2]}])
@@ -144,7 +144,7 @@ def test_dead_codes_come_back_to_life() -> None:
     book = model.vae.quantize.embedding.weight
     with torch.no_grad():
         book[32:] += 100.0  # nothing will ever be near these
-        model.bottleneck.sums.copy_(book)
+        model.bottleneck.statistics.sums.copy_(book)
     for seen in (0, 4, 8, 12):
         update(model, images_seen=seen, seed=seen)
         assert (book[32:] > 50).all()
@@ -155,7 +155,7 @@ def test_dead_codes_come_back_to_life() -> None:
     other = network(codes=64, kind="vq", restart_images=None)
     with torch.no_grad():
         other.vae.quantize.embedding.weight[32:] += 100.0
-        other.bottleneck.sums.copy_(other.vae.quantize.embedding.weight)
+        other.bottleneck.statistics.sums.copy_(other.vae.quantize.embedding.weight)
     for seen in range(0, 64, 4):
         update(other, images_seen=seen)
     assert (other.vae.quantize.embedding.weight[32:] > 50).all()

@@ -19,14 +19,20 @@ from ldm_vae.autoencoder.latents import Moments
 
 @dataclass(frozen=True)
 class Codes:
-    """Result of a quantizer: indices [B, h, w]; before [B, c, h, w] the encoder's vectors, with their graph; after [B,
-    c, h, w] the codebook's rows, with the codebook's graph; kl [B, h, w] in nats against the uniform prior where codes
-    are drawn."""
+    """Result of a quantizer.
+
+    indices [B, *p], of several codebooks [B, q, *p]; before [B, c, *p] the encoder's vectors, with their graph, and
+    after [B, c, *p] the codebook's rows, with the codebook's graph: of several levels those of each, one behind the
+    other [B, levels * c, *p]; kl [B, *p] in nats against the uniform prior where codes are drawn; logits [B, c, *p] of
+    each bit of the index where it has such.
+    """
 
     indices: torch.Tensor
     before: torch.Tensor
     after: torch.Tensor
     kl: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    levels: int = 1
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ def idle_parameters(vae: Any, frames: int | None = None) -> list[str]:
         total = latents.decode(empty, moments.mean).sum() + moments.logvar.sum()
         total.backward()  # type: ignore[no-untyped-call]
     # a codebook is its quantizer's to move (ldm_vae/quantizers)
-    return [name for name, one in empty.named_parameters() if one.grad is None and not name.startswith("quantize.")]
+    books = ("quantize.", "quantizer.")
+    return [name for name, one in empty.named_parameters() if one.grad is None and not name.startswith(books)]
 
 
 def encoder_parts(vae: Any) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import signals
+from ldm_vae.autoencoder.codebooks import beside
 from ldm_vae.autoencoder.families import family_of, is_movq
 from ldm_vae.autoencoder.lengths import check_frames, check_latent_frames
 from ldm_vae.core import rng
@@ -116,6 +117,7 @@ def encode(vae: Any, pixels: torch.Tensor) -> Moments:
     """pixels [B, C, H, W] => moments [B, c, h, w], or [B, C, T, H, W] => [B, c, t, h, w], with a diffusers autoencoder.
 
     A VQModel's are its vectors before the codebook: `decode` quantises them, as latent diffusion on its latents does.
+    So are those of a network with a quantizer beside it.
 
     Raises:
         UsageError: of clips, a length that the class would cut or pad, or cannot take.
@@ -135,6 +137,8 @@ def encode(vae: Any, pixels: torch.Tensor) -> Moments:
         mean, logvar = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "logvar"))
         return replace(parts[0], mean=mean, logvar=logvar)
     moments = Moments.of(vae.encode(signals.enter(vae, pixels)))
+    if beside(vae) is not None:  # which takes the mean: nothing has trained a variance
+        moments = Moments.point(moments.mean)
     if frames is None:
         return moments.image()
     return moments.clips(frames) if signals.is_by_frame(vae) else moments
@@ -162,6 +166,8 @@ def pixels_of(vae: Any, z: torch.Tensor, **options: Any) -> torch.Tensor:
     if len(z) > 1 and (family.single or signals.injects_noise(vae)):
         return torch.cat([pixels_of(vae, one[None], **options) for one in z])
     z = z.to(vae.dtype)
+    if (books := beside(vae)) is not None and not options.pop("force_not_quantize", False):
+        z = books(z)
     if is_movq(vae):
         options.setdefault("force_not_quantize", True)
     if family.law == "inside":
@@ -174,16 +180,22 @@ def pixels_of(vae: Any, z: torch.Tensor, **options: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def nearest_codes(vae: Any, vectors: torch.Tensor) -> torch.Tensor:
-    """A VQModel's vectors before the codebook [B, c, h, w] => indices int64 [B, h, w]: its own quantizer, in fp32."""
+    """Vectors before the codebook [B, c, *p] => indices int64: of a VQModel [B, *p], by its own quantizer in fp32; of
+    the quantizer beside a network [B, q, *p]."""
+    if (books := beside(vae)) is not None:
+        return books.indices(at_least_fp32(vectors))
     # distances between close codes vanish in half precision
     with torch.autocast(vectors.device.type, enabled=False):
-        _, _, (_, _, indices) = vae.quantize(at_least_fp32(vectors))
+        _, _, (_, _, indices) = vae.quantize(signals.frames_of(at_least_fp32(vectors)))
     return indices.view(vectors.shape[0], *vectors.shape[2:])  # type: ignore[no-any-return]
 
 
 def decode_indices(vae: Any, indices: torch.Tensor) -> torch.Tensor:
-    """indices [B, h, w] of a VQModel's codes => pixels [B, C, H, W], fp32 and not clamped."""
-    vectors = vae.quantize.embedding(indices).permute(0, 3, 1, 2)
+    """indices [B, *p] of a VQModel's codes => pixels [B, C, H, W], of clips [B, C, T, H, W], fp32 and not clamped;
+    indices [B, k, *p] of a quantizer beside a network, of its first k codebooks: fewer of them are a code of less
+    rate."""
+    books = beside(vae)
+    vectors = vae.quantize.embedding(indices).movedim(-1, 1) if books is None else books.vectors(indices)
     return pixels_of(vae, vectors, force_not_quantize=True)
 
 

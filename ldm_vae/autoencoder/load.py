@@ -20,6 +20,7 @@ from ldm_vae.autoencoder.weights.networks import (
     load_folder,
     read_config,
 )
+from ldm_vae.autoencoder.weights.quantizer import load_beside, parted
 from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.terminal import print_note
@@ -60,6 +61,8 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
         vae = _load_checkpoint(folder, place) if is_checkpoint(folder) else load_folder(folder, place)
         local, subfolder = path.is_dir(), "vae" if folder.name == "vae" else None
         record(vae, read_beside(folder / CONFIG) if local else read_hub(str(source), subfolder))
+        if not is_checkpoint(folder):
+            load_beside(vae, folder, place)
     check_weights(vae, place)
     return vae.float().eval().requires_grad_(False)
 
@@ -67,7 +70,7 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
 def _load_checkpoint(folder: Path, place: str) -> Any:
     """The averaged weights in a checkpoint. A run that trained the decoder alone, from a store, held no encoder: it is
     that of the config's init_from."""
-    averages = open_averages(folder, place)
+    averages, quantizer = parted(open_averages(folder, place))
     entries = dict(averages.entries)
     network = build(read_config(folder / CONFIG, place), place)
     ahead = tuple(f"{name}." for name in encoder_parts(network))
@@ -79,5 +82,6 @@ def _load_checkpoint(folder: Path, place: str) -> Any:
         for name, value in load_autoencoder(base).state_dict().items():
             entries.setdefault(name, Entry(tuple(value.shape), lambda value=value: value))  # type: ignore[misc]
     fill(network, replace(averages, entries=entries))
+    load_beside(network, folder, place, quantizer)
     take_away(network)
     return network.eval()

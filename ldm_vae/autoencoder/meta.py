@@ -14,26 +14,30 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from ldm_vae.autoencoder.codebooks import beside, put_beside
+
 Found = TypeVar("Found")
 
 
 def once(measure: Callable[[Any], Found]) -> Callable[[Any], Found]:
     """Remember what a run without values finds: for a network, and for all of its class and config."""
-    known: WeakKeyDictionary[Any, Found] = WeakKeyDictionary()
+    known: WeakKeyDictionary[Any, tuple[Any, Found]] = WeakKeyDictionary()
     of_config: dict[tuple[type, str], Found] = {}
 
     @functools.wraps(measure)
     def found(vae: Any) -> Found:
-        if vae in known:
-            return known[vae]
+        books = beside(vae)  # may have come since
+        shape = books and books.shape
+        if vae in known and known[vae][0] == shape:
+            return known[vae][1]
         if not hasattr(vae, "from_config"):
-            known[vae] = measure(vae)
-            return known[vae]
-        key = (type(vae), repr(vae.config))
+            known[vae] = (shape, measure(vae))
+            return known[vae][1]
+        key = (type(vae), repr((vae.config, shape)))
         if key not in of_config:
             of_config[key] = measure(vae)
-        known[vae] = of_config[key]
-        return known[vae]
+        known[vae] = (shape, of_config[key])
+        return of_config[key]
 
     return found
 
@@ -47,10 +51,13 @@ def without_values(vae: Any) -> Any:
     taken = inspect.signature(type(vae).__init__).parameters
     config = {name: value for name, value in vae.config.items() if name in taken}
     try:
-        return type(vae).from_config(config).eval().to("meta")  # also buffers that are constants of a module
+        empty = type(vae).from_config(config)
     except RuntimeError:  # it reads a value while it is built (AutoencoderVidTok's levels)
         with torch.device("cpu"):
-            return type(vae).from_config(config).eval().to("meta")
+            empty = type(vae).from_config(config)
+    books = beside(vae)
+    # `to` also takes buffers that are constants of a module
+    return put_beside(empty, None if books is None else books.shape.build()).eval().to("meta")
 
 
 @contextlib.contextmanager

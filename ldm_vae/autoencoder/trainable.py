@@ -21,7 +21,6 @@ from ldm_vae.autoencoder.geometry import latent_channels, latent_size
 from ldm_vae.autoencoder.last_layer import Call, Watch
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.signals import clips_of, frames_of, spread_frames
-from ldm_vae.core.errors import UsageError
 from ldm_vae.data.alpha import composite
 
 
@@ -148,12 +147,7 @@ class TrainableAutoencoder(nn.Module):
         normal, drawn by key => Reconstruction.
 
         stored: moments of these images; the encoder is then not run.
-
-        Raises:
-            UsageError: clips, of a model with a codebook.
         """
-        if images.ndim == 5 and self.bottleneck.gives == "codes":
-            raise UsageError("model: a codebook is trained on images, got clips; leave data.frames out")
         own = noise[:, : self.bottleneck.noise_channels]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_learns):
             if stored is None:

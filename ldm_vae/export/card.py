@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import yaml
 
+from ldm_vae.autoencoder.codebooks import beside, in_words
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import downsampling_factor, geometry_of, latent_channels
 from ldm_vae.autoencoder.normalisation_law import law_of, own_normalisation
@@ -64,6 +65,8 @@ class Card:
         head = {"library_name": "diffusers", "pipeline_tag": "image-to-image", "tags": list(TAGS)}
         parts = [_shape(vae), "## Load it", self.loading or _loading(vae, self.name)]
         parts += ["## Latents", _latents(vae, self.statistics)]
+        if (books := beside(vae)) is not None:
+            parts += ["## Codes", f"With a {in_words(books)}."]
         if self.results:
             parts += ["## Reconstruction", markdown(self.results)]
         for title, text in self.sections.items():
@@ -116,12 +119,13 @@ def _loading(vae: Any, name: str) -> str:
     load = f'vae = {kind}.from_pretrained("{name}")'
     field, family = geometry_of(vae).field, family_of(vae)
     code = f"{field}.sample()" if field == "latent_dist" else field
-    if family.signal == "video" and (family.padded or family.folded or family.frames_first or field == "[0]"):
-        # more than a call of the class: what signals.py does
-        use = "pixels = decode(vae, encode(vae, clips).mean)  # clips [B, C, T, H, W] in [-1, 1]"
+    what, shape = ("clips", "[B, C, T, H, W]") if family.signal == "video" else ("images", "[B, C, H, W]")
+    by_hand = family.signal == "video" and (family.padded or family.folded or family.frames_first or field == "[0]")
+    if by_hand or beside(vae) is not None:
+        # more than a call of the class: what signals.py does, or the codes
+        use = f"pixels = decode(vae, encode(vae, {what}).mean)  # {what} {shape} in [-1, 1]"
         load = f'from ldm_vae import decode, encode, load_autoencoder\nvae = load_autoencoder("{name}")'
         return f"```python\n{load}\n{use}\n```"
-    what, shape = ("clips", "[B, C, T, H, W]") if family.signal == "video" else ("images", "[B, C, H, W]")
     within = {"signed": "[-1, 1]", "unit": "[0, 1]", "imagenet": "[0, 1], less ImageNet's mean, over its deviation"}
     decode = f"pixels = vae.decode(vae.encode({what}).{code}).sample  # {what} {shape} in {within[family.values]}"
     return f"```python\nfrom diffusers import {kind}\n{load}\n{decode}\n```"

@@ -16,6 +16,7 @@ import torch
 from accelerate import init_empty_weights
 
 from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.codebooks import beside, put_beside
 from ldm_vae.autoencoder.geometry import some_latents
 from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.normalisation_law import give, own_normalisation
@@ -47,6 +48,8 @@ def write_vae(
 ) -> Path:
     """Write `vae` to the folder `out`, replacing an older export; the model itself is not changed. The record of its
     preprocessing goes with it.
+
+    A quantizer beside the network (`autoencoder/codebooks.py`) goes into files of its own.
 
     The folder is written beside its final name, loaded with `from_pretrained`, compared (weights bit for bit, and a
     decode), and only then renamed.
@@ -98,6 +101,9 @@ def write_configured(
         everything[STATISTICS] = (json.dumps(statistics.to_json(), indent=1) + "\n").encode()
     text = Card(card_name(out), statistics).text(copy) if card is None else card
     everything["README.md"] = text.encode()
+    if (books := beside(copy)) is not None:  # in files of its own: the class has no place for it
+        everything |= books.files()
+        put_beside(copy, None)
     # nothing of it has its name before the weights were read back
     with atomic_io.whole_folder(out, check_replaceable) as folder:
         _save(copy, folder, max_shard_size)
@@ -140,6 +146,8 @@ def configured_copy(vae: Any, normalisation: Normalisation | None = None, **chan
         # an AutoencoderTiny has no sample_size
         known = {name: value for name, value in changes.items() if value is not None and name in taken}
         copy = type(vae).from_config(config | known)
+        if (books := beside(vae)) is not None:
+            put_beside(copy, books.shape.build())
     weights = {name: value.detach().cpu() for name, value in vae.state_dict().items()}
     copy.load_state_dict(weights, strict=True, assign=True)
     if normalisation is not None:

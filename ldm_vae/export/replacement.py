@@ -13,6 +13,7 @@ _OURS = (
     "latent_statistics.json",
     "latent_preview.json",
     "preprocessing.json",
+    "quantizer.json",
     ".gitattributes",
     "pictures",
     "vae",

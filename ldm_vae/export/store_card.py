@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from ldm_vae.export.card import about_intervals, statistics_table
+from ldm_vae.latent_store.format.codes import codes_in_words
 from ldm_vae.latent_store.format.layout import ROWS, SHARDS
 from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.statistics import LatentStatistics
@@ -81,14 +82,15 @@ def _elsewhere(name: str, manifest: Manifest) -> list[str]:
 
 def _reading(manifest: Manifest) -> str:
     if manifest.identity.codes is not None:
-        return 'indices = dataset[0]["indices"]  # int64 [h, w]; `dataset.decode(indices, vae)` gives pixels'
+        shape = ", ".join(("q",) * (manifest.identity.codebooks is not None) + ("h", "w"))
+        return f'indices = dataset[0]["indices"]  # int64 [{shape}]; `dataset.decode(indices, vae)` gives pixels'
     return 'latents = dataset[0]["latents"]  # [c, h, w], scaled as below'
 
 
 def _usage(manifest: Manifest) -> list[tuple[str, str]]:
     measured = manifest.statistics or {}
     return [
-        ("used", f"{measured['used']:,} of {measured['codes']:,}"),
+        ("used", f"{measured['used']:,} of {codes_in_words(measured)}"),
         ("positions", f"{measured['count']:,}"),
         ("perplexity", f"{measured['perplexity']:,.1f}"),
         ("entropy", f"{measured['entropy_bits']:.2f} bits a position"),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from ldm_vae.autoencoder.codebooks import beside, in_words, only_without
 from ldm_vae.autoencoder.geometry import downsampling_factor, resolution_of, sample_size
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.normalisation import Normalisation
@@ -65,6 +66,8 @@ def export(
     # everything that the request alone can be refused for, before weights are loaded or images read
     _check(request)
     vae = _load(request, done)
+    if request.target != "diffusers":
+        only_without(vae, f"--target {request.target}")
     if request.target in TARGETS:
         check_class(request.target, type(vae).__name__)
     if request.target == "onnx":
@@ -94,7 +97,8 @@ def export(
         card.sections["Drift"] = _drift(request, vae, base, normalisation, preparation, done)
     if request.target == "diffusers":
         _write_folder(vae, request, normalisation, preparation, card, files, done)
-        load = f'{type(vae).__name__}.from_pretrained("{request.place}")'
+        loader = "from_pretrained" if beside(vae) is None else "load_autoencoder"
+        load = f'{type(vae).__name__ if beside(vae) is None else "ldm_vae"}.{loader}("{request.place}")'
     elif request.target == "onnx":
         _write_onnx(vae, request, normalisation, card, files, done)
         load = f'onnxruntime.InferenceSession("{request.place}/encoder.onnx")'
@@ -244,6 +248,8 @@ def _write_folder(
     )
     done.lines.append(f"wrote {request.place} (diffusers), read back: weights equal to the bit, decode equal")
     done.lines.append(verdict)
+    if (books := beside(vae)) is not None:
+        done.lines.append(in_words(books))
 
 
 def _audit(vae: AutoencoderKL, request: Request, preparation: Preparation, card: Card) -> tuple[bool | None, str]:

@@ -13,14 +13,16 @@ from ldm_vae.losses import TermConfig
 
 
 class Codebook(nn.Module):
-    """mean (sg[vector] - row)^2 over batch, positions and channels: VQGAN's mean, so its weights carry over."""
+    """mean (sg[vector] - row)^2 over batch, positions and channels: VQGAN's mean, so its weights carry over. Of
+    residual levels their sum."""
 
     domain = "latents"
     needs = "codes"
 
     def forward(self, reconstruction: Reconstruction) -> torch.Tensor:
-        assert reconstruction.codes is not None
-        return (reconstruction.codes.before.detach() - reconstruction.codes.after).square().mean()
+        codes = reconstruction.codes
+        assert codes is not None
+        return codes.levels * (codes.before.detach() - codes.after).square().mean()
 
 
 class Config(TermConfig):

@@ -12,14 +12,15 @@ from ldm_vae.losses import TermConfig
 
 
 class Commitment(nn.Module):
-    """mean (vector - sg[row])^2 over batch, positions and channels."""
+    """mean (vector - sg[row])^2 over batch, positions and channels; of residual levels their sum."""
 
     domain = "latents"
     needs = "codes"
 
     def forward(self, reconstruction: Reconstruction) -> torch.Tensor:
-        assert reconstruction.codes is not None
-        return (reconstruction.codes.before - reconstruction.codes.after.detach()).square().mean()
+        codes = reconstruction.codes
+        assert codes is not None
+        return codes.levels * (codes.before - codes.after.detach()).square().mean()
 
 
 class Config(TermConfig):

@@ -3,7 +3,7 @@
     RUN/samples/images-000012345.png   a grid of samples
     RUN/samples/originals.png          as many images of the store, decoded: the same labels at the same places
 
-Legend: N images, C image channels, H W pixels.
+Legend: N images, C image channels, T frames, H W pixels.
 """
 
 from __future__ import annotations
@@ -45,12 +45,16 @@ def record_originals(run: Path, generator: Any, stored: torch.Tensor, batch_size
 
 
 def grid(path: Path, images: torch.Tensor, names: Sequence[str], *, alpha: bool = False) -> dict[str, int]:
-    """Write images [N, C, H, W], every class in turn; returns where they are in the picture."""
+    """Write images [N, C, H, W], every class in turn, or clips [N, C, T, H, W] as one that moves; returns where they
+    are in the picture."""
     columns = len(names) if 2 <= len(names) <= MOST_COLUMNS else USUAL_COLUMNS
-    shown = visible(PINNED.quantise(images), alpha)
-    height, width = shown.shape[2:]
-    if names:
-        shown = labelled(shown, [names[key % len(names)] for key in range(len(shown))])
+    height, width = images.shape[-2:]
+    sheets = []
+    for frame in images.unbind(2) if images.ndim == 5 else [images]:
+        shown = visible(PINNED.quantise(frame), alpha)
+        if names:
+            shown = labelled(shown, [names[key % len(names)] for key in range(len(shown))])
+        sheets.append(sheet(shown, columns, gap=GAP))
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(sheet(shown, columns, gap=GAP), path)
+    save(torch.stack(sheets, dim=1) if images.ndim == 5 else sheets[0], path)
     return {"columns": columns, "height": height, "width": width, "gap": GAP, "strip": shown.shape[2] - height}

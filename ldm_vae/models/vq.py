@@ -1,4 +1,4 @@
-"""diffusers.VQModel: a codebook between encoder and decoder. The quantizer says how it is trained: `vq` or `gumbel`."""
+"""diffusers.VQModel: a codebook between encoder and decoder. The quantizer says how it is trained, or what it holds."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import finite
+from ldm_vae.autoencoder.codebooks import beside
 from ldm_vae.autoencoder.finite import check_weights
 from ldm_vae.autoencoder.weights.files import open_folder
 from ldm_vae.autoencoder.weights.networks import fill
@@ -83,7 +84,7 @@ class CodeGenerator:
     def decode(self, indices: torch.Tensor) -> torch.Tensor:
         """indices [B, q, *p] => pixels [B, C, H, W], fp32, not clamped, on the CPU."""
         # a VQModel has one codebook, and its indices no place for a number of them
-        given = indices[:, 0] if self.shape[0] == 1 else indices
+        given = indices[:, 0] if beside(self.vae) is None else indices
         return finite.decode_indices(self.vae, given.to(self.vae.device)).cpu()
 
     def image_pixels(self) -> int:

@@ -5,7 +5,7 @@ The paper bounds a channel with tanh before it rounds; VQModel has no place for 
 nearest level and clamped to the outermost, which is what the nearest row of the grid is, so the exported VQModel, whose
 codebook holds the grid, gives the same indices. `losses.commitment` keeps vectors within the grid in tanh's stead.
 
-Legend: B batch, c channels of a code, h w latent positions, K codes.
+Legend: B batch, c channels of a code, p latent positions, K codes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pydantic import Field
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.bottleneck import Bottleneck, Codes, Encoded
-from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.core.config import Part
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.micro_batches import Pending
@@ -48,15 +47,15 @@ class FiniteScalar(Bottleneck):
         book.data.copy_(torch.cartesian_prod(*axes).view_as(book))
         book.requires_grad_(False)
         strides = [math.prod(levels[place + 1 :]) for place in range(len(levels))]
-        self.register_buffer("most", torch.tensor(levels).view(-1, 1, 1) - 1, persistent=False)
-        self.register_buffer("strides", torch.tensor(strides).view(-1, 1, 1), persistent=False)
+        self.register_buffer("most", torch.tensor(levels) - 1, persistent=False)
+        self.register_buffer("strides", torch.tensor(strides), persistent=False)
 
     def encode(self, vae: Any, images: torch.Tensor, noise: torch.Tensor, images_seen: int) -> Encoded:
-        moments = Moments.point(vae.encode(images).latents)
+        moments = latents.encode(vae, images)
         before, book = moments.mean, vae.quantize.embedding.weight
-        places = ((before.detach() + 1) / 2 * self.most).round().clamp_min(0).minimum(self.most)
-        indices = (places.long() * self.strides).sum(dim=1)
-        after = F.embedding(indices, book).permute(0, 3, 1, 2)
+        places = ((before.detach().movedim(1, -1) + 1) / 2 * self.most).round().clamp_min(0).minimum(self.most)
+        indices = (places.long() * self.strides).sum(dim=-1)
+        after = F.embedding(indices, book).movedim(-1, 1)
         if self.training:  # with a frozen encoder too
             self.pending.add(torch.bincount(indices.flatten(), minlength=len(book)).to(book.dtype))
         return Encoded(moments, before + (after - before).detach(), Codes(indices, before, after))

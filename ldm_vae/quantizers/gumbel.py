@@ -3,7 +3,7 @@
 The logits are negative squared distances to the codebook's rows, so the most probable code is the nearest row: at the
 end of the annealing the network is a VQModel, with equal indices.
 
-Legend: B batch, c channels of a code, h w latent positions, N = B h w vectors, K codes.
+Legend: B batch, c channels of a code, p latent positions (n of them), K codes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pydantic import Field
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.bottleneck import Bottleneck, Codes, Encoded
-from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.core.config import Part
 from ldm_vae.core.micro_batches import Pending
 from ldm_vae.quantizers import usage
@@ -36,12 +35,12 @@ class GumbelSoftmax(Bottleneck):
         self.temperature = config.temperature
 
     def encode(self, vae: Any, images: torch.Tensor, noise: torch.Tensor, images_seen: int) -> Encoded:
-        moments = Moments.point(vae.encode(images).latents)
+        moments = latents.encode(vae, images)
         book = vae.quantize.embedding.weight
         with torch.autocast(images.device.type, enabled=False):
-            rows = moments.mean.permute(0, 2, 3, 1).flatten(1, 2)  # [B, h w, c]
+            rows = moments.mean.flatten(2).mT  # [B, n, c]
             # |r|^2 is the same for all codes of a position and would only cost precision
-            logits = 2 * rows @ book.T - book.square().sum(dim=1)  # [B, h w, K]
+            logits = 2 * rows @ book.T - book.square().sum(dim=1)  # [B, n, K]
             self.temperature = self.config.temperature_at(images_seen)
             weights = F.softmax((logits + gumbel(noise, logits)) / self.temperature, dim=2)
             if self.config.hard:
@@ -55,7 +54,7 @@ class GumbelSoftmax(Bottleneck):
         if self.training:  # with a frozen encoder too
             self.pending.add(ones.new_zeros(len(book)).index_add_(0, indices.flatten(), ones))
         shape = (len(images), *moments.mean.shape[2:])
-        z, after = (part.unflatten(1, shape[1:]).permute(0, 3, 1, 2) for part in (z, F.embedding(indices, book)))
+        z, after = (part.mT.unflatten(2, shape[1:]) for part in (z, F.embedding(indices, book)))
         codes = Codes(indices.view(shape), moments.mean, after, kl.view(shape))
         return Encoded(moments, z, codes)
 
@@ -72,8 +71,8 @@ class GumbelSoftmax(Bottleneck):
 
 def gumbel(noise: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Gumbel noise of the shape of `like` [B, ...], drawn on its device by hashing counters, each image's with the bits
-    of its own keyed noise [B, 1, h, w]: the same on every device, for any division over ranks and after a resume."""
-    seeds = _mix(noise[:, 0, 0, 0].float().contiguous().view(torch.int32).long())
+    of its own keyed noise [B, 1, *p]: the same on every device, for any division over ranks and after a resume."""
+    seeds = _mix(noise[:, 0].flatten(1)[:, 0].float().contiguous().view(torch.int32).long())
     counters = _mix(torch.arange(like[0].numel(), device=like.device))
     rows = []
     for seed in seeds:  # one image at a time: the hash is in 64-bit integers

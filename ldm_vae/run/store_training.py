@@ -100,8 +100,9 @@ class StoredSamples:
 
     def _of(self, batch: Item) -> tuple[torch.Tensor, torch.Tensor]:
         """(latents or indices [B, *shape] but for the crop, labels [B]) of a batch of the dataset."""
-        # a VQModel's indices [B, h, w] are of one codebook
-        latents = batch["indices"][:, None] if "indices" in batch else batch["latents"]
+        latents = batch["latents"] if "latents" in batch else batch["indices"]
+        if not self.dataset.manifest.identity.axes:
+            latents = latents[:, None]  # a VQModel's indices [B, *p] are of one codebook
         # an image without a label trains the unconditional model
         if self.label_column is None:
             return latents, torch.full((len(latents),), self.none)
@@ -177,7 +178,7 @@ def open_samples(settings: StoreTraining, normalisation: NormalisationKind | Non
         listed = ", ".join("x".join(map(str, shape)) for shape in shapes)
         raise UsageError(f"latents {settings.latents}: expected one latent shape, it holds {listed}")
     # a VQModel's indices are of one codebook
-    shape = shapes[0] if manifest.identity.codes is None else (1, *shapes[0])
+    shape = shapes[0] if manifest.identity.axes else (1, *shapes[0])
     if settings.crop is not None:
         least = min(shape[-2:])
         if settings.crop > least:

@@ -35,6 +35,7 @@ from ldm_vae.run.folder import MAY_CHANGE as ANY_RUN_MAY_CHANGE
 from ldm_vae.run.folder import RunConfig
 from ldm_vae.run.optim import OptimizerConfig
 from ldm_vae.training.adversary import AdversaryConfig
+from ldm_vae.training.codebooks import add_codebooks, check_codebooks
 from ldm_vae.training.objective import Objective
 
 # kinds whose numbers of channels stay those of init_from
@@ -92,6 +93,8 @@ class Training(RunConfig):
     """Training images that it is measured on."""
     model: choice("ldm_vae.models", default="kl") = AutoencoderConfig()  # type: ignore[valid-type]
     """The network."""
+    quantizer: choice("ldm_vae.quantizers") | None = None  # type: ignore[valid-type]
+    """Codes of its latents, where its class has none of its own: residual, lfq or bsq, kept beside it."""
     perturbations: choices("ldm_vae.perturbations") = Field(default_factory=dict)  # type: ignore[valid-type]
     """Changes of the latents between encoder and decoder, in training alone."""
     losses: choices("ldm_vae.losses")  # type: ignore[valid-type]
@@ -136,12 +139,7 @@ class Training(RunConfig):
                 )
             if quantizer is not None and (quantizer.kind, getattr(quantizer, "distance", "")) != ("vq", "euclidean"):
                 raise ValueError("init: linear needs model.quantizer.kind vq with distance euclidean, or init: noise")
-        if self.latent_store is not None and quantizer is not None:
-            raise ValueError("latent_store: a codebook learns together with its encoder; expected another model.kind")
-        if getattr(quantizer, "codebook", None) == "learned" and not any(
-            part.kind == "codebook" for part in self.losses.values()
-        ):
-            raise ValueError("model.quantizer.codebook: learned needs the term losses.codebook")
+        check_codebooks(self)
         if isinstance(self.data, SourceConfig) and isinstance(self.validation_data, SourceConfig):
             for name in ("value_range", "background", "alpha"):
                 ours, theirs = getattr(self.data, name), getattr(self.validation_data, name)
@@ -249,7 +247,9 @@ def build_autoencoder(settings: Training) -> Any:
                 field = "attention_levels" if name in ("down_block_types", "up_block_types") else name
                 raise UsageError(f"model.{field}: the config says {value}, {settings.init_from} has {came}{hint}")
         check_preprocessing(settings, base, f"init_from {settings.init_from}")
-        vae = resize_channels(base, vae)
+        vae = resize_channels(base, add_codebooks(settings, vae, base))
+    else:
+        add_codebooks(settings, vae)
     return learning(vae, settings.trainable, frames)
 
 
@@ -269,7 +269,7 @@ def _built_from(settings: Training) -> Any:
         raise UsageError(f"model.in_channels: expected {channels} of init_from, got {settings.model.in_channels}")
     check_preprocessing(settings, vae, f"init_from {settings.init_from}")
     with seeded(settings.seed):
-        return settings.model.build_from(vae, f"init_from {settings.init_from}")
+        return add_codebooks(settings, settings.model.build_from(vae, f"init_from {settings.init_from}"), vae)
 
 
 def learning(vae: Any, trainable: Sequence[str], frames: int | None = None) -> Any:
@@ -310,7 +310,8 @@ def build_network(settings: Training, vae: Any, outline: bool = False) -> Traina
     outline: without the weights that a perturbation would load, to count its cost.
     """
     with seeded(settings.seed):
-        bottleneck = settings.model.bottleneck(vae)
+        beside = settings.quantizer
+        bottleneck = settings.model.bottleneck(vae) if beside is None else beside.build(vae)
     parts = settings.perturbations.values()
     perturbations = [part.outline(settings.seed) if outline else part.build(settings.seed) for part in parts]
     return TrainableAutoencoder(vae, bottleneck, perturbations, settings.alpha)

@@ -38,6 +38,7 @@ from ldm_vae.data.stream import length
 from ldm_vae.kernels.group_norm import fuse_norms
 from ldm_vae.run.optim import trainable_parameters
 from ldm_vae.training.adversary import Adversary
+from ldm_vae.training.codebooks import add_codebooks
 from ldm_vae.training.config import (
     Training,
     build_autoencoder,
@@ -222,13 +223,14 @@ def _base(settings: Training) -> Any:
     """The network whose shape is the model's, where no config says it."""
     if not settings.is_built_from:
         return None
-    return settings.model.build_from(load_autoencoder(str(settings.init_from)), f"init_from {settings.init_from}")
+    base = load_autoencoder(str(settings.init_from))
+    return add_codebooks(settings, settings.model.build_from(base, f"init_from {settings.init_from}"), base)
 
 
 def _outline(settings: Training) -> Any:
     base = _base(settings)
     with torch.device("meta"):
-        vae = settings.model.build() if base is None else without_values(base)
+        vae = add_codebooks(settings, settings.model.build()) if base is None else without_values(base)
     set_trainable(vae, settings.trainable)
     return vae
 

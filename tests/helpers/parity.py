@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_classes import tiny
 
+from ldm_vae.autoencoder.codebooks import put_beside
 from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.autoencoder.geometry import latent_channels
 from ldm_vae.autoencoder.latents import posterior_noise
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core import rng
@@ -31,6 +33,7 @@ from ldm_vae.losses.l1 import Config as L1
 from ldm_vae.losses.l2 import Config as L2
 from ldm_vae.losses.temporal_difference import Config as TemporalDifference
 from ldm_vae.models.vq import Config as VQConfig
+from ldm_vae.quantizers.residual import Config as Residual
 from ldm_vae.run.optim import trainable_parameters
 from ldm_vae.training.adversary import Adversary, AdversaryConfig
 from ldm_vae.training.objective import Objective
@@ -47,6 +50,7 @@ def train(
     terms: Any = None,
     alpha: bool = False,
     clips: bool = False,
+    beside: Any = None,
     **adversary: Any,
 ) -> dict[str, torch.Tensor]:
     codebook = codebook or {}
@@ -59,7 +63,10 @@ def train(
     if clips:
         vae = tiny("AutoencoderKLWan").double().requires_grad_(True).train()
     size = (5, 16, 16) if clips else (16, 16)
-    network = TrainableAutoencoder(vae, config.bottleneck(vae), alpha=alpha)
+    if beside is not None:
+        put_beside(vae, beside.beside(latent_channels(vae)).double())
+    bottleneck = (beside.build if beside else config.bottleneck)(vae)
+    network = TrainableAutoencoder(vae, bottleneck, alpha=alpha)
     continuous = {"l2": L2(), "kl": KL(weight=1e-3), "free": FreeBits(bits=9)}
     objective = Objective(
         {"l1": L1(), **(terms or ({"commitment": Commitment()} if codebook else continuous))}
@@ -112,6 +119,7 @@ def main() -> None:
     regularisers = {"r1_weight": 10.0, "r1_every": 2, "lecam_weight": 0.1, "lecam_halflife_images": 50}
     # 4 x 16 x 16 vectors in a batch, 64 codes: some die, and are restarted every second step
     followed = {"num_vq_embeddings": 64, "quantizer": {"kind": "vq", "restart_images": 16, "decay": 0.9}}
+    residual = Residual(codebooks=2, codes=32, dropout=0.5, restart_images=16, decay=0.9)
     # a variance that learns, and a controller that sees the rate of the whole batch
     controlled = {"likelihood": GaussianNLL(), "target": KLTarget(nats_per_pixel=0.1, integral_images=100)}
     of_clips = {"time": TemporalDifference(), "some": L2(frames=2), "kl": KL(weight=1e-3)}
@@ -127,6 +135,7 @@ def main() -> None:
             for name, more in (
                 ("game", regularisers | {"terms": controlled}),
                 ("codes", {"codebook": followed}),
+                ("residual", {"beside": residual, "terms": {"commitment": Commitment()}}),
                 ("alpha", {"alpha": True, "terms": {"alpha": Alpha()}}),
                 # 3-D discriminator, a term of clips and one that chooses frames
                 ("clips", regularisers | {"clips": True, "terms": of_clips}),

@@ -1,6 +1,7 @@
 """An autoencoder in a checkpoint of its training run: the averaged weights, and what describes them.
 
     config.json, preprocessing.json    the network and its images, as in a diffusers folder of ours
+    quantizer.json                     the shape of the quantizer beside it, where there is one
     tensors.safetensors                `ema.NAME` are the averaged weights, among the rest of the run's state
 
 So a checkpoint's folder is read like any other folder of a VAE. Its scaling was never measured.
@@ -13,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ldm_vae.autoencoder.codebooks import CONFIG as QUANTIZER
+from ldm_vae.autoencoder.codebooks import beside
 from ldm_vae.autoencoder.preparation import recorded
 from ldm_vae.autoencoder.weights.files import Weights, open_weights
 from ldm_vae.autoencoder.weights.networks import CONFIG
@@ -33,7 +36,9 @@ def describe(vae: Any, sample_size: int) -> dict[str, bytes]:
     found, config = recorded(vae), json.loads(vae.to_json_string())
     if "sample_size" in config:  # an AutoencoderTiny has none
         config["sample_size"] = sample_size
-    files = {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+    books = beside(vae)
+    files = {} if books is None else {QUANTIZER: books.files()[QUANTIZER]}
+    files |= {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
     return files if found is None else files | {preprocessing.FILE: found.to_bytes()}
 
 

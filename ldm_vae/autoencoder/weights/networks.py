@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from diffusers.models import autoencoders
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ldm_vae.autoencoder.codebooks import CONFIG as QUANTIZER
+from ldm_vae.autoencoder.codebooks import WEIGHTS as BOOKS
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.weights import rounding
 from ldm_vae.autoencoder.weights.files import (
@@ -195,6 +198,9 @@ def _fetched(hub_id: str, place: str) -> Path:
     try:
         folder = _fetched_config(hub_id)
         inside = "vae/" if folder.name == "vae" else ""
+        for name in (QUANTIZER, BOOKS):  # before the weights: a hub that cannot be reached then ends the load
+            with contextlib.suppress(EntryNotFoundError):
+                hf_hub_download(hub_id, f"{inside}{name}")
         # one set of weights, the first that the hub has: a repository may hold several variants
         for weights in _candidates():
             try:

@@ -39,21 +39,31 @@ class Identity(Section):
     pixels: bool = False
     """Whether the crops are stored too, as uint8."""
     codes: int | None = None
-    """Codes in the codebook, where indices are stored."""
+    """Codes in a codebook, where indices are stored."""
+    codebooks: int | None = None
+    """Codebooks q of indices [q, *p] (p: h w, of clips t h w); None: indices [*p] of a VQModel's one."""
     patch: int = Field(1, gt=0, le=64)
     """Side of the squares of positions that the VAE's pipelines make channels of; statistics are of these channels."""
 
     @model_validator(mode="after")
     def _check(self) -> Identity:
         tile, overlap = self.tile or (1, 0)  # tiles of few latents do not overlap
-        numbers = (*self.resolution, tile, overlap + 1, self.bucket_step or 1, self.codes or 1)
+        numbers = (*self.resolution, tile, overlap + 1, self.bucket_step or 1, self.codes or 1, self.codebooks or 1)
         if not self.resolution or not all(0 < number <= LARGEST for number in numbers):
-            raise ValueError("resolution, tile, bucket_step and codes: expected numbers above 0")
+            raise ValueError("resolution, tile, bucket_step, codes and codebooks: expected numbers above 0")
         if (self.store == "indices") != (self.codes is not None):
             raise ValueError(f"codes: expected their number for indices alone, got {self.codes} for {self.store}")
+        if self.codebooks is not None and self.codes is None:
+            raise ValueError(f"codebooks: expected their number for indices alone, got it for {self.store}")
         if self.views[:1] != ("",) or len({*self.views, *VIEWS}) > len(VIEWS) or len({*self.views}) < len(self.views):
             raise ValueError(f"views: expected the centre crop first, then some of {', '.join(VIEWS[1:])}")
         return self
+
+    @property
+    def axes(self) -> int:
+        """Axes of a stored value in front of its positions: one, of channels or of codebooks; none of a VQModel's
+        indices."""
+        return int(self.codes is None or self.codebooks is not None)
 
     @property
     def digest(self) -> str:

@@ -33,7 +33,7 @@ TENSOR_NAMES: dict[StoreKind, tuple[str, ...]] = {
     "moments": ("mean", "logvar"),
     "mean": ("mean",),
     "sample": ("sample",),
-    "indices": ("indices",),  # of a codebook's rows, [N, h, w]
+    "indices": ("indices",),  # of a VQModel's codebook [N, *p], of a quantizer beside a network [N, q, *p]
 }
 PIXELS = "pixels"
 IMAGE_BYTES = "image_bytes"  # a column: the size of an image's bytes in its source

@@ -185,7 +185,10 @@ class Manifest(Section):
             raise ValueError(f"samples: {self.samples:,}, its shards have {live:,}")
         if self.identity.codes is not None:
             usage = config.validate(Usage, self.statistics or {}, "statistics")
-            images, good = usage.images, usage.codes == self.identity.codes and all(len(one) == 2 for one in shapes)
+            good = usage.codes == self.identity.codes and all(
+                len(one) - self.identity.axes in (2, 3) and self.identity.codebooks in (None, one[0]) for one in shapes
+            )
+            images = usage.images
         else:
             measured = config.validate(Measured, self.statistics or {}, "statistics")
             used, channels = self.recorded.normalisation.get("latents_mean"), len(measured.mean)

@@ -37,7 +37,7 @@ def statistics(identity: Identity, read: ReadRows, keys: Sequence[str]) -> npt.N
         keys: of all rows.
     """
     if identity.codes is not None:
-        usage = CodeStatistics(identity.codes)
+        usage = CodeStatistics(identity.codes, identity.codebooks)
         # CHUNK_ROWS at a time, so that no whole shard is held
         for view in identity.views:
             for first in range(0, len(keys), CHUNK_ROWS):
@@ -82,6 +82,8 @@ def map_shard(path: Path, identity: Identity, shard: ShardRecord) -> dict[str, n
 def are_sums(table: npt.NDArray[Any] | None, identity: Identity, shard: ShardRecord) -> bool:
     """True if a shard's table of sums is one of such a shard: other programs leave it out, or write anything."""
     width = 2 + 3 * shard.shape[0] * identity.patch**2 if identity.codes is None else 1 + identity.codes
+    if identity.codebooks is not None and table is not None and len(table) != identity.codebooks:
+        return False
     if table is None or table.dtype != np.float64 or table.ndim != 2 or table.shape[1] != width or not len(table):
         return False
     return bool(np.isfinite(table).all()) and table[0, 0] == shard.rows * len(identity.views)
@@ -89,7 +91,9 @@ def are_sums(table: npt.NDArray[Any] | None, identity: Identity, shard: ShardRec
 
 def accumulator(identity: Identity) -> LatentStatistics | CodeStatistics:
     """Empty accumulator for the tables of sums of a store's shards."""
-    return LatentStatistics(patch=identity.patch) if identity.codes is None else CodeStatistics(identity.codes)
+    if identity.codes is None:
+        return LatentStatistics(patch=identity.patch)
+    return CodeStatistics(identity.codes, identity.codebooks)
 
 
 def live_statistics(

@@ -63,7 +63,7 @@ def measure_costs(store: Path, manifest: Manifest, vae: Any, source: Source) -> 
     stored = shards.to_float(mapped, SAFETENSORS_DTYPES[identity.dtype])
     psnr, worst = [], 0
     for sample, z, rounded in zip(ready, encoder(ready)[0][name], stored, strict=True):
-        pictures = [_picture(vae, value) for value in (z, rounded)]
+        pictures = [_picture(vae, value, codes=identity.codes is not None) for value in (z, rounded)]
         psnr.append([_psnr(picture, sample.crops[""]) for picture in pictures])
         worst = max(worst, int((pictures[0].int() - pictures[1].int()).abs().max()))
     seams = None
@@ -89,9 +89,9 @@ def describe_costs(costs: Costs) -> str:
     return "\n".join(lines)
 
 
-def _picture(vae: Any, z: np.ndarray[Any, Any]) -> torch.Tensor:
-    """Stored values [c, h, w], or indices [h, w] => uint8 [C, H, W]."""
-    if z.ndim == 2:
+def _picture(vae: Any, z: np.ndarray[Any, Any], codes: bool) -> torch.Tensor:
+    """Stored values [c, *p], or indices of codes => uint8 [C, H, W], of clips [C, T, H, W]."""
+    if codes:
         pixels = finite.decode_indices(vae, torch.from_numpy(z.astype(np.int64))[None].to(vae.device))
     else:
         pixels = finite.decode(vae, torch.from_numpy(z.astype(np.float32))[None].to(vae.device))

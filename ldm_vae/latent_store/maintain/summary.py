@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ldm_vae.core import intervals
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.latent_store.format.codes import codes_in_words
 from ldm_vae.latent_store.format.manifest import Manifest, read_manifest
 from ldm_vae.latent_store.write.finalize import with_intervals
 
@@ -84,7 +85,13 @@ def _statistics(manifest: Manifest) -> list[str]:
 
 def _usage(manifest: Manifest) -> list[str]:
     measured = manifest.statistics or {}
-    return [
-        f"  codes        {measured['used']:,} of {measured['codes']:,} used in {measured['count']:,} positions, "
+    lines = [
+        f"  codes        {measured['used']:,} of {codes_in_words(measured)} used in {measured['count']:,} positions, "
         f"perplexity {measured['perplexity']:,.1f}, {measured['entropy_bits']:.2f} bits a position"
     ]
+    for number, book in enumerate(measured.get("codebooks", ()), start=1):
+        lines.append(
+            f"    codebook {number:<3d} {book['used']:,} used, perplexity {book['perplexity']:,.1f}, "
+            f"{book['entropy_bits']:.2f} bits a position"
+        )
+    return lines

@@ -101,7 +101,8 @@ class Encoder:
         check_frames(self.vae, size[0] if len(size) > 2 else 1)
         shape = latent_size(self.vae, *size)
         if self.identity.store == "indices":
-            shape = shape[1:]
+            books = self.identity.codebooks
+            shape = shape[1:] if books is None else (books, *shape[1:])
         dtype = SAFETENSORS_DTYPES[self.identity.dtype]
         views = self.identity.views
         specs = [TensorSpec(tensor_name(name, view), dtype, shape) for view in views for name in self._names]

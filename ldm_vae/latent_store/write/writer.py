@@ -144,20 +144,17 @@ def write_store(
     if tile is not None:
         check_tile(*tile, vae)
     check_own_tiles(vae)
-    kind, storage, codes = choose(vae, store, dtype)
     identity = Identity(
         encoder=encoder_fingerprint(vae),
         preprocessing=preprocessing_identity(source.decoding),
         resolution=resolutions,
-        store=kind,
-        dtype=storage,
+        **choose(vae, store, dtype),
         mixed_precision=mixed_precision,
         shard_size=shard_size,
         views=VIEW_SETS[views],
         bucket_step=bucket_step,
         tile=tile,
         pixels=pixels,
-        codes=codes,
         patch=family_of(vae).patch,
     )
     cutting = cutting_of(identity, vae)

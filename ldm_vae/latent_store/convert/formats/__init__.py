@@ -94,9 +94,10 @@ def found(path: Path, origin: Carried | Claim, sketches: Sequence[Sketch], notes
             raise WorkError(f"SRC {path}: its files do not all hold the same tensors in one type")
         identity = origin.identity(names, dtypes[0], [sketch.group for sketch in sketches])
     for sketch in sketches:
-        if (len(sketch.shape) == 2) != (identity.codes is not None):
+        rank = len(sketch.shape) - identity.axes
+        if rank not in (2, 3) or identity.codebooks not in (None, sketch.shape[0]):
             raise WorkError(f"{sketch.where}: has the shape {list(sketch.shape)}, which {identity.store} have not")
-        if (len(sketch.shape) == 4) != (len(sketch.group) == 4):
+        if (rank == 3) != (len(sketch.group) == 4):
             raise WorkError(
                 f"{sketch.where}: has latents {list(sketch.shape)}, and its rows say `clip_frames` otherwise"
             )
