@@ -31,6 +31,7 @@ from ldm_vae.core.request import Parser
 from ldm_vae.models.vq import Config as VQModelConfig
 
 NEEDS_TEACHER = ("drift",)
+OF_SOUNDS = ("multi_resolution_stft", "multi_scale_mel")  # no terms of images
 
 
 def network(kind: str) -> TrainableAutoencoder:
@@ -96,6 +97,8 @@ def main() -> None:
         raise UsageError(f"resolution: expected a multiple of 8 from 32 on, got {options.resolution}")
     print("| term | GFLOP an image | of the autoencoder's |\n|---|---|---|")
     for kind in config.options("ldm_vae.losses"):
+        if kind in OF_SOUNDS:
+            continue
         own, whole = count(kind, options.resolution)
         print(f"| {kind} | {own:.3g} | {own / whole:.2%} |")
     print(f"\nautoencoder, forward and backward: {whole:,.0f} GFLOP an image at {options.resolution} px")
