@@ -14,7 +14,7 @@ Tensors = dict[str, torch.Tensor]
 # the gradient of a key's bias is zero but for rounding (softmax does not see it), which Adam divides by itself
 KEYS = ("to_k.bias", "to_qkv.bias")
 
-# fifteen scenarios of 20 steps in one launch: a minute on a quiet machine, five where other work shares the cores
+# seventeen scenarios of 20 steps in one launch: a minute on a quiet machine, five where other work shares the cores
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
@@ -43,7 +43,18 @@ def distance(ours: Tensors, theirs: Tensors, prefix: str = "") -> float:
 
 @pytest.mark.parametrize(
     "scenario",
-    ["plain", "codebook", "controlled", "regularised", "accumulated", "game_2", "codes_2", "alpha_2", "clips_2"],
+    [
+        "plain",
+        "codebook",
+        "controlled",
+        "regularised",
+        "accumulated",
+        "game_2",
+        "codes_2",
+        "alpha_2",
+        "heads_2",
+        "clips_2",
+    ],
 )
 def test_one_process_and_two_are_the_same(results: Path, scenario: str) -> None:
     one, two, other = load(results, scenario)
