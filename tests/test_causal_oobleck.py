@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from repository import ROOT
 from sentences import refused
 
 from ldm_vae.autoencoder.causal_oobleck import CausalOobleck, Convolution, Past, State, Transposed
@@ -202,6 +204,15 @@ def test_its_option_builds_it_and_refuses_what_cannot_be() -> None:
         validate(Config, {"encoder_hidden_size": 8192}, "config")
     with refused(UsageError, "encode"):
         network.encode(torch.zeros(1, 2, 5))
+
+
+def test_the_documents_lines_run() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "audio.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = [block for block in blocks if "encode_part" in block]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["samples"].shape == (1, 1, 640)  # 480 samples at the end of 500 are one hop more, or two
+    assert len(names["before"]) > 1 and names["codec"].latency < 0.02
 
 
 def test_silence_and_loudness_stay_finite() -> None:

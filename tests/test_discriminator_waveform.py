@@ -3,12 +3,15 @@ step's gradients, micro-batches."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate import Accelerator
+from repository import ROOT
 from sentences import refused
 from torch import nn
 from two_heads import TwoHeads
@@ -17,7 +20,7 @@ from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.latents import posterior_noise
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core import rng
-from ldm_vae.core.config import validate
+from ldm_vae.core.config import options, validate
 from ldm_vae.core.errors import UsageError
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
 from ldm_vae.discriminators.waveform import Config, Waveform
@@ -197,6 +200,19 @@ def test_features_pull_the_reconstruction_and_not_the_discriminator() -> None:
     assert logs["adversary/feature_matching"].item() == pytest.approx(matching.item())
     assert logs["adversary/generator"].item() == pytest.approx(generator.item())
     assert all(one.grad is None for one in step.discriminator.parameters())
+
+
+def test_the_documents_game_can_be_played() -> None:
+    text = (ROOT / "docs" / "audio.md").read_text(encoding="utf-8")
+    found = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    critic = validate(Config, found["discriminator"], "docs")
+    assert critic == Config()  # the published heads
+    adversary = validate(AdversaryConfig, found["adversary"], "docs")
+    heads = len(critic.periods) + len(critic.windows)
+    maps = 5 * len(critic.periods) + 25 * len(critic.windows)
+    # Descript's 1 and 2, of sums
+    assert adversary.weight / heads == 1 and adversary.weight * adversary.feature_matching / maps == 2
+    assert {*found["losses"]} <= {*options("ldm_vae.losses")}
 
 
 def test_what_cannot_be_is_one_sentence() -> None:
