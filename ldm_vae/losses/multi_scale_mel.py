@@ -70,7 +70,3 @@ class Config(TermConfig):
 
     def build(self) -> MultiScaleMel:
         return MultiScaleMel(self.sample_rate, self.windows, self.bands)
-
-    def outline(self) -> MultiScaleMel:
-        # its cost, and its room, do not depend on the rate
-        return MultiScaleMel(self.sample_rate or 44_100, self.windows, self.bands)
