@@ -132,9 +132,9 @@ def test_each_signal_has_its_names() -> None:
 
 def test_a_missing_package_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
-    absent = {"pystoi", "pesq"}
+    absent = {"pystoi", "pesq", "torchaudio"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else found(name))
-    for metric in build_metrics(["stoi", "pesq"], torch.device("cpu"), 0, sample_rate=RATE):
+    for metric in build_metrics(["stoi", "pesq", "mel_distance"], torch.device("cpu"), 0, sample_rate=RATE):
         assert str(metric.compute()) == "not installed: pip install 'ldm-vae[audio,speech]'"
 
 

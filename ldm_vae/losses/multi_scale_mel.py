@@ -14,7 +14,7 @@ from torch import nn
 
 from ldm_vae.core.errors import UsageError
 from ldm_vae.losses import TermConfig
-from ldm_vae.perceptual.spectrogram import MEL_BANDS, MEL_WINDOWS, mel_distances
+from ldm_vae.perceptual.spectrogram import MEL_BANDS, MEL_WINDOWS, MelDistance
 
 NAME = "losses.multi_scale_mel"
 
@@ -26,22 +26,25 @@ class MultiScaleMel(nn.Module):
 
     def __init__(self, rate: int | None, windows: tuple[int, ...], bands: tuple[int, ...]) -> None:
         super().__init__()
-        self.rate, self.windows, self.bands = rate, windows, bands
+        self.rate, self.shape = rate, (windows, bands)
+        self.distance = None if rate is None else MelDistance(rate, *self.shape)
 
     def attach(self, network: Any) -> None:
         """Take the rate of the model, where the config names none."""
         config = getattr(network.vae, "config", {})
-        own = config.get("sampling_rate", config.get("sample_rate"))
+        own: int | None = config.get("sampling_rate", config.get("sample_rate"))
         if own is None and self.rate is None:
             raise UsageError(f"{NAME}.sample_rate: is missing, and {type(network.vae).__name__} names none")
         if own is not None and self.rate not in (None, own):
             raise UsageError(f"{NAME}.sample_rate: expected {own}, that of the model, got {self.rate}")
-        self.rate = self.rate or own
+        if self.rate is None and own is not None:
+            self.rate, self.distance = own, MelDistance(own, *self.shape)
 
     def forward(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        if self.rate is None:
+        if self.distance is None:
             raise UsageError(f"{NAME}.sample_rate: is missing; expected hertz, or a model that names them")
-        return mel_distances(pixels, target, self.rate, NAME, self.windows, self.bands).mean()
+        distance: torch.Tensor = self.distance(pixels, target, NAME).mean()
+        return distance
 
 
 class Config(TermConfig):

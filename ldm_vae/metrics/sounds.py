@@ -26,9 +26,14 @@ import torch
 from ldm_vae.metrics.metric import Better, ImageMetric, Metric, Unmeasured
 from ldm_vae.metrics.protocol import Pair
 from ldm_vae.metrics.running import Summary
-from ldm_vae.perceptual.spectrogram import MEL_FLOOR, mel_distances, transform
+from ldm_vae.perceptual.spectrogram import MEL_FLOOR, MelDistance, transform
 
 NAMES = ("si_sdr", "snr", "log_spectral_distance", "mel_distance", "stoi", "pesq")
+NEEDS = {
+    "mel_distance": ("torchaudio",),
+    "stoi": ("torchmetrics", "pystoi"),
+    "pesq": ("torchmetrics", "torchaudio", "pesq"),
+}
 LIMIT = 100.0  # dB, so that no mean is infinite and JSON holds no inf
 WINDOW = 2048  # samples, of the log-spectral distance; four overlap
 PESQ_RATE = 16_000  # Hz of wideband PESQ
@@ -49,19 +54,19 @@ class SoundMetric(ImageMetric):
 
 def build(name: str, rate: int) -> Metric:
     """Build one of NAMES, of sounds at `rate` Hz."""
-    if name in ("stoi", "pesq"):
-        needed = ("torchmetrics", "torchaudio", "pystoi" if name == "stoi" else "pesq")
-        if any(importlib.util.find_spec(package) is None for package in needed):
-            return Unmeasured(name, "higher", "not installed: pip install 'ldm-vae[audio,speech]'")
+    better: Better = "lower" if name.endswith("distance") else "higher"
+    if any(importlib.util.find_spec(package) is None for package in NEEDS.get(name, ())):
+        return Unmeasured(name, better, "not installed: pip install 'ldm-vae[audio,speech]'")
     measures: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
         "si_sdr": si_sdr,
         "snr": snr,
         "log_spectral_distance": log_spectral_distance,
-        "mel_distance": lambda x, y: mel_distances(x.double(), y.double(), rate, "mel_distance"),
         "stoi": lambda x, y: _by_channel(stoi, x, y, rate),
         "pesq": lambda x, y: _by_channel(pesq, x, y, rate),
     }
-    better: Better = "lower" if name.endswith("distance") else "higher"
+    if name == "mel_distance":
+        mel = MelDistance(rate).double()
+        measures[name] = lambda x, y: mel(x.double(), y.double(), name)
     return SoundMetric(name, better, lambda pair: measures[name](pair.raw_original, pair.raw_reconstruction))
 
 

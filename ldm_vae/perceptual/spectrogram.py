@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
 
 from ldm_vae.autoencoder.latents import at_least_fp32
 from ldm_vae.core.errors import UsageError
@@ -49,28 +50,30 @@ def mel_bands(rate: int, window: int, bands: int) -> torch.Tensor:
     return weights.T
 
 
+class MelDistance(nn.Module):
+    """Mean absolute difference of log10 mel spectrograms of sounds, summed over windows, as Descript Audio Codec's
+    MelSpectrogramLoss has it; the windows of a spectrogram overlap by three quarters."""
+
+    def __init__(self, rate: int, windows: Sequence[int] = MEL_WINDOWS, bands: Sequence[int] = MEL_BANDS) -> None:
+        """rate: of the sounds, in hertz."""
+        super().__init__()
+        self.windows = tuple(windows)
+        for place, (window, count) in enumerate(zip(windows, bands, strict=True)):
+            self.register_buffer(f"bands_{place}", mel_bands(rate, window, count), persistent=False)
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor, field: str) -> torch.Tensor:
+        """Two of [B, C, L] => [B]; `field` opens the sentence of an error."""
+
+        def differences() -> Iterator[torch.Tensor]:
+            for window, weights in zip(self.windows, self.buffers(), strict=True):
+                pair = (_log_mel(sounds, weights, window, field) for sounds in (one, other))
+                yield torch.sub(*pair).abs().flatten(1).mean(dim=1)
+
+        return torch.stack([*differences()]).sum(dim=0)
+
+
 def _log_mel(sounds: torch.Tensor, weights: torch.Tensor, window: int, field: str) -> torch.Tensor:
-    """sounds [B, C, L] => log10 of their magnitudes in mel bands [B, C, M, T], floored; four windows overlap."""
+    """sounds [B, C, L] => log10 of their magnitudes in mel bands [B, C, M, T], floored."""
     magnitudes = transform(sounds, window, window // 4, window, field).abs()
     with torch.autocast(sounds.device.type, enabled=False):
         return (weights.to(magnitudes) @ magnitudes).clamp(min=MEL_FLOOR).log10()
-
-
-def mel_distances(
-    one: torch.Tensor,
-    other: torch.Tensor,
-    rate: int,
-    field: str,
-    windows: Sequence[int] = MEL_WINDOWS,
-    bands: Sequence[int] = MEL_BANDS,
-) -> torch.Tensor:
-    """Sounds [B, C, L] at `rate` Hz => [B]: the mean absolute difference of their log mel spectrograms, summed over the
-    windows, as Descript Audio Codec's MelSpectrogramLoss has it."""
-
-    def differences() -> Iterator[torch.Tensor]:
-        for window, count in zip(windows, bands, strict=True):
-            weights = mel_bands(rate, window, count)
-            pair = (_log_mel(sounds, weights, window, field) for sounds in (one, other))
-            yield torch.sub(*pair).abs().flatten(1).mean(dim=1)
-
-    return torch.stack([*differences()]).sum(dim=0)
