@@ -32,6 +32,7 @@ from ldm_vae.models.vq import Config as VQModelConfig
 
 NEEDS_TEACHER = ("drift",)
 BITS = 18  # of the codes of code_entropy: MAGVIT-v2's
+OF_SOUNDS = ("multi_resolution_stft", "multi_scale_mel")  # no terms of images
 
 
 def network(kind: str) -> TrainableAutoencoder:
@@ -98,6 +99,8 @@ def main() -> None:
         raise UsageError(f"resolution: expected a multiple of 8 from 32 on, got {options.resolution}")
     print("| term | GFLOP an image | of the autoencoder's |\n|---|---|---|")
     for kind in config.options("ldm_vae.losses"):
+        if kind in OF_SOUNDS:
+            continue
         own, whole = count(kind, options.resolution)
         print(f"| {kind} | {own:.3g} | {own / whole:.2%} |")
     print(f"\nautoencoder, forward and backward: {whole:,.0f} GFLOP an image at {options.resolution} px")

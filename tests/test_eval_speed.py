@@ -18,7 +18,21 @@ from PIL import Image
 from sentences import refused
 
 from eval.speed import __main__ as speed
-from eval.speed import checkpointing, data, encode, gpu, grow, plot, quality, start, store, timing, variants, video
+from eval.speed import (
+    checkpointing,
+    codec,
+    data,
+    encode,
+    gpu,
+    grow,
+    plot,
+    quality,
+    start,
+    store,
+    timing,
+    variants,
+    video,
+)
 from eval.speed.networks import NETWORKS
 from eval.speed.recipes import Workload
 from eval.speed.synthetic_store import write_empty, write_sparse, write_synthetic
@@ -86,6 +100,19 @@ def test_speed_video_decodes_the_same_frames(
     rows = {result["name"]: result.get("ratio", {}).get("to") for result in found}
     assert rows == {"plain_video_loop": None, "video": "plain_video_loop", "bare_av": None, "clip_decode": "bare_av"}
     assert all(result["frames_per_s"] > 0 for result in found) and "frames/s" in capsys.readouterr().out
+
+
+def test_speed_codec_compares_with_the_time_that_a_sound_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "SECONDS", 1)
+    monkeypatch.setattr(sys, "argv", ["eval.speed", "codec", "--output", str(tmp_path / "out"), "--rounds", "1"])
+    threads = torch.get_num_threads()
+    speed.main()
+    assert torch.get_num_threads() == threads
+    found = {row["name"]: row for row in json.loads((tmp_path / "out" / "speed.json").read_text())["results"]}
+    assert [*found] == ["codec_whole", "codec_4_hops", "codec_hop"]
+    for row in found.values():
+        assert row["ratio"]["to"] == "real_time" and row["ratio"]["median"] == pytest.approx(1 / row["median_s"])
+        assert row["parameters"] == 2_036_225 and row["latency_s"] == pytest.approx(320 / 24_000)
 
 
 def test_rounds_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

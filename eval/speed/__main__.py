@@ -24,6 +24,7 @@ from ldm_vae.core.request import Parser
 
 from . import (
     checkpointing,
+    codec,
     compiled,
     data,
     denoisers,
@@ -118,6 +119,10 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], list[dict[str, A
     "video": (
         "clips decoded, cropped and batched per core, beside bare PyAV and a plain loop",
         video.run,
+    ),
+    "codec": (
+        "the causal streaming codec on one core, in whole and hop by hop, beside the time that its sounds last",
+        codec.run,
     ),
     "grow": (
         "a training step as resolution, batch and processes grow: seconds and memory",

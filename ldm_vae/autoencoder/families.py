@@ -112,6 +112,7 @@ FAMILIES: dict[str, Family] = {
     "MMAudioVocoder": _AUDIO,
     "MiniMaxMusic3Vocoder": _AUDIO,
     "RFD4ProteinaAutoencoder": _OTHER,
+    "CausalOobleck": Family("audio", law="inside"),  # of ours
 }
 
 

@@ -7,6 +7,8 @@ A file holds `Config(TermConfig)` whose `build` gives a module with an attribute
              background, C = 3: ldm_vae/data/alpha.py);
 - "clips":   the same of clips [B, C, T, H, W] where the others see their frames as images [B*T, C, H, W]; a run without
              clips is refused, one-frame clips among longer ones are not;
+- "sounds":  the same of sounds [B, C, L], L samples; terms of "pixels" that are no terms of images alone (l1, l2,
+             charbonnier) take them too;
 - "latents": forward(reconstruction: ldm_vae.autoencoder.trainable.Reconstruction) -> scalar.
 
 It may further have

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -110,14 +111,16 @@ def measure(
     *,
     metrics: Sequence[str] = ("psnr", "ssim", "lpips_alex"),
     alpha: bool = False,
+    sample_rate: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Measure pairs of images or clips at hand, by the pinned protocol: values [B], fp64, for each metric.
+    """Measure pairs of images, clips or sounds at hand, by the pinned protocol: values [B], fp64, for each metric.
 
     Args:
         original, reconstruction: pixels [B, C, H, W] or [B, C, T, H, W] in [-1, 1] on one device; what lies beyond is
-            clamped in the reconstruction, and both are rounded to 8 bits first.
+            clamped in the reconstruction, and both are rounded to 8 bits first. Or samples [B, C, L], as they are.
         metrics: names of `ldm_vae.metrics.select.NAMES` that are of single images, or dotted paths of your modules.
         alpha: the fourth channel is straight alpha.
+        sample_rate: of sounds, in hertz. A sound without speech has NaN for stoi and pesq.
 
     Raises:
         UsageError: other shapes, originals beyond [-1, 1], no such metric, or one of whole sets.
@@ -129,18 +132,20 @@ def measure(
     >>> measure(grey, grey + 2 / 255, metrics=["psnr"])["psnr"].round(decimals=2)
     tensor([48.1300, 48.1300], dtype=torch.float64)
     """
-    if original.ndim not in (4, 5) or original.shape != reconstruction.shape or not len(original):
+    shapes = ("[B, C, H, W] or [B, C, T, H, W]", (4, 5)) if sample_rate is None else ("[B, C, L] of sounds", (3,))
+    if original.ndim not in shapes[1] or original.shape != reconstruction.shape or not original.numel():
         came = f"{tuple(original.shape)} and {tuple(reconstruction.shape)}"
-        raise UsageError(
-            f"original, reconstruction: expected two tensors of one shape [B, C, H, W] or [B, C, T, H, W], got {came}"
-        )
+        raise UsageError(f"original, reconstruction: expected two tensors of one shape {shapes[0]}, got {came}")
     least, most = (float(one) for one in original.aminmax())
-    if not -1 <= least <= most <= 1:
+    if sample_rate is None and not -1 <= least <= most <= 1:
         raise UsageError(f"original: expected pixels in [-1, 1], got values from {least:g} to {most:g}")
+    if sample_rate is not None and not (original.isfinite().all() and reconstruction.isfinite().all()):
+        raise UsageError("original, reconstruction: expected finite samples, got NaN or infinity")
     pair = PINNED.pair(original, reconstruction, alpha=alpha)
     found: dict[str, torch.Tensor] = {}
     clips = pair.frames > 1
-    for metric in build_metrics(metrics, original.device, min(original.shape[-2:]), alpha=alpha, clips=clips):
+    side = min(original.shape[-2:])
+    for metric in build_metrics(metrics, original.device, side, alpha=alpha, clips=clips, sample_rate=sample_rate):
         if (values := metric.update(pair)) is None:
             raise UsageError(f"metrics: {metric.name} is of whole sets of images; `evaluate` measures it")
         found[metric.name] = values
@@ -277,6 +282,8 @@ class Worst:
         if self.by not in values:
             return
         for index, value in zip(indices, values[self.by].tolist(), strict=True):
+            if math.isnan(value):  # of a sound that has no such number
+                continue
             # of equally bad ones the lower index stays, whatever the order in which they come
             heapq.heappush(self.heap, (self.sign * value, -index))
             if len(self.heap) > WORST:

@@ -13,7 +13,7 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.core.text import not_among
 from ldm_vae.core.validation import first_line
 from ldm_vae.metrics import alpha as of_alpha
-from ldm_vae.metrics import cmmd, delta_e, kid, l1, lpips, ms_ssim, psnr, ssim, temporal
+from ldm_vae.metrics import cmmd, delta_e, kid, l1, lpips, ms_ssim, psnr, sounds, ssim, temporal
 from ldm_vae.metrics.frechet import FrechetDistance
 from ldm_vae.metrics.metric import Metric, Unmeasured
 from ldm_vae.metrics.protocol import PINNED, Protocol
@@ -25,10 +25,9 @@ NAMES = tuple(TITLES)
 
 
 def default_names(alpha: bool, clips: bool = False) -> tuple[str, ...]:
-    """All that can be measured of images or clips, with or without alpha."""
-    return tuple(
-        name for name in NAMES if (alpha or name not in of_alpha.NAMES) and (clips or name not in temporal.NAMES)
-    )
+    """All that can be measured of images or clips, with or without alpha; `sounds.NAMES` are those of sounds."""
+    left_out = {*sounds.NAMES, *(() if alpha else of_alpha.NAMES), *(() if clips else temporal.NAMES)}
+    return tuple(name for name in NAMES if name not in left_out)
 
 
 @dataclass(frozen=True)
@@ -59,18 +58,24 @@ def build_metrics(
     protocol: Protocol = PINNED,
     alpha: bool = False,
     clips: bool = False,
+    sample_rate: int | None = None,
 ) -> list[Metric]:
     """The metrics of `names`, ready to update; one whose network is not there has a row that says so.
 
     Args:
         alpha: the images have alpha.
         clips: they may have several frames.
+        sample_rate: of sounds, in hertz; None: of images or clips. A resolution says nothing of sounds.
 
     Raises:
         UsageError: see `check`; a module of somebody's own gives no metric.
         WorkError: the weights of a network that was named or that LPIPS needs cannot be had.
     """
-    check(names, resolution)
+    check(names, resolution if sample_rate is None else None)
+    for name in (name for name in names if "." not in name):
+        if (name in sounds.NAMES) != (sample_rate is not None):
+            expected = f"is of images; of sounds there are {', '.join(sounds.NAMES)}"
+            raise UsageError(f"metrics: {name}: {'expected sounds' if sample_rate is None else expected}")
     if not alpha and (named := [name for name in names if name in of_alpha.NAMES]):
         raise UsageError(f"metrics: {named[0]}: expected images with alpha; `--alpha straight` says that they have it")
     if not clips and (named := [name for name in names if name in temporal.NAMES]):
@@ -88,6 +93,8 @@ def build_metrics(
         "lpips_vgg": lambda: lpips.build("vgg", device, weights.lpips, protocol),
     }
     metrics: dict[str, Metric] = {name: build() for name, build in per_image.items() if name in names}
+    if sample_rate is not None:
+        metrics = {name: sounds.build(name, sample_rate) for name in sounds.NAMES if name in names}
     if "ms_ssim" in names:
         too_small = Unmeasured("ms_ssim", "higher", f"needs {ms_ssim.SMALLEST} px or more")
         metrics["ms_ssim"] = too_small if resolution < ms_ssim.SMALLEST else ms_ssim.build()

@@ -39,6 +39,14 @@ TITLES = {
     "flicker": Title(
         "Flicker", "grey levels", 2, "lower", "RMS change of the error from frame to frame; 0 for one that stays."
     ),
+    "si_sdr": Title("SI-SDR", "dB", 2, "higher", "Signal to distortion of the best scale; blind to loudness."),
+    "snr": Title("SNR", "dB", 2, "higher", "Signal to error, sample by sample."),
+    "log_spectral_distance": Title(
+        "Log-spectral distance", "dB", 2, "lower", "RMS difference of log spectra, mean over frames."
+    ),
+    "mel_distance": Title("Mel distance", "", 3, "lower", "Mean difference of log mel spectrograms of seven windows."),
+    "stoi": Title("STOI", "", 3, "higher", "Intelligibility of speech; 1 is identical."),
+    "pesq": Title("PESQ", "", 2, "higher", "Predicted opinion of speech, wideband, 1.04 to 4.64."),
     "rfid": Title("rFID", "", 3, "lower", "Fréchet distance in Inception features (2015-12-05)."),
     "kid": Title("KID", "× 1000", 3, "lower", "Kernel distance in Inception features, mean over random subsets."),
     "fd_dinov2": Title("FD DINOv2", "", 2, "lower", "Fréchet distance in DINOv2 features."),

@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import torch
 
+from ldm_vae.discriminators import Logits, per_head
 from ldm_vae.metrics.titles import ValidationMetric
 from ldm_vae.run import checkpoint
 from ldm_vae.training.adaptive_weight import LARGEST
@@ -34,17 +35,18 @@ METRICS = get_args(ValidationMetric)
 Line = Mapping[str, Any]
 
 
-def logit_statistics(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Share of real and of fake patches that the discriminator gets right, and the margin between the two means.
+@torch.no_grad()
+def logit_statistics(real_logits: Logits, fake_logits: Logits, boundary: float = 0.0) -> dict[str, torch.Tensor]:
+    """Share of real and of fake patches that the discriminator gets right, and the margin between the two means; of
+    several heads the mean. Above the boundary is real.
 
     Both shares near 1 and a growing margin: the discriminator has won, and its gradient says nothing more. Both near
     0.5: it has learned nothing yet.
     """
-    real, fake = real_logits.detach(), fake_logits.detach()
     return {
-        "health/real_accuracy": (real > 0).float().mean(),
-        "health/fake_accuracy": (fake < 0).float().mean(),
-        "health/logit_margin": real.mean() - fake.mean(),
+        "health/real_accuracy": per_head(lambda real: (real > boundary).float().mean(), real_logits),
+        "health/fake_accuracy": per_head(lambda fake: (fake < boundary).float().mean(), fake_logits),
+        "health/logit_margin": per_head(lambda real, fake: real.mean() - fake.mean(), real_logits, fake_logits),
     }
 
 

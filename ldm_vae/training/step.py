@@ -21,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
+from ldm_vae.core.errors import UsageError
+from ldm_vae.discriminators import heads_of
 from ldm_vae.run.optim import trainable_parameters
 from ldm_vae.training.adaptive_weight import adaptive_ratio
 from ldm_vae.training.adversary import Adversary
@@ -42,6 +44,14 @@ class TrainingStep:
     discriminator_optimizer: Any = None
     max_grad_norm: float | None = None
     skip_nan: bool = False
+
+    def __post_init__(self) -> None:
+        wants, critic = self.adversary.config.feature_matching, self.discriminator
+        if wants and critic is not None and not getattr(self._critic, "gives_features", False):
+            raise UsageError(
+                f"adversary.feature_matching: expected a discriminator that gives its features (kind waveform), or 0; "
+                f"{type(self._critic).__name__} gives logits alone"
+            )
 
     def __call__(
         self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0, stored: Moments | None = None
@@ -110,18 +120,28 @@ class TrainingStep:
     ) -> tuple[torch.Tensor, Logs]:
         # with respect to the pixels only: no gradient reaches the discriminator's weights, and unwrapped, so that DDP
         # does not wait for any
-        loss = self.adversary.generator_loss(self._critic(reconstruction.seen(pixels, self._judged)))
-        (cotangent,) = torch.autograd.grad(loss, pixels)
+        loss, matching = self._generator_losses(reconstruction, pixels)
+        (cotangent,) = torch.autograd.grad(loss + sum(matching.values()), pixels)
         weight = loss.new_full((), self.adversary.config.weight)  # no copy from the host
         if self.adversary.config.adaptive:
             layer = self._network.last_layer
             weight = weight * adaptive_ratio(self.accelerator, layer, reconstruction, pixel_cotangent, cotangent)
-        logs = {
+        logs = {name: value.detach() for name, value in matching.items()} | {
             "adversary/generator": loss.detach(),
             "adversary/weight": weight,
             "adversary/weight_on_sums": weight * pixels[0].numel(),  # compares with the logs of latent-diffusion
         }
         return weight * cotangent, logs
+
+    def _generator_losses(self, reconstruction: Reconstruction, pixels: torch.Tensor) -> tuple[torch.Tensor, Logs]:
+        fake = reconstruction.seen(pixels, self._judged)
+        if not self.adversary.config.feature_matching:
+            return self.adversary.generator_loss(self._critic(fake)), {}
+        logits, features = self._critic(fake, features=True)
+        with torch.no_grad():  # of the original only the values
+            _, wanted = self._critic(reconstruction.seen(reconstruction.target, self._judged), features=True)
+        matching = self.adversary.feature_matching(wanted, features)
+        return self.adversary.generator_loss(logits), {"adversary/feature_matching": matching}
 
     def _discriminator(self, reconstruction: Reconstruction, images_seen: int) -> Logs:
         assert self.discriminator is not None
@@ -137,9 +157,11 @@ class TrainingStep:
         attention = sdpa_kernel(SDPBackend.MATH) if r1_due else contextlib.nullcontext()
         # one forward over both halves: DDP allows one per backward, and the default group norm does not mix images
         with attention:
-            real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
+            heads = heads_of(self.discriminator(torch.cat([real, fake])))
+        real_logits, fake_logits = zip(*(head.chunk(2) for head in heads), strict=True)
         loss = self.adversary.discriminator_loss(real_logits, fake_logits)
-        logs = {"adversary/discriminator": loss.detach()} | logit_statistics(real_logits, fake_logits)
+        logs = {"adversary/discriminator": loss.detach()}
+        logs |= logit_statistics(real_logits, fake_logits, self.adversary.boundary)
         if r1_due:
             penalty = self.adversary.r1(real, real_logits)
             loss, logs = loss + penalty, logs | {"adversary/r1": penalty.detach()}

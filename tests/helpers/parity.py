@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tiny_classes import tiny
+from two_heads import TwoHeads
 
 from ldm_vae.autoencoder.codebooks import put_beside
 from ldm_vae.autoencoder.config import AutoencoderConfig
@@ -72,6 +73,8 @@ def train(
         {"l1": L1(), **(terms or ({"commitment": Commitment()} if codebook else continuous))}
     ).double()
     critic = PatchGAN(width=8, layers=1, dimensions=3 if clips else 2).build().double()
+    if adversary.get("feature_matching"):
+        critic = TwoHeads().double()
     optimizers = [
         torch.optim.Adam(trainable_parameters(modules), lr=1e-3, betas=(0.5, 0.9), eps=1e-12)
         for modules in ((network, objective), (critic,))
@@ -83,7 +86,7 @@ def train(
         objective,
         accelerator.prepare(optimizers[0]),
         # with hinge and no logit beyond 1 the critic's last bias has a gradient of rounding alone, which Adam magnifies
-        Adversary(AdversaryConfig(weight=0.5, loss="non_saturating", **adversary)).double(),
+        Adversary(AdversaryConfig(**{"weight": 0.5, "loss": "non_saturating"} | adversary)).double(),
         discriminator,
         accelerator.prepare(optimizers[1]),
     )
@@ -137,6 +140,8 @@ def main() -> None:
                 ("codes", {"codebook": followed}),
                 ("residual", {"beside": residual, "terms": {"commitment": Commitment()}}),
                 ("alpha", {"alpha": True, "terms": {"alpha": Alpha()}}),
+                # several heads, whose features pull
+                ("heads", regularisers | {"loss": "least_squares", "feature_matching": 3.0}),
                 # 3-D discriminator, a term of clips and one that chooses frames
                 ("clips", regularisers | {"clips": True, "terms": of_clips}),
             )

@@ -14,6 +14,7 @@ from diffusers.models import autoencoders
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ldm_vae.autoencoder.causal_oobleck import CausalOobleck
 from ldm_vae.autoencoder.codebooks import CONFIG as QUANTIZER
 from ldm_vae.autoencoder.codebooks import WEIGHTS as BOOKS
 from ldm_vae.autoencoder.families import family_of
@@ -91,9 +92,9 @@ def class_of(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] |
 
 
 def _autoencoder(name: str) -> Any:
-    """The autoencoder class of that name: diffusers', else one that a module of the user's own has defined by now; None
-    where there is none."""
-    found = getattr(autoencoders, name, None)
+    """The autoencoder class of that name: diffusers', ours, else one that a module of the user's own has defined by
+    now; None where there is none."""
+    found = getattr(autoencoders, name, {"CausalOobleck": CausalOobleck}.get(name))
     if isinstance(found, type):
         return found
     return next(

@@ -1,0 +1,79 @@
+"""Spectrograms of sounds, for losses and metrics: magnitudes of short-time Fourier transforms, and their mel bands.
+
+Legend: B batch, C channels of a sound, L samples, N samples of a window, F = N / 2 + 1 frequencies, T frames, M mel
+bands.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from ldm_vae.autoencoder.latents import at_least_fp32
+from ldm_vae.core.errors import UsageError
+
+MEL_WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)  # samples; Descript Audio Codec (Kumar et al. 2023), section 3.4
+MEL_BANDS = (5, 10, 20, 40, 80, 160, 320)  # of each of them
+MEL_FLOOR = 1e-5  # of a magnitude before its logarithm is taken: five powers of ten below a full scale of 1
+
+
+def transform(sounds: torch.Tensor, size: int, hop: int, window: int, field: str) -> torch.Tensor:
+    """sounds [B, C, L] => complex [B, C, F, T], of at least single precision whatever the autocast: a Hann window of
+    `window` samples in frames of `size`, every `hop` samples; both ends are reflected.
+
+    Raises:
+        UsageError: sounds without as many samples as a reflection takes; `field` opens the sentence.
+    """
+    if sounds.ndim != 3 or sounds.shape[-1] <= size // 2:
+        came = tuple(sounds.shape)
+        raise UsageError(f"{field}: expected sounds [B, C, L] of more than {size // 2} samples L, got {came}")
+    flat = at_least_fp32(sounds).flatten(0, 1)
+    shape = torch.hann_window(window, dtype=flat.dtype, device=flat.device)
+    with torch.autocast(sounds.device.type, enabled=False):
+        found = torch.stft(flat, size, hop, window, shape, return_complex=True)
+    return found.view(*sounds.shape[:2], *found.shape[1:])
+
+
+def mel_bands(rate: int, window: int, bands: int) -> torch.Tensor:
+    """Weights [M, F] of the mel bands from 0 to rate / 2 Hz, of Slaney's scale and of area 1: librosa's."""
+    try:
+        from torchaudio.functional import melscale_fbanks  # only who measures sounds loads its package
+    except ImportError as error:
+        raise UsageError("sounds: mel spectrograms need torchaudio: pip install 'ldm-vae[audio]'") from error
+    with warnings.catch_warnings():
+        # of 320 bands in 1025 frequencies the lowest lie between two of them, in the published sizes too
+        warnings.filterwarnings("ignore", message="At least one mel filterbank has all zero values")
+        weights: torch.Tensor = melscale_fbanks(window // 2 + 1, 0.0, rate / 2, bands, rate, "slaney", "slaney")
+    return weights.T
+
+
+class MelDistance(nn.Module):
+    """Mean absolute difference of log10 mel spectrograms of sounds, summed over windows, as Descript Audio Codec's
+    MelSpectrogramLoss has it; the windows of a spectrogram overlap by three quarters."""
+
+    def __init__(self, rate: int, windows: Sequence[int] = MEL_WINDOWS, bands: Sequence[int] = MEL_BANDS) -> None:
+        """rate: of the sounds, in hertz."""
+        super().__init__()
+        self.windows = tuple(windows)
+        for place, (window, count) in enumerate(zip(windows, bands, strict=True)):
+            self.register_buffer(f"bands_{place}", mel_bands(rate, window, count), persistent=False)
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor, field: str) -> torch.Tensor:
+        """Two of [B, C, L] => [B]; `field` opens the sentence of an error."""
+
+        def differences() -> Iterator[torch.Tensor]:
+            for window, weights in zip(self.windows, self.buffers(), strict=True):
+                pair = (_log_mel(sounds, weights, window, field) for sounds in (one, other))
+                yield torch.sub(*pair).abs().flatten(1).mean(dim=1)
+
+        return torch.stack([*differences()]).sum(dim=0)
+
+
+def _log_mel(sounds: torch.Tensor, weights: torch.Tensor, window: int, field: str) -> torch.Tensor:
+    """sounds [B, C, L] => log10 of their magnitudes in mel bands [B, C, M, T], floored."""
+    magnitudes = transform(sounds, window, window // 4, window, field).abs()
+    with torch.autocast(sounds.device.type, enabled=False):
+        return (weights.to(magnitudes) @ magnitudes).clamp(min=MEL_FLOOR).log10()
