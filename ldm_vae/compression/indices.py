@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm_vae.autoencoder import finite, latents
+from ldm_vae.autoencoder.codebooks import codes_of
 from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerprint, fingerprint
 from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.compression.entropy_coder import (
@@ -32,7 +33,6 @@ from ldm_vae.compression.entropy_coder import (
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.progress import Progress
 from ldm_vae.data.transforms import to_pixels, to_uint8
-from ldm_vae.latent_store.format.codes import choose
 from ldm_vae.prior.generator import CodeGenerator
 from ldm_vae.prior.order import from_steps, to_steps
 from ldm_vae.priors.transformer import Causal, Walk
@@ -50,9 +50,10 @@ class Indices:
     def __init__(self, generator: CodeGenerator, name: str) -> None:
         """Raises UsageError for a prior without a likelihood, with classes, of clips, or of another codebook."""
         self.generator, self.vae = generator, generator.vae
-        place, (_, _, codes) = f"--prior {name}", choose(self.vae, None, None)
-        if codes != generator.codes:
-            raise UsageError(f"{place}: is of {generator.codes} codes, and --vae has {codes or 'none'}")
+        place, (books, codes) = f"--prior {name}", codes_of(self.vae) or (None, 0)
+        if (books or 1, codes) != (generator.shape[0], generator.codes):
+            wanted, there = _in_words(generator.shape[0], generator.codes), _in_words(books, codes)
+            raise UsageError(f"{place}: is of {wanted} codes, and --vae has {there}")
         if not isinstance(generator.prior, Causal):
             raise UsageError(
                 f"{place}: kind {generator.model.kind} gives a bound and no likelihood to code with; expected kind "
@@ -120,7 +121,7 @@ class Indices:
         )
         pixels = F.pad(to_pixels(image)[None], (0, right, 0, below), mode="replicate")
         indices = latents.nearest_codes(self.vae, finite.encode(self.vae, pixels).mean)
-        # a VQModel's are of one codebook
+        # a VQModel's [1, h, w] are of one codebook
         whole = indices.view(1, self.generator.shape[0], rows, h, columns, w)
         return whole[0].permute(1, 3, 0, 2, 4).flatten(0, 1)
 
@@ -146,3 +147,7 @@ class Indices:
                 steps.append(before)
             found.append(from_steps(torch.stack(steps, dim=1), places))
         return torch.cat(found).view(-1, *self.generator.shape)
+
+
+def _in_words(books: int | None, codes: int) -> str:
+    return f"{books} x {codes}" if (books or 1) > 1 else str(codes or "none")
