@@ -105,7 +105,7 @@ def draw(found: Json, path: Path) -> None:
         axes[0].scatter(*zip(*points, strict=True), s=12, color=colour, label=label)
     axes[0].set_xticks(range(len(betas)), [f"{beta:g}" for beta in betas])
     axes[0].set_xlabel("beta")
-    axes[0].set_ylim(0, None)
+    axes[0].set_ylim(0, 1.4 * axes[0].dataLim.y1)  # room for the legend
     axes[0].set_title("mutual information gap", fontsize=9, loc="left")
     axes[0].legend(fontsize=9)
     ordered = sorted(found["runs"], key=lambda one: one["mig"])
