@@ -22,6 +22,7 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.transforms import to_pixels, to_uint8
 from ldm_vae.prior.generator import CodeGenerator
 from ldm_vae.priors.masked import Config as MaskedConfig
+from ldm_vae.priors.transformer import Causal
 from ldm_vae.priors.transformer import Config as TransformerConfig
 
 
@@ -62,9 +63,12 @@ def test_two_hundred_images_take_the_bits_of_the_prior_and_their_indices_come_ba
 
 @pytest.mark.parametrize("order", ["raster", "delay"])
 def test_of_several_codebooks_each_order_is_coded(place: Path, tmp_path: Path, order: str) -> None:
-    """No class of diffusers gives them: the crops are drawn."""
+    """A VQModel has one codebook: the crops of three are drawn."""
     model = TransformerConfig(order=order, num_layers=1, num_attention_heads=2, attention_head_dim=4)
-    codec = Indices(write_prior(tmp_path / "run", place / "vae", model, shape=(3, 2, 2)), "run")
+    codec = Indices(CodeGenerator.load(place / "run", load_autoencoder(place / "vae")), "run")
+    codec.generator = write_prior(tmp_path / "run", place / "vae", model, shape=(3, 2, 2))
+    assert isinstance(codec.generator.prior, Causal)
+    codec.prior = codec.generator.prior
     count = LANES + 3
     crops = torch.randint(16, (count, 3, 2, 2), generator=torch.Generator().manual_seed(0))
     codec.crops = lambda _: crops  # type: ignore[method-assign]

@@ -66,7 +66,10 @@ class Header(Section):
         for name in names:
             plain = name.isprintable() and "\\" not in name and ":" not in name[:2]
             if not plain or any(part in ("", ".", "..") or len(part.encode()) > LONGEST for part in name.split("/")):
-                raise ValueError(f"expected relative paths of printable characters, got {name[:80]!r}")
+                raise ValueError(
+                    f"expected relative paths of printable characters, of at most {LONGEST} bytes a part, got "
+                    f"{name[:80]!r}"
+                )
             if any(str(folder) in files for folder in PurePosixPath(name).parents):
                 raise ValueError(f"{name!r} is below the file of another image")
         if len(files) < len(names):
