@@ -30,6 +30,8 @@ EXTRAS = {
     "onnx": ("onnxruntime", "export --target onnx"),
     "tiff": ("tifffile", "unusual TIFFs"),
     "video": ("av", "clips"),
+    "audio": ("soundfile", "sounds"),
+    "speech": ("pystoi", "STOI and PESQ"),
     "report": ("matplotlib", "plots of eval"),
     "tensorboard": ("tensorboard", "tracker: tensorboard"),
     "wandb": ("wandb", "tracker: wandb"),
