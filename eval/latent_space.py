@@ -27,7 +27,7 @@ import torch
 from accelerate import Accelerator
 
 from ldm_vae.autoencoder import finite, latents
-from ldm_vae.autoencoder.geometry import geometry_of, image_channels, resolution_of
+from ldm_vae.autoencoder.geometry import geometry_of, latent_size, resolution_of
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import preparation_of
@@ -216,7 +216,8 @@ class Survey:
 def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> Survey:
     """Channels, codes, rate, distortion, spectrum; the variance of the likelihood from images with an even index."""
     vae, options, device = task.vae, task.options, task.accelerator.device
-    shape = latent_shape(vae, options.resolution, device, task.source.decoding.frames)
+    frames = task.source.decoding.frames
+    shape = latent_size(vae, *(() if frames is None else (frames,)), options.resolution, options.resolution)
     channels, checksum, spectrum = (
         ChannelStatistics(shape[0]),
         Checksum(),
@@ -283,13 +284,6 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
 def squared_error(pair: Pair) -> torch.Tensor:
     """Mean squared error of each image or frame in [-1, 1], fp64."""
     return (pair.raw_reconstruction.double() - pair.raw_original.double()).square().flatten(1).mean(dim=1)
-
-
-def latent_shape(vae: Any, resolution: int, device: torch.device, frames: int | None) -> tuple[int, ...]:
-    """(c, h, w), of clips (c, t, h, w), by encoding an empty one: a VQModel's config does not say it in one word."""
-    length = () if frames is None else (frames,)
-    empty = torch.zeros(1, image_channels(vae), *length, resolution, resolution, device=device)
-    return tuple(finite.encode(vae, empty).mean.shape[1:])
 
 
 # --- of some of them --------------------------------------------------------------------------------------------------

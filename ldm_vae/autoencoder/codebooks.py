@@ -30,7 +30,7 @@ MOST_BITS = 30  # of an index of one codebook: stores keep int32
 
 
 class Shape(Section):
-    """What quantizer.json says."""
+    """Content of quantizer.json."""
 
     kind: Literal["residual", "lfq", "bsq"]
     channels: int = Field(gt=0, le=2**16)
@@ -96,7 +96,7 @@ class ResidualCodebooks(Codebooks):
         self.out = nn.ModuleList(nn.Linear(d, shape.channels) for _ in range(pairs))
 
     def look_up(self, level: int, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a level sees of vectors [N, c], with their graph [N, d], and the indices of its codes [N]."""
+        """Vectors [N, c] as a level sees them, with their graph [N, d], and the indices of its codes [N]."""
         seen = self.into[level](residual) if self.into else residual
         rows, book = seen.detach(), self.rows[level].detach()
         if self.shape.distance == "cosine":

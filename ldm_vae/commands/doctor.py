@@ -31,6 +31,8 @@ EXTRAS = {
     "tiff": ("tifffile", "unusual TIFFs"),
     "video": ("av", "clips"),
     "compress": ("constriction", "compress and decompress"),
+    "audio": ("soundfile", "sounds"),
+    "speech": ("pystoi", "STOI and PESQ"),
     "report": ("matplotlib", "plots of eval"),
     "tensorboard": ("tensorboard", "tracker: tensorboard"),
     "wandb": ("wandb", "tracker: wandb"),

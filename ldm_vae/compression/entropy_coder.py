@@ -29,7 +29,7 @@ MOST_BITS = 24  # of a symbol: constriction's probabilities are multiples of 2^-
 
 
 class OtherContentError(Exception):
-    """What was decoded is not what was encoded."""
+    """A code that decodes to something else than was encoded."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def pinned() -> Iterator[None]:
 
 
 def environment() -> dict[str, str]:
-    """What rounding depends on beside the code and the networks."""
+    """Versions and machine that rounding depends on, beside the code and the networks."""
     return {
         "torch": torch.__version__,
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",

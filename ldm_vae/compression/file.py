@@ -104,7 +104,7 @@ def write(codec: Codec, names: Sequence[str], images: Sequence[torch.Tensor]) ->
 
 
 def read(data: bytes, place: str) -> tuple[Header, Code]:
-    """What a file holds; `place` opens every sentence about it.
+    """Content of a file; `place` opens every sentence about it.
 
     Raises:
         UsageError: it is another file, damaged, or of a newer version.

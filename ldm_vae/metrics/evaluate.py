@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import finite, latents
-from ldm_vae.autoencoder.geometry import check_resolution, downsampling_factor, latent_channels
+from ldm_vae.autoencoder.geometry import check_resolution, latent_size
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.lengths import check_frames
 from ldm_vae.core.errors import UsageError, WorkError
@@ -179,7 +179,7 @@ def evaluate_reconstruction(
         UsageError: a clip has a length that the class would cut or pad.
         WorkError: no rank has an image, or the network gives NaN or infinity.
     """
-    profile = Profile(_latent_shape(vae, resolution), resolution)
+    profile = Profile(latent_size(vae, resolution, resolution), resolution)
     checksum, worst, images, frames = Checksum(), Worst(metrics), 0, 0
     for batch in batches:
         moments, pair = reconstruct(vae, batch, device, protocol, batch_size)
@@ -244,11 +244,6 @@ def reconstruct(
         z = moments.sample(latents.posterior_noise(0, indices, z.shape[1:]).to(device))
     pair = protocol.pair(pixels, finite.decode(vae, z, keys), batch.indices, batch.alpha)
     return Moments(moments.mean[:count], moments.logvar[:count], moments.is_point), pair
-
-
-def _latent_shape(vae: Any, resolution: int) -> tuple[int, int, int]:
-    side = resolution // downsampling_factor(vae)
-    return latent_channels(vae), side, side
 
 
 class Checksum:

@@ -48,7 +48,7 @@ def rings(height: int, width: int) -> torch.Tensor:
 class Profile:
     """Sums over images of a few small vectors, for latents [c, h, w] of square images of side `resolution`."""
 
-    def __init__(self, latent_shape: tuple[int, int, int], resolution: int) -> None:
+    def __init__(self, latent_shape: tuple[int, ...], resolution: int) -> None:
         channels, height, width = latent_shape
         lengths = dict.fromkeys(("kl", "mean", "square", "noise"), channels)
         lengths |= {"latents": min(height, width) // 2 + 1}
