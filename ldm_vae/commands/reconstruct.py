@@ -191,7 +191,7 @@ def _read(image: _Image, vae: Any, decoding: Decoding, request: Request) -> torc
     from ldm_vae.data.clips import crops_of
     from ldm_vae.data.decoding import BadImage
     from ldm_vae.data.files import read_bytes
-    from ldm_vae.data.footage import Video, is_video
+    from ldm_vae.data.footage import Video, is_footage
     from ldm_vae.data.transforms import Crop, centre_crop
 
     factor = step_of(vae)
@@ -206,7 +206,7 @@ def _read(image: _Image, vae: Any, decoding: Decoding, request: Request) -> torc
         return (Crop(pixels[:, top : top + height, left : left + width], size, (top, left, height, width)),)
 
     try:
-        content = Video(str(image.path)) if is_video(image.path.name) else read_bytes(image.path)
+        content = Video(str(image.path)) if is_footage(image.path.name) else read_bytes(image.path)
         return crops_of(content, decoding, view)[0][0].pixels
     except BadImage as error:
         reason = f"{error.reason}{nearest_path(image.path)}"

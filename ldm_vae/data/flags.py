@@ -34,6 +34,8 @@ class DataFlags:
     frames: int | None = None
     frame_rate: float | None = None
     frame_stride: int | None = None
+    sample_rate: int | None = None
+    samples: int | None = None
     jpeg_draft: bool = False
     image_column: str | None = None
     caption_column: str | None = None
@@ -70,7 +72,7 @@ class DataFlags:
             low, high = flags.value_range
             if not (math.isfinite(low) and math.isfinite(high) and low != high):
                 raise UsageError(f"--value_range: expected two numbers, black's and white's, got {low:g} {high:g}")
-        for name in ("frames", "frame_rate", "frame_stride"):
+        for name in ("frames", "frame_rate", "frame_stride", "sample_rate", "samples"):
             if (number := getattr(flags, name)) is not None and not (0 < number < math.inf):
                 raise UsageError(f"--{name}: expected more than 0, got {number:g}")
         if flags.background is not None and not all(0 <= value <= 255 for value in flags.background):
@@ -105,6 +107,8 @@ def add_decoding_arguments(
     add("--frames", type=int, metavar="N", help="videos as clips of N frames, images as clips of one")
     add("--frame_rate", type=float, metavar="F", help="frames a second of a clip (default: those of the video)")
     add("--frame_stride", type=int, metavar="N", help="every Nth frame (1)")
+    add("--sample_rate", type=int, metavar="HZ", help="samples a second of sounds, to which they are resampled")
+    add("--samples", type=int, metavar="N", help="sounds as excerpts of N samples, one after the other")
     if resize:
         add(
             "--resize", choices=("short_side", "none"),
