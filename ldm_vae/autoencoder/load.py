@@ -22,6 +22,7 @@ from ldm_vae.autoencoder.weights.networks import (
 )
 from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.frozen_module import without_graphs
 from ldm_vae.core.terminal import print_note
 from ldm_vae.data.preprocessing import read_beside, read_hub
 
@@ -61,7 +62,7 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
         local, subfolder = path.is_dir(), "vae" if folder.name == "vae" else None
         record(vae, read_beside(folder / CONFIG) if local else read_hub(str(source), subfolder))
     check_weights(vae, place)
-    return vae.float().eval().requires_grad_(False)
+    return without_graphs(vae.float().eval().requires_grad_(False))
 
 
 def _load_checkpoint(folder: Path, place: str) -> Any:

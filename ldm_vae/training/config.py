@@ -16,9 +16,9 @@ from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.fine_tuning import idle_parameters, resize_channels, set_trainable
 from ldm_vae.autoencoder.geometry import image_channels
 from ldm_vae.autoencoder.last_layer import place_of
-from ldm_vae.autoencoder.lengths import check_frames
+from ldm_vae.autoencoder.lengths import check_frames, check_samples
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.preparation import check_same, has_alpha, recorded, shown
+from ldm_vae.autoencoder.preparation import check_same, check_signal_of, has_alpha, own_rate, recorded, shown
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.config import choice, choices
 from ldm_vae.core.errors import UsageError
@@ -43,12 +43,14 @@ FIXED_SIZES = {
     **dict.fromkeys(("ltx", "vidtok", "wan"), "is of clips"),
 }
 
+IMAGE_PERTURBATIONS = ("eq", "teacher_latents")
+
 
 class Training(RunConfig):
     """All knobs of a run. Losses are per-pixel means, so the norms that max_grad_norm clips are small."""
 
     resolution: Side = 256
-    """Side of the training crops in pixels; a multiple of f."""
+    """Side of the training crops in pixels; a multiple of f. (Of sounds data.samples decides.)"""
     discriminator_learning_rate: Positive | None = None
     """Of the discriminator; default: the same."""
     init: Literal["noise", "linear"] = "noise"
@@ -143,11 +145,12 @@ class Training(RunConfig):
         ):
             raise ValueError("model.quantizer.codebook: learned needs the term losses.codebook")
         if isinstance(self.data, SourceConfig) and isinstance(self.validation_data, SourceConfig):
-            for name in ("value_range", "background", "alpha"):
+            for name in ("value_range", "background", "alpha", "sample_rate"):
                 ours, theirs = getattr(self.data, name), getattr(self.validation_data, name)
                 files_differ = name == "value_range" and ours is not None and theirs is not None
                 if ours != theirs and not files_differ:
                     raise ValueError(f"validation_data.{name}: expected data.{name} {shown(ours)}, got {shown(theirs)}")
+        self._check_sounds()
         if not self.alpha and (named := [name for name in self.validation_metrics if name.startswith("alpha_")]):
             raise ValueError(f"validation_metrics: {named[0]} is of images with alpha; expected data.alpha: true")
         of_clips = {"temporal_l1", "flicker"} & {*self.validation_metrics}
@@ -160,6 +163,24 @@ class Training(RunConfig):
                     f"{name}.channels: expected model.in_channels {self.model.in_channels}, got {channels}"
                 )
         return self
+
+    def _check_sounds(self) -> None:
+        rate, own = getattr(self.data, "sample_rate", None), getattr(self.model, "sampling_rate", None)
+        if own is not None and rate != own:
+            raise ValueError(f"data.sample_rate: expected model.sampling_rate {own}, got {rate or 'none'}")
+        if rate is None:
+            return
+        if self.samples is None:
+            raise ValueError("data.samples: is missing, the samples of an excerpt of data.sample_rate")
+        if self.resolution != type(self).model_fields["resolution"].default:
+            raise ValueError("resolution: is of images, and excerpts of sounds have data.samples; leave it out")
+        names = {
+            "buckets": self.buckets, "latent_store": self.latent_store, "data.holdout": self.holdout,
+            "validation_data": self.validation_data,
+            **{f"perturbations.{name}": part.kind in IMAGE_PERTURBATIONS for name, part in self.perturbations.items()},
+        }  # fmt: skip
+        if refused := [name for name, value in names.items() if value]:
+            raise ValueError(f"{refused[0]}: is of images and clips, and data.sample_rate reads sounds; leave it out")
 
     def _check_holdout(self) -> None:
         if isinstance(self.validation_data, SourceConfig) and self.validation_data.holdout is not None:
@@ -191,6 +212,16 @@ class Training(RunConfig):
             return f"{self.data.path}, held out"
         path: str = self.validation_data.path
         return path
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of an excerpt of a sound; None of images and clips."""
+        return getattr(self.data, "samples", None)
+
+    @property
+    def extent(self) -> int:
+        """Side of a crop in pixels, or samples of an excerpt."""
+        return self.resolution if self.samples is None else self.samples
 
     @property
     def alpha(self) -> bool:
@@ -227,7 +258,9 @@ def build_autoencoder(settings: Training) -> Any:
     """
     frames = getattr(settings.data, "frames", None)
     if settings.is_built_from:
-        return learning(_built_from(settings), settings.trainable, frames)
+        base = _built_from(settings)
+        _check_signal(settings, base, f"init_from {settings.init_from}")
+        return learning(base, settings.trainable, frames)
     # drawn whatever init_from brings: what does not fit keeps these weights, the same on every rank
     with seeded(settings.seed):
         vae = settings.model.build()
@@ -250,7 +283,16 @@ def build_autoencoder(settings: Training) -> Any:
                 raise UsageError(f"model.{field}: the config says {value}, {settings.init_from} has {came}{hint}")
         check_preprocessing(settings, base, f"init_from {settings.init_from}")
         vae = resize_channels(base, vae)
+    _check_signal(settings, vae, f"model.kind {settings.model.kind}")
     return learning(vae, settings.trainable, frames)
+
+
+def _check_signal(settings: Training, vae: Any, name: str) -> None:
+    """Raises UsageError for sounds as data of a network of images, and the other way round."""
+    if isinstance(settings.data, SourceConfig):
+        check_signal_of(vae, settings.data.decoding(), name, "data.sample_rate")
+        if settings.samples is not None:
+            check_samples(vae, settings.samples, "data.samples")
 
 
 def _built_from(settings: Training) -> Any:
@@ -298,7 +340,8 @@ def check_preprocessing(settings: Training, network: Any, name: str) -> None:
     ours = replace(settings.data.decoding(), resize=settings.transform.resize)
     found = recorded(network)
     # without a record there is what its class says
-    known = found.decoding if found is not None else replace(ours, alpha=ours.alpha or has_alpha(network))
+    of_class = {"alpha": ours.alpha or has_alpha(network), "sample_rate": own_rate(network) or ours.sample_rate}
+    known = found.decoding if found is not None else replace(ours, **of_class)  # type: ignore[arg-type]
     names = {one: f"data.{one}" for one in SETTABLE} | {"resize": "transform.resize"}
     check_same("the config says", ours, name, known, names, "set that, or ignore_preprocessing: true")
 
