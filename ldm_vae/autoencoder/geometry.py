@@ -89,6 +89,12 @@ def is_of_sounds(vae: Any) -> bool:
     return family_of(vae).signal == "audio"
 
 
+def only_images(vae: Any, name: str) -> None:
+    """Raises UsageError for a class of sounds, where images and clips alone do; `name` is the argument's."""
+    if is_of_sounds(vae):
+        raise UsageError(f"{name}: expected an autoencoder of images or clips, got {an(type(vae).__name__)}, of sounds")
+
+
 def image_channels(vae: Any) -> int:
     """C: channels of an image or a sound."""
     return geometry_of(vae).in_channels
@@ -121,7 +127,8 @@ def step_of(vae: Any) -> int:
 
 def sample_size(vae: Any, most: int = LARGEST_SAMPLE) -> int:
     """Side in pixels of the images that it was trained on, of `most` at most, in whole steps of f; 512 where its config
-    does not say."""
+    does not say. Raises UsageError for a class of sounds."""
+    only_images(vae, "VAE")
     geometry, step = geometry_of(vae), step_of(vae)
     if geometry.side is not None:
         return geometry.side
@@ -136,8 +143,9 @@ def resolution_of(asked: int | None, vae: Any, name: str, most: int = LARGEST_SA
     """The resolution that was asked for, else the `sample_size` of the VAE called `name`, which is said on stderr.
 
     Raises:
-        UsageError: the VAE does not take images of that side whole.
+        UsageError: the VAE does not take images of that side whole, or is of sounds.
     """
+    only_images(vae, f"VAE {name}")
     resolution = sample_size(vae, most) if asked is None else asked
     check_resolution(resolution, vae)
     if asked is None:

@@ -99,7 +99,7 @@ def has_place(vae: Any) -> bool:
 def held_by(vae: Any, normalisation: Normalisation) -> Normalisation:
     """The same normalisation as a network's class can hold it. Raises UsageError where it cannot."""
     law, name, keys = law_of(vae), type(vae).__name__, _keys(vae)
-    if law == "inside" and normalisation != Normalisation(1.0):
+    if law == "inside" and replace(normalisation, sounds=False) != Normalisation(1.0):
         raise UsageError(
             f"normalisation `{normalisation.kind}`: {an(name)} normalises inside, so that its z stays as it is"
         )

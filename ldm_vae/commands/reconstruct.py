@@ -1,13 +1,13 @@
-"""`ldm-vae reconstruct VAE IMAGE... OUT`: reconstruct images or clips, for a first look at an autoencoder.
+"""`ldm-vae reconstruct VAE IMAGE... OUT`: reconstruct images, clips or sounds, for a first look at an autoencoder.
 
-Legend: C channels, T frames, H W sides.
+Legend: C channels, T frames, H W sides, L samples.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -24,18 +24,21 @@ if TYPE_CHECKING:
 
 ON_SHEET, SHEET_SIDE = 32, 192  # pairs, and their side in pixels
 
-HELP = "encode and decode images or clips, and write before and after"
+HELP = "encode and decode images, clips or sounds, and write before and after"
 DESCRIPTION = """\
 Decode the mode of each image's posterior. OUT/NAME.png is the reconstruction, OUT/NAME.before-after.png shows both side
 by side; OUT/sheet.png shows the first 32 of several. PSNR is printed. Of a folder, every image below it is taken, and
 what is left out is said; its sub-folders are kept in OUT. Without --resolution an image keeps its size, cropped to a
 multiple of the VAE's factor. With alpha, NAME.png is RGBA, and PSNR is the mean over composites on black and on white.
-With --frames N, IMAGE may be a video: its first N frames, in animated PNG files; PSNR is the mean over them.
+With --frames N, IMAGE may be a video: its first N frames, in animated PNG files; PSNR is the mean over them. Of a VAE
+of sounds IMAGE is a sound, whole or its first --samples N; OUT/NAME.before.wav and OUT/NAME.wav hold before and after,
+and the signal-to-noise ratio is printed.
 
   ldm-vae reconstruct runs/demo photo.jpg looked-at
   ldm-vae reconstruct runs/demo photographs one-more.png looked-at --resolution 256
   ldm-vae reconstruct stabilityai/sd-vae-ft-mse a.png b.png looked-at --resolution 512
   ldm-vae reconstruct my-video-vae film.mp4 looked-at --resolution 64 --frames 17
+  ldm-vae reconstruct my-audio-vae speech.flac heard
 """
 
 
@@ -64,15 +67,18 @@ class _Image:
 
 
 def run(request: Request) -> None:
-    from ldm_vae.autoencoder.geometry import check_resolution
+    from ldm_vae.autoencoder.geometry import check_resolution, is_of_sounds
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.core.ownership import own
     from ldm_vae.run.selection import at_checkpoint
 
-    images = _find(request.images, request.flags.frames is not None)
     name = at_checkpoint(request.vae, request.checkpoint)
     vae = load_autoencoder(name, request.config)
+    images = _find(request.images, request.flags.frames is not None, is_of_sounds(vae))
+    if is_of_sounds(vae):
+        _reconstruct_sounds(vae, images, request, name)
+        return
     if request.resolution is not None:
         check_resolution(request.resolution, vae)
     preparation = preparation_of({name: vae}, request.flags)
@@ -84,9 +90,59 @@ def run(request: Request) -> None:
         _reconstruct(vae, images, preparation, request)
 
 
-def _find(places: Sequence[Path], clips: bool) -> list[_Image]:
-    """The images (and videos, of clips) of files and folders, each under a name of its own; what a folder holds beside
-    them is said on stderr.
+def _reconstruct_sounds(vae: Any, sounds: Sequence[_Image], request: Request, name: str) -> None:
+    """Write each sound, or its first samples, before and after, as it was given: what is added to fill a latent
+    position is taken away."""
+    import torch
+    from torch.nn.functional import pad
+
+    from ldm_vae.autoencoder import finite
+    from ldm_vae.autoencoder.geometry import downsampling_factor
+    from ldm_vae.autoencoder.preparation import preparation_of
+    from ldm_vae.core.errors import UsageError, WorkError
+    from ldm_vae.core.ownership import own
+    from ldm_vae.core.terminal import print_note
+    from ldm_vae.data.footage import Video
+    from ldm_vae.data.quarantine import BadImage
+    from ldm_vae.data.sounds import crops_of, write_sound
+
+    if request.resolution is not None:
+        raise UsageError("--resolution: is of images, and VAE is one of sounds; --samples N takes the first N")
+    preparation = preparation_of({name: vae}, request.flags)
+    # as they are: what a network was trained on says nothing of what is listened to
+    decoding = replace(preparation.decoding, samples=request.flags.samples)
+    rate, hop, done = decoding.sample_rate or 1, downsampling_factor(vae), 0
+    for note in preparation.notes:
+        print(note)
+    vae.to("cuda" if torch.cuda.is_available() else "cpu")
+    with own(request.out, "OUT"):
+        for sound in sounds:
+            try:
+                (crop,), _ = crops_of(Video(str(sound.path)), decoding)
+            except BadImage as error:
+                if sound.named:
+                    raise UsageError(f"sound {sound.path}: {error.reason}") from error
+                print_note(f"left out: {sound.path}: {error.reason}")
+                continue
+            before = crop.pixels[:, : crop.box[3]]
+            with torch.no_grad():
+                whole = pad(before, (0, -before.shape[1] % hop))[None].to(vae.device)
+                after = finite.decode(vae, finite.encode(vae, whole).mean)[0, :, : before.shape[1]].cpu()
+            place = request.out / sound.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_sound(place.with_name(f"{place.name}.before.wav"), before, rate)
+            write_sound(place.with_name(f"{place.name}.wav"), after, rate)
+            noise = (after - before).double().square().mean().clamp_min(1e-20)
+            ratio = float(10 * torch.log10(before.double().square().mean() / noise))
+            print(f"{sound.path}  {before.shape[1] / rate:.2f} s  SNR {ratio:.2f} dB  {place}.wav")
+            done += 1
+    if not done:
+        raise WorkError(f"IMAGE {', '.join(map(str, request.images))}: no usable sound")
+
+
+def _find(places: Sequence[Path], clips: bool, sounds: bool = False) -> list[_Image]:
+    """The images (and videos, of clips; or sounds) of files and folders, each under a name of its own; what a folder
+    holds beside them is said on stderr.
 
     Raises:
         UsageError: a folder holds none.
@@ -95,9 +151,11 @@ def _find(places: Sequence[Path], clips: bool) -> list[_Image]:
     from ldm_vae.core.terminal import print_note
     from ldm_vae.data.decoding import EXTENSIONS
     from ldm_vae.data.footage import EXTENSIONS as OF_VIDEOS
+    from ldm_vae.data.footage import SOUNDS
     from ldm_vae.data.tree import LeftOut, walk
 
     wanted = EXTENSIONS | OF_VIDEOS if clips else EXTENSIONS
+    wanted = SOUNDS | OF_VIDEOS if sounds else wanted
     found: list[_Image] = []
     taken = {"sheet"}
     for place in places:
@@ -118,7 +176,8 @@ def _find(places: Sequence[Path], clips: bool) -> list[_Image]:
             print_note(f"IMAGE {place}: {sentence}")
         if not below:
             endings = ", ".join(sorted(wanted))
-            raise UsageError(f"IMAGE {place}: expected an image ({endings}) in the folder or below it, found none")
+            what = "a sound" if sounds else "an image"
+            raise UsageError(f"IMAGE {place}: expected {what} ({endings}) in the folder or below it, found none")
     return found
 
 

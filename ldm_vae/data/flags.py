@@ -47,7 +47,8 @@ class DataFlags:
     @property
     def decide(self) -> bool:
         """True when any of them is about pixels."""
-        return any(value is not None for value in (self.value_range, self.background, self.resize, self.alpha))
+        asked = (self.value_range, self.background, self.resize, self.alpha, self.sample_rate)
+        return any(value is not None for value in asked)
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> DataFlags:

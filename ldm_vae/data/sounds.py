@@ -15,17 +15,20 @@ Legend: C channels, L samples, S samples of the file.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.validation import HEAD, disguise, first_line
 from ldm_vae.data.decoding import Decoded, Decoding, RawImage
@@ -42,6 +45,8 @@ PRIMING = 1  # seconds before an excerpt from which FFmpeg decodes: a frame of A
 LOOSE_END = (
     0.1  # seconds that FFmpeg's count of samples may be above what it decodes: the last frame is cut by a decoder
 )
+
+NEEDED = "data: sounds need soundfile and soxr: pip install 'ldm-vae[audio]'"
 
 Samples = npt.NDArray[np.float32]
 
@@ -129,6 +134,23 @@ def tiles_of(known: SoundFacts, decoding: Decoding) -> tuple[int, Fraction]:
     return max(1, -(-known.samples(rate) // decoding.samples)), Fraction(decoding.samples, rate)
 
 
+def write_sound(path: Path, samples: torch.Tensor, rate: int) -> None:
+    """Write samples [C, L]: as 32-bit floats into a WAV, and with 24 bits, clipped to full scale, into a FLAC.
+
+    Raises:
+        UsageError: soundfile is not installed.
+        WorkError: it cannot be written.
+    """
+    try:
+        import soundfile
+    except ImportError as error:
+        raise UsageError(NEEDED) from error
+    form, subtype = ("FLAC", "PCM_24") if path.suffix == ".flac" else ("WAV", "FLOAT")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples.T.numpy(), rate, format=form, subtype=subtype)
+    atomic_io.replace(path, atomic_io.data(buffer.getvalue()))
+
+
 def _rate(decoding: Decoding) -> int:
     assert decoding.sample_rate is not None
     return decoding.sample_rate
@@ -210,7 +232,7 @@ def _opened(file: Video) -> Iterator[Any]:
     try:
         import soundfile
     except ImportError as error:
-        raise UsageError("data: sounds need soundfile and soxr: pip install 'ldm-vae[audio]'") from error
+        raise UsageError(NEEDED) from error
     with file.open() as raw:
         _check_head(raw, file)
         try:

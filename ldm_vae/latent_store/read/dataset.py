@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +44,10 @@ Integers = npt.NDArray[np.int64]
 class LatentDataset(Dataset[Item]):
     """Map-style dataset of a latent store.
 
-    Items hold `latents` [c, h, w] fp32, of clips [c, t, h, w], sampled anew at each visit and normalised as the VAE's
-    config.json says (of a VQModel's store: `indices` [h, w] int64), `index`, and the columns. Works with any torch
-    DataLoader and sampler; `loader` is the fast way, and the one that resumes exactly whatever was read ahead.
+    Items hold `latents` [c, h, w] fp32, of clips [c, t, h, w], of sounds [c, n], sampled anew at each visit and
+    normalised as the VAE's config.json says (of a VQModel's store: `indices` [h, w] int64), `index`, and the columns.
+    Works with any torch DataLoader and sampler; `loader` is the fast way, and the one that resumes exactly whatever was
+    read ahead.
 
     A draw is keyed by (seed, epoch, index, visit, rank): the epoch of `set_epoch` (0), the number of earlier visits of
     the sample in it, and the rank of the process (torch.distributed's, else $RANK). Visits are counted in memory that
@@ -142,7 +144,8 @@ class LatentDataset(Dataset[Item]):
             raise UsageError("normalisation: the store holds indices of codes, which are not scaled")
         named = self.manifest.recorded.normalisation
         if isinstance(normalisation, str):
-            return self.statistics.normalisation(normalisation).laid_out_for(named.get("pipelines"))
+            measured = self.statistics.normalisation(normalisation).laid_out_for(named.get("pipelines"))
+            return replace(measured, sounds=len(self.manifest.shards[0].shape) == 2)
         return normalisation or (Normalisation(1.0) if self.raw and not named else self.manifest.normalisation)
 
     @property
@@ -203,7 +206,7 @@ class LatentDataset(Dataset[Item]):
         return self._given(self.shards_of(self._checked(np.asarray([index], dtype=np.int64)).tolist())[0].shape)
 
     def _given(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        return stored if self.raw or len(stored) < 3 else self.normalisation.shape(stored)
+        return stored if self.raw or self.manifest.identity.codes is not None else self.normalisation.shape(stored)
 
     def shapes(self) -> dict[tuple[int, ...], Sequence[int] | Integers]:
         """The shapes of samples as they are given, each with the indices of its samples."""
@@ -322,8 +325,8 @@ class LatentDataset(Dataset[Item]):
 
     @torch.no_grad()
     def decode(self, scaled: torch.Tensor, vae: Any) -> torch.Tensor:
-        """latents [c, h, w] or [B, c, h, w], of clips [c, t, h, w] or [B, c, t, h, w], or indices [h, w] or [B, h, w],
-        as this dataset gives them => pixels, fp32 and not clamped."""
+        """latents [c, h, w] or [B, c, h, w], of clips [c, t, h, w] or [B, c, t, h, w], of sounds [c, n] or [B, c, n],
+        or indices [h, w] or [B, h, w], as this dataset gives them => pixels or samples, fp32 and not clamped."""
         single = scaled.ndim == len(self.manifest.shards[0].shape)
         if self.manifest.identity.codes is not None:
             pixels = finite.decode_indices(vae, (scaled[None] if single else scaled).to(vae.device))
