@@ -46,7 +46,7 @@ def test_reconstruct_writes_sounds_before_and_after(
         whole = torch.nn.functional.pad(written, (0, 5))[None, None]
         expected = latents.decode(network, latents.encode(network, whole).mean)[0, 0, :1003]
     torch.testing.assert_close(torch.from_numpy(after), expected, rtol=1e-5, atol=1e-6)
-    call("reconstruct", vae, folder / "tone1.wav", out, "--samples", "256")
+    call("reconstruct", vae, folder / "tone1.wav", out, "--excerpt", "256")
     assert soundfile.info(out / "tone1.wav").frames == 256
 
 

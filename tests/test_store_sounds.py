@@ -148,7 +148,7 @@ def test_what_is_of_images_is_refused(tmp_path: Path) -> None:
 def test_the_commands_encode_and_decode_sounds(tmp_path: Path) -> None:
     vae, folder = tiny(OOBLECK, audio_channels=1), write_sounds(tmp_path / "sounds", 2, samples=1200)
     saved, store = write_vae(vae, tmp_path / "vae", None), tmp_path / "store"
-    call("encode", saved, folder, store, "--samples", "512", "--num_workers", "0")
+    call("encode", saved, folder, store, "--excerpt", "512", "--num_workers", "0")
     assert len(LatentDataset(store)) == 6
     for form, subtype in (("wav", "FLOAT"), ("flac", "PCM_24")):
         call("decode", store, tmp_path / form, "--sound_format", form)
@@ -161,5 +161,5 @@ def test_the_commands_encode_and_decode_sounds(tmp_path: Path) -> None:
     found, _ = soundfile.read(min((tmp_path / "wav").glob("*.wav")), dtype="float32")
     torch.testing.assert_close(torch.from_numpy(found), expected[0], rtol=1e-4, atol=1e-5)
     for flags in ((), ("--resolution", "64")):
-        with refused(UsageError, "--samples"):
+        with refused(UsageError, "--excerpt"):
             call("encode", saved, folder, tmp_path / "other", *flags)

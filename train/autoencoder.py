@@ -51,6 +51,7 @@ from ldm_vae.training.decoder_only import StoredFeed
 from ldm_vae.training.dry_run import describe
 from ldm_vae.training.monitor import below_linear, diagnose, overfitting
 from ldm_vae.training.scaling import given_normalisation, normalise
+from ldm_vae.training.smallest_crop import crop_size
 from ldm_vae.training.state import TrainingState, build_state
 from ldm_vae.training.validation import record_validation
 
@@ -70,7 +71,7 @@ def train(settings: Training) -> None:
 
     # --- networks: from the config, another's weights or the linear code; a store's feed takes the encoder away -------
     vae = build_autoencoder(settings)
-    check_resolution(settings.extent, vae)
+    check_resolution(crop_size(settings)[-1], vae)
     for name, one in (("data", source), ("validation_data", held_out)):
         if one is not None and one.decoding.frames is not None:
             check_frames(vae, one.decoding.frames, f"{name}.frames")

@@ -17,7 +17,7 @@ from ldm_vae.autoencoder.lengths import check_frames, check_samples
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.text import an
 from ldm_vae.data.decoding import DEFAULT, Decoding
-from ldm_vae.data.flags import NO_FLAGS, DataFlags, SplitPart
+from ldm_vae.data.flags import NO_FLAGS, DataFlags, SplitPart, flag_of
 from ldm_vae.data.holdout import Holdout, part_of
 from ldm_vae.data.preprocessing import FILE, OF_CLIPS, OF_SOUNDS, SETTABLE, Preprocessing
 from ldm_vae.data.source import Source, open_source, with_resize
@@ -227,7 +227,7 @@ def _decide(
         if given is not None:
             chosen[field] = given
             notes += [
-                f"{field} is {shown(given)}, as --{field} says; {name} records {shown(value)}"
+                f"{field} is {shown(given)}, as --{flag_of(field)} says; {name} records {shown(value)}"
                 for name, value in said
                 if value != given
             ]
@@ -235,8 +235,9 @@ def _decide(
             (first, chosen[field]), *others = said
             for other, value in others:
                 if value != chosen[field]:
+                    flag = flag_of(field)
                     raise UsageError(
-                        f"{field}: {first} records {shown(chosen[field])}, {other} {shown(value)}; --{field} decides"
+                        f"{field}: {first} records {shown(chosen[field])}, {other} {shown(value)}; --{flag} decides"
                     )
     decoding = Decoding(channels=channels, jpeg_draft=flags.jpeg_draft, **chosen)
     if decoding.jpeg_draft and decoding.resize == "none":

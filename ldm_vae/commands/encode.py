@@ -17,7 +17,7 @@ of processes, which may change on resume.
 
   ldm-vae encode my-vae photographs my-latents --resolution 256
   accelerate launch -m ldm_vae encode my-vae photographs my-latents --resolution 256     # several processes
-  ldm-vae encode my-audio-vae music my-latents --samples 65536             # sounds, in excerpts of so many samples
+  ldm-vae encode my-audio-vae music my-latents --excerpt 65536             # sounds, in excerpts of so many samples
 
 VAE is a diffusers folder, a run folder, a hub id or a single file; DATA is a folder of images, a dataset (parquet,
 arrow, tar shards, hub id) or a list of files. To read the store:
@@ -105,7 +105,7 @@ def run(request: Request) -> None:
     source = preparation.open(request.data)
     of_sounds = source.decoding.signal == "audio"
     if of_sounds and (request.resolution is not None or source.decoding.samples is None):
-        raise UsageError("--samples: expected the samples of an excerpt of a sound, and no --resolution")
+        raise UsageError("--excerpt: expected the samples of an excerpt of a sound, and no --resolution")
     size = source.decoding.samples or request.resolution or resolution_of(None, vae, name)
     processes, device = accelerator.num_processes, accelerator.device
     measure_checkpoint(vae.to(device), name)

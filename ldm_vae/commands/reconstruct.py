@@ -31,7 +31,7 @@ by side; OUT/sheet.png shows the first 32 of several. PSNR is printed. Of a fold
 what is left out is said; its sub-folders are kept in OUT. Without --resolution an image keeps its size, cropped to a
 multiple of the VAE's factor. With alpha, NAME.png is RGBA, and PSNR is the mean over composites on black and on white.
 With --frames N, IMAGE may be a video: its first N frames, in animated PNG files; PSNR is the mean over them. Of a VAE
-of sounds IMAGE is a sound, whole or its first --samples N; OUT/NAME.before.wav and OUT/NAME.wav hold before and after,
+of sounds IMAGE is a sound, whole or its first --excerpt N; OUT/NAME.before.wav and OUT/NAME.wav hold before and after,
 and the signal-to-noise ratio is printed.
 
   ldm-vae reconstruct runs/demo photo.jpg looked-at
@@ -107,7 +107,7 @@ def _reconstruct_sounds(vae: Any, sounds: Sequence[_Image], request: Request, na
     from ldm_vae.data.sounds import crops_of, write_sound
 
     if request.resolution is not None:
-        raise UsageError("--resolution: is of images, and VAE is one of sounds; --samples N takes the first N")
+        raise UsageError("--resolution: is of images, and VAE is one of sounds; --excerpt N takes the first N")
     preparation = preparation_of({name: vae}, request.flags)
     # as they are: what a network was trained on says nothing of what is listened to
     decoding = replace(preparation.decoding, samples=request.flags.samples)

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ldm_vae.core import atomic_io
@@ -35,36 +34,18 @@ from ldm_vae.data.decoding import Decoded, Decoding, RawImage
 from ldm_vae.data.footage import Video
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.ranges import Values
+from ldm_vae.data.sound_containers import Samples, SoundFacts, facts_by_ffmpeg, read_by_ffmpeg
 from ldm_vae.data.transforms import Crop
 
 MOST = 2**26  # samples of a sound that is taken whole: 25 minutes at 44.1 kHz, 256 MiB of each channel
 # samples of the lower rate on each side of an excerpt that the filter of soxr's HQ sees: a resampled excerpt is that of
 # the whole file to 7e-7 from 93 on (44.1 kHz to 16 kHz)
 MARGIN = 256
-PRIMING = 1  # seconds before an excerpt from which FFmpeg decodes: a frame of AAC needs the one before it
 LOOSE_END = (
     0.1  # seconds that FFmpeg's count of samples may be above what it decodes: the last frame is cut by a decoder
 )
 
 NEEDED = "data: sounds need soundfile and soxr: pip install 'ldm-vae[audio]'"
-
-Samples = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class SoundFacts:
-    """Facts about a sound from its header: S frames at `rate` a second, channels, container and codec."""
-
-    frames: int
-    rate: int
-    channels: int
-    format: str
-    mode: str
-    notes: tuple[str, ...] = ()
-
-    def samples(self, rate: int) -> int:
-        """L of it at another rate."""
-        return -(-self.frames * rate // self.rate)
 
 
 @dataclass(frozen=True)
@@ -264,7 +245,7 @@ def _facts(file: Video) -> SoundFacts:
         if sound is not None:
             known = SoundFacts(sound.frames, sound.samplerate, sound.channels, sound.format, sound.subtype)
         else:
-            known = _facts_by_ffmpeg(file)
+            known = facts_by_ffmpeg(file)
     if known.frames < 1:
         raise BadImage("holds no sample")
     return known
@@ -279,7 +260,7 @@ def _read(file: Video, known: SoundFacts, first: int, count: int) -> Samples:
     """`count` samples from `first` on, [S, C]. Raises BadImage where the file has fewer than its header says."""
     with _opened(file) as sound:
         if sound is None:
-            found, loose = _read_by_ffmpeg(file, known, first, count), int(LOOSE_END * known.rate)
+            found, loose = read_by_ffmpeg(file, known, first, count), int(LOOSE_END * known.rate)
         else:
             sound.seek(first)
             found, loose = sound.read(count, dtype="float32", always_2d=True), 0
@@ -289,66 +270,3 @@ def _read(file: Video, known: SoundFacts, first: int, count: int) -> Samples:
             "header says"
         )
     return np.pad(found, ((0, count - len(found)), (0, 0)))
-
-
-# --- FFmpeg -----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _opened_by_ffmpeg(file: Video) -> Iterator[tuple[Any, Any]]:
-    """A container and its first stream of sound."""
-    try:
-        import av
-    except ImportError as error:
-        raise BadImage("is of a format that needs PyAV: pip install 'ldm-vae[video]'") from error
-    from ldm_vae.data.containers import FORMATS
-
-    formats = f"{FORMATS},aac,ac3,ape,wv,tta,amr,mp3,caf"
-    with file.open() as raw:
-        try:
-            container: Any = av.open(raw, metadata_errors="ignore", container_options={"format_whitelist": formats})
-        except av.error.FFmpegError as error:
-            raise BadImage("is no sound of a known format, or damaged at its beginning") from error
-        with container:
-            if not container.streams.audio:
-                raise BadImage("holds no stream of sound")
-            stream = container.streams.audio[0]
-            if stream.codec_context is None or not stream.codec_context.sample_rate:
-                raise BadImage("its stream of sound names no codec and rate that are known")
-            stream.codec_context.thread_count = 1
-            yield container, stream
-
-
-def _facts_by_ffmpeg(file: Video) -> SoundFacts:
-    """Its length is that of its packets, none of which is decoded."""
-    with _opened_by_ffmpeg(file) as (container, stream):
-        tick, rate = Fraction(stream.time_base), int(stream.codec_context.sample_rate)
-        ends = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
-        frames = round((max(ends, default=0) - max(0, stream.start_time or 0)) * tick * rate)
-        name = f"{container.format.name.split(',')[0]}/{stream.codec_context.name}"
-        return SoundFacts(frames, rate, int(stream.codec_context.channels), name, str(stream.codec_context.format.name))
-
-
-def _read_by_ffmpeg(file: Video, known: SoundFacts, first: int, count: int) -> Samples:
-    import av
-
-    found = np.zeros((count, known.channels), np.float32)
-    end = 0
-    with _opened_by_ffmpeg(file) as (container, stream):
-        tick, origin = Fraction(stream.time_base), max(0, stream.start_time or 0)
-        if first > PRIMING * known.rate:
-            container.seek(origin + int((Fraction(first, known.rate) - PRIMING) / tick), stream=stream)
-        planar = av.AudioResampler(format="fltp")
-        for frame in container.decode(stream):
-            at = round((frame.pts - origin) * tick * known.rate) - first
-            if at >= count:
-                break
-            for part in planar.resample(frame):
-                values = part.to_ndarray().T
-                if values.shape[1] != known.channels or frame.sample_rate != known.rate:
-                    raise BadImage("changes its channels or its rate on the way")
-                begin, stop = max(0, at), min(count, at + len(values))
-                if stop > begin:
-                    found[begin:stop] = values[begin - at : stop - at]
-                    end = max(end, stop)
-    return found[:end]

@@ -27,6 +27,7 @@ from ldm_vae.data.clips import facts_of, reach, tiles_of
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.footage import Video, VideoFacts, tell
 from ldm_vae.data.quarantine import BadImage
+from ldm_vae.data.sound_containers import SoundFacts
 from ldm_vae.data.source import Named, Record, Source
 from ldm_vae.data.stamps import THREADS, Facts, Stamped
 from ldm_vae.data.stream import Stream
@@ -66,13 +67,13 @@ class Windows(Named):
                 if known is None or known.frames == 1:
                     continue
                 notes.update(known.notes)
-                if isinstance(known, sounds.SoundFacts):
+                if isinstance(known, SoundFacts):
                     count, length = sounds.tiles_of(known, self.decoding)
                 else:
                     count, length = tiles_of(known, self.decoding)
                 counts[index] = count
                 self._length[index] = length.as_integer_ratio() if count > 1 else (0, 1)
-                if isinstance(known, sounds.SoundFacts):
+                if isinstance(known, SoundFacts):
                     continue
                 there = reach(known, self.decoding)
                 covered = count * (self.decoding.frames or 1)
@@ -86,7 +87,7 @@ class Windows(Named):
                 self.name, left, whole, self.decoding.frames,
             )  # fmt: skip
 
-    def _look(self, index: int) -> VideoFacts | sounds.SoundFacts | None:
+    def _look(self, index: int) -> VideoFacts | SoundFacts | None:
         try:
             image = self.source[index].image
             return sounds.facts_of(image) if self.decoding.signal == "audio" else facts_of(image, self.decoding)

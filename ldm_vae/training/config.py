@@ -16,9 +16,9 @@ from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.fine_tuning import idle_parameters, resize_channels, set_trainable
 from ldm_vae.autoencoder.geometry import image_channels
 from ldm_vae.autoencoder.last_layer import place_of
-from ldm_vae.autoencoder.lengths import check_frames, check_samples
+from ldm_vae.autoencoder.lengths import check_frames
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.preparation import check_same, check_signal_of, has_alpha, own_rate, recorded, shown
+from ldm_vae.autoencoder.preparation import check_same, has_alpha, own_rate, recorded, shown
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.config import choice, choices
 from ldm_vae.core.errors import UsageError
@@ -36,14 +36,13 @@ from ldm_vae.run.folder import RunConfig
 from ldm_vae.run.optim import OptimizerConfig
 from ldm_vae.training.adversary import AdversaryConfig
 from ldm_vae.training.objective import Objective
+from ldm_vae.training.sounds import check_data, check_sounds
 
 # kinds whose numbers of channels stay those of init_from
 FIXED_SIZES = {
     **dict.fromkeys(("dc", "hunyuan_image"), "has shortcuts that average other channels with other sizes"),
     **dict.fromkeys(("ltx", "vidtok", "wan"), "is of clips"),
 }
-
-IMAGE_PERTURBATIONS = ("eq", "teacher_latents")
 
 
 class Training(RunConfig):
@@ -64,8 +63,7 @@ class Training(RunConfig):
     ignore_mismatched_sizes: bool = False
     """With init_from: model.latent_channels and model.in_channels may be others than there; what fits is kept."""
     ignore_preprocessing: bool = False
-    """data.value_range, data.background, data.alpha and transform.resize may be others than init_from or a teacher
-    records."""
+    """What data and transform say of decoding may be other than what init_from or a teacher records."""
     latent_store: str | None = None
     """Train the decoder alone, from the moments of this store: the encoder, that of init_from, is neither run nor held.
     Its crops are taken as they are (of `transform` only `resize` has a part: it must be the store's); pixels come from
@@ -150,7 +148,7 @@ class Training(RunConfig):
                 files_differ = name == "value_range" and ours is not None and theirs is not None
                 if ours != theirs and not files_differ:
                     raise ValueError(f"validation_data.{name}: expected data.{name} {shown(ours)}, got {shown(theirs)}")
-        self._check_sounds()
+        check_sounds(self)
         if not self.alpha and (named := [name for name in self.validation_metrics if name.startswith("alpha_")]):
             raise ValueError(f"validation_metrics: {named[0]} is of images with alpha; expected data.alpha: true")
         of_clips = {"temporal_l1", "flicker"} & {*self.validation_metrics}
@@ -163,24 +161,6 @@ class Training(RunConfig):
                     f"{name}.channels: expected model.in_channels {self.model.in_channels}, got {channels}"
                 )
         return self
-
-    def _check_sounds(self) -> None:
-        rate, own = getattr(self.data, "sample_rate", None), getattr(self.model, "sampling_rate", None)
-        if own is not None and rate != own:
-            raise ValueError(f"data.sample_rate: expected model.sampling_rate {own}, got {rate or 'none'}")
-        if rate is None:
-            return
-        if self.samples is None:
-            raise ValueError("data.samples: is missing, the samples of an excerpt of data.sample_rate")
-        if self.resolution != type(self).model_fields["resolution"].default:
-            raise ValueError("resolution: is of images, and excerpts of sounds have data.samples; leave it out")
-        names = {
-            "buckets": self.buckets, "latent_store": self.latent_store, "data.holdout": self.holdout,
-            "validation_data": self.validation_data,
-            **{f"perturbations.{name}": part.kind in IMAGE_PERTURBATIONS for name, part in self.perturbations.items()},
-        }  # fmt: skip
-        if refused := [name for name, value in names.items() if value]:
-            raise ValueError(f"{refused[0]}: is of images and clips, and data.sample_rate reads sounds; leave it out")
 
     def _check_holdout(self) -> None:
         if isinstance(self.validation_data, SourceConfig) and self.validation_data.holdout is not None:
@@ -219,11 +199,6 @@ class Training(RunConfig):
         return getattr(self.data, "samples", None)
 
     @property
-    def extent(self) -> int:
-        """Side of a crop in pixels, or samples of an excerpt."""
-        return self.resolution if self.samples is None else self.samples
-
-    @property
     def alpha(self) -> bool:
         """True if the fourth channel of the images is alpha."""
         return bool(getattr(self.data, "alpha", False))
@@ -258,9 +233,7 @@ def build_autoencoder(settings: Training) -> Any:
     """
     frames = getattr(settings.data, "frames", None)
     if settings.is_built_from:
-        base = _built_from(settings)
-        _check_signal(settings, base, f"init_from {settings.init_from}")
-        return learning(base, settings.trainable, frames)
+        return learning(_built_from(settings), settings.trainable, frames)
     # drawn whatever init_from brings: what does not fit keeps these weights, the same on every rank
     with seeded(settings.seed):
         vae = settings.model.build()
@@ -283,16 +256,8 @@ def build_autoencoder(settings: Training) -> Any:
                 raise UsageError(f"model.{field}: the config says {value}, {settings.init_from} has {came}{hint}")
         check_preprocessing(settings, base, f"init_from {settings.init_from}")
         vae = resize_channels(base, vae)
-    _check_signal(settings, vae, f"model.kind {settings.model.kind}")
+    check_data(settings, vae, f"model.kind {settings.model.kind}")
     return learning(vae, settings.trainable, frames)
-
-
-def _check_signal(settings: Training, vae: Any, name: str) -> None:
-    """Raises UsageError for sounds as data of a network of images, and the other way round."""
-    if isinstance(settings.data, SourceConfig):
-        check_signal_of(vae, settings.data.decoding(), name, "data.sample_rate")
-        if settings.samples is not None:
-            check_samples(vae, settings.samples, "data.samples")
 
 
 def _built_from(settings: Training) -> Any:
@@ -309,6 +274,7 @@ def _built_from(settings: Training) -> Any:
         )
     if (channels := image_channels(vae)) != settings.model.in_channels:
         raise UsageError(f"model.in_channels: expected {channels} of init_from, got {settings.model.in_channels}")
+    check_data(settings, vae, f"init_from {settings.init_from}")
     check_preprocessing(settings, vae, f"init_from {settings.init_from}")
     with seeded(settings.seed):
         return settings.model.build_from(vae, f"init_from {settings.init_from}")
@@ -340,8 +306,8 @@ def check_preprocessing(settings: Training, network: Any, name: str) -> None:
     ours = replace(settings.data.decoding(), resize=settings.transform.resize)
     found = recorded(network)
     # without a record there is what its class says
-    of_class = {"alpha": ours.alpha or has_alpha(network), "sample_rate": own_rate(network) or ours.sample_rate}
-    known = found.decoding if found is not None else replace(ours, **of_class)  # type: ignore[arg-type]
+    said = {"alpha": ours.alpha or has_alpha(network), "sample_rate": own_rate(network) or ours.sample_rate}
+    known = replace(ours, **said) if found is None else found.decoding  # type: ignore[arg-type]
     names = {one: f"data.{one}" for one in SETTABLE} | {"resize": "transform.resize"}
     check_same("the config says", ours, name, known, names, "set that, or ignore_preprocessing: true")
 

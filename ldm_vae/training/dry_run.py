@@ -186,7 +186,7 @@ def describe(settings: Training, processes: int = 1) -> str:
         UsageError: the config does not hold together.
     """
     vae = _outline(settings)
-    check_resolution(settings.extent, vae)
+    check_resolution(crop_size(settings)[-1], vae)
     found = plan(settings, processes)
     global_batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
     latent = build_network(settings, vae, outline=True).latent_shape(*crop_size(settings))

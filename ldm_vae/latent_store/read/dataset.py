@@ -70,8 +70,7 @@ class LatentDataset(Dataset[Item]):
             what is free); smaller than the store it makes shuffled reading download shards again and again.
 
     Raises:
-        UsageError: no store there, one of another format version, an incomplete one; an unknown column, view or
-            resolution; a normalisation of indices.
+        UsageError: no finished store of this format there; an unknown column, view, resolution or normalisation.
 
     >>> from ldm_vae import LatentDataset, load_autoencoder, open_images, write_store
     >>> vae = load_autoencoder("my-vae")
@@ -201,8 +200,7 @@ class LatentDataset(Dataset[Item]):
         return int(self._stops[-1]) if len(self._stops) else 0
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """Shape (c, h, w) or (c, t, h, w) of one sample as it is given; a store of one resolution and length, without
-        buckets, has one."""
+        """Shape of one sample as it is given; a store of one resolution and length, without buckets, has one."""
         return self._given(self.shards_of(self._checked(np.asarray([index], dtype=np.int64)).tolist())[0].shape)
 
     def _given(self, stored: tuple[int, ...]) -> tuple[int, ...]:
@@ -325,8 +323,7 @@ class LatentDataset(Dataset[Item]):
 
     @torch.no_grad()
     def decode(self, scaled: torch.Tensor, vae: Any) -> torch.Tensor:
-        """latents [c, h, w] or [B, c, h, w], of clips [c, t, h, w] or [B, c, t, h, w], of sounds [c, n] or [B, c, n],
-        or indices [h, w] or [B, h, w], as this dataset gives them => pixels or samples, fp32 and not clamped."""
+        """latents or indices as given here, one or a batch => pixels, of sounds samples, fp32 and not clamped."""
         single = scaled.ndim == len(self.manifest.shards[0].shape)
         if self.manifest.identity.codes is not None:
             pixels = finite.decode_indices(vae, (scaled[None] if single else scaled).to(vae.device))
