@@ -58,6 +58,8 @@ def _argument_types(tree: ast.AST, argument: str) -> set[str]:
 
 
 def _law(name: str, family: Family) -> str:
+    if family.signal == "audio" and family.law == "inside":
+        return "z as it is"
     if family.law != "config":
         return LAWS[family.law].format(patch=family.patch)
     keys = inspect.signature(getattr(autoencoders, name).__init__).parameters
@@ -66,8 +68,8 @@ def _law(name: str, family: Family) -> str:
 
 def _signal(family: Family) -> str:
     """The signal that it encodes, with the lengths of clips as `lengths.py` has them."""
-    if family.signal == "image":
-        return "image"
+    if family.signal != "video":
+        return "sound" if family.signal == "audio" else family.signal
     step = "t" if family.step is None else family.step
     more = {0: "", 1: " or more"}.get(family.step, f" + {step} k")  # type: ignore[arg-type]
     return f"clip of {family.first}{more}"

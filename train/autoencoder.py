@@ -29,7 +29,7 @@ from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
 from ldm_vae.data.stream import Stream, length
 from ldm_vae.data.stream import warning as stream_warning
-from ldm_vae.data.transforms import to_pixels
+from ldm_vae.data.transforms import to_values
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.export.targets import warnings_for_pipelines
 from ldm_vae.metrics.batches import image_batches, share_of, spread
@@ -51,6 +51,7 @@ from ldm_vae.training.decoder_only import StoredFeed
 from ldm_vae.training.dry_run import describe
 from ldm_vae.training.monitor import below_linear, diagnose, overfitting
 from ldm_vae.training.scaling import given_normalisation, normalise
+from ldm_vae.training.smallest_crop import crop_size
 from ldm_vae.training.state import TrainingState, build_state
 from ldm_vae.training.validation import record_validation
 
@@ -70,7 +71,7 @@ def train(settings: Training) -> None:
 
     # --- networks: from the config, another's weights or the linear code; a store's feed takes the encoder away -------
     vae = build_autoencoder(settings)
-    check_resolution(settings.resolution, vae)
+    check_resolution(crop_size(settings)[-1], vae)
     for name, one in (("data", source), ("validation_data", held_out)):
         if one is not None and one.decoding.frames is not None:
             check_frames(vae, one.decoding.frames, f"{name}.frames")
@@ -101,7 +102,7 @@ def train(settings: Training) -> None:
         if state.images_seen >= settings.max_train_images:
             break
         rate = state.set_learning_rate()
-        images = to_pixels(batch.pixels.to(accelerator.device, non_blocking=True))
+        images = to_values(batch.pixels.to(accelerator.device, non_blocking=True))
         noise = posterior_noise(settings.seed, batch.positions.tolist(), state.network.noise_shape(*images.shape[2:]))
         stored = batch.moments_on(accelerator.device)
         state.averages.update(state.step(images, noise.to(accelerator.device), state.images_seen, stored))

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm_vae.autoencoder.families import family_of
+from ldm_vae.autoencoder.last_layer import KINDS
 
 
 def enable_checkpointing(vae: Any) -> None:
@@ -43,7 +44,7 @@ def _blocks(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def _layers(network: nn.Module) -> int:
-    return sum(isinstance(part, nn.Conv2d | nn.Conv3d | nn.Linear) for part in network.modules())
+    return sum(isinstance(part, KINDS) for part in network.modules())
 
 
 def _weights(network: nn.Module) -> int:

@@ -21,7 +21,7 @@ Values = Literal["signed", "unit", "imagenet"]
 class Family:
     """A row.
 
-    signal: what it encodes: an `image` [B, C, H, W], or a `video`, clips [B, C, T, H, W].
+    signal: what it encodes: an `image` [B, C, H, W], a `video`, clips [B, C, T, H, W], or `audio`, sounds [B, C, L].
     law: where its normalisation stands: in `config`, in the `batch_norm` of its patchified channels, in `buffers`
     latents_mean and latents_std, or `inside` encode and decode, so that z is what a diffusion model sees.
     patch: side of the squares of positions that its pipelines make channels of.
@@ -33,13 +33,14 @@ class Family:
     first, step: clips of first, first + step, first + 2 step, ... frames come back whole; a step of None is its t, the
     frames of a latent frame, and of 0 that there is no other length.
     clamps: its decode ends in a clamp to [-1, 1].
-    single: one clip a call.
+    single: one clip, or sound, a call.
     folded: takes the frames as a batch of images, and their number when it decodes.
     padded: its callers put the first frame t - 1 times more in front.
     frames_first: decodes to [B, T, C, H, W].
     tiled: works in tiles of its own, which are part of what it is.
     sigma_data: of its pipelines' scheduler, which scales the latents.
     unread: keys of its config that none of its pipelines reads.
+    mean_by: the keyword, with its value, by which its `encode` gives the mean and not a draw.
     refusal: why it is not served.
     """
 
@@ -61,20 +62,24 @@ class Family:
     tiled: bool = False
     sigma_data: float | None = None
     unread: tuple[str, ...] = ()
+    mean_by: tuple[tuple[str, bool], ...] = ()
     refusal: str = ""
 
     @property
     def is_served(self) -> bool:
-        """True for a class of images or of clips, but for those with a reason."""
-        return self.signal in ("image", "video") and not self.refusal
+        """True for a class of images, clips or sounds, but for those with a reason."""
+        return self.signal != "other" and not self.refusal
 
     @property
     def takes_images(self) -> bool:
         """True where an image is encoded: as itself, or as a clip of one frame."""
-        return self.is_served and self.first == 1
+        return self.is_served and self.signal != "audio" and self.first == 1
 
 
 _VIDEO, _AUDIO, _OTHER = Family("video"), Family("audio"), Family("other")
+# z is what pipelines of sounds take: no key of their configs scales it
+_AS_IT_IS = Family("audio", law="inside")
+_VOCODER = Family("audio", refusal="a vocoder, without an encoder")
 _NOT_CAUSAL = " that is not causal"
 FAMILIES: dict[str, Family] = {
     "AutoencoderKLFlux2": Family(law="batch_norm", patch=2),
@@ -101,16 +106,17 @@ FAMILIES: dict[str, Family] = {
     "AutoencoderVidTok" + _NOT_CAUSAL: Family("video", first=16, step=16),
     "Kandinsky6SRVAE": _VIDEO,
     "LTX2VideoDiffusionDecoderModel": Family("video", refusal="a decoder that denoises, without an encoder"),
-    "AutoencoderOobleck": _AUDIO,
-    "AutoencoderSAME": _AUDIO,
+    "AutoencoderOobleck": _AS_IT_IS,
+    "AutoencoderSAME": _AS_IT_IS,
     "AutoencoderKLKVAEAudio": _AUDIO,
-    "AutoencoderKLMiniMaxH3Audio": _AUDIO,
-    "AutoencoderKLLTX2Audio": _AUDIO,
-    "LongCatAudioDiTVae": _AUDIO,
-    "Cosmos3AVAEAudioTokenizer": _AUDIO,
-    "MMAudioVAE": _AUDIO,
-    "MMAudioVocoder": _AUDIO,
-    "MiniMaxMusic3Vocoder": _AUDIO,
+    "AutoencoderKLMiniMaxH3Audio": Family("audio", clamps=True),
+    "AutoencoderKLLTX2Audio": Family("audio", refusal="one of log-mel spectrograms, which takes and gives no sound"),
+    "LongCatAudioDiTVae": Family("audio", law="inside", mean_by=(("sample_posterior", False),)),
+    # its encode divides by the peak of the whole batch: of each sound alone, neighbours do not matter
+    "Cosmos3AVAEAudioTokenizer": Family("audio", law="inside", clamps=True, single=True),
+    "MMAudioVAE": Family("audio", refusal="one that decodes to a log-mel spectrogram and not to sound"),
+    "MMAudioVocoder": _VOCODER,
+    "MiniMaxMusic3Vocoder": _VOCODER,
     "RFD4ProteinaAutoencoder": _OTHER,
     "CausalOobleck": Family("audio", law="inside"),  # of ours
 }

@@ -15,14 +15,15 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from ldm_vae.autoencoder import latents
-from ldm_vae.autoencoder.families import family_of
-from ldm_vae.autoencoder.geometry import geometry_of, some_latents
-from ldm_vae.autoencoder.lengths import lengths_of
+from ldm_vae.autoencoder.geometry import geometry_of, some_latents, some_size
 from ldm_vae.autoencoder.meta import on_meta, without_values
 from ldm_vae.core.errors import UsageError
 
 # the other side; what is on none, a buffer that both use say, counts as the encoder's: a store is then rather stale
-DECODER = ("decoder.", "decoder_unet.", "post_quant_conv.", "bn.", "latents_mean", "latents_std")
+DECODER = (
+    *("decoder.", "decoder_unet.", "post_quant_conv.", "bn.", "latents_mean", "latents_std"),
+    *("out_proj.", "dec_in_proj."),  # of AutoencoderKLKVAEAudio and AutoencoderKLMiniMaxH3Audio
+)
 
 # --- freezing ---------------------------------------------------------------------------------------------------------
 
@@ -59,19 +60,15 @@ def is_encoders(name: str) -> bool:
 
 def idle_parameters(vae: Any, frames: int | None = None) -> list[str]:
     """Names of the parameters that the class freezes (AutoencoderRAE's encoder), or that get no gradient from the
-    reconstruction of an image, by one without values: layers for later frames of a clip (Wan), for masks
+    reconstruction of an image or a sound, by one without values: layers for later frames of a clip (Wan), for masks
     (AsymmetricAutoencoderKL).
 
     frames: of clips; None is an image, or the shortest clip of a class that takes no images.
     """
-    geometry = geometry_of(vae)
-    if frames is None and not family_of(vae).takes_images:
-        frames = lengths_of(vae).first
-    shape = (1, geometry.in_channels) if frames is None else (1, geometry.in_channels, frames)
-    side = geometry.side or 8 * geometry.factor
+    shape = (1, geometry_of(vae).in_channels, *some_size(vae, frames))
     with on_meta():
         empty = without_values(vae)
-        moments = latents.encode(empty, torch.empty(*shape, side, side))
+        moments = latents.encode(empty, torch.empty(shape))
         total = latents.decode(empty, moments.mean).sum() + moments.logvar.sum()
         total.backward()  # type: ignore[no-untyped-call]
     # a codebook is its quantizer's to move (ldm_vae/quantizers)

@@ -1,4 +1,4 @@
-"""Gradients through the clamp that ends the decode of some classes (Wan, Qwen-Image).
+"""Gradients through the clamp that ends the decode of some classes (Wan, Qwen-Image, those of sounds).
 
 Where a network from random weights learns images with a dark ground, its decoder leaves [-1, 1] within some tens of
 steps, and a clamp gives no gradient there. A tiny Wan on squares that move over black, 500 steps of Adam at 1e-3, had
@@ -36,8 +36,9 @@ class Inwards(TorchFunctionMode):
     """Within it, a clamp to [-1, 1] is an InwardClamp."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.clamp and kwargs == {"min": -1.0, "max": 1.0}:
-            return InwardClamp.apply(*args)
+        limits = {**dict(zip(("min", "max"), args[1:], strict=False)), **(kwargs or {})}
+        if function in (torch.clamp, torch.Tensor.clamp) and limits == {"min": -1.0, "max": 1.0}:
+            return InwardClamp.apply(args[0])
         return function(*args, **(kwargs or {}))
 
 

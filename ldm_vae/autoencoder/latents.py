@@ -1,9 +1,11 @@
 """The latent contract: pixels -> moments (stored) -> latents (scaled, `normalisation.py`) and back.
 
-Legend: B batch, C image channels, c latent channels, T frames, H W pixels, t h w latent positions.
+Legend: B batch, C channels of an image or a sound, c latent channels, T frames, H W pixels, L samples, t h w latent
+positions, n those of a sound.
 
-- **pixels**  [B, C, H, W] in [-1, 1], of clips [B, C, T, H, W];
-- **moments** mean and logvar, each [B, c, h, w] or [B, c, t, h, w], raw and unscaled: what a latent store holds;
+- **pixels**  [B, C, H, W] in [-1, 1], of clips [B, C, T, H, W]; of sounds samples [B, C, L];
+- **moments** mean and logvar, each [B, c, h, w], [B, c, t, h, w] or [B, c, n], raw and unscaled: what a latent store
+  holds;
 - **latents** z, sampled or the mean, then normalised: what a diffusion model sees.
 
 What is encoded comes back as it was given: an image as an image, also from a class of clips, where it is one of one
@@ -21,7 +23,7 @@ import torch
 from ldm_vae.autoencoder import signals
 from ldm_vae.autoencoder.codebooks import beside
 from ldm_vae.autoencoder.families import family_of, is_movq
-from ldm_vae.autoencoder.lengths import check_frames, check_latent_frames
+from ldm_vae.autoencoder.lengths import check_frames, check_latent_frames, check_samples
 from ldm_vae.core import rng
 
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to the same; stored logvar is clamped too
@@ -114,13 +116,15 @@ class Moments:
 
 
 def encode(vae: Any, pixels: torch.Tensor) -> Moments:
-    """pixels [B, C, H, W] => moments [B, c, h, w], or [B, C, T, H, W] => [B, c, t, h, w], with a diffusers autoencoder.
+    """pixels [B, C, H, W] => moments [B, c, h, w], [B, C, T, H, W] => [B, c, t, h, w], or samples [B, C, L] => [B, c,
+    n], with a diffusers autoencoder.
 
     A VQModel's are its vectors before the codebook: `decode` quantises them, as latent diffusion on its latents does.
     So are those of a network with a quantizer beside it.
 
     Raises:
-        UsageError: of clips, a length that the class would cut or pad, or cannot take.
+        UsageError: of clips or sounds, a length that the class would cut or pad, or cannot take; another signal than
+            the class's.
 
     >>> import torch
     >>> from ldm_vae import encode, load_autoencoder
@@ -132,11 +136,13 @@ def encode(vae: Any, pixels: torch.Tensor) -> Moments:
     family, frames = family_of(vae), pixels.shape[2] if pixels.ndim == 5 else None
     if family.signal == "video" and not pixels.is_meta:
         check_frames(vae, frames or 1)
+    if family.signal == "audio" and pixels.ndim == 3 and not pixels.is_meta:
+        check_samples(vae, pixels.shape[2])
     if family.single and len(pixels) > 1:
         parts = [encode(vae, one[None]) for one in pixels]
         mean, logvar = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "logvar"))
         return replace(parts[0], mean=mean, logvar=logvar)
-    moments = Moments.of(vae.encode(signals.enter(vae, pixels)))
+    moments = Moments.of(signals.encoded(vae, pixels))
     if beside(vae) is not None:  # which takes the mean: nothing has trained a variance
         moments = Moments.point(moments.mean)
     if frames is None:
@@ -145,7 +151,8 @@ def encode(vae: Any, pixels: torch.Tensor) -> Moments:
 
 
 def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:
-    """unscaled z [B, c, h, w] or [B, c, t, h, w] => pixels [B, C, H, W] or [B, C, T, H, W], fp32 and not clamped.
+    """unscaled z [B, c, h, w], [B, c, t, h, w] or [B, c, n] => pixels [B, C, H, W], [B, C, T, H, W] or samples [B, C,
+    L], fp32 and not clamped.
 
     >>> import torch
     >>> from ldm_vae import decode, load_autoencoder

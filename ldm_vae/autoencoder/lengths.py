@@ -1,6 +1,7 @@
-"""Lengths of clips that come back whole from a class of clips, and the latent frames of each.
+"""Lengths of clips and sounds that come back whole from their classes, and the latent frames or positions of each.
 
-Most classes cut what is over, some pad, some fail: other lengths are refused. Legend: T frames, t latent frames.
+Most classes cut what is over, some pad, some fail: other lengths are refused. Legend: T frames, t latent frames, L
+samples, n latent positions.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.meta import on_meta, once, without_values
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.text import an
+from ldm_vae.core.validation import first_line
 
 SIDE = 256  # of the frames that are tried
 LONG = 17  # frames, whole for every class whose lengths are 1 + t k with a t of 1, 2, 4, 8 or 16
+# samples, a multiple of every hop whose prime factors are of audio: 2048, 4096, 800, 960, 1920, 882, 2205
+MANY = 2**12 * 3**2 * 5**2 * 7**2
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def lengths_of(vae: Any) -> Lengths:
             for channels in signals.channels_to_try(vae):
                 try:
                     pixels = torch.empty(1, channels, frames, SIDE, SIDE)
-                    found = signals.held_by(empty.encode(signals.enter(empty, pixels)))
+                    found = signals.held_by(signals.encoded(empty, pixels))
                     return int((found if torch.is_tensor(found) else found.mode()).shape[2])
                 except (RuntimeError, ValueError) as error:  # of another number of channels
                     failed = failed or error
@@ -77,6 +81,59 @@ def lengths_of(vae: Any) -> Lengths:
         if step is None:  # t
             step = (LONG - 1) // (latent_frames(LONG) - first)
         return Lengths(family.first, step, first, latent_frames(family.first + step) - first)
+
+
+@dataclass(frozen=True)
+class Hop:
+    """Of a class of sounds: channels C of a sound, and the samples of a latent position."""
+
+    channels: int
+    samples: int
+
+
+@once
+@torch.no_grad()
+def hop_of(vae: Any) -> Hop:
+    """Channels and hop of a class of sounds, by encodes and decodes without values of two lengths.
+
+    Raises:
+        UsageError: it encodes no sound, or decodes to another length than it encodes.
+    """
+    with on_meta():
+        empty = without_values(vae)
+        failed: Exception | None = None
+        for channels in signals.channels_to_try(vae):
+            try:
+                positions, lengths = [], []
+                for samples in (MANY, 2 * MANY):
+                    found = signals.held_by(signals.encoded(empty, torch.empty(1, channels, samples)))
+                    z = found if torch.is_tensor(found) else found.mode()
+                    positions.append(z.shape[-1])
+                    lengths.append(signals.leave(empty, empty.decode(z), None).shape[-1])
+            except Exception as error:  # of another number of channels, or of another signal: any kind
+                failed = failed or error
+                continue
+            name, hop = an(type(vae).__name__), MANY / (positions[1] - positions[0])
+            if lengths != [MANY, 2 * MANY] or positions[0] * hop != MANY:
+                raise UsageError(
+                    f"VAE: {name} decodes {positions[0]:,} latent positions of {MANY:,} samples to {lengths[0]:,}; "
+                    "expected strides, each of which its decoder takes back whole (an Oobleck's are even)"
+                )
+            return Hop(channels, int(hop))
+    assert failed is not None
+    raise UsageError(f"VAE: {an(type(vae).__name__)} encodes no sound [B, C, L]: {first_line(failed)}")
+
+
+def check_samples(vae: Any, samples: int, field: str = "L") -> None:
+    """Raises UsageError, which calls the number `field`, unless sounds of so many samples come back whole: a class cuts
+    what is over a multiple of its hop, or pads it, or fails."""
+    hop = hop_of(vae).samples
+    if samples <= 0 or samples % hop:
+        near = max(1, round(samples / hop)) * hop
+        raise UsageError(
+            f"{field}: expected a positive multiple of {hop} samples, the hop of {an(type(vae).__name__)}, got "
+            f"{samples}; {near} would do"
+        )
 
 
 def check_frames(vae: Any, frames: int, field: str = "T") -> None:

@@ -23,6 +23,7 @@ from ldm_vae.autoencoder.weights.networks import (
 from ldm_vae.autoencoder.weights.quantizer import load_beside, parted
 from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.frozen_module import without_graphs
 from ldm_vae.core.terminal import print_note
 from ldm_vae.data.preprocessing import read_beside, read_hub
 
@@ -64,7 +65,7 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
         if not is_checkpoint(folder):
             load_beside(vae, folder, place)
     check_weights(vae, place)
-    return vae.float().eval().requires_grad_(False)
+    return without_graphs(vae.float().eval().requires_grad_(False))
 
 
 def _load_checkpoint(folder: Path, place: str) -> Any:

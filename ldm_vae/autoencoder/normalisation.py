@@ -1,6 +1,7 @@
 """Normalisation of latents: from z to what a diffusion model sees, and back.
 
-Legend: c latent channels, t h w latent positions, F latent frames with a mean and a deviation of their own.
+Legend: c latent channels, t h w latent positions, n those of a sound, F latent frames with a mean and a deviation of
+their own.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Normalisation:
 
     patch: side of the squares of positions whose values become channels (c, row, column) first: 2 of FLUX.2.
     frames: F, where latents_mean and latents_std are of each channel and latent frame, c * F values: 16 of Cosmos.
+    sounds: z is [B, c, n] or [c, n].
     pipelines: the family of pipelines whose layout of those channels it is, where it is another (`families.VARIANTS`).
 
     >>> import torch
@@ -51,6 +53,7 @@ class Normalisation:
     patch: int = 1
     pipelines: str | None = None
     frames: int = 1
+    sounds: bool = False
 
     def __post_init__(self) -> None:
         if self.shift_factor is not None and self.latents_mean is not None:
@@ -101,6 +104,7 @@ class Normalisation:
                 patch=int(config.get("patch") or 1),
                 pipelines=config.get("pipelines"),
                 frames=int(config.get("frames") or 1),
+                sounds=bool(config.get("sounds")),
             )
         except (ValueError, TypeError, OverflowError) as error:
             raise UsageError(f"{where}: {error}; `ldm-vae export SRC OUT --stats DATA` measures it") from error
@@ -139,6 +143,7 @@ class Normalisation:
             **({} if self.patch == 1 else {"patch": self.patch}),
             **({} if self.pipelines is None else {"pipelines": self.pipelines}),
             **({} if self.frames == 1 else {"frames": self.frames}),
+            **({"sounds": True} if self.sounds else {}),
         }
 
     def per_channel(self, channels: int) -> Normalisation:
@@ -165,8 +170,8 @@ class Normalisation:
         return "channel" if self.pipelines is None else VARIANTS[self.pipelines].layout
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the latents of a z of this shape (c, h, w) or (c, t, h, w)."""
-        if self.layout == "none":
+        """Shape of the latents of a z of this shape (c, h, w), (c, t, h, w) or (c, n)."""
+        if self.layout == "none" or self.sounds:
             return stored
         channels, *frames, height, width = stored
         return (channels * self.patch**2, *frames, height // self.patch, width // self.patch)
@@ -174,13 +179,16 @@ class Normalisation:
     # in the order of operations of diffusers' pipelines: equal to the bit
 
     def apply(self, z: torch.Tensor) -> torch.Tensor:
-        """z [c, h, w], [B, c, h, w] or [B, c, t, h, w] => latents, of the same shape unless they are patchified.
+        """z [c, h, w], [B, c, h, w] or [B, c, t, h, w], of sounds [c, n] or [B, c, n] => latents, of the same shape
+        unless they are patchified.
 
         Raises:
             UsageError: it has not the channels that the means are of.
         """
         if z.ndim == 5 and self.patch > 1:  # a class of images, frame by frame
             return clips_of(self.apply(frames_of(z)), z.shape[2])
+        if self.sounds:
+            return self._done(z)
         z = torch.pixel_unshuffle(z, self.patch)
         latents = self._done(positions_first(z, self.patch) if self.layout == "position" else z)
         return torch.pixel_shuffle(latents, self.patch) if self.layout == "none" else latents
@@ -194,9 +202,11 @@ class Normalisation:
         return (z - mean) * self.scaling_factor / std
 
     def undo(self, latents: torch.Tensor) -> torch.Tensor:
-        """latents [c, h, w], [B, c, h, w] or [B, c, t, h, w] => z."""
+        """latents [c, h, w], [B, c, h, w] or [B, c, t, h, w], of sounds [c, n] or [B, c, n] => z."""
         if latents.ndim == 5 and self.patch > 1:
             return clips_of(self.undo(frames_of(latents)), latents.shape[2])
+        if self.sounds:
+            return self._undone(latents)
         if self.layout == "none":
             latents = torch.pixel_unshuffle(latents, self.patch)
         z = self._undone(latents)
@@ -213,6 +223,13 @@ class Normalisation:
     def _channels(self, values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
         """One value for each channel, or for each channel and latent frame: an image has the first frame's."""
         found = torch.tensor(values, device=like.device, dtype=like.dtype).view(-1, self.frames, 1, 1)
+        if self.sounds:
+            if like.ndim not in (2, 3) or like.shape[-2] != len(found):
+                raise UsageError(
+                    f"normalisation: is of sounds with {len(found)} channels, got latents {list(like.shape)}; expected "
+                    "[c, n] or [B, c, n]"
+                )
+            return found[:, 0, 0]
         # a clip [c, t, h, w] alone would be taken for a batch of images
         if like.ndim < 3 or like.shape[0 if like.ndim == 3 else 1] != len(found):
             raise UsageError(

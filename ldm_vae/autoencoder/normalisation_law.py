@@ -49,7 +49,7 @@ def own_normalisation(vae: Any, where: str = "VAE", pipelines: str | None = None
             f"{an(type(vae).__name__)}; leave it out for all others, which read it as its class has it"
         )
     if law == "inside":
-        return Normalisation(1.0)
+        return Normalisation(1.0, sounds=family_of(vae).signal == "audio")
     if law == "batch_norm":
         variant = VARIANTS.get(pipelines or "", Variant())
         std = torch.sqrt(vae.bn.running_var + (variant.eps or vae.config.batch_norm_eps))
@@ -60,7 +60,7 @@ def own_normalisation(vae: Any, where: str = "VAE", pipelines: str | None = None
         return Normalisation.from_config({"scaling_factor": 1.0, **held}, where)
     if kind_of(vae) is None:
         return None
-    found = Normalisation.from_config(_config(vae), where)
+    found = replace(Normalisation.from_config(_config(vae), where), sounds=family_of(vae).signal == "audio")
     if (sigma_data := family_of(vae).sigma_data) is not None:
         of_each = len(found.latents_mean or ()) // int(vae.config.latent_channels) or 1
         return replace(found, scaling_factor=sigma_data, frames=of_each)
@@ -99,7 +99,7 @@ def has_place(vae: Any) -> bool:
 def held_by(vae: Any, normalisation: Normalisation) -> Normalisation:
     """The same normalisation as a network's class can hold it. Raises UsageError where it cannot."""
     law, name, keys = law_of(vae), type(vae).__name__, _keys(vae)
-    if law == "inside" and normalisation != Normalisation(1.0):
+    if law == "inside" and replace(normalisation, sounds=False) != Normalisation(1.0):
         raise UsageError(
             f"normalisation `{normalisation.kind}`: {an(name)} normalises inside, so that its z stays as it is"
         )

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm_vae.autoencoder.families import family_of
-from ldm_vae.autoencoder.geometry import image_channels
-from ldm_vae.autoencoder.lengths import check_frames
+from ldm_vae.autoencoder.geometry import image_channels, is_of_sounds
+from ldm_vae.autoencoder.lengths import check_frames, check_samples
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import an
 from ldm_vae.data.decoding import DEFAULT, Decoding
-from ldm_vae.data.flags import NO_FLAGS, DataFlags, SplitPart
+from ldm_vae.data.flags import NO_FLAGS, DataFlags, SplitPart, flag_of
 from ldm_vae.data.holdout import Holdout, part_of
-from ldm_vae.data.preprocessing import FILE, OF_CLIPS, SETTABLE, Preprocessing
+from ldm_vae.data.preprocessing import FILE, OF_CLIPS, OF_SOUNDS, SETTABLE, Preprocessing
 from ldm_vae.data.source import Source, open_source, with_resize
 from ldm_vae.data.transforms import decoding_of, preprocessing_identity
 from ldm_vae.data.windows import windows
@@ -47,8 +48,8 @@ class Preparation:
         return Preprocessing.of(self.decoding, self.holdout)
 
     def open(self, data: str | Path, *, whole: bool = False) -> Source:
-        """Open DATA, or the part that a flag names, with this decoding: images, or the clips that cover its videos
-        (whole: the videos).
+        """Open DATA, or the part that a flag names, with this decoding: images, the clips that cover its videos, or the
+        excerpts that cover its sounds (whole: the videos, the sounds).
 
         Raises:
             UsageError: nothing is there.
@@ -60,7 +61,7 @@ class Preparation:
             kind=flags.kind, channels=decoding.channels, background=decoding.background,
             value_range=decoding.value_range, alpha=decoding.alpha, jpeg_draft=decoding.jpeg_draft,
             frames=decoding.frames, frame_rate=decoding.frame_rate, frame_stride=decoding.frame_stride,
-            **flags.data_fields,
+            sample_rate=decoding.sample_rate, samples=decoding.samples, **flags.data_fields,
         )  # fmt: skip
         source = with_resize(source, decoding.resize)
         if source.decoding != decoding:  # of a kind of somebody's own
@@ -102,13 +103,33 @@ def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Prep
     name, wanted = next(iter(channels.items()))
     found = {f"VAE {name}": one for name, vae in vaes.items() if (one := recorded(vae)) is not None}
     records = [(name, one.decoding) for name, one in found.items()]
-    decided = _decide(records, wanted, f"VAE {name}", flags, alpha=any(map(has_alpha, vaes.values())))
-    if (frames := decided.decoding.frames) is not None:
-        for vae in vaes.values():
+    rates = {own_rate(vae) for vae in vaes.values()} - {None}
+    rate = next(iter(rates)) if len(rates) == 1 else None
+    decided = _decide(records, wanted, f"VAE {name}", flags, any(map(has_alpha, vaes.values())), rate)
+    for name, vae in vaes.items():
+        check_signal_of(vae, decided.decoding, f"VAE {name}", "--sample_rate")
+        if (frames := decided.decoding.frames) is not None:
             check_frames(vae, frames, "frames")
+        if (samples := decided.decoding.samples) is not None:
+            check_samples(vae, samples, "samples")
     split = _split_of({name: one.holdout for name, one in found.items()}, flags)
     asked = () if flags.part is None or split is None else (f"part: {flags.part}, by data.holdout {split.share:g}",)
     return replace(decided, holdout=split, notes=(*decided.notes, *asked))
+
+
+def own_rate(vae: Any) -> int | None:
+    """Samples a second that the config of a class of sounds names; None of one that does not."""
+    said = [getattr(vae.config, name, None) for name in ("sampling_rate", "sample_rate")] if is_of_sounds(vae) else []
+    return next((int(rate) for rate in said if rate), None)
+
+
+def check_signal_of(vae: Any, decoding: Decoding, name: str, field: str) -> None:
+    """Raises UsageError unless sounds are decoded for a class of sounds, and images or clips for any other."""
+    if is_of_sounds(vae) != (decoding.signal == "audio"):
+        wanted = "the rate of sounds" if is_of_sounds(vae) else "none"
+        raise UsageError(
+            f"{field}: expected {wanted} for {name}, {an(type(vae).__name__)}, got {decoding.sample_rate or 'none'}"
+        )
 
 
 def _split_of(found: Mapping[str, Holdout | None], flags: DataFlags) -> Holdout | None:
@@ -189,19 +210,24 @@ def plain(flags: DataFlags) -> Preparation:
 
 
 def _decide(
-    records: Sequence[tuple[str, Decoding]], channels: int, taker: str, flags: DataFlags, alpha: bool = False
+    records: Sequence[tuple[str, Decoding]],
+    channels: int,
+    taker: str,
+    flags: DataFlags,
+    alpha: bool = False,
+    sample_rate: int | None = None,
 ) -> Preparation:
-    """alpha: of networks without a record."""
+    """alpha, sample_rate: of networks without a record."""
     if flags.channels not in (None, channels):
         raise UsageError(f"--channels: expected {channels}, which {taker} takes, got {flags.channels}")
-    chosen: dict[str, Any] = {"alpha": alpha}
+    chosen: dict[str, Any] = {"alpha": alpha, "sample_rate": sample_rate}
     notes = []
-    for field in (*SETTABLE, *OF_CLIPS):
+    for field in (*SETTABLE, *OF_CLIPS, *OF_SOUNDS):
         given, said = getattr(flags, field), [(name, getattr(found, field)) for name, found in records]
         if given is not None:
             chosen[field] = given
             notes += [
-                f"{field} is {shown(given)}, as --{field} says; {name} records {shown(value)}"
+                f"{field} is {shown(given)}, as --{flag_of(field)} says; {name} records {shown(value)}"
                 for name, value in said
                 if value != given
             ]
@@ -209,8 +235,9 @@ def _decide(
             (first, chosen[field]), *others = said
             for other, value in others:
                 if value != chosen[field]:
+                    flag = flag_of(field)
                     raise UsageError(
-                        f"{field}: {first} records {shown(chosen[field])}, {other} {shown(value)}; --{field} decides"
+                        f"{field}: {first} records {shown(chosen[field])}, {other} {shown(value)}; --{flag} decides"
                     )
     decoding = Decoding(channels=channels, jpeg_draft=flags.jpeg_draft, **chosen)
     if decoding.jpeg_draft and decoding.resize == "none":

@@ -1,6 +1,7 @@
-"""Signals: images and clips on their way into a network and out of it, as its family has it.
+"""Signals: images, clips and sounds on their way into a network and out of it, as its family has it.
 
-Legend: B batch, C image channels, T frames, H W pixels, c latent channels, t h w latent positions.
+Legend: B batch, C channels of an image or a sound, T frames, H W pixels, L samples, c latent channels, t h w latent
+positions of images and clips, n of sounds.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import torch
 
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.text import an
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of values in [0, 1]
 
 
 def frames_of(clips: torch.Tensor) -> torch.Tensor:
     """Clips [B, C, T, H, W] => their frames [B*T, C, H, W], which image terms, metrics and discriminators judge; images
-    as they are."""
+    and sounds as they are."""
     return clips.transpose(1, 2).flatten(0, 1) if clips.ndim == 5 else clips
 
 
@@ -49,18 +51,33 @@ def is_by_frame(vae: Any) -> bool:
 
 
 def channels_to_try(vae: Any) -> Iterator[int]:
-    """Numbers of image channels to try: what the config says, which a class of patches counts in another way."""
-    said = [getattr(vae.config, name, None) for name in ("in_channels", "num_channels", "input_channels")]
-    yield from dict.fromkeys([int(number) for number in said if number] + [3, 4, 1])
+    """Numbers of channels to try: what the config says, which a class of patches counts in another way."""
+    names = ("in_channels", "num_channels", "audio_channels", "input_channels")
+    said = [getattr(vae.config, name, None) for name in names]
+    usual = [1, 2] if family_of(vae).signal == "audio" else [3, 4, 1]
+    yield from dict.fromkeys([int(number) for number in said if number] + usual)
 
 
 # --- into a network ---------------------------------------------------------------------------------------------------
 
 
+def encoded(vae: Any, pixels: torch.Tensor) -> Any:
+    """Output of the network's `encode` of pixels or samples."""
+    return vae.encode(enter(vae, pixels), **dict(family_of(vae).mean_by))
+
+
 def enter(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """pixels [B, C, H, W] or [B, C, T, H, W] in [-1, 1] => what the network's `encode` takes; an image is a clip of one
-    frame for a class of clips."""
+    """pixels [B, C, H, W] or [B, C, T, H, W] in [-1, 1], or samples [B, C, L], full scale at -1 and 1 => what the
+    network's `encode` takes; an image is a clip of one frame for a class of clips.
+
+    Raises:
+        UsageError: sounds, of a network of images or clips; or the other way round.
+    """
     family = family_of(vae)
+    of_sounds = family.signal == "audio"
+    if (pixels.ndim == 3) != of_sounds:
+        expected = "sounds [B, C, L]" if of_sounds else "images [B, C, H, W] or clips [B, C, T, H, W]"
+        raise UsageError(f"encode: expected {expected} for {an(type(vae).__name__)}, got {list(pixels.shape)}")
     _forget(vae)
     if family.values != "signed":
         pixels = pixels * 0.5 + 0.5
@@ -80,7 +97,7 @@ def enter(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def enter_latents(vae: Any, z: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-    """z [B, c, h, w] or [B, c, t, h, w] => what the network's `decode` takes, and its keywords."""
+    """z [B, c, h, w], [B, c, t, h, w] or [B, c, n] => what the network's `decode` takes, and its keywords."""
     family = family_of(vae)
     _forget(vae)
     if is_by_frame(vae):
@@ -147,7 +164,8 @@ def field_of(encoded: Any) -> str:
 
 
 def leave(vae: Any, decoded: Any, frames: int | None) -> torch.Tensor:
-    """Output of the network's `decode` => pixels in [-1, 1]: [B, C, T, H, W] of so many latent frames, or images."""
+    """Output of the network's `decode` => pixels in [-1, 1]: [B, C, T, H, W] of so many latent frames, or images; of
+    sounds samples [B, C, L]."""
     family = family_of(vae)
     pixels: torch.Tensor = decoded if torch.is_tensor(decoded) else decoded.sample
     if is_by_frame(vae):

@@ -28,12 +28,13 @@ from ldm_vae.data.alpha import composite
 class Reconstruction:
     """Result of one forward; all fp32 (fp64 in tests of exactness).
 
-    images [B, C, H, W] as encoded; pixels as decoded, not clamped, and target what they are compared with, of one shape
-    (that of the images unless a perturbation moved both); of clips [B, C, T, H, W] both are their frames [B*T, C, H,
-    W], so that every term and discriminator of images sees those; moments of q(z|x); latents z [B, c, h, w] or [B, c,
-    t, h, w] before any perturbation; last_calls of the decoder's last layer, from which the adaptive weight is
-    computed; codes where there is a codebook; images_seen when it was made; background [B*T, 3, 1, 1] of images with
-    alpha, one for a clip, and draws [B] in (0, 1) of clips, by which terms choose frames: both drawn by key.
+    images [B, C, H, W] as encoded, or samples [B, C, L] of sounds; pixels as decoded, not clamped, and target what they
+    are compared with, of one shape (that of the images unless a perturbation moved both); of clips [B, C, T, H, W] both
+    are their frames [B*T, C, H, W], so that every term and discriminator of images sees those; moments of q(z|x);
+    latents z [B, c, h, w] or [B, c, t, h, w] before any perturbation; last_calls of the decoder's last layer, from
+    which the adaptive weight is computed; codes where there is a codebook; images_seen when it was made; background
+    [B*T, 3, 1, 1] of images with alpha, one for a clip, and draws [B] in (0, 1) of clips, by which terms choose frames:
+    both drawn by key.
     """
 
     images: torch.Tensor
@@ -127,7 +128,8 @@ class TrainableAutoencoder(nn.Module):
         return self._watch.layer
 
     def latent_shape(self, *size: int) -> tuple[int, ...]:
-        """(c, h, w) for images of a size (H, W), (c, t, h, w) for clips of a size (T, H, W)."""
+        """(c, h, w) for images of a size (H, W), (c, t, h, w) for clips of a size (T, H, W), (c, n) for sounds of a
+        size (L,)."""
         return latent_size(self.vae, *size)
 
     def noise_shape(self, *size: int) -> tuple[int, ...]:
@@ -143,8 +145,8 @@ class TrainableAutoencoder(nn.Module):
     def forward(
         self, images: torch.Tensor, noise: torch.Tensor, images_seen: int = 0, stored: Moments | None = None
     ) -> Reconstruction:
-        """images [B, C, H, W], or clips [B, C, T, H, W], in [-1, 1], noise [B, n, h, w] or [B, n, t, h, w] standard
-        normal, drawn by key => Reconstruction.
+        """images [B, C, H, W], or clips [B, C, T, H, W], in [-1, 1], or sounds [B, C, L], noise of the latents'
+        positions [B, n, h, w], [B, n, t, h, w] or [B, n, positions], standard normal, drawn by key => Reconstruction.
 
         stored: moments of these images; the encoder is then not run.
         """

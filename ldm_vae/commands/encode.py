@@ -11,13 +11,14 @@ from ldm_vae.run.selection import checkpoint_flag
 
 HELP = "write the latents of a dataset into a store"
 DESCRIPTION = """\
-Encode every image of DATA once into the latent store OUT (mean and logvar, so that a trainer draws new noise each
-epoch). The command can be stopped at any time; repeat it to resume. The result does not depend on the number of
-processes, which may change on resume.
+Encode every image, clip or sound of DATA once into the latent store OUT (mean and logvar, so that a trainer draws new
+noise each epoch). The command can be stopped at any time; repeat it to resume. The result does not depend on the number
+of processes, which may change on resume.
 
   ldm-vae encode my-vae photographs my-latents --resolution 256
   accelerate launch -m ldm_vae encode my-vae photographs my-latents --resolution 256     # several processes
   ldm-vae encode my-vae photographs my-latents --resolution 256 --job_part 3/16          # a task of an array job
+  ldm-vae encode my-audio-vae music my-latents --excerpt 65536                         # sounds, in excerpts of so many samples
 
 VAE is a diffusers folder, a run folder, a hub id or a single file; DATA is a folder of images, a dataset (parquet,
 arrow, tar shards, hub id) or a list of files. To read the store:
@@ -110,6 +111,10 @@ def run(request: Request) -> None:
     vae = load_autoencoder(name, request.config)
     preparation = preparation_of({name: vae}, request.flags)
     source = preparation.open(request.data)
+    of_sounds = source.decoding.signal == "audio"
+    if of_sounds and (request.resolution is not None or source.decoding.samples is None):
+        raise UsageError("--excerpt: expected the samples of an excerpt of a sound, and no --resolution")
+    size = source.decoding.samples or request.resolution or resolution_of(None, vae, name)
     processes, device = accelerator.num_processes, accelerator.device
     measure_checkpoint(vae.to(device), name)
     before = units_in(request.out)
@@ -119,7 +124,7 @@ def run(request: Request) -> None:
             vae,
             source,
             request.out,
-            resolution=request.resolution or resolution_of(None, vae, name),
+            resolution=size,
             batch_size=request.batch_size,
             shard_size=request.shard_size,
             store=request.store,
@@ -145,6 +150,6 @@ def run(request: Request) -> None:
         print(f"part {part} of {request.out} is done; the store is finished by the part that ends last")
     elif accelerator.is_main_process:
         print("\n".join([describe(request.out, manifest), *preparation.notes]))
-        if manifest.units > before:
+        if manifest.units > before and not of_sounds:
             print(describe_costs(measure_costs(Path(request.out), manifest, vae, source)))
     accelerator.end_training()

@@ -1,12 +1,12 @@
-"""`ldm-vae reconstruct VAE IMAGE... OUT`: reconstruct images or clips, for a first look at an autoencoder.
+"""`ldm-vae reconstruct VAE IMAGE... OUT`: reconstruct images, clips or sounds, for a first look at an autoencoder.
 
-Legend: C channels, T frames, H W sides.
+Legend: C channels, T frames, H W sides, L samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -24,18 +24,21 @@ if TYPE_CHECKING:
 
 ON_SHEET, SHEET_SIDE = 32, 192  # pairs, and their side in pixels
 
-HELP = "encode and decode images or clips, and write before and after"
+HELP = "encode and decode images, clips or sounds, and write before and after"
 DESCRIPTION = """\
 Decode the mode of each image's posterior. OUT/NAME.png is the reconstruction, OUT/NAME.before-after.png shows both side
 by side; OUT/sheet.png shows the first 32 of several. PSNR is printed. Of a folder, every image below it is taken, and
 what is left out is said; its sub-folders are kept in OUT. Without --resolution an image keeps its size, cropped to a
 multiple of the VAE's factor. With alpha, NAME.png is RGBA, and PSNR is the mean over composites on black and on white.
-With --frames N, IMAGE may be a video: its first N frames, in animated PNG files; PSNR is the mean over them.
+With --frames N, IMAGE may be a video: its first N frames, in animated PNG files; PSNR is the mean over them. Of a VAE
+of sounds IMAGE is a sound, whole or its first --excerpt N; OUT/NAME.before.wav and OUT/NAME.wav hold before and after,
+and the signal-to-noise ratio is printed.
 
   ldm-vae reconstruct runs/demo photo.jpg looked-at
   ldm-vae reconstruct runs/demo photographs one-more.png looked-at --resolution 256
   ldm-vae reconstruct stabilityai/sd-vae-ft-mse a.png b.png looked-at --resolution 512
   ldm-vae reconstruct my-video-vae film.mp4 looked-at --resolution 64 --frames 17
+  ldm-vae reconstruct my-audio-vae speech.flac heard
 """
 
 
@@ -55,16 +58,21 @@ class Request:
 
 
 def run(request: Request) -> None:
-    from ldm_vae.autoencoder.geometry import check_resolution
+    from ldm_vae.autoencoder.geometry import check_resolution, is_of_sounds
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.core.ownership import own
     from ldm_vae.data.named_images import find_images
     from ldm_vae.run.selection import at_checkpoint
 
-    images = find_images(request.images, clips=request.flags.frames is not None, taken={"sheet"})
     name = at_checkpoint(request.vae, request.checkpoint)
     vae = load_autoencoder(name, request.config)
+    images = find_images(
+        request.images, clips=request.flags.frames is not None, sounds=is_of_sounds(vae), taken={"sheet"}
+    )
+    if is_of_sounds(vae):
+        _reconstruct_sounds(vae, images, request, name)
+        return
     if request.resolution is not None:
         check_resolution(request.resolution, vae)
     preparation = preparation_of({name: vae}, request.flags)
@@ -74,6 +82,56 @@ def run(request: Request) -> None:
             _read(image, vae, preparation.decoding, request)
     with own(request.out, "OUT"):
         _reconstruct(vae, images, preparation, request)
+
+
+def _reconstruct_sounds(vae: Any, sounds: Sequence[NamedImage], request: Request, name: str) -> None:
+    """Write each sound, or its first samples, before and after, as it was given: what is added to fill a latent
+    position is taken away."""
+    import torch
+    from torch.nn.functional import pad
+
+    from ldm_vae.autoencoder import finite
+    from ldm_vae.autoencoder.geometry import downsampling_factor
+    from ldm_vae.autoencoder.preparation import preparation_of
+    from ldm_vae.core.errors import UsageError, WorkError
+    from ldm_vae.core.ownership import own
+    from ldm_vae.core.terminal import print_note
+    from ldm_vae.data.footage import Video
+    from ldm_vae.data.quarantine import BadImage
+    from ldm_vae.data.sounds import crops_of, write_sound
+
+    if request.resolution is not None:
+        raise UsageError("--resolution: is of images, and VAE is one of sounds; --excerpt N takes the first N")
+    preparation = preparation_of({name: vae}, request.flags)
+    # as they are: what a network was trained on says nothing of what is listened to
+    decoding = replace(preparation.decoding, samples=request.flags.samples)
+    rate, hop, done = decoding.sample_rate or 1, downsampling_factor(vae), 0
+    for note in preparation.notes:
+        print(note)
+    vae.to("cuda" if torch.cuda.is_available() else "cpu")
+    with own(request.out, "OUT"):
+        for sound in sounds:
+            try:
+                (crop,), _ = crops_of(Video(str(sound.path)), decoding)
+            except BadImage as error:
+                if sound.named:
+                    raise UsageError(f"sound {sound.path}: {error.reason}") from error
+                print_note(f"left out: {sound.path}: {error.reason}")
+                continue
+            before = crop.pixels[:, : crop.box[3]]
+            with torch.no_grad():
+                whole = pad(before, (0, -before.shape[1] % hop))[None].to(vae.device)
+                after = finite.decode(vae, finite.encode(vae, whole).mean)[0, :, : before.shape[1]].cpu()
+            place = request.out / sound.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_sound(place.with_name(f"{place.name}.before.wav"), before, rate)
+            write_sound(place.with_name(f"{place.name}.wav"), after, rate)
+            noise = (after - before).double().square().mean().clamp_min(1e-20)
+            ratio = float(10 * torch.log10(before.double().square().mean() / noise))
+            print(f"{sound.path}  {before.shape[1] / rate:.2f} s  SNR {ratio:.2f} dB  {place}.wav")
+            done += 1
+    if not done:
+        raise WorkError(f"IMAGE {', '.join(map(str, request.images))}: no usable sound")
 
 
 def _reconstruct(vae: Any, images: Sequence[NamedImage], preparation: Preparation, request: Request) -> None:
@@ -138,7 +196,7 @@ def _read(image: NamedImage, vae: Any, decoding: Decoding, request: Request) -> 
     from ldm_vae.data.clips import crops_of
     from ldm_vae.data.decoding import BadImage
     from ldm_vae.data.files import read_bytes
-    from ldm_vae.data.footage import Video, is_video
+    from ldm_vae.data.footage import Video, is_footage
     from ldm_vae.data.transforms import Crop, centre_crop
 
     factor = step_of(vae)
@@ -153,7 +211,7 @@ def _read(image: NamedImage, vae: Any, decoding: Decoding, request: Request) -> 
         return (Crop(pixels[:, top : top + height, left : left + width], size, (top, left, height, width)),)
 
     try:
-        content = Video(str(image.path)) if is_video(image.path.name) else read_bytes(image.path)
+        content = Video(str(image.path)) if is_footage(image.path.name) else read_bytes(image.path)
         return crops_of(content, decoding, view)[0][0].pixels
     except BadImage as error:
         reason = f"{error.reason}{nearest_path(image.path)}"

@@ -39,7 +39,7 @@ def run(request: Request) -> None:
 
     import torch
 
-    from ldm_vae.autoencoder.geometry import downsampling_factor
+    from ldm_vae.autoencoder.geometry import downsampling_factor, only_images
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.core.errors import UsageError
@@ -53,6 +53,7 @@ def run(request: Request) -> None:
 
     name = at_checkpoint(request.vae, request.checkpoint)
     vae = load_autoencoder(name, request.config).to("cuda" if torch.cuda.is_available() else "cpu")
+    only_images(vae, f"VAE {name}")
     path, factor = Path(request.image), downsampling_factor(vae)
     if not path.is_file():
         raise UsageError(f"IMAGE {path}: no such file{nearest_path(path)}")

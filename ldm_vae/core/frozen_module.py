@@ -1,6 +1,7 @@
 """Frozen networks inside terms: moved with the device, kept in fp32, and absent from every state dict.
 
-A checkpoint of a run should not carry VGG, and `model.half()` should not round a teacher.
+A checkpoint of a run should not carry VGG, and `model.half()` should not round a teacher. And networks without graphs,
+which can be copied.
 """
 
 from __future__ import annotations
@@ -27,3 +28,13 @@ class Frozen(nn.Module):
         self.network.to(fn(torch.empty(0, device=here)).device)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def without_graphs(module: Any) -> Any:
+    """The same module, of whose layers no plain attribute holds a graph: the weight that torch.nn.utils.weight_norm
+    makes anew at each call does, and such a module cannot be copied."""
+    for part in module.modules():
+        for name, value in [*vars(part).items()]:
+            if torch.is_tensor(value) and not value.is_leaf:
+                vars(part)[name] = value.detach()
+    return module

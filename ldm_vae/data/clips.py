@@ -25,7 +25,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from ldm_vae.core.errors import UsageError
-from ldm_vae.data import containers
+from ldm_vae.data import containers, sounds
 from ldm_vae.data.decoding import FORMATS, Decoded, Decoding, RawImage, bad_image, check_size, read_image, read_size
 from ldm_vae.data.files import read_bytes
 from ldm_vae.data.footage import Video, VideoFacts
@@ -49,6 +49,7 @@ def crops_of(
     image: RawImage, decoding: Decoding, view: View, *, at_least: int | None = None, draw: float | None = None
 ) -> tuple[tuple[Crop, ...], Decoded]:
     """The crops of an image [C, H, W], or of a clip [C, T, H, W] whose frames are cut alike; and the first frame whole.
+    The one excerpt of a sound [C, L], which no view cuts; and the same.
 
     Args:
         view: (frame uint8 [C, H, W], original size) => its crops.
@@ -58,6 +59,8 @@ def crops_of(
     Raises:
         BadImage: it cannot be decoded, or is shorter than the clip.
     """
+    if decoding.signal == "audio":
+        return sounds.crops_of(image, decoding, draw)
     if decoding.frames is None:
         found = read_image(image, decoding, at_least)
         return view(found.pixels, found.original_size), found

@@ -43,10 +43,10 @@ MOST_BAD_IN_A_ROW = 10_000  # bad images in a row after which a disk is missing 
 class Batch:
     """One rank's part of a global batch.
 
-    pixels uint8 [B, C, R, R], of clips [B, C, T, R, R]; positions, epochs, indices int64 [B]; keys of the images in the
-    batch; original_sizes int64 [B, 2] (H, W); boxes int64 [B, 4] (top, left, height, width) in the original's pixels;
-    flipped bool [B]; bad: images that could not be used on the way, their slots filled by the next index that could;
-    values: of the first images that a worker decodes.
+    pixels uint8 [B, C, R, R], of clips [B, C, T, R, R], of sounds float32 [B, C, L]; positions, epochs, indices int64
+    [B]; keys of the images in the batch; original_sizes int64 [B, 2] (H, W); boxes int64 [B, 4] (top, left, height,
+    width) in the original's pixels; flipped bool [B]; bad: images that could not be used on the way, their slots filled
+    by the next index that could; values: of the first images that a worker decodes.
     """
 
     pixels: torch.Tensor
@@ -127,7 +127,7 @@ class ImageDataset(Dataset[Batch]):
                 if isinstance(error, TooShort) and len(work.shape or ()) == 3:
                     continue
                 # a video that is damaged in one place may be used at another, whatever this worker has met
-                if self.decoding.frames is None:
+                if self.decoding.signal == "image":
                     self._known_bad.add(index)
                 key = record.key if record is not None else self._key(index)
                 bad.append(Bad(key, error.reason))
@@ -165,7 +165,7 @@ class ImageDataset(Dataset[Batch]):
         decoding, draw = self.decoding, None
         if shape is not None and len(shape) == 3:
             decoding = replace(decoding, frames=shape[0])
-        if decoding.frames is not None:
+        if decoding.signal != "image":
             draw = float(rng.generator(self.seed, "clip", epoch, index).random())
         resolution: Resolution = self.resolution if shape is None else (shape[-2], shape[-1])
         longest = resolution if isinstance(resolution, int) else max(resolution)

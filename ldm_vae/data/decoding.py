@@ -12,7 +12,7 @@ import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -76,6 +76,10 @@ class Decoding:
     """Frames a second to which a video is resampled; None: its own."""
     frame_stride: int = 1
     """Every so many frames at that rate."""
+    sample_rate: int | None = None
+    """Samples a second of sounds; None: images or clips, and sounds are none."""
+    samples: int | None = None
+    """Samples of an excerpt of a sound; None: whole sounds."""
 
     def __post_init__(self) -> None:
         check_range(self.value_range)
@@ -83,23 +87,37 @@ class Decoding:
             raise UsageError("frames: expected the number of frames of a clip beside frame_rate and frame_stride")
         if self.frames is not None and self.jpeg_draft:
             raise UsageError("jpeg_draft: is for images alone, expected false with frames")
+        if self.samples is not None and self.sample_rate is None:
+            raise UsageError("samples: expected the sample_rate of sounds beside it")
+        if self.sample_rate is not None and (self.frames is not None or self.jpeg_draft or self.value_range):
+            raise UsageError("sample_rate: is of sounds, expected no frames, jpeg_draft and value_range")
         if self.alpha and self.channels != alpha.CHANNELS:
             raise UsageError(f"alpha: expected channels 4 (red, green, blue, alpha), got {self.channels}")
+
+    @property
+    def signal(self) -> Literal["image", "video", "audio"]:
+        """What a sample is."""
+        if self.sample_rate is not None:
+            return "audio"
+        return "image" if self.frames is None else "video"
 
 
 DEFAULT = Decoding()
 
 
 def endings_of(decoding: Decoding) -> frozenset[str]:
-    """Endings of the files that are read so: those of videos too where clips are."""
+    """Endings of the files that are read so: those of videos too where clips are; of sounds, and of videos that have
+    one."""
+    if decoding.signal == "audio":
+        return footage.SOUNDS | footage.EXTENSIONS
     return EXTENSIONS if decoding.frames is None else EXTENSIONS | footage.EXTENSIONS
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded image: pixels uint8 [C, H, W]; size (H, W) of the image upright, before jpeg_draft made it smaller; the
-    file format (as Pillow calls it, NPY, or array) and the mode it had; the values it was made of, None for 8 bits
-    taken as they are."""
+    """A decoded image: pixels uint8 [C, H, W] (of sounds float32 [C, L]); size (H, W) of the image upright, before
+    jpeg_draft made it smaller; the file format (as Pillow calls it, NPY, or array) and the mode it had; the values it
+    was made of, None for 8 bits taken as they are."""
 
     pixels: torch.Tensor
     original_size: tuple[int, int]

@@ -34,6 +34,8 @@ class DataFlags:
     frames: int | None = None
     frame_rate: float | None = None
     frame_stride: int | None = None
+    sample_rate: int | None = None
+    samples: int | None = None
     jpeg_draft: bool = False
     image_column: str | None = None
     caption_column: str | None = None
@@ -45,7 +47,8 @@ class DataFlags:
     @property
     def decide(self) -> bool:
         """True when any of them is about pixels."""
-        return any(value is not None for value in (self.value_range, self.background, self.resize, self.alpha))
+        asked = (self.value_range, self.background, self.resize, self.alpha, self.sample_rate)
+        return any(value is not None for value in asked)
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> DataFlags:
@@ -54,7 +57,8 @@ class DataFlags:
         Raises:
             UsageError: a value that nothing can be decoded with.
         """
-        given = {one.name: getattr(arguments, one.name) for one in fields(cls) if hasattr(arguments, one.name)}
+        named = {one.name: flag_of(one.name) for one in fields(cls)}
+        given = {name: getattr(arguments, flag) for name, flag in named.items() if hasattr(arguments, flag)}
         for name in ("value_range", "background"):
             if given.get(name) is not None:
                 given[name] = tuple(given[name])
@@ -63,19 +67,24 @@ class DataFlags:
         flags = cls(**given)
         for name in flags.data_fields:
             if name in cls.__dataclass_fields__:
-                raise UsageError(f"--data.{name}: expected --{name}, the flag of that name")
+                raise UsageError(f"--data.{name}: expected --{flag_of(name)}, the flag of that name")
         if flags.channels is not None and flags.channels < 1:
             raise UsageError(f"--channels: expected at least 1, got {flags.channels}")
         if flags.value_range is not None:
             low, high = flags.value_range
             if not (math.isfinite(low) and math.isfinite(high) and low != high):
                 raise UsageError(f"--value_range: expected two numbers, black's and white's, got {low:g} {high:g}")
-        for name in ("frames", "frame_rate", "frame_stride"):
+        for name in ("frames", "frame_rate", "frame_stride", "sample_rate", "samples"):
             if (number := getattr(flags, name)) is not None and not (0 < number < math.inf):
-                raise UsageError(f"--{name}: expected more than 0, got {number:g}")
+                raise UsageError(f"--{flag_of(name)}: expected more than 0, got {number:g}")
         if flags.background is not None and not all(0 <= value <= 255 for value in flags.background):
             raise UsageError(f"--background: expected three numbers from 0 to 255, got {flags.background}")
         return flags
+
+
+def flag_of(field: str) -> str:
+    """The flag of a field, without its dashes: `--samples` is another number in some programs."""
+    return "excerpt" if field == "samples" else field
 
 
 NO_FLAGS = DataFlags()
@@ -105,6 +114,8 @@ def add_decoding_arguments(
     add("--frames", type=int, metavar="N", help="videos as clips of N frames, images as clips of one")
     add("--frame_rate", type=float, metavar="F", help="frames a second of a clip (default: those of the video)")
     add("--frame_stride", type=int, metavar="N", help="every Nth frame (1)")
+    add("--sample_rate", type=int, metavar="HZ", help="samples a second of sounds, to which they are resampled")
+    add("--excerpt", type=int, metavar="N", help="sounds as excerpts of N samples, one after the other (data.samples)")
     if resize:
         add(
             "--resize", choices=("short_side", "none"),

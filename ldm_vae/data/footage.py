@@ -1,5 +1,5 @@
-"""Footage: a video where it lies (a file, a part of one, bytes, a folder's frames), opened only when its frames are
-wanted, and what is known about it.
+"""Footage: a video or a sound where it lies (a file, a part of one, bytes, a folder's frames), opened only when its
+frames are wanted, and what is known about it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,21 @@ EXTENSIONS = frozenset({
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".asf", ".flv"),
     *(".ogv", ".3gp", ".mxf", ".vob", ".ivf", ".y4m", ".h264", ".h265", ".hevc", ".nut"),
 })  # fmt: skip
+SOUNDS = frozenset({
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".au", ".caf", ".w64"),
+    *(".rf64", ".wma", ".mka", ".ac3", ".amr", ".ape", ".wv"),
+})  # fmt: skip
 PIECE = 2**20  # bytes that are read at a time for a checksum
 
 
-def is_video(name: str) -> bool:
-    """True for the name of a video file."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+def is_footage(name: str) -> bool:
+    """True for the name of a file that is opened only when it is wanted: of a video or a sound."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS | SOUNDS
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video that nobody has read yet.
+    """A video or a sound that nobody has read yet.
 
     content: bytes of a file; the path of one, of which it is `size` bytes (None: all) from `offset` on; or the paths of
     the frames, in order. start: of the clip that is meant, in seconds (in frames where these are files); None leaves it

@@ -1,4 +1,4 @@
-"""Images as a verb is given them, files and folders of them, each with a name for what is made of it."""
+"""Images, clips or sounds as a verb is given them, as files and folders, each with a name for what is made of it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.core.terminal import print_note
 from ldm_vae.data.decoding import EXTENSIONS
 from ldm_vae.data.footage import EXTENSIONS as OF_VIDEOS
+from ldm_vae.data.footage import SOUNDS
 from ldm_vae.data.tree import LeftOut, walk
 
 
 @dataclass(frozen=True)
 class NamedImage:
-    """An image's file, its name, and whether a user named it; others may be left out."""
+    """The file of an image, a clip or a sound, its name, and whether a user named it; others may be left out."""
 
     path: Path
     name: str
     named: bool
 
 
-def find_images(places: Sequence[Path], *, clips: bool = False, taken: Collection[str] = ()) -> list[NamedImage]:
-    """The images (and videos, of clips) of files and folders, each under a name of its own; what a folder holds beside
-    them is said on stderr.
+def find_images(
+    places: Sequence[Path], *, clips: bool = False, sounds: bool = False, taken: Collection[str] = ()
+) -> list[NamedImage]:
+    """The images (and videos, of clips; or sounds) of files and folders, each under a name of its own; what a folder
+    holds beside them is said on stderr.
 
     Args:
         taken: names that none of them gets.
@@ -34,6 +37,7 @@ def find_images(places: Sequence[Path], *, clips: bool = False, taken: Collectio
         UsageError: a folder holds none.
     """
     wanted = EXTENSIONS | OF_VIDEOS if clips else EXTENSIONS
+    wanted = SOUNDS | OF_VIDEOS if sounds else wanted
     found: list[NamedImage] = []
     given = {*taken}
     for place in places:
@@ -54,7 +58,8 @@ def find_images(places: Sequence[Path], *, clips: bool = False, taken: Collectio
             print_note(f"IMAGE {place}: {sentence}")
         if not below:
             endings = ", ".join(sorted(wanted))
-            raise UsageError(f"IMAGE {place}: expected an image ({endings}) in the folder or below it, found none")
+            what = "a sound" if sounds else "an image"
+            raise UsageError(f"IMAGE {place}: expected {what} ({endings}) in the folder or below it, found none")
     return found
 
 

@@ -144,8 +144,8 @@ class _Packed:
     def of(cls, good: list[Sample], bad: list[Bad], values: list[Values]) -> _Packed:
         # good samples travel without pixels, which `unpack` gives back in the same order
         pixels = [crop.pixels for sample in good for crop in sample.views]
-        buffer = torch.cat([image.reshape(-1) for image in pixels]) if pixels else torch.empty(0, dtype=torch.uint8)
         nothing = torch.empty(0, dtype=torch.uint8)
+        buffer = torch.cat([image.reshape(-1) for image in pixels]) if pixels else nothing
         stripped = [
             dataclasses.replace(sample, views=tuple(dataclasses.replace(crop, pixels=nothing) for crop in sample.views))
             for sample in good

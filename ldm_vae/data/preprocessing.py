@@ -31,8 +31,11 @@ FILE = "preprocessing.json"  # beside config.json
 HEADER = "ldm_vae.data.preprocessing"  # in the header of our single files: the same JSON
 FORMAT, VERSION = "ldm-vae preprocessing", 1
 
-SETTABLE = ("value_range", "background", "resize", "alpha")  # what two networks of equally many channels may differ in
-OF_CLIPS = ("frames", "frame_rate", "frame_stride")  # what flags may change beside: another clip of the same pixels
+# what two networks of equally many channels may differ in
+SETTABLE = ("value_range", "background", "resize", "alpha", "sample_rate")
+# what flags may change beside: another clip of the same pixels, another excerpt of the same sound
+OF_CLIPS, OF_SOUNDS = ("frames", "frame_rate", "frame_stride"), ("samples",)
+OF_IMAGES = ("value_range", "background", "alpha", "colour", "resize", "interpolation", "crop")  # of clips too
 
 
 class Preprocessing(Section):
@@ -41,8 +44,12 @@ class Preprocessing(Section):
 
     format: Literal["ldm-vae preprocessing"] = "ldm-vae preprocessing"
     version: Literal[1] = 1
-    signal: Literal["image", "video"] = "image"
-    """Of what a sample is; sounds will have fields of their own."""
+    signal: Literal["image", "video", "audio"] = "image"
+    """Of what a sample is."""
+    sample_rate: int | None = Field(None, gt=0)
+    """Samples a second; this and the next of sounds alone."""
+    samples: int | None = Field(None, gt=0)
+    """Of an excerpt; no part of what fine-tuning may not change."""
     frames: int | None = Field(None, gt=0)
     """Of a clip; this and the next two of videos alone, and no part of what fine-tuning may not change."""
     frame_rate: float | None = Field(None, gt=0.0)
@@ -109,8 +116,9 @@ class Preprocessing(Section):
         Raises:
             UsageError: nothing can be decoded so.
         """
-        said = {name: getattr(decoding, name) for name in ("channels", *SETTABLE, *OF_CLIPS) if name != "alpha"}
-        said |= {"signal": "image" if decoding.frames is None else "video", "holdout": holdout}
+        names = ("channels", *SETTABLE, *OF_CLIPS, *OF_SOUNDS)
+        said = {name: getattr(decoding, name) for name in names if name != "alpha"}
+        said |= {"signal": decoding.signal, "holdout": holdout}
         return _valid(said | ({"alpha": "straight"} if decoding.alpha else {}), "data")
 
     @property
@@ -119,12 +127,14 @@ class Preprocessing(Section):
         return Decoding(
             self.channels, self.background, self.value_range, resize=self.resize, alpha=self.alpha == "straight",
             frames=self.frames, frame_rate=self.frame_rate, frame_stride=self.frame_stride,
+            sample_rate=self.sample_rate, samples=self.samples,
         )  # fmt: skip
 
     def to_bytes(self) -> bytes:
         """Contents of the file."""
         absent = {"holdout"} if self.holdout is None else set()
-        absent |= set(OF_CLIPS) if self.signal == "image" else set()
+        absent |= set(OF_CLIPS) if self.signal != "video" else set()
+        absent |= set(OF_IMAGES) if self.signal == "audio" else {"sample_rate", *OF_SOUNDS}
         return (json.dumps(self.model_dump(mode="json", exclude=absent), indent=2) + "\n").encode()
 
 
@@ -145,10 +155,13 @@ def parse(content: bytes | str, where: object) -> Preprocessing:
             f"{where}: `version` is {str(tree.get('version'))[:20]}, this program reads version {VERSION}; use the "
             "version of ldm-vae that wrote it, or a newer one"
         )
-    if tree.get("signal") not in ("image", "video"):
-        raise UsageError(f"{where}: `signal` is {str(tree.get('signal'))[:20]}, this program reads images and videos")
-    if (tree["signal"] == "video") != (tree.get("frames") is not None):
-        raise UsageError(f"{where}: damaged, `frames` does not go with `signal` {tree['signal']}")
+    if tree.get("signal") not in ("image", "video", "audio"):
+        raise UsageError(
+            f"{where}: `signal` is {str(tree.get('signal'))[:20]}, this program reads images, videos and sounds"
+        )
+    for name, signal in (("frames", "video"), ("sample_rate", "audio")):
+        if (tree["signal"] == signal) != (tree.get(name) is not None):
+            raise UsageError(f"{where}: damaged, `{name}` does not go with `signal` {tree['signal']}")
     return _valid(tree, f"{where}: damaged")
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -45,6 +45,8 @@ def check_range(value_range: Range | None) -> None:
 @dataclass(frozen=True)
 class Values:
     """low and high: the smallest and the largest value of an image; black and white: those that become 0 and 255."""
+
+    counted: ClassVar[str] = "images"
 
     low: float
     high: float
@@ -113,5 +115,6 @@ class Watch:
             if (advice := values.advice()) and key not in _SAID:
                 _SAID.add(key)
                 count = len(self._found or ())
-                logger.warning("data %s: the first %d images have values in %s: %s", self._name, count, values, advice)
+                first = f"the first {count} {values.counted}"
+                logger.warning("data %s: %s have values in %s: %s", self._name, first, values, advice)
         self._found = None

@@ -106,6 +106,12 @@ class SourceConfig(Part):
     """Frames a second of a clip, by the time stamps of the video; by default the video's own."""
     frame_stride: int = Field(1, gt=0)
     """Take every so many frames of those."""
+    sample_rate: int | None = Field(None, gt=0, le=2**20)
+    """Samples a second of sounds, to which they are resampled; without it there are none. `channels` 1 mixes to mono,
+    2 gives mono to both."""
+    samples: int | None = Field(None, gt=0)
+    """Samples of an excerpt of a sound: in training it starts anywhere, else excerpts cover a sound one after the
+    other."""
     jpeg_draft: bool = False
     """Decode JPEG at 1/2, 1/4 or 1/8 of its size where that is enough: faster, and some 50 dB off. Training only; a
     store made with it says so in its identity."""
@@ -127,7 +133,8 @@ class SourceConfig(Part):
         """The knobs that change pixels."""
         return Decoding(
             self.channels, self.background, self.value_range, self.jpeg_draft, alpha=self.alpha, frames=self.frames,
-            frame_rate=self.frame_rate, frame_stride=self.frame_stride,
+            frame_rate=self.frame_rate, frame_stride=self.frame_stride, sample_rate=self.sample_rate,
+            samples=self.samples,
         )  # fmt: skip
 
     def absent(self, expected: str) -> UsageError:

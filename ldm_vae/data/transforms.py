@@ -54,7 +54,8 @@ def decoding_of(identity: str) -> Decoding | None:
 
 @dataclass(frozen=True)
 class Crop:
-    """One crop: pixels uint8 [C, R, R], of a clip [C, T, R, R]; original_size (H, W) of the image upright; box (top,
+    """One crop: pixels uint8 [C, R, R], of a clip [C, T, R, R], of a sound float32 [C, L] (a row of height 1);
+    original_size (H, W) of the image upright; box (top,
     left, height, width) of the crop in the original's pixels; whether it was mirrored. SDXL's micro-conditioning is
     made of these."""
 
@@ -161,6 +162,12 @@ def random_crop(
 def to_pixels(image: torch.Tensor) -> torch.Tensor:
     """uint8, or fp32 on its scale (then in place), => float32 in [-1, 1], any shape."""
     return image.float().div_(127.5).sub_(1.0)  # in place: 5x faster on a CPU than three fresh buffers
+
+
+def to_values(batch: torch.Tensor) -> torch.Tensor:
+    """Batch of a loader => what networks take: images [B, C, H, W] and clips [B, C, T, H, W] as `to_pixels`, samples of
+    sounds float32 [B, C, L] as they are."""
+    return batch if batch.ndim == 3 else to_pixels(batch)
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:

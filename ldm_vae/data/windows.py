@@ -1,8 +1,10 @@
-"""Windows: the clips that cover the videos of a source one after the other, as a source of its own.
+"""Windows: the clips that cover the videos of a source one after the other, as a source of its own; the excerpts that
+cover its sounds.
 
 For encoding and evaluation, where every frame counts: clip k of a video begins where clip k - 1 ends, its key is
 `NAME#t=SECONDS` (`#frame=N` of a folder of frames). Frames at the end that fill no clip are left out, and said. Images
-are themselves. Training draws its clips from the videos instead (dataset.py).
+are themselves. The last excerpt of a sound is followed by silence: nothing is left out. Training draws its clips and
+excerpts from the files instead (dataset.py).
 
 Legend: N videos and images of the source.
 """
@@ -20,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from ldm_vae.core.progress import Progress
+from ldm_vae.data import sounds
 from ldm_vae.data.clips import facts_of, reach, tiles_of
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.footage import Video, VideoFacts, tell
 from ldm_vae.data.quarantine import BadImage
+from ldm_vae.data.sound_containers import SoundFacts
 from ldm_vae.data.source import Named, Record, Source
 from ldm_vae.data.stamps import THREADS, Facts, Stamped
 from ldm_vae.data.stream import Stream
@@ -33,23 +37,24 @@ CLIP = re.compile(r"(.+)#((?:t|frame)=[0-9.]+)")
 
 
 def windows(source: Any) -> Any:
-    """The clips of a source of videos; a source of images as it is. Every video is opened once."""
-    if source.decoding.frames is None:
+    """The clips of a source of videos, the excerpts of one of sounds; a source of images, or of whole sounds, as it is.
+    Every file is opened once."""
+    if source.decoding.frames is None and source.decoding.samples is None:
         return source
     if isinstance(source, Stream):
-        logger.warning("data %s: read in order, so of each video the first clip alone is taken", _name(source))
+        what = "sound the first excerpt" if source.decoding.signal == "audio" else "video the first clip"
+        logger.warning("data %s: read in order, so of each %s alone is taken", _name(source), what)
         return source
     return Windows(source)
 
 
 class Windows(Named):
-    """Clips of the videos of `source`."""
-
-    counted = "clips"
+    """Clips of the videos of `source`, or excerpts of its sounds."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.columns, self.name = source, source.columns, _name(source)
         self.decoding: Decoding = source.decoding
+        self.counted = "excerpts" if self.decoding.signal == "audio" else "clips"
         counts = np.ones(len(source), np.int64)
         # seconds from clip to clip as fractions: of 10^4 clips at 30000/1001 a second floats would lose a frame
         self._length = np.zeros((len(source), 2), np.int64)
@@ -62,9 +67,15 @@ class Windows(Named):
                 if known is None or known.frames == 1:
                     continue
                 notes.update(known.notes)
-                (count, length), there = tiles_of(known, self.decoding), reach(known, self.decoding)
+                if isinstance(known, SoundFacts):
+                    count, length = sounds.tiles_of(known, self.decoding)
+                else:
+                    count, length = tiles_of(known, self.decoding)
                 counts[index] = count
                 self._length[index] = length.as_integer_ratio() if count > 1 else (0, 1)
+                if isinstance(known, SoundFacts):
+                    continue
+                there = reach(known, self.decoding)
                 covered = count * (self.decoding.frames or 1)
                 if there >= covered:
                     whole, left = whole + there, left + there - covered
@@ -76,9 +87,10 @@ class Windows(Named):
                 self.name, left, whole, self.decoding.frames,
             )  # fmt: skip
 
-    def _look(self, index: int) -> VideoFacts | None:
+    def _look(self, index: int) -> VideoFacts | SoundFacts | None:
         try:
-            return facts_of(self.source[index].image, self.decoding)
+            image = self.source[index].image
+            return sounds.facts_of(image) if self.decoding.signal == "audio" else facts_of(image, self.decoding)
         except BadImage:
             return None
 

@@ -13,6 +13,8 @@ A file holds `Config(TermConfig)` whose `build` gives a module with an attribute
 
 It may further have
 
+- `of_sounds`: True of a term on pixels that takes samples of sounds [B, C, L] too, False of one on latents that does
+  not;
 - `needs`: "posterior" (a Gaussian q(z|x)) or "codes" (a codebook): a model without it is refused before the run starts;
 - `figures()`: scalars of its own for the log, after a forward;
 - `attach(network)`: called once with the TrainableAutoencoder, for a term that watches the network's inside;

@@ -30,6 +30,7 @@ class Alignment(nn.Module):
     """mean relu(1 - m1 - cos(z', f)) + mean relu(|cos(z_i, z_j) - cos(f_i, f_j)| - m2)."""
 
     domain = "latents"
+    of_sounds = False
 
     def __init__(self, network: nn.Module, latent_channels: int, width: int, cosine: float, distance: float) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ class Charbonnier(nn.Module):
     """mean sqrt((pixels - target)^2 + epsilon^2) - epsilon: 0 for equal images, l1 far from them."""
 
     domain = "pixels"
+    of_sounds = True
 
     def __init__(self, epsilon: float) -> None:
         super().__init__()

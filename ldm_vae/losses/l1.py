@@ -14,6 +14,7 @@ class L1(nn.Module):
     """mean |pixels - target|."""
 
     domain = "pixels"
+    of_sounds = True
 
     def forward(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return (pixels - target).abs().mean()

@@ -14,6 +14,7 @@ class L2(nn.Module):
     """mean (pixels - target)^2."""
 
     domain = "pixels"
+    of_sounds = True
 
     def forward(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return (pixels - target).square().mean()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import finite, latents
-from ldm_vae.autoencoder.geometry import check_resolution, latent_size
+from ldm_vae.autoencoder.geometry import check_resolution, latent_size, only_images
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.lengths import check_frames
 from ldm_vae.core.errors import UsageError, WorkError
@@ -90,6 +90,7 @@ def evaluate(
     (12, True)
     """
     device = torch.device(device)
+    only_images(vae, "vae")
     check_resolution(resolution, vae)
     bad = Quarantine(len(source))
     batches = image_batches(source, None, resolution, batch_size=batch_size, num_workers=num_workers, quarantine=bad)

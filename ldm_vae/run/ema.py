@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm_vae.core.frozen_module import Frozen
+from ldm_vae.core.frozen_module import Frozen, without_graphs
 
 LARGEST_SHARE = 0.05  # half-life at most 5 % of the images seen: early averages must forget the random start (EDM2)
 
@@ -23,6 +23,7 @@ class Ema:
 
     def __init__(self, module: nn.Module, halflife_images: int) -> None:
         shared: dict[int, Any] = {id(part): part for part in module.modules() if isinstance(part, Frozen)}
+        without_graphs(module)
         self.module = copy.deepcopy(module, shared).float().eval().requires_grad_(False)
         self.halflife_images = halflife_images
 

@@ -46,11 +46,15 @@ def last_layer_gradient(
 
 
 def _weight_gradient(layer: nn.Module, arguments: tuple[Any, ...], cotangent: torch.Tensor) -> torch.Tensor:
-    """Of one call with these arguments, by calling the layer again: it may pad or cache in a way of its own."""
+    """Of one call with these arguments, by calling the layer again: it may pad or cache in a way of its own. The weight
+    of one that is weight-normed is what its norm makes of its parameters."""
     weight = layer.weight.detach().requires_grad_()  # type: ignore[operator]
     given = tuple(one.to(weight.dtype) if torch.is_tensor(one) else one for one in arguments)
     with torch.enable_grad():
-        output = functional_call(layer, {"weight": weight}, given)
+        if "weight" in layer._parameters:
+            output = functional_call(layer, {"weight": weight}, given)
+        else:  # called as a layer, it would make its weight anew
+            output = layer._conv_forward(*given, weight, layer.bias)  # type: ignore[operator]
     (gradient,) = torch.autograd.grad(output, weight, cotangent.to(output.dtype))
     return gradient
 

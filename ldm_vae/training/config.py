@@ -18,7 +18,7 @@ from ldm_vae.autoencoder.geometry import image_channels
 from ldm_vae.autoencoder.last_layer import place_of
 from ldm_vae.autoencoder.lengths import check_frames
 from ldm_vae.autoencoder.load import load_autoencoder
-from ldm_vae.autoencoder.preparation import check_same, has_alpha, recorded, shown
+from ldm_vae.autoencoder.preparation import check_same, has_alpha, own_rate, recorded, shown
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core.config import choice, choices
 from ldm_vae.core.errors import UsageError
@@ -37,6 +37,7 @@ from ldm_vae.run.optim import OptimizerConfig
 from ldm_vae.training.adversary import AdversaryConfig
 from ldm_vae.training.codebooks import add_codebooks, check_codebooks
 from ldm_vae.training.objective import Objective
+from ldm_vae.training.sounds import check_data, check_sounds
 
 # kinds whose numbers of channels stay those of init_from
 FIXED_SIZES = {
@@ -49,7 +50,7 @@ class Training(RunConfig):
     """All knobs of a run. Losses are per-pixel means, so the norms that max_grad_norm clips are small."""
 
     resolution: Side = 256
-    """Side of the training crops in pixels; a multiple of f."""
+    """Side of the training crops in pixels; a multiple of f. (Of sounds data.samples decides.)"""
     discriminator_learning_rate: Positive | None = None
     """Of the discriminator; default: the same."""
     init: Literal["noise", "linear"] = "noise"
@@ -63,8 +64,7 @@ class Training(RunConfig):
     ignore_mismatched_sizes: bool = False
     """With init_from: model.latent_channels and model.in_channels may be others than there; what fits is kept."""
     ignore_preprocessing: bool = False
-    """data.value_range, data.background, data.alpha and transform.resize may be others than init_from or a teacher
-    records."""
+    """What data and transform say of decoding may be other than what init_from or a teacher records."""
     latent_store: str | None = None
     """Train the decoder alone, from the moments of this store: the encoder, that of init_from, is neither run nor held.
     Its crops are taken as they are (of `transform` only `resize` has a part: it must be the store's); pixels come from
@@ -141,11 +141,12 @@ class Training(RunConfig):
                 raise ValueError("init: linear needs model.quantizer.kind vq with distance euclidean, or init: noise")
         check_codebooks(self)
         if isinstance(self.data, SourceConfig) and isinstance(self.validation_data, SourceConfig):
-            for name in ("value_range", "background", "alpha"):
+            for name in ("value_range", "background", "alpha", "sample_rate"):
                 ours, theirs = getattr(self.data, name), getattr(self.validation_data, name)
                 files_differ = name == "value_range" and ours is not None and theirs is not None
                 if ours != theirs and not files_differ:
                     raise ValueError(f"validation_data.{name}: expected data.{name} {shown(ours)}, got {shown(theirs)}")
+        check_sounds(self)
         if not self.alpha and (named := [name for name in self.validation_metrics if name.startswith("alpha_")]):
             raise ValueError(f"validation_metrics: {named[0]} is of images with alpha; expected data.alpha: true")
         of_clips = {"temporal_l1", "flicker"} & {*self.validation_metrics}
@@ -189,6 +190,11 @@ class Training(RunConfig):
             return f"{self.data.path}, held out"
         path: str = self.validation_data.path
         return path
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of an excerpt of a sound; None of images and clips."""
+        return getattr(self.data, "samples", None)
 
     @property
     def alpha(self) -> bool:
@@ -250,6 +256,7 @@ def build_autoencoder(settings: Training) -> Any:
         vae = resize_channels(base, add_codebooks(settings, vae, base))
     else:
         add_codebooks(settings, vae)
+    check_data(settings, vae, f"model.kind {settings.model.kind}")
     return learning(vae, settings.trainable, frames)
 
 
@@ -267,6 +274,7 @@ def _built_from(settings: Training) -> Any:
         )
     if (channels := image_channels(vae)) != settings.model.in_channels:
         raise UsageError(f"model.in_channels: expected {channels} of init_from, got {settings.model.in_channels}")
+    check_data(settings, vae, f"init_from {settings.init_from}")
     check_preprocessing(settings, vae, f"init_from {settings.init_from}")
     with seeded(settings.seed):
         return add_codebooks(settings, settings.model.build_from(vae, f"init_from {settings.init_from}"), vae)
@@ -298,7 +306,8 @@ def check_preprocessing(settings: Training, network: Any, name: str) -> None:
     ours = replace(settings.data.decoding(), resize=settings.transform.resize)
     found = recorded(network)
     # without a record there is what its class says
-    known = found.decoding if found is not None else replace(ours, alpha=ours.alpha or has_alpha(network))
+    said = {"alpha": ours.alpha or has_alpha(network), "sample_rate": own_rate(network) or ours.sample_rate}
+    known = replace(ours, **said) if found is None else found.decoding  # type: ignore[arg-type]
     names = {one: f"data.{one}" for one in SETTABLE} | {"resize": "transform.resize"}
     check_same("the config says", ours, name, known, names, "set that, or ignore_preprocessing: true")
 

@@ -64,9 +64,9 @@ def _check_sources(source: Source | Stream, validation_source: Source | None, se
 
 
 def check_signal(settings: Training, prepared: Preprocessing) -> None:
-    """Raises UsageError where `data.alpha` or `data.frames` is not what the images have: those of a latent store, or of
-    a source of somebody's own."""
-    for name, default in (("alpha", False), ("frames", None)):
+    """Raises UsageError where `data.alpha`, `data.frames`, `data.sample_rate` or `data.samples` is not what the images
+    have: those of a latent store, or of a source of somebody's own."""
+    for name, default in (("alpha", False), ("frames", None), ("sample_rate", None), ("samples", None)):
         came, ours = getattr(prepared.decoding, name), getattr(settings.data, name, default)
         if came != ours:
             raise UsageError(f"data.{name}: expected {shown(came)}, as the images are decoded, got {shown(ours)}")

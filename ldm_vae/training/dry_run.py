@@ -112,7 +112,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
             del parts["encoder"]
             stored = Moments(latents, latents, geometry_of(vae).is_point)
         clips = images.new_empty(len(images), settings.seen_channels, *size)
-        seen = {"pixels": frames_of(clips), "clips": clips}
+        seen = {"pixels": frames_of(clips), "clips": clips, "sounds": clips}
         for name, term in objective.terms.items():
             if (domain := str(term.domain)) in seen:
                 some, wanted = seen[domain], settings.losses[name].frames
@@ -187,7 +187,7 @@ def describe(settings: Training, processes: int = 1) -> str:
         UsageError: the config does not hold together.
     """
     vae = _outline(settings)
-    check_resolution(settings.resolution, vae)
+    check_resolution(crop_size(settings)[-1], vae)
     found = plan(settings, processes)
     global_batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
     latent = build_network(settings, vae, outline=True).latent_shape(*crop_size(settings))
@@ -195,9 +195,11 @@ def describe(settings: Training, processes: int = 1) -> str:
     forward = {name: f"{count:.3g}" for name, count in found.forward_gflop.items() if count}
     memory = {name: f"{count / GB:.2f}" for name, count in found.bytes.items()}
     peak = sum(found.bytes.values())
-    *frames, _, _ = crop_size(settings)
-    one, several = ("clip", f"clips of {frames[0]} frames") if frames else ("image", "images")
+    size = crop_size(settings)
+    one, several = ("clip", f"clips of {size[0]} frames") if len(size) == 3 else ("image", "images")
     batch = f"{settings.train_batch_size} {several} of {settings.resolution} px"
+    if settings.samples is not None:
+        one, batch = "excerpt", f"{settings.train_batch_size} excerpts of {settings.samples} samples"
     lines = {
         "class": f"{type(vae).__name__}; normalisation {law_in_words(vae)}",
         "parameters": f"{_listed(millions)}; f {downsampling_factor(vae)}, latents {' x '.join(map(str, latent))}",

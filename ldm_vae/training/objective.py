@@ -1,6 +1,7 @@
 """The objective: named terms times their weights. The dict that is summed is the dict that is logged.
 
-Legend: B batch, C image channels, T frames of a clip, H W pixels, c latent channels, h w latent positions.
+Legend: B batch, C channels of an image or a sound, T frames of a clip, H W pixels, L samples of a sound, c latent
+channels, h w latent positions.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm_vae.autoencoder.geometry import is_of_sounds
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.trainable import Reconstruction, TrainableAutoencoder
 from ldm_vae.core import distributed
@@ -36,7 +38,7 @@ class Objective(nn.Module):
         self.configs = dict(terms)
         built = {name: config.outline() if outline else config.build() for name, config in terms.items()}
         self.terms = nn.ModuleDict(built)
-        if not any(term.domain == "pixels" for term in self.terms.values()):
+        if not any(term.domain in ("pixels", "sounds") for term in self.terms.values()):
             raise UsageError(f"losses: expected at least one term on pixels, got {', '.join(terms) or 'none'}")
         for name, term in self.terms.items():
             if terms[name].frames is not None and term.domain not in ("pixels", "alpha"):
@@ -50,7 +52,12 @@ class Objective(nn.Module):
                 f"losses.{self.likelihood}: is a likelihood of all values of an image, and with data.alpha colour is "
                 "seen over a background; l1 or l2 would do"
             )
+        sounds = is_of_sounds(network.vae)
         for name, term in self.terms.items():
+            if sounds and not getattr(term, "of_sounds", term.domain in ("sounds", "latents")):
+                raise UsageError(f"losses.{name}: is of images, and this run has sounds; l1 or l2 would do")
+            if term.domain == "sounds" and not sounds:
+                raise UsageError(f"losses.{name}: is of sounds, and this run has none; l1 or l2 would do")
             if term.domain == "alpha" and not network.alpha:
                 raise UsageError(f"losses.{name}: expected images with alpha; data.alpha: true says that they have it")
             needs = getattr(term, "needs", gives)
@@ -63,17 +70,17 @@ class Objective(nn.Module):
     def pixel_terms(
         self, pixels: torch.Tensor, reconstruction: Reconstruction, images_seen: int = 0
     ) -> tuple[torch.Tensor, Logs]:
-        """Weighted sum of the terms on pixels, on alpha and on clips, and each term by name.
+        """Weighted sum of the terms on pixels, on alpha, on clips and on sounds, and each term by name.
 
-        pixels: those of the reconstruction [B*T, C, H, W] (fp32, in [-1, 1]), with the graph that gradients go back
-        through.
+        pixels: those of the reconstruction [B*T, C, H, W] (fp32, in [-1, 1]), or its samples [B, C, L], with the graph
+        that gradients go back through.
         """
         both = (pixels, reconstruction.target)
         domains = {name: str(term.domain) for name, term in self.terms.items()}
         # of images with alpha the terms on pixels see composites, so that colour counts as far as it can be seen
         views = {
             domain: [reconstruction.seen(one, domain) for one in both]
-            for domain in {"pixels", "clips"}.intersection(domains.values())
+            for domain in {"pixels", "clips", "sounds"}.intersection(domains.values())
         }
         if reconstruction.background is not None:
             views["alpha"] = [one[:, 3:] for one in both]
@@ -145,7 +152,7 @@ class Objective(nn.Module):
 @torch.no_grad()
 def rate(moments: Moments, images: torch.Tensor) -> Logs:
     """Rate of the latent of images [B, C, H, W] and its active channels, from moments [B, c, h, w]; of clips [B, C, T,
-    H, W], each one image.
+    H, W] and sounds [B, C, L], each one image.
 
     An active unit is a channel whose posterior mean has a variance above 0.01 over images and positions; in one batch
     of a few images that is an estimate.

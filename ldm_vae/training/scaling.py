@@ -23,7 +23,7 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.holdout import part_of
 from ldm_vae.data.preprocessing import Preprocessing
 from ldm_vae.data.source import with_resize
-from ldm_vae.data.transforms import to_pixels
+from ldm_vae.data.transforms import to_values
 from ldm_vae.export.measurement import base_normalisation, measure, statistics_of_store
 from ldm_vae.export.normalisation import is_default
 from ldm_vae.latent_store.format.statistics import LatentStatistics
@@ -114,7 +114,7 @@ def _images(settings: Training, record: Preprocessing | None) -> Iterator[torch.
     # counted here too: of a stream `some_of` cannot choose
     left = settings.normalisation_images
     for batch in batches:
-        yield to_pixels(batch.pixels)
+        yield to_values(batch.pixels)
         left -= settings.train_batch_size
         if left <= 0:
             return

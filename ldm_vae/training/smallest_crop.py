@@ -18,7 +18,9 @@ from ldm_vae.training.config import Training, build_discriminator, build_objecti
 
 
 def crop_size(settings: Training) -> tuple[int, ...]:
-    """(H, W) of a square crop, of clips (T, H, W)."""
+    """(H, W) of a square crop, of clips (T, H, W), of excerpts of sounds (L,)."""
+    if settings.samples is not None:
+        return (settings.samples,)
     frames = getattr(settings.data, "frames", None)
     return (*([] if frames is None else [frames]), settings.resolution, settings.resolution)
 
@@ -54,19 +56,26 @@ def check_smallest(settings: Training, factor: int) -> None:
             clips, and the run has none.
     """
     height, width = sides(settings, factor)
+    sounds = settings.samples is not None
     # of its own: batch statistics move, and some terms keep sums until the update
     objective, critic = build_objective(settings, outline=True), build_discriminator(settings, outline=True)
     looking: dict[str, tuple[Any, int]] = {
         f"losses.{name}": (term, 2) for name, term in objective.terms.items() if term.domain in ("pixels", "clips")
     }
+    if sounds:  # those of sounds may ask the network for their rate
+        looking = {name: one for name, one in looking.items() if getattr(one[0], "of_sounds", False)}
     if critic is not None:
         looking["discriminator"] = (critic, 1)
     of_clips = [name for name, (module, _) in looking.items() if getattr(module, "domain", "pixels") == "clips"]
     of_clips += [f"losses.{name}.frames" for name, one in objective.configs.items() if one.frames is not None]
+    if critic is not None and sounds != (getattr(critic, "domain", "pixels") == "sounds"):
+        kind, what = ("images", "sounds") if sounds else ("sounds", "none")
+        raise UsageError(f"discriminator: {type(critic).__name__} is of {kind}, and this run has {what}")
     if of_clips and crop_size(settings)[:-2] in ((), (1,)):
         raise UsageError(f"{of_clips[0]}: is for clips, and this run has images alone; expected data.frames above 1")
-    images = torch.zeros(2, settings.seen_channels, height, width)
-    clips = images[:, :, None].expand(-1, -1, frames := shortest(settings, factor), -1, -1)
+    images = torch.zeros(2, settings.seen_channels, *(crop_size(settings) if sounds else (height, width)))
+    frames = shortest(settings, factor)
+    clips = images if sounds else images[:, :, None].expand(-1, -1, frames, -1, -1)
     for name, (module, arguments) in looking.items():
         try:
             with torch.no_grad(), seeded(settings.seed):
@@ -76,6 +85,8 @@ def check_smallest(settings: Training, factor: int) -> None:
                 ["resolution", *(one for one in ("buckets", "perturbations") if getattr(settings, one))]
             )
             crop = f"the smallest crop, {height} x {width} px by {made_by}"
+            if sounds:
+                crop = f"an excerpt, {settings.samples} samples by data.samples"
             if name in of_clips:
                 crop = f"the shortest clip, {frames} x {height} x {width} px by data.frames, {made_by}"
             if isinstance(error, UsageError):

@@ -23,6 +23,7 @@ from datasets import Dataset, Image
 from fork_server import fork
 from images import write_images
 from repository import ROOT
+from sound_files import RATE, encoded, tone, write_sounds
 from tiny_classes import tiny
 from tiny_pipeline import pipeline
 from training_runs import TINY
@@ -80,6 +81,10 @@ NAMES = {
     "films": "films",
     "film.mp4": "film.mp4",
     "video_vae": "my-video-vae tuned-video-vae",
+    "audio_vae": "my-audio-vae",
+    "music": "music",
+    "speech.flac": "speech.flac",
+    "audio_store": "my-sounds",
     "cut_outs.yaml": "cut_outs.yaml",
     "my_lab": "my_lab",
     "hub_cache": "hub_cache",
@@ -184,6 +189,12 @@ class StandIns:
     def films(self, out: Path) -> None:
         write_moving(out, 2, 17)
 
+    def music(self, out: Path) -> None:
+        write_sounds(out, 2)
+
+    def speech_flac(self, out: Path) -> None:
+        out.write_bytes(encoded(tone(RATE), "FLAC"))
+
     def film_mp4(self, out: Path) -> None:
         write_video(out, 17, codec="mpeg4")
 
@@ -196,6 +207,9 @@ class StandIns:
 
     def video_vae(self, out: Path) -> None:
         tiny("AutoencoderKLWan").save_pretrained(out)
+
+    def audio_vae(self, out: Path) -> None:
+        write_vae(tiny("AutoencoderOobleck", audio_channels=1), out, None)
 
     def vae_safetensors(self, out: Path) -> None:
         file = self.folder / "single.safetensors"
@@ -291,6 +305,10 @@ class StandIns:
         """Of a tiny Wan, whose latents have the channels of the published one's."""
         vae = tiny("AutoencoderKLWan")
         write_store(vae, open_images(self.get("film") / "film", vae, frames=5), out, resolution=32)
+
+    def audio_store(self, out: Path) -> None:
+        vae = load_autoencoder(self.get("audio_vae"))
+        write_store(vae, open_images(self.get("music"), vae, samples=512), out, resolution=512)
 
     def large_store(self, out: Path) -> None:
         """1,000 samples of four classes, one position each."""

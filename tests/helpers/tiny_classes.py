@@ -1,4 +1,4 @@
-"""Tiny random instances of diffusers' autoencoders of images and clips: what each class needs to be one, at 32 px."""
+"""Tiny random instances of diffusers' autoencoders of images, clips and sounds: what each class needs to be one."""
 
 from __future__ import annotations
 
@@ -132,15 +132,49 @@ CLIP_CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+SOUND_CONFIGS: dict[str, dict[str, Any]] = {
+    "AutoencoderOobleck": {
+        "encoder_hidden_size": 8, "decoder_channels": 8, "decoder_input_channels": 4, "downsampling_ratios": [2, 4],
+        "channel_multiples": [1, 2], "sampling_rate": 8000,
+    },
+    "AutoencoderSAME": {
+        "patch_size": 4, "encoder_channels": 16, "encoder_c_mults": [1, 2], "encoder_strides": [2, 2],
+        "encoder_transformer_depths": [1, 1], "latent_dim": 8, "use_differential_attention": False, "dim_heads": 8,
+        "ff_mult": 2,
+    },
+    "AutoencoderKLKVAEAudio": {
+        "encoder_dim": 8, "encoder_rates": [2, 4], "latent_dim": 32, "codebook_dim": 4, "decoder_dim": 16,
+        "decoder_rates": [4, 2], "attn_num_heads": 2,
+    },
+    "AutoencoderKLMiniMaxH3Audio": {
+        "encoder_dim": 4, "encoder_rates": (2, 2), "latent_dim": 32, "latent_channels": 8, "num_attention_heads": 2,
+        "decoder_dim": 16, "decoder_rates": (2, 2), "decoder_kernel_sizes": (4, 4), "resblock_kernel_sizes": (3, 7),
+        "resblock_dilation_sizes": ((1, 3), (1, 3)), "latents_mean": [0.25 * number for number in range(8)],
+        "latents_std": [0.5 + number for number in range(8)],
+    },
+    "LongCatAudioDiTVae": {
+        "channels": 16, "c_mults": [1, 2], "strides": [2, 4], "latent_dim": 4, "encoder_latent_dim": 8,
+        "downsampling_ratio": 8,
+    },
+    "Cosmos3AVAEAudioTokenizer": {
+        "sampling_rate": 8000, "hop_size": 4, "enc_dim": 4, "enc_num_blocks": 1, "enc_n_fft": 8, "enc_hop_length": 2,
+        "enc_latent_dim": 8, "enc_c_mults": (1,), "enc_strides": (2,), "vocoder_input_dim": 4, "dec_dim": 4,
+        "dec_c_mults": (1, 2), "dec_strides": (2, 2),
+    },
+}  # fmt: skip
+
 
 def tiny(name: str, **changes: Any) -> Any:
     """A network of the class with random weights, in eval mode, without gradients."""
     torch.manual_seed(0)
-    config = CONFIGS.get(name) or CLIP_CONFIGS[name]
+    config = (CONFIGS | CLIP_CONFIGS | SOUND_CONFIGS)[name]
     found = getattr(autoencoders, name.partition(" ")[0])(**config | changes).eval().requires_grad_(False)
     if family_of(found).law == "buffers":
         found.latents_mean.normal_()
         found.latents_std.uniform_(0.5, 2.0)
+    if name == "AutoencoderSAME":  # what is added to its tokens begins at zero: it would encode nothing
+        for one in found.parameters():
+            one.normal_(std=0.2) if not one.any() else None
     if hasattr(found, "bn"):  # at first an identity
         found.bn.running_mean.normal_()
         found.bn.running_var.uniform_(0.5, 2.0)
@@ -181,6 +215,7 @@ CLASSES = sorted(name for name, one in vars(autoencoders).items() if inspect.isc
 STILLS = ["AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan"]  # pipelines give them one frame
 IMAGES = sorted([name for name in CLASSES if family_of(name).signal == "image"] + STILLS)
 VIDEOS = [name for name in CLASSES if family_of(name).signal == "video" and family_of(name).is_served]
+SOUNDS = [name for name in CLASSES if family_of(name).signal == "audio" and family_of(name).is_served]
 TRAINED = [name for name in IMAGES if not family_of(name).noise and name != "VQModel"]
 
 
@@ -197,3 +232,10 @@ def pixels_for(vae: Any, count: int = 2) -> torch.Tensor:
     draw = torch.Generator().manual_seed(1)
     side = geometry.side or 32
     return torch.rand(count, geometry.in_channels, side, side, generator=draw) * 2 - 1
+
+
+def sounds_for(vae: Any, count: int = 2, positions: int = 16) -> torch.Tensor:
+    """Sounds of so many latent positions."""
+    geometry = geometry_of(vae)
+    draw = torch.Generator().manual_seed(1)
+    return torch.rand(count, geometry.in_channels, positions * geometry.factor, generator=draw) - 0.5

@@ -80,9 +80,10 @@ def class_of(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] |
         expected = "an autoencoder of diffusers" if classes is None else f"one of {', '.join(classes)}"
         raise UsageError(f"{place}: expected {expected}, {told}")
     if classes is None and not (family := family_of(found)).is_served:
-        what = {"video": "clips", "audio": "sounds"}.get(family.signal, "something else than images")
-        told = family.refusal or f"one of {what}"
-        raise UsageError(f"{place}: expected an autoencoder of images or clips, got {an(name)}, which is {told}")
+        told = family.refusal or "one of something else"
+        raise UsageError(
+            f"{place}: expected an autoencoder of images, clips or sounds, got {an(name)}, which is {told}"
+        )
     if config.get("quantization_config"):
         raise UsageError(
             f"{place}: its {CONFIG} has a quantization_config: quantised weights are not read; give the weights that "

@@ -36,6 +36,8 @@ class Config(SourceConfig):
         what = f"image ({', '.join(sorted(endings_of(source.decoding)))}); hidden files do not count"
         if not len(source) and self.frames is None and (videos := len(walk(root, footage.EXTENSIONS))):
             what = f"image; its videos ({videos:,}) are read with data.frames (--frames), the frames of a clip"
+        if not len(source) and self.sample_rate is None and (sounds := len(walk(root, footage.SOUNDS))):
+            what = f"image; its sounds ({sounds:,}) are read with data.sample_rate (--sample_rate)"
         not_empty(source, self.path, what)
         return source
 
@@ -79,7 +81,7 @@ class FolderSource(Named):
 
     def __getitem__(self, index: int) -> Record:
         name = self._names[index]
-        if not footage.is_video(name):
+        if not footage.is_footage(name):
             return Record(printable(name), self._read(name), self._columns.of(index, name))
         beneath(self.root, name)
         return Record(printable(name), footage.Video(self._place(name)), self._columns.of(index, name))

@@ -24,7 +24,7 @@ from ldm_vae.core.text import an
 from ldm_vae.core.validation import disguised_file
 from ldm_vae.data.decoding import DEFAULT, Decoding, RawImage
 from ldm_vae.data.files import read_bytes
-from ldm_vae.data.footage import Video, is_video
+from ldm_vae.data.footage import Video, is_footage
 from ldm_vae.data.metadata import rename_caption
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.ranges import FIELD, own_range
@@ -225,17 +225,18 @@ def _files(path: Path) -> list[str]:
 
 
 def find_image_column(dataset: Any, image_column: str | None, name: str, decoding: Decoding = DEFAULT) -> str:
-    """The column that holds the images, or with `decoding.frames` the videos. Raises UsageError where it is not there,
-    or there are several."""
+    """The column that holds the images, or with `decoding.frames` the videos, with `decoding.sample_rate` the sounds.
+    Raises UsageError where it is not there, or there are several."""
     features: dict[str, Any] = dict(dataset.features or {})
     if image_column is not None:
         if features and image_column not in features:
             raise UsageError(f"data.image_column {image_column}: {name} has {', '.join(features)}")
         return image_column
-    if decoding.frames is not None:
-        videos = [column for column, feature in features.items() if type(feature).__name__ == "Video"]
-        if len(videos) == 1 or "video" in (videos or features):
-            return "video" if "video" in (videos or features) else videos[0]
+    if decoding.signal != "image":
+        usual = decoding.signal
+        these = [column for column, feature in features.items() if type(feature).__name__ == usual.capitalize()]
+        if len(these) == 1 or usual in (these or features):
+            return usual if usual in (these or features) else these[0]
     images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
     # the usual name, also where a stream declares no features; not where it is text (a path) beside real images
     if not features or "image" in (images or features):
@@ -258,7 +259,7 @@ def undecoded(dataset: Any) -> Any:
     makes an int64 of every integer)."""
     dataset = dataset.with_format(None)
     for column, feature in dict(dataset.features or {}).items():
-        if type(feature).__name__ in ("Image", "Video") and feature.decode:
+        if type(feature).__name__ in ("Image", "Video", "Audio") and feature.decode:
             dataset = dataset.cast_column(column, type(feature)(decode=False))
     return dataset
 
@@ -300,7 +301,7 @@ def as_image(value: Any, dtype: np.dtype[Any] | None = None) -> RawImage:
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     if isinstance(value, str | os.PathLike):
-        return Video(os.fspath(value)) if is_video(os.fspath(value)) else read_bytes(value)
+        return Video(os.fspath(value)) if is_footage(os.fspath(value)) else read_bytes(value)
     if isinstance(value, PillowImage.Image):
         return value
     if isinstance(value, list | np.ndarray):

@@ -16,7 +16,7 @@ from ldm_vae.core.paths import expanded
 from ldm_vae.core.text import decode, lines
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.files import Names, printable, read_bytes
-from ldm_vae.data.footage import Video, is_video
+from ldm_vae.data.footage import Video, is_footage
 from ldm_vae.data.source import Named, Record, SourceConfig, not_empty
 from ldm_vae.data.stamps import Facts, file_facts
 
@@ -86,7 +86,7 @@ class ListSource(Named):
     def __getitem__(self, index: int) -> Record:
         name = self._names[index]
         path = self._path(name)
-        return Record(printable(name), Video(str(path)) if is_video(name) else read_bytes(path))
+        return Record(printable(name), Video(str(path)) if is_footage(name) else read_bytes(path))
 
     def facts(self, index: int) -> Facts | None:
         return file_facts(self._path(self._names[index]))

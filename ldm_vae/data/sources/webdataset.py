@@ -27,7 +27,7 @@ from ldm_vae.core.validation import why_unreadable
 from ldm_vae.data import tars
 from ldm_vae.data.decoding import Decoding, endings_of
 from ldm_vae.data.files import MAX_BYTES, Names, check_unique, read_range
-from ldm_vae.data.footage import Video, is_video
+from ldm_vae.data.footage import Video, is_footage
 from ldm_vae.data.metadata import rename_caption
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.source import Named, Record, SourceConfig, not_empty
@@ -100,7 +100,7 @@ class TarSource(Named):
                     self._refused[len(keys)] = image
                     images.extend((number, 0, 0, 0))
                 else:
-                    images.extend((number, image.offset, image.size, is_video(image.name)))
+                    images.extend((number, image.offset, image.size, is_footage(image.name)))
                 for member in rest:
                     if member.extension not in self._extensions:
                         self._extensions.append(member.extension)

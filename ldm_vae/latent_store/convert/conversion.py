@@ -43,6 +43,8 @@ def convert_to(store: Path, out: Path, name: str, options: Options | None = None
     chosen, manifest = formats.load(name), read_finished(store)
     if not chosen.CLIPS and any(shard.frames is not None for shard in manifest.shards):
         raise UsageError(f"--to {name}: is for latents [c, h, w], and store {store} holds those of clips [c, t, h, w]")
+    if any(len(shard.shape) == 2 for shard in manifest.shards) and manifest.identity.codes is None:
+        raise UsageError(f"--to {name}: is for latents of images and clips, and store {store} holds those of sounds")
     lost = chosen.cannot_carry(manifest, options)
     if manifest.samples == 0:
         raise UsageError(f"store {store}: no samples to convert")

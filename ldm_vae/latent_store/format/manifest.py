@@ -94,11 +94,11 @@ class ShardRecord(Section):
     unit: int
     rows: int
     shape: tuple[int, ...]
-    """Latent shape c, h, w, of clips c, t, h, w."""
+    """Latent shape c, h, w, of clips c, t, h, w, of sounds c, n."""
     resolution: int
     """The resolution it was made for."""
     size: tuple[int, int]
-    """Height and width of its crops in pixels."""
+    """Height and width of its crops in pixels; of sounds 1 and the samples of an excerpt."""
     frames: int | None = None
     """Frames of its clips; absent of images."""
     files: dict[str, FileRecord]
@@ -194,7 +194,7 @@ class Manifest(Section):
             used, channels = self.recorded.normalisation.get("latents_mean"), len(measured.mean)
             images, good = (
                 measured.images,
-                all(len(one) in (3, 4) and one[0] * self.identity.patch**2 == channels for one in shapes),
+                all(len(one) in (2, 3, 4) and one[0] * self.identity.patch**2 == channels for one in shapes),
             )
             good = good and (used is None or len(used) == channels * self.recorded.normalisation.get("frames", 1))
         if not good:

@@ -96,7 +96,7 @@ class LatentStatistics:
     ) -> None:
         """Add posterior means [B, c, h, w] and variances of the same shape (None: z itself was given)."""
         start = self.images
-        mean, variance = _patched(mean, self.patch), None if variance is None else _patched(variance, self.patch)
+        mean, variance = patched(mean, self.patch), None if variance is None else patched(variance, self.patch)
         keys = range(start, start + len(mean)) if keys is None else keys
         # one row an image, then weighted sums over images: row 0 with weight 1, replicates with Poisson's
         rows = _image_sums(mean, variance)
@@ -241,7 +241,7 @@ class LatentStatistics:
         return statistics
 
 
-def _patched(values: npt.NDArray[Any], patch: int) -> npt.NDArray[Any]:
+def patched(values: npt.NDArray[Any], patch: int) -> npt.NDArray[Any]:
     """[B, c, h, w] => [B, c * p * p, h / p, w / p], of clips frame by frame."""
     if patch == 1:
         return values

@@ -20,6 +20,7 @@ from ldm_vae.latent_store.format.layout import (
 )
 from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.rows import map_shard
+from ldm_vae.latent_store.format.statistics import patched
 from ldm_vae.latent_store.format.work_units import Unit
 from ldm_vae.latent_store.maintain.provenance import indices_of
 from ldm_vae.latent_store.maintain.verify import Problem
@@ -139,8 +140,8 @@ def _compare(
         shards.to_float(v.view(np.uint16) if dtype == "BF16" else v, dtype)
         for v in (rows[name][0], mapped[name][stored.row])
     )
-    patch = manifest.identity.patch  # statistics are of the channels of patches
-    off = torch.pixel_unshuffle(torch.from_numpy(np.abs(new.astype(np.float64) - old)), patch).numpy()
+    # statistics are of the channels of patches
+    off = patched(np.abs(new.astype(np.float64) - old)[None], manifest.identity.patch)[0]
     return same, float((off / std.reshape(-1, *(1,) * (off.ndim - 1))).max())
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +44,10 @@ Integers = npt.NDArray[np.int64]
 class LatentDataset(Dataset[Item]):
     """Map-style dataset of a latent store.
 
-    Items hold `latents` [c, h, w] fp32, of clips [c, t, h, w], sampled anew at each visit and normalised as the VAE's
-    config.json says (of codes `indices` int64, [h, w] or [q, h, w]), `index`, and the columns. Works with any torch
-    DataLoader and sampler; `loader` is the fast way, and the one that resumes exactly whatever was read ahead.
+    Items hold `latents` [c, h, w] fp32, of clips [c, t, h, w], of sounds [c, n], sampled anew at each visit and
+    normalised as the VAE's config.json says (of codes `indices` int64, [h, w] or [q, h, w]), `index`, and the columns.
+    Works with any torch DataLoader and sampler; `loader` is the fast way, and the one that resumes exactly whatever was
+    read ahead.
 
     A draw is keyed by (seed, epoch, index, visit, rank): the epoch of `set_epoch` (0), the number of earlier visits of
     the sample in it, and the rank of the process (torch.distributed's, else $RANK). Visits are counted in memory that
@@ -68,8 +70,7 @@ class LatentDataset(Dataset[Item]):
             what is free); smaller than the store it makes shuffled reading download shards again and again.
 
     Raises:
-        UsageError: no store there, one of another format version, an incomplete one; an unknown column, view or
-            resolution; a normalisation of indices.
+        UsageError: no finished store of this format there; an unknown column, view, resolution or normalisation.
 
     >>> from ldm_vae import LatentDataset, load_autoencoder, open_images, write_store
     >>> vae = load_autoencoder("my-vae")
@@ -142,7 +143,8 @@ class LatentDataset(Dataset[Item]):
             raise UsageError("normalisation: the store holds indices of codes, which are not scaled")
         named = self.manifest.recorded.normalisation
         if isinstance(normalisation, str):
-            return self.statistics.normalisation(normalisation).laid_out_for(named.get("pipelines"))
+            measured = self.statistics.normalisation(normalisation).laid_out_for(named.get("pipelines"))
+            return replace(measured, sounds=len(self.manifest.shards[0].shape) == 2)
         return normalisation or (Normalisation(1.0) if self.raw and not named else self.manifest.normalisation)
 
     @property
@@ -198,8 +200,7 @@ class LatentDataset(Dataset[Item]):
         return int(self._stops[-1]) if len(self._stops) else 0
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """Shape (c, h, w) or (c, t, h, w) of one sample as it is given; a store of one resolution and length, without
-        buckets, has one."""
+        """Shape of one sample as it is given; a store of one resolution and length, without buckets, has one."""
         return self._given(self.shards_of(self._checked(np.asarray([index], dtype=np.int64)).tolist())[0].shape)
 
     def _given(self, stored: tuple[int, ...]) -> tuple[int, ...]:
@@ -322,8 +323,9 @@ class LatentDataset(Dataset[Item]):
 
     @torch.no_grad()
     def decode(self, scaled: torch.Tensor, vae: Any) -> torch.Tensor:
-        """latents [c, *p] or [B, c, *p] (p: h w, of clips t h w), or indices [*p] or [B, *p], of several codebooks
-        [k, *p] or [B, k, *p] of the first k, as this dataset gives them => pixels, fp32 and not clamped."""
+        """latents [c, *p] or [B, c, *p] (p: h w, of clips t h w, of sounds n), or indices [*p] or [B, *p], of several
+        codebooks [k, *p] or [B, k, *p] of the first k, as this dataset gives them => pixels, of sounds samples, fp32
+        and not clamped."""
         single = scaled.ndim == len(self.manifest.shards[0].shape)
         if self.manifest.identity.codes is not None:
             pixels = finite.decode_indices(vae, (scaled[None] if single else scaled).to(vae.device))

@@ -32,10 +32,15 @@ def decode_to_png(
     with own(folder, "OUT"), Progress(total=len(indices), desc="decode", unit="img") as bar:
         for chunk in _of_one_shape(dataset, indices, batch_size):
             for item, picture in _decoded(dataset, vae, chunk):
-                stem = re.sub(r"[^\w.-]+", "_", Path(item["key"]).stem).strip("._")[-80:]
-                save(picture, folder / f"{int(item['index']):08d}-{stem}.png")
+                save(picture, folder / f"{file_name(item)}.png")
             bar.update(len(chunk))
     return len(indices)
+
+
+def file_name(item: Item) -> str:
+    """Name of a sample's file without its ending: index and key."""
+    stem = re.sub(r"[^\w.-]+", "_", Path(item["key"]).stem).strip("._")[-80:]
+    return f"{int(item['index']):08d}-{stem}"
 
 
 def contact_sheet(dataset: LatentDataset, vae: Any, count: int = 16, columns: int = 4, side: int = 128) -> bytes:

@@ -28,7 +28,7 @@ from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.lengths import check_frames
 from ldm_vae.core import rng
 from ldm_vae.core.errors import WorkError
-from ldm_vae.data.transforms import to_pixels
+from ldm_vae.data.transforms import to_pixels, to_values
 from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
     PIXELS,
@@ -97,7 +97,7 @@ class Encoder:
         )
 
     def specs(self, channels: int, *size: int) -> list[TensorSpec]:
-        """The stored tensors of crops [C, H, W], or of clips [C, T, H, W]."""
+        """The stored tensors of crops [C, H, W], of clips [C, T, H, W], or of excerpts [C, L]."""
         check_frames(self.vae, size[0] if len(size) > 2 else 1)
         shape = latent_size(self.vae, *size)
         if self.identity.store == "indices":
@@ -137,8 +137,8 @@ class Encoder:
     def _encode(
         self, images: Sequence[torch.Tensor], keys: Sequence[tuple[int, int, int]]
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """uint8 images [C, H, W], or clips [C, T, H, W] => stored tensors [n, ...], and which are not finite [n]; batch
-        by batch."""
+        """uint8 images [C, H, W], clips [C, T, H, W], or excerpts float32 [C, L] => stored tensors [n, ...], and which
+        are not finite [n]; batch by batch."""
         parts: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
         first = 0
         while first < len(images):
@@ -168,8 +168,9 @@ class Encoder:
     def _batch(
         self, images: Sequence[torch.Tensor], keys: Sequence[tuple[int, int, int]], size: int
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        # padded with black to the one batch shape, so that a sample's bits do not depend on how many share its batch
-        pixels = torch.zeros((size, *images[0].shape), dtype=torch.uint8)
+        # padded with black, or silence, to the one batch shape, so that a sample's bits do not depend on how many share
+        # its batch
+        pixels = torch.zeros((size, *images[0].shape), dtype=images[0].dtype)
         torch.stack(list(images), out=pixels[: len(images)])
         moments = self._moments(pixels, self.identity.mixed_precision)
         stored, bad = self._stored(moments, keys)
@@ -189,8 +190,8 @@ class Encoder:
         vae = self._network()
 
         def encode(part: torch.Tensor) -> Moments:
-            if part.ndim == 4:
-                return latents.encode(vae, to_pixels(part.to(self.device)))
+            if part.ndim < 5:
+                return latents.encode(vae, to_values(part.to(self.device)))
             # a few frames at a time: of a long clip no fp32 pixels are held, nor activations where the class can
             some = (to_pixels(few.to(self.device)) for few in torch.split(part, CLIP_PART, dim=2))
             return Moments.joined([*encode_clip(vae, some)])

@@ -25,7 +25,8 @@ from ldm_vae.latent_store.write.freshness_cache import Sightings, sighting
 
 @dataclass(frozen=True)
 class Ready:
-    """One future row: the crops uint8 [C, H, W] by name, of clips [C, T, H, W], and the row of the parquet."""
+    """One future row: the crops uint8 [C, H, W] by name, of clips [C, T, H, W], of sounds float32 [C, L], and the row
+    of the parquet."""
 
     unit: Unit
     index: int
@@ -35,8 +36,16 @@ class Ready:
     @property
     def group(self) -> tuple[int, ...]:
         """Resolution, height and width, and of clips their frames: rows of one group share a shard."""
-        _, *frames, height, width = self.crops[""].shape
+        height, width, *frames = size_of(self.crops[""])
         return int(self.row["resolution"]), height, width, *frames
+
+
+def size_of(crop: torch.Tensor) -> tuple[int, ...]:
+    """Height and width of a crop, and of a clip its frames; of an excerpt, a row, 1 and its samples."""
+    if crop.ndim == 2:
+        return 1, crop.shape[1]
+    _, *frames, height, width = crop.shape
+    return height, width, *frames
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ def _rows(sample: Sample, unit: Unit, name: str, cutting: Cutting) -> list[Ready
     rows, width = [], len(cutting.crops)
     for number, resolution in enumerate(cutting.resolutions):
         crops = dict(zip(cutting.crops, sample.views[number * width : (number + 1) * width], strict=True))
-        _, *frames, height, wide = crops[""].pixels.shape
+        height, wide, *frames = size_of(crops[""].pixels)
         geometry: dict[str, Any] = {"resolution": resolution, "bucket": f"{height}x{wide}"}
         if frames:
             geometry[CLIP_FRAMES] = frames[0]

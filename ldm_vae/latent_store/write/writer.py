@@ -21,9 +21,11 @@ from ldm_vae.autoencoder.fingerprint import decoder_fingerprint, encoder_fingerp
 from ldm_vae.autoencoder.geometry import check_resolution
 from ldm_vae.autoencoder.lengths import check_frames
 from ldm_vae.autoencoder.normalisation_law import own_normalisation
+from ldm_vae.autoencoder.preparation import check_signal_of
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.ownership import Ownership, is_mark, own_together
+from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import preprocessing_identity
 from ldm_vae.latent_store.format import work_units
@@ -98,7 +100,7 @@ def write_store(
     Args:
         vae: a diffusers AutoencoderKL, VQModel or AutoencoderTiny (eval mode).
         resolution: side of the crop, a multiple of f; several give one shape each, from one decode. (Frames of clips
-            likewise; clips of each length are shards of their own.)
+            likewise; clips of each length are shards of their own.) Of sounds the samples of the source's excerpts.
         batch_size: images per forward pass, and part of what byte identity depends on.
         shard_size: source samples per work unit.
         store: which tensors are stored.  dtype: as what.  (None: see `codes.choose`.)
@@ -141,6 +143,10 @@ def write_store(
     _at_least_one(batch_size=batch_size, shard_size=shard_size, encode_threads=encode_threads)
     if (frames := source.decoding.frames) is not None:
         check_frames(vae, frames)
+    check_signal_of(vae, source.decoding, f"VAE {vae_name}", "sample_rate")
+    if source.decoding.signal == "audio":
+        _check_sounds(source.decoding, resolutions, views=views != "centre", bucket_step=bucket_step, tile=tile,
+                      pixels=pixels)  # fmt: skip
     if tile is not None:
         check_tile(*tile, vae)
     check_own_tiles(vae)
@@ -294,6 +300,13 @@ def _other_images(out: Path, manifest: Manifest, wanted: Manifest) -> UsageError
         f"OUT {out}: was made from other images ({manifest.source.samples:,} of them, DATA has "
         f"{wanted.source.samples:,}); --update takes up what was added, changed and removed"
     )
+
+
+def _check_sounds(decoding: Decoding, resolutions: tuple[int, ...], **asked: Any) -> None:
+    if resolutions != (decoding.samples,):
+        raise UsageError(f"samples: expected those of an excerpt, {resolutions[0]}, got {decoding.samples or 'none'}")
+    if named := [name for name, value in asked.items() if value]:
+        raise UsageError(f"{named[0]}: is of images and clips, and DATA has sounds; leave it out")
 
 
 def _at_least_one(**values: int) -> None:
