@@ -152,6 +152,7 @@ def test_the_rate_is_the_models() -> None:
     with refused(UsageError, "losses.multi_scale_mel.sample_rate"):
         term.attach(model())
     term.attach(model(sampling_rate=RATE))
+    assert [*term.buffers()] == []  # an average of the weights, made before, has none of it
     assert torch.equal(term(given, target), expected)
     with refused(UsageError, "losses.multi_scale_mel.sample_rate"):
         term.attach(model(sampling_rate=44_100))

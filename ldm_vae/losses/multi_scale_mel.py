@@ -43,8 +43,7 @@ class MultiScaleMel(nn.Module):
     def forward(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if self.distance is None:
             raise UsageError(f"{NAME}.sample_rate: is missing; expected hertz, or a model that names them")
-        distance: torch.Tensor = self.distance(pixels, target, NAME).mean()
-        return distance
+        return self.distance(pixels, target, NAME).mean()
 
 
 class Config(TermConfig):
