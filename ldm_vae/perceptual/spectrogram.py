@@ -53,10 +53,20 @@ class MelDistance:
     """Mean absolute difference of log10 mel spectrograms of sounds, summed over windows, as Descript Audio Codec's
     MelSpectrogramLoss has it; the windows of a spectrogram overlap by three quarters."""
 
-    def __init__(self, rate: int, windows: Sequence[int] = MEL_WINDOWS, bands: Sequence[int] = MEL_BANDS) -> None:
-        """rate: of the sounds, in hertz."""
+    def __init__(
+        self,
+        rate: int,
+        windows: Sequence[int] = MEL_WINDOWS,
+        bands: Sequence[int] = MEL_BANDS,
+        outline: bool = False,
+    ) -> None:
+        """rate: of the sounds, in hertz; outline: bands without content, for counting the cost: torchaudio looks at the
+        values that it makes, and there are none then."""
         # no buffers of a module: a term's are averaged and counted from the start, and its rate comes later
-        self.bands = [(window, mel_bands(rate, window, count)) for window, count in zip(windows, bands, strict=True)]
+        self.bands = [
+            (window, torch.zeros(count, window // 2 + 1) if outline else mel_bands(rate, window, count))
+            for window, count in zip(windows, bands, strict=True)
+        ]
 
     def __call__(self, one: torch.Tensor, other: torch.Tensor, field: str) -> torch.Tensor:
         """Two of [B, C, L] => [B]; `field` opens the sentence of an error."""
