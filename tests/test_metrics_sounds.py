@@ -93,6 +93,9 @@ def test_a_sound_without_speech_is_left_out(name: str) -> None:
     worst: Any = Worst([metric])
     worst.update([5, 6, 7], {name: values})
     assert [index for index, _ in worst.compute()] == [5, 7]
+    worst = Worst([metric])  # they take no place of those that have a number
+    worst.update(range(13), {name: torch.tensor([*range(1, 11), *[math.nan] * 3], dtype=torch.float64)})
+    assert [index for index, _ in worst.compute()] == [*range(10)]
     (none,) = build_metrics([name], torch.device("cpu"), 0, sample_rate=RATE)
     none.update(PINNED.pair(0 * x, 0 * x))
     assert none.compute().mean is None and str(none.compute()) == "no sound that it can measure"

@@ -24,9 +24,11 @@ class MultiScaleMel(nn.Module):
 
     domain = "sounds"
 
-    def __init__(self, rate: int | None, windows: tuple[int, ...], bands: tuple[int, ...]) -> None:
+    def __init__(
+        self, rate: int | None, windows: tuple[int, ...], bands: tuple[int, ...], outline: bool = False
+    ) -> None:
         super().__init__()
-        self.rate, self.shape = rate, (windows, bands)
+        self.rate, self.shape = rate, (windows, bands, outline)
         self.distance = None if rate is None else MelDistance(rate, *self.shape)
 
     def attach(self, network: Any) -> None:
@@ -43,8 +45,7 @@ class MultiScaleMel(nn.Module):
     def forward(self, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if self.distance is None:
             raise UsageError(f"{NAME}.sample_rate: is missing; expected hertz, or a model that names them")
-        distance: torch.Tensor = self.distance(pixels, target, NAME).mean()
-        return distance
+        return self.distance(pixels, target, NAME).mean()
 
 
 class Config(TermConfig):
@@ -73,3 +74,6 @@ class Config(TermConfig):
 
     def build(self) -> MultiScaleMel:
         return MultiScaleMel(self.sample_rate, self.windows, self.bands)
+
+    def outline(self) -> MultiScaleMel:
+        return MultiScaleMel(self.sample_rate, self.windows, self.bands, outline=True)

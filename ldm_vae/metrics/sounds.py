@@ -65,7 +65,7 @@ def build(name: str, rate: int) -> Metric:
         "pesq": lambda x, y: _by_channel(pesq, x, y, rate),
     }
     if name == "mel_distance":
-        mel = MelDistance(rate).double()
+        mel = MelDistance(rate)
         measures[name] = lambda x, y: mel(x.double(), y.double(), name)
     return SoundMetric(name, better, lambda pair: measures[name](pair.raw_original, pair.raw_reconstruction))
 

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
 
 from ldm_vae.autoencoder.latents import at_least_fp32
 from ldm_vae.core.errors import UsageError
@@ -50,22 +49,30 @@ def mel_bands(rate: int, window: int, bands: int) -> torch.Tensor:
     return weights.T
 
 
-class MelDistance(nn.Module):
+class MelDistance:
     """Mean absolute difference of log10 mel spectrograms of sounds, summed over windows, as Descript Audio Codec's
     MelSpectrogramLoss has it; the windows of a spectrogram overlap by three quarters."""
 
-    def __init__(self, rate: int, windows: Sequence[int] = MEL_WINDOWS, bands: Sequence[int] = MEL_BANDS) -> None:
-        """rate: of the sounds, in hertz."""
-        super().__init__()
-        self.windows = tuple(windows)
-        for place, (window, count) in enumerate(zip(windows, bands, strict=True)):
-            self.register_buffer(f"bands_{place}", mel_bands(rate, window, count), persistent=False)
+    def __init__(
+        self,
+        rate: int,
+        windows: Sequence[int] = MEL_WINDOWS,
+        bands: Sequence[int] = MEL_BANDS,
+        outline: bool = False,
+    ) -> None:
+        """rate: of the sounds, in hertz; outline: bands without content, for counting the cost: torchaudio looks at the
+        values that it makes, and there are none then."""
+        # no buffers of a module: a term's are averaged and counted from the start, and its rate comes later
+        self.bands = [
+            (window, torch.zeros(count, window // 2 + 1) if outline else mel_bands(rate, window, count))
+            for window, count in zip(windows, bands, strict=True)
+        ]
 
-    def forward(self, one: torch.Tensor, other: torch.Tensor, field: str) -> torch.Tensor:
+    def __call__(self, one: torch.Tensor, other: torch.Tensor, field: str) -> torch.Tensor:
         """Two of [B, C, L] => [B]; `field` opens the sentence of an error."""
 
         def differences() -> Iterator[torch.Tensor]:
-            for window, weights in zip(self.windows, self.buffers(), strict=True):
+            for window, weights in self.bands:
                 pair = (_log_mel(sounds, weights, window, field) for sounds in (one, other))
                 yield torch.sub(*pair).abs().flatten(1).mean(dim=1)
 
