@@ -18,7 +18,7 @@ of processes, which may change on resume.
   ldm-vae encode my-vae photographs my-latents --resolution 256
   accelerate launch -m ldm_vae encode my-vae photographs my-latents --resolution 256     # several processes
   ldm-vae encode my-vae photographs my-latents --resolution 256 --job_part 3/16          # a task of an array job
-  ldm-vae encode my-audio-vae music my-latents --excerpt 65536                         # sounds, in excerpts of so many samples
+  ldm-vae encode my-audio-vae music my-latents --excerpt 65536                         # excerpts of sounds
 
 VAE is a diffusers folder, a run folder, a hub id or a single file; DATA is a folder of images, a dataset (parquet,
 arrow, tar shards, hub id) or a list of files. To read the store:
