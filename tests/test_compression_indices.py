@@ -53,7 +53,8 @@ def test_two_hundred_images_take_the_bits_of_the_prior_and_their_indices_come_ba
     crops = torch.cat([codec.crops(image) for image in images])
     assert crops.shape == (200, 1, 4, 4)
     bits = codec.prior.nats(crops, torch.zeros(200, dtype=torch.long), 0, range(200)).sum().item() / math.log(2)
-    assert bits > 5000 and 8 * parts_of(content)["images"] == pytest.approx(bits, rel=0.01)
+    # 1 % is promised; a network of random weights that does not see the codes before it is 0.5 % off
+    assert bits > 5000 and 8 * parts_of(content)["images"] == pytest.approx(bits, rel=0.002)
     assert parts_of(content)["seed"] == 0
     assert torch.equal(codec.decode_crops(code, 200), crops)
     found = decode(codec, header, code, "FILE")
