@@ -73,7 +73,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_sentence(images: Path, tmp_path
 
 @pytest.mark.slow  # the seconds must be more than a busy machine takes to bring both to a meeting
 def test_a_rank_that_hangs_ends_the_others_in_the_time_that_was_set(images: Path, tmp_path: Path) -> None:
-    _, (first, second) = two_ranks(tmp_path, images, "--ddp_timeout", "30")
+    _, (first, second) = two_ranks(tmp_path, images, "--ddp_timeout", "20")
     second.kill(signal.SIGSTOP)
     said = one_sentence(first.wait(), 1)
     assert "another process of this launch does not answer (ddp_timeout)" in said
