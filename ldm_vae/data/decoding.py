@@ -96,7 +96,7 @@ class Decoding:
 
     @property
     def signal(self) -> Literal["image", "video", "audio"]:
-        """What a sample is."""
+        """Kind of a sample."""
         if self.sample_rate is not None:
             return "audio"
         return "image" if self.frames is None else "video"

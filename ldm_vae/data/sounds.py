@@ -60,7 +60,7 @@ class Levels(Values):
         return replace(self, low=min(self.low, other.low), high=max(self.high, other.high), notes=notes)
 
     def advice(self) -> str:
-        """What a user would not see: silence, samples above full scale, changes of channels and rate."""
+        """Sentences on what a user would not see: silence, samples above full scale, changes of channels and rate."""
         beyond = max(-self.low, self.high) > 1.0
         said = ["silence alone"] if self.low == self.high == 0.0 else []
         said += ["samples above full scale are kept as they are"] if beyond else []

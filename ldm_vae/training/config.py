@@ -222,8 +222,7 @@ MAY_CHANGE = (
 
 
 def build_autoencoder(settings: Training) -> Any:
-    """Build the network from `init_from` when it is named, else with random weights drawn by the seed; `trainable` is
-    applied.
+    """Build the network of `init_from`, else one with random weights drawn by the seed; `trainable` is applied.
 
     Raises:
         UsageError: the shape of `init_from` is not `model`, it records another preprocessing, or `trainable` names

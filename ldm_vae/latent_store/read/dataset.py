@@ -46,8 +46,7 @@ class LatentDataset(Dataset[Item]):
 
     Items hold `latents` [c, h, w] fp32, of clips [c, t, h, w], of sounds [c, n], sampled anew at each visit and
     normalised as the VAE's config.json says (of codes `indices` int64, [h, w] or [q, h, w]), `index`, and the columns.
-    Works with any torch DataLoader and sampler; `loader` is the fast way, and the one that resumes exactly whatever was
-    read ahead.
+    Works with any torch DataLoader and sampler; `loader` is the fast way, and resumes exactly whatever was read ahead.
 
     A draw is keyed by (seed, epoch, index, visit, rank): the epoch of `set_epoch` (0), the number of earlier visits of
     the sample in it, and the rank of the process (torch.distributed's, else $RANK). Visits are counted in memory that
@@ -323,9 +322,8 @@ class LatentDataset(Dataset[Item]):
 
     @torch.no_grad()
     def decode(self, scaled: torch.Tensor, vae: Any) -> torch.Tensor:
-        """latents [c, *p] or [B, c, *p] (p: h w, of clips t h w, of sounds n), or indices [*p] or [B, *p], of several
-        codebooks [k, *p] or [B, k, *p] of the first k, as this dataset gives them => pixels, of sounds samples, fp32
-        and not clamped."""
+        """latents [c, *p] or [B, c, *p], or indices [*p] or [B, *p], of several codebooks [k, *p] or [B, k, *p] of the
+        first k, as this dataset gives them => pixels, of sounds samples, fp32 and not clamped."""
         single = scaled.ndim == len(self.manifest.shards[0].shape)
         if self.manifest.identity.codes is not None:
             pixels = finite.decode_indices(vae, (scaled[None] if single else scaled).to(vae.device))
