@@ -29,6 +29,7 @@ EXTRAS = {
     "transformers": ("transformers", "discriminator.kind: features"),
     "onnx": ("onnxruntime", "export --target onnx"),
     "tiff": ("tifffile", "unusual TIFFs"),
+    "audio": ("soundfile", "sounds"),
     "video": ("av", "clips"),
     "report": ("matplotlib", "plots of eval"),
     "tensorboard": ("tensorboard", "tracker: tensorboard"),
