@@ -24,7 +24,6 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.training.adaptive_weight import last_layer_gradient
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 AS_IT_IS = ["AutoencoderOobleck", "AutoencoderSAME", "Cosmos3AVAEAudioTokenizer", "LongCatAudioDiTVae"]
 POINTS = ["AutoencoderSAME", "LongCatAudioDiTVae"]
 

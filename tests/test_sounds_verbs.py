@@ -20,8 +20,6 @@ from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError
 from ldm_vae.export.diffusers_folder import write_vae
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-
 
 @pytest.fixture
 def vae(tmp_path: Path) -> Path:

@@ -31,7 +31,6 @@ from ldm_vae.latent_store.maintain.repair import repair
 from ldm_vae.latent_store.maintain.spot_check import reencode
 from ldm_vae.latent_store.maintain.verify import verify
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 SETTINGS: dict[str, Any] = {"resolution": 512, "batch_size": 2, "shard_size": 5, "dtype": "fp32"}
 OOBLECK = "AutoencoderOobleck"
 

@@ -25,7 +25,6 @@ from ldm_vae.training.dry_run import describe
 from ldm_vae.training.smallest_crop import check_smallest
 from ldm_vae.training.state import build_state
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 MODEL: dict[str, Any] = {
     "kind": "oobleck", "audio_channels": 1, "sampling_rate": RATE, "encoder_hidden_size": 8, "decoder_channels": 8,
     "downsampling_ratios": [2, 4], "channel_multiples": [1, 2],

@@ -29,6 +29,7 @@ EXTRAS = {
     "transformers": ("transformers", "discriminator.kind: features"),
     "onnx": ("onnxruntime", "export --target onnx"),
     "tiff": ("tifffile", "unusual TIFFs"),
+    "audio": ("soundfile", "sounds"),
     "video": ("av", "clips"),
     "compress": ("constriction", "compress and decompress"),
     "audio": ("soundfile", "sounds"),

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -49,6 +50,8 @@ class Stopped(SystemExit):
 def run_program(main: Callable[[], None]) -> NoReturn:
     """Run a program's `main` and exit with the status that its outcome stands for."""
     terminal.prepare()
+    # of diffusers' classes of sounds, at each layer: nothing that a user could change
+    warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated", FutureWarning)
     _heed_sigterm()
     try:
         _check_arguments(sys.argv[1:])
