@@ -5,10 +5,10 @@
     accelerate launch -m ldm_vae latent_space my-vae PHOTOS --output measured --resolution 256
 
 Protocol: images are resized by their short side (antialiased bicubic) and centre-cropped to --resolution. One pass over
-all images gives channels, use of codes, rate, distortion and spectrum; every image counts once on any number of
-processes, and sums are in fp64. --bank images, evenly spaced, give mutual information, equivariance and the mixture.
-The likelihood is a Gaussian per pixel value with one variance, fitted on every other image; bounds are given for
---likelihood_images of the rest. Every random draw is keyed by its image. docs/latent_space.md explains each quantity.
+all gives channels, codes, rate, distortion and spectrum; each counts once on any number of processes, sums are in fp64.
+--bank images, evenly spaced, give mutual information, equivariance and the mixture. The likelihood is a Gaussian per
+pixel value with one variance, fitted on every other image; bounds are given for --likelihood_images of the rest. Every
+random draw is keyed by its image. docs/latent_space.md explains each quantity.
 
 DIR then holds latent_space.json, latent_space.md, latent_space/ (images) and latent_space.quarantine.jsonl. `ldm-vae
 report DIR` writes the HTML report; with RUN/report as DIR it is a section of the run's report.
@@ -175,7 +175,7 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
             },
             "metrics": {metric: number.to_json() for metric, number in metrics.items()},
             "channels": survey.channels.figures(),
-            "codes": None if survey.codes is None else survey.codes.figures(),
+            "codes": survey.codes.figures(),
             "spectrum": {"latents": survey.spectrum, "white_share": white_share(*survey.moments.mean.shape[-2:])},
             "information": informed,
             "likelihood": likelihood.figures() if likelihood else None,
@@ -197,15 +197,14 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
 
 @dataclass(frozen=True)
 class Survey:
-    """Over all processes: metrics of all images; codes (None of a network without codebooks); variance of the
-    likelihood (None without images to fit it on); bank, indices of the images whose moments [M, c, h, w] (of clips [M,
-    c, t, h, w]) were kept."""
+    """Over all processes: metrics of all images; codes, without a book where there are none; variance of the likelihood
+    (None without images to fit it on); bank, indices of the images whose moments [M, c, (t,) h, w] were kept."""
 
     images: int
     checksum: str
     metrics: dict[str, Summary]
     channels: ChannelStatistics
-    codes: CodeUse | None
+    codes: CodeUse
     spectrum: list[float]
     variance: float | None
     bank: list[int]
@@ -218,12 +217,8 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
     vae, options, device = task.vae, task.options, task.accelerator.device
     frames = task.source.decoding.frames
     shape = latent_size(vae, *(() if frames is None else (frames,)), options.resolution, options.resolution)
-    channels, checksum, spectrum = (
-        ChannelStatistics(shape[0]),
-        Checksum(),
-        torch.zeros(min(shape[-2:]) // 2 + 1).double(),
-    )
-    codes = code_use(vae, shape)
+    channels, codes, checksum = ChannelStatistics(shape[0]), code_use(vae, shape), Checksum()
+    spectrum = torch.zeros(min(shape[-2:]) // 2 + 1).double()
     values = {name: Running() for name in ("psnr", "mse", "rate_nats", "bits_per_pixel", "high_frequency_share")}
     fit = Running()
     wanted = {indices[place] for place in spread(len(indices), options.bank)}
@@ -246,8 +241,7 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
         values["high_frequency_share"].update(high_frequency_share(moments.mean))
         fit.update(error[[index % 2 == 0 for index in batch.indices]])
         channels.update(moments, batch.indices)
-        if codes is not None:
-            codes.update(vae, moments.mean)
+        codes.update(vae, moments.mean)
         spectrum += radial_power_spectrum(moments.mean).cpu() * len(pixels)
         checksum.update(batch.pixels)
         images += len(batch.indices)
@@ -273,7 +267,7 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
         checksum=checksum.compute(),
         metrics=summaries,
         channels=merged,
-        codes=None if codes is None else codes.over_ranks(),
+        codes=codes.over_ranks(),
         spectrum=(gather(spectrum).sum(dim=0) / images).tolist(),
         variance=fitted_variance(fitted.mean) if fitted.count else None,
         bank=gather_rows(torch.tensor(bank, dtype=torch.long)).tolist(),

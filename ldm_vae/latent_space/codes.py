@@ -17,11 +17,11 @@ from ldm_vae.latent_store.format.codes import CodeStatistics
 from ldm_vae.metrics.ranks import total
 
 
-def code_use(vae: Any, shape: tuple[int, ...]) -> CodeUse | None:
-    """An empty count of the codes of vectors [c, *p]; None of a network without codebooks."""
+def code_use(vae: Any, shape: tuple[int, ...]) -> CodeUse:
+    """An empty count of the codes of vectors [c, *p]; without a book of a network without codebooks."""
     codes = getattr(vae.config, "num_vq_embeddings", None)
     if codes is None:
-        return None
+        return CodeUse(0, 0)
     found = _by_book(vae, torch.zeros(1, *shape, device=vae.device))
     return CodeUse(len(found), int(codes))
 
@@ -42,7 +42,7 @@ class CodeUse:
 
     def update(self, vae: Any, vectors: torch.Tensor) -> None:
         """Add the codes of vectors before the codebook [B, c, *p]."""
-        if len(vectors):
+        if self.books and len(vectors):
             for book, indices in zip(self.books, _by_book(vae, vectors), strict=True):
                 book.update(indices.cpu().numpy())
 
