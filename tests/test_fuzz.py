@@ -10,12 +10,11 @@ from tests import fuzz
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("half", [0, 1])
-def test_every_verb_ends_in_a_result_or_a_sentence_whatever_a_file_holds(half: int) -> None:
-    verbs = list(fuzz.VERBS)[half::2]
-    found = fuzz.main(["--cases", str(2 * len(verbs)), "--seed", str(half), "--only", *verbs])
+@pytest.mark.timeout(1200)
+def test_every_verb_ends_in_a_result_or_a_sentence_whatever_a_file_holds() -> None:
+    found = fuzz.main(["--cases", str(2 * len(fuzz.VERBS))])
     assert [case for case in found if case.found] == []
-    assert {case.verb for case in found} == set(verbs)
+    assert {case.verb for case in found} == set(fuzz.VERBS)
     assert len({case.status for case in found}) > 1, "no mutation was noticed at all"
 
 

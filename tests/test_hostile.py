@@ -27,6 +27,7 @@ from PIL import Image
 from sentences import refused
 from store_sources import Pictures
 from stores import SETTINGS
+from tiny_classes import tiny
 from training_runs import write_config
 
 from ldm_vae.autoencoder.load import load_autoencoder
@@ -98,6 +99,15 @@ def test_a_config_of_more_layers_than_can_be_built_in_time() -> None:
     check_model_config({"block_out_channels": [4] * 100, "layers_per_block": 2} | blocks)
     with refused(ValueError, "layers_per_block"):
         check_model_config({"block_out_channels": [4] * 100, "layers_per_block": 100} | blocks)
+
+
+@pytest.mark.parametrize("factor", ["x", None, 0, 0.5])
+def test_a_factor_that_nothing_can_be_divided_by_is_refused(factor: Any, tmp_path: Path) -> None:
+    tiny("AutoencoderKLWan").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"scale_factor_spatial": factor}))
+    with refused(UsageError, "scale_factor_spatial"):
+        load_autoencoder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors", "preprocessing.json"])

@@ -81,6 +81,10 @@ def check_model_config(config: Any) -> None:
     for name in ("scaling_factor", "shift_factor"):
         if config.get(name) is not None and not isinstance(config[name], int | float):
             raise ValueError(f"{name}: expected a number, got {str(config[name])[:40]!r}")
+    for name in ("scale_factor_spatial", "scale_factor_temporal"):  # by which Wan divides in every decode
+        factor = config.get(name, 1)
+        if not isinstance(factor, int) or factor < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {str(factor)[:40]!r}")
     for name in ("down_block_types", "up_block_types"):
         # diffusers builds as many blocks as are named, and leaves the weights of the others out
         if name in config and widths is not None and len(config[name]) != len(widths):
