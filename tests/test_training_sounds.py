@@ -9,9 +9,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from sentences import refused
-from sound_files import RATE, write_sounds
+from sound_files import RATE
+from sound_runs import MODEL, TERMS, sound_config
 from tiny_classes import SOUNDS, sounds_for, tiny
-from training_runs import assert_same_run, metrics, one_sentence, run, write_config
+from training_runs import assert_same_run, metrics, one_sentence, run
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import geometry_of
@@ -24,23 +25,6 @@ from ldm_vae.training.config import Training, build_autoencoder, build_network, 
 from ldm_vae.training.dry_run import describe
 from ldm_vae.training.smallest_crop import check_smallest
 from ldm_vae.training.state import build_state
-
-MODEL: dict[str, Any] = {
-    "kind": "oobleck", "audio_channels": 1, "sampling_rate": RATE, "encoder_hidden_size": 8, "decoder_channels": 8,
-    "downsampling_ratios": [2, 4], "channel_multiples": [1, 2],
-}  # fmt: skip
-TERMS: dict[str, Any] = {"l1": {}, "l2": {}, "kl": {"weight": 1e-4}}
-
-
-def sound_config(tmp_path: Path, **changes: Any) -> Path:
-    data = {"kind": "folder", "path": str(write_sounds(tmp_path / "sounds", 4)), "channels": 1, "sample_rate": RATE,
-            "samples": 256} | changes.pop("data", {})  # fmt: skip
-    plain = {"model": MODEL, "losses": TERMS, "adversary": {"weight": 0.0}, "discriminator": None, "data": data,
-             "learning_rate": 1e-3, "normalisation_images": 8, "max_train_images": 64}  # fmt: skip
-    path = write_config(tmp_path, tmp_path, **plain | changes)
-    text = path.read_text()
-    path.write_text("".join(line for line in text.splitlines(True) if not line.startswith("resolution:")))
-    return path
 
 
 def settings_of(tmp_path: Path, **changes: Any) -> Training:
