@@ -217,7 +217,7 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
     vae, options, device = task.vae, task.options, task.accelerator.device
     frames = task.source.decoding.frames
     shape = latent_size(vae, *(() if frames is None else (frames,)), options.resolution, options.resolution)
-    channels, codes, checksum = ChannelStatistics(shape[0]), code_use(vae, shape), Checksum()
+    channels, codes, checksum = ChannelStatistics(shape[0]), code_use(vae), Checksum()
     spectrum = torch.zeros(min(shape[-2:]) // 2 + 1).double()
     values = {name: Running() for name in ("psnr", "mse", "rate_nats", "bits_per_pixel", "high_frequency_share")}
     fit = Running()

@@ -9,7 +9,6 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +16,11 @@ from diffusers import AutoencoderKL
 from images import write_images
 from kills import ranks
 from sentences import refused
+from tiny_classes import tiny as tiny_network
 
 from eval import latent_space
 from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.codebooks import put_beside
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.ownership import MARK
@@ -30,6 +31,7 @@ from ldm_vae.latent_space.codes import code_use
 from ldm_vae.latent_space.likelihood import BIN
 from ldm_vae.metrics.batches import image_batches
 from ldm_vae.models import tiny, vq
+from ldm_vae.quantizers.residual import Config as Residual
 from ldm_vae.report import build_report
 from ldm_vae.report.images import read_pixels
 
@@ -152,22 +154,28 @@ def test_an_encoder_without_a_variance_gives_what_applies(
 
 
 def test_each_codebook_has_its_own_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indices [B, q, *p] of a network with several codebooks; those of clips are counted frame by frame."""
-    indices = torch.tensor([[0, 0], [1, 2], [0, 0], [1, 3]]).view(4, 2, 1, 1).repeat(1, 1, 2, 1)
-    network = SimpleNamespace(config=SimpleNamespace(num_vq_embeddings=5), device="cpu")
-    monkeypatch.setattr(latents, "nearest_codes", lambda _, z: indices[: len(z)])
-    use = code_use(network, (3, 2, 1))
-    assert len(use.books) == 2
-    use.update(network, torch.zeros(2, 3, 2, 2, 1))  # two clips of two frames
+    """Indices [B, q, *p] of a network with several codebooks, here of clips."""
+    indices = torch.tensor([[0, 0], [1, 2], [0, 0], [1, 3]]).view(2, 2, 2, 1, 1).transpose(1, 2).repeat(1, 1, 1, 2, 1)
+    network = put_beside(tiny_network("AutoencoderKL"), Residual(codebooks=2, codes=5).beside(4))
+    use, none = code_use(network), code_use(tiny_network("AutoencoderKL"))
+    vectors = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    use.update(network, vectors)
+    found = [torch.bincount(one.flatten(), minlength=5) for one in latents.nearest_codes(network, vectors).unbind(1)]
+    assert [one["uses"] for one in use.figures()] == [
+        one[one > 0].sort(descending=True).values.tolist() for one in found
+    ]
+
+    use = code_use(network)
+    monkeypatch.setattr(latents, "nearest_codes", lambda *_: indices)
+    use.update(network, torch.zeros(2, 4, 2, 2, 1))  # two clips of two frames
     first, second = use.over_ranks().figures()
     assert first["uses"] == [4, 4] and second["uses"] == [4, 2, 2]
-    assert (first["count"], first["used"], first["dead"], second["dead"]) == (8, 2, 3, 2)
+    assert (first["images"], first["count"], first["used"], first["dead"], second["dead"]) == (2, 8, 2, 3, 2)
     assert first["perplexity"] == pytest.approx(2) and second["entropy_bits"] == pytest.approx(1.5)
     said = summary.about_codes({"codes": [first, second]})
     assert said is not None and said.startswith("Codebook 0: 2 of 5 codes used in 8 positions, 3 dead")
     assert "codebook 1: 3 of 5" in said and "5 codes" in said
-    none = code_use(SimpleNamespace(config=SimpleNamespace()), (3, 2, 1))
-    none.update(network, torch.zeros(2, 3, 2, 1))
+    none.update(network, torch.zeros(2, 4, 2, 2))
     assert none.over_ranks().figures() == []
 
 

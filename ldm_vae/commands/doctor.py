@@ -32,7 +32,6 @@ EXTRAS = {
     "audio": ("soundfile", "sounds"),
     "video": ("av", "clips"),
     "compress": ("constriction", "compress and decompress"),
-    "audio": ("soundfile", "sounds"),
     "speech": ("pystoi", "STOI and PESQ"),
     "report": ("matplotlib", "plots of eval"),
     "tensorboard": ("tensorboard", "tracker: tensorboard"),

@@ -12,25 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm_vae.autoencoder import latents, signals
+from ldm_vae.autoencoder import latents
+from ldm_vae.autoencoder.codebooks import codes_of
 from ldm_vae.latent_store.format.codes import CodeStatistics
 from ldm_vae.metrics.ranks import total
 
 
-def code_use(vae: Any, shape: tuple[int, ...]) -> CodeUse:
-    """An empty count of the codes of vectors [c, *p]; without a book of a network without codebooks."""
-    codes = getattr(vae.config, "num_vq_embeddings", None)
-    if codes is None:
-        return CodeUse(0, 0)
-    found = _by_book(vae, torch.zeros(1, *shape, device=vae.device))
-    return CodeUse(len(found), int(codes))
-
-
-def _by_book(vae: Any, vectors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Vectors before the codebook [B, c, *p], of clips frame by frame => of each codebook the indices [B, *p]."""
-    frames = signals.frames_of(vectors) if vectors.ndim == 5 else vectors
-    indices = latents.nearest_codes(vae, frames)
-    return indices.unbind(1) if indices.ndim == frames.ndim else (indices,)
+def code_use(vae: Any) -> CodeUse:
+    """An empty count of the codes of a network; of no codebook where it has none."""
+    books, codes = codes_of(vae) or (0, 0)
+    return CodeUse(1 if books is None else books, codes)
 
 
 class CodeUse:
@@ -43,8 +34,11 @@ class CodeUse:
     def update(self, vae: Any, vectors: torch.Tensor) -> None:
         """Add the codes of vectors before the codebook [B, c, *p]."""
         if self.books and len(vectors):
-            for book, indices in zip(self.books, _by_book(vae, vectors), strict=True):
-                book.update(indices.cpu().numpy())
+            indices = latents.nearest_codes(vae, vectors)
+            # a VQModel's have no axis of codebooks
+            of_each = indices.unbind(1) if indices.ndim == vectors.ndim else (indices,)
+            for book, own in zip(self.books, of_each, strict=True):
+                book.update(own.cpu().numpy())
 
     def over_ranks(self) -> CodeUse:
         """The same over all ranks."""
@@ -60,6 +54,5 @@ class CodeUse:
         for book in self.books:
             uses = np.sort(book.sums[0, 1:])[::-1].astype(np.int64)
             said = book.to_json()
-            del said["images"]  # of clips it would be frames
             found.append({**said, "dead": said["codes"] - said["used"], "uses": uses[uses > 0].tolist()})
         return found
