@@ -206,6 +206,26 @@ def test_frames_are_encoded_in_tiles(tmp_path: Path) -> None:
     check_own_tiles(own)
 
 
+@pytest.mark.parametrize(
+    ("name", "chunk", "value"),
+    [
+        ("AutoencoderKLCogVideoX", "num_latent_frames_batch_size", 4),
+        ("AutoencoderKLMochi", "num_sample_frames_batch_size", 6),
+        ("AutoencoderKLHunyuanVideo", "use_framewise_encoding", False),
+        ("AutoencoderKLHunyuanVideo", "tile_sample_min_num_frames", 32),
+        ("AutoencoderKLLTXVideo", "use_framewise_encoding", True),
+    ],
+)
+def test_chunks_of_frames_are_those_of_the_class(tmp_path: Path, name: str, chunk: str, value: int) -> None:
+    """The identity of a store names the encoder, and with it the chunks of its class: others are refused."""
+    vae = tiny(name)
+    check_own_tiles(vae)
+    assert getattr(vae, chunk) != value
+    setattr(vae, chunk, value)
+    with refused(UsageError, "vae"):
+        write_store(vae, Footage(count=1), tmp_path / "store", **SETTINGS)
+
+
 @pytest.mark.parametrize("pipelines", [None, "ideogram4", "bria_fibo2"])
 def test_patches_of_a_clip_are_those_of_its_frames(pipelines: str | None) -> None:
     law = Normalisation.from_statistics("channel", torch.linspace(-1, 1, 16).double(), torch.ones(16).double(), patch=2)

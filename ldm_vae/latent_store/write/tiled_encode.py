@@ -40,20 +40,23 @@ def check_tile(tile: int, overlap: int, vae: Any) -> None:
 
 
 def check_own_tiles(vae: Any) -> None:
-    """Raises UsageError where a network works in tiles that its class alone does not tell: a store records none of
-    these."""
+    """Raises UsageError where a network works in tiles, or in chunks of frames, that its class alone does not tell: a
+    store records none of these."""
     family = family_of(vae)
     if family.frames_first:  # AutoencoderKLAllegro's are set at each call (signals.py)
         return
     if not family.tiled and getattr(vae, "use_tiling", False):
         raise UsageError("vae: its tiling is on, which a store does not record: `vae.disable_tiling()`, or give `tile`")
-    if family.tiled:
+    if family.signal == "video":
+        # a class of clips has chunks of its own without tiles too: HunyuanVideo's blend over time, CogVideoX's do not
+        parts = ("framewise", "num_frames", "frames_batch") + (("til",) if family.tiled else ())
         with on_meta():
-            fresh = without_values(vae)
-        if changed := [name for name, value in vars(fresh).items() if "til" in name and value != getattr(vae, name)]:
+            own = vars(without_values(vae)).items()
+        named = {name: value for name, value in own if any(part in name for part in parts)}
+        if changed := [name for name, value in named.items() if value != getattr(vae, name)]:
             raise UsageError(
                 f"vae: its {changed[0]} is {getattr(vae, changed[0])}, where {an(type(vae).__name__)} has "
-                f"{getattr(fresh, changed[0])}, which a store does not record: load it again"
+                f"{named[changed[0]]}, which a store does not record: load it again"
             )
 
 
