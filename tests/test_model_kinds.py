@@ -361,7 +361,10 @@ def test_what_is_not_for_codes_says_so(
             {"model": VQ | {"quantizer": {"kind": "vq", "codebook": "learned"}}, "losses": {"l1": {}}},
             "model.quantizer.codebook: learned needs the term losses.codebook",
         ),
-        ({"model": {"kind": "vqq"}}, "`model`: unknown kind `vqq`; ldm_vae.models has asymmetric, causal_oobleck, dc, flux2, "),
+        (
+            {"model": {"kind": "vqq"}},
+            "`model`: unknown kind `vqq`; ldm_vae.models has asymmetric, causal_oobleck, dc, flux2, ",
+        ),
         ({"model": {**TINY_SHAPE, "num_encoder_blocks": [1]}}, "one f on both sides"),
         ({"losses": {"l1": {}, "drift": {"teacher": "no/such/folder"}}}, "VAE no/such/folder"),
         (

@@ -21,7 +21,9 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.core.ownership import Part, own
 from ldm_vae.latent_store import read_manifest, verify, write_store
 from ldm_vae.latent_store.format.layout import UNITS
+from ldm_vae.latent_store.write import writer
 from ldm_vae.latent_store.write.processes import Processes
+from ldm_vae.latent_store.write.writer import begin
 
 
 def encode(vae: AutoencoderKL, out: Path, part: int, count: int, pictures: int = 40) -> bool:
@@ -42,6 +44,24 @@ def test_the_part_that_ends_last_finishes(tiny_vae: AutoencoderKL, tmp_path: Pat
     assert tree(out) == tree(tmp_path / "whole") and verify(out) == []
     assert encode(tiny_vae, out, 2, 3)  # started again after the end
     assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_two_that_begin_at_once_see_one_store(
+    tiny_vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another part makes the manifest just before this one lists the folder."""
+    out, listed, begun = tmp_path / "s", Path.iterdir, list[Path]()
+
+    def late(folder: Path) -> Iterator[Path]:
+        if folder == out and not begun:
+            begun.append(folder)
+            encode(tiny_vae, out, 1, 2)
+        return listed(folder)
+
+    out.mkdir()
+    # ownership lists the folder too, to see what is left in it
+    monkeypatch.setattr(writer, "begin", lambda *given: (monkeypatch.setattr(Path, "iterdir", late), begin(*given))[1])
+    assert encode(tiny_vae, out, 2, 2) and begun == [out]
 
 
 def test_more_parts_than_units(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:

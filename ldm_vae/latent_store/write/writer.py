@@ -323,7 +323,9 @@ def begin(out: Path, wanted: Manifest) -> Manifest:
         WorkError: OUT cannot be written.
     """
     try:
-        if not manifest_path(out).exists() and out.exists() and any(not _ours(path) for path in out.iterdir()):
+        # listed before the manifest is looked for: of processes that begin at once, another may make it in between
+        foreign = out.exists() and any(not _ours(path) for path in out.iterdir())
+        if foreign and not manifest_path(out).exists():
             raise UsageError(f"OUT {out}: holds something that is not a latent store; choose an empty or new folder")
         if not manifest_path(out).exists():
             # folders first, so that a store with a manifest always has them
