@@ -64,7 +64,7 @@ class Training(RunConfig):
     ignore_mismatched_sizes: bool = False
     """With init_from: model.latent_channels and model.in_channels may be others than there; what fits is kept."""
     ignore_preprocessing: bool = False
-    """What data and transform say of decoding may be other than what init_from or a teacher records."""
+    """Decoding as data and transform have it may differ from what init_from or a teacher records."""
     latent_store: str | None = None
     """Train the decoder alone, from the moments of this store: the encoder, that of init_from, is neither run nor held.
     Its crops are taken as they are (of `transform` only `resize` has a part: it must be the store's); pixels come from
