@@ -30,7 +30,9 @@ SMALLEST = 1e-6  # of the largest standard deviation: a component below it is co
 
 def to_patches(images: torch.Tensor, factor: int, frames: int = 1) -> torch.Tensor:
     """images [B, C, H, W] => patches [B, h, w, P], clips [B, C, 1 + t k, H, W] => [B, 1 + k, h, w, P]; a rest below f
-    at the right and at the bottom is left out."""
+    at the right and at the bottom is left out. Sounds [B, C, L] => [B, n, P], f samples of a patch."""
+    if images.ndim == 3:
+        return images.unfold(2, factor, factor).permute(0, 2, 3, 1).flatten(2)
     if images.ndim == 5:
         front = images[:, :, :1].expand(-1, -1, frames - 1, -1, -1)
         tiles = torch.cat([front, images], dim=2).unfold(2, frames, frames).unfold(3, factor, factor)
@@ -41,7 +43,10 @@ def to_patches(images: torch.Tensor, factor: int, frames: int = 1) -> torch.Tens
 
 
 def from_patches(patches: torch.Tensor, factor: int, frames: int = 1) -> torch.Tensor:
-    """patches [B, h, w, P] => images [B, C, H, W], [B, 1 + k, h, w, P] => clips [B, C, 1 + t k, H, W]."""
+    """patches [B, h, w, P] => images [B, C, H, W], [B, 1 + k, h, w, P] => clips [B, C, 1 + t k, H, W],
+    [B, n, P] => sounds [B, C, L]."""
+    if patches.ndim == 3:
+        return patches.unflatten(2, (factor, -1)).flatten(1, 2).transpose(1, 2)
     *batch, rows, columns, _ = patches.shape
     tiles = patches.reshape(-1, rows, columns, frames, factor, factor, patches.shape[-1] // (frames * factor**2))
     images = tiles.permute(0, 6, 3, 1, 4, 2, 5).flatten(5, 6).flatten(3, 4)  # [.., C, t, H, W]
@@ -58,14 +63,16 @@ class PatchMoments:
     not depend on the order of the images, the batches or the number of processes, to the bit.
     """
 
-    def __init__(self, factor: int, channels: int, device: torch.device | str = "cpu", frames: int = 1) -> None:
-        self.factor, self.frames = factor, frames
-        numbers = frames * factor * factor * channels
+    def __init__(
+        self, factor: int, channels: int, device: torch.device | str = "cpu", frames: int = 1, axes: int = 2
+    ) -> None:
+        self.factor, self.frames, self.axes = factor, frames, axes
+        numbers = frames * factor**axes * channels
         # one tensor, so that one reduction adds up the ranks: a patch with a 1 behind it gives count, sums and products
         self.products = torch.zeros(numbers + 1, numbers + 1, dtype=torch.float64, device=device)
 
     def update(self, pixels: torch.Tensor) -> None:
-        """pixels [B, C, H, W] on the scale 0..255, or clips [B, C, T, H, W]."""
+        """pixels [B, C, H, W] on the scale 0..255, or clips [B, C, T, H, W]; samples [B, C, L] as they are."""
         rows = to_patches(pixels.to(self.products.device), self.factor, self.frames).flatten(0, -2).double()
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
         self.products += rows.T @ rows
@@ -73,6 +80,8 @@ class PatchMoments:
     @property
     def shape(self) -> str:
         """Of a patch, in words."""
+        if self.axes == 1:
+            return f"{self.factor} samples"
         frames = "" if self.frames == 1 else f"{self.frames} frames of "
         return f"{frames}{self.factor} x {self.factor} pixels"
 
@@ -96,34 +105,37 @@ class PatchMoments:
         count, sums = products[-1, -1], products[-1, :-1]
         if not count:
             raise UsageError("data: a linear code needs images, and there was none that could be used")
-        mean = sums / count
+        # a sound has no offset of its own, and AutoencoderOobleck's last layer has none to give
+        mean = sums / count if self.axes == 2 else torch.zeros_like(sums)
         covariance = products[:-1, :-1] / count - mean[:, None] * mean
         variances, vectors = torch.linalg.eigh(covariance)
         variances, vectors = variances.flip(0)[:latent_channels], vectors.flip(1)[:, :latent_channels]
         largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
         vectors = vectors * largest.sign()  # an eigenvector's sign is open; the largest entry is made positive
-        deviations = variances.clamp_min(0).sqrt() / 127.5
+        size, centre = (127.5, 1.0) if self.axes == 2 else (1.0, 0.0)
+        deviations = variances.clamp_min(0).sqrt() / size
         if not deviations[0] > 0:
             raise UsageError("data: all pixels of the training crops are equal; a linear code needs images that differ")
         deviations = deviations.clamp_min(SMALLEST * float(deviations[0]))
-        return LinearCode(self.factor, mean / 127.5 - 1, vectors.contiguous(), deviations, self.frames)
+        return LinearCode(self.factor, mean / size - centre, vectors.contiguous(), deviations, self.frames, self.axes)
 
 
 @dataclass(frozen=True)
 class LinearCode:
     """A fitted linear code: factor f; of pixels in [-1, 1], in fp64: mean [P], components V [P, c] of length 1,
-    deviations s [c], falling; frames t."""
+    deviations s [c], falling; frames t; axes along which a patch has f positions, 1 of sounds."""
 
     factor: int
     mean: torch.Tensor
     components: torch.Tensor
     deviations: torch.Tensor
     frames: int = 1
+    axes: int = 2
 
     @property
     def channels(self) -> int:
-        """C of an image."""
-        return len(self.mean) // (self.frames * self.factor**2)
+        """C of an image, clip or sound."""
+        return len(self.mean) // (self.frames * self.factor**self.axes)
 
     @property
     def latent_channels(self) -> int:
@@ -131,13 +143,14 @@ class LinearCode:
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, C, H, W] in [-1, 1] => z [B, c, h, w] in fp64, each channel of mean 0 and variance 1 over what
-        the code was fitted on; clips [B, C, T, H, W] => [B, c, 1 + k, h, w]."""
+        the code was fitted on; clips [B, C, T, H, W] => [B, c, 1 + k, h, w], sounds [B, C, L] => [B, c, n]."""
         rows = to_patches(images.double(), self.factor, self.frames) - self.mean.to(images.device)
         return (rows @ (self.components / self.deviations).to(images.device)).movedim(-1, 1)
 
     def of_patches(self, patches: torch.Tensor) -> torch.Tensor:
-        """patches [n, P] on the scale 0..255 => z [n, c]."""
-        return (patches.double() / 127.5 - 1 - self.mean) @ (self.components / self.deviations)
+        """patches [n, P] on the scale 0..255, of sounds as they are => z [n, c]."""
+        values = patches.double() / 127.5 - 1 if self.axes == 2 else patches.double()
+        return (values - self.mean) @ (self.components / self.deviations)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """z [B, c, h, w] => images [B, C, H, W] in fp64, not clamped; [B, c, 1 + k, h, w] => clips."""

@@ -152,17 +152,17 @@ def _encoder_maps(
                     "fewer latent channels or init: noise would do"
                 )
             inner, frames = inner_map(halves(inner), width - taken), frames // 2
-            before = _sized(inner, code.channels)
+            before = sized(inner, code.channels)
         befores.insert(0, before)
         # where two frames are joined below, w and v share the channels
         joined = level > 1 and blocks[level - 2].time is not None
         most = blocks[level - 2].sampler.out_channels // 2 if joined else None
         inner = inner_map(quarters(inner, 2**level, frames), most)
-        maps.insert(0, _sized(inner, code.channels))
+        maps.insert(0, sized(inner, code.channels))
     return maps, befores
 
 
-def _sized(maps: torch.Tensor, channels: int) -> torch.Tensor:
+def sized(maps: torch.Tensor, channels: int) -> torch.Tensor:
     """Of size 1 in flat patches: what the code leaves out makes the small components larger than their deviations."""
     sized: torch.Tensor = maps / maps.norm(dim=0) * (len(maps) / channels) ** 0.5
     return sized

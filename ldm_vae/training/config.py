@@ -56,7 +56,7 @@ class Training(RunConfig):
     init: Literal["noise", "linear"] = "noise"
     """Of a network from scratch. noise: random weights. linear: the first forward is the linear code of the model's own
     size, principal components of patches of the training crops (`autoencoder/linear_init.py`); model.kind kl, vq,
-    flux2 or wan."""
+    flux2, wan, oobleck or causal_oobleck."""
     init_images: int = Field(1024, gt=0)
     """Training crops that the linear code is fitted on."""
     init_from: str | None = None
@@ -130,8 +130,8 @@ class Training(RunConfig):
         if self.init == "linear":
             if self.init_from is not None:
                 raise ValueError("init: linear is for a network from scratch; expected no init_from, or init: noise")
-            if kind not in ("kl", "vq", "flux2", "wan"):
-                raise ValueError(f"init: linear is for model.kind kl, vq, flux2 or wan, got {kind}")
+            if kind not in ("kl", "vq", "flux2", "wan", "oobleck", "causal_oobleck"):
+                raise ValueError(f"init: linear is for model.kind kl, vq, flux2, wan or (causal_)oobleck, got {kind}")
             if kind == "wan" and (self.model.is_residual or self.model.patch_size):
                 raise ValueError(
                     "init: linear is for the shape of Wan 2.1; expected model.is_residual: false and no "

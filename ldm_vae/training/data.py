@@ -15,10 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
+from ldm_vae.autoencoder.codebooks import ResidualCodebooks, beside, nearest
 from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, latent_channels, step_of
 from ldm_vae.autoencoder.lengths import lengths_of
 from ldm_vae.autoencoder.linear_code import PatchMoments, k_means, to_patches
 from ldm_vae.autoencoder.linear_init import start_linear
+from ldm_vae.autoencoder.linear_sounds import start_sounds
 from ldm_vae.autoencoder.preparation import shown
 from ldm_vae.core import distributed, rng
 from ldm_vae.core.errors import UsageError
@@ -163,17 +165,25 @@ def start_from_data(vae: Any, source: Source | Stream, settings: Training, accel
     """
     say = accelerator.print
     say(f"init: linear: fitting the linear code on {settings.init_images:,} training crops")
+    books = beside(vae)
+    # projections of factorised codes are learned, and so are their codes
+    residual = books if isinstance(books, ResidualCodebooks) and not books.into else None
     # only a codebook needs the patches themselves; a continuous code needs their moments alone
-    codes = getattr(vae.config, "num_vq_embeddings", 0)
+    codes = getattr(vae.config, "num_vq_embeddings", 0) if residual is None else residual.shape.codes
     moments, patches = _patches_of(vae, source, settings, accelerator, -(-VECTORS * codes // settings.init_images))
+    start = start_linear if moments.axes == 2 else start_sounds
     with seeded(settings.seed):
+        code = moments.code(latent_channels(vae))
         if codes:
-            code = moments.code(latent_channels(vae))
             scale = code.deviations / code.deviations[0]  # k-means then weighs errors as the picture does
-            start_linear(vae, code, scale)
-            vae.quantize.embedding.weight.data.copy_(k_means(code.of_patches(patches) * scale, codes, settings.seed))
+            start(vae, code, scale)
+            rest = code.of_patches(patches) * scale
+            rows = vae.quantize.embedding.weight.data[None] if residual is None else residual.rows.data
+            for row in rows:  # each codebook of what those before it have left
+                row.copy_(k_means(rest, codes, settings.seed))
+                rest = rest - row.double()[nearest(rest, row)]
         else:
-            start_linear(vae, moments.code(latent_channels(vae)))
+            start(vae, code)
     # eigenvectors may differ in rounding between machines
     for parameter in vae.parameters():
         parameter.data.copy_(broadcast(parameter.data.to(accelerator.device)))
@@ -189,7 +199,8 @@ def _patches_of(
         rank=accelerator.process_index, world_size=ranks, num_workers=settings.dataloader_num_workers,
     )  # fmt: skip
     frames = 1 if source.decoding.frames is None else lengths_of(vae).joined or 1
-    moments = PatchMoments(downsampling_factor(vae), image_channels(vae), accelerator.device, frames)
+    axes = 2 if settings.samples is None else 1
+    moments = PatchMoments(downsampling_factor(vae), image_channels(vae), accelerator.device, frames, axes)
     patches = []
     for batch in itertools.islice(loader, -(-wanted // (settings.train_batch_size * ranks))):
         # the last batch may run beyond `init_images`, whose number must not depend on the ranks
