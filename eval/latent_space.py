@@ -164,9 +164,8 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
             "protocol": protocol(options),
             "vae": result.describe_vae(vae, name, options.vae) | {"latent_values": survey.moments.mean[0].numel()},
             "data": {
-                **result.about_clips(preparation.decoding),
+                **result.about_signal(preparation.decoding, options.resolution),
                 "source": options.data,
-                "resolution": options.resolution,
                 "quarantined": len(read_quarantine(quarantine_path)),
                 "images": survey.images,
                 "checksum": survey.checksum,
