@@ -42,7 +42,6 @@ from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.latent_space import summary
 from ldm_vae.latent_space.channels import ChannelStatistics
-from ldm_vae.latent_space.codes import CodeUse, code_use
 from ldm_vae.latent_space.equivariance import applicable, equivariance_error
 from ldm_vae.latent_space.information import information
 from ldm_vae.latent_space.likelihood import SAMPLES, LikelihoodBounds, fitted_variance
@@ -51,6 +50,7 @@ from ldm_vae.latent_space.pictures import keep_pictures
 from ldm_vae.latent_space.spectrum import high_frequency_share, radial_power_spectrum, white_share
 from ldm_vae.metrics import psnr, result
 from ldm_vae.metrics.batches import ImageBatch, image_batches, share_of, spread
+from ldm_vae.metrics.codes import CodeUse, code_use
 from ldm_vae.metrics.evaluate import Checksum
 from ldm_vae.metrics.metric import ImageMetric
 from ldm_vae.metrics.protocol import PINNED, Pair
@@ -164,9 +164,8 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
             "protocol": protocol(options),
             "vae": result.describe_vae(vae, name, options.vae) | {"latent_values": survey.moments.mean[0].numel()},
             "data": {
-                **result.about_clips(preparation.decoding),
+                **result.about_signal(preparation.decoding, options.resolution),
                 "source": options.data,
-                "resolution": options.resolution,
                 "quarantined": len(read_quarantine(quarantine_path)),
                 "images": survey.images,
                 "checksum": survey.checksum,

@@ -1,15 +1,17 @@
-"""Measure how well one or several VAEs reconstruct images or clips, with a fixed protocol.
+"""Measure how well one or several VAEs reconstruct images, clips or sounds, with a fixed protocol.
 
     ldm-vae evaluate runs/demo/vae HELD_OUT --output runs/demo/report --resolution 64
     ldm-vae evaluate my-vae stabilityai/sd-vae-ft-mse PHOTOS --output compared --resolution 256
     accelerate launch -m ldm_vae evaluate my-vae PHOTOS --output measured
     ldm-vae evaluate my-video-vae my-vae CLIPS --output compared --resolution 64 --frames 17
+    ldm-vae evaluate my-audio-vae MUSIC --output compared --excerpt 65536
 
 Protocol: the mode of the posterior is decoded. Images are decoded as the VAEs record (flags override it), resized by
 their short side (antialiased bicubic; not if the record says none) and centre-cropped to --resolution. Output is
 clamped to [-1, 1] and rounded to 8 bits before every metric. Every image counts exactly once on any number of
 processes. Means have 95 % intervals over images. With --frames, videos are clips of so many frames: metrics are of
-frames, a clip's value is the mean over its own, and intervals are over clips.
+frames, a clip's value is the mean over its own, and intervals are over clips. Sounds are excerpts that cover each file,
+compared as they are decoded, each without the silence that fills its last one; intervals are over excerpts.
 
 DIR then holds metrics.json (one object, or a list with one per VAE), metrics.md, images.jsonl (metrics of each image),
 pictures/ and quarantine.jsonl. `ldm-vae report DIR` writes the HTML report.
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,14 +42,15 @@ from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
 from ldm_vae.data.source import Source
 from ldm_vae.metrics import result
-from ldm_vae.metrics.batches import image_batches, share_of, spread
+from ldm_vae.metrics.batches import image_batches, share_of, size_of, spread
 from ldm_vae.metrics.evaluate import Evaluation, evaluate_reconstruction
 from ldm_vae.metrics.linear import MEASURED, LinearFloor, fit_code, why_no_code
 from ldm_vae.metrics.metric import Metric
 from ldm_vae.metrics.pictures import keep_pictures
 from ldm_vae.metrics.protocol import PINNED, VARIANTS, by_name
 from ldm_vae.metrics.samples import keep_samples
-from ldm_vae.metrics.select import NAMES, Weights, build_metrics, check, default_names
+from ldm_vae.metrics.select import NAMES, Weights, build_metrics, check, check_names, default_names, kind_of
+from ldm_vae.metrics.titles import title
 from ldm_vae.run import selection
 
 
@@ -54,18 +58,18 @@ def arguments() -> argparse.Namespace:
     parser = Parser(program="eval.reconstruction", description=__doc__)
     add = parser.add_argument
     add("vae", nargs="+", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
-    add("data", metavar="DATA", help="a folder of images, a dataset's hub id, parquet or tar files")
+    add("data", metavar="DATA", help="a folder of images or sounds, a dataset's hub id, parquet or tar files")
     add("--output", required=True, type=Path, metavar="DIR", help="where the results go")
     add("--resolution", type=int, help="side of the crops in pixels (default: the first VAE's sample_size)")
     add("--batch_size", type=int, default=8, help="images per process and step (8)")
     add("--num_workers", type=int, default=2, help="processes that decode images, per process (2)")
-    add("--pictures", type=int, default=8, metavar="N", help="how many images are kept to look at (8)")
+    add("--pictures", type=int, default=8, metavar="N", help="images kept to look at, or sounds to hear (8)")
     add("--max_images", type=int, help="measure the first N images of DATA only")
     add(
         "--metrics",
         metavar="NAME,...",
-        help=f"default: {', '.join(NAMES)} (alpha's of images that have it, temporal_l1 and flicker of clips); or your "
-        "module, as my_lab.sharpness",
+        help=f"default: of {', '.join(NAMES)} all that the signal has (alpha's of images that have it, temporal_l1 and "
+        "flicker of clips, from si_sdr to pesq of sounds); or your module, as my_lab.sharpness",
     )
     add("--lpips_weights", metavar="PATH", help="the LPIPS trunk, where it is not found by itself")
     add(
@@ -86,7 +90,7 @@ def arguments() -> argparse.Namespace:
         raise UsageError(f"batch_size: expected at least 1, got {found.batch_size}")
     found.vae = [selection.at_checkpoint(vae, found.checkpoint) for vae in found.vae]
     found.metrics = None if found.metrics is None else found.metrics.split(",")
-    check(found.metrics or NAMES)
+    check_names(found.metrics or NAMES)
     found.protocol = by_name(found.protocol)
     return found
 
@@ -103,15 +107,18 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
 
     # --- everything that can be wrong is opened before the first image is measured ------------------------------------
     vaes = [load_autoencoder(vae, options.config) for vae in options.vae]
-    options.resolution = resolution_of(options.resolution, vaes[0], options.vae[0])
-    for vae in vaes[1:]:
-        check_resolution(options.resolution, vae)
-    check(options.metrics or NAMES, options.resolution)
     preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
-    options.alpha, notes = preparation.decoding.alpha, list(preparation.notes)
-    options.clips = preparation.decoding.frames is not None
-    options.metrics = options.metrics or default_names(options.alpha, options.clips)
-    if options.alpha:
+    decoding, notes = preparation.decoding, list(preparation.notes)
+    sounds = decoding.signal == "audio"
+    if not sounds:
+        options.resolution = resolution_of(options.resolution, vaes[0], options.vae[0])
+    options.resolution = size_of(decoding, options.resolution)
+    for vae in vaes:
+        check_resolution(options.resolution, vae)
+    options.signal = kind_of(decoding)
+    options.metrics = options.metrics or default_names(**options.signal)
+    check(options.metrics, options.resolution, **options.signal)
+    if decoding.alpha:
         notes.append("alpha: metrics of colour are means over composites on black and on white, of whole sets on white")
     source = preparation.open(options.data)
     indices = range(min(len(source), options.max_images or len(source)))
@@ -130,13 +137,14 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     # --- results: numbers, a table, and pictures of a fixed choice and of the worst -----------------------------------
     if accelerator.is_main_process:
         quarantined = len(read_quarantine(quarantine_path))
-        notes = [*notes, *dict.fromkeys(filter(None, (why_no_code(vae, options.clips) for vae in vaes)))]
+        if not sounds:
+            notes += dict.fromkeys(filter(None, (why_no_code(vae, decoding.frames is not None) for vae in vaes)))
         data = {
-            "source": options.data, "resolution": options.resolution, "quarantined": quarantined,
-            "preprocessing": preparation.identity, "notes": notes, **result.about_clips(preparation.decoding),
+            "source": options.data, "quarantined": quarantined, "preprocessing": preparation.identity, "notes": notes,
+            **result.about_signal(decoding, options.resolution),
         }  # fmt: skip
         computed = result.settings(accelerator.device, options.batch_size) | result.command("eval.reconstruction")
-        frames = preparation.decoding.frames
+        frames = decoding.frames
         results = [
             result.result(
                 options.protocol, result.describe_vae(vae, name, path, frames), data, computed, evaluation, source.key
@@ -144,20 +152,25 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
             for name, vae, path, evaluation in zip(names, vaes, options.vae, evaluations, strict=True)
         ]
         merge_images(options.output)
-        # pictures: usable images, evenly spread, and the first VAE's worst ones that are not among them
+        # pictures: usable images, evenly spread, and the first VAE's worst ones that are not among them; of sounds, who
+        # are listened to one by one, few, from its worst to its best
         bad = {entry.key for entry in read_quarantine(quarantine_path)}
         usable = [index for index in indices if source.key(index) not in bad] if bad else indices
         kinds = {usable[place]: "shown" for place in spread(len(usable), options.pictures)}
-        kinds |= {index: "worst" for index, _ in evaluations[0].worst if index not in kinds}
+        if sounds:
+            kinds = ranked(options.output, names[0], evaluations[0].worst_by, options.pictures) or kinds
+        else:
+            kinds |= {index: "worst" for index, _ in evaluations[0].worst if index not in kinds}
         keep_pictures(
             options.output, vaes, source, kinds, build(options, accelerator), accelerator.device,
             resolution=options.resolution, batch_size=options.batch_size, protocol=options.protocol,
         )  # fmt: skip
-        first = vaes[0].to(accelerator.device)
-        keep_samples(
-            options.output, first, evaluations[0].latents, options.resolution, accelerator.device, options.alpha,
-            frames,
-        )  # fmt: skip
+        if not sounds:
+            first = vaes[0].to(accelerator.device)
+            keep_samples(
+                options.output, first, evaluations[0].latents, options.resolution, accelerator.device, decoding.alpha,
+                frames,
+            )  # fmt: skip
         result.write(options.output / "metrics.md", result.markdown(results))
         result.write(options.output / "metrics.json", results[0] if len(results) == 1 else results)
         print("\n".join([result.plain(results), *notes]))
@@ -195,7 +208,7 @@ def measure(
         def each(indices: Sequence[int], values: Mapping[str, torch.Tensor]) -> None:
             columns = {metric: column.tolist() for metric, column in values.items()}
             for row, index in enumerate(indices):
-                numbers = {metric: column[row] for metric, column in columns.items()}
+                numbers = {metric: column[row] for metric, column in columns.items() if not math.isnan(column[row])}
                 file.write(json.dumps({"vae": name, "index": index, "key": source.key(index), **numbers}) + "\n")
             bar.update(len(indices))
 
@@ -221,8 +234,7 @@ def build(options: argparse.Namespace, accelerator: Accelerator, only: Sequence[
         options.resolution,
         weights=weights,
         protocol=options.protocol,
-        alpha=options.alpha,
-        clips=options.clips,
+        **options.signal,
     )
 
 
@@ -251,6 +263,18 @@ def merge_images(output: Path) -> None:
                 shutil.copyfileobj(rows, file)
     merged.replace(output / "images.jsonl")
     shutil.rmtree(output / PARTS)
+
+
+def ranked(output: Path, vae: str, metric: str, wanted: int) -> dict[int, str]:
+    """The worst, the median and the best sound of a VAE by its numbers in images.jsonl, and others evenly between them,
+    from the worst on: indices => kinds of pictures; empty where no sound has such a number."""
+    with (output / "images.jsonl").open(encoding="utf-8") as file:
+        rows = [row for row in map(json.loads, file) if row["vae"] == vae and metric in row]
+    rows.sort(key=lambda row: (row[metric], row["index"]), reverse=bool(rows) and title(metric).better == "lower")
+    last = len(rows) - 1
+    kinds = {last // 2: "median", last: "best", 0: "worst"}
+    places = [*dict.fromkeys([0, last, last // 2, *spread(len(rows), wanted)])][:wanted] if rows else []
+    return {rows[place]["index"]: kinds.get(place, "shown") for place in sorted(places)}
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from ldm_vae.core.ownership import MARK
 from ldm_vae.data.source import open_source
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.latent_space import summary
-from ldm_vae.latent_space.codes import code_use
 from ldm_vae.latent_space.likelihood import BIN
 from ldm_vae.metrics.batches import image_batches
+from ldm_vae.metrics.codes import code_use
 from ldm_vae.models import tiny, vq
 from ldm_vae.quantizers.residual import Config as Residual
 from ldm_vae.report import build_report

@@ -19,11 +19,11 @@ from accelerate import Accelerator
 
 from ldm_vae.autoencoder.geometry import check_resolution
 from ldm_vae.autoencoder.latents import posterior_noise
-from ldm_vae.autoencoder.lengths import check_frames
+from ldm_vae.autoencoder.lengths import check_frames, check_samples
 from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.normalisation_law import is_fixed
 from ldm_vae.autoencoder.preparation import record
-from ldm_vae.core.errors import WorkError, run_program
+from ldm_vae.core.errors import UsageError, WorkError, run_program
 from ldm_vae.core.launch import StopSignal
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
@@ -36,8 +36,8 @@ from ldm_vae.metrics.batches import image_batches, share_of, spread
 from ldm_vae.metrics.bound import evidence_bound
 from ldm_vae.metrics.evaluate import evaluate_reconstruction
 from ldm_vae.metrics.linear import MEASURED, LinearFloor, fit_code
-from ldm_vae.metrics.metric import Metric
-from ldm_vae.metrics.select import build_metrics
+from ldm_vae.metrics.metric import Metric, Unmeasured
+from ldm_vae.metrics.select import build_metrics, kind_of
 from ldm_vae.metrics.titles import TITLES
 from ldm_vae.report import build_report
 from ldm_vae.run import checkpoint
@@ -75,6 +75,8 @@ def train(settings: Training) -> None:
     for name, one in (("data", source), ("validation_data", held_out)):
         if one is not None and one.decoding.frames is not None:
             check_frames(vae, one.decoding.frames, f"{name}.frames")
+        if one is not None and one.decoding.samples is not None:
+            check_samples(vae, one.decoding.samples, f"{name}.samples")
     if settings.init == "linear" and checkpoint.newest(run / "checkpoints", say) is None:
         start_from_data(vae, source, settings, accelerator)
     feed = (ImageFeed if settings.latent_store is None else StoredFeed)(settings, vae, source)
@@ -194,11 +196,14 @@ class Events:
 
 
 def metrics_of(settings: Training, accelerator: Accelerator, source: Source) -> list[Metric]:
-    """The metrics of a validation on these images or clips, ready to update."""
-    return build_metrics(
-        settings.validation_metrics, accelerator.device, settings.resolution,
-        alpha=settings.alpha, clips=source.decoding.frames is not None,
-    )  # fmt: skip
+    """The metrics of a validation on these images, clips or sounds, ready to update. Raises UsageError where the best
+    one cannot be measured here."""
+    size = source.decoding.samples or settings.resolution
+    metrics = build_metrics(settings.validation_metrics, accelerator.device, size, **kind_of(source.decoding))
+    for metric in metrics:
+        if isinstance(metric, Unmeasured) and metric.name == settings.best_metric:
+            raise UsageError(f"best_metric: {metric.name} is {metric.note}")
+    return metrics
 
 
 def validate(vae: Any, objective: Any, source: Source, state: TrainingState) -> dict[str, float]:
@@ -208,8 +213,8 @@ def validate(vae: Any, objective: Any, source: Source, state: TrainingState) -> 
     chosen = spread(len(source), settings.validation_images)
     mine = share_of(accelerator.process_index, accelerator.num_processes, chosen, settings.train_batch_size)
     metrics = metrics_of(settings, accelerator, source)
-    shape = {"resolution": settings.resolution, "batch_size": settings.train_batch_size}
-    batches = partial(image_batches, source, mine, settings.resolution, batch_size=settings.train_batch_size)
+    shape = {"resolution": source.decoding.samples or settings.resolution, "batch_size": settings.train_batch_size}
+    batches = partial(image_batches, source, mine, **shape)
     code = fit_code(vae, source, chosen, accelerator.process_index, accelerator.num_processes, **shape)
     compared = [name for name in settings.validation_metrics if name in MEASURED]
     of_code = build_metrics(compared, accelerator.device, settings.resolution)
@@ -217,7 +222,7 @@ def validate(vae: Any, objective: Any, source: Source, state: TrainingState) -> 
     result = evaluate_reconstruction(vae, batches(), metrics, accelerator.device, linear=floor, **shape)
     scores = {name: summary.mean for name, summary in result.metrics.items() if summary.mean is not None}
     if settings.best_metric not in scores:
-        raise WorkError(f"best_metric: {settings.best_metric} is of clips, and all of validation_data are images")
+        raise WorkError(f"best_metric: {settings.best_metric} has no value for any of validation_data")
     scores |= evidence_bound(vae, objective, batches(), accelerator.device)
     if accelerator.is_main_process:
         sheet = record_validation(

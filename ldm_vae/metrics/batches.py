@@ -1,7 +1,7 @@
-"""Images and clips for a metric: the good ones of a source in order, each on one rank exactly once, cropped by the
-protocol.
+"""Images, clips and sounds for a metric: the good ones of a source in order, each on one rank exactly once, images
+cropped by the protocol.
 
-Legend: B batch, C channels, T frames, R side of an image.
+Legend: B batch, C channels, T frames, R side of an image, L samples.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from ldm_vae.core.errors import UsageError
+from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.ordered import ordered_loader
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
@@ -29,12 +30,14 @@ from ldm_vae.metrics.protocol import PINNED, Protocol
 @dataclass(frozen=True)
 class ImageBatch:
     """Images of one size; indices and keys of each in its source; pixels uint8 [B, C, R, R], of clips [B, C, T, R, R],
-    or fp32 on the same scale where the protocol resizes floats; alpha: the fourth channel is straight alpha."""
+    or fp32 on the same scale where the protocol resizes floats; alpha: the fourth channel is straight alpha. Of sounds
+    samples fp32 [B, C, L], of which `lengths` are each sound's own, the others silence behind it."""
 
     indices: Sequence[int]
     keys: Sequence[str]
     pixels: torch.Tensor
     alpha: bool = False
+    lengths: Sequence[int] | None = None
 
 
 def share_of(rank: int, world_size: int, indices: Sequence[int], batch_size: int) -> Sequence[int]:
@@ -55,6 +58,17 @@ def some_of(source: Source | Stream, wanted: int) -> Sequence[int] | None:
     return None if isinstance(source, Stream) else spread(len(source), wanted)
 
 
+def size_of(decoding: Decoding, resolution: int | None) -> int:
+    """R of images and clips, L of excerpts of sounds. Raises UsageError where that is missing, or R is of sounds."""
+    if decoding.signal == "audio":
+        if decoding.samples is None or resolution is not None:
+            raise UsageError("samples: expected the samples of an excerpt of a sound, and no resolution")
+        return decoding.samples
+    if resolution is None:
+        raise UsageError("resolution: expected the side of the crops in pixels, got none")
+    return resolution
+
+
 def check_images(source: Source | Stream, why: str) -> None:
     """Raises UsageError for a source of clips, where images alone do; `why` is the rest of the sentence."""
     if source.decoding.frames is not None:
@@ -72,10 +86,11 @@ def image_batches(
     protocol: Protocol = PINNED,
 ) -> Iterator[ImageBatch]:
     """The usable images or clips among `indices` (all if None), in order, resized and centre-cropped to `resolution` as
-    the protocol says; the others go to `quarantine`.
+    the protocol says, or excerpts of sounds, which have a length of their own; the others go to `quarantine`.
 
     Raises:
-        UsageError: a protocol's own resize, of a source that is not resized, has alpha or is of clips.
+        UsageError: a protocol's own resize, of a source that is not resized, has alpha or is of clips or
+            sounds.
     """
     views = {"bytes": None, "floats": resized_floats, "pillow": resized_by_pillow}
     chosen = views[protocol.resize]
@@ -90,6 +105,9 @@ def image_batches(
         raise UsageError(
             f"protocol: {protocol.name} is for images, and frames makes clips; the pinned protocol would do"
         )
+    of_sounds = source.decoding.signal == "audio"
+    if protocol != PINNED and of_sounds:
+        raise UsageError(f"protocol: {protocol.name} is for images, and these are sounds; the pinned protocol would do")
     view = None if chosen is None else functools.partial(chosen, resolution=resolution)
     for samples, bad in ordered_loader(
         source, resolution, indices, batch_size=batch_size, num_workers=num_workers, view=view
@@ -104,6 +122,7 @@ def image_batches(
                 [sample.key for sample in alike],
                 torch.stack([sample.crop.pixels for sample in alike]),
                 source.decoding.alpha,
+                [sample.crop.box[3] for sample in alike] if of_sounds else None,
             )
 
 

@@ -1,6 +1,7 @@
-"""One pass over images or clips: reconstruct, measure, merge over ranks. Validation and eval.reconstruction share it.
+"""One pass over images, clips or sounds: reconstruct, measure, merge over ranks. Validation and
+eval.reconstruction share it.
 
-Legend: B batch, C channels, T frames, R side of an image.
+Legend: B batch, C channels, T frames, R side of an image, L samples.
 """
 
 from __future__ import annotations
@@ -16,22 +17,24 @@ from typing import Any
 import torch
 
 from ldm_vae.autoencoder import finite, latents
-from ldm_vae.autoencoder.geometry import check_resolution, latent_size, only_images
+from ldm_vae.autoencoder.geometry import check_resolution, is_of_sounds, latent_size
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.lengths import check_frames
+from ldm_vae.autoencoder.preparation import check_signal_of
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.quarantine import Quarantine
 from ldm_vae.data.source import Source
-from ldm_vae.data.transforms import to_pixels
-from ldm_vae.metrics.batches import ImageBatch, image_batches
+from ldm_vae.data.transforms import to_values
+from ldm_vae.metrics.batches import ImageBatch, image_batches, size_of
+from ldm_vae.metrics.codes import code_use
 from ldm_vae.metrics.linear import LinearFloor
-from ldm_vae.metrics.metric import ImageMetric, Metric
+from ldm_vae.metrics.metric import ImageMetric, Metric, Unmeasured
 from ldm_vae.metrics.profile import Profile
 from ldm_vae.metrics.protocol import PINNED, Pair, Protocol
 from ldm_vae.metrics.ranks import gather
 from ldm_vae.metrics.running import Summary
-from ldm_vae.metrics.select import build_metrics
-from ldm_vae.metrics.titles import TITLES
+from ldm_vae.metrics.select import build_metrics, kind_of
+from ldm_vae.metrics.titles import TITLES, USUAL
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ class Evaluation:
     """Result of an evaluation: metrics by name; images is N, of images and clips together; checksum identifies the
     evaluated pixels, whatever their order; worst holds (index, value of worst_by), poorest first; latents is Profile's
     dict; linear: metrics of a linear code, if asked for; frames: of all of them, N of images; by_frame: of clips the
-    metrics of their first frames, their second, and so on."""
+    metrics of their first frames, their second, and so on; codes: the use of codes, of a network that has some."""
 
     metrics: dict[str, Summary]
     images: int
@@ -54,6 +57,7 @@ class Evaluation:
     linear: dict[str, Summary] = field(default_factory=dict)
     frames: int = 0
     by_frame: dict[str, list[Summary]] = field(default_factory=dict)
+    codes: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         said = ", ".join(f"{name} {one}" for name, one in self.metrics.items())
@@ -64,23 +68,24 @@ def evaluate(
     vae: Any,
     source: Source,
     *,
-    resolution: int,
-    metrics: Sequence[str] = ("psnr", "ssim", "lpips_alex"),
+    resolution: int | None = None,
+    metrics: Sequence[str] | None = None,
     batch_size: int = 8,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """Measure how a VAE reconstructs images or clips, by the pinned protocol (docs/evaluation.md).
+    """Measure how a VAE reconstructs images, clips or sounds, by the pinned protocol (docs/evaluation.md).
 
     Args:
         vae: what `load_autoencoder` gave.
-        source: what `open_images` gave; each image is resized and its centre cropped to `resolution`. What cannot be
-            read is left out, with a warning for each.
-        metrics: names of `ldm_vae.metrics.select.NAMES`, or dotted paths of your modules.
+        source: what `open_images` gave; each image is resized and its centre cropped to `resolution`, which sounds have
+            none of: they are excerpts. What cannot be read is left out, with a warning for each.
+        metrics: names of `ldm_vae.metrics.select.NAMES`, or dotted paths of your modules; by default psnr, ssim and
+            lpips_alex, of sounds si_sdr, snr, mel_distance and log_spectral_distance.
 
     Raises:
-        UsageError: a metric does not exist, the resolution is no multiple of f, or clips have a length that the class
-            would cut or pad.
+        UsageError: a metric does not exist or is of another signal, the resolution is no multiple of f, or clips or
+            sounds have a length that the class would cut or pad.
         WorkError: no image can be read, weights that a metric needs cannot be had, or the network gives NaN.
 
     >>> from ldm_vae import evaluate, load_autoencoder, open_images
@@ -89,17 +94,17 @@ def evaluate(
     >>> result.images, result.metrics["psnr"].mean > 0
     (12, True)
     """
-    device = torch.device(device)
-    only_images(vae, "vae")
-    check_resolution(resolution, vae)
+    device, decoding = torch.device(device), source.decoding
+    check_signal_of(vae, decoding, "vae", "source")
+    size = size_of(decoding, resolution)
+    check_resolution(size, vae)
     bad = Quarantine(len(source))
-    batches = image_batches(source, None, resolution, batch_size=batch_size, num_workers=num_workers, quarantine=bad)
-    decoding = source.decoding
+    batches = image_batches(source, None, size, batch_size=batch_size, num_workers=num_workers, quarantine=bad)
     if decoding.frames is not None:
         check_frames(vae, decoding.frames, "frames")
-    chosen = build_metrics(metrics, device, resolution, alpha=decoding.alpha, clips=decoding.frames is not None)
+    chosen = build_metrics(metrics or USUAL[decoding.signal], device, size, **kind_of(decoding))
     vae = vae.to(device)
-    result = evaluate_reconstruction(vae, batches, chosen, device, resolution=resolution, batch_size=batch_size)
+    result = evaluate_reconstruction(vae, batches, chosen, device, resolution=size, batch_size=batch_size)
     for key, reason in bad.bad.items():
         logger.warning("%s is left out: %s", key, reason)
     return result
@@ -145,8 +150,10 @@ def measure(
     pair = PINNED.pair(original, reconstruction, alpha=alpha)
     found: dict[str, torch.Tensor] = {}
     clips = pair.frames > 1
-    side = min(original.shape[-2:])
+    side = original.shape[-1] if sample_rate is not None else min(original.shape[-2:])
     for metric in build_metrics(metrics, original.device, side, alpha=alpha, clips=clips, sample_rate=sample_rate):
+        if isinstance(metric, Unmeasured):
+            raise UsageError(f"metrics: {metric.name}: {metric.note}")
         if (values := metric.update(pair)) is None:
             raise UsageError(f"metrics: {metric.name} is of whole sets of images; `evaluate` measures it")
         found[metric.name] = values
@@ -170,22 +177,25 @@ def evaluate_reconstruction(
 
     Args:
         vae: a diffusers autoencoder on `device`, in eval mode.
-        batches: the images or clips of this rank, each on exactly one rank.
+        batches: the images, clips or sounds of this rank, each on exactly one rank.
+        resolution: R, of sounds L.
         batch_size: every batch is padded to it, so that an image's numbers do not depend on its neighbours or on the
             number of processes.
         linear: is shown the same images.
         each: called with the indices and per-image values of every batch.
 
     Raises:
-        UsageError: a clip has a length that the class would cut or pad.
+        UsageError: a clip or a sound has a length that the class would cut or pad.
         WorkError: no rank has an image, or the network gives NaN or infinity.
     """
-    profile = Profile(latent_size(vae, resolution, resolution), resolution)
+    size = (resolution,) if is_of_sounds(vae) else (resolution, resolution)
+    profile, codes = Profile(latent_size(vae, *size), size), code_use(vae)
     checksum, worst, images, frames = Checksum(), Worst(metrics), 0, 0
     for batch in batches:
         moments, pair = reconstruct(vae, batch, device, protocol, batch_size)
         values = {metric.name: found for metric in metrics if (found := metric.update(pair)) is not None}
         profile.update(moments, pair)
+        codes.update(vae, moments.mean)
         checksum.update(batch.pixels)
         worst.update(batch.indices, values)
         images += len(batch.indices)
@@ -210,6 +220,7 @@ def evaluate_reconstruction(
         linear={} if linear is None else linear.compute(),
         frames=frames,
         by_frame={name: found for name, found in per_frame.items() if found},
+        codes=codes.over_ranks().figures(),
     )
 
 
@@ -225,17 +236,17 @@ def _summary(metric: Metric, of_frames: bool) -> Summary:
 def reconstruct(
     vae: Any, batch: ImageBatch, device: torch.device, protocol: Protocol = PINNED, batch_size: int = 0
 ) -> tuple[Moments, Pair]:
-    """A batch => its moments [B, c, h, w] or [B, c, t, h, w] and the pair that the protocol compares, its tail padded
-    to `batch_size`.
+    """A batch => its moments [B, c, h, w], [B, c, t, h, w] or [B, c, n] and the pair that the protocol compares, its
+    tail padded to `batch_size`.
 
     Raises:
-        UsageError: its clips have a length that the class would cut or pad.
+        UsageError: its clips or sounds have a length that the class would cut or pad.
         WorkError: the network gives NaN or infinity; the layer and the image are named.
     """
     count = len(batch.indices)
     # filled up with the last image; the pair's indices say how many are measured
     missing = max(0, batch_size - count)
-    pixels = to_pixels(torch.cat([batch.pixels, *[batch.pixels[-1:]] * missing]).to(device))
+    pixels = to_values(torch.cat([batch.pixels, *[batch.pixels[-1:]] * missing]).to(device))
     keys = [*batch.keys, *[batch.keys[-1]] * missing]
     moments = finite.encode(vae, pixels, keys)
     z = moments.mean
@@ -243,7 +254,7 @@ def reconstruct(
         # noise by the image's index: the same for any batch and rank
         indices = [*batch.indices, *[batch.indices[-1]] * missing]
         z = moments.sample(latents.posterior_noise(0, indices, z.shape[1:]).to(device))
-    pair = protocol.pair(pixels, finite.decode(vae, z, keys), batch.indices, batch.alpha)
+    pair = protocol.pair(pixels, finite.decode(vae, z, keys), batch.indices, batch.alpha, batch.lengths)
     return Moments(moments.mean[:count], moments.logvar[:count], moments.is_point), pair
 
 
@@ -254,7 +265,7 @@ class Checksum:
         self.total = 0
 
     def update(self, pixels: torch.Tensor) -> None:
-        """pixels [B, C, R, R] or [B, C, T, R, R], uint8 or fp32."""
+        """pixels [B, C, R, R] or [B, C, T, R, R], uint8 or fp32, or samples [B, C, L], fp32."""
         for image in pixels:
             digest = hashlib.sha256(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes())
             self.total = (self.total + int.from_bytes(digest.digest(), "big")) % 2**256

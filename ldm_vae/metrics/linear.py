@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import VQModel
 
-from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, latent_channels
+from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, is_of_sounds, latent_channels
 from ldm_vae.autoencoder.lengths import lengths_of
 from ldm_vae.autoencoder.linear_code import LinearCode, PatchMoments
 from ldm_vae.core.errors import UsageError
@@ -51,6 +51,8 @@ class LinearFloor:
 def why_no_code(vae: Any, clips: bool = False) -> str | None:
     """A sentence where no linear code is like this VAE's; None where one is."""
     name, channels = type(vae).__name__, latent_channels(vae)
+    if is_of_sounds(vae):
+        return f"linear code: none beside {an(name)}, which takes sounds"
     frames = lengths_of(vae).joined if clips else 1
     if frames is None:
         return f"linear code: none beside {an(name)}, whose clips have {lengths_of(vae).law} frames and not 1 + t k"

@@ -1,8 +1,8 @@
 """Profile of the latent: information per channel, and power spectra before and behind it.
 
-Of clips, spectra are of frames, and the mean over a clip's counts once.
+Of clips, spectra are of frames, and the mean over a clip's counts once; of sounds they are along time.
 
-Legend: B batch, C channels, c latent channels, H W pixels, t h w latent positions.
+Legend: B batch, C channels, c latent channels, H W pixels, t h w latent positions; of sounds L samples, n positions.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.signals import frames_of
 from ldm_vae.metrics.protocol import Pair
 from ldm_vae.metrics.ranks import gather
+
+SEGMENT = 1024  # samples, or latent positions, of which the spectrum of a longer sound is a mean
 
 
 def radial_spectrum(x: torch.Tensor) -> torch.Tensor:
@@ -45,22 +47,44 @@ def rings(height: int, width: int) -> torch.Tensor:
     return found
 
 
-class Profile:
-    """Sums over images of a few small vectors, for latents [c, h, w] of square images of side `resolution`."""
+def spectrum_along_time(x: torch.Tensor) -> torch.Tensor:
+    """Power by frequency: x [B, C, L] => [S // 2 + 1], S = min(L, SEGMENT), summed over sounds, averaged over channels.
 
-    def __init__(self, latent_shape: tuple[int, ...], resolution: int) -> None:
-        channels, height, width = latent_shape
+    Entry k is of k / S cycles per sample; white noise of variance 1 gives 1. Welch's method: Hann windows of S samples
+    that overlap by half, the mean of each taken out.
+    """
+    length = min(x.shape[2], SEGMENT)
+    parts = x.double().unfold(2, length, max(1, length // 2))
+    window = torch.hann_window(length, dtype=torch.float64, device=x.device)
+    power = torch.fft.rfft((parts - parts.mean(dim=3, keepdim=True)) * window).abs().square()
+    found: torch.Tensor = power.mean(dim=(1, 2)).sum(dim=0) / window.square().sum()
+    return found
+
+
+def spectrum(x: torch.Tensor) -> torch.Tensor:
+    """Power by frequency of images, of the frames of clips, or of sounds."""
+    return spectrum_along_time(x) if x.ndim == 3 else radial_spectrum(frames_of(x))
+
+
+class Profile:
+    """Sums over images of a few small vectors, for latents [c, h, w] of images of a size (R, R), or [c, n] of sounds of
+    a size (L,)."""
+
+    def __init__(self, latent_shape: tuple[int, ...], size: tuple[int, ...]) -> None:
+        channels, *positions = latent_shape
+        most = SEGMENT if len(size) == 1 else size[0]
         lengths = dict.fromkeys(("kl", "mean", "square", "noise"), channels)
-        lengths |= {"latents": min(height, width) // 2 + 1}
-        lengths |= dict.fromkeys(("original", "reconstruction"), resolution // 2 + 1)
+        lengths |= {"latents": min(*positions, most) // 2 + 1}
+        lengths |= dict.fromkeys(("original", "reconstruction"), min(size[0], most) // 2 + 1)
         self.images = 0
         # zeros of the right shape: a rank that gets no image still takes part in the collective
         self.sums = {name: torch.zeros(length, dtype=torch.float64) for name, length in lengths.items()}
 
     def update(self, moments: Moments, pair: Pair) -> None:
-        """Moments [B, c, h, w] or [B, c, t, h, w] and the pair decoded from them."""
+        """Moments [B, c, h, w], [B, c, t, h, w] or [B, c, n] and the pair decoded from them."""
         self.images += moments.mean.shape[0]
-        seen, latent_frames = pair.on_white, moments.mean.shape[2:-2].numel()
+        seen, full = pair.on_white, 1.0 if moments.mean.ndim == 3 else 127.5
+        latent_frames = moments.mean.shape[2:-2].numel()
         mean, variance = (values.double().flatten(2) for values in (moments.mean, moments.logvar.double().exp()))
         kl = moments.kl().double().flatten(2).sum(dim=(0, 2))
         values = {
@@ -68,9 +92,9 @@ class Profile:
             "mean": mean.mean(dim=2).sum(dim=0),
             "square": mean.square().mean(dim=2).sum(dim=0),
             "noise": variance.mean(dim=2).sum(dim=0),
-            "latents": radial_spectrum(frames_of(moments.mean)) / latent_frames,
-            "original": radial_spectrum(seen.original[: pair.count] / 127.5) / pair.frames,
-            "reconstruction": radial_spectrum(seen.reconstruction[: pair.count] / 127.5) / pair.frames,
+            "latents": spectrum(moments.mean) / latent_frames,
+            "original": spectrum(seen.original[: pair.count] / full) / pair.frames,
+            "reconstruction": spectrum(seen.reconstruction[: pair.count] / full) / pair.frames,
         }
         for name, value in values.items():
             self.sums[name] += value.cpu()

@@ -5,9 +5,10 @@ every result file: the mode of the posterior is decoded, output is clamped to [-
 metric compares those 8-bit images.
 
 Clips are compared frame by frame: a pair holds their frames, folded into the batch, and a clip's value is the mean over
-its own.
+its own. Sounds are compared as they are decoded, neither clamped nor rounded, each as far as it goes: not
+the silence that fills its excerpt.
 
-Legend: B batch, C channels, T frames, H W pixels.
+Legend: B batch, C channels, T frames, H W pixels, L samples.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Pair:
     original and reconstruction are on the 0..255 scale, quantised as the protocol says; raw_original and
     raw_reconstruction are pixels in [-1, 1], the latter as decoded: not clamped. The first len(indices) images are to
     be measured; the others pad the batch, so that an image's numbers do not depend on how full its batch was. alpha:
-    the fourth channel is straight alpha; metrics of colour compare `views`. frames: T, 1 of images.
+    the fourth channel is straight alpha; metrics of colour compare `views`. frames: T, 1 of images. Of sounds all four
+    are samples [B, C, L], and lengths says how many are each sound's own; None: all.
     """
 
     original: torch.Tensor
@@ -42,6 +44,7 @@ class Pair:
     indices: Sequence[int]
     alpha: bool = False
     frames: int = 1
+    lengths: Sequence[int] | None = None
 
     @cached_property
     def views(self) -> tuple[Pair, ...]:
@@ -98,10 +101,14 @@ class Protocol:
         reconstruction: torch.Tensor,
         indices: Sequence[int] | None = None,
         alpha: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Pair:
-        """original and reconstruction [B, C, H, W] or [B, C, T, H, W], pixels in [-1, 1] => what metrics compare."""
+        """original and reconstruction [B, C, H, W] or [B, C, T, H, W], pixels in [-1, 1], or [B, C, L] => what metrics
+        compare; lengths: samples of each sound."""
         indices, frames = range(len(original)) if indices is None else indices, original.shape[2:-2].numel()
         original, reconstruction = (frames_of(pixels).float() for pixels in (original, reconstruction))
+        if original.ndim == 3:
+            return Pair(original, reconstruction, original, reconstruction, indices, lengths=lengths)
         quantised = self.quantise(original), self.quantise(reconstruction)
         return Pair(*quantised, original, reconstruction, indices, alpha, frames)
 

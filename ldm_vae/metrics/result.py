@@ -29,6 +29,7 @@ from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.metrics.evaluate import Evaluation
 from ldm_vae.metrics.protocol import Protocol
 from ldm_vae.metrics.ranks import world_size
+from ldm_vae.metrics.sounds import bits_per_second
 from ldm_vae.metrics.titles import heading, measured, number
 
 Json = dict[str, Any]
@@ -75,8 +76,8 @@ def result(
 
     Args:
         vae: from `describe_vae`.
-        data: where the images came from, and how they were decoded: source, resolution, quarantined, preprocessing,
-            and of clips `about_clips`.
+        data: where the images came from, and how they were decoded: source, quarantined, preprocessing,
+            and `about_signal`.
         computed: from `settings`.
         key_of: the key of an image by its index, for the worst ones.
     """
@@ -96,6 +97,7 @@ def result(
             if evaluation.linear
             else {}
         ),
+        **({"codes": _codes(vae, data, evaluation.codes)} if evaluation.codes else {}),
         "worst": [
             {"key": key_of(index), "index": index, evaluation.worst_by: value} for index, value in evaluation.worst
         ],
@@ -109,11 +111,25 @@ def _by_frame(evaluation: Evaluation) -> Json:
     return {name: [one.to_json() for one in found] for name, found in evaluation.by_frame.items()}
 
 
-def about_clips(decoding: Decoding) -> Json:
-    """Identity of clips, for `data`: frames, their rate (None: the video's own) and stride; empty of images."""
-    if decoding.frames is None:
-        return {}
-    return {"clips": {"frames": decoding.frames, "rate": decoding.frame_rate, "stride": decoding.frame_stride}}
+def about_signal(decoding: Decoding, resolution: int) -> Json:
+    """Size of what was measured, for `data`: the resolution, of clips also frames, their rate (None: the video's own)
+    and stride; of sounds rate, channels and samples of an excerpt."""
+    if decoding.signal == "audio":
+        return {"sounds": {name: getattr(decoding, name) for name in ("sample_rate", "channels", "samples")}}
+    clips = {"frames": decoding.frames, "rate": decoding.frame_rate, "stride": decoding.frame_stride}
+    return {"resolution": resolution, **({} if decoding.frames is None else {"clips": clips})}
+
+
+def _codes(vae: Json, data: Json, use: Sequence[Json]) -> Json:
+    """The use of codes: of each codebook codes, used and dead ones, entropy and perplexity; of sounds bits per second,
+    as they are counted and as their entropy, code by code, would have them."""
+    books = [{name: book[name] for name in ("codes", "used", "dead", "entropy_bits", "perplexity")} for book in use]
+    if "sounds" not in data:
+        return {"codebooks": books}
+    rate, hop = data["sounds"]["sample_rate"], vae["downsampling_factor"]
+    entropy = rate / hop * sum(book["entropy_bits"] for book in books)
+    spent = bits_per_second(rate, hop, [book["codes"] for book in books])
+    return {"codebooks": books, "bits_per_second": spent, "entropy_bits_per_second": entropy}
 
 
 def command(program: str) -> Json:
@@ -170,8 +186,20 @@ def table(results: Sequence[Json]) -> list[list[str]]:
         floors = [found.get("linear_code", {}).get(name) for found in results]
         if any(floors):
             rows.append([f"{heading(name)} of {LINEAR}", *(_cell(name, floor) for floor in floors)])
+    for name, words in (("used", "codes used, of all"), ("bits_per_second", "bits per second of the codes")):
+        cells = [_of_codes(found.get("codes"), name) for found in results]
+        rows += [[words, *cells]] if any(cell != "-" for cell in cells) else []
     rows.append([noun(results[0]["data"]), *(f"{found['data']['images']:,}" for found in results)])
     return rows
+
+
+def _of_codes(codes: Json | None, name: str) -> str:
+    if codes is None or name not in ("used", *codes):
+        return "-"
+    if name != "used":
+        return f"{codes[name]:,.0f}"
+    used, there = (sum(book[of] for book in codes["codebooks"]) for of in ("used", "codes"))
+    return f"{used:,} of {there:,}"
 
 
 def _cell(name: str, summary: Json | None) -> str:
@@ -191,22 +219,30 @@ def markdown(results: Sequence[Json]) -> str:
     lines += [f"| {' | '.join(row)} |" for row in rows]
     first = results[0]
     protocol, data = first["protocol"], first["data"]
+    compared = (
+        "samples as they are decoded"
+        if "sounds" in data
+        else f"{data['resolution']} px centre crops, 8-bit images ({protocol['rounding']})"
+    )
     lines.append(
         f"\nMean ± half of the 95 % interval over {noun(data)}{in_words(data)}. Protocol {protocol['name']} "
-        f"{protocol['version']}: {protocol['posterior']} of the posterior, {data['resolution']} px centre crops, 8-bit "
-        f"images ({protocol['rounding']}). Data {data['source']}, checksum {data['checksum'][:12]}."
+        f"{protocol['version']}: {protocol['posterior']} of the posterior, {compared}. Data {data['source']}, checksum "
+        f"{data['checksum'][:12]}."
         f"{how_decoded(data)}"
     )
     return "\n".join(lines) + "\n"
 
 
 def noun(data: Json) -> str:
-    """Noun of the samples that were measured: clips, or images."""
-    return "clips" if "clips" in data else "images"
+    """Noun of what was measured: clips, sounds, or images."""
+    return "clips" if "clips" in data else "sounds" if "sounds" in data else "images"
 
 
 def in_words(data: Json) -> str:
-    """Description of the clips, behind a blank; empty of images."""
+    """Description of the clips or sounds, behind a blank; empty of images."""
+    if (sounds := data.get("sounds")) is not None:
+        channels = {1: "mono", 2: "stereo"}.get(sounds["channels"], f"{sounds['channels']} channels")
+        return f" of at most {sounds['samples']:,} samples at {sounds['sample_rate']:,} Hz, {channels}"
     if (clips := data.get("clips")) is None:
         return ""
     rate = "the video's own rate" if clips["rate"] is None else f"{clips['rate']:g} a second"
@@ -218,8 +254,12 @@ def how_decoded(data: Json) -> str:
     """A sentence behind a space on images that were not decoded by the defaults, and on flags that overrode a record;
     empty for others."""
     prepared = data.get("preprocessing", PREPROCESSING_VERSION)  # absent from what other versions measured
+    if "sounds" in data and not data.get("notes"):
+        return ""  # described already
     notes = "".join(f"; {note}" for note in data.get("notes", ()))
-    return f" Images decoded as `{prepared}`{notes}." if notes or prepared != PREPROCESSING_VERSION else ""
+    if not notes and prepared == PREPROCESSING_VERSION:
+        return ""
+    return f" {'Sounds' if 'sounds' in data else 'Images'} decoded as `{prepared}`{notes}."
 
 
 def plain(results: Sequence[Json]) -> str:

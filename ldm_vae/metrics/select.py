@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from ldm_vae.core.config import import_own
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.text import not_among
 from ldm_vae.core.validation import first_line
+from ldm_vae.data.decoding import Decoding
 from ldm_vae.metrics import alpha as of_alpha
 from ldm_vae.metrics import cmmd, delta_e, kid, l1, lpips, ms_ssim, psnr, sounds, ssim, temporal
 from ldm_vae.metrics.frechet import FrechetDistance
@@ -24,10 +26,17 @@ from ldm_vae.perceptual.ssim import WINDOW
 NAMES = tuple(TITLES)
 
 
-def default_names(alpha: bool, clips: bool = False) -> tuple[str, ...]:
-    """All that can be measured of images or clips, with or without alpha; `sounds.NAMES` are those of sounds."""
+def default_names(alpha: bool, clips: bool = False, sample_rate: int | None = None) -> tuple[str, ...]:
+    """All that can be measured of images or clips, with or without alpha, or of sounds."""
+    if sample_rate is not None:
+        return sounds.NAMES
     left_out = {*sounds.NAMES, *(() if alpha else of_alpha.NAMES), *(() if clips else temporal.NAMES)}
     return tuple(name for name in NAMES if name not in left_out)
+
+
+def kind_of(decoding: Decoding) -> dict[str, Any]:
+    """The signal that a source decodes, as keywords of `default_names` and `build_metrics`."""
+    return {"alpha": decoding.alpha, "clips": decoding.frames is not None, "sample_rate": decoding.sample_rate}
 
 
 @dataclass(frozen=True)
@@ -40,13 +49,29 @@ class Weights:
     clip: str | None = None
 
 
-def check(names: Sequence[str], resolution: int | None = None) -> None:
-    """Raises UsageError for a name that does not exist and for a resolution below SSIM's window."""
+def check(
+    names: Sequence[str], resolution: int, alpha: bool = False, clips: bool = False, sample_rate: int | None = None
+) -> None:
+    """Raises UsageError for a resolution below SSIM's window, and a name that is of another signal than `build_metrics`
+    is told of."""
+    check_names(names)
+    for name in (name for name in names if "." not in name):
+        if (name in sounds.NAMES) != (sample_rate is not None):
+            expected = f"is of images; of sounds there are {', '.join(sounds.NAMES)}"
+            raise UsageError(f"metrics: {name}: {'expected sounds' if sample_rate is None else expected}")
+    if not alpha and (named := [name for name in names if name in of_alpha.NAMES]):
+        raise UsageError(f"metrics: {named[0]}: expected images with alpha; `--alpha straight` says that they have it")
+    if not clips and (named := [name for name in names if name in temporal.NAMES]):
+        raise UsageError(f"metrics: {named[0]}: expected clips; `--frames N` reads videos as clips of N frames")
+    if sample_rate is None and resolution < WINDOW and any("ssim" in name for name in names):
+        raise UsageError(f"resolution: SSIM's window needs at least {WINDOW} px, got {resolution}")
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises UsageError for a name that does not exist."""
     for name in names:
         if name not in NAMES and "." not in name:
             raise UsageError(f"metrics: {not_among(name, NAMES)}; a dotted path is a module of yours")
-    if resolution is not None and resolution < WINDOW and any("ssim" in name for name in names):
-        raise UsageError(f"resolution: SSIM's window needs at least {WINDOW} px, got {resolution}")
 
 
 def build_metrics(
@@ -63,23 +88,16 @@ def build_metrics(
     """The metrics of `names`, ready to update; one whose network is not there has a row that says so.
 
     Args:
+        resolution: of images; of sounds the samples of an excerpt.
         alpha: the images have alpha.
         clips: they may have several frames.
-        sample_rate: of sounds, in hertz; None: of images or clips. A resolution says nothing of sounds.
+        sample_rate: of sounds, in hertz; None: of images or clips.
 
     Raises:
         UsageError: see `check`; a module of somebody's own gives no metric.
         WorkError: the weights of a network that was named or that LPIPS needs cannot be had.
     """
-    check(names, resolution if sample_rate is None else None)
-    for name in (name for name in names if "." not in name):
-        if (name in sounds.NAMES) != (sample_rate is not None):
-            expected = f"is of images; of sounds there are {', '.join(sounds.NAMES)}"
-            raise UsageError(f"metrics: {name}: {'expected sounds' if sample_rate is None else expected}")
-    if not alpha and (named := [name for name in names if name in of_alpha.NAMES]):
-        raise UsageError(f"metrics: {named[0]}: expected images with alpha; `--alpha straight` says that they have it")
-    if not clips and (named := [name for name in names if name in temporal.NAMES]):
-        raise UsageError(f"metrics: {named[0]}: expected clips; `--frames N` reads videos as clips of N frames")
+    check(names, resolution, alpha, clips, sample_rate)
     per_image: dict[str, Callable[[], Metric]] = {
         "psnr": lambda: psnr.build(protocol),
         "ssim": lambda: ssim.build(protocol),
@@ -94,7 +112,7 @@ def build_metrics(
     }
     metrics: dict[str, Metric] = {name: build() for name, build in per_image.items() if name in names}
     if sample_rate is not None:
-        metrics = {name: sounds.build(name, sample_rate) for name in sounds.NAMES if name in names}
+        metrics = {name: sounds.build(name, sample_rate, resolution) for name in sounds.NAMES if name in names}
     if "ms_ssim" in names:
         too_small = Unmeasured("ms_ssim", "higher", f"needs {ms_ssim.SMALLEST} px or more")
         metrics["ms_ssim"] = too_small if resolution < ms_ssim.SMALLEST else ms_ssim.build()

@@ -8,7 +8,8 @@
     pesq                   opinion score of speech, 1.04 to 4.64 (ITU-T P.862.2, wideband, at 16 kHz), by pesq
 
 Decibels are held between -100 and 100, which stands for equal sounds; a silent original of a reconstruction that is not
-silent has -100. STOI and PESQ leave out sounds in which they find no speech.
+silent has -100. Each sound is measured as far as it goes, without the silence that fills its excerpt. STOI and PESQ
+leave out sounds in which they find no speech, the two distances those of at most half a window.
 
 Legend: B batch, C channels of a sound, L samples.
 """
@@ -26,24 +27,43 @@ import torch
 from ldm_vae.metrics.metric import Better, ImageMetric, Metric, Unmeasured
 from ldm_vae.metrics.protocol import Pair
 from ldm_vae.metrics.running import Summary
+from ldm_vae.metrics.titles import OF_SOUNDS
 from ldm_vae.perceptual.spectrogram import MEL_FLOOR, MelDistance, transform
 
-NAMES = ("si_sdr", "snr", "log_spectral_distance", "mel_distance", "stoi", "pesq")
+NAMES = OF_SOUNDS
 NEEDS = {
     "mel_distance": ("torchaudio",),
     "stoi": ("torchmetrics", "pystoi"),
     "pesq": ("torchmetrics", "torchaudio", "pesq"),
 }
 LIMIT = 100.0  # dB, so that no mean is infinite and JSON holds no inf
-WINDOW = 2048  # samples, of the log-spectral distance; four overlap
+WINDOW = 2048  # samples, of the log-spectral distance; four overlap; and the longest of the mel distance
 PESQ_RATE = 16_000  # Hz of wideband PESQ
+
+
+Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # two of [B, C, L] => [B]
 
 
 class SoundMetric(ImageMetric):
     """One number per sound, averaged over sounds; NaN for one that has none, which is left out."""
 
+    def __init__(self, name: str, better: Better, measure: Measure, shortest: int = 0) -> None:
+        """shortest: samples that it needs."""
+        super().__init__(name, better, self._of_pair)
+        self._measure, self.shortest = measure, shortest
+
+    def _of_pair(self, pair: Pair) -> torch.Tensor:
+        """Values [n] of the sounds that are measured, one by one: each has its own length."""
+        whole = [pair.raw_original.shape[2]] * len(pair.indices)
+        each = zip(pair.raw_original, pair.raw_reconstruction, pair.lengths or whole, strict=False)
+        found = [
+            self._measure(x[None, :, :length], y[None, :, :length]).item() if length >= self.shortest else math.nan
+            for x, y, length in each
+        ]
+        return torch.tensor(found, dtype=torch.float64)
+
     def update(self, pair: Pair) -> torch.Tensor:
-        values = self.measure(pair)[: len(pair.indices)].detach().double().cpu()
+        values = self._of_pair(pair)
         self.running.update(values[~values.isnan()])
         return values
 
@@ -52,12 +72,15 @@ class SoundMetric(ImageMetric):
         return found if found.n else replace(found, note="no sound that it can measure")
 
 
-def build(name: str, rate: int) -> Metric:
-    """Build one of NAMES, of sounds at `rate` Hz."""
+def build(name: str, rate: int, samples: int) -> Metric:
+    """Build one of NAMES, of excerpts of so many samples at `rate` Hz."""
     better: Better = "lower" if name.endswith("distance") else "higher"
     if any(importlib.util.find_spec(package) is None for package in NEEDS.get(name, ())):
         return Unmeasured(name, better, "not installed: pip install 'ldm-vae[audio,speech]'")
-    measures: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    shortest = WINDOW // 2 + 1 if name.endswith("distance") else 0  # a reflection at both ends takes half a window
+    if samples < shortest:
+        return Unmeasured(name, better, f"needs excerpts of {shortest:,} samples or more")
+    measures: dict[str, Measure] = {
         "si_sdr": si_sdr,
         "snr": snr,
         "log_spectral_distance": log_spectral_distance,
@@ -67,7 +90,7 @@ def build(name: str, rate: int) -> Metric:
     if name == "mel_distance":
         mel = MelDistance(rate)
         measures[name] = lambda x, y: mel(x.double(), y.double(), name)
-    return SoundMetric(name, better, lambda pair: measures[name](pair.raw_original, pair.raw_reconstruction))
+    return SoundMetric(name, better, measures[name], shortest)
 
 
 def snr(original: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-ValidationMetric = Literal[
-    "psnr", "ssim", "l1", "lpips_alex", "lpips_vgg", "delta_e", "alpha_psnr", "alpha_l1", "temporal_l1", "flicker"
-]
-"""Metrics that a validation in training may have: of images or clips, by networks that are found by themselves."""
+OfSounds = Literal["si_sdr", "snr", "log_spectral_distance", "mel_distance", "stoi", "pesq"]
+ValidationMetric = (
+    Literal[
+        "psnr", "ssim", "l1", "lpips_alex", "lpips_vgg", "delta_e", "alpha_psnr", "alpha_l1", "temporal_l1", "flicker"
+    ]
+    | OfSounds
+)
+"""Metrics that a validation in training may have: by networks that are found by themselves."""
+OF_SOUNDS = get_args(OfSounds)
+# by the signal, where nobody names any
+USUAL = {
+    **dict.fromkeys(("image", "video"), ("psnr", "ssim", "lpips_alex")),
+    "audio": ("si_sdr", "snr", "mel_distance", "log_spectral_distance"),
+}
 
 
 class Title(NamedTuple):

@@ -1,4 +1,5 @@
-"""Spectrograms of sounds, for losses and metrics: magnitudes of short-time Fourier transforms, and their mel bands.
+"""Spectrograms of sounds, for losses, metrics and pictures: magnitudes of short-time Fourier transforms, and their mel
+bands.
 
 Legend: B batch, C channels of a sound, L samples, N samples of a window, F = N / 2 + 1 frequencies, T frames, M mel
 bands.
@@ -6,16 +7,22 @@ bands.
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from ldm_vae.autoencoder.latents import at_least_fp32
 from ldm_vae.core.errors import UsageError
 
 MEL_WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)  # samples; Descript Audio Codec (Kumar et al. 2023), section 3.4
 MEL_BANDS = (5, 10, 20, 40, 80, 160, 320)  # of each of them
+ROWS, COLUMNS = 128, 384  # of a picture
+DECIBELS = 90.0  # below a sine of full scale, which is 0 dB, that it shows
+SECONDS = 0.04  # of its windows, as a power of two of samples
 MEL_FLOOR = 1e-5  # of a magnitude before its logarithm is taken: five powers of ten below a full scale of 1
 
 
@@ -84,3 +91,26 @@ def _log_mel(sounds: torch.Tensor, weights: torch.Tensor, window: int, field: st
     magnitudes = transform(sounds, window, window // 4, window, field).abs()
     with torch.autocast(sounds.device.type, enabled=False):
         return (weights.to(magnitudes) @ magnitudes).clamp(min=MEL_FLOOR).log10()
+
+
+def mel(hertz: float) -> float:
+    """Frequency => its place on the axis of a picture (O'Shaughnessy 1987)."""
+    return 2595 * math.log10(1 + hertz / 700)
+
+
+def picture(sound: torch.Tensor, rate: int) -> torch.Tensor:
+    """A sound [C, L] => levels [ROWS, COLUMNS] from 0 (-DECIBELS and below) to 1 (0 dB: a sine of full scale).
+
+    Frequencies go up to rate / 2, evenly spaced in mel, the strongest of each row; time to the right, power averaged
+    over each column and over channels.
+    """
+    window = max(16, 2 ** round(math.log2(SECONDS * rate)))
+    hop = max(1, min(window // 4, sound.shape[1] // COLUMNS))
+    shape = torch.hann_window(window)
+    found = torch.stft(sound.float().cpu(), window, hop, window, shape, pad_mode="constant", return_complex=True)
+    power = F.adaptive_avg_pool1d((2 * found.abs() / shape.sum()).square().mean(dim=0), COLUMNS)  # [F, COLUMNS]
+    places = torch.linspace(0, mel(rate / 2), ROWS + 1).double()
+    bins = (700 * (10 ** (places / 2595) - 1) * window / rate).round().long().clamp(max=len(power) - 1).tolist()
+    rows = [power[low : max(low + 1, high)].amax(dim=0) for low, high in itertools.pairwise(bins)]
+    levels = 10 * torch.stack(rows[::-1]).clamp(min=1e-20).log10()
+    return (1 + levels / DECIBELS).clamp(0, 1)

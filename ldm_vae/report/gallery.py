@@ -23,6 +23,7 @@ SHOWN_WIDTH = 256  # CSS pixels of a picture in the gallery: a 64 px crop is enl
 def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Json | None:
     """Everything the template needs of `pictures` (pictures.json): shown and worst ones, and their maps' scales."""
     names = [result["vae"]["name"] for result in results]
+    pictures = [picture for picture in pictures if "sound" not in picture["vaes"][0]]  # which are sounds.py's
     worst = {entry["index"] for entry in results[0].get("worst", [])} if results else set()
     folder = home / "pictures"
     pixels = [
@@ -61,7 +62,7 @@ def gallery(home: Path, pictures: Sequence[Json], results: Sequence[Json]) -> Js
                 "heat": images.heat_map(error, scale["largest"], film),
                 "lpips": None if where is None else images.heat_map(where, scale["most"], film),
                 **_latent(images.inside(folder, vae["latent"])),
-                "metrics": _metrics(vae["metrics"]),
+                "metrics": chosen_metrics(vae["metrics"]),
             }
             for name, vae, other, error, where in zip(names, picture["vaes"], others, row, seen, strict=True)
         ]
@@ -143,8 +144,12 @@ def samples(files: Sequence[Path]) -> list[Json]:
     return groups
 
 
-def _metrics(values: Json) -> list[Json]:
-    chosen = [name for name in ("psnr", "ssim", "lpips_alex", "flicker") if name in values] or list(values)[:3]
+USUAL = ("psnr", "ssim", "lpips_alex", "flicker", "si_sdr", "snr", "mel_distance", "log_spectral_distance")
+
+
+def chosen_metrics(values: Json) -> list[Json]:
+    """Metrics that stand beside a picture."""
+    chosen = [name for name in USUAL if name in values] or list(values)[:3]
     return [
         {"heading": title(name).heading, "value": number(name, values[name]), "unit": title(name).unit}
         for name in chosen

@@ -17,7 +17,7 @@ from ldm_vae import __version__
 from ldm_vae.core import atomic_io
 from ldm_vae.core.validation import as_written
 from ldm_vae.metrics.result import noun
-from ldm_vae.report import diffusion, latent_space, prior, tables
+from ldm_vae.report import diffusion, latent_space, prior, sounds, tables
 from ldm_vae.report.contents import Contents, read_contents
 from ldm_vae.report.gallery import SHOWN_WIDTH, gallery, samples
 from ldm_vae.report.training import adversary_change, curves, health
@@ -79,6 +79,7 @@ def render(contents: Contents) -> str:
         }
     with as_written(home / "pictures" / "pictures.json"):
         view["gallery"] = gallery(home, contents.pictures, results)
+        view["sounds"] = sounds.section(home, contents.pictures, results)
     with as_written(contents.folder / "config.yaml"):
         view |= {
             "charts": curves(log, contents.config),

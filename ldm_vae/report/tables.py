@@ -18,6 +18,7 @@ from ldm_vae.core.programs import words_of
 from ldm_vae.data.transforms import decoding_of
 from ldm_vae.metrics.result import LINEAR, how_decoded, in_words, noun
 from ldm_vae.metrics.titles import TITLES, amount, heading, measured, number, title
+from ldm_vae.report import sounds
 from ldm_vae.report.charts import Series, bar_chart, ends, extremes, line_chart
 from ldm_vae.report.contents import Contents
 from ldm_vae.report.gallery import of_curves
@@ -42,10 +43,10 @@ ROUNDING = {
 def headline(contents: Contents) -> list[Json]:
     """Four figures at most. One VAE: three metrics and how much smaller its latent is. Several: PSNR of each."""
     if len(contents.results) > 1:
-        return [_of_several(result) for result in contents.results[:4] if result["metrics"].get("psnr")]
+        return [found for result in contents.results[:4] if (found := _of_several(result))]
     figures = []
     for result in contents.results:
-        for name in ("psnr", "lpips_alex", "ssim"):
+        for name in ("psnr", "lpips_alex", "ssim", "si_sdr", "mel_distance", "log_spectral_distance"):
             summary = result["metrics"].get(name)
             if summary and summary["mean"] is not None:
                 title, interval = TITLES[name], summary["ci95"]
@@ -58,20 +59,28 @@ def headline(contents: Contents) -> list[Json]:
     return figures
 
 
-def _of_several(result: Json) -> Json:
-    metrics = result["metrics"]
-    perceptual = metrics.get("lpips_alex")
-    parts = [f"LPIPS alex {number('lpips_alex', perceptual['mean'])}"] if perceptual else []
+def _of_several(result: Json) -> Json | None:
+    first, perceptual = ("si_sdr", "mel_distance") if "sounds" in result["data"] else ("psnr", "lpips_alex")
+    known = {name: one["mean"] for name, one in result["metrics"].items() if one["mean"] is not None}
+    if first not in known:
+        return None
+    parts = [f"{TITLES[perceptual].heading} {number(perceptual, known[perceptual])}"] if perceptual in known else []
     ratio = _compression(result)[0]
-    parts.append(f"{max(ratio, 1 / ratio):.3g} × {'fewer' if ratio >= 1 else 'more'} numbers")
-    value = number("psnr", metrics["psnr"]["mean"])
-    return {"label": result["vae"]["name"], "value": value, "unit": "dB PSNR", "detail": ", ".join(parts)}
+    parts.append(sounds.rate(result) or f"{max(ratio, 1 / ratio):.3g} × {'fewer' if ratio >= 1 else 'more'} numbers")
+    unit = f"dB {TITLES[first].heading}"
+    return {
+        "label": result["vae"]["name"], "value": number(first, known[first]), "unit": unit, "detail": ", ".join(parts)
+    }  # fmt: skip
 
 
 def _compression(result: Json) -> tuple[float, str]:
     """Compression: the numbers of an image that one number of its latent stands for, and both shapes."""
     vae, data = result["vae"], result["data"]
     factor, channels, colours = vae["downsampling_factor"], vae["latent_channels"], vae.get("image_channels", 3)
+    if "sounds" in data:
+        samples = data["sounds"]["samples"]
+        before, after = [samples, colours], [samples // factor, channels]
+        return math.prod(before) / math.prod(after), f"{_shape(before)} → {_shape(after)}"
     before, after = [*_square(data["resolution"]), colours], [*_square(data["resolution"] // factor), channels]
     if "clips" in data:
         before, after = [data["clips"]["frames"], *before], [vae["latent_frames"], *after]
@@ -98,9 +107,13 @@ def subtitle(contents: Contents) -> str:
         else:
             parts.append(f"{len(contents.results)} autoencoders")
         of = f"{data['clips']['frames']} frames of " if "clips" in data else ""
-        parts.append(f"{data['images']:,} {noun(data)} of {of}{data['resolution']} px measured")
+        size = in_words(data) if "sounds" in data else f" of {of}{data['resolution']} px"
+        if len(contents.results) == 1 and (rate := sounds.rate(contents.results[0])):
+            parts.append(rate)
+        parts.append(f"{data['images']:,} {noun(data)}{size} measured")
     if contents.log:
-        parts.insert(1, f"trained on {contents.log[-1]['images']:,} images")
+        seen = noun(contents.results[0]["data"] if contents.results else {}).replace("clips", "images")
+        parts.insert(1, f"trained on {contents.log[-1]['images']:,} {seen}")
     return " · ".join(parts)
 
 
@@ -165,7 +178,8 @@ def latents(result: Json) -> Json | None:
         return None
     kl, data = found["kl_nats_per_image"], result["data"]
     spectrum, item = found["spectrum"], noun(data).removesuffix("s")
-    pixels = data["resolution"] ** 2 * data.get("all_frames", data["images"]) / data["images"]
+    frames = data.get("all_frames", data["images"]) / data["images"]
+    samples = data["sounds"]["samples"] if "sounds" in data else data["resolution"] ** 2 * frames
     before_after = [
         Series("original", _frequencies(spectrum["original"]), faint=True),
         Series("reconstruction", _frequencies(spectrum["reconstruction"])),
@@ -184,7 +198,7 @@ def latents(result: Json) -> Json | None:
     rate = (
         {
             "kl_total": f"{sum(kl):,.0f}",
-            "bits_per_pixel": f"{sum(kl) / math.log(2) / pixels:.3g}",
+            "rate": sounds.of_kl(sum(kl) / math.log(2) / samples, data),
             "kl": bar_chart(kl, label=f"KL per latent channel in nats per {item}", y=f"nats per {item}"),
             "extremes": extremes(kl, "nats"),
         }
@@ -198,7 +212,7 @@ def latents(result: Json) -> Json | None:
         "image_spectrum": line_chart(
             before_after,
             label="power spectra of originals and reconstructions",
-            x="cycles per pixel",
+            x=f"cycles per {'sample' if 'sounds' in data else 'pixel'}",
             y=POWER,
             log=True,
         ),
@@ -274,6 +288,8 @@ def protocol(results: Sequence[Json]) -> list[str]:
     decoded = "the mode of the posterior" if used["posterior"] == "mode" else "one keyed draw of the posterior"
     bad = data["quarantined"]
     left_out = f", {bad} could not be read and {'is' if bad == 1 else 'are'} left out" if bad else ""
+    if "sounds" in data:
+        return sounds.protocol(used, data, decoded, left_out)
     clips = "clips" in data
     whole = decoding_of(data.get("preprocessing", ""))
     as_they_are = whole is not None and whole.resize == "none"

@@ -63,7 +63,7 @@ HEALTH = (
     Group("Gradient norms", "A jump announces trouble.", "norm", {"gradient_norm/*": ""}, log=True),
     Group("Regularisers", "Times their weights.", "loss", {"adversary/r1": "R1", "adversary/lecam": "LeCAM"}, log=True),
 )
-SEEN = "images seen"
+IMAGES, SOUNDS = "images seen", "sounds seen"
 # of numbers that the log has for each channel: title and unit
 PER_CHANNEL = {"kl_nats_per_channel": ("KL per channel", "nats per image")}
 HIDDEN = {"images", "seconds", "num_processes", "loss/total", "loss/pixels", "loss/kl", "adversary/weight_on_sums"}
@@ -85,18 +85,18 @@ def curves(log: Sequence[Json], config: Json) -> list[Chart]:
         if floor := series.pop(f"linear_code/{metric}", []):
             lines.append(Series("linear code of this size", floor, faint=True))
         unit = (TITLES[metric].unit if metric in TITLES else "") or title
-        drawing = line_chart(lines, label=f"{title} on held-out images over images seen", y=unit, **around)
+        drawing = line_chart(lines, label=f"held-out {title} over {around['x']}", y=unit, **around)
         charts.append(Chart(f"Validation {title}", f"{better}; averaged weights.".lstrip("; "), drawing))
     charts += [chart for group in TRAINING if (chart := _chart(group, series, around))]
-    charts += _channels(series)
+    charts += _channels(series, around["x"])
     for name, values in series.items():
         if name not in HIDDEN:
-            drawing = line_chart([Series(name, values)], label=f"{name} over images seen", y=name, **around)
+            drawing = line_chart([Series(name, values)], label=f"{name} over {around['x']}", y=name, **around)
             charts.append(Chart(name, "As logged.", drawing))
     return [chart for chart in charts if chart.drawing]
 
 
-def _channels(series: dict[str, list[tuple[float, float]]]) -> list[Chart]:
+def _channels(series: dict[str, list[tuple[float, float]]], seen: str) -> list[Chart]:
     """Two charts of each number that the log has for every channel, NAME/0, NAME/1, ..., whose curves leave `series`:
     over images, and at the end."""
     families: dict[str, dict[int, Sequence[tuple[float, float]]]] = {}
@@ -108,7 +108,7 @@ def _channels(series: dict[str, list[tuple[float, float]]]) -> list[Chart]:
         title, unit = PER_CHANNEL.get(name, (name, name))
         last = [curves[channel][-1][1] for channel in sorted(curves)]
         shown = f"{MOST} of {len(curves)}, evenly spread by their last value" if len(curves) > MOST else "Each"
-        small = small_charts(curves, label=f"{title} over images seen", x=SEEN, y=unit)
+        small = small_charts(curves, label=f"{title} over {seen}", x=seen, y=unit)
         hint = f"{shown}, on one scale; left its number, right its last value."
         bars = bar_chart(last, label=f"{title} at the end", y=unit)
         charts.append(Chart(f"{title}, over training", hint, small))
@@ -145,14 +145,16 @@ def _chart(group: Group, series: dict[str, list[tuple[float, float]]], around: J
     if not found:
         return None
     lines = [Series(label, series.pop(name)) for name, label in found.items()]
-    label = f"{group.title} over images seen"
-    return Chart(group.title, group.hint, line_chart(lines, label=label, y=group.unit, log=group.log, **around))
+    label = f"{group.title} over {around['x']}"
+    unit = group.unit.replace("pixel", "sample") if around["x"] == SOUNDS else group.unit
+    return Chart(group.title, group.hint, line_chart(lines, label=label, y=unit, log=group.log, **around))
 
 
 def _around(log: Sequence[Json], config: Json) -> Json:
     """Settings that all charts share: where the adversary starts, and the range of images."""
     x_range = (0.0, float(log[-1]["images"])) if log else (0.0, 1.0)
-    return {"mark": _adversary_mark(config), "x": SEEN, "x_range": x_range}
+    sounds = (config.get("data") or {}).get("sample_rate") is not None
+    return {"mark": _adversary_mark(config), "x": SOUNDS if sounds else IMAGES, "x_range": x_range}
 
 
 def _series(log: Sequence[Json]) -> dict[str, list[tuple[float, float]]]:

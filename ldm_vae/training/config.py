@@ -36,6 +36,7 @@ from ldm_vae.run.folder import RunConfig
 from ldm_vae.run.optim import OptimizerConfig
 from ldm_vae.training.adversary import AdversaryConfig
 from ldm_vae.training.codebooks import add_codebooks, check_codebooks
+from ldm_vae.training.measures import check_metrics, usual_metrics
 from ldm_vae.training.objective import Objective
 from ldm_vae.training.sounds import check_data, check_sounds
 
@@ -80,9 +81,9 @@ class Training(RunConfig):
     validation_images: int = Field(256, gt=0)
     """At most so many images of validation_data are used."""
     validation_metrics: tuple[ValidationMetric, ...] = ("psnr", "ssim", "lpips_alex")
-    """Metrics of a validation."""
+    """Metrics of a validation. (Of sounds by default si_sdr, snr, mel_distance and log_spectral_distance.)"""
     best_metric: ValidationMetric = "lpips_alex"
-    """The checkpoint with the best of these is kept beside the newest; one of validation_metrics."""
+    """The checkpoint with the best of these is kept beside the newest; one of validation_metrics (mel_distance)."""
     normalisation: Literal["scale", "shift", "channel"] | None = None
     """The one normalisation measured and written into vae/config.json (scale: Stable Diffusion; shift: SD3, FLUX). By
     default that of init_from where its encoder does not learn, else scale, or channel where a class has no other."""
@@ -111,10 +112,14 @@ class Training(RunConfig):
     validation_data: choice("ldm_vae.data.sources") | None = None  # type: ignore[valid-type]
     """The held-out images."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, tree: Any) -> Any:
+        return usual_metrics(tree)
+
     @model_validator(mode="after")
     def _check(self) -> Training:
-        if self.best_metric not in self.validation_metrics:
-            raise ValueError(f"best_metric: expected one of validation_metrics, got {self.best_metric}")
+        check_metrics(self)
         if self.latent_store is not None and self.init_from is None:
             raise ValueError("latent_store: needs init_from, the autoencoder whose encoder made it")
         if self.latent_store is not None and self.buckets is not None:
@@ -147,11 +152,6 @@ class Training(RunConfig):
                 if ours != theirs and not files_differ:
                     raise ValueError(f"validation_data.{name}: expected data.{name} {shown(ours)}, got {shown(theirs)}")
         check_sounds(self)
-        if not self.alpha and (named := [name for name in self.validation_metrics if name.startswith("alpha_")]):
-            raise ValueError(f"validation_metrics: {named[0]} is of images with alpha; expected data.alpha: true")
-        of_clips = {"temporal_l1", "flicker"} & {*self.validation_metrics}
-        if of_clips and getattr(self.validation_data or self.data, "frames", None) is None:
-            raise ValueError(f"validation_metrics: {min(of_clips)} is of clips; expected validation_data.frames")
         for name, part in (("data", self.data), ("validation_data", self.validation_data)):
             channels = getattr(part, "channels", self.model.in_channels)
             if channels != self.model.in_channels:

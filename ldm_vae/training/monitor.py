@@ -30,7 +30,8 @@ HISTORY = 10
 START = 15  # intervals that a discriminator may be blind for: the demo's needs a dozen
 WORSE = 0.02  # of the best held-out error (0.17 dB PSNR); neighbouring validations of a settled run differ by under 1 %
 
-METRICS = get_args(ValidationMetric)
+METRICS = [name for names in get_args(ValidationMetric) for name in get_args(names)]
+PESQ = 4.65  # above the best, 4.644
 
 Line = Mapping[str, Any]
 
@@ -146,9 +147,10 @@ def overfitting(log: Sequence[Line], metric: str, run: Path) -> dict[str, str]:
 
 
 def _errors(validation: Line) -> dict[str, float]:
-    """Held-out metrics as errors, of which a share can be taken: the RMSE for PSNR, 1 - SSIM."""
+    """Held-out metrics as errors, of which a share can be taken: the RMSE for ratios in dB, 1 - SSIM."""
     known = {name: float(validation[f"validation/{name}"]) for name in METRICS if f"validation/{name}" in validation}
-    forms = {"psnr": lambda value: 10 ** (-value / 20), "ssim": lambda value: 1 - value}
+    forms = dict.fromkeys(("psnr", "si_sdr", "snr"), lambda value: 10 ** (-value / 20))
+    forms |= {"ssim": lambda value: 1 - value, "stoi": lambda value: 1 - value, "pesq": lambda value: PESQ - value}
     return {name: forms.get(name.removeprefix("alpha_"), float)(value) for name, value in known.items()}
 
 

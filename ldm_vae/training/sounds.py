@@ -21,11 +21,12 @@ def check_sounds(settings: Any) -> None:
         return
     if settings.samples is None:
         raise ValueError("data.samples: is missing, the samples of an excerpt of data.sample_rate")
+    if settings.validation_data is not None and getattr(settings.validation_data, "samples", None) is None:
+        raise ValueError("validation_data.samples: is missing, the samples of an excerpt that is validated on")
     if settings.resolution != type(settings).model_fields["resolution"].default:
         raise ValueError("resolution: is of images, and excerpts of sounds have data.samples; leave it out")
     names = {
         "buckets": settings.buckets, "latent_store": settings.latent_store, "data.holdout": settings.holdout,
-        "validation_data": settings.validation_data,
         **{f"perturbations.{name}": part.kind in IMAGE_PERTURBATIONS for name, part in settings.perturbations.items()},
     }  # fmt: skip
     if refused := [name for name, value in names.items() if value]:

@@ -39,9 +39,10 @@ def record_validation(
     batch_size: int,
     images_seen: int,
 ) -> Path:
-    """Write RUN/report/metrics.json, its pictures, and a sheet of them that stays; to be called by the main process
-    after `evaluate_reconstruction`. Returns the sheet, RUN/report/validation/images-N.png: a column for each image
-    (the first frame of a clip), the original above its reconstruction.
+    """Write RUN/report/metrics.json, its pictures, of sounds with files to listen to, and a sheet of the pictures that
+    stays; to be called by the main process after `evaluate_reconstruction`. Returns the sheet,
+    RUN/report/validation/images-N.png: a column for each image (the first frame of a clip, the spectrogram of a sound),
+    the original above its reconstruction.
 
     Args:
         vae: the averaged weights that were measured, on `device`.
@@ -52,11 +53,12 @@ def record_validation(
     kinds = dict.fromkeys(spread(len(source), PICTURES), "shown")
     keep_pictures(report, [vae], source, kinds, metrics, device, resolution=resolution, batch_size=batch_size)
     frames = source.decoding.frames
-    keep_samples(report, vae, evaluation.latents, resolution, device, source.decoding.alpha, frames)
+    if source.decoding.signal != "audio":
+        keep_samples(report, vae, evaluation.latents, resolution, device, source.decoding.alpha, frames)
     about = result.describe_vae(vae, f"{run.name}, averaged weights", str(run), frames)
     prepared = preprocessing_identity(source.decoding)
-    data = {"source": source_name, "resolution": resolution, "quarantined": 0, "preprocessing": prepared}
-    data |= result.about_clips(source.decoding)
+    data = {"source": source_name, "quarantined": 0, "preprocessing": prepared}
+    data |= result.about_signal(source.decoding, resolution)
     computed = result.settings(device, batch_size)
     found = result.result(PINNED, about, data, computed, evaluation, source.key)
     result.write(report / "metrics.json", found)
