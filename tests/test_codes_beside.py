@@ -194,7 +194,7 @@ def test_a_config_without_a_place_for_a_quantizer_is_refused(
 def test_a_run_goes_on_from_a_networks_codes_and_no_others(home: Path, tmp_path: Path) -> None:
     start = {"init_from": str(home / "run" / "vae"), "max_train_images": 4}
     done = run(write_config(tmp_path, home / "pictures", **CODES | start), "--dry_run")
-    assert done.returncode == 0 and "quantizer:" in done.stdout, done.stderr
+    assert done.returncode == 0 and "codes:           12 bits a position\n" in done.stdout, done.stderr
     for quantizer in (None, RESIDUAL | {"codes": 8}):
         more = start | {"quantizer": quantizer, "losses": {"l1": {}}}
         done = run(write_config(tmp_path, home / "pictures", **CODES | more))

@@ -48,10 +48,14 @@ def test_a_codec_trains_against_the_heads_and_is_loaded_by_its_name(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_game_of_several_heads_is_resumed_to_the_bit(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+@pytest.mark.parametrize("codes", [False, True])
+def test_a_game_of_several_heads_is_resumed_to_the_bit(codes: bool, tmp_path: Path) -> None:
+    whole, parts, game = tmp_path / "whole", tmp_path / "parts", dict(GAME)
+    if codes:  # in the place of the posterior, whose draws they leave out
+        game["losses"] = {"commitment": {}, **{name: term for name, term in GAME["losses"].items() if name != "kl"}}
+        game["quantizer"] = {"kind": "residual", "codebooks": 3, "codes": 16, "restart_images": 8, "dropout": 0.5}
     for folder, flags in ((whole, []), (parts, ["--max_train_images", "32"]), (parts, [])):
         folder.mkdir(exist_ok=True)
-        done = run(sound_config(folder, model=MODEL, **GAME), *flags)
+        done = run(sound_config(folder, model=MODEL, **game), *flags)
         assert done.returncode == 0, done.stderr
     assert_same_run(whole / "run", parts / "run")

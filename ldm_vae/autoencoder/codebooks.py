@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from typing import Any, Literal
 
 import safetensors.torch
@@ -199,12 +200,39 @@ def put_beside(vae: Any, books: Codebooks | None) -> Any:
     return vae
 
 
+def check_count(count: int, there: int | None, name: str) -> None:
+    """Raises UsageError unless something, of that name, has so many codebooks of those that are `there`."""
+    if there is None:
+        raise UsageError(f"--codebooks: is of residual codes, and {name} has none; leave it out")
+    if not 1 <= count <= there:
+        raise UsageError(f"--codebooks: expected 1 to {there}, as many as {name} has, got {count}")
+
+
+def keep_first(vae: Any, count: int, name: str) -> Any:
+    """Leave of the quantizer beside a network, of that name, the first so many codebooks: a code of less rate. The
+    network."""
+    books = beside(vae)
+    check_count(count, None if books is None else books.shape.codebooks, name)
+    assert books is not None
+    fewer = books.shape.model_copy(update={"codebooks": count}).build()
+    state = books.state_dict()
+    fewer.load_state_dict({key: state[key][:count] if key == "rows" else state[key] for key in fewer.state_dict()})
+    return put_beside(vae, fewer.to(vae.device).eval().requires_grad_(False))
+
+
 def codes_of(vae: Any) -> tuple[int | None, int] | None:
     """Codebooks q and codes K of each, of the indices that a network gives: [B, q, *p], or [B, *p] of a VQModel, whose
     q is None. None where it gives no indices."""
     if (books := beside(vae)) is not None:
         return books.shape.codebooks, books.shape.codes
     return (None, int(vae.config.num_vq_embeddings)) if isinstance(vae, VQModel) else None
+
+
+def rate_in_words(books: int | None, codes: int, hop: int, rate: int | None) -> str:
+    """Rate of q codebooks of K codes, all alike likely: `24 bits a position`, of sounds with bits per second, from the
+    samples of a position and those of a second."""
+    bits = (books or 1) * math.log2(codes)
+    return f"{bits:.4g} bits a position" + ("" if rate is None else f", {bits * rate / hop:,.0f} bits per second")
 
 
 def in_words(books: Codebooks) -> str:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ldm_vae.autoencoder.codebooks import codes_of, rate_in_words
 from ldm_vae.autoencoder.families import family_of
-from ldm_vae.autoencoder.geometry import image_channels, is_of_sounds
+from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, is_of_sounds
 from ldm_vae.autoencoder.lengths import check_frames, check_samples
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.text import an
@@ -121,6 +122,12 @@ def own_rate(vae: Any) -> int | None:
     """Samples a second that the config of a class of sounds names; None of one that does not."""
     said = [getattr(vae.config, name, None) for name in ("sampling_rate", "sample_rate")] if is_of_sounds(vae) else []
     return next((int(rate) for rate in said if rate), None)
+
+
+def code_rate(vae: Any) -> str:
+    """Rate of a network's codes as `rate_in_words` says it; empty without codes."""
+    found = codes_of(vae)
+    return "" if found is None else rate_in_words(*found, downsampling_factor(vae), own_rate(vae))
 
 
 def check_signal_of(vae: Any, decoding: Decoding, name: str, field: str) -> None:

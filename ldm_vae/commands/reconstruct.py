@@ -54,10 +54,12 @@ class Request:
         "for a single-file VAE of a non-standard architecture: folder with its config.json", metavar="FOLDER"
     )
     checkpoint: str | None = checkpoint_flag()
+    codebooks: int | None = flag("of residual codes, keep the first K codebooks (default: all)", metavar="K")
     flags: DataFlags = decoding_flags()
 
 
 def run(request: Request) -> None:
+    from ldm_vae.autoencoder.codebooks import keep_first
     from ldm_vae.autoencoder.geometry import check_resolution, is_of_sounds
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.preparation import preparation_of
@@ -67,6 +69,8 @@ def run(request: Request) -> None:
 
     name = at_checkpoint(request.vae, request.checkpoint)
     vae = load_autoencoder(name, request.config)
+    if request.codebooks is not None:
+        keep_first(vae, request.codebooks, f"VAE {name}")
     images = find_images(
         request.images, clips=request.flags.frames is not None, sounds=is_of_sounds(vae), taken={"sheet"}
     )

@@ -15,7 +15,7 @@ from ldm_vae.autoencoder.codebooks import beside, in_words
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.geometry import downsampling_factor, geometry_of, latent_channels
 from ldm_vae.autoencoder.normalisation_law import law_of, own_normalisation
-from ldm_vae.autoencoder.preparation import recorded, shown
+from ldm_vae.autoencoder.preparation import code_rate, recorded, shown
 from ldm_vae.core import intervals
 from ldm_vae.data.preprocessing import FILE
 from ldm_vae.latent_store.format.statistics import LatentStatistics
@@ -66,7 +66,7 @@ class Card:
         parts = [_shape(vae), "## Load it", self.loading or _loading(vae, self.name)]
         parts += ["## Latents", _latents(vae, self.statistics)]
         if (books := beside(vae)) is not None:
-            parts += ["## Codes", f"With a {in_words(books)}."]
+            parts += ["## Codes", f"With a {in_words(books)}. Their rate is {code_rate(vae)}."]
         if self.results:
             parts += ["## Reconstruction", markdown(self.results)]
         for title, text in self.sections.items():

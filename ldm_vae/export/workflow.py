@@ -14,7 +14,7 @@ from ldm_vae.autoencoder.codebooks import beside, in_words, only_without
 from ldm_vae.autoencoder.geometry import downsampling_factor, resolution_of, sample_size
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.normalisation import Normalisation
-from ldm_vae.autoencoder.preparation import Preparation, preparation_of, record, recorded
+from ldm_vae.autoencoder.preparation import Preparation, code_rate, preparation_of, record, recorded
 from ldm_vae.autoencoder.single_file import load_single_file
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
@@ -249,7 +249,7 @@ def _write_folder(
     done.lines.append(f"wrote {request.place} (diffusers), read back: weights equal to the bit, decode equal")
     done.lines.append(verdict)
     if (books := beside(vae)) is not None:
-        done.lines.append(in_words(books))
+        done.lines += [in_words(books), f"codes: {code_rate(vae)}"]
 
 
 def _audit(vae: AutoencoderKL, request: Request, preparation: Preparation, card: Card) -> tuple[bool | None, str]:

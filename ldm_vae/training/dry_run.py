@@ -26,6 +26,7 @@ from ldm_vae.autoencoder.latents import Moments, decode, encode
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.meta import without_values
 from ldm_vae.autoencoder.normalisation_law import law_in_words
+from ldm_vae.autoencoder.preparation import code_rate
 from ldm_vae.autoencoder.signals import frames_of
 from ldm_vae.autoencoder.trainable import count_parameters
 from ldm_vae.core import config
@@ -203,6 +204,7 @@ def describe(settings: Training, processes: int = 1) -> str:
     lines = {
         "class": f"{type(vae).__name__}; normalisation {law_in_words(vae)}",
         "parameters": f"{_listed(millions)}; f {downsampling_factor(vae)}, latents {' x '.join(map(str, latent))}",
+        "codes": code_rate(vae),
         f"GFLOP {an(one)}": f"forward {_listed(forward)}; a training step with all that plays {found.step_gflop:.4g}",
         "memory, GB": f"{_listed(memory)}; peak about {peak / GB:.1f} in a process with {batch}",
         "on a CPU": "" if torch.cuda.is_available() else _on_a_cpu(peak),

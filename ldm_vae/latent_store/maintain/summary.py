@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ldm_vae.autoencoder.codebooks import rate_in_words
 from ldm_vae.core import intervals
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.data.transforms import decoding_of
 from ldm_vae.latent_store.format.codes import codes_in_words
 from ldm_vae.latent_store.format.manifest import Manifest, read_manifest
 from ldm_vae.latent_store.write.finalize import with_intervals
@@ -85,9 +87,13 @@ def _statistics(manifest: Manifest) -> list[str]:
 
 def _usage(manifest: Manifest) -> list[str]:
     measured = manifest.statistics or {}
+    shard, decoding = manifest.shards[0], decoding_of(manifest.identity.preprocessing)
+    rate = None if decoding is None else decoding.sample_rate
+    uniform = rate_in_words(manifest.identity.codebooks, measured["codes"], shard.size[1] // shard.shape[-1], rate)
     lines = [
         f"  codes        {measured['used']:,} of {codes_in_words(measured)} used in {measured['count']:,} positions, "
-        f"perplexity {measured['perplexity']:,.1f}, {measured['entropy_bits']:.2f} bits a position"
+        f"perplexity {measured['perplexity']:,.1f}, {measured['entropy_bits']:.2f} bits a position",
+        f"               an index of each codebook: {uniform}",
     ]
     for number, book in enumerate(measured.get("codebooks", ()), start=1):
         lines.append(

@@ -20,9 +20,14 @@ from ldm_vae.latent_store.read.dataset import LatentDataset
 
 
 def decode_to_png(
-    dataset: LatentDataset, vae: Any, out: str | Path, indices: Sequence[int], batch_size: int = 8
+    dataset: LatentDataset,
+    vae: Any,
+    out: str | Path,
+    indices: Sequence[int],
+    batch_size: int = 8,
+    codebooks: int | None = None,
 ) -> int:
-    """Decode samples into OUT/INDEX-KEY.png; returns how many.
+    """Decode samples into OUT/INDEX-KEY.png, codes from the first so many codebooks (default: all); returns how many.
 
     Raises:
         UsageError: another launch is at work on OUT.
@@ -31,8 +36,8 @@ def decode_to_png(
     folder = Path(out)
     with own(folder, "OUT"), Progress(total=len(indices), desc="decode", unit="img") as bar:
         for chunk in _of_one_shape(dataset, indices, batch_size):
-            for item, picture in _decoded(dataset, vae, chunk):
-                save(picture, folder / f"{file_name(item)}.png")
+            for item, picture in decoded(dataset, vae, chunk, codebooks):
+                save(to_uint8(picture), folder / f"{file_name(item)}.png")
             bar.update(len(chunk))
     return len(indices)
 
@@ -49,20 +54,24 @@ def contact_sheet(dataset: LatentDataset, vae: Any, count: int = 16, columns: in
     decoding = decoding_of(dataset.manifest.identity.preprocessing)
     sheet = Image.new("RGB", (side * min(columns, len(chosen)), side * -(-len(chosen) // columns)))
     for place, index in enumerate(chosen):
-        ((_, picture),) = _decoded(dataset, vae, [index])
-        picture = picture[:, 0] if picture.ndim == 4 else picture  # a clip's first frame
+        ((_, picture),) = decoded(dataset, vae, [index])
+        picture = to_uint8(picture[:, 0] if picture.ndim == 4 else picture)  # a clip's first frame
         image = to_image(visible(picture, decoding is not None and decoding.alpha)).convert("RGB")
         image.thumbnail((side, side))
         sheet.paste(image, (place % columns * side, place // columns * side))
     return png(sheet)
 
 
-def _decoded(dataset: LatentDataset, vae: Any, indices: Sequence[int]) -> list[tuple[Item, torch.Tensor]]:
-    """Items of one shape, each with its picture, uint8 [C, H, W], or clip [C, T, H, W]."""
+def decoded(
+    dataset: LatentDataset, vae: Any, indices: Sequence[int], codebooks: int | None = None
+) -> list[tuple[Item, torch.Tensor]]:
+    """Items of one shape, each with its pixels [C, H, W] or [C, T, H, W], or samples [C, L], fp32 and not clamped, on
+    the CPU; codes from the first so many codebooks (default: all)."""
     items = [dataset[index] for index in indices]
     name = "latents" if dataset.manifest.identity.codes is None else "indices"
-    pictures = to_uint8(dataset.decode(torch.stack([item[name] for item in items]), vae)).cpu()
-    return list(zip(items, pictures, strict=True))
+    stacked = torch.stack([item[name] for item in items])
+    stacked = stacked if codebooks is None else stacked[:, :codebooks]
+    return list(zip(items, dataset.decode(stacked, vae).cpu(), strict=True))
 
 
 def _of_one_shape(dataset: LatentDataset, indices: Sequence[int], size: int) -> list[list[int]]:
