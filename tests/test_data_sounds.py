@@ -62,6 +62,34 @@ def test_an_excerpt_is_that_part_of_the_whole(form: str) -> None:
         assert float((found - whole[:, start : start + 1000]).abs().max()) <= limit
 
 
+def bursts(samples: int, channels: int, rate: int) -> Any:
+    """Noise that comes and goes: a codec of varying rate keeps its bits for what comes."""
+    time, noise = np.arange(samples)[:, None] / rate, np.random.default_rng(0).standard_normal((samples, channels))
+    return (0.3 * noise * np.exp(-20 * (time % 0.25)) * (time % 1 < 0.6)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("form", "subtype"), [("MP3", None), ("OGG", None), ("WAV", "GSM610")])
+def test_a_codec_that_looks_back_is_read_from_before_the_excerpt(form: str, subtype: str | None) -> None:
+    """Where libsndfile seeks, MP3 lacks the bits of frames before, the last page of a Vorbis file is off, and GSM 6.10
+    cannot be sought in at all."""
+    channels = 2 if form == "MP3" else 1
+    content = encoded(bursts(3 * RATE, channels, RATE), form, subtype=subtype)
+    decoding = Decoding(channels=channels, sample_rate=RATE)
+    whole, _ = excerpt(content, decoding)
+    for start in (RATE + 3, 2 * RATE + 999, int(2.6 * RATE)):
+        found = at(content, start, replace(decoding, samples=1000))
+        torch.testing.assert_close(found, whole[:, start : start + 1000], rtol=0, atol=1e-6)
+
+
+def test_an_mp3_may_lack_its_last_frame() -> None:
+    """As some encoders count it."""
+    content = encoded(bursts(2 * RATE, 1, RATE), "MP3")
+    whole, _ = excerpt(content[:-1], MONO)
+    assert whole.shape == (1, 2 * RATE)
+    with refused(BadImage, "ends"):
+        excerpt(content[: len(content) // 2], MONO)
+
+
 @pytest.mark.parametrize(("there", "wanted"), [(44100, 16000), (16000, 48000), (11025, 8000), (8001, 8000)])
 def test_a_resampled_excerpt_is_that_part_of_the_whole(there: int, wanted: int) -> None:
     samples = tone(3 * there, 1, there)

@@ -1,4 +1,5 @@
-"""Copies among images: one picture in other bytes, sizes or formats, found by a perceptual hash.
+"""Copies among images: one picture in other bytes, sizes or formats, found by a perceptual hash; among clips by their
+first frames, among sounds by a picture of each (sound_copies.py).
 
 The hash is pHash (C. Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010, section 3.2.1):
 the lowest 8 x 8 frequencies of the DCT of a grey thumbnail of 32 x 32, each above their median or not. Alone it takes
@@ -21,6 +22,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import resize
 
 from ldm_vae.core.progress import Progress
+from ldm_vae.data import sound_copies
 from ldm_vae.data.clips import first_frame
 from ldm_vae.data.ordered import batches_of, items
 from ldm_vae.data.quarantine import BadImage
@@ -53,14 +55,19 @@ def frequencies(image: torch.Tensor) -> torch.Tensor:
 
 class _Thumbnails(Dataset[Any]):
     def __init__(self, source: Source) -> None:
-        self.source, self.decoding = source, replace(source.decoding, jpeg_draft=True)
+        # sounds and clips have none
+        draft = source.decoding.signal == "image"
+        self.source, self.decoding = source, replace(source.decoding, jpeg_draft=draft)
 
     def __getitems__(self, work: Sequence[tuple[int, None]]) -> torch.Tensor:
         return torch.stack([self._look(index) for index, _ in work])
 
     def _look(self, index: int) -> torch.Tensor:
         try:
-            return frequencies(first_frame(self.source[index].image, self.decoding, DRAFT).pixels)
+            image = self.source[index].image
+            if self.decoding.signal == "audio":
+                return frequencies(sound_copies.picture(image, self.decoding))
+            return frequencies(first_frame(image, self.decoding, DRAFT).pixels)
         except BadImage:  # like nothing
             return torch.full((BITS,), torch.nan, dtype=torch.half)
 

@@ -34,16 +34,17 @@ from ldm_vae.data.decoding import Decoded, Decoding, RawImage
 from ldm_vae.data.footage import Video
 from ldm_vae.data.quarantine import BadImage
 from ldm_vae.data.ranges import Values
-from ldm_vae.data.sound_containers import Samples, SoundFacts, facts_by_ffmpeg, read_by_ffmpeg
+from ldm_vae.data.sound_containers import PRIMING, Samples, SoundFacts, facts_by_ffmpeg, read_by_ffmpeg
 from ldm_vae.data.transforms import Crop
 
 MOST = 2**26  # samples of a sound that is taken whole: 25 minutes at 44.1 kHz, 256 MiB of each channel
 # samples of the lower rate on each side of an excerpt that the filter of soxr's HQ sees: a resampled excerpt is that of
 # the whole file to 7e-7 from 93 on (44.1 kHz to 16 kHz)
 MARGIN = 256
-LOOSE_END = (
-    0.1  # seconds that FFmpeg's count of samples may be above what it decodes: the last frame is cut by a decoder
-)
+# seconds that the count of samples of FFmpeg, and of MP3, may be above what is decoded: a decoder cuts the last frame
+LOOSE_END = 0.1
+LAST_PAGE = 2**18  # samples: at most 255 packets, of 1,024 as encoders make them
+BLOCK = 2**16  # samples that are read at a time where a file cannot be sought in
 
 NEEDED = "data: sounds need soundfile and soxr: pip install 'ldm-vae[audio]'"
 
@@ -79,7 +80,7 @@ def crops_of(sound: RawImage, decoding: Decoding, draw: float | None = None) -> 
         BadImage: it cannot be decoded, is empty, or holds samples that are no numbers.
     """
     with _as_bad_sound():
-        file, known, rate = _file(sound), facts_of(sound), _rate(decoding)
+        file, known, rate = as_file(sound), facts_of(sound), _rate(decoding)
         whole = known.samples(rate)
         wanted = decoding.samples or whole
         if wanted > MOST:
@@ -102,7 +103,7 @@ def crops_of(sound: RawImage, decoding: Decoding, draw: float | None = None) -> 
 def facts_of(sound: RawImage) -> SoundFacts:
     """Facts about a sound. Those of a file are remembered while it is not replaced. Raises BadImage."""
     with _as_bad_sound():
-        file = replace(_file(sound), start=None)
+        file = replace(as_file(sound), start=None)
         place = file.place
         return _facts(file) if place is None else _remembered(file, place)
 
@@ -137,7 +138,8 @@ def _rate(decoding: Decoding) -> int:
     return decoding.sample_rate
 
 
-def _file(sound: RawImage) -> Video:
+def as_file(sound: RawImage) -> Video:
+    """A sound as a file that is opened when it is wanted. Raises BadImage for numbers."""
     if isinstance(sound, Video) and not isinstance(sound.content, tuple):
         return sound
     if isinstance(sound, bytes):
@@ -256,14 +258,33 @@ def _remembered(file: Video, _place: tuple[int, ...]) -> SoundFacts:
     return _facts(file)
 
 
+def _before(first: int, known: SoundFacts) -> int:
+    """The sample to seek, from which on all that is read is right at `first`."""
+    if known.format == "MP3":  # its frames need bits of frames before them
+        return max(0, first - PRIMING * known.rate)
+    # libsndfile is off by as many samples as the last page of a Vorbis file leaves out, where it seeks within it
+    return min(first, max(0, known.frames - LAST_PAGE)) if known.format == "OGG" else first
+
+
+def _go_to(sound: Any, place: int) -> None:
+    if sound.seekable():
+        sound.seek(place)
+        return
+    # GSM 6.10 and other codecs of telephones: each sample needs all before it
+    for begin in range(0, place, BLOCK):
+        sound.read(min(BLOCK, place - begin), dtype="float32")
+
+
 def _read(file: Video, known: SoundFacts, first: int, count: int) -> Samples:
     """`count` samples from `first` on, [S, C]. Raises BadImage where the file has fewer than its header says."""
     with _opened(file) as sound:
         if sound is None:
-            found, loose = read_by_ffmpeg(file, known, first, count), int(LOOSE_END * known.rate)
+            found = read_by_ffmpeg(file, known, first, count)
         else:
-            sound.seek(first)
-            found, loose = sound.read(count, dtype="float32", always_2d=True), 0
+            begin = _before(first, known)
+            _go_to(sound, begin)
+            found = sound.read(first - begin + count, dtype="float32", always_2d=True)[first - begin :]
+    loose = int(LOOSE_END * known.rate) if sound is None or known.format == "MP3" else 0
     if len(found) < count - loose:
         raise BadImage(
             f"ends at {(first + len(found)) / known.rate:.2f} s of the {known.frames / known.rate:.2f} s that its "
