@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -53,6 +53,13 @@ def permutation(seed: int, epoch: int, count: int, bucket: int = 0) -> np.ndarra
     return order
 
 
+class Stream(Protocol):
+    """An endless stream in which each epoch has every image once."""
+
+    def task(self, position: int) -> Task:
+        """The task of one position; positions ascend."""
+
+
 class Order:
     """position => task, with the permutation of the current epoch at hand."""
 
@@ -74,10 +81,9 @@ class Order:
 
 
 def batches(
-    seed: int, count: int, *, batch_size: int, rank: int = 0, world_size: int = 1, start_position: int = 0
+    order: Stream, *, batch_size: int, rank: int = 0, world_size: int = 1, start_position: int = 0
 ) -> Iterator[Work]:
     """This rank's batches, for ever, from the global batch that starts at `start_position`."""
-    order = Order(seed, count)
     start = start_position
     while True:
         first = start + rank * batch_size

@@ -67,7 +67,8 @@ class Schedule:
         start = step * self.batch_size * self.world_size
         own = {"batch_size": self.batch_size, "rank": self.rank, "world_size": self.world_size, "start_position": start}
         if len(self._members) == 1:
-            works: Iterable[sampler.Work] = sampler.batches(self.seed, len(self._dataset), **own)
+            order = sampler.Order(self.seed, len(self._dataset))
+            works: Iterable[sampler.Work] = sampler.batches(order, **own)
         else:
             # latent shapes are dealt as aspect buckets are: one shape a batch, batches of all shapes among each other
             bucket = np.empty(len(self._dataset), dtype=np.int16)
