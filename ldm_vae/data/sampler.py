@@ -46,7 +46,7 @@ def permutation(seed: int, epoch: int, count: int, bucket: int = 0) -> np.ndarra
     """The order of an epoch, [count] unsigned integers, keyed by (seed, epoch), and by the bucket where there are some.
 
     Four bytes an image (eight above 2^32 images): 40 MB and 0.2 s for 10^7, 4 GB for 10^9. One epoch is held, two while
-    a batch runs over the border; for more images than that, shuffle shards rather than images.
+    a batch runs over the border; for more images than that a store has `latent_store.read.windows`.
     """
     order = np.arange(count, dtype=np.uint32 if count <= 2**32 else np.uint64)
     rng.generator(seed, "order", epoch, bucket).shuffle(order)
