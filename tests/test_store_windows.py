@@ -6,6 +6,7 @@ import itertools
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,14 @@ from upstream import serving
 from eval.speed.synthetic_store import write_synthetic
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.sampler import Order
+from ldm_vae.diffusion.config import DiffusionTraining
 from ldm_vae.latent_store import LatentDataset, write_store
 from ldm_vae.latent_store.format.layout import TENSORS
 from ldm_vae.latent_store.read import mapped_files
 from ldm_vae.latent_store.read.mapped_files import LocalFiles
 from ldm_vae.latent_store.read.prefetch import THREADS
 from ldm_vae.latent_store.read.windows import WindowedOrder
+from ldm_vae.run.store_training import StoredSamples
 
 SHARDS, ROWS = 12, 8  # of the synthetic store, whose last shard is short
 COUNT = SHARDS * ROWS - 3
@@ -192,3 +195,11 @@ def test_a_folder_is_read_ahead_of_a_window_alone(folder: Path, monkeypatch: pyt
         time.sleep(0.01)
     assert len({*brought}) == len(brought) == 5, "two, two more, and the one that fills the sight"
     assert given <= {int(name) for name in brought}
+
+
+def test_a_training_reads_by_the_windows_of_its_config(folder: Path) -> None:
+    data = LatentDataset(folder / "latents")
+    settings = DiffusionTraining(output_dir=Path("unused"), latents="unused", train_batch_size=2, window=2, lanes=2)
+    alone: Any = SimpleNamespace(process_index=1, num_processes=2, device=torch.device("cpu"))
+    loader = StoredSamples(data, (2, 2, 2), None, (), None, 0).loader(settings, alone)
+    assert loader.state_dict() == data.loader(2, window=2, lanes=2, rank=1, world_size=2).state_dict()
