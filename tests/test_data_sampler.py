@@ -26,7 +26,8 @@ def flat(count: int, batch_size: int, world_size: int, start: int, steps: int) -
     ranks = [
         list(
             islice(
-                batches(3, count, batch_size=batch_size, rank=rank, world_size=world_size, start_position=start), steps
+                batches(Order(3, count), batch_size=batch_size, rank=rank, world_size=world_size, start_position=start),
+                steps,
             )
         )
         for rank in range(world_size)

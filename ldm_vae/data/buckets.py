@@ -18,7 +18,7 @@ Legend: N images, K buckets, B batch of one rank, GB of all ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 from ldm_vae.core import rng
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.data.sampler import Order, Task, Work
+from ldm_vae.data.sampler import Order, Stream, Task, Work
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[int, ...]
@@ -166,10 +166,20 @@ def longest_of(shapes: Sequence[Shape], sizes: Array) -> Array:
 
 
 def batches(
-    assignment: Assignment, seed: int, *, batch_size: int, rank: int = 0, world_size: int = 1, start_position: int = 0
+    assignment: Assignment,
+    seed: int,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_position: int = 0,
+    stream: Callable[[int, int], Stream] | None = None,
 ) -> Iterator[Work]:
     """This rank's batches, for ever. The plan depends on the global batch, so a resume with another one starts at the
     first whole batch behind `start_position`.
+
+    Args:
+        stream: of (the number of a bucket, how many images it has) the order of its images; shuffled by default.
 
     Raises:
         WorkError: not one image has a bucket.
@@ -178,7 +188,8 @@ def batches(
     if not any(len(indices) for indices in members):
         raise WorkError("no usable image: not one has a readable size")
     # one endless stream for each bucket, keyed by its number
-    orders = [Order(seed, len(indices), bucket=number) for number, indices in enumerate(members)]
+    stream = stream or (lambda number, count: Order(seed, count, bucket=number))
+    orders = [stream(number, len(indices)) for number, indices in enumerate(members)]
     whole = batch_size * world_size
     # rounded up: batches before it were seen in whole or in part
     step = -(-start_position // whole)

@@ -228,7 +228,7 @@ def training_loader(
     elif buckets is not None:
         tasks = aspect_buckets.batches(buckets, seed, **layout)
     else:
-        tasks = sampler.batches(seed, len(source), **layout)
+        tasks = sampler.batches(sampler.Order(seed, len(source)), **layout)
     dataset = ImageDataset(source, transform, resolution, seed)
     packed = load(dataset, tasks, num_workers, pin_memory, prefetch_factor, multiprocessing_context)
     return _batches(packed, Watch(source, stream.length(source)))

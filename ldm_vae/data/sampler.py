@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -46,11 +46,18 @@ def permutation(seed: int, epoch: int, count: int, bucket: int = 0) -> np.ndarra
     """The order of an epoch, [count] unsigned integers, keyed by (seed, epoch), and by the bucket where there are some.
 
     Four bytes an image (eight above 2^32 images): 40 MB and 0.2 s for 10^7, 4 GB for 10^9. One epoch is held, two while
-    a batch runs over the border; for more images than that, shuffle shards rather than images.
+    a batch runs over the border; for more images than that a store has `latent_store.read.windows`.
     """
     order = np.arange(count, dtype=np.uint32 if count <= 2**32 else np.uint64)
     rng.generator(seed, "order", epoch, bucket).shuffle(order)
     return order
+
+
+class Stream(Protocol):
+    """An endless stream in which each epoch has every image once."""
+
+    def task(self, position: int) -> Task:
+        """The task of one position; positions ascend."""
 
 
 class Order:
@@ -74,10 +81,9 @@ class Order:
 
 
 def batches(
-    seed: int, count: int, *, batch_size: int, rank: int = 0, world_size: int = 1, start_position: int = 0
+    order: Stream, *, batch_size: int, rank: int = 0, world_size: int = 1, start_position: int = 0
 ) -> Iterator[Work]:
     """This rank's batches, for ever, from the global batch that starts at `start_position`."""
-    order = Order(seed, count)
     start = start_position
     while True:
         first = start + rank * batch_size

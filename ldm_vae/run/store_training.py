@@ -46,6 +46,10 @@ class StoreTraining(RunConfig):
     crop: int | None = Field(None, gt=0)
     """Train on random crops of so many latent positions a side instead of whole latents: for stores of few large
     images."""
+    window: int | None = Field(None, gt=0)
+    """Shuffle rows within so many shards: for a store that the disk does not hold; default: all of them."""
+    lanes: int = Field(1, gt=0)
+    """With a window, parts of each global batch that read shards of their own: as many as machines."""
     optimizer: OptimizerConfig = OptimizerConfig(kind="adamw", betas=(0.9, 0.999), eps=1e-8)
     sample_every_images: int | None = Field(None, gt=0)
     """A grid of decoded samples in RUN/samples, of the averaged weights; there is one at the end in any case."""
@@ -80,7 +84,8 @@ class StoredSamples:
     def loader(self, settings: StoreTraining, accelerator: Accelerator) -> LatentLoader:
         """The exact order by key, this rank's part of each global batch; it is not for `accelerator.prepare`."""
         return self.dataset.loader(
-            settings.train_batch_size, seed=settings.seed, num_workers=settings.dataloader_num_workers,
+            settings.train_batch_size, seed=settings.seed, window=settings.window, lanes=settings.lanes,
+            num_workers=settings.dataloader_num_workers,
             rank=accelerator.process_index, world_size=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
         )  # fmt: skip

@@ -220,7 +220,7 @@ class StoredFeed:
         """The endless stream of this rank's batches, from `images_seen` on, in an order that the seed decides."""
         layout = layout_of(self.settings, accelerator, images_seen)
         workers, pinned = layout.pop("num_workers"), layout.pop("pin_memory")
-        work = sampler.batches(layout.pop("seed"), len(self.pairs.latents), **layout)
+        work = sampler.batches(sampler.Order(layout.pop("seed"), len(self.pairs.latents)), **layout)
         return load(self.pairs, work, workers, pinned)
 
     def complete(self, vae: Any) -> Any:

@@ -9,7 +9,8 @@
 The order is that of `ldm_vae.data.sampler`: an endless stream of global batches, in which each epoch is a permutation
 keyed by (seed, epoch). Batches run over the border of epochs, so every sample comes exactly once per epoch and nothing
 is dropped, padded or uneven between ranks; with several latent shapes each has such a stream, and the batches of all
-are shuffled among each other. One pass over the loader gives the batches that begin in one epoch.
+are shuffled among each other. One pass over the loader gives the batches that begin in one epoch. With a `window` the
+permutation is one that needs few shards at a time (`windows.py`); all of the above holds.
 
 Legend: B batch of one rank, c latent channels, h w latent positions, N samples, GB = B * world_size.
 """
@@ -29,6 +30,7 @@ from ldm_vae.data import buckets, sampler
 from ldm_vae.data.workers import load
 from ldm_vae.latent_store.read.batch import Item
 from ldm_vae.latent_store.read.prefetch import prefetch_shards, warn_if_small
+from ldm_vae.latent_store.read.windows import WindowedOrder, fingerprint, rows_of_shards
 
 if TYPE_CHECKING:
     from ldm_vae.latent_store.read.dataset import LatentDataset
@@ -38,7 +40,15 @@ class Schedule:
     """Schedule of one rank's batches: lists of (index, epoch), from any global batch on."""
 
     def __init__(
-        self, dataset: LatentDataset, batch_size: int, seed: int, shuffle: bool, rank: int, world_size: int
+        self,
+        dataset: LatentDataset,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        rank: int,
+        world_size: int,
+        window: int | None,
+        lanes: int,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"batch_size: expected at least 1, got {batch_size}")
@@ -46,10 +56,19 @@ class Schedule:
             raise UsageError(f"rank: expected 0 to {world_size - 1}, got {rank}")
         if len(dataset) == 0:
             raise UsageError(f"store {dataset.path}: no samples to load")
+        if window is not None and (window < 1 or not shuffle):
+            raise UsageError(f"window: expected at least 1 shard, and shuffle=True; got {window}, shuffle={shuffle}")
+        whole = batch_size * world_size
+        if lanes < 1 or whole % lanes or (lanes > 1 and window is None):
+            raise UsageError(f"lanes: expected a divisor of the global batch of {whole}, with a window; got {lanes}")
         self.seed, self.shuffle = seed, shuffle
+        self.window, self.lanes = window, lanes
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self._members = list(dataset.shapes().values())
         self._dataset = dataset
+        live = [shard.live for shard in dataset.shards]
+        # of each latent shape, for windows
+        self.rows_of_shards = [rows_of_shards(live, indices) for indices in self._members]
 
     def before(self, epoch: int) -> int:
         """Number of global batches that begin before this epoch."""
@@ -67,16 +86,45 @@ class Schedule:
         start = step * self.batch_size * self.world_size
         own = {"batch_size": self.batch_size, "rank": self.rank, "world_size": self.world_size, "start_position": start}
         if len(self._members) == 1:
-            works: Iterable[sampler.Work] = sampler.batches(self.seed, len(self._dataset), **own)
+            works: Iterable[sampler.Work] = sampler.batches(self._order(0, len(self._dataset)), **own)
         else:
             # latent shapes are dealt as aspect buckets are: one shape a batch, batches of all shapes among each other
             bucket = np.empty(len(self._dataset), dtype=np.int16)
             for number, indices in enumerate(self._members):
                 bucket[indices] = number
             # a bucket's shape is only its name here
-            works = buckets.batches(buckets.Assignment(((0, 0),) * len(self._members), bucket), self.seed, **own)
+            named = buckets.Assignment(((0, 0),) * len(self._members), bucket)
+            works = buckets.batches(named, self.seed, **own, stream=self._order)
         for work in works:
             yield [(task.index, task.epoch) for task in work.tasks]
+
+    def prefetched(self, batches: Iterable[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
+        """The same batches, while the shards of later ones are fetched."""
+        return prefetch_shards(self._dataset, batches, self.shards_at_once)
+
+    @property
+    def shards_at_once(self) -> int | None:
+        """Shards from which this rank's batches come at a time, at most; None: all of the store."""
+        if self.window is None:
+            return None
+        # a lane has `each` places of a global batch; this rank's places may lie in several
+        each, first = self.batch_size * self.world_size // self.lanes, self.rank * self.batch_size
+        lanes = (first + self.batch_size - 1) // each - first // each + 1
+        return sum(min(self.window, len(rows)) * lanes for rows in self.rows_of_shards)
+
+    def windows(self) -> dict[str, int]:
+        """What a windowed order depends on."""
+        if self.window is None:
+            return {}
+        rows = np.concatenate(self.rows_of_shards)
+        return {"window": self.window, "lanes": self.lanes, "shards": fingerprint(rows)}
+
+    def _order(self, number: int, count: int) -> sampler.Stream:
+        """The stream of one latent shape."""
+        if self.window is None:
+            return sampler.Order(self.seed, count, bucket=number)
+        whole = self.batch_size * self.world_size
+        return WindowedOrder(self.seed, self.rows_of_shards[number], self.window, self.lanes, whole, number)
 
     def _in_order(self, step: int) -> Iterator[list[tuple[int, int]]]:
         whole, each = self.batch_size * self.world_size, self.before(1)
@@ -99,6 +147,11 @@ class LatentLoader:
     Args:
         batch_size: of this rank.
         shuffle: False gives the store's order, with short (on some ranks even empty) batches at the end, none twice.
+        window: shards among which rows are shuffled, for a store that the disk does not hold; None is all. Those of a
+            window and SHARDS more are asked for in time: into the cache of a store at a URL, into the page cache of
+            one in a folder.
+        lanes: with a window, parts of every global batch that read shards of their own: as many as machines. A resume
+            on another number of machines keeps it.
         seed: of the order.
         num_workers: reading processes; a change of their number changes nothing.
         rank, world_size: whose part of each global batch.
@@ -114,6 +167,8 @@ class LatentLoader:
         batch_size: int,
         *,
         shuffle: bool = True,
+        window: int | None = None,
+        lanes: int = 1,
         seed: int = 0,
         num_workers: int = 0,
         rank: int = 0,
@@ -122,11 +177,11 @@ class LatentLoader:
         prefetch_factor: int = 4,
     ) -> None:
         self.dataset = dataset
-        self.schedule = Schedule(dataset, batch_size, seed, shuffle, rank, world_size)
+        self.schedule = Schedule(dataset, batch_size, seed, shuffle, rank, world_size, window, lanes)
         self.num_workers, self.pin_memory, self.prefetch_factor = num_workers, pin_memory, prefetch_factor
         self._step = 0
         if shuffle:
-            warn_if_small(dataset)
+            warn_if_small(dataset, self.schedule.shards_at_once)
 
     @property
     def epoch(self) -> int:
@@ -145,12 +200,11 @@ class LatentLoader:
         return self.schedule.before(self.epoch + 1) - self._step
 
     def __iter__(self) -> Iterator[Item]:
-        stop = self.schedule.before(self.epoch + 1)
-        tasks = itertools.islice(self.schedule.batches(self._step), stop - self._step)
-        reader = _Reader(self.dataset)
-        for batch in load(
-            reader, prefetch_shards(self.dataset, tasks), self.num_workers, self.pin_memory, self.prefetch_factor, None
-        ):
+        left, reader, batches = len(self), _Reader(self.dataset), self.schedule.batches(self._step)
+        # shuffled, the shards that the next pass begins with are asked for as well; in order, there is often none
+        ahead = batches if self.schedule.shuffle else itertools.islice(batches, left)
+        tasks = itertools.islice(self.schedule.prefetched(ahead), left)
+        for batch in load(reader, tasks, self.num_workers, self.pin_memory, self.prefetch_factor, None):
             self._step += 1  # before it is given: a state that is saved after its step does not repeat it
             yield batch
 
@@ -162,6 +216,7 @@ class LatentLoader:
             "global_batch": schedule.batch_size * schedule.world_size,
             "samples": len(self.dataset),
             "seed": schedule.seed,
+            **schedule.windows(),
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -170,9 +225,12 @@ class LatentLoader:
         Raises:
             UsageError: the state is of another store, seed or global batch.
         """
-        for name, mine in self.state_dict().items():
-            if name != "step" and state[name] != mine:
-                raise UsageError(f"loader state: {name} was {state[name]}, is {mine}: the order would be another one")
+        mine = self.state_dict()
+        for name in {**mine, **state}:
+            if name != "step" and state.get(name) != mine.get(name):
+                raise UsageError(
+                    f"loader state: {name} was {state.get(name)}, is {mine.get(name)}: the order would be another one"
+                )
         self._step = state["step"]
 
 
@@ -193,7 +251,7 @@ class LatentStream(IterableDataset[Item]):
         reader = _Reader(self._loader.dataset)
         batches = self._loader.schedule.batches(self._loader.state_dict()["step"])
         # dealt by number: worker w of W makes w, w + W, ..., whatever the others do
-        for tasks in prefetch_shards(self._loader.dataset, itertools.islice(batches, first, None, every)):
+        for tasks in self._loader.schedule.prefetched(itertools.islice(batches, first, None, every)):
             yield reader.__getitems__(tasks)
 
 
