@@ -79,7 +79,7 @@ class TensorSpec:
 class Spool:
     """Rows of a shard that is being made, in a file without a name: a kill leaves nothing behind."""
 
-    def __init__(self, folder: Path, specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, folder: Path | None, specs: Sequence[TensorSpec]) -> None:
         self.specs = tuple(specs)
         self.rows = 0
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by `close`)

@@ -24,6 +24,8 @@ from ldm_vae.latent_store.format.layout import (
     EXTENSIONS,
     MAPPED_ROWS,
     ROWS,
+    SHARDS,
+    UNITS,
     shard_file,
     shard_path,
 )
@@ -41,7 +43,7 @@ from ldm_vae.latent_store.storage.objects import LocalFolder
 from ldm_vae.latent_store.write import sample_stream
 from ldm_vae.latent_store.write.crops import cutting_of
 from ldm_vae.latent_store.write.encoder import Encoder
-from ldm_vae.latent_store.write.finalize import merged_statistics, remove_leftovers
+from ldm_vae.latent_store.write.finalize import merged_statistics
 from ldm_vae.latent_store.write.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ def _repair(
 ) -> Repaired:
     manifest = read_finished(store)
     # safe only as the owner: nobody else has a temporary file here
-    remove_leftovers(store)
+    LocalFolder(store).tidy(SHARDS, UNITS)
     damaged = {shard.name: _damaged(store, shard) for shard in manifest.shards}
     # rows first: what can be copied needs neither VAE nor images, and no unit is encoded for it
     copied = [file for shard in manifest.shards for file in _copy_rows(store, shard, damaged[shard.name])]
