@@ -218,6 +218,8 @@ def _entered(
 ) -> Ownership:
     """Make the folder and enter the context; a job that was waited for may have removed the folder at its end, so this
     is tried again."""
+    if re.match(r"[a-z0-9]+:/", str(folder)):
+        raise UsageError(f"{failing}: a URL takes a latent store alone (`ldm-vae encode`, `ldm-vae store merge`)")
     for attempt in range(ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from ldm_vae.latent_store.format.layout import (
 )
 from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.work_units import Unit
-from ldm_vae.latent_store.remote.at_hand import rows_of, tensors_of
+from ldm_vae.latent_store.remote.at_hand import mapped_tensors, rows_of
 from ldm_vae.latent_store.storage.places import Place
 from ldm_vae.latent_store.write import sample_stream
 from ldm_vae.latent_store.write.crops import cutting_of
@@ -57,7 +57,7 @@ def measure_costs(store: Place, manifest: Manifest, vae: Any, source: Source) ->
     stream = sample_stream.samples(source, "", cutting_of(exact, vae), [Unit(0, indices)], encoder.batch_size, 0)
     ready = [item for dealt in stream for item in dealt.ready]
     name = TENSOR_NAMES[identity.store][0]
-    mapped = tensors_of(store, identity, shard)[name][: len(ready)]
+    mapped = mapped_tensors(store, identity, shard)[name][: len(ready)]
     stored = shards.to_float(mapped, SAFETENSORS_DTYPES[identity.dtype])
     psnr, worst = [], 0
     for sample, z, rounded in zip(ready, encoder(ready)[0][name], stored, strict=True):

@@ -21,7 +21,7 @@ from ldm_vae.latent_store.format.statistics import patched
 from ldm_vae.latent_store.format.work_units import Unit
 from ldm_vae.latent_store.maintain.provenance import indices_of
 from ldm_vae.latent_store.maintain.verify import Problem
-from ldm_vae.latent_store.remote.at_hand import rows_of, tensors_of
+from ldm_vae.latent_store.remote.at_hand import mapped_tensors, rows_of
 from ldm_vae.latent_store.storage.places import Place
 from ldm_vae.latent_store.write import sample_stream
 from ldm_vae.latent_store.write.crops import cutting_of
@@ -129,7 +129,7 @@ def _compare(
     """Compare one row: True if all tensors have the same bits, and how far the first one (mean, sample or indices) is
     off."""
     shard = manifest.shards[stored.shard]
-    mapped = tensors_of(store, manifest.identity, shard)
+    mapped = mapped_tensors(store, manifest.identity, shard)
     same = all(value[0].tobytes() == mapped[name][stored.row].tobytes() for name, value in rows.items())
     name = TENSOR_NAMES[manifest.identity.store][0]
     if std is None:

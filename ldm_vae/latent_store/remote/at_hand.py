@@ -47,7 +47,7 @@ def rows_of(
     return opened(place, shard, ROWS, lambda path: shards.read_rows(path.with_suffix(""), columns, rows, optional))
 
 
-def tensors_of(place: Place, identity: Identity, shard: ShardRecord) -> dict[str, npt.NDArray[Any]]:
+def mapped_tensors(place: Place, identity: Identity, shard: ShardRecord) -> dict[str, npt.NDArray[Any]]:
     """As `rows.map_shard`, of a shard at a place."""
     return opened(place, shard, TENSORS, lambda path: map_shard(path, identity, shard))
 
@@ -55,7 +55,7 @@ def tensors_of(place: Place, identity: Identity, shard: ShardRecord) -> dict[str
 def sums_of(place: Place, identity: Identity, shard: ShardRecord) -> npt.NDArray[Any] | None:
     """The table of sums of a shard at a place, None where it has none; of a URL the beginning of the file alone."""
     if isinstance(place, Path):
-        return tensors_of(place, identity, shard).get(STATISTICS)
+        return mapped_tensors(place, identity, shard).get(STATISTICS)
     storage, name, size = storage_at(place), shard_file(shard.name, TENSORS), shard.files[TENSORS].bytes
     content = storage.read_range(name, 0, min(HEAD, size))
     length = int.from_bytes(content[:8], "little")

@@ -60,7 +60,7 @@ def own_place(
             yield owner
         return
     storage_at(place).prepare()
-    role = WHOLE_ROLE if part.is_whole else part.suffix.removeprefix(".")
+    role = role_of(part)
     claim = Claim(place, f"{field} {place}{'' if part.is_whole else f', part {part}'}", role)
     if rank == 0:
         with claim.held():
@@ -71,6 +71,11 @@ def own_place(
         # the claim of process 0: others of this role there are none
         theirs = [other for other in claim.seen() if other.role == role and not other.asks]
         yield Claim(claim.url, claim.what, role, theirs[0].token if theirs else "")
+
+
+def role_of(part: Part) -> str:
+    """The role of a part, or of the whole."""
+    return WHOLE_ROLE if part.is_whole else part.suffix.removeprefix(".")
 
 
 @dataclass(frozen=True)

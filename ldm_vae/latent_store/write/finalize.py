@@ -19,7 +19,7 @@ from ldm_vae.latent_store.format.manifest import Manifest, ShardRecord, write_ma
 from ldm_vae.latent_store.format.quarantine import write_quarantine
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.latent_store.format.work_units import BadSample, Plan, UnitRecord
-from ldm_vae.latent_store.remote.at_hand import rows_of, sums_of, tensors_of
+from ldm_vae.latent_store.remote.at_hand import mapped_tensors, rows_of, sums_of
 from ldm_vae.latent_store.storage.places import Place, storage_at
 
 
@@ -111,7 +111,7 @@ def _sums(store: Place, identity: Identity, shard: ShardRecord) -> npt.NDArray[n
     if table is not None and rows.are_sums(table, identity, shard):
         return np.array(table)
     keys = rows_of(store, shard, ["key"], shard.rows).column("key").take(shard.live_rows).to_pylist()
-    return rows.live_statistics(identity, shard, tensors_of(store, identity, shard), keys)
+    return rows.live_statistics(identity, shard, mapped_tensors(store, identity, shard), keys)
 
 
 def with_intervals(store: Place, manifest: Manifest) -> Manifest:

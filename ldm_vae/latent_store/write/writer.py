@@ -135,6 +135,7 @@ def write_store(
     (12, 'moments')
     """
     out, processes = place_of(out), processes or Processes()
+    storage_at(out).prepare()
     resolutions = (resolution,) if isinstance(resolution, int) else tuple(resolution)
     for side in resolutions:
         check_resolution(side, vae)
