@@ -21,11 +21,11 @@ from store_sources import AFTER, Album, Pictures, Stop, Stopping
 from stores import SETTINGS, same
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
-from ldm_vae.core import ownership
+from ldm_vae.core import fsspec_files, ownership
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.ownership import Part
 from ldm_vae.latent_store import LatentDataset, Manifest, read_manifest, verify, write_store
-from ldm_vae.latent_store.storage import claims, fsspec_files
+from ldm_vae.latent_store.storage import claims
 from ldm_vae.latent_store.storage.object_store import ObjectStore
 from ldm_vae.latent_store.write.processes import Processes
 
@@ -78,9 +78,10 @@ def objects(url: str) -> dict[str, str]:
     files = fsspec.filesystem("s3")
     files.invalidate_cache()
     below = url.removeprefix("s3://")
+    found = files.find(below)
     return {
         name.removeprefix(f"{below}/"): hashlib.sha256(content).hexdigest()
-        for name, content in (files.cat(found) if (found := files.find(below)) else {}).items()
+        for name, content in (files.cat(found) if found else {}).items()
     }
 
 

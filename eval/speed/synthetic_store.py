@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ldm_vae.core.file_record import FileRecord
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.identity import Identity
@@ -37,7 +38,6 @@ from ldm_vae.latent_store.format.work_units import (
     fresh_plan,
     record_name,
 )
-from ldm_vae.latent_store.storage.file_record import FileRecord
 from ldm_vae.latent_store.storage.objects import LocalFolder
 
 Shape = tuple[int, int, int]

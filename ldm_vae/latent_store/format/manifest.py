@@ -22,6 +22,7 @@ from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core import config
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.file_record import FileRecord
 from ldm_vae.core.files import LARGEST as LARGEST_FILE
 from ldm_vae.core.files import read_bytes
 from ldm_vae.core.paths import nearest_path
@@ -40,7 +41,6 @@ from ldm_vae.latent_store.format.layout import (
 )
 from ldm_vae.latent_store.format.layout import MANIFEST as MANIFEST  # part of this module's interface
 from ldm_vae.latent_store.format.statistics import Measured
-from ldm_vae.latent_store.storage.file_record import FileRecord
 from ldm_vae.latent_store.storage.places import Place, storage_at
 
 
@@ -313,7 +313,7 @@ def _local(store: Path) -> bytes:
 
 
 def _remote(store: str) -> bytes:
-    from ldm_vae.latent_store.storage import fsspec_files  # fsspec, which readers of folders have no need of
+    from ldm_vae.core import fsspec_files  # fsspec, which readers of folders have no need of
 
     try:
         return fsspec_files.read(f"{store}/{MANIFEST}")

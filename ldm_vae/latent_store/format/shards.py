@@ -28,11 +28,11 @@ import pyarrow.parquet as pq
 import torch
 
 from ldm_vae.core.errors import WorkError
+from ldm_vae.core.file_record import FileRecord
 from ldm_vae.core.tables import check_values, kinds_within
 from ldm_vae.core.validation import parse_json, why_unreadable
 from ldm_vae.latent_store.format.chunks import chunk_rows
 from ldm_vae.latent_store.format.layout import CLIP_FRAMES, MAPPED_ROWS, ROWS, STATISTICS, TENSORS
-from ldm_vae.latent_store.storage.file_record import FileRecord
 from ldm_vae.latent_store.storage.objects import HashedFile, Storage
 
 

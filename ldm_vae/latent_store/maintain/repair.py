@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ldm_vae.core.errors import WorkError
+from ldm_vae.core.file_record import checksum
 from ldm_vae.core.ownership import Ownership, own
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import preprocessing_identity
@@ -38,7 +39,6 @@ from ldm_vae.latent_store.format.manifest import (
 )
 from ldm_vae.latent_store.format.work_units import Unit, UnitRecord
 from ldm_vae.latent_store.maintain.provenance import indices_of
-from ldm_vae.latent_store.storage.file_record import checksum
 from ldm_vae.latent_store.storage.objects import LocalFolder
 from ldm_vae.latent_store.write import sample_stream
 from ldm_vae.latent_store.write.crops import cutting_of

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.fsspec_files import AbsentError
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
@@ -30,7 +31,6 @@ from ldm_vae.latent_store.format.layout import (
 from ldm_vae.latent_store.format.manifest import Manifest, ShardRecord
 from ldm_vae.latent_store.format.rows import map_shard
 from ldm_vae.latent_store.remote.cache import Cache, open_cache
-from ldm_vae.latent_store.storage.fsspec_files import AbsentError
 
 T = TypeVar("T")
 

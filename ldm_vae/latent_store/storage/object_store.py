@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ldm_vae.core import atomic_io
+from ldm_vae.core import atomic_io, fsspec_files
 from ldm_vae.core.errors import UsageError
-from ldm_vae.latent_store.storage import fsspec_files
-from ldm_vae.latent_store.storage.file_record import FileRecord
-from ldm_vae.latent_store.storage.fsspec_files import AbsentError, open_files, patiently, status_of
+from ldm_vae.core.file_record import FileRecord
+from ldm_vae.core.fsspec_files import AbsentError, open_files, patiently, status_of
 from ldm_vae.latent_store.storage.objects import HashedFile, Write
 
 # fsspec's names of stores whose one request makes a whole object; of others a reader could see half of one

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from ldm_vae.core import atomic_io
+from ldm_vae.core.file_record import FileRecord, checksum
 from ldm_vae.core.files import LARGEST, open_plain, read_bytes
-from ldm_vae.latent_store.storage.file_record import FileRecord, checksum
 
 SCRATCH = "shards"  # the folder of a store that has room for what becomes a shard
 

@@ -1,7 +1,7 @@
-"""Files of a store that lies at a URL: any file system that fsspec knows (s3, gs, hf, http, memory, ...).
+"""Files that lie at a URL: any file system that fsspec knows (s3, gs, hf, http, memory, ...).
 
-A file is fetched whole, under a temporary name, compared with the manifest's size and checksum, and only then given its
-name: an interrupted or damaged download is never a shard. Never more bytes are taken than the manifest says, or LARGEST
+A file of a store is fetched whole, under a temporary name, compared with the manifest's size and checksum, and only then
+given its name: an interrupted or damaged download is never a shard. Never more bytes are taken than the manifest says, or LARGEST
 of a file that it does not name. What may pass (a lost connection, a server's 500, a body that ends early or stands
 still) is tried again after a growing, jittered wait; what stays wrong ends in one sentence.
 
@@ -29,8 +29,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.file_record import FileRecord, checksum
 from ldm_vae.core.files import LARGEST, OversizeError, Transfer
-from ldm_vae.latent_store.storage.file_record import FileRecord, checksum
 
 T = TypeVar("T")
 
