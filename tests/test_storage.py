@@ -12,10 +12,10 @@ from sentences import refused
 
 from ldm_vae.core.atomic_io import temporary_name
 from ldm_vae.core.errors import WorkError
+from ldm_vae.core.file_record import FileRecord
 from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.publication import publish_shard
 from ldm_vae.latent_store.format.shards import Spool, TensorSpec
-from ldm_vae.latent_store.storage.file_record import FileRecord
 from ldm_vae.latent_store.storage.objects import HashedFile, LocalFolder, Write
 
 IDENTITY = Identity(

@@ -20,6 +20,7 @@ from sentences import refused
 from store_sources import Pictures
 from stores import SETTINGS, encoded, same
 
+from ldm_vae.core import fsspec_files
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.export import store_push
 from ldm_vae.latent_store import (
@@ -29,7 +30,6 @@ from ldm_vae.latent_store import (
     write_store,
 )
 from ldm_vae.latent_store.remote.pull import plan_pull
-from ldm_vae.latent_store.storage import fsspec_files
 
 # huggingface_hub's LFS upload calls its HTTP client in a way that this deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

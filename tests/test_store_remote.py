@@ -26,7 +26,7 @@ from store_sources import Pictures
 from stores import SETTINGS, encoded, same
 from upstream import FLOOD, Fault, Upstream, serving
 
-from ldm_vae.core import files
+from ldm_vae.core import files, fsspec_files
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.latent_store import (
     LatentDataset,
@@ -36,7 +36,6 @@ from ldm_vae.latent_store import (
 )
 from ldm_vae.latent_store.format.layout import MAPPED_ROWS, TENSORS
 from ldm_vae.latent_store.read import mapped_files
-from ldm_vae.latent_store.storage import fsspec_files
 
 COLUMNS = ("key", "caption", "label", "tags")
 

@@ -32,7 +32,7 @@ from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.source import Record, open_source
 from ldm_vae.latent_store import write_store
 from ldm_vae.latent_store.format.manifest import read_manifest, write_manifest
-from ldm_vae.latent_store.format.work_units import is_done, source_identity
+from ldm_vae.latent_store.format.work_units import done_records, source_identity
 from ldm_vae.latent_store.write.finalize import finish
 
 from .encode import WIDTHS, WaitingEncoder, network
@@ -211,7 +211,7 @@ def _bookkeeping(folder: Path, samples: int) -> list[dict[str, Any]]:
     plan = unfinish(store, source)
     manifest = read_manifest(store)
     work = plan.digest(manifest.identity)
-    measure("again", lambda: [is_done(store, unit.number, work) for unit in plan.units(UNIT)])
+    measure("again", lambda: [*done_records(store, plan.units(UNIT), work)])
     measure("finish", lambda: finish(store, manifest, plan))
     shutil.rmtree(store)
     return rows

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ldm_vae.core.file_record import FileRecord
 from ldm_vae.data.transforms import PREPROCESSING_VERSION
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.identity import Identity
@@ -35,9 +36,8 @@ from ldm_vae.latent_store.format.work_units import (
     Plan,
     UnitRecord,
     fresh_plan,
-    record_path,
+    record_name,
 )
-from ldm_vae.latent_store.storage.file_record import FileRecord
 from ldm_vae.latent_store.storage.objects import LocalFolder
 
 Shape = tuple[int, int, int]
@@ -106,7 +106,7 @@ def unfinish(store: Path, source: SourceIdentity) -> Plan:
     (store / UNITS).mkdir()
     for shard in manifest.shards:
         record = UnitRecord(unit=shard.unit, samples=shard.rows, work=work, settings=SETTINGS, shards=(shard,))
-        record_path(store, shard.unit).write_text(record.model_dump_json(), encoding="utf-8")
+        (store / record_name(shard.unit)).write_text(record.model_dump_json(), encoding="utf-8")
     write_manifest(store, manifest.model_copy(update={"complete": False, "shards": (), "source": source}))
     return plan
 

@@ -34,7 +34,7 @@ class Request:
 
     vae: str = argument("VAE", "diffusers folder, run folder, hub id or single file")
     data: str = argument("DATA", "images: folder, dataset, list file, zip, tar shards, hub id")
-    out: str = argument("OUT", "folder of the store: new, or one to resume or update")
+    out: str = argument("OUT", "folder of the store, or a URL of an object store: new, or one to resume or update")
     resolution: tuple[int, ...] | None = flag(
         "side of the crop in pixels (default: the VAE's sample_size); several values give several shapes", nargs="+"
     )
@@ -86,8 +86,6 @@ class Request:
 
 
 def run(request: Request) -> None:
-    from pathlib import Path
-
     from ldm_vae.autoencoder.geometry import downsampling_factor, resolution_of
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.autoencoder.preparation import preparation_of
@@ -95,6 +93,7 @@ def run(request: Request) -> None:
     from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
     from ldm_vae.core.ownership import Part
     from ldm_vae.latent_store import write_store
+    from ldm_vae.latent_store.format.manifest import place_of
     from ldm_vae.latent_store.maintain.rounding_error import describe_costs, measure_costs
     from ldm_vae.latent_store.maintain.summary import describe, units_in
     from ldm_vae.latent_store.write.encoder import default_threads, default_workers
@@ -123,7 +122,7 @@ def run(request: Request) -> None:
         manifest = write_store(
             vae,
             source,
-            request.out,
+            place_of(request.out),
             resolution=size,
             batch_size=request.batch_size,
             shard_size=request.shard_size,
@@ -151,5 +150,5 @@ def run(request: Request) -> None:
     elif accelerator.is_main_process:
         print("\n".join([describe(request.out, manifest), *preparation.notes]))
         if manifest.units > before and not of_sounds:
-            print(describe_costs(measure_costs(Path(request.out), manifest, vae, source)))
+            print(describe_costs(measure_costs(place_of(request.out), manifest, vae, source)))
     accelerator.end_training()

@@ -218,6 +218,8 @@ def _entered(
 ) -> Ownership:
     """Make the folder and enter the context; a job that was waited for may have removed the folder at its end, so this
     is tried again."""
+    if re.match(r"[a-z0-9]+:/", str(folder)):
+        raise UsageError(f"{failing}: a URL takes a latent store alone (`ldm-vae encode`, `ldm-vae store merge`)")
     for attempt in range(ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -294,7 +296,7 @@ def _locked(path: Path, what: str, patience: float | None = None, quiet: float =
     me = (str(path.absolute()), threading.get_ident())
     if me in _held:
         # waiting would never end: the holder is this very thread
-        raise _refusal(what)
+        raise refusal(what)
     lock = FileLock(path, fallback_to_soft=False)
     _held[me] = what
     try:
@@ -322,7 +324,7 @@ def _acquire(lock: BaseFileLock, patience: float, what: str, quiet: float = 0.0)
         try:
             lock.acquire(timeout=-1 if patience == math.inf else patience)
         except (Timeout, LeaseSettingsMismatch) as error:  # the second: another version of ours, with other seconds
-            raise _refusal(what) from error
+            raise refusal(what) from error
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
@@ -331,7 +333,8 @@ def _remove_empty(folders: Iterable[Path]) -> None:
             path.rmdir()
 
 
-def _refusal(what: str) -> UsageError:
+def refusal(what: str) -> UsageError:
+    """The error where another launch is at work, and stays."""
     return UsageError(
         f"{what}: expected that no other launch is at work on it, and one is; wait for its end, or name another place"
     )

@@ -19,6 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 from huggingface_hub.hf_api import RepoFile
 
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.file_record import FileRecord, checksum
 from ldm_vae.core.progress import Progress
 from ldm_vae.export.hub import check_name, client, in_a_sentence
 from ldm_vae.export.store_card import store_card
@@ -37,7 +38,6 @@ from ldm_vae.latent_store.format.manifest import Manifest, read_finished
 from ldm_vae.latent_store.format.rows import map_shard
 from ldm_vae.latent_store.maintain.provenance import find_vae
 from ldm_vae.latent_store.read.pictures import contact_sheet
-from ldm_vae.latent_store.storage.file_record import FileRecord, checksum
 
 COMMIT_FILES = 300
 CARD, PICTURE = "README.md", "samples.png"

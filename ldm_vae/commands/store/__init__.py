@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ldm_vae.commands.store import sharing
+from ldm_vae.commands.store.sharing import folder
 from ldm_vae.core.request import Action, argument, flag
 from ldm_vae.data.flags import DataFlags, data_flags
 
@@ -72,9 +73,9 @@ class Merge:
     """Stores to merge."""
 
     stores: tuple[str, ...] = argument(
-        "STORE", "stores with equal identity; VAE and data are those of the first", nargs="+"
+        "STORE", "folders or URLs of stores with equal identity; VAE and data are those of the first", nargs="+"
     )
-    out: str = argument("OUT", "a folder that does not exist yet")
+    out: str = argument("OUT", "a folder that does not exist yet, or a URL of an object store with nothing there")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,18 +128,17 @@ def _verify(request: Verify) -> None:
 
 
 def _reencode(request: Verify, count: int) -> None:
-    from pathlib import Path
-
     import torch
 
     from ldm_vae.core.errors import UsageError, WorkError
     from ldm_vae.latent_store import read_manifest
+    from ldm_vae.latent_store.format.manifest import place_of
     from ldm_vae.latent_store.maintain.provenance import find_source, find_vae
     from ldm_vae.latent_store.maintain.spot_check import reencode, unit_of
 
     if count < 1:
         raise UsageError(f"--reencode: expected at least 1, got {count}")
-    store, manifest = Path(request.store), read_manifest(request.store)
+    store, manifest = place_of(request.store), read_manifest(request.store)
     vae = find_vae(store, manifest, request.vae)
     source = find_source(manifest, vae, request.data, request.flags)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,8 +154,6 @@ def _reencode(request: Verify, count: int) -> None:
 
 
 def _repair(request: Repair) -> None:
-    from pathlib import Path
-
     import torch
 
     from ldm_vae.core.errors import WorkError
@@ -164,7 +162,7 @@ def _repair(request: Repair) -> None:
     from ldm_vae.latent_store.maintain.repair import repair
     from ldm_vae.latent_store.write.encoder import default_threads, default_workers
 
-    store, manifest = Path(request.store), read_manifest(request.store)
+    store, manifest = folder(request.store, "STORE"), read_manifest(request.store)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = []
 
@@ -206,24 +204,22 @@ def _stats(request: Stats) -> None:
 
 
 def _merge(request: Merge) -> None:
-    from pathlib import Path
-
+    from ldm_vae.latent_store.format.manifest import place_of
     from ldm_vae.latent_store.maintain.merge_split import merge
 
-    done = merge([Path(store) for store in request.stores], Path(request.out))
+    done = merge([place_of(store) for store in request.stores], place_of(request.out))
     print(f"{request.out}: {done.samples:,} samples in {len(done.shards):,} shards, {done.quarantined:,} quarantined")
 
 
 def _split(request: Split) -> None:
-    from pathlib import Path
-
     from ldm_vae.latent_store import read_manifest
+    from ldm_vae.latent_store.format.manifest import place_of
     from ldm_vae.latent_store.maintain.merge_split import split, take_samples, take_where
 
-    store, out = Path(request.store), Path(request.out)
+    store, out = place_of(request.store), place_of(request.out)
     made = [out]
     if request.parts is not None:
-        made = split(store, out, request.parts)
+        made = [*split(store, folder(request.out, "OUT"), request.parts)]
     elif request.rows is not None:
         take_samples(store, out, *_range(request.rows))
     else:
@@ -236,14 +232,13 @@ def _split(request: Split) -> None:
 
 
 def _convert(request: Convert) -> None:
-    from pathlib import Path
-
     from ldm_vae.autoencoder.load import load_autoencoder
     from ldm_vae.core.errors import UsageError
     from ldm_vae.latent_store.convert.conversion import convert_from, convert_to
     from ldm_vae.latent_store.convert.formats import Options, kohya
+    from ldm_vae.latent_store.format.manifest import place_of
 
-    source, out = Path(request.source), Path(request.out)
+    source, out = request.source, folder(request.out, "OUT")
     for name, owners in (("model", FOR_A_MODEL), ("names", ("kohya",))):
         if request.to_format not in owners and getattr(request, name) is not None:
             raise UsageError(f"--{name}: belongs to --to {', '.join(owners)}")
@@ -251,7 +246,7 @@ def _convert(request: Convert) -> None:
         if request.vae is not None:
             raise UsageError("--vae: belongs to --from; a store knows its VAE")
         options = Options(model=request.model, names=request.names or "sized")
-        lost = convert_to(source, out, request.to_format, options)
+        lost = convert_to(place_of(source), out, request.to_format, options)
         print(f"{out}: the latents of {source} as {request.to_format}; what it does not carry:")
         for phrase in lost:
             print(f"  {phrase}")
@@ -261,7 +256,12 @@ def _convert(request: Convert) -> None:
     assert request.from_format is not None  # argparse asks for one of the two
     vae = None if request.vae is None else load_autoencoder(request.vae)
     manifest, notes = convert_from(
-        source, out, request.from_format, vae=vae, vae_name=request.vae or "", shard_size=request.shard_size
+        folder(source, "SRC"),
+        out,
+        request.from_format,
+        vae=vae,
+        vae_name=request.vae or "",
+        shard_size=request.shard_size,
     )
     for note in notes:
         print(note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ldm_vae.core.request import Action, argument, flag
 
@@ -35,12 +36,24 @@ class Pull:
     dry_run: bool = flag("only list the files to download", False)
 
 
-def _push(request: Push) -> None:
-    from pathlib import Path
+def folder(text: str, field: str) -> Path:
+    """A place that has to be a folder. Raises UsageError for a URL, with what would do."""
+    from ldm_vae.core.errors import UsageError
+    from ldm_vae.latent_store.format.manifest import place_of
 
+    place = place_of(text)
+    if isinstance(place, str):
+        raise UsageError(
+            f"{field} {text}: expected a folder, got a URL; `ldm-vae store pull URL FOLDER` brings a store into one, "
+            "`ldm-vae store merge FOLDER URL` writes one to a URL"
+        )
+    return place
+
+
+def _push(request: Push) -> None:
     from ldm_vae.export.store_push import plan_push, push
 
-    plan = plan_push(Path(request.store), request.repo, request.revision)
+    plan = plan_push(folder(request.store, "STORE"), request.repo, request.revision)
     print(f"{request.repo}: {plan}")
     if not request.dry_run:
         address = push(plan, private=request.private, license=request.license, vae=request.vae)
@@ -48,7 +61,6 @@ def _push(request: Push) -> None:
 
 
 def _pull(request: Pull) -> None:
-    from pathlib import Path
     from urllib.parse import quote
 
     from ldm_vae.core.errors import UsageError
@@ -61,7 +73,7 @@ def _pull(request: Pull) -> None:
         place = f"hf://datasets/{place}{revision}"
     elif request.revision:
         raise UsageError(f"--revision: goes with owner/name, not with the URL {place}")
-    plan = plan_pull(place, Path(request.out))
+    plan = plan_pull(place, folder(request.out, "OUT"))
     print(f"{request.out}: {plan}")
     if not request.dry_run:
         print(describe(request.out, pull(plan)))

@@ -30,9 +30,10 @@ from ldm_vae.latent_store.format.manifest import (
 )
 from ldm_vae.latent_store.maintain.merge_split import pieces
 from ldm_vae.latent_store.maintain.repack import repack
+from ldm_vae.latent_store.storage.places import Place
 
 
-def convert_to(store: Path, out: Path, name: str, options: Options | None = None) -> list[str]:
+def convert_to(store: Place, out: Path, name: str, options: Options | None = None) -> list[str]:
     """Write a finished store's latents in the format of that name; what it has no place for, one phrase each.
 
     Raises:

@@ -22,6 +22,7 @@ from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.core import config
 from ldm_vae.core.config import Section
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.file_record import FileRecord
 from ldm_vae.core.files import LARGEST as LARGEST_FILE
 from ldm_vae.core.files import read_bytes
 from ldm_vae.core.paths import nearest_path
@@ -40,8 +41,7 @@ from ldm_vae.latent_store.format.layout import (
 )
 from ldm_vae.latent_store.format.layout import MANIFEST as MANIFEST  # part of this module's interface
 from ldm_vae.latent_store.format.statistics import Measured
-from ldm_vae.latent_store.storage.file_record import FileRecord
-from ldm_vae.latent_store.storage.objects import LocalFolder
+from ldm_vae.latent_store.storage.places import Place, storage_at
 
 
 class SourceIdentity(Section):
@@ -235,9 +235,9 @@ class Manifest(Section):
         return f'{head[:-2]},\n  "shards": {body}\n}}\n'.encode()
 
 
-def manifest_path(store: Path) -> Path:
-    """Path of a store's manifest."""
-    return store / MANIFEST
+def has_manifest(store: Place) -> bool:
+    """True if a store, finished or not, was begun there."""
+    return storage_at(store).sizes()(MANIFEST) >= 0
 
 
 def read_manifest(store: str | Path) -> Manifest:
@@ -293,7 +293,7 @@ def read_finished(store: str | Path) -> Manifest:
     return manifest
 
 
-def place_of(store: str | Path) -> str | Path:
+def place_of(store: Place) -> Place:
     """A folder as a Path (`file://` as well), a store elsewhere as its URL."""
     if not isinstance(store, str) or "://" not in store:
         return Path(store)
@@ -304,7 +304,7 @@ def place_of(store: str | Path) -> str | Path:
 
 def _local(store: Path) -> bytes:
     try:
-        return read_bytes(manifest_path(store), LARGEST_FILE)
+        return read_bytes(store / MANIFEST, LARGEST_FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(
             f"store {store}: no manifest.json there{nearest_path(store)}; `ldm-vae encode VAE DATA {store}` makes one"
@@ -314,25 +314,26 @@ def _local(store: Path) -> bytes:
 
 
 def _remote(store: str) -> bytes:
-    from ldm_vae.latent_store.storage import fsspec_files  # fsspec, which readers of folders have no need of
+    from ldm_vae.core import fsspec_files  # fsspec, which readers of folders have no need of
 
     try:
         return fsspec_files.read(f"{store}/{MANIFEST}")
     except fsspec_files.AbsentError as error:
-        raise UsageError(f"store {store}: no manifest.json there; `ldm-vae store push` puts one on a hub") from error
+        made = f"`ldm-vae encode VAE DATA {store}` makes one in an object store, `ldm-vae store push` on a hub"
+        raise UsageError(f"store {store}: no manifest.json there; {made}") from error
 
 
-def write_manifest(store: Path, manifest: Manifest) -> None:
+def write_manifest(store: Place, manifest: Manifest) -> None:
     """Replace STORE/manifest.json in one step. Raises WorkError for one that would not be read again."""
     if manifest.complete:
         try:
             manifest.check_contents()
         except ValueError as error:
             raise WorkError(f"store {store}: cannot be finished: {error}") from error
-    LocalFolder(store).replace(MANIFEST, manifest.to_bytes())
+    storage_at(store).replace(MANIFEST, manifest.to_bytes())
 
 
-def check_identity(store: Path, existing: Identity, wanted: Identity) -> None:
+def check_identity(store: Place, existing: Identity, wanted: Identity) -> None:
     """Raises UsageError naming what differs between a store and what would be added to it."""
     before, after = existing.model_dump(mode="json"), wanted.model_dump(mode="json")
     differing = [

@@ -19,7 +19,6 @@ from ldm_vae.latent_store.format.layout import (
     SAFETENSORS_DTYPES,
     TENSOR_NAMES,
     crops_of,
-    shard_path,
     tensor_name,
 )
 from ldm_vae.latent_store.format.manifest import ShardRecord
@@ -97,9 +96,8 @@ def accumulator(identity: Identity) -> LatentStatistics | CodeStatistics:
 
 
 def live_statistics(
-    store: Path, identity: Identity, shard: ShardRecord, mapped: Mapping[str, npt.NDArray[Any]]
+    identity: Identity, shard: ShardRecord, mapped: Mapping[str, npt.NDArray[Any]], keys: Sequence[str]
 ) -> npt.NDArray[np.float64]:
-    """The table of sums over the rows that are still there."""
+    """The table of sums over the rows that are still there, which have these keys."""
     live = shard.live_rows
-    keys = shards.read_rows(shard_path(store, shard.name), ["key"], shard.rows).column("key").take(live).to_pylist()
     return statistics(identity, lambda name, first, stop: mapped[name][live[first:stop]], keys)

@@ -28,11 +28,11 @@ import pyarrow.parquet as pq
 import torch
 
 from ldm_vae.core.errors import WorkError
+from ldm_vae.core.file_record import FileRecord
 from ldm_vae.core.tables import check_values, kinds_within
 from ldm_vae.core.validation import parse_json, why_unreadable
 from ldm_vae.latent_store.format.chunks import chunk_rows
 from ldm_vae.latent_store.format.layout import CLIP_FRAMES, MAPPED_ROWS, ROWS, STATISTICS, TENSORS
-from ldm_vae.latent_store.storage.file_record import FileRecord
 from ldm_vae.latent_store.storage.objects import HashedFile, Storage
 
 
@@ -79,7 +79,7 @@ class TensorSpec:
 class Spool:
     """Rows of a shard that is being made, in a file without a name: a kill leaves nothing behind."""
 
-    def __init__(self, folder: Path, specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, folder: Path | None, specs: Sequence[TensorSpec]) -> None:
         self.specs = tuple(specs)
         self.rows = 0
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by `close`)

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
 
+from ldm_vae.core.ahead import ahead
 from ldm_vae.core.config import Section
-from ldm_vae.core.files import LARGEST, read_bytes
 from ldm_vae.core.progress import Progress
 from ldm_vae.data.source import Source, each_key
 from ldm_vae.latent_store.format.identity import Identity
-from ldm_vae.latent_store.format.layout import PLAN, UNITS, shard_path
+from ldm_vae.latent_store.format.layout import PLAN, SHARDS, UNITS, shard_file
 from ldm_vae.latent_store.format.manifest import (
     Settings,
     ShardRecord,
     SourceIdentity,
 )
-from ldm_vae.latent_store.storage.objects import LocalFolder
+from ldm_vae.latent_store.storage.places import Place, storage_at
 
 
 class BadSample(Section):
@@ -115,19 +114,19 @@ def fresh_plan(source: SourceIdentity) -> Plan:
     return Plan(source=source, first_unit=0, ranges=((0, source.samples),))
 
 
-def read_plan(store: Path, units_so_far: int) -> Plan | None:
+def read_plan(store: Place, units_so_far: int) -> Plan | None:
     """The update that is under way; None when there is none, or when it was merged and only its file is left."""
     try:
-        plan = Plan.model_validate_json(read_bytes(store / PLAN, LARGEST))
+        plan = Plan.model_validate_json(storage_at(store).read(PLAN))
     except (OSError, ValidationError):
         return None
     # a merge counts its units in the manifest, so a smaller first unit is that of a merged plan
     return plan if plan.first_unit >= units_so_far else None
 
 
-def write_plan(store: Path, plan: Plan) -> None:
+def write_plan(store: Place, plan: Plan) -> None:
     """Keep a plan until it is merged."""
-    LocalFolder(store).replace(PLAN, plan.model_dump_json().encode() + b"\n")
+    storage_at(store).replace(PLAN, plan.model_dump_json().encode() + b"\n")
 
 
 def record_name(unit: int) -> str:
@@ -135,55 +134,52 @@ def record_name(unit: int) -> str:
     return f"{UNITS}/{unit:08d}.json"
 
 
-def record_path(store: Path, unit: int) -> Path:
-    """Path of a unit's record."""
-    return store / record_name(unit)
-
-
-def read_record(store: Path, unit: int, work: str) -> UnitRecord | None:
+def read_record(store: Place, unit: int, work: str) -> UnitRecord | None:
     """A unit's record; None when the unit is to be done: there is none, it is damaged, or of other work."""
     try:
-        record = UnitRecord.model_validate_json(read_bytes(record_path(store, unit), LARGEST))
+        record = UnitRecord.model_validate_json(storage_at(store).read(record_name(unit)))
     except (OSError, ValidationError):
         return None
     # of another identity or plan: the unit of this number is another one
     return record if record.work == work else None
 
 
-def is_done(store: Path, unit: int, work: str) -> bool:
-    """True if a unit has its record, and all its files have the sizes that the record says."""
-    record = read_record(store, unit, work)
-    # sizes, not checksums: those of a whole store would take as long as reading it
-    return record is not None and all(
-        _size(shard_path(store, shard.name, extension)) == file.bytes
-        for shard in record.shards
-        for extension, file in shard.files.items()
-    )
+def read_records(store: Place, units: Iterable[Unit], work: str) -> Iterator[UnitRecord | None]:
+    """The records of some units, in order; of an object store several at a time."""
+    return ahead(lambda unit: read_record(store, unit.number, work), units, storage_at(store).connections)
 
 
-def are_done(store: Path, units: Sequence[Unit], work: str) -> bool:
+def done_records(store: Place, units: Iterable[Unit], work: str) -> Iterator[UnitRecord]:
+    """The records of those of some units that are done: they have one, and all their files the sizes that it says."""
+    storage = storage_at(store)
+    records, files = storage.sizes(UNITS), storage.sizes(SHARDS)
+    begun = (unit for unit in units if records(record_name(unit.number)) >= 0)
+    for record in read_records(store, begun, work):
+        # sizes, not checksums: those of a whole store would take as long as reading it
+        if record is not None and all(
+            files(shard_file(shard.name, extension)) == file.bytes
+            for shard in record.shards
+            for extension, file in shard.files.items()
+        ):
+            yield record
+
+
+def are_done(store: Place, units: Sequence[Unit], work: str) -> bool:
     """True if all these units are done. While some have no record, it costs one listing of a folder."""
-    there = {path.name for path in (store / UNITS).iterdir()}
-    return all(record_path(store, unit.number).name in there for unit in units) and all(
-        is_done(store, unit.number, work) for unit in units
+    there = {*storage_at(store).names(UNITS)}
+    return all(record_name(unit.number) in there for unit in units) and len(units) == sum(
+        1 for _ in done_records(store, units, work)
     )
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
-def write_record(store: Path, record: UnitRecord) -> None:
+def write_record(store: Place, record: UnitRecord) -> None:
     """Publish a unit's record: from here on the unit is done.
 
     A record that is there already came from another process; where it does not describe the same files (an orphan with
     other settings), ours replaces it, since ours are the files that were published last.
     """
     content = json.dumps(record.model_dump(mode="json"), ensure_ascii=False).encode() + b"\n"
-    LocalFolder(store).publish(record_name(record.unit), lambda file: file.write(content))
+    storage_at(store).publish(record_name(record.unit), lambda file: file.write(content))
 
 
 def source_identity(source: Source) -> SourceIdentity:

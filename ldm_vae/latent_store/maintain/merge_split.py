@@ -16,10 +16,8 @@ import numpy.typing as npt
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.chunks import chunk_rows
 from ldm_vae.latent_store.format.identity import Identity
-from ldm_vae.latent_store.format.layout import TENSORS, shard_path
 from ldm_vae.latent_store.format.manifest import (
     Manifest,
     ShardRecord,
@@ -27,7 +25,7 @@ from ldm_vae.latent_store.format.manifest import (
 )
 from ldm_vae.latent_store.format.publication import Group
 from ldm_vae.latent_store.format.quarantine import read_quarantine
-from ldm_vae.latent_store.format.rows import map_shard, tensors_of
+from ldm_vae.latent_store.format.rows import tensors_of
 from ldm_vae.latent_store.maintain.repack import (
     Integers,
     Samples,
@@ -36,6 +34,8 @@ from ldm_vae.latent_store.maintain.repack import (
     repack,
 )
 from ldm_vae.latent_store.maintain.verify import check_shard
+from ldm_vae.latent_store.remote.at_hand import mapped_tensors, rows_of
+from ldm_vae.latent_store.storage.places import Place
 from ldm_vae.latent_store.write.updates import (
     StoredImages,
     digests,
@@ -48,7 +48,7 @@ from ldm_vae.latent_store.write.updates import (
 class StoredPiece:
     """Rows of one shard that are to be copied, ascending; their keys, in the same order."""
 
-    store: Path
+    store: Place
     manifest: Manifest
     shard: ShardRecord
     rows: Integers
@@ -65,14 +65,16 @@ class StoredPiece:
         return self.shard.shape
 
     def check(self) -> None:
-        """Raises WorkError for the first thing that is wrong with the shard."""
+        """Raises WorkError for the first thing that is wrong with the shard; of a URL a download does, file by file."""
+        if isinstance(self.store, str):
+            return
         for problem in check_shard(self.store, self.manifest, self.shard):
             raise WorkError(f"store {self.store}: {problem.file} {problem.what}; `ldm-vae store repair` comes first")
 
     def read(self, positions: Integers) -> Iterator[tuple[Tensors, Samples]]:
         """Mapped tensors and the columns, a few rows at a time."""
-        mapped = map_shard(shard_path(self.store, self.shard.name, TENSORS), self.manifest.identity, self.shard)
-        table = shards.read_rows(shard_path(self.store, self.shard.name))
+        mapped = mapped_tensors(self.store, self.manifest.identity, self.shard)
+        table = rows_of(self.store, self.shard)
         names = tensors_of(self.manifest.identity)
         step = chunk_rows(self.shape)
         for begin in range(0, len(positions), step):
@@ -80,12 +82,12 @@ class StoredPiece:
             yield {name: mapped[name][some] for name in names}, table.take(some).to_pylist()
 
 
-def pieces(store: Path, manifest: Manifest) -> Iterator[StoredPiece]:
+def pieces(store: Place, manifest: Manifest) -> Iterator[StoredPiece]:
     """All live rows of a store, in the order of the samples, one piece per shard."""
     for shard in manifest.shards:
         live = shard.live_rows
         if len(live):
-            table = shards.read_rows(shard_path(store, shard.name), ["key"], shard.rows)
+            table = rows_of(store, shard, ["key"], shard.rows)
             yield StoredPiece(store, manifest, shard, live, table.column("key").take(live).to_pylist())
 
 
@@ -95,7 +97,7 @@ def chosen(piece: StoredPiece, keep: npt.NDArray[np.bool_]) -> StoredPiece:
     return StoredPiece(piece.store, piece.manifest, piece.shard, piece.rows[keep], keys)
 
 
-def merge(stores: Sequence[Path], out: Path) -> Manifest:
+def merge(stores: Sequence[Place], out: Place) -> Manifest:
     """Merge stores into one, or rewrite a single one without its removed rows. An image that several hold is taken
     once.
 
@@ -120,7 +122,7 @@ def merge(stores: Sequence[Path], out: Path) -> Manifest:
     return repack(parts, out, manifests[0].model_copy(update={"settings": settings}), list(quarantine.values()))
 
 
-def check_same_identity(first: Path, one: Identity, second: Path, other: Identity) -> None:
+def check_same_identity(first: Place, one: Identity, second: Place, other: Identity) -> None:
     """Raises UsageError naming what differs between two stores that would become one."""
     before, after = one.model_dump(mode="json"), other.model_dump(mode="json")
     differing = [f"{name} {before[name]} and {after[name]}" for name in before if before[name] != after[name]]
@@ -130,7 +132,7 @@ def check_same_identity(first: Path, one: Identity, second: Path, other: Identit
 
 def _unseen(piece: StoredPiece, earlier: Sequence[StoredImages]) -> StoredPiece:
     """Drop the rows of images that an earlier store has. Raises UsageError for a key that names another image there."""
-    table = shards.read_rows(shard_path(piece.store, piece.shard.name), ["image_sha256"])
+    table = rows_of(piece.store, piece.shard, ["image_sha256"])
     images = shortened(table.column("image_sha256").take(piece.rows).to_pylist())
     saying = said_by_rows(piece.store, piece.shard) if earlier else ()
     keep = np.ones(len(piece.rows), dtype=bool)
@@ -161,7 +163,7 @@ def _unseen(piece: StoredPiece, earlier: Sequence[StoredImages]) -> StoredPiece:
 # --- split ------------------------------------------------------------------------------------------------------------
 
 
-def split(store: Path, out: Path, count: int) -> list[Path]:
+def split(store: Place, out: Path, count: int) -> list[Path]:
     """Split a store into `count` stores OUT/0, OUT/1, ..., each of consecutive whole units.
 
     Raises:
@@ -183,7 +185,7 @@ def split(store: Path, out: Path, count: int) -> list[Path]:
     return [out / str(number) for number in range(count)]
 
 
-def take_samples(store: Path, out: Path, first: int, stop: int) -> Manifest:
+def take_samples(store: Place, out: Place, first: int, stop: int) -> Manifest:
     """Write samples [first, stop), as LatentDataset counts them, as a store of their own."""
     manifest = read_finished(store)
     if not 0 <= first < stop <= manifest.samples:
@@ -193,7 +195,7 @@ def take_samples(store: Path, out: Path, first: int, stop: int) -> Manifest:
     return repack(_kept(list(pieces(store, manifest)), marks), out, manifest)
 
 
-def take_where(store: Path, out: Path, wanted: Sequence[tuple[str, str]]) -> Manifest:
+def take_where(store: Place, out: Place, wanted: Sequence[tuple[str, str]]) -> Manifest:
     """Write the samples whose columns have these values as text, as a store of their own; of a list, one of its
     elements."""
     manifest = read_finished(store)
@@ -202,7 +204,7 @@ def take_where(store: Path, out: Path, wanted: Sequence[tuple[str, str]]) -> Man
             raise UsageError(f"--where: the store has no column {name!r}; it has {', '.join(manifest.columns)}")
     parts = []
     for piece in pieces(store, manifest):
-        table = shards.read_rows(shard_path(piece.store, piece.shard.name)).take(piece.rows)
+        table = rows_of(piece.store, piece.shard).take(piece.rows)
         keep = np.ones(len(piece.rows), dtype=bool)
         for name, value in wanted:
             values = table.column(name).to_pylist() if name in table.column_names else [None] * len(keep)

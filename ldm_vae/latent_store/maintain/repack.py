@@ -7,6 +7,7 @@ encoder writes them. So whole units give the files that they had, wherever their
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from ldm_vae import __version__
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.ownership import is_mark
 from ldm_vae.core.progress import Progress
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.identity import Identity
@@ -35,7 +37,8 @@ from ldm_vae.latent_store.format.manifest import (
 from ldm_vae.latent_store.format.publication import Group, publish_shard
 from ldm_vae.latent_store.format.quarantine import write_quarantine
 from ldm_vae.latent_store.format.work_units import BadSample
-from ldm_vae.latent_store.storage.objects import LocalFolder
+from ldm_vae.latent_store.storage.claims import own_place
+from ldm_vae.latent_store.storage.places import Place, storage_at
 from ldm_vae.latent_store.write.finalize import merged_statistics
 from ldm_vae.latent_store.write.updates import digests
 
@@ -66,7 +69,7 @@ class Piece(Protocol):
         """The rows at these positions, ascending, in parts that fit into memory."""
 
 
-def repack(parts: Sequence[Piece], out: Path, head: Manifest, quarantine: Sequence[BadSample] = ()) -> Manifest:
+def repack(parts: Sequence[Piece], out: Place, head: Manifest, quarantine: Sequence[BadSample] = ()) -> Manifest:
     """Write a new store of these rows; it has its name only when it is whole.
 
     Args:
@@ -79,13 +82,26 @@ def repack(parts: Sequence[Piece], out: Path, head: Manifest, quarantine: Sequen
     """
     if not parts:
         raise UsageError(f"OUT {out}: no samples are left to put into it")
+    if isinstance(out, str):
+        with own_place(out, "OUT"):
+            _check_free(out)
+            return _fill(out, parts, head, quarantine)
     with atomic_io.whole_folder(out) as folder:
         for name in (SHARDS, UNITS):
             (folder / name).mkdir()
         return _fill(folder, parts, head, quarantine)
 
 
-def _fill(folder: Path, parts: Sequence[Piece], head: Manifest, quarantine: Sequence[BadSample]) -> Manifest:
+def _check_free(url: str) -> None:
+    """Raises UsageError where something lies, but for shards that a stopped call of this kind has left."""
+    storage = storage_at(url)
+    taken = [name for name in storage.names() if name != SHARDS and not is_mark(Path(name))]
+    taken += [name for name in storage.names(SHARDS) if re.match(r"shards/[0-9]{8}[-.]", name) is None]
+    if taken:
+        raise UsageError(f"OUT {url}: holds something already ({taken[0]}); choose a new place")
+
+
+def _fill(folder: Place, parts: Sequence[Piece], head: Manifest, quarantine: Sequence[BadSample]) -> Manifest:
     keys = [key for piece in parts for key in piece.keys]
     ordinals = image_ordinals(keys)
     unit_of = ordinals // head.identity.shard_size
@@ -149,20 +165,20 @@ def image_ordinals(keys: Sequence[str]) -> Integers:
 
 
 def _write_shard(
-    folder: Path, identity: Identity, unit: int, group: Group, taken: Sequence[tuple[Piece, Integers]]
+    folder: Place, identity: Identity, unit: int, group: Group, taken: Sequence[tuple[Piece, Integers]]
 ) -> tuple[ShardRecord, dict[str, str]]:
     """One shard of a unit, of rows that come from any number of pieces."""
-    samples: Samples = []
+    storage, samples = storage_at(folder), Samples()
     spool: shards.Spool | None = None
     try:
         for piece, own in taken:
             for tensors, some in piece.read(own):
                 if spool is None:
-                    spool = shards.Spool(folder / SHARDS, [_spec(identity, *item) for item in tensors.items()])
+                    spool = shards.Spool(storage.scratch, [_spec(identity, *item) for item in tensors.items()])
                 spool.append(tensors)
                 samples += some
         assert spool is not None
-        return publish_shard(LocalFolder(folder), identity, unit, group, spool, samples)
+        return publish_shard(storage, identity, unit, group, spool, samples)
     finally:
         if spool is not None:
             spool.close()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ldm_vae.core.errors import WorkError
+from ldm_vae.core.file_record import checksum
 from ldm_vae.core.ownership import Ownership, own
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import preprocessing_identity
@@ -24,6 +25,8 @@ from ldm_vae.latent_store.format.layout import (
     EXTENSIONS,
     MAPPED_ROWS,
     ROWS,
+    SHARDS,
+    UNITS,
     shard_file,
     shard_path,
 )
@@ -36,12 +39,11 @@ from ldm_vae.latent_store.format.manifest import (
 )
 from ldm_vae.latent_store.format.work_units import Unit, UnitRecord
 from ldm_vae.latent_store.maintain.provenance import indices_of
-from ldm_vae.latent_store.storage.file_record import checksum
 from ldm_vae.latent_store.storage.objects import LocalFolder
 from ldm_vae.latent_store.write import sample_stream
 from ldm_vae.latent_store.write.crops import cutting_of
 from ldm_vae.latent_store.write.encoder import Encoder
-from ldm_vae.latent_store.write.finalize import merged_statistics, remove_leftovers
+from ldm_vae.latent_store.write.finalize import merged_statistics
 from ldm_vae.latent_store.write.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ def _repair(
 ) -> Repaired:
     manifest = read_finished(store)
     # safe only as the owner: nobody else has a temporary file here
-    remove_leftovers(store)
+    LocalFolder(store).tidy(SHARDS, UNITS)
     damaged = {shard.name: _damaged(store, shard) for shard in manifest.shards}
     # rows first: what can be copied needs neither VAE nor images, and no unit is encoded for it
     copied = [file for shard in manifest.shards for file in _copy_rows(store, shard, damaged[shard.name])]

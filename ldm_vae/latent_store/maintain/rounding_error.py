@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,11 @@ from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.layout import (
     SAFETENSORS_DTYPES,
     TENSOR_NAMES,
-    TENSORS,
-    shard_path,
 )
 from ldm_vae.latent_store.format.manifest import Manifest
-from ldm_vae.latent_store.format.rows import map_shard
 from ldm_vae.latent_store.format.work_units import Unit
+from ldm_vae.latent_store.remote.at_hand import mapped_tensors, rows_of
+from ldm_vae.latent_store.storage.places import Place
 from ldm_vae.latent_store.write import sample_stream
 from ldm_vae.latent_store.write.crops import cutting_of
 from ldm_vae.latent_store.write.encoder import Encoder
@@ -46,11 +44,11 @@ class Costs:
 
 
 @torch.no_grad()
-def measure_costs(store: Path, manifest: Manifest, vae: Any, source: Source) -> Costs:
+def measure_costs(store: Place, manifest: Manifest, vae: Any, source: Source) -> Costs:
     """Decode a few samples of the newest shard with and without the rounding of the storage dtype."""
     identity, shard = manifest.identity, manifest.shards[-1]
     count = min(shard.rows, max(1, MOST_PIXELS // math.prod(shard.group[1:])))
-    indices = shards.read_rows(shard_path(store, shard.name), ["source_index"]).column(0)[:count].to_pylist()
+    indices = rows_of(store, shard, ["source_index"]).column(0)[:count].to_pylist()
     exact = identity.model_copy(update={"resolution": (shard.resolution,)})
     # the same encode stored in fp32, which rounds nothing: the difference is the storage dtype's alone
     if identity.codes is None:
@@ -59,7 +57,7 @@ def measure_costs(store: Path, manifest: Manifest, vae: Any, source: Source) -> 
     stream = sample_stream.samples(source, "", cutting_of(exact, vae), [Unit(0, indices)], encoder.batch_size, 0)
     ready = [item for dealt in stream for item in dealt.ready]
     name = TENSOR_NAMES[identity.store][0]
-    mapped = map_shard(shard_path(store, shard.name, TENSORS), identity, shard)[name][: len(ready)]
+    mapped = mapped_tensors(store, identity, shard)[name][: len(ready)]
     stored = shards.to_float(mapped, SAFETENSORS_DTYPES[identity.dtype])
     psnr, worst = [], 0
     for sample, z, rounded in zip(ready, encoder(ready)[0][name], stored, strict=True):

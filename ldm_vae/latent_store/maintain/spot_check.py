@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,14 @@ from ldm_vae.latent_store.format.layout import (
     SHARDS,
     TENSOR_NAMES,
     TENSORS,
-    shard_path,
 )
 from ldm_vae.latent_store.format.manifest import Manifest
-from ldm_vae.latent_store.format.rows import map_shard
 from ldm_vae.latent_store.format.statistics import patched
 from ldm_vae.latent_store.format.work_units import Unit
 from ldm_vae.latent_store.maintain.provenance import indices_of
 from ldm_vae.latent_store.maintain.verify import Problem
+from ldm_vae.latent_store.remote.at_hand import mapped_tensors, rows_of
+from ldm_vae.latent_store.storage.places import Place
 from ldm_vae.latent_store.write import sample_stream
 from ldm_vae.latent_store.write.crops import cutting_of
 from ldm_vae.latent_store.write.encoder import Encoder
@@ -52,7 +51,7 @@ class _Stored:
 
 
 def reencode(
-    store: Path,
+    store: Place,
     manifest: Manifest,
     vae: Any,
     source: Source,
@@ -106,7 +105,7 @@ def reencode(
     return Comparison(compared, identical, worst, tuple(problems))
 
 
-def _choose(store: Path, manifest: Manifest, count: int, seed: int) -> dict[tuple[str, int], _Stored]:
+def _choose(store: Place, manifest: Manifest, count: int, seed: int) -> dict[tuple[str, int], _Stored]:
     """Random live rows by key and resolution."""
     live = np.array([shard.live for shard in manifest.shards])
     # numbers of live rows over the whole store; `stops` turns them into shards, `own` into rows of one
@@ -115,7 +114,7 @@ def _choose(store: Path, manifest: Manifest, count: int, seed: int) -> dict[tupl
     chosen = {}
     for number in np.unique(np.searchsorted(stops, picks, side="right")).tolist():
         shard = manifest.shards[number]
-        table = shards.read_rows(shard_path(store, shard.name), ["key", "image_sha256"])
+        table = rows_of(store, shard, ["key", "image_sha256"])
         rows = shard.live_rows
         own = picks[(picks < stops[number]) & (picks >= stops[number] - live[number])] - (stops[number] - live[number])
         for row in rows[np.sort(own)].tolist():
@@ -125,12 +124,12 @@ def _choose(store: Path, manifest: Manifest, count: int, seed: int) -> dict[tupl
 
 
 def _compare(
-    store: Path, manifest: Manifest, stored: _Stored, rows: dict[str, Any], std: np.ndarray[Any, Any] | None
+    store: Place, manifest: Manifest, stored: _Stored, rows: dict[str, Any], std: np.ndarray[Any, Any] | None
 ) -> tuple[bool, float]:
     """Compare one row: True if all tensors have the same bits, and how far the first one (mean, sample or indices) is
     off."""
     shard = manifest.shards[stored.shard]
-    mapped = map_shard(shard_path(store, shard.name, TENSORS), manifest.identity, shard)
+    mapped = mapped_tensors(store, manifest.identity, shard)
     same = all(value[0].tobytes() == mapped[name][stored.row].tobytes() for name, value in rows.items())
     name = TENSOR_NAMES[manifest.identity.store][0]
     if std is None:

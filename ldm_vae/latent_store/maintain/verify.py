@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ldm_vae.core.errors import WorkError
+from ldm_vae.core.file_record import checksum
 from ldm_vae.core.progress import Progress
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.chunks import chunk_rows
@@ -30,7 +31,6 @@ from ldm_vae.latent_store.format.manifest import (
     read_finished,
 )
 from ldm_vae.latent_store.format.rows import map_shard, tensors_of
-from ldm_vae.latent_store.storage.file_record import checksum
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def check_shard(store: Path, manifest: Manifest, shard: ShardRecord) -> Iterator
 
 
 def _check_at(url: str, manifest: Manifest, shard: ShardRecord) -> Iterator[Problem]:
+    from ldm_vae.core.fsspec_files import download  # fsspec, which a folder has no need of
     from ldm_vae.latent_store.remote.store import file_url
-    from ldm_vae.latent_store.storage.fsspec_files import download  # fsspec, which a folder has no need of
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / SHARDS).mkdir()

@@ -18,9 +18,9 @@ from filelock import FileLock
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.file_record import FileRecord
+from ldm_vae.core.fsspec_files import ATTEMPTS, download
 from ldm_vae.core.paths import cache_dir
-from ldm_vae.latent_store.storage.file_record import FileRecord
-from ldm_vae.latent_store.storage.fsspec_files import ATTEMPTS, download
 
 VARIABLE = "LDM_VAE_STORE_CACHE"
 USUAL_LIMIT = 50 * 10**9

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm_vae.core import atomic_io
+from ldm_vae.core import atomic_io, fsspec_files
 from ldm_vae.core.errors import UsageError
+from ldm_vae.core.file_record import checksum
 from ldm_vae.core.ownership import Ownership, is_mark, own
 from ldm_vae.core.progress import Progress
 from ldm_vae.latent_store.format.layout import (
@@ -29,8 +30,6 @@ from ldm_vae.latent_store.format.manifest import (
     write_manifest,
 )
 from ldm_vae.latent_store.remote.store import file_url
-from ldm_vae.latent_store.storage import fsspec_files
-from ldm_vae.latent_store.storage.file_record import checksum
 
 CONNECTIONS = 8
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.fsspec_files import AbsentError
 from ldm_vae.latent_store.format import shards
 from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
@@ -30,7 +31,6 @@ from ldm_vae.latent_store.format.layout import (
 from ldm_vae.latent_store.format.manifest import Manifest, ShardRecord
 from ldm_vae.latent_store.format.rows import map_shard
 from ldm_vae.latent_store.remote.cache import Cache, open_cache
-from ldm_vae.latent_store.storage.fsspec_files import AbsentError
 
 T = TypeVar("T")
 
@@ -41,24 +41,42 @@ def file_url(store: str, shard: ShardRecord, extension: str) -> str:
 
 
 @dataclass(frozen=True)
-class RemoteFiles:
-    """The shards of the store at `url`, as `mapped_files.Files`: a file that is not in the cache is downloaded
-    first."""
+class CachedFiles:
+    """The files of the store at `url`: one that is not in the cache is downloaded first."""
 
     url: str
     cache: Cache
+
+    def opened(self, shard: ShardRecord, extension: str, opened: Callable[[Path], T]) -> T:
+        """A file, opened by `opened` from its path in the cache. Raises WorkError."""
+        while True:
+            path = self._fetch(shard, extension)
+            try:
+                return opened(path)
+            except WorkError:
+                if self.cache.holds(shard.files[extension], extension):
+                    raise  # otherwise another process has evicted it between the two lines
+
+    def _fetch(self, shard: ShardRecord, extension: str, **options: int) -> Path:
+        return self.cache.fetch(file_url(self.url, shard, extension), shard.files[extension], extension, **options)
+
+
+@dataclass(frozen=True)
+class RemoteFiles(CachedFiles):
+    """The shards of the store at `url`, as `mapped_files.Files`."""
+
     identity: Identity
 
     def tensors(self, shard: ShardRecord) -> dict[str, npt.NDArray[Any]]:
         """Its tensors, mapped."""
-        return self._opened(shard, TENSORS, lambda path: map_shard(path, self.identity, shard))
+        return self.opened(shard, TENSORS, lambda path: map_shard(path, self.identity, shard))
 
     def rows(self, shard: ShardRecord) -> pa.Table:
         """Its table: mapped from .arrow, or read from .parquet where that is missing."""
         try:
-            return self._opened(shard, MAPPED_ROWS, lambda path: shards.map_rows(path.with_suffix(""), shard.rows))
+            return self.opened(shard, MAPPED_ROWS, lambda path: shards.map_rows(path.with_suffix(""), shard.rows))
         except AbsentError:
-            return self._opened(shard, ROWS, lambda path: shards.map_rows(path.with_suffix(""), shard.rows))
+            return self.opened(shard, ROWS, lambda path: shards.map_rows(path.with_suffix(""), shard.rows))
 
     def has_left(self, shard: ShardRecord) -> bool:
         """True when its tensors were evicted from the cache since they were mapped."""
@@ -68,18 +86,6 @@ class RemoteFiles:
         """Download what is missing of it, without opening it. Raises WorkError."""
         for extension in (TENSORS, MAPPED_ROWS) if columns else (TENSORS,):
             self._fetch(shard, extension, attempts=attempts)
-
-    def _fetch(self, shard: ShardRecord, extension: str, **options: int) -> Path:
-        return self.cache.fetch(file_url(self.url, shard, extension), shard.files[extension], extension, **options)
-
-    def _opened(self, shard: ShardRecord, extension: str, opened: Callable[[Path], T]) -> T:
-        while True:
-            path = self._fetch(shard, extension)
-            try:
-                return opened(path)
-            except WorkError:
-                if self.cache.holds(shard.files[extension], extension):
-                    raise  # otherwise another process has evicted it between the two lines
 
 
 def open_remote(url: str, manifest: Manifest, cache_bytes: float | None) -> RemoteFiles:

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from ldm_vae.core import atomic_io, intervals
+from ldm_vae.core import intervals
+from ldm_vae.core.ahead import ahead
 from ldm_vae.core.errors import WorkError
 from ldm_vae.core.progress import Progress
 from ldm_vae.latent_store.format import rows, work_units
 from ldm_vae.latent_store.format.codes import CodeStatistics
-from ldm_vae.latent_store.format.layout import (
-    PLAN,
-    QUARANTINE,
-    SHARDS,
-    STATISTICS,
-    TENSORS,
-    UNITS,
-    shard_path,
-)
+from ldm_vae.latent_store.format.identity import Identity
+from ldm_vae.latent_store.format.layout import PLAN, QUARANTINE, SHARDS, UNITS
 from ldm_vae.latent_store.format.manifest import Manifest, ShardRecord, write_manifest
 from ldm_vae.latent_store.format.quarantine import write_quarantine
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.latent_store.format.work_units import BadSample, Plan, UnitRecord
+from ldm_vae.latent_store.remote.at_hand import mapped_tensors, rows_of, sums_of
+from ldm_vae.latent_store.storage.places import Place, storage_at
 
 
-def finish(store: Path, manifest: Manifest, plan: Plan, *, max_bad: float = 1.0, partly: bool = False) -> Manifest:
+def finish(store: Place, manifest: Manifest, plan: Plan, *, max_bad: float = 1.0, partly: bool = False) -> Manifest:
     """Merge the records of a plan's units into the manifest, and remove what killed processes left. A plan that is
     merged already changes nothing. The store is the caller's (`ownership`).
 
@@ -44,10 +39,11 @@ def finish(store: Path, manifest: Manifest, plan: Plan, *, max_bad: float = 1.0,
             raise WorkError(f"store {store}: was changed by another launch meanwhile; run the same command again")
         return manifest
     planned, work = plan.units(manifest.identity.shard_size), plan.digest(manifest.identity)
+    found = zip(planned, work_units.read_records(store, planned, work), strict=True)
     records = [
         record
-        for unit in Progress(planned, desc="merge", unit="units", leave=False)
-        if (record := _record(store, unit.number, work, partly)) is not None
+        for unit, read in Progress(found, "merge", len(planned), unit="units", leave=False)
+        if (record := _checked(store, unit.number, read, partly)) is not None
     ]
     bad = sorted([*plan.bad, *(entry for record in records for entry in record.bad)], key=lambda entry: entry.index)
     before = [shard.without(plan.removed.get(shard.name, ())) for shard in manifest.shards]
@@ -76,63 +72,56 @@ def finish(store: Path, manifest: Manifest, plan: Plan, *, max_bad: float = 1.0,
     # The manifest is the commit: a kill before it leaves the records to merge again; a plan that a kill leaves behind
     # it is known as merged by its unit numbers (`read_plan`).
     write_manifest(store, complete)
-    (store / PLAN).unlink(missing_ok=True)
-    remove_leftovers(store)
+    storage_at(store).remove(PLAN)
+    storage_at(store).tidy(SHARDS, UNITS)
     return complete
 
 
-def _record(store: Path, unit: int, work: str, partly: bool) -> UnitRecord | None:
-    record = work_units.read_record(store, unit, work)
+def _checked(store: Place, unit: int, record: UnitRecord | None, partly: bool) -> UnitRecord | None:
     if record is None and not partly:
         raise WorkError(f"store {store}: unit {unit} is not done; run the same `ldm-vae encode` command again")
     return record
 
 
-def _check_usable(store: Path, plan: Plan, live: int, bad: Sequence[BadSample], max_bad: float) -> None:
+def _check_usable(store: Place, plan: Plan, live: int, bad: Sequence[BadSample], max_bad: float) -> None:
     total = plan.source.samples
     if live == 0:
         first = f", the first is {bad[0].key}: {bad[0].reason}" if bad else ""
-        raise WorkError(f"no usable image among {total:,}; see {store / QUARANTINE}{first}")
+        raise WorkError(f"no usable image among {total:,}; see {store}/{QUARANTINE}{first}")
     if len(bad) > max_bad * total:
         raise WorkError(
             f"{len(bad):,} of {total:,} images are unusable, more than max_bad {max_bad:g} allows; "
-            f"see {store / QUARANTINE}"
+            f"see {store}/{QUARANTINE}"
         )
 
 
 def merged_statistics(
-    store: Path, manifest: Manifest, entries: Sequence[ShardRecord]
+    store: Place, manifest: Manifest, entries: Sequence[ShardRecord]
 ) -> LatentStatistics | CodeStatistics:
     """The sums of all shards, in their order; of a shard that has lost rows, taken anew from the others."""
     total = rows.accumulator(manifest.identity)
-    for shard in entries:
-        if shard.live == 0:
-            continue
-        mapped = rows.map_shard(shard_path(store, shard.name, TENSORS), manifest.identity, shard)
-        if shard.removed or not rows.are_sums(mapped.get(STATISTICS), manifest.identity, shard):
-            total.add(rows.live_statistics(store, manifest.identity, shard, mapped))
-        else:
-            total.add(np.array(mapped[STATISTICS]))
+    live = [shard for shard in entries if shard.live]
+    for table in ahead(lambda shard: _sums(store, manifest.identity, shard), live, storage_at(store).connections):
+        total.add(table)
     return total
 
 
-def with_intervals(store: str | Path, manifest: Manifest) -> Manifest:
-    """The manifest of a local store; of one that an older version made, with the intervals taken anew from the sums in
+def _sums(store: Place, identity: Identity, shard: ShardRecord) -> npt.NDArray[np.float64]:
+    table = None if shard.removed else sums_of(store, identity, shard)
+    if table is not None and rows.are_sums(table, identity, shard):
+        return np.array(table)
+    keys = rows_of(store, shard, ["key"], shard.rows).column("key").take(shard.live_rows).to_pylist()
+    return rows.live_statistics(identity, shard, mapped_tensors(store, identity, shard), keys)
+
+
+def with_intervals(store: Place, manifest: Manifest) -> Manifest:
+    """The manifest of a store; of one that an older version made, with the intervals taken anew from the sums in
     its shards, where those can be read."""
     measured = manifest.statistics
     if measured is None or manifest.identity.codes is not None or measured.get("ci95_method") == intervals.METHOD:
         return manifest
     try:
-        anew = merged_statistics(Path(store), manifest, manifest.shards).to_json()
-    except WorkError:  # a URL, or damaged: `verify` says what
+        anew = merged_statistics(store, manifest, manifest.shards).to_json()
+    except WorkError:  # damaged: `verify` says what
         return manifest
     return manifest.model_copy(update={"statistics": measured | {key: anew[key] for key in ("ci95", "ci95_method")}})
-
-
-def remove_leftovers(store: Path) -> None:
-    """Temporary files of killed processes: the store is the caller's and every unit is done, so nobody needs them."""
-    for folder in (store, store / SHARDS, store / UNITS):
-        for path in folder.iterdir():
-            if atomic_io.is_temporary(path):
-                with contextlib.suppress(OSError):
-                    path.unlink()

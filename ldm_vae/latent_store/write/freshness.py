@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -35,6 +34,7 @@ from ldm_vae.latent_store.format.work_units import (
     read_plan,
     storable,
 )
+from ldm_vae.latent_store.storage.places import Place
 from ldm_vae.latent_store.write.freshness_cache import Numbers, Sightings
 from ldm_vae.latent_store.write.updates import (
     DIGEST,
@@ -70,7 +70,7 @@ class Findings:
 
 
 def check(
-    store: Path, manifest: Manifest, wanted: SourceIdentity, source: Source, how: Check, num_workers: int, share: slice
+    store: Place, manifest: Manifest, wanted: SourceIdentity, source: Source, how: Check, num_workers: int, share: slice
 ) -> None:
     """Compare what a store keeps of an earlier call with the images as they are now.
 
@@ -93,7 +93,7 @@ def check(
         )
 
 
-def is_stale(store: Path, manifest: Manifest, wanted: SourceIdentity, source: Source, num_workers: int) -> bool:
+def is_stale(store: Place, manifest: Manifest, wanted: SourceIdentity, source: Source, num_workers: int) -> bool:
     """True when something that a stopped update has done, or meant to keep, is of other images than there are now."""
     held = _held(store, manifest, wanted, source)
     return held is not None and held.compare("doubt", num_workers).stale > 0
@@ -104,7 +104,7 @@ class _Held:
     """The source's part in the store: rows and quarantined images, of the images in `pieces`; `whole`: of every
     image, or some are to come."""
 
-    store: Path
+    store: Place
     source: Source
     stored: StoredImages | None
     bad: dict[str, BadSample]
@@ -240,7 +240,7 @@ def _first_half(checksum: str | None) -> int:
 
 
 def _held(
-    store: Path, manifest: Manifest, wanted: SourceIdentity, source: Source, share: slice = EVERYTHING
+    store: Place, manifest: Manifest, wanted: SourceIdentity, source: Source, share: slice = EVERYTHING
 ) -> _Held | None:
     """The part that the same command would keep; None when that is nothing, or when it is refused for other reasons."""
     if not manifest.complete:
@@ -258,25 +258,23 @@ def _held(
 
 
 def _done(
-    store: Path, manifest: Manifest, plan: Plan, shards: Sequence[ShardRecord], source: Source, share: slice
+    store: Place, manifest: Manifest, plan: Plan, shards: Sequence[ShardRecord], source: Source, share: slice
 ) -> _Held | None:
     """The rows that a plan keeps, and the units of it that are done."""
     work = plan.digest(manifest.identity)
     kept = [shard.without(plan.removed.get(shard.name, ())) for shard in shards]
     bad = list(plan.bad)
     pieces: list[Sequence[int]] = []
-    for unit in plan.units(manifest.identity.shard_size)[share]:
-        if work_units.is_done(store, unit.number, work) and (
-            record := work_units.read_record(store, unit.number, work)
-        ):
-            kept += record.shards
-            bad += record.bad
-            pieces.append(unit.indices)
+    units = {unit.number: unit for unit in plan.units(manifest.identity.shard_size)[share]}
+    for record in work_units.done_records(store, units.values(), work):
+        kept += record.shards
+        bad += record.bad
+        pieces.append(units[record.unit].indices)
     return _of(store, manifest, kept, bad, source, [range(len(source))[share]] if shards else pieces, whole=False)
 
 
 def _of(
-    store: Path,
+    store: Place,
     manifest: Manifest,
     shards: Sequence[ShardRecord],
     bad: Sequence[BadSample],

@@ -2,14 +2,15 @@
 
 A sighting is 8 bytes: the stamp of an image (`data/stamps.py`) xor the first 8 bytes of the SHA-256 of what was read
 under it. So it says something of the image alone, true whatever becomes of the store: these bytes lay there at that
-stamp. Files of sightings lie beside the store, in `.NAME.seen/`, never in it (it holds no time of anything), one for
-each process that wrote any. Lost, torn or deleted they cost time: images are read again. Of 10^9 sightings one takes a
-changed image for another once in 10^10.
+stamp. Files of sightings lie beside the store, in `.NAME.seen/` (of a URL: in the cache folder of this machine), never
+in it (it holds no time of anything), one for each process that wrote any. Lost, torn or deleted they cost time: images
+are read again. Of 10^9 sightings one takes a changed image for another once in 10^10.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ import numpy.typing as npt
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import WorkError
+from ldm_vae.core.paths import cache_dir
+from ldm_vae.latent_store.storage.places import Place
 
 KIND = np.dtype("<u8")
 SUFFIX = ".u64"
@@ -35,9 +38,12 @@ def sighting(stamp: int, checksum: str | None) -> int:
 class Sightings:
     """The sightings of one store."""
 
-    def __init__(self, store: Path) -> None:
-        place = Path(os.path.abspath(store))
-        self.folder = place.with_name(f".{place.name}.seen")
+    def __init__(self, store: Place) -> None:
+        if isinstance(store, Path):
+            place = Path(os.path.abspath(store))
+            self.folder = place.with_name(f".{place.name}.seen")
+        else:
+            self.folder = cache_dir() / "seen" / hashlib.sha256(store.encode()).hexdigest()[:32]
         self._own = self.folder / f"{secrets.token_hex(8)}{SUFFIX}"
 
     def read(self) -> Numbers:
@@ -55,7 +61,7 @@ class Sightings:
         numbers = np.array([number for number in found if number], dtype=KIND)
         if len(numbers):
             with contextlib.suppress(OSError):
-                self.folder.mkdir(exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 with open(self._own, "ab") as file:
                     file.write(numbers.tobytes())
 
@@ -64,7 +70,7 @@ class Sightings:
         # the new file first: a kill in between leaves sightings twice, which `read` makes one
         others = [path for path in self._files() if path != self._own]
         with contextlib.suppress(OSError, WorkError):
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             atomic_io.replace(self._own, atomic_io.data(np.unique(found[found != 0]).astype(KIND).tobytes()))
             for path in others:
                 path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ full batches across the samples that are missing; a unit's last batch is padded,
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections import deque
@@ -18,14 +19,13 @@ from typing import Any
 import torch
 
 from ldm_vae.core import atomic_io
-from ldm_vae.core.ownership import Ownership
 from ldm_vae.core.progress import Progress
 from ldm_vae.latent_store.format import shards, work_units
-from ldm_vae.latent_store.format.layout import SHARDS
 from ldm_vae.latent_store.format.manifest import ShardRecord
 from ldm_vae.latent_store.format.publication import Group, publish_shard
 from ldm_vae.latent_store.format.work_units import BadSample, Unit, UnitRecord
-from ldm_vae.latent_store.storage.objects import LocalFolder
+from ldm_vae.latent_store.storage.claims import Owner
+from ldm_vae.latent_store.storage.places import Place, storage_at
 from ldm_vae.latent_store.write.encoder import EncodedRows, Encoder, Reason
 from ldm_vae.latent_store.write.sample_stream import Dealt, Ready
 
@@ -75,10 +75,10 @@ class Pipeline:
         show: whether this process has the progress bar.
     """
 
-    def __init__(self, out: Path, encoder: Encoder, work: str, owner: Ownership, *, threads: int, show: bool) -> None:
+    def __init__(self, out: Place, encoder: Encoder, work: str, owner: Owner, *, threads: int, show: bool) -> None:
         self._out, self._encoder, self._work, self._owner = out, encoder, work, owner
         self._threads, self._show = threads, show
-        self._busy = _Busy()
+        self._storage, self._busy = storage_at(out), _Busy()
         self._open: _OpenUnit | None = None
         self._gathered: dict[Group, list[Ready]] = {}
         self._bad = 0
@@ -169,7 +169,8 @@ class Pipeline:
                     unit.close()
                     self._open = None
         except OSError as error:
-            raise atomic_io.explained(error, self._out) from error
+            place = self._out if isinstance(self._out, Path) else Path(tempfile.gettempdir())  # where its spools are
+            raise atomic_io.explained(error, place) from error
         return len(dealt)
 
     def _unit(self, unit: Unit) -> _OpenUnit:
@@ -182,7 +183,7 @@ class Pipeline:
         # opened at the group's first batch, which tells the shape of its crops
         if group not in unit.spools:
             specs = self._encoder.specs(*batch[0].crops[""].shape)
-            unit.spools[group] = shards.Spool(self._out / SHARDS, specs)
+            unit.spools[group] = shards.Spool(self._storage.scratch, specs)
             unit.rows[group] = []
         # a row that cannot be stored leaves no gap: its tensors and its columns are both left out
         usable = [reason is None for reason in reasons]
@@ -207,7 +208,7 @@ class Pipeline:
             # every row of the group may have been unusable
             if spool.rows:
                 record, types = publish_shard(
-                    LocalFolder(self._out), self._encoder.identity, unit.unit.number, group, spool, unit.rows[group]
+                    self._storage, self._encoder.identity, unit.unit.number, group, spool, unit.rows[group]
                 )
                 written.append(record)
                 columns |= types

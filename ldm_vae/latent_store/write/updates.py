@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,10 +29,10 @@ from ldm_vae.latent_store.format import shards, work_units
 from ldm_vae.latent_store.format.layout import (
     IMAGE_BYTES,
     PLAN,
+    ROWS,
     SHARDS,
     is_own,
     passed_on,
-    shard_path,
 )
 from ldm_vae.latent_store.format.manifest import (
     Manifest,
@@ -43,7 +42,8 @@ from ldm_vae.latent_store.format.manifest import (
 )
 from ldm_vae.latent_store.format.quarantine import read_quarantine
 from ldm_vae.latent_store.format.work_units import BadSample, Plan, storable
-from ldm_vae.latent_store.storage.objects import LocalFolder
+from ldm_vae.latent_store.remote.at_hand import opened, rows_of
+from ldm_vae.latent_store.storage.places import Place, storage_at
 from ldm_vae.latent_store.write.finalize import finish
 from ldm_vae.latent_store.write.freshness_cache import Sightings, sighting
 
@@ -63,11 +63,11 @@ class StoredImages:
         columns: of the source. In a store that an older version made one called `image_bytes` is not ours.
     """
 
-    def __init__(self, store: Path, manifest: Manifest, columns: Collection[str] = ()) -> None:
+    def __init__(self, store: Place, manifest: Manifest, columns: Collection[str] = ()) -> None:
         keys, images, sizes, places = [], [], [], []
         for number, shard in enumerate(manifest.shards):
-            stem, passed_on = shard_path(store, shard.name), f"source_{IMAGE_BYTES}"
-            table = shards.read_rows(stem, ["key", "image_sha256"], shard.rows, [IMAGE_BYTES, passed_on])
+            passed_on = f"source_{IMAGE_BYTES}"
+            table = rows_of(store, shard, ["key", "image_sha256"], shard.rows, [IMAGE_BYTES, passed_on])
             live = shard.live_rows
             keys.append(digests(table.column("key").take(live).to_pylist()))
             images.append(shortened(table.column("image_sha256").take(live).to_pylist()))
@@ -95,8 +95,12 @@ class StoredImages:
 
     def columns(self) -> set[str]:
         """Names of the columns that came from the source."""
-        stems = [shard_path(self._store, name) for name in self._names]
-        return {name for stem in stems for name in shards.row_columns(stem) if not is_own(name)}
+        return {
+            name
+            for shard in self._shards
+            for name in opened(self._store, shard, ROWS, lambda path: shards.row_columns(path.with_suffix("")))
+            if not is_own(name)
+        }
 
     def said(self, row: int) -> bytes:
         """The digest of a row's columns that came from the source; a shard is read when it is first asked for."""
@@ -118,7 +122,7 @@ class StoredImages:
 
 
 def make_plan(
-    store: Path,
+    store: Place,
     manifest: Manifest,
     identity: SourceIdentity,
     source: Source,
@@ -172,30 +176,31 @@ def make_plan(
     return Plan(source=identity, first_unit=manifest.units, ranges=_ranges(append), removed=removed, bad=tuple(bad))
 
 
-def adopt_finished_units(store: Path, manifest: Manifest, wanted: Manifest) -> Manifest:
+def adopt_finished_units(store: Place, manifest: Manifest, wanted: Manifest) -> Manifest:
     """Finish a partial store whose source has changed: the units that are done become all of it."""
     planned = work_units.fresh_plan(manifest.source)
     work = planned.digest(manifest.identity)
     # nothing done, nothing to keep: the store then begins anew with the images of now
-    done = any(work_units.read_record(store, unit.number, work) for unit in planned.units(manifest.identity.shard_size))
+    done = any(work_units.read_records(store, planned.units(manifest.identity.shard_size), work))
     if done:
         return finish(store, manifest, planned, partly=True)
     write_manifest(store, wanted)
     return wanted
 
 
-def forget(store: Path, plan: Plan, manifest: Manifest) -> None:
+def forget(store: Place, plan: Plan, manifest: Manifest) -> None:
     """Throw away an update that was begun and is overtaken by newer changes of the source."""
     # the plan first: after a kill in the middle nothing refers to the files that are left, and the next plan's replace
     # them
-    (store / PLAN).unlink(missing_ok=True)
+    storage = storage_at(store)
+    storage.remove(PLAN)
     units = plan.units(manifest.identity.shard_size)
     for unit in units:
-        work_units.record_path(store, unit.number).unlink(missing_ok=True)
+        storage.remove(work_units.record_name(unit.number))
     shards = tuple(f"{SHARDS}/{unit.name}" for unit in units)
-    for name in LocalFolder(store).names(SHARDS):
+    for name in storage.names(SHARDS):
         if name.startswith(shards):
-            (store / name).unlink(missing_ok=True)
+            storage.remove(name)
 
 
 # --- checksums --------------------------------------------------------------------------------------------------------
@@ -246,9 +251,9 @@ def checksums(
     yield from zip(pieces(), load(_Checksums(source), pieces(), num_workers, False, 2, None), strict=True)
 
 
-def said_by_rows(store: Path, shard: ShardRecord) -> npt.NDArray[np.void]:
+def said_by_rows(store: Place, shard: ShardRecord) -> npt.NDArray[np.void]:
     """`said` of all rows of a shard; not as `Digests`, whose elements come back without zeros at their end."""
-    table = shards.read_rows(shard_path(store, shard.name), rows=shard.rows)
+    table = rows_of(store, shard, rows=shard.rows)
     theirs = table.select([name for name in table.column_names if not is_own(name)])
     return np.array([said(row) for row in theirs.to_pylist()], dtype=f"V{DIGEST}")
 

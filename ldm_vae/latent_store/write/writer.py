@@ -22,9 +22,8 @@ from ldm_vae.autoencoder.geometry import check_resolution
 from ldm_vae.autoencoder.lengths import check_frames
 from ldm_vae.autoencoder.normalisation_law import own_normalisation
 from ldm_vae.autoencoder.preparation import check_signal_of
-from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.core.ownership import Ownership, is_mark, own_together
+from ldm_vae.core.ownership import is_mark
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.source import Source
 from ldm_vae.data.transforms import preprocessing_identity
@@ -32,6 +31,7 @@ from ldm_vae.latent_store.format import work_units
 from ldm_vae.latent_store.format.codes import choose
 from ldm_vae.latent_store.format.identity import Identity
 from ldm_vae.latent_store.format.layout import (
+    MANIFEST,
     SHARDS,
     UNITS,
     ComputeDtype,
@@ -42,7 +42,8 @@ from ldm_vae.latent_store.format.manifest import (
     Manifest,
     Recorded,
     check_identity,
-    manifest_path,
+    has_manifest,
+    place_of,
     read_manifest,
     write_manifest,
 )
@@ -52,6 +53,8 @@ from ldm_vae.latent_store.format.work_units import (
     read_plan,
     write_plan,
 )
+from ldm_vae.latent_store.storage.claims import Owner, own_place
+from ldm_vae.latent_store.storage.places import Place, storage_at
 from ldm_vae.latent_store.write import freshness, sample_stream, updates
 from ldm_vae.latent_store.write.crops import (
     VIEW_SETS,
@@ -71,7 +74,7 @@ from ldm_vae.latent_store.write.tiled_encode import check_own_tiles, check_tile
 def write_store(
     vae: Any,
     source: Source,
-    out: str | Path,
+    out: Place,
     *,
     resolution: int | Sequence[int],
     batch_size: int = 16,
@@ -131,7 +134,8 @@ def write_store(
     >>> manifest.samples, manifest.identity.store
     (12, 'moments')
     """
-    out, processes = Path(out), processes or Processes()
+    out, processes = place_of(out), processes or Processes()
+    storage_at(out).prepare()
     resolutions = (resolution,) if isinstance(resolution, int) else tuple(resolution)
     for side in resolutions:
         check_resolution(side, vae)
@@ -164,7 +168,7 @@ def write_store(
         patch=family_of(vae).patch,
     )
     cutting = cutting_of(identity, vae)
-    if pipelines is None and manifest_path(out).is_file():
+    if pipelines is None and has_manifest(out):
         pipelines = read_manifest(out).recorded.normalisation.get("pipelines")
     normalisation = own_normalisation(vae, f"VAE {vae_name}", pipelines)
     recorded = Recorded(
@@ -177,7 +181,7 @@ def write_store(
     wanted = Manifest(identity=identity, source=work_units.source_identity(source), recorded=recorded)
 
     # owned from before the manifest is read until it is written for the last time
-    with own_together(out, "OUT", processes.rank, processes.barrier, processes.part) as owner:
+    with own_place(out, "OUT", processes.rank, processes.barrier, processes.part) as owner:
         work = _Work(out, wanted, source, cutting, processes, owner, check, num_workers, encode_threads, max_bad)
         return _write(work, Encoder(vae, identity, batch_size=batch_size, device=device), update, retry_quarantined)
 
@@ -225,12 +229,12 @@ def _write(work: _Work, encoder: Encoder, update: bool, retry_quarantined: bool)
 class _Work:
     """Work that the processes share: each encodes its own units, and process 0 does what only one may do."""
 
-    out: Path
+    out: Place
     wanted: Manifest
     source: Source
     cutting: Cutting
     processes: Processes
-    owner: Ownership
+    owner: Owner
     check: Check
     num_workers: int
     threads: int
@@ -253,7 +257,8 @@ class _Work:
         # process
         units = plan.units(encoder.identity.shard_size)
         own = units[self.processes.own]
-        pending = [unit for unit in own if not work_units.is_done(self.out, unit.number, digest)]
+        done = {record.unit for record in work_units.done_records(self.out, own, digest)}
+        pending = [unit for unit in own if unit.number not in done]
         stream = sample_stream.samples(
             self.source, self.wanted.recorded.data, self.cutting, pending, encoder.batch_size, self.num_workers
         )
@@ -287,7 +292,7 @@ def _plan(work: _Work, manifest: Manifest, retry: bool) -> None:
         write_plan(out, plan)
 
 
-def _refresh(out: Path, wanted: Manifest) -> None:
+def _refresh(out: Place, wanted: Manifest) -> None:
     """Record the decoder and normalisation of the VAE at hand; they are recorded, not compared."""
     manifest = read_manifest(out)
     recorded = wanted.recorded.model_copy(update={"tool": manifest.recorded.tool})
@@ -295,7 +300,7 @@ def _refresh(out: Path, wanted: Manifest) -> None:
         write_manifest(out, manifest.model_copy(update={"recorded": recorded}))
 
 
-def _other_images(out: Path, manifest: Manifest, wanted: Manifest) -> UsageError:
+def _other_images(out: Place, manifest: Manifest, wanted: Manifest) -> UsageError:
     return UsageError(
         f"OUT {out}: was made from other images ({manifest.source.samples:,} of them, DATA has "
         f"{wanted.source.samples:,}); --update takes up what was added, changed and removed"
@@ -315,31 +320,27 @@ def _at_least_one(**values: int) -> None:
             raise UsageError(f"{name}: expected at least 1, got {value}")
 
 
-def begin(out: Path, wanted: Manifest) -> Manifest:
+def begin(out: Place, wanted: Manifest) -> Manifest:
     """Make OUT with an incomplete manifest, or check that the store in it is of the same identity; what is there.
 
     Raises:
         UsageError: OUT holds something else, or a store of another identity.
         WorkError: OUT cannot be written.
     """
+    storage = storage_at(out)
     try:
         # listed before the manifest is looked for: of processes that begin at once, another may make it in between
-        foreign = out.exists() and any(not _ours(path) for path in out.iterdir())
-        if foreign and not manifest_path(out).exists():
+        foreign = any(name not in (SHARDS, UNITS) and not is_mark(Path(name)) for name in storage.names())
+        if foreign and not has_manifest(out):
             raise UsageError(f"OUT {out}: holds something that is not a latent store; choose an empty or new folder")
-        if not manifest_path(out).exists():
+        if not has_manifest(out):
             # folders first, so that a store with a manifest always has them
-            for name in (SHARDS, UNITS):
-                (out / name).mkdir(parents=True, exist_ok=True)
+            storage.prepare(SHARDS, UNITS)
             # `create`, not `replace`: of processes that begin at once one manifest stands, and the others compare
             # theirs with it
-            atomic_io.create(manifest_path(out), atomic_io.data(wanted.to_bytes()))
+            storage.create(MANIFEST, wanted.to_bytes())
     except OSError as error:
         raise WorkError(f"OUT {out}: cannot be made: {error.strerror}") from error
     existing = read_manifest(out)
     check_identity(out, existing.identity, wanted.identity)
     return existing
-
-
-def _ours(path: Path) -> bool:
-    return path.name in (SHARDS, UNITS) or atomic_io.is_temporary(path) or is_mark(path)

@@ -38,12 +38,13 @@ from ldm_vae.latent_store.convert.sidecar import (
     parse_carried,
 )
 from ldm_vae.latent_store.format.chunks import chunk_rows
-from ldm_vae.latent_store.format.layout import ROWS, shard_path
+from ldm_vae.latent_store.format.layout import ROWS
 from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.quarantine import read_quarantine
 from ldm_vae.latent_store.format.rows import tensors_of
 from ldm_vae.latent_store.maintain.merge_split import StoredPiece
 from ldm_vae.latent_store.maintain.repack import Integers, Samples, Tensors
+from ldm_vae.latent_store.remote.at_hand import opened
 
 CLIPS = True
 CARRIED, QUARANTINE = b"ldm_vae", b"ldm_vae_quarantine"
@@ -99,7 +100,7 @@ def _common_types(pieces: Sequence[StoredPiece]) -> dict[str, pa.DataType | None
     """By column the type that all shards share; None where they do not: then all its values are JSON text."""
     found: dict[str, set[pa.DataType]] = {}
     for piece in pieces:
-        for field in pq.read_schema(shard_path(piece.store, piece.shard.name, ROWS)):
+        for field in opened(piece.store, piece.shard, ROWS, pq.read_schema):
             found.setdefault(field.name, set()).add(field.type)
     common: dict[str, pa.DataType | None] = {}
     for name, types in found.items():

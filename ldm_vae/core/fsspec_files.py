@@ -1,7 +1,7 @@
-"""Files of a store that lies at a URL: any file system that fsspec knows (s3, gs, hf, http, memory, ...).
+"""Files that lie at a URL: any file system that fsspec knows (s3, gs, hf, http, memory, ...).
 
-A file is fetched whole, under a temporary name, compared with the manifest's size and checksum, and only then given its
-name: an interrupted or damaged download is never a shard. Never more bytes are taken than the manifest says, or LARGEST
+A file of a store is fetched whole, under a temporary name, compared with the manifest's size and checksum, and only then
+given its name: an interrupted or damaged download is never a shard. Never more bytes are taken than the manifest says, or LARGEST
 of a file that it does not name. What may pass (a lost connection, a server's 500, a body that ends early or stands
 still) is tried again after a growing, jittered wait; what stays wrong ends in one sentence.
 
@@ -29,8 +29,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ldm_vae.core import atomic_io
 from ldm_vae.core.errors import UsageError, WorkError
+from ldm_vae.core.file_record import FileRecord, checksum
 from ldm_vae.core.files import LARGEST, OversizeError, Transfer
-from ldm_vae.latent_store.storage.file_record import FileRecord, checksum
 
 T = TypeVar("T")
 
@@ -39,7 +39,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0  # seconds; each wait is twice the one befo
 CONNECT_TIMEOUT, READ_TIMEOUT = 30.0, 60.0  # seconds without a byte; aiohttp's default ends any file after five minutes
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # of the local disk: `publish` says what it is
-_PASSING = {408, 425, 429}  # of HTTP's 4xx: timeout, too early, too many requests
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
+_PASSING = {408, 409, 425, 429}  # of HTTP's 4xx: timeout, two writes at once, too early, too many requests
 clock = time.monotonic
 _jitter = random.SystemRandom()  # never the global generator
 
@@ -62,7 +63,7 @@ def read(url: str) -> bytes:
     """
 
     def work() -> bytes:
-        files, remote = _open(url)
+        files, remote = open_files(url)
         files.invalidate_cache()  # listings of an earlier look
         # by way of the disk: a file on its way has an end there, and costs no memory until it has come
         with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +71,7 @@ def read(url: str) -> bytes:
             _get(files, remote, path, LARGEST)
             return path.read_bytes()
 
-    return _patiently(url, work, ATTEMPTS)
+    return patiently(url, work, ATTEMPTS)
 
 
 def download(url: str, path: Path, record: FileRecord, *, attempts: int = ATTEMPTS) -> None:
@@ -83,10 +84,10 @@ def download(url: str, path: Path, record: FileRecord, *, attempts: int = ATTEMP
     came: list[FileRecord] = []
 
     def fetch(temporary: Path) -> None:
-        _patiently(url, lambda: attempt(temporary), attempts)
+        patiently(url, lambda: attempt(temporary), attempts)
 
     def attempt(temporary: Path) -> None:
-        files, remote = _open(url)
+        files, remote = open_files(url)
         try:
             _get(files, remote, temporary, record.bytes)
         except Exception as error:
@@ -132,7 +133,7 @@ def _get(files: Any, remote: str, path: Path, largest: int) -> None:
     files.get_file(remote, str(path), callback=_Watch(largest), **options)
 
 
-def _open(url: str) -> tuple[Any, str]:
+def open_files(url: str) -> tuple[Any, str]:
     """The file system and the path on it; per process and thread, by fsspec's own cache."""
     scheme = url.partition("://")[0]
     options: dict[str, Any] = {}
@@ -144,9 +145,20 @@ def _open(url: str) -> tuple[Any, str]:
             # proxies as the environment has them; bytes as they are stored
             client = {"timeout": timeout, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}
             options = {"client_kwargs": client}
+        elif scheme in ("s3", "s3a"):
+            # one layer of attempts, `patiently`: botocore's own five and s3fs's five would make 150 of our six
+            ours = {
+                "connect_timeout": CONNECT_TIMEOUT,
+                "read_timeout": READ_TIMEOUT,
+                "retries": {"total_max_attempts": 1},
+            }
+            given = fsspec.config.conf.get(scheme, {}).get("config_kwargs", {})
+            options = {"config_kwargs": ours | given}
         elif scheme == "hf" and os.environ.get("HF_ENDPOINT"):  # else a file system of another endpoint is given again
             options = {"endpoint": os.environ["HF_ENDPOINT"]}
         files, path = url_to_fs(url, **options)
+        if "s3" in files.protocol:
+            files.retries = 1
     except ImportError as error:
         package = known_implementations.get(scheme, {}).get("class", "").partition(".")[0]
         needed = str(error) if package in ("", "fsspec") else f"reading it needs `pip install {package}`"
@@ -157,36 +169,62 @@ def _open(url: str) -> tuple[Any, str]:
     return files, path
 
 
-def _patiently(url: str, work: Callable[[], T], attempts: int) -> T:
+def patiently(url: str, work: Callable[[], T], attempts: int = ATTEMPTS, verb: str = "read", more: str = "") -> T:
+    """Do the work, again after a growing, jittered wait where what failed may pass.
+
+    Args:
+        verb, more: of the sentence: `cannot be {verb}`, and what would do.
+
+    Raises:
+        AbsentError: no such file.
+        WorkError: what fails for good, or still does.
+    """
     for attempt in itertools.count(1):
         try:
             return work()
         except (UsageError, WorkError):
             raise
         except Exception as error:  # each file system has errors of its own
-            if isinstance(error, FileNotFoundError) or _status(error) == 404:
+            if isinstance(error, FileNotFoundError) or status_of(error) == 404:
                 raise AbsentError(f"{url}: no such file there") from error
             if isinstance(error, OSError) and error.errno in _DISK:
                 raise  # to `publish`, which says it in a sentence
             if attempt == attempts or _is_final(error):
                 tries = f" after {attempt} attempts" if attempt > 1 else ""
-                raise WorkError(f"{url}: cannot be read{tries}: {_sentence(error)}") from error
+                said = f"{url}: cannot be {verb}{tries}: {_sentence(error)}{_remedy(error) or more}"
+                raise WorkError(said) from error
         time.sleep(min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT) * _jitter.uniform(0.5, 1.0))
     raise AssertionError("counts without end")
 
 
 def _is_final(error: Exception) -> bool:
     """True for an error that another attempt cannot help: refused, forbidden, or not possible at all."""
-    if (status := _status(error)) is not None:
+    if type(error).__name__ in _NO_CREDENTIALS:
+        return True
+    if (status := status_of(error)) is not None:
         return 400 <= status < 500 and status not in _PASSING
     final = OversizeError | PermissionError | OfflineModeIsEnabled | NotImplementedError | ValueError | TypeError
     return isinstance(error, final)
 
 
-def _status(error: Exception) -> int | None:
-    # aiohttp's errors have `status`, those of requests a response with one
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error stands for, None where it tells none."""
+    # aiohttp's errors have `status`, those of requests a response with one, s3fs's the error of botocore as their cause
+    response = getattr(error, "response", None)
+    status = getattr(error, "status", None) or getattr(response, "status_code", None)
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if status is None and isinstance(getattr(error.__cause__, "response", None), dict):
+        return status_of(error.__cause__)  # type: ignore[arg-type]
     return status if isinstance(status, int) else None
+
+
+def _remedy(error: Exception) -> str:
+    if type(error).__name__ in _NO_CREDENTIALS:
+        return "; the cloud's own variables give them (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+    if isinstance(error, PermissionError) or status_of(error) in (401, 403):
+        return "; the credentials at hand must be allowed to do it (of a store that is written: get, put, list, delete)"
+    return ""
 
 
 def _sentence(error: Exception) -> str:
