@@ -1,4 +1,4 @@
-"""Measure a VAE's latent space: channels, information, likelihood and geometry, with images or clips.
+"""Measure a VAE's latent space: channels, information, likelihood and geometry, with images, clips or sounds.
 
     ldm-vae latent_space runs/demo/vae HELD_OUT --output runs/demo/report --resolution 64
     ldm-vae latent_space runs/textbook_vae/vae data/digits/heldout --output measured --resolution 8
@@ -8,7 +8,9 @@ Protocol: images are resized by their short side (antialiased bicubic) and centr
 all gives channels, codes, rate, distortion and spectrum; each counts once on any number of processes, sums are in fp64.
 --bank images, evenly spaced, give mutual information, equivariance and the mixture. The likelihood is a Gaussian per
 pixel value with one variance, fitted on every other image; bounds are given for --likelihood_images of the rest. Every
-random draw is keyed by its image. docs/latent_space.md explains each quantity.
+random draw is keyed by its image. Sounds are excerpts (--excerpt): channels, codes, rate, distortion, spectrum along
+time and mutual information; likelihood, equivariance, mixture and pictures are of images and clips.
+docs/latent_space.md explains each quantity.
 
 DIR then holds latent_space.json, latent_space.md, latent_space/ (images) and latent_space.quarantine.jsonl. `ldm-vae
 report DIR` writes the HTML report; with RUN/report as DIR it is a section of the run's report.
@@ -27,7 +29,7 @@ import torch
 from accelerate import Accelerator
 
 from ldm_vae.autoencoder import finite, latents
-from ldm_vae.autoencoder.geometry import geometry_of, latent_size, resolution_of
+from ldm_vae.autoencoder.geometry import geometry_of, is_of_sounds, latent_size, resolution_of
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import preparation_of
@@ -39,23 +41,24 @@ from ldm_vae.core.request import Parser
 from ldm_vae.data.flags import DataFlags, add_data_arguments
 from ldm_vae.data.quarantine import Quarantine, read_quarantine
 from ldm_vae.data.source import Source
-from ldm_vae.data.transforms import to_pixels
+from ldm_vae.data.transforms import to_values
 from ldm_vae.latent_space import summary
 from ldm_vae.latent_space.channels import ChannelStatistics
 from ldm_vae.latent_space.equivariance import applicable, equivariance_error
 from ldm_vae.latent_space.information import information
-from ldm_vae.latent_space.likelihood import SAMPLES, LikelihoodBounds, fitted_variance
+from ldm_vae.latent_space.likelihood import SAMPLES, LikelihoodBounds, fitted_variance, squared_error
 from ldm_vae.latent_space.mixture import check_installed
 from ldm_vae.latent_space.pictures import keep_pictures
 from ldm_vae.latent_space.spectrum import high_frequency_share, radial_power_spectrum, white_share
-from ldm_vae.metrics import psnr, result
-from ldm_vae.metrics.batches import ImageBatch, image_batches, share_of, spread
+from ldm_vae.metrics import result
+from ldm_vae.metrics.batches import ImageBatch, image_batches, share_of, size_of, spread
 from ldm_vae.metrics.codes import CodeUse, code_use
 from ldm_vae.metrics.evaluate import Checksum
 from ldm_vae.metrics.metric import ImageMetric
-from ldm_vae.metrics.protocol import PINNED, Pair
+from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.ranks import gather, gather_rows
 from ldm_vae.metrics.running import Running, Summary
+from ldm_vae.metrics.select import build_metrics, kind_of
 from ldm_vae.run import selection
 
 
@@ -63,7 +66,7 @@ def arguments() -> argparse.Namespace:
     parser = Parser(program="eval.latent_space", description=__doc__)
     add = parser.add_argument
     add("vae", metavar="VAE", help="a diffusers folder, a run folder, a hub id or a single file")
-    add("data", metavar="DATA", help="a folder of images, a dataset's hub id, parquet or tar files")
+    add("data", metavar="DATA", help="a folder of images or sounds, a dataset's hub id, parquet or tar files")
     add("--output", required=True, type=Path, metavar="DIR", help="where the results go")
     add("--resolution", type=int, help="side of the crops in pixels (default: the VAE's sample_size)")
     add("--batch_size", type=int, default=8, help="images per process and step (8)")
@@ -107,7 +110,7 @@ class Task:
     def batches(
         self, what: str, indices: Sequence[int], quarantine: Quarantine | None = None
     ) -> Iterator[tuple[ImageBatch, torch.Tensor]]:
-        """This process's share of the images, as stored and as pixels [B, C, R, R] in [-1, 1] on the device."""
+        """This process's share of the images, as stored and as pixels [B, C, R, R] or samples [B, C, L], on it."""
         options, accelerator = self.options, self.accelerator
         mine = share_of(accelerator.process_index, accelerator.num_processes, indices, options.batch_size)
         bar = Progress(total=len(mine), desc=what, unit="img")
@@ -115,7 +118,7 @@ class Task:
             self.source, mine, options.resolution,
             batch_size=options.batch_size, num_workers=options.num_workers, quarantine=quarantine,
         ):  # fmt: skip
-            yield batch, to_pixels(batch.pixels.to(accelerator.device))
+            yield batch, to_values(batch.pixels.to(accelerator.device))
             bar.update(len(batch.indices))
         bar.close()
 
@@ -131,8 +134,10 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
 
     # --- everything that can be wrong is opened before the first image is measured ------------------------------------
     vae = load_autoencoder(options.vae, options.config)
-    options.resolution = resolution_of(options.resolution, vae, options.vae)
     preparation = preparation_of({options.vae: vae}, DataFlags.of(options))
+    if not (sounds := is_of_sounds(vae)):
+        options.resolution = resolution_of(options.resolution, vae, options.vae)
+    options.resolution = size_of(preparation.decoding, options.resolution)
     source = preparation.open(options.data)
     indices = range(min(len(source), options.max_images or len(source)))
     quarantine_path = prepare(options.output, accelerator)
@@ -151,7 +156,7 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
         if len(survey.bank) > 1 and not survey.moments.is_point:
             bounds = information(survey.moments.to(accelerator.device), noise.to(accelerator.device))
             informed = bounds.figures(survey.channels.prior_gap)
-        pictures, mixture = keep_pictures(
+        pictures, mixture = ([], None) if sounds else keep_pictures(
             options.output, task.vae, survey.moments, survey.channels, survey.spectrum,
             [source.key(index) for index in survey.bank], noise,
             pairs=options.pairs, components=options.components, seed=options.seed, alpha=task.alpha,
@@ -159,6 +164,7 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
 
         # --- results: numbers, tables, sentences ----------------------------------------------------------------------
         (name,) = result.labels([options.vae])
+        positions = (1, survey.moments.mean.shape[-1]) if sounds else survey.moments.mean.shape[-2:]
         metrics = survey.metrics | (likelihood.metrics() if likelihood else {}) | equivariance
         found = {
             "protocol": protocol(options),
@@ -175,7 +181,7 @@ def examine(options: argparse.Namespace, accelerator: Accelerator) -> None:
             "metrics": {metric: number.to_json() for metric, number in metrics.items()},
             "channels": survey.channels.figures(),
             "codes": survey.codes.figures(),
-            "spectrum": {"latents": survey.spectrum, "white_share": white_share(*survey.moments.mean.shape[-2:])},
+            "spectrum": {"latents": survey.spectrum, "white_share": white_share(*positions)},
             "information": informed,
             "likelihood": likelihood.figures() if likelihood else None,
             "mixture": mixture,
@@ -214,11 +220,14 @@ class Survey:
 def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> Survey:
     """Channels, codes, rate, distortion, spectrum; the variance of the likelihood from images with an even index."""
     vae, options, device = task.vae, task.options, task.accelerator.device
-    frames = task.source.decoding.frames
-    shape = latent_size(vae, *(() if frames is None else (frames,)), options.resolution, options.resolution)
+    frames, sounds, side = task.source.decoding.frames, is_of_sounds(vae), options.resolution
+    size = (side,) if sounds else (side, side)
+    shape = latent_size(vae, *(() if frames is None else (frames,)), *size)
     channels, codes, checksum = ChannelStatistics(shape[0]), code_use(vae), Checksum()
-    spectrum = torch.zeros(min(shape[-2:]) // 2 + 1).double()
-    values = {name: Running() for name in ("psnr", "mse", "rate_nats", "bits_per_pixel", "high_frequency_share")}
+    spectrum = radial_power_spectrum(torch.zeros(1, *shape))
+    kind, bits = ("snr", "bits_per_sample") if sounds else ("psnr", "bits_per_pixel")
+    (ratio,) = build_metrics([kind], device, side, **kind_of(task.source.decoding))
+    values = {name: Running() for name in (ratio.name, "mse", "rate_nats", bits, "high_frequency_share")}
     fit = Running()
     wanted = {indices[place] for place in spread(len(indices), options.bank)}
     bank, means, logvars, images = [], [torch.empty(0, *shape)], [torch.empty(0, *shape)], 0
@@ -229,14 +238,15 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
                 f"data: expected clips of {task.source.decoding.frames} frames alone, got image {batch.keys[0]}"
             )
         noise = latents.posterior_noise(options.seed, batch.indices, shape).to(device)
-        sampled = finite.decode(vae, moments.sample(noise)).clamp(-1, 1)
+        sampled = finite.decode(vae, moments.sample(noise))
+        sampled = sampled if sounds else sampled.clamp(-1, 1)
         error = ImageMetric("mse", "lower", squared_error).values(PINNED.pair(pixels, sampled, alpha=task.alpha))
-        pair = PINNED.pair(pixels, finite.decode(vae, moments.mean), alpha=task.alpha)
+        pair = PINNED.pair(pixels, finite.decode(vae, moments.mean), alpha=task.alpha, lengths=batch.lengths)
         rate = moments.kl().double().flatten(1).sum(dim=1)
-        values["psnr"].update(psnr.build().values(pair))
+        values[ratio.name].update(ratio.values(pair))
         values["mse"].update(error)
         values["rate_nats"].update(rate)
-        values["bits_per_pixel"].update(rate / math.log(2) / options.resolution**2 / pair.frames)
+        values[bits].update(rate / math.log(2) / math.prod(size) / pair.frames)
         values["high_frequency_share"].update(high_frequency_share(moments.mean))
         fit.update(error[[index % 2 == 0 for index in batch.indices]])
         channels.update(moments, batch.indices)
@@ -257,8 +267,8 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
     merged = channels.over_ranks()
     summaries = {name: running.over_ranks().summary() for name, running in values.items()}
     if merged.is_point:
-        summaries = {name: found for name, found in summaries.items() if name not in ("rate_nats", "bits_per_pixel")}
-    if min(shape[-2:]) == 1:
+        summaries = {name: found for name, found in summaries.items() if name not in ("rate_nats", bits)}
+    if min(shape[1:] if sounds else shape[-2:]) == 1:
         del summaries["high_frequency_share"]  # one position has no frequencies
     fitted = fit.over_ranks()
     return Survey(
@@ -274,11 +284,6 @@ def look_at_all(task: Task, indices: Sequence[int], quarantine: Quarantine) -> S
     )
 
 
-def squared_error(pair: Pair) -> torch.Tensor:
-    """Mean squared error of each image or frame in [-1, 1], fp64."""
-    return (pair.raw_reconstruction.double() - pair.raw_original.double()).square().flatten(1).mean(dim=1)
-
-
 # --- of some of them --------------------------------------------------------------------------------------------------
 
 
@@ -287,7 +292,8 @@ def look_from_the_side(task: Task, survey: Survey) -> dict[str, Summary]:
     """Errors of equivariance of the bank's images, by the name of the transformation."""
     values: dict[str, Running] = {}
     any_size = geometry_of(task.vae).side is None
-    for name in applicable(*survey.moments.mean.shape[-2:], any_size):  # of a rank without images too
+    # of a rank without images too; strides commute with shifts by whole hops, and there is no other move of a sound
+    for name in () if is_of_sounds(task.vae) else applicable(*survey.moments.mean.shape[-2:], any_size):
         values |= {f"equivariance_{name}": Running(), f"equivariance_psnr_{name}": Running()}
     for _, pixels in task.batches("equivariance", survey.bank if values else []):
         for name, found in equivariance_error(task.vae, pixels, survey.channels.mean, alpha=task.alpha).items():
@@ -299,10 +305,10 @@ def look_from_the_side(task: Task, survey: Survey) -> dict[str, Summary]:
 @torch.inference_mode()
 def bound_likelihood(task: Task, indices: Sequence[int], survey: Survey) -> LikelihoodBounds | None:
     """Bounds of the likelihood of images with an odd index; None where one half of the images is empty, and of images
-    with alpha, since it would weigh invisible colour."""
+    with alpha, since it would weigh invisible colour, or sounds, whose samples have no steps to spread."""
     others = indices[1::2]
     chosen = [others[place] for place in spread(len(others), task.options.likelihood_images)]
-    if task.alpha or survey.variance is None or not chosen or survey.moments.is_point:
+    if task.alpha or is_of_sounds(task.vae) or survey.variance is None or not chosen or survey.moments.is_point:
         return None
     bounds = LikelihoodBounds(survey.variance, task.options.repeats, task.options.seed)
     for batch, pixels in task.batches("likelihood", chosen):

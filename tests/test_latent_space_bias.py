@@ -155,7 +155,7 @@ def test_variances_and_spectra_do_not_change_with_a_constant(offset: float) -> N
         return statistics.variance
 
     def profile(values: torch.Tensor) -> list[float]:
-        found = Profile((3, 12, 12), 24)
+        found = Profile((3, 12, 12), (24, 24))
         pictures = torch.zeros(12, 3, 24, 24)
         found.update(Moments.point(values), PINNED.pair(pictures, pictures))
         return [*found.compute()["std"], *found.compute()["spectrum"]["latents"]]
@@ -196,7 +196,7 @@ def test_a_latent_that_never_varies_gives_numbers_and_no_texture(value: float) -
     assert all(math.isfinite(number) for number in figures["excess_kurtosis"])
     assert figures["correlation"] == [[1.0, 0.0], [0.0, 1.0]] and figures["std"][0] == pytest.approx(0.0, abs=1e-6)
     assert high_frequency_share(mean[:, :1]).tolist() == [0.0] * 8
-    found = Profile((2, 7, 5), 24)
+    found = Profile((2, 7, 5), (24, 24))
     pictures = torch.zeros(8, 3, 24, 24)
     found.update(Moments.point(mean), PINNED.pair(pictures, pictures))
     assert all(math.isfinite(number) for number in found.compute()["std"])

@@ -132,7 +132,7 @@ def test_profiles_of_a_clip_are_those_of_its_frames() -> None:
     draw = torch.Generator().manual_seed(0)
     moments = Moments(*(torch.randn(6, 4, 8, 8, generator=draw) for _ in range(2)))
     images = clips(1, frames=6, side=16)[0].transpose(0, 1)
-    of_frames, of_clips = Profile((4, 8, 8), 16), Profile((4, 8, 8), 16)
+    of_frames, of_clips = Profile((4, 8, 8), (16, 16)), Profile((4, 8, 8), (16, 16))
     of_frames.update(moments, PINNED.pair(images, images))
     clip = clips_of(images, 3)
     of_clips.update(moments.clips(3), PINNED.pair(clip, clip))

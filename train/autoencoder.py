@@ -202,7 +202,7 @@ def metrics_of(settings: Training, accelerator: Accelerator, source: Source) -> 
     metrics = build_metrics(settings.validation_metrics, accelerator.device, size, **kind_of(source.decoding))
     for metric in metrics:
         if isinstance(metric, Unmeasured) and metric.name == settings.best_metric:
-            raise UsageError(f"best_metric: {metric.name} is {metric.note}")
+            raise UsageError(f"best_metric: {metric.name}: {metric.note}")
     return metrics
 
 

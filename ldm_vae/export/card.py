@@ -13,9 +13,9 @@ import yaml
 
 from ldm_vae.autoencoder.codebooks import beside, in_words
 from ldm_vae.autoencoder.families import family_of
-from ldm_vae.autoencoder.geometry import downsampling_factor, geometry_of, latent_channels
+from ldm_vae.autoencoder.geometry import downsampling_factor, geometry_of, is_of_sounds, latent_channels
 from ldm_vae.autoencoder.normalisation_law import law_of, own_normalisation
-from ldm_vae.autoencoder.preparation import code_rate, recorded, shown
+from ldm_vae.autoencoder.preparation import code_rate, own_rate, recorded, shown
 from ldm_vae.core import intervals
 from ldm_vae.data.preprocessing import FILE
 from ldm_vae.latent_store.format.statistics import LatentStatistics
@@ -38,6 +38,9 @@ _WHERE = {
     "buffers": "The buffers `latents_mean` and `latents_std` hold",
     "inside": "Encoding and decoding normalise by themselves; what is left is",
 }
+SIGNALS = {
+    "image": ("images", "[B, C, H, W]"), "video": ("clips", "[B, C, T, H, W]"), "audio": ("sounds", "[B, C, L]")
+}  # fmt: skip
 _KINDS = {"AutoencoderKL": "A KL-regularised", "VQModel": "A vector-quantised", "AutoencoderTiny": "A distilled, tiny"}
 
 
@@ -62,7 +65,8 @@ class Card:
 
     def text(self, vae: Any) -> str:
         """README.md for `vae` with the config that is written: YAML head and Markdown."""
-        head = {"library_name": "diffusers", "pipeline_tag": "image-to-image", "tags": list(TAGS)}
+        task = "audio-to-audio" if is_of_sounds(vae) else "image-to-image"
+        head = {"library_name": "diffusers", "pipeline_tag": task, "tags": list(TAGS)}
         parts = [_shape(vae), "## Load it", self.loading or _loading(vae, self.name)]
         parts += ["## Latents", _latents(vae, self.statistics)]
         if (books := beside(vae)) is not None:
@@ -79,9 +83,13 @@ def _shape(vae: Any) -> str:
     config, kind = vae.config, _KINDS.get(type(vae).__name__, "An")
     widths = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
     factor, millions = downsampling_factor(vae), sum(parameter.numel() for parameter in vae.parameters()) / 1e6
+    size = f"f = {factor} (an image of H x W pixels has H/{factor} x W/{factor} latents)"
+    if is_of_sounds(vae):
+        rate = f" at {own_rate(vae):,} Hz" if own_rate(vae) else ""
+        size = f"of sounds{rate}, hop {factor} (a sound of L samples has L/{factor} latents)"
     return (
-        f"{kind} autoencoder for latent diffusion: f = {factor} (an image of H x W pixels has H/{factor} x W/{factor} "
-        f"latents), {latent_channels(vae)} latent channels, {millions:.2f} M parameters"
+        f"{kind} autoencoder for latent diffusion: {size}, {latent_channels(vae)} latent channels, {millions:.2f} M "
+        f"parameters"
         f"{', widths ' * bool(widths)}{', '.join(map(str, widths))}. {_users(type(vae).__name__)}{_decoding(vae)}"
     )
 
@@ -102,6 +110,11 @@ def _decoding(vae: Any) -> str:
     found = recorded(vae)
     if found is None:
         return ""
+    if found.signal == "audio":
+        return (
+            f"\n\nSounds for it are prepared so (`{FILE}`): {found.channels} channel(s), {found.sample_rate:,} samples "
+            "a second, full scale at -1 and 1; loudness is left alone."
+        )
     clear = (
         "the fourth channel is straight alpha"
         if found.decoding.alpha
@@ -119,15 +132,17 @@ def _loading(vae: Any, name: str) -> str:
     load = f'vae = {kind}.from_pretrained("{name}")'
     field, family = geometry_of(vae).field, family_of(vae)
     code = f"{field}.sample()" if field == "latent_dist" else field
-    what, shape = ("clips", "[B, C, T, H, W]") if family.signal == "video" else ("images", "[B, C, H, W]")
+    what, shape = SIGNALS[family.signal]
+    made, own = "samples" if family.signal == "audio" else "pixels", not type(vae).__module__.startswith("diffusers")
     by_hand = family.signal == "video" and (family.padded or family.folded or family.frames_first or field == "[0]")
+    by_hand = by_hand or (family.signal == "audio" and (own or family.single or bool(dict(family.mean_by))))
     if by_hand or beside(vae) is not None:
         # more than a call of the class: what signals.py does, or the codes
-        use = f"pixels = decode(vae, encode(vae, {what}).mean)  # {what} {shape} in [-1, 1]"
+        use = f"{made} = decode(vae, encode(vae, {what}).mean)  # {what} {shape} in [-1, 1]"
         load = f'from ldm_vae import decode, encode, load_autoencoder\nvae = load_autoencoder("{name}")'
         return f"```python\n{load}\n{use}\n```"
     within = {"signed": "[-1, 1]", "unit": "[0, 1]", "imagenet": "[0, 1], less ImageNet's mean, over its deviation"}
-    decode = f"pixels = vae.decode(vae.encode({what}).{code}).sample  # {what} {shape} in {within[family.values]}"
+    decode = f"{made} = vae.decode(vae.encode({what}).{code}).sample  # {what} {shape} in {within[family.values]}"
     return f"```python\nfrom diffusers import {kind}\n{load}\n{decode}\n```"
 
 
@@ -147,7 +162,8 @@ def _latents(vae: Any, statistics: LatentStatistics | None) -> str:
     if normalisation is not None and statistics is not None and not statistics.gives(normalisation):
         lines += ["", "It was given, not measured: diffusion models of the VAE that has it need it. For comparison:"]
     if statistics is not None:
-        lines += ["", f"Measured in fp64 over {statistics.images:,} images; {about_intervals(statistics)}.", ""]
+        what = "sounds" if is_of_sounds(vae) else "images"
+        lines += ["", f"Measured in fp64 over {statistics.images:,} {what}; {about_intervals(statistics)}.", ""]
         lines += statistics_table(statistics)
     return "\n".join(lines)
 
@@ -156,7 +172,7 @@ def about_intervals(statistics: LatentStatistics) -> str:
     """Part of a sentence: what the 95 % intervals are, or why there are none."""
     if statistics.intervals is None:
         return intervals.why_none(statistics.images)
-    return "intervals by Student's t over images"
+    return "intervals by Student's t over them"
 
 
 def statistics_table(statistics: LatentStatistics) -> list[str]:

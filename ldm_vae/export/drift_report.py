@@ -4,7 +4,7 @@ Such a model hands base latents to the tuned decoder (text to image), and gets t
 (image to image). So both are measured: the latents against each other, and all four ways of encoding and decoding
 against the images.
 
-Legend: B batch, c latent channels, P latent positions: h w of images, t h w of clips.
+Legend: B batch, c latent channels, P latent positions: h w of images, t h w of clips, n of sounds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.normalisation_law import own_normalisation
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.progress import Progress
-from ldm_vae.data.transforms import to_pixels
+from ldm_vae.data.transforms import to_values
 from ldm_vae.metrics.batches import ImageBatch
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.metrics.running import Summary
@@ -35,6 +35,7 @@ WAYS = {
     "tuned -> base": "tuned latents, base decoder: how foreign tuned latents are to a model of the base",
     "tuned -> tuned": "what the tuned one does",
 }
+RATIOS = ("psnr", "snr")  # in dB of the error, of images and of sounds
 # of the base's standard deviation: 0.1 is 20 dB below the latents themselves
 SAME_RMS, CLOSE_RMS = 0.1, 0.3
 SAME_LOSS, CLOSE_LOSS = 0.5, 1.5  # dB below the base's own reconstruction
@@ -56,8 +57,8 @@ class Drift:
     metrics: dict[str, dict[str, Summary]]
 
     def psnr(self, way: str) -> float:
-        """Mean PSNR in dB of one way."""
-        value = self.metrics[way]["psnr"].mean
+        """Mean PSNR in dB of one way, of sounds the SNR: between two ways both differ by what the errors do."""
+        value = next(self.metrics[way][name].mean for name in RATIOS if name in self.metrics[way])
         assert value is not None
         return value
 
@@ -96,13 +97,15 @@ class Drift:
     def lines(self) -> list[str]:
         """Lines for the terminal and the card."""
         rows = [
-            f"encoder: {'identical' if self.same_encoder else 'changed'}; {self.images:,} images",
+            f"encoder: {'identical' if self.same_encoder else 'changed'}; {self.images:,} "
+            f"{'sounds' if 'snr' in self.metrics['base -> base'] else 'images'}",
             f"latents: cosine {self.cosine:.5f}, RMS difference {self.rms:.4f} of the base's standard deviation",
             f"shift per channel: {_numbers(self.shift)}",
             f"scale per channel: {_numbers(self.scale)}",
         ]
         for way, meaning in WAYS.items():
-            shown = ", ".join(f"{name} {one.mean:.4g}" for name, one in self.metrics[way].items())
+            measured = {name: one.mean for name, one in self.metrics[way].items() if one.mean is not None}
+            shown = ", ".join(f"{name} {mean:.4g}" for name, mean in measured.items())
             rows.append(f"{way}: {shown} ({meaning})")
         return [*rows, f"verdict: {self.verdict}"]
 
@@ -126,10 +129,13 @@ def measure_drift(
     lpips: bool = True,
     total: int | None = None,
     normalisation: Normalisation | None = None,
+    sample_rate: int | None = None,
 ) -> Drift:
-    """Compare two VAEs on one device over `batches` of images or clips.
+    """Compare two VAEs on one device over `batches` of images, clips or sounds.
 
     Args:
+        resolution: of sounds the samples of an excerpt, whose rate is `sample_rate`.
+        lpips: measure LPIPS too, of sounds the mel distance.
         normalisation: the one that `tuned` is about to be written with; by default its config's.
 
     Raises:
@@ -141,22 +147,26 @@ def measure_drift(
         raise UsageError(
             f"BASE has {shapes[0][0]} channels at f = {shapes[0][1]}, TUNED {shapes[1][0]} at {shapes[1][1]}"
         )
-    in_time = [lengths_of(vae) for vae in (base, tuned)]
-    if in_time[0] != in_time[1]:
+    in_time = [] if sample_rate is not None else [lengths_of(vae) for vae in (base, tuned)]
+    if len({*in_time}) > 1:
         raise UsageError(f"BASE makes {_law(in_time[0])}, TUNED {_law(in_time[1])}")
-    names = ("psnr", "lpips_alex") if lpips else ("psnr",)
-    metrics = {way: build_metrics(names, base.device, resolution) for way in WAYS}
+    names = ("psnr", "lpips_alex") if sample_rate is None else ("snr", "mel_distance")
+    metrics = {
+        way: build_metrics(names if lpips else names[:1], base.device, resolution, sample_rate=sample_rate)
+        for way in WAYS
+    }
     means: dict[str, list[torch.Tensor]] = {"base": [], "tuned": []}
     vaes = {"base": base, "tuned": tuned}
     for batch in Progress(batches, desc="drift", unit="batch", leave=False, total=total):
-        pixels = to_pixels(batch.pixels.to(base.device))
+        pixels = to_values(batch.pixels.to(base.device))
         z = {name: finite.encode(vae, pixels).mean for name, vae in vaes.items()}
         for name, value in z.items():
             # on the CPU and in fp64: the statistics below are over all images at once
             means[name].append(value.flatten(2).double().cpu())
         for way, measured in metrics.items():
             encoder, decoder = way.split(" -> ")
-            pair = PINNED.pair(pixels, finite.decode(vaes[decoder], z[encoder]), alpha=batch.alpha)
+            decoded = finite.decode(vaes[decoder], z[encoder])
+            pair = PINNED.pair(pixels, decoded, alpha=batch.alpha, lengths=batch.lengths)
             for metric in measured:
                 metric.update(pair)
     if not means["base"]:

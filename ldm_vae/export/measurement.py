@@ -1,6 +1,6 @@
 """Measurement of a VAE's latents: over batches of pixels, over images of any source, or as a latent store has them.
 
-Legend: B batch, C image channels, T frames, H W pixels.
+Legend: B batch, C channels of an image or a sound, T frames, H W pixels, L samples.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ldm_vae.autoencoder.preparation import Preparation, check_same, preparation
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.progress import Progress
 from ldm_vae.data.quarantine import Quarantine
-from ldm_vae.data.transforms import decoding_of, to_pixels
+from ldm_vae.data.transforms import decoding_of, to_values
 from ldm_vae.latent_store.format.manifest import MANIFEST, read_manifest
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.latent_store.write.finalize import with_intervals
@@ -32,8 +32,8 @@ from ldm_vae.metrics.batches import ImageBatch, image_batches, spread
 
 @torch.no_grad()
 def measure(vae: Any, pixel_batches: Iterable[torch.Tensor], device: torch.device | str) -> LatentStatistics:
-    """Statistics of the latents of pixels [B, C, H, W] or [B, C, T, H, W] in [-1, 1], per channel over all positions,
-    summed in fp64, with intervals over images or clips.
+    """Statistics of the latents of pixels [B, C, H, W] or [B, C, T, H, W] in [-1, 1], or samples [B, C, L], per channel
+    over all positions, summed in fp64, with intervals over images, clips or sounds.
 
     Raises:
         WorkError: there was no image, or the encoder gives NaN or Inf.
@@ -48,7 +48,8 @@ def measure(vae: Any, pixel_batches: Iterable[torch.Tensor], device: torch.devic
 
 @dataclass(frozen=True)
 class Images:
-    """Images of DATA as an export uses them: whole, centre-cropped, at most `limit` of them, spread over the source."""
+    """Images of DATA as an export uses them: whole, centre-cropped, at most `limit` of them, spread over the source; or
+    excerpts of sounds, whose resolution is their samples."""
 
     data: str
     resolution: int
@@ -58,9 +59,9 @@ class Images:
     """Their decoding; as the VAE records by default."""
 
     def batches(self, vae: Any) -> Iterator[torch.Tensor]:
-        """Pixels [B, C, H, W] or [B, C, T, H, W] in [-1, 1] for this VAE. Raises UsageError when the resolution does
-        not fit f."""
-        return (to_pixels(batch.pixels) for batch in self.image_batches(vae))
+        """Pixels [B, C, H, W] or [B, C, T, H, W] in [-1, 1], or samples [B, C, L], for this VAE. Raises UsageError when
+        the resolution does not fit f."""
+        return (to_values(batch.pixels) for batch in self.image_batches(vae))
 
     def image_batches(self, vae: Any) -> Iterator[ImageBatch]:
         """Batches of the same images, as metrics take them."""

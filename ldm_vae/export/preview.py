@@ -109,7 +109,8 @@ def pairs_of_store(vae: Any, store: Path, normalisation: Normalisation, *, limit
 
 
 def _pair(vae: Any, scaled: torch.Tensor, pixels: torch.Tensor) -> Pair:
-    """Raises UsageError for clips, whose latent frames stand for several."""
-    if scaled.ndim > 4:
-        raise UsageError("--preview: colours are fitted on images, and these are clips; leave it out")
+    """Raises UsageError for clips, whose latent frames stand for several, and for sounds."""
+    if scaled.ndim != 4:
+        what = "sounds" if scaled.ndim == 3 else "clips"
+        raise UsageError(f"--preview: colours are fitted on images, and these are {what}; leave it out")
     return scaled, functional.avg_pool2d(pixels, downsampling_factor(vae))

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ldm_vae.autoencoder.codebooks import beside, in_words, only_without
-from ldm_vae.autoencoder.geometry import downsampling_factor, resolution_of, sample_size
+from ldm_vae.autoencoder.geometry import downsampling_factor, is_of_sounds, resolution_of, sample_size
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.normalisation import Normalisation
 from ldm_vae.autoencoder.preparation import Preparation, code_rate, preparation_of, record, recorded
@@ -42,6 +42,8 @@ from ldm_vae.export.replacement import check_replaceable
 from ldm_vae.export.request import Request
 from ldm_vae.export.targets import TARGETS, Target, check_class, warnings_for, warnings_for_pipelines, write_target
 from ldm_vae.latent_store.format.statistics import LatentStatistics
+from ldm_vae.metrics.batches import size_of
+from ldm_vae.perceptual.spectrogram import DECIBELS
 
 AUDIT_SIDE = 64  # pixels on a CPU, where the audit of an SD-sized VAE would take minutes at its own size
 
@@ -89,10 +91,10 @@ def export(
         files[PREVIEW] = preview.to_json().encode()
     if request.stats is not None and not is_store(request.stats):
         first = next(_images(request, vae, preparation).batches(vae))
-        files[PICTURE] = reconstruction_sheet(vae, first[:4])
-        card.sections = {
-            "Pictures": f"Originals above, reconstructions below.\n\n![originals and their reconstructions]({PICTURE})"
-        } | card.sections
+        files[PICTURE] = reconstruction_sheet(vae, first[:4], preparation.decoding.sample_rate)
+        form = f", as spectrograms of {DECIBELS:g} dB" if is_of_sounds(vae) else ""
+        shown = f"Originals above, reconstructions below{form}.\n\n![originals and their reconstructions]({PICTURE})"
+        card.sections = {"Pictures": shown} | card.sections
     if base is not None:
         card.sections["Drift"] = _drift(request, vae, base, normalisation, preparation, done)
     if request.target == "diffusers":
@@ -173,13 +175,15 @@ def _statistics(request: Request, vae: AutoencoderKL, preparation: Preparation) 
         return statistics_beside(request.source)
     if is_store(request.stats):
         return statistics_of_store(vae, request.stats, preparation)
-    resolution_of(request.resolution, vae, request.source)  # which it is is said here, and holds below
+    if not is_of_sounds(vae):
+        resolution_of(request.resolution, vae, request.source)  # which it is is said here, and holds below
     return measure(vae, _images(request, vae, preparation).batches(vae), vae.device)
 
 
 def _images(request: Request, vae: AutoencoderKL, preparation: Preparation) -> Images:
     assert request.stats is not None
-    side = request.resolution or sample_size(vae)
+    side = request.resolution if is_of_sounds(vae) else request.resolution or sample_size(vae)
+    side = size_of(preparation.decoding, side)
     return Images(request.stats, side, request.batch_size, request.stats_images, preparation)
 
 
@@ -214,7 +218,10 @@ def _drift(
     """Measure the drift from the base that a diffusion model was trained with, over the images of --stats."""
     images = _images(request, vae, preparation)
     batches = images.image_batches(vae)
-    found = measure_drift(base, vae, batches, resolution=images.resolution, normalisation=normalisation)
+    found = measure_drift(
+        base, vae, batches, resolution=images.resolution, normalisation=normalisation,
+        sample_rate=preparation.decoding.sample_rate,
+    )  # fmt: skip
     done.lines.append(f"drift from {request.drift_from}: {found.verdict}")
     return "\n".join(f"- {line}" for line in found.lines())
 

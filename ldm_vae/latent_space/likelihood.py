@@ -27,6 +27,7 @@ import torch
 from ldm_vae.autoencoder import finite
 from ldm_vae.autoencoder.latents import Moments
 from ldm_vae.core import rng
+from ldm_vae.metrics.protocol import Pair
 from ldm_vae.metrics.running import Running, Summary
 
 BIN = 1 / 127.5  # the distance of two of 256 levels in [-1, 1]
@@ -40,10 +41,15 @@ def dequantise(pixels: torch.Tensor, indices: Sequence[int], seed: int) -> torch
     return (pixels.double() + torch.from_numpy(np.stack(draws)) - 0.5) * BIN - 1
 
 
-def fitted_variance(squared_error: float) -> float:
+def squared_error(pair: Pair) -> torch.Tensor:
+    """Mean squared error of each image or frame in [-1, 1], fp64."""
+    return (pair.raw_reconstruction.double() - pair.raw_original.double()).square().flatten(1).mean(dim=1)
+
+
+def fitted_variance(error: float) -> float:
     """The variance that maximises the likelihood of images whose mean squared error in [-1, 1], decoded from posterior
     samples and clamped, is this before they are dequantised: uniform noise adds its own variance."""
-    return squared_error + BIN**2 / 12
+    return error + BIN**2 / 12
 
 
 def log_weight(

@@ -1,10 +1,10 @@
-"""Power spectrum of latents over spatial frequencies.
+"""Power spectrum of latents over spatial frequencies, of sounds along time.
 
 A diffusion model denoises coarse structure first, and an image's power falls with frequency. Latents that hold much
 power at high frequencies are closer to noise, and learning them is harder (Skorokhodov et al., "Improving the
 diffusability of autoencoders", ICML 2025).
 
-Of clips, figures are means over latent frames. Legend: B batch, c latent channels, t h w latent positions.
+Of clips, figures are means over latent frames. Legend: B batch, c latent channels, t h w latent positions, n of sounds.
 """
 
 from __future__ import annotations
@@ -12,26 +12,31 @@ from __future__ import annotations
 import torch
 
 from ldm_vae.autoencoder.signals import frames_of
-from ldm_vae.metrics.profile import radial_spectrum
+from ldm_vae.metrics.profile import radial_spectrum, spectrum_along_time
 
 HIGH = 0.25  # cycles per position: half of the highest frequency that a row of positions can hold
 
 
 def radial_power_spectrum(latents: torch.Tensor) -> torch.Tensor:
-    """latents [B, c, h, w] or [B, c, t, h, w] => mean power over images and channels, fp64 [min(h, w) // 2 + 1].
+    """latents [B, c, h, w] or [B, c, t, h, w] => mean power over images and channels, fp64 [min(h, w) // 2 + 1]; of
+    sounds [B, c, n] see `spectrum_along_time`.
 
     Entry k is the ring of k / min(h, w) cycles per position; white noise of variance 1 gives 1 in each. Entry 0 is 0:
     the mean of each plane is taken out.
     """
+    if latents.ndim == 3:
+        return spectrum_along_time(latents) / len(latents)
     frames = frames_of(latents)
     return radial_spectrum(frames) / len(frames)
 
 
 def high_frequency_share(latents: torch.Tensor) -> torch.Tensor:
-    """latents [B, c, h, w] or [B, c, t, h, w] => the share of each one's power above HIGH, fp64 [B], between 0 and 1.
+    """latents [B, c, h, w], [B, c, t, h, w] or [B, c, n] => the share of each one's power above HIGH, fp64 [B], 0 to
+    1.
 
     Over all channels, the mean of each plane left out; 0 where nothing is left. White noise has `white_share(h, w)`.
     """
+    latents = latents[:, :, None] if latents.ndim == 3 else latents  # a row of positions
     height, width = latents.shape[-2:]
     count, latents = len(latents), frames_of(latents).double()
     power = torch.fft.fft2(latents - latents.mean(dim=(2, 3), keepdim=True)).abs().square().sum(dim=1)

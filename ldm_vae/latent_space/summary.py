@@ -12,11 +12,13 @@ Json = dict[str, Any]
 # by name in latent_space.json, in the order of every table
 TITLES = {
     "psnr": Title("PSNR", "dB", 2, "higher", "Of the posterior's mode, decoded: the distortion."),
+    "snr": Title("SNR", "dB", 2, "higher", "Of the posterior's mode, decoded: the distortion."),
     "mse": Title(
         "MSE", "", 5, "lower", "Of a posterior sample, decoded and clamped to [-1, 1]: what the bound is made of."
     ),
     "rate_nats": Title("Rate", "nats/image", 1, "lower", "KL of the posterior to N(0, I): what the latent may cost."),
     "bits_per_pixel": Title("Rate", "bits/pixel", 4, "lower", "The same, per pixel of the image."),
+    "bits_per_sample": Title("Rate", "bits/sample", 4, "lower", "The same, per sample of the sound."),
     "elbo_bits": Title("ELBO", "bits/dim", 4, "lower", "Bound of -log p(x) from one posterior sample."),
     "iwae_16_bits": Title("Bound, K = 16", "bits/dim", 4, "lower", "The same from 16 weighted samples."),
     "iwae_64_bits": Title("Bound, K = 64", "bits/dim", 4, "lower", "From 64: never above the ELBO."),
@@ -43,16 +45,24 @@ def rows(result: Json) -> list[Json]:
             continue
         ends = [f"{end:.{title.decimals}f}" for end in summary["ci95"]] if summary["ci95"] else None
         heading = f"{title.heading} ({title.unit})" if title.unit else title.heading
+        heading, meaning = (in_its_words(result, text) for text in (heading, title.meaning))
         found.append(
             {
                 "heading": heading,
                 "arrow": "↑" if title.better == "higher" else "↓",
                 "value": f"{summary['mean']:.{title.decimals}f}",
                 "interval": ends,
-                "meaning": title.meaning,
+                "meaning": meaning,
             }
         )
     return found
+
+
+def in_its_words(result: Json, text: str) -> str:
+    """A text on images for what was measured: of sounds another word, and samples are not clamped."""
+    if "sounds" not in result["data"]:
+        return text
+    return text.replace("image", "sound").replace(", decoded and clamped to [-1, 1]", ", decoded")
 
 
 # --- sentences --------------------------------------------------------------------------------------------------------
@@ -201,9 +211,10 @@ def markdown(result: Json) -> str:
     lines += ["", *_paragraphs(result), f"| {' | '.join(CHANNEL_HEADS)} |", f"|{'---:|' * len(CHANNEL_HEADS)}"]
     lines += [f"| {' | '.join(row)} |" for row in channel_rows(result)]
     data = result["data"]
+    crops = "" if "sounds" in data else f"{data['resolution']} px centre crops, "
     lines += [
         "",
-        f"{data['images']:,} {noun(data)}{in_words(data)} of {data['source']}, {data['resolution']} px centre crops, "
+        f"{data['images']:,} {noun(data)}{in_words(data)} of {data['source']}, {crops}"
         f"checksum {data['checksum'][:12]}; protocol {result['protocol']['name']} {result['protocol']['version']}."
         f"{how_decoded(data)}",
     ]
@@ -223,4 +234,4 @@ def plain(result: Json) -> str:
 
 def _paragraphs(result: Json) -> list[str]:
     found = [about_channels(result), about_codes(result), about_information(result), about_likelihood(result)]
-    return [line for sentence in found if sentence for line in (sentence, "")]
+    return [line for sentence in found if sentence for line in (in_its_words(result, sentence), "")]

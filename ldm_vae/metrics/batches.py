@@ -61,8 +61,10 @@ def some_of(source: Source | Stream, wanted: int) -> Sequence[int] | None:
 def size_of(decoding: Decoding, resolution: int | None) -> int:
     """R of images and clips, L of excerpts of sounds. Raises UsageError where that is missing, or R is of sounds."""
     if decoding.signal == "audio":
-        if decoding.samples is None or resolution is not None:
-            raise UsageError("samples: expected the samples of an excerpt of a sound, and no resolution")
+        if decoding.samples is None:
+            raise UsageError("samples: expected the samples of an excerpt of a sound (`--excerpt N`), got none")
+        if resolution is not None:
+            raise UsageError(f"resolution: {resolution} is of images, and sounds have excerpts; leave it out")
         return decoding.samples
     if resolution is None:
         raise UsageError("resolution: expected the side of the crops in pixels, got none")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ldm_vae.latent_space import summary
+from ldm_vae.metrics.result import in_words, noun
 from ldm_vae.metrics.titles import amount
 from ldm_vae.report import images
 from ldm_vae.report.charts import Series, bar_chart, ends, extremes, line_chart
@@ -31,16 +32,21 @@ def section(home: Path, found: Json | None) -> Json | None:
         return None
     channels = found["channels"]
     kl = channels["kl_nats_per_image"]
-    pictures = found["pictures"]
+    pictures, unit = found["pictures"], summary.in_its_words(found, "nats per image")
     return {
         "name": found["vae"]["name"],
         "data": found["data"],
+        "measured": f"{noun(found['data'])}{in_words(found['data']) if 'sounds' in found['data'] else ''}",
         "rows": summary.rows(found),
-        "sentences": list(filter(None, (summary.about_information(found), summary.about_likelihood(found)))),
+        "sentences": [
+            summary.in_its_words(found, sentence)
+            for sentence in (summary.about_information(found), summary.about_likelihood(found))
+            if sentence
+        ],
         "about_channels": summary.about_channels(found),
         "codes": _codes(found.get("codes")),
         "about_codes": summary.about_codes(found),
-        "kl": bar_chart(kl, label="KL per latent channel in nats per image", y="nats per image") if kl else None,
+        "kl": bar_chart(kl, label=f"KL per latent channel in {unit}", y=unit) if kl else None,
         "extremes": extremes(kl, "nats") if kl else "",
         "spectrum": latent_spectrum(found["spectrum"]["latents"]),
         "correlation": _correlation(channels["correlation"]) if len(channels["mean"]) > 1 else None,
