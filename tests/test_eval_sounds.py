@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from cli_call import program
+from cli_call import call, program
 from PIL import Image
 from sentences import refused
 from sound_files import RATE, encoded, tone, write_sounds
@@ -24,7 +24,7 @@ from tiny_classes import tiny
 from training_runs import metrics as logged
 from training_runs import one_sentence, run
 
-from eval import reconstruction
+from eval import latent_space, reconstruction
 from ldm_vae import evaluate, load_autoencoder, measure, metrics, open_images
 from ldm_vae.autoencoder.codebooks import put_beside
 from ldm_vae.autoencoder.latents import decode, encode, nearest_codes
@@ -174,7 +174,7 @@ def test_the_call_measures_what_the_program_does(root: Path, compared: Path) -> 
 
 
 def test_what_is_of_another_signal_is_refused_by_name(root: Path, tmp_path: Path) -> None:
-    def call(*flags: object, vae: str = "plain") -> None:
+    def measured(*flags: object, vae: str = "plain") -> None:
         program(reconstruction, root / vae, root / "music", "--output", tmp_path / "no", *flags)
 
     rate, length = ("--sample_rate", RATE), ("--excerpt", LENGTH)
@@ -186,9 +186,9 @@ def test_what_is_of_another_signal_is_refused_by_name(root: Path, tmp_path: Path
         "protocol": (*rate, *length, "--protocol", "eq-vae"),
     }.items():
         with refused(UsageError, field):
-            call(*flags)
+            measured(*flags)
     with refused(UsageError, "metrics: si_sdr"):
-        call("--resolution", "32", "--metrics", "si_sdr", vae="images")
+        measured("--resolution", "32", "--metrics", "si_sdr", vae="images")
     with refused(UsageError, "vae"):
         program(reconstruction, root / "plain", root / "images", root / "music", "--output", tmp_path / "no", *rate)
     assert not (tmp_path / "no" / "metrics.json").exists()
@@ -197,6 +197,74 @@ def test_what_is_of_another_signal_is_refused_by_name(root: Path, tmp_path: Path
         evaluate(vae, open_images(root / "music", vae, sample_rate=RATE))
     with refused(UsageError, "resolution"):
         evaluate(load_autoencoder(root / "images"), open_images(root / "stills", load_autoencoder(root / "images")))
+
+
+def test_drift_of_sounds(root: Path, compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned = load_autoencoder(root / "plain")
+    with torch.no_grad():
+        tuned.decoder.conv2.weight_g.mul_(1.5)
+    write_vae(tuned, root / "tuned", None)
+    flags = ("--excerpt", LENGTH, "--sample_rate", RATE)
+    capsys.readouterr()
+    call("drift", root / "plain", root / "tuned", root / "music", *flags, "--json")
+    found = json.loads(capsys.readouterr().out)
+    expected, _ = json.loads((compared / "metrics.json").read_text())
+    assert found["images"] == 5 and found["rms"] == 0 and found["same_encoder"]
+    for name in ("snr", "mel_distance"):  # as far as each sound goes
+        own = found["metrics"]["base -> base"][name]["mean"]
+        assert own == pytest.approx(expected["metrics"][name]["mean"], rel=1e-4)
+    assert found["metrics"]["base -> tuned"]["snr"] == found["metrics"]["tuned -> tuned"]["snr"]
+    assert found["metrics"]["base -> tuned"]["snr"]["mean"] < found["metrics"]["base -> base"]["snr"]["mean"]
+    call("drift", root / "plain", root / "plain", root / "music", *flags, "--no_lpips")
+    said = capsys.readouterr().out
+    assert "5 sounds" in said and "verdict: compatible" in said and "mel_distance" not in said
+
+
+@torch.no_grad()
+def test_a_latent_space_of_sounds(root: Path) -> None:
+    out = root / "space"
+    program(latent_space, root / "coded", root / "music", "--output", out, "--components", 0, *CHEAP[:-2])
+    found = json.loads((out / "latent_space.json").read_text())
+    vae, x = load_autoencoder(root / "coded"), excerpts(root)
+    mean = encode(vae, x).mean
+    assert found["data"]["sounds"]["samples"] == LENGTH and found["data"]["images"] == 5
+    assert found["vae"]["latent_values"] == mean[0].numel() and found["pictures"] == []
+    assert found["channels"]["mean"] == pytest.approx(mean.mean(dim=(0, 2)).tolist(), abs=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(found["spectrum"]["latents"]), (spectrum_along_time(mean) / 5).float(), rtol=1e-3, atol=1e-5
+    )
+    assert found["spectrum"]["white_share"] == pytest.approx(0.5, abs=0.01)  # of one dimension
+    assert found["metrics"]["high_frequency_share"]["mean"] > 0 and len(found["codes"]) == 2
+    assert "5 sounds of at most" in (out / "latent_space.md").read_text()
+    page = build_report(out).read_text()
+    assert 'id="latent-space"' in page and "sounds of at most" in page
+    program(latent_space, root / "plain", root / "music", "--output", out, "--components", 0, *CHEAP[:-2])
+    found = json.loads((out / "latent_space.json").read_text())
+    rate = encode(load_autoencoder(root / "plain"), x).kl().flatten(1).sum(dim=1).mean().item()
+    assert found["metrics"]["bits_per_sample"]["mean"] == pytest.approx(rate / math.log(2) / LENGTH, rel=1e-4)
+    assert "nats/sound" in (out / "latent_space.md").read_text() and found["information"] is not None
+    assert found["likelihood"] is None and not [name for name in found["metrics"] if "equivariance" in name]
+
+
+@torch.no_grad()
+def test_an_export_measures_sounds_and_its_card_says_so(root: Path, tmp_path: Path) -> None:
+    flags = ("--excerpt", LENGTH, "--sample_rate", RATE, "--stats", root / "music")
+    call("export", root / "plain", tmp_path / "out", *flags, "--drift_from", root / "plain")
+    card = (tmp_path / "out" / "README.md").read_text()
+    expected_words = (
+        "pipeline_tag: audio-to-audio", "hop 8 (a sound of L samples has L/8 latents)", "# sounds [B, C, L] in",
+        "Measured in fp64 over 5 sounds", f"1 channel(s), {RATE:,} samples a second", "spectrograms of 90 dB",
+        "encoder: identical; 5 sounds",
+    )  # fmt: skip
+    for words in expected_words:
+        assert words in card
+    means = [float(one) for one in re.findall(r"\| mean of channel \d+ \| (\S+) \|", card)]
+    expected = encode(load_autoencoder(root / "plain"), excerpts(root)).mean.mean(dim=(0, 2)).tolist()
+    assert means == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    with Image.open(tmp_path / "out" / "pictures" / "reconstruction.png") as sheet:
+        assert sheet.size == (4 * COLUMNS, 2 * ROWS)
+    with refused(UsageError, "--preview"):
+        call("export", root / "plain", tmp_path / "no", *flags, "--preview")
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -151,6 +152,9 @@ def versions() -> dict[str, str]:
     """Versions of all packages that a number may depend on."""
     packages = ("torch", "torchvision", "diffusers", "lpips", "numpy")
     found = {name: importlib.metadata.version(name) for name in packages}
+    for name in ("soundfile", "soxr", "torchaudio", "torchmetrics", "pystoi", "pesq"):  # of sounds, where they are
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return {"ldm-vae": __version__, "python": platform.python_version()} | found
 
 

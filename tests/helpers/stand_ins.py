@@ -81,7 +81,7 @@ NAMES = {
     "films": "films",
     "film.mp4": "film.mp4",
     "video_vae": "my-video-vae tuned-video-vae",
-    "audio_vae": "my-audio-vae",
+    "audio_vae": "my-audio-vae tuned-audio-vae",
     "music": "music",
     "speech.flac": "speech.flac",
     "audio_store": "my-sounds",
