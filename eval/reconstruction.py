@@ -137,8 +137,7 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     # --- results: numbers, a table, and pictures of a fixed choice and of the worst -----------------------------------
     if accelerator.is_main_process:
         quarantined = len(read_quarantine(quarantine_path))
-        if not sounds:
-            notes += dict.fromkeys(filter(None, (why_no_code(vae, decoding.frames is not None) for vae in vaes)))
+        notes += dict.fromkeys(filter(None, (why_no_code(vae, decoding.frames is not None) for vae in vaes)))
         data = {
             "source": options.data, "quarantined": quarantined, "preprocessing": preparation.identity, "notes": notes,
             **result.about_signal(decoding, options.resolution),

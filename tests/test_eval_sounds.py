@@ -28,6 +28,7 @@ from eval import latent_space, reconstruction
 from ldm_vae import evaluate, load_autoencoder, measure, metrics, open_images
 from ldm_vae.autoencoder.codebooks import put_beside
 from ldm_vae.autoencoder.latents import decode, encode, nearest_codes
+from ldm_vae.autoencoder.linear_code import PatchMoments
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError
 from ldm_vae.export.diffusers_folder import write_vae
@@ -36,7 +37,7 @@ from ldm_vae.perceptual.spectrogram import COLUMNS, DECIBELS, ROWS, mel, picture
 from ldm_vae.quantizers.residual import Config as Residual
 from ldm_vae.report import build_report
 from ldm_vae.training.config import Training
-from ldm_vae.training.monitor import overfitting
+from ldm_vae.training.monitor import below_linear, overfitting
 
 SCHEMA = json.loads((Path(metrics.__file__).parent / "metrics.schema.json").read_text())
 NAMES = ("si_sdr", "snr", "log_spectral_distance", "mel_distance")
@@ -114,6 +115,22 @@ def test_sounds_are_measured_as_they_are_decoded_and_as_far_as_they_go(root: Pat
         "tone0.wav#t=0", "tone0.wav#t=0.256", "tone1.wav#t=0", "tone1.wav#t=0.256", "tone2.wav"
     ]  # fmt: skip
     assert "mel_distance" in rows[3] and "mel_distance" not in rows[4]  # NaN is no JSON
+
+
+def test_a_linear_code_of_hops_stands_beside_a_network(root: Path, compared: Path) -> None:
+    plain, coded = json.loads((compared / "metrics.json").read_text())
+    x = excerpts(root)
+    moments = PatchMoments(8, 1, axes=1)
+    moments.update(x)
+    code = moments.code(4)
+    y = code.decode(code.encode(x))
+    each = [measure(before[None, :, :length], after[None, :, :length].float(), metrics=["snr"], sample_rate=RATE)["snr"]
+            for before, after, length in zip(x, y, LENGTHS, strict=True)]  # fmt: skip
+    assert plain["linear_code"]["snr"]["mean"] == pytest.approx(torch.cat(each).mean().item(), rel=1e-4)
+    assert plain["linear_code"]["mel_distance"]["n"] == 4 and "linear_code" not in coded
+    assert coded["data"]["notes"] == [
+        "linear code: none beside an AutoencoderOobleck, whose codebook is no continuous code"
+    ]
 
 
 @torch.no_grad()
@@ -314,6 +331,17 @@ def test_the_monitor_reads_ratios_as_errors(tmp_path: Path) -> None:
                for place, value in enumerate(values)]  # fmt: skip
         assert "overfitting" in overfitting(log, metric, tmp_path)
         assert overfitting([line | {f"validation/{metric}": best} for line in log], metric, tmp_path) == {}
+
+
+def test_the_monitor_says_that_least_squares_is_better() -> None:
+    scores = {
+        "validation/snr": 5.0,
+        "linear_code/snr": 6.0,
+        "validation/mel_distance": 3.0,
+        "linear_code/mel_distance": 2.0,
+    }
+    assert "SNR 5.00 against 6.00 dB, mel distance 3.000 against 2.000" in below_linear(scores, "noise")["below_linear"]
+    assert below_linear(scores | {"validation/snr": 7.0}, "noise") == {}
 
 
 # --- spectra ----------------------------------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ def validate(vae: Any, objective: Any, source: Source, state: TrainingState) -> 
     batches = partial(image_batches, source, mine, **shape)
     code = fit_code(vae, source, chosen, accelerator.process_index, accelerator.num_processes, **shape)
     compared = [name for name in settings.validation_metrics if name in MEASURED]
-    of_code = build_metrics(compared, accelerator.device, settings.resolution)
+    of_code = build_metrics(compared, accelerator.device, shape["resolution"], **kind_of(source.decoding))
     floor = code and LinearFloor(code, of_code)
     result = evaluate_reconstruction(vae, batches(), metrics, accelerator.device, linear=floor, **shape)
     scores = {name: summary.mean for name, summary in result.metrics.items() if summary.mean is not None}

@@ -1,9 +1,9 @@
-"""Linear floor: metrics of a linear code of the VAE's size, on the very images or clips that are measured.
+"""Linear floor: metrics of a linear code of the VAE's size, on the very images, clips or sounds that are measured.
 
 The code (`autoencoder/linear_code.py`) is fitted on the measured images themselves: no linear code leaves a smaller
 squared error on them.
 
-Legend: B batch, C channels, R side of an image.
+Legend: B batch, C channels, R side of an image, f pixels or samples of a patch's side.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import VQModel
 
+from ldm_vae.autoencoder.codebooks import codes_of
 from ldm_vae.autoencoder.geometry import downsampling_factor, image_channels, is_of_sounds, latent_channels
 from ldm_vae.autoencoder.lengths import lengths_of
 from ldm_vae.autoencoder.linear_code import LinearCode, PatchMoments
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.text import an
 from ldm_vae.data.source import Source
-from ldm_vae.data.transforms import to_pixels
+from ldm_vae.data.transforms import to_values
 from ldm_vae.metrics.batches import ImageBatch, image_batches, share_of, spread
 from ldm_vae.metrics.metric import Metric
 from ldm_vae.metrics.protocol import PINNED, Protocol
 from ldm_vae.metrics.ranks import total
 from ldm_vae.metrics.running import Summary
 
-MEASURED = ("psnr", "lpips_alex")
+MEASURED = ("psnr", "lpips_alex", "snr", "mel_distance")
 LARGEST = 1024  # images that a code is fitted on, evenly spread
 
 
@@ -38,9 +38,9 @@ class LinearFloor:
         self.code, self.metrics, self.protocol = code, metrics, protocol
 
     def update(self, batch: ImageBatch, device: torch.device) -> None:
-        pixels = to_pixels(batch.pixels.to(device))
+        pixels = to_values(batch.pixels.to(device))
         decoded = self.code.decode(self.code.encode(pixels)).to(pixels)
-        pair = self.protocol.pair(pixels, decoded, batch.indices, batch.alpha)
+        pair = self.protocol.pair(pixels, decoded, batch.indices, batch.alpha, batch.lengths)
         for metric in self.metrics:
             metric.update(pair)
 
@@ -51,17 +51,20 @@ class LinearFloor:
 def why_no_code(vae: Any, clips: bool = False) -> str | None:
     """A sentence where no linear code is like this VAE's; None where one is."""
     name, channels = type(vae).__name__, latent_channels(vae)
-    if is_of_sounds(vae):
-        return f"linear code: none beside {an(name)}, which takes sounds"
     frames = lengths_of(vae).joined if clips else 1
     if frames is None:
         return f"linear code: none beside {an(name)}, whose clips have {lengths_of(vae).law} frames and not 1 + t k"
-    numbers = frames * downsampling_factor(vae) ** 2 * image_channels(vae)
-    if isinstance(vae, VQModel):
+    numbers = frames * downsampling_factor(vae) ** axes_of(vae) * image_channels(vae)
+    if codes_of(vae) is not None:
         return f"linear code: none beside {an(name)}, whose codebook is no continuous code"
     if channels > numbers:
         return f"linear code: none beside {an(name)}, which gives {channels} numbers for the {numbers} of a patch"
     return None
+
+
+def axes_of(vae: Any) -> int:
+    """Axes along which a patch has f positions: 1 of sounds."""
+    return 1 if is_of_sounds(vae) else 2
 
 
 def fit_code(
@@ -74,7 +77,7 @@ def fit_code(
         return None
     chosen = [indices[place] for place in spread(len(indices), LARGEST)]
     frames = lengths_of(vae).joined or 1 if clips else 1
-    moments = PatchMoments(downsampling_factor(vae), image_channels(vae), frames=frames)
+    moments = PatchMoments(downsampling_factor(vae), image_channels(vae), frames=frames, axes=axes_of(vae))
     for batch in image_batches(
         source, share_of(rank, world_size, chosen, batch_size), resolution, batch_size=batch_size
     ):

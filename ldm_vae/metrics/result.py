@@ -258,12 +258,12 @@ def how_decoded(data: Json) -> str:
     """A sentence behind a space on images that were not decoded by the defaults, and on flags that overrode a record;
     empty for others."""
     prepared = data.get("preprocessing", PREPROCESSING_VERSION)  # absent from what other versions measured
-    if "sounds" in data and not data.get("notes"):
-        return ""  # described already
+    if "sounds" in data:  # described already, but for the notes
+        return "".join(f" Note: {note}." for note in data.get("notes", ()))
     notes = "".join(f"; {note}" for note in data.get("notes", ()))
     if not notes and prepared == PREPROCESSING_VERSION:
         return ""
-    return f" {'Sounds' if 'sounds' in data else 'Images'} decoded as `{prepared}`{notes}."
+    return f" Images decoded as `{prepared}`{notes}."
 
 
 def plain(results: Sequence[Json]) -> str:

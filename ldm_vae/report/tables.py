@@ -31,7 +31,7 @@ UNKNOWN_RATE = 10.0  # frames a second of videos whose rates may differ
 
 POWER = "power; white noise of variance 1 has 1"
 
-LINEAR_MEANING = "Principal components of these images' patches, as many as latent channels: what least squares knows."
+LINEAR_MEANING = "Principal components of the measured patches, as many as latent channels: what least squares knows."
 
 ROUNDING = {
     "round": "rounded to 8 bits",

@@ -31,6 +31,7 @@ START = 15  # intervals that a discriminator may be blind for: the demo's needs 
 WORSE = 0.02  # of the best held-out error (0.17 dB PSNR); neighbouring validations of a settled run differ by under 1 %
 
 METRICS = [name for names in get_args(ValidationMetric) for name in get_args(names)]
+FLOORS = {("psnr", "lpips_alex"): ("PSNR", "LPIPS"), ("snr", "mel_distance"): ("SNR", "mel distance")}
 PESQ = 4.65  # above the best, 4.644
 
 Line = Mapping[str, Any]
@@ -93,18 +94,20 @@ def diagnose(log: Sequence[Line], config: AdversaryConfig) -> dict[str, str]:
 
 
 def below_linear(scores: Line, init: str) -> dict[str, str]:
-    """A name and a sentence where a validation is below the linear code of the same size in PSNR and in LPIPS; init: of
-    the run."""
-    if not {"linear_code/psnr", "linear_code/lpips_alex"} <= scores.keys():
+    """A name and a sentence where a validation is below the linear code of the same size in PSNR and in LPIPS, or of
+    sounds in SNR and mel distance; init: of the run."""
+    named = next((pair for pair in FLOORS if {f"linear_code/{name}" for name in pair} <= scores.keys()), None)
+    if named is None:
         return {}
-    (psnr, psnr_floor), (lpips, lpips_floor) = (
-        (scores[f"validation/{name}"], scores[f"linear_code/{name}"]) for name in ("psnr", "lpips_alex")
+    (ratio, ratio_floor), (distance, distance_floor) = (
+        (scores[f"validation/{name}"], scores[f"linear_code/{name}"]) for name in named
     )
-    if psnr >= psnr_floor or lpips <= lpips_floor:
+    if ratio >= ratio_floor or distance <= distance_floor:
         return {}
+    high, low = FLOORS[named]
     sentence = (
-        f"the network reconstructs worse than a linear code of its size (PSNR {psnr:.2f} against {psnr_floor:.2f} dB, "
-        f"LPIPS {lpips:.3f} against {lpips_floor:.3f}): train on"
+        f"the network reconstructs worse than a linear code of its size ({high} {ratio:.2f} against {ratio_floor:.2f} "
+        f"dB, {low} {distance:.3f} against {distance_floor:.3f}): train on"
         f"{'' if init == 'linear' else ', or start from that code with `init: linear`'}"
     )
     return {"below_linear": sentence}
