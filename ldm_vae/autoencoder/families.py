@@ -118,7 +118,8 @@ FAMILIES: dict[str, Family] = {
     "MMAudioVocoder": _VOCODER,
     "MiniMaxMusic3Vocoder": _VOCODER,
     "RFD4ProteinaAutoencoder": _OTHER,
-    "CausalOobleck": Family("audio", law="inside"),  # of ours
+    "CausalOobleck": _AS_IT_IS,  # of ours, and so is the next
+    "DacAutoencoder": _AS_IT_IS,
 }
 
 

@@ -17,10 +17,12 @@ from ldm_vae.autoencoder.weights.networks import (
     build,
     fill,
     find_folder,
+    is_dac,
     load_folder,
     read_config,
 )
 from ldm_vae.autoencoder.weights.quantizer import load_beside, parted
+from ldm_vae.autoencoder.weights.transformers_dac import load_dac
 from ldm_vae.core.config_file import read_yaml
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.frozen_module import without_graphs
@@ -37,8 +39,8 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
 
     Args:
         source: a diffusers folder, a pipeline folder with `vae/`, a run folder (its exported `vae/`), the folder of a
-            run's checkpoint (its averaged weights; scaling_factor is 0, since it was never measured), a single
-            `.safetensors` file, or a hub id (of a VAE or of a pipeline).
+            run's checkpoint (its averaged weights; scaling_factor is 0, since it was never measured), a folder of
+            transformers' DacModel, a single `.safetensors` file, or a hub id (of a VAE or of a pipeline).
         config: for a single file of another shape than it tells by itself, a folder that holds its config.json.
 
     Raises:
@@ -59,7 +61,12 @@ def load_autoencoder(source: str | Path, config: str | Path | None = None) -> An
         if config is not None:
             print_note(f"{place}: its own config.json is taken; {config} is for single files")
         folder = find_folder(str(source), place)
-        vae = _load_checkpoint(folder, place) if is_checkpoint(folder) else load_folder(folder, place)
+        if is_checkpoint(folder):
+            vae = _load_checkpoint(folder, place)
+        elif is_dac(described := read_config(folder / CONFIG, place)):
+            vae = load_dac(folder, described, place)
+        else:
+            vae = load_folder(folder, place)
         local, subfolder = path.is_dir(), "vae" if folder.name == "vae" else None
         record(vae, read_beside(folder / CONFIG) if local else read_hub(str(source), subfolder))
         if not is_checkpoint(folder):

@@ -7,7 +7,7 @@ import sys
 
 from ldm_vae.export.request import Request as Request
 
-HELP = "write a VAE for diffusers, ComfyUI, kohya, A1111 or onnxruntime, with measured scaling"
+HELP = "write a VAE for diffusers, ComfyUI, kohya, A1111, onnxruntime or transformers, with measured scaling"
 DESCRIPTION = """\
 Write SRC in another program's format, read it back and compare. Success is reported only after the comparison.
 
@@ -15,6 +15,7 @@ Write SRC in another program's format, read it back and compare. Success is repo
   ldm-vae export runs/mine my-vae --stats photographs --resolution 256  # measure the scaling over these images first
   ldm-vae export my-vae my-vae.safetensors --target comfyui             # one file, with ComfyUI's tensor names
   ldm-vae export my-vae my-onnx --target onnx                           # encoder.onnx and decoder.onnx
+  ldm-vae export runs/codec my-dac --target dac                         # for transformers' DacModel
   ldm-vae export sd-vae.safetensors my-vae                              # convert back
   ldm-vae export runs/mine my-vae --checkpoint best                     # of a run that is not over, or went too far
 

@@ -14,6 +14,7 @@ _OURS = (
     "latent_preview.json",
     "preprocessing.json",
     "quantizer.json",
+    "preprocessor_config.json",
     ".gitattributes",
     "pictures",
     "vae",

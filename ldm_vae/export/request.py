@@ -17,8 +17,9 @@ class Request:
 
     source: str = argument("SRC", "run folder, diffusers folder, hub id or single file")
     out: str = argument("OUT", "folder to write; for a single-file target also NAME.safetensors")
-    target: Literal["diffusers", "single_file", "comfyui", "kohya", "a1111", "onnx"] = flag(
-        "what loads the result: diffusers (a folder; default), its from_single_file, another program, onnxruntime",
+    target: Literal["diffusers", "single_file", "comfyui", "kohya", "a1111", "onnx", "dac"] = flag(
+        "what loads the result: diffusers (a folder; default), its from_single_file, another program, onnxruntime, "
+        "DacModel of transformers",
         "diffusers",
     )
     checkpoint: str | None = checkpoint_flag()

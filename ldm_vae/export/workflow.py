@@ -22,6 +22,7 @@ from ldm_vae.core.ownership import own_name
 from ldm_vae.core.text import an
 from ldm_vae.export import hub
 from ldm_vae.export.card import Card, card_name
+from ldm_vae.export.dac_folder import check_carried, write_dac
 from ldm_vae.export.diffusers_folder import configured_copy, write_configured
 from ldm_vae.export.drift_report import measure_drift
 from ldm_vae.export.fp16.audit import audit
@@ -68,7 +69,9 @@ def export(
     # everything that the request alone can be refused for, before weights are loaded or images read
     _check(request)
     vae = _load(request, done)
-    if request.target != "diffusers":
+    if request.target == "dac":
+        check_carried(vae)
+    elif request.target != "diffusers":
         only_without(vae, f"--target {request.target}")
     if request.target in TARGETS:
         check_class(request.target, type(vae).__name__)
@@ -104,13 +107,18 @@ def export(
     elif request.target == "onnx":
         _write_onnx(vae, request, normalisation, card, files, done)
         load = f'onnxruntime.InferenceSession("{request.place}/encoder.onnx")'
+    elif request.target == "dac":
+        done.lines += write_dac(configured_copy(vae), request.place, card, files)
+        load = f'transformers.DacModel.from_pretrained("{request.place}")'
     else:
         path = _write_file(vae, request, normalisation, card, files, done)
         load = f'ldm_vae.load_autoencoder("{path}")'
         if request.target == "single_file":
             config = f'"{request.place}"' if path != request.place else "FOLDER of its config.json"
             load = f'{type(vae).__name__}.from_single_file("{path}", config={config})'
-    done.lines += [*choice.lines, *([] if choice.incompatible is None else [choice.incompatible]), f"load it: {load}"]
+    if request.target != "dac":  # whose class gives codes and takes codes
+        done.lines += [*choice.lines, *([] if choice.incompatible is None else [choice.incompatible])]
+    done.lines.append(f"load it: {load}")
     if request.push_to_hub is not None:
         done.lines.append(f"uploaded to {_push(request)}")
     return done
@@ -137,8 +145,10 @@ def _check(request: Request) -> None:
         raise UsageError(f"--push_to_hub: uploads a folder; give OUT without .safetensors, got {request.place}")
     if not request.place.name:
         raise UsageError(f"OUT {request.place}: expected a new folder or an older export")
-    if request.target == "onnx" and request.half:
-        raise UsageError("--variant fp16: ONNX graphs are written in fp32; leave it out, and convert them afterwards")
+    if request.target == "dac" and (request.normalisation or request.normalisation_from or request.stats):
+        raise UsageError("--target dac: DacModel has codes in the place of latents, and no normalisation; leave it out")
+    if request.target in ("onnx", "dac") and request.half:
+        raise UsageError(f"--variant fp16: --target {request.target} is written in fp32; leave it out, and convert it")
     if request.target not in TARGETS or request.place.suffix != ".safetensors":
         check_replaceable(request.place)
     elif request.place.is_dir():

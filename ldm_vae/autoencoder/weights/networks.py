@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from ldm_vae.autoencoder.causal_oobleck import CausalOobleck
 from ldm_vae.autoencoder.codebooks import CONFIG as QUANTIZER
 from ldm_vae.autoencoder.codebooks import WEIGHTS as BOOKS
+from ldm_vae.autoencoder.dac import DacAutoencoder
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.weights import rounding
 from ldm_vae.autoencoder.weights.files import (
@@ -37,6 +38,8 @@ from ldm_vae.core.text import an
 from ldm_vae.core.validation import check_model_config, first_line, parse_json
 
 CONFIG = "config.json"
+DAC = "model.safetensors"  # weights of a DacModel of transformers
+OURS = (CausalOobleck, DacAutoencoder)  # autoencoders of this package
 
 
 def load_folder(folder: Path, place: str, classes: Mapping[str, Any] | None = None) -> Any:
@@ -95,7 +98,7 @@ def class_of(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] |
 def _autoencoder(name: str) -> Any:
     """The autoencoder class of that name: diffusers', ours, else one that a module of the user's own has defined by
     now; None where there is none."""
-    found = getattr(autoencoders, name, {"CausalOobleck": CausalOobleck}.get(name))
+    found = getattr(autoencoders, name, {one.__name__: one for one in OURS}.get(name))
     if isinstance(found, type):
         return found
     return next(
@@ -107,6 +110,11 @@ def _subclasses(model: Any) -> Iterator[Any]:
     for one in model.__subclasses__():
         yield one
         yield from _subclasses(one)
+
+
+def is_dac(config: Mapping[str, Any]) -> bool:
+    """True for the config.json of a DacModel of transformers, which `transformers_dac` reads."""
+    return config.get("model_type") == "dac"
 
 
 def build(config: Mapping[str, Any], place: str, classes: Mapping[str, Any] | None = None) -> Any:
@@ -204,7 +212,8 @@ def _fetched(hub_id: str, place: str) -> Path:
             with contextlib.suppress(EntryNotFoundError):
                 hf_hub_download(hub_id, f"{inside}{name}")
         # one set of weights, the first that the hub has: a repository may hold several variants
-        for weights in _candidates():
+        dac = is_dac(read_config(folder / CONFIG, place))
+        for weights in [DAC] if dac else _candidates():
             try:
                 hf_hub_download(hub_id, f"{inside}{weights}")
             except EntryNotFoundError:
