@@ -15,7 +15,7 @@ Tensors = dict[str, torch.Tensor]
 # the gradient of a key's bias is zero but for rounding (softmax does not see it), which Adam divides by itself
 KEYS = ("to_k.bias", "to_qkv.bias")
 
-# sixteen scenarios of 12 steps in one launch: half a minute on a quiet machine, five where other work shares the cores
+# eighteen scenarios of 12 steps in one launch: half a minute on a quiet machine, five where other work shares the cores
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
@@ -56,6 +56,7 @@ def distance(ours: Tensors, theirs: Tensors, prefix: str = "") -> float:
         "alpha_2",
         "heads_2",
         "clips_2",
+        "sounds_2",
     ],
 )
 def test_one_process_and_two_are_the_same(results: Path, scenario: str) -> None:
@@ -90,7 +91,7 @@ def test_accumulation_is_its_own_thing(results: Path) -> None:
     assert distance(plain, accumulated, "vae.") > 1e-6
 
 
-@pytest.mark.parametrize("scenario", ["game", "codes", "residual", "alpha", "clips"])
+@pytest.mark.parametrize("scenario", ["game", "codes", "residual", "alpha", "clips", "sounds"])
 def test_with_a_fixed_weight_two_micro_batches_are_one_batch(results: Path, scenario: str) -> None:
     """R1, LeCAM, controller and variance; a codebook with its restarts: on one process and on two."""
     whole, halves, on_two = (

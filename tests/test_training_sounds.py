@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 from accelerate import Accelerator
+from cli_call import call
 from sentences import refused
-from sound_files import RATE
+from sound_files import RATE, encoded, write_sounds
 from sound_runs import MODEL, TERMS, sound_config
+from splits import split
 from tiny_classes import SOUNDS, sounds_for, tiny
 from training_runs import assert_same_run, metrics, one_sentence, run
 
+from ldm_vae import LatentDataset
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import own_rate, recorded
 from ldm_vae.core import config
 from ldm_vae.core.errors import UsageError
+from ldm_vae.data.source import open_source
+from ldm_vae.data.windows import video_of
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.training.config import Training, build_autoencoder, build_network, build_objective, learning
 from ldm_vae.training.dry_run import describe
 from ldm_vae.training.smallest_crop import check_smallest
 from ldm_vae.training.state import build_state
+from train.autoencoder import train
 
 
 def settings_of(tmp_path: Path, **changes: Any) -> Training:
@@ -99,6 +107,61 @@ def test_the_l1_of_a_step_is_that_of_the_decoded_sounds(tmp_path: Path) -> None:
     )
 
 
+# --- hold-out, and the decoder alone ----------------------------------------------------------------------------------
+
+
+def test_sounds_are_held_out_by_key_with_their_copies(tmp_path: Path) -> None:
+    """A file is in one part with all its excerpts, and a training copy of a held-out one in none."""
+    path = sound_config(tmp_path, data={"holdout": 0.4}, max_train_images=4, checkpoint_every_images=4,
+                        validate_every_images=4, validation_metrics=["si_sdr"], best_metric="si_sdr")  # fmt: skip
+    folder, fields = write_sounds(tmp_path / "sounds", 7), {"channels": 1, "sample_rate": RATE}
+    original = split(open_source(folder, **fields), 0.4)[1][0]
+    samples, _ = soundfile.read(folder / original, dtype="float32", always_2d=True)
+    for number in range(20):
+        copy = folder / f"copy{number}.flac"
+        copy.write_bytes(encoded(samples / 3, "FLAC"))
+        learned, held = split(open_source(folder, **fields), 0.4)
+        if copy.name in learned:
+            break
+        copy.unlink()
+    train(config.load(Training, path))
+    found = json.loads((tmp_path / "run" / "inventory" / "holdout.json").read_text())
+    assert found["copies"] == {copy.name: original} and "validation/si_sdr" in metrics(tmp_path / "run")[-1]
+    for part, names in (("train", {*learned} - {copy.name}), ("holdout", {*held})):
+        call("encode", tmp_path / "run", folder, tmp_path / part, "--num_workers", 0, "--part", part)
+        stored = LatentDataset(tmp_path / part, columns=("key",))
+        keys = [stored.row(index, ("key",))["key"] for index in range(len(stored))]
+        assert len(keys) == 16 * len(names) > 0 and {video_of(key)[0] for key in keys} == names
+    with refused(UsageError, "--part"):
+        call("encode", tmp_path / "run", tmp_path, tmp_path / "out", "--part", "train")
+
+
+def test_a_run_from_a_store_is_the_run_from_its_sounds(tmp_path: Path) -> None:
+    """The decoder alone, of files of one excerpt: there is but one place to draw."""
+    folder = write_sounds(tmp_path / "sounds", 5, samples=250)
+    base = write_vae(tiny("AutoencoderOobleck", audio_channels=1), tmp_path / "vae", None)
+    call("encode", base, folder, tmp_path / "store", "--excerpt", 256, "--dtype", "fp32", "--batch_size", 2,
+         "--num_workers", 0)  # fmt: skip
+    changes = {"model": {"kind": "pretrained", "in_channels": 1}, "init_from": str(base), "trainable": ["decoder.*"],
+               "losses": {"l1": {}}, "max_train_images": 12}  # fmt: skip
+    runs = []
+    for store in (None, str(tmp_path / "store")):
+        place = tmp_path / ("stored" if store else "plain")
+        place.mkdir()
+        data = {"data": {"path": str(folder)}}
+        train(config.load(Training, sound_config(place, **changes, **data, latent_store=store)))
+        runs.append(place / "run")
+    ours, theirs = (load_autoencoder(one).state_dict() for one in runs)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert metrics(runs[0]) == metrics(runs[1])
+    before = load_autoencoder(base).state_dict()
+    moved = {name for name, value in ours.items() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith("decoder.") for name in moved)
+    other = sound_config(tmp_path, **changes, data={"path": str(folder), "samples": 128}, latent_store=store)
+    with refused(UsageError, "resolution"):
+        train(config.load(Training, other))
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -106,7 +169,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "data.sample_rate": {"data": {"sample_rate": 16000}},
     "resolution": {"resolution": 64},
     "buckets": {"buckets": {"step": 8}},
-    "data.holdout": {"data": {"holdout": 0.5}},
+    "transform": {"transform": {"crop": "centre"}},
     "perturbations.eq": {"perturbations": {"eq": {}}},
     "data.channels": {"data": {"channels": 2}},
     "downsampling_ratios": {"model": MODEL | {"downsampling_ratios": [3, 4]}},

@@ -84,7 +84,8 @@ def train(settings: Training) -> None:
     record(vae, feed.prepared)  # goes into checkpoints and the export
     given = given_normalisation(settings, vae)
     state = build_state(settings, accelerator, vae)
-    if held_out is not None:  # what its metrics need is fetched now and not after the first hours
+    # what its metrics need is fetched now and not after the first hours
+    if held_out is not None and settings.validate_every_images is not None:
         metrics_of(settings, accelerator, held_out)
 
     # --- the run folder, and where its last checkpoint left it: resume is the same command again ----------------------

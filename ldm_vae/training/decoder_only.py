@@ -3,7 +3,7 @@
 The encoder is not run and not held. Pixels come from the store (`encode --pixels`), or are read again from the images:
 by key, cut as the store cut them, the checksum of their bytes compared.
 
-Legend: B batch, C image channels, c latent channels, T frames, H W pixels, t h w latent positions.
+Legend: B batch, C image channels, c latent channels, T frames, H W pixels, L samples, n t h w latent positions.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ COLUMNS = ("key", "source_index", "image_sha256")
 
 @dataclass
 class StoredBatch:
-    """One rank's part of a global batch: moments [B, c, h, w], of clips [B, c, t, h, w], pixels uint8 [B, C, H, W] or
-    [B, C, T, H, W] they belong to, positions in the stream of all images int64 [B], keys, and the images that could not
-    be read again on the way."""
+    """One rank's part of a global batch: moments [B, c, h, w], of clips [B, c, t, h, w], of sounds [B, c, n], pixels
+    uint8 [B, C, H, W] or [B, C, T, H, W], or samples float32 [B, C, L], that they belong to, positions in the stream of
+    all images int64 [B], keys, and the images that could not be read again on the way."""
 
     moments: Moments
     pixels: torch.Tensor
@@ -156,8 +156,8 @@ def open_pairs(settings: Training, vae: Any, source: Source | Stream) -> StoredP
     assert path is not None
     identity = read_manifest(path).identity
     latents = LatentDataset(
-        path, raw=True, seed=settings.seed, columns=COLUMNS, view="random", resolution=settings.resolution,
-        pixels=identity.pixels,
+        path, raw=True, seed=settings.seed, columns=COLUMNS, view="random",
+        resolution=settings.samples or settings.resolution, pixels=identity.pixels,
     )  # fmt: skip
     # the decoder would learn from latents that `init_from`'s encoder never gives
     if identity.encoder != encoder_fingerprint(vae):

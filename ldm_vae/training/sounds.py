@@ -7,6 +7,7 @@ from typing import Any
 from ldm_vae.autoencoder.lengths import check_samples
 from ldm_vae.autoencoder.preparation import check_signal_of
 from ldm_vae.data.source import SourceConfig
+from ldm_vae.data.transforms import TransformConfig
 
 IMAGE_PERTURBATIONS = ("eq", "teacher_latents")
 
@@ -26,7 +27,7 @@ def check_sounds(settings: Any) -> None:
     if settings.resolution != type(settings).model_fields["resolution"].default:
         raise ValueError("resolution: is of images, and excerpts of sounds have data.samples; leave it out")
     names = {
-        "buckets": settings.buckets, "latent_store": settings.latent_store, "data.holdout": settings.holdout,
+        "buckets": settings.buckets, "transform": settings.transform != TransformConfig(),
         **{f"perturbations.{name}": part.kind in IMAGE_PERTURBATIONS for name, part in settings.perturbations.items()},
     }  # fmt: skip
     if refused := [name for name, value in names.items() if value]:

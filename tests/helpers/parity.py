@@ -24,6 +24,7 @@ from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.core import rng
 from ldm_vae.core.launch import build_accelerator
 from ldm_vae.discriminators.patchgan import Config as PatchGAN
+from ldm_vae.discriminators.waveform import Config as Waveform
 from ldm_vae.losses.alpha import Config as Alpha
 from ldm_vae.losses.commitment import Config as Commitment
 from ldm_vae.losses.gaussian_nll import Config as GaussianNLL
@@ -51,6 +52,7 @@ def train(
     terms: Any = None,
     alpha: bool = False,
     clips: bool = False,
+    sounds: bool = False,
     beside: Any = None,
     **adversary: Any,
 ) -> dict[str, torch.Tensor]:
@@ -63,7 +65,10 @@ def train(
     vae = config.build().double()
     if clips:
         vae = tiny("AutoencoderKLWan").double().requires_grad_(True).train()
-    size = (5, 16, 16) if clips else (16, 16)
+    if sounds:
+        vae = tiny("AutoencoderOobleck", audio_channels=1).double().requires_grad_(True).train()
+    size = (5, 16, 16) if clips else (128,) if sounds else (16, 16)
+    channels = 1 if sounds else 3 + alpha
     if beside is not None:
         put_beside(vae, beside.beside(latent_channels(vae)).double())
     bottleneck = (beside.build if beside else config.bottleneck)(vae)
@@ -73,7 +78,9 @@ def train(
         {"l1": L1(), **(terms or ({"commitment": Commitment()} if codebook else continuous))}
     ).double()
     critic = PatchGAN(width=8, layers=1, dimensions=3 if clips else 2).build().double()
-    if adversary.get("feature_matching"):
+    if sounds:
+        critic = Waveform(periods=[2, 3], windows=[64], period_width=4, stft_width=4).build(1).double()
+    elif adversary.get("feature_matching"):
         critic = TwoHeads().double()
     optimizers = [
         torch.optim.Adam(trainable_parameters(modules), lr=1e-3, betas=(0.5, 0.9), eps=1e-12)
@@ -99,7 +106,7 @@ def train(
     for number in range(STEPS * accumulation):
         start = number * whole + accelerator.process_index * share
         positions = range(start, start + share)
-        images = rng.normal(1, "images", positions, (3 + alpha, *size)).double().tanh()
+        images = rng.normal(1, "images", positions, (channels, *size)).double().tanh()
         # images of unequal brightness: with equal ones an unreduced adaptive weight would hardly show
         brightness = torch.tensor([0.2 + (position % GLOBAL_BATCH) / 8 for position in positions])
         images *= brightness.view(-1, 1, *[1] * len(size))
@@ -126,6 +133,7 @@ def main() -> None:
     # a variance that learns, and a controller that sees the rate of the whole batch
     controlled = {"likelihood": GaussianNLL(), "target": KLTarget(nats_per_pixel=0.1, integral_images=100)}
     of_clips = {"time": TemporalDifference(), "some": L2(frames=2), "kl": KL(weight=1e-3)}
+    heard = {"loss": "least_squares", "feature_matching": 3.0}
     for name, accumulation, broken, adversary in (
         ("plain", 1, "", {}),
         ("codebook", 1, "", {"codebook": followed}),
@@ -141,9 +149,12 @@ def main() -> None:
                 ("residual", {"beside": residual, "terms": {"commitment": Commitment()}}),
                 ("alpha", {"alpha": True, "terms": {"alpha": Alpha()}}),
                 # several heads, whose features pull
-                ("heads", regularisers | {"loss": "least_squares", "feature_matching": 3.0}),
+                ("heads", regularisers | heard),
                 # 3-D discriminator, a term of clips and one that chooses frames
                 ("clips", regularisers | {"clips": True, "terms": of_clips}),
+                # multi-period and multi-scale STFT heads; the log of a loss of spectra, steep near silence, magnifies
+                # rounding a thousand times an update
+                ("sounds", regularisers | heard | {"sounds": True, "terms": {"kl": KL(weight=1e-3)}}),
             )
         ),
         ("no_reduce", 1, "no_reduce", {}),
