@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from checksums import tree
 from cli_call import run_cli
 from diffusers import AutoencoderKL
-from loopback_s3 import BUCKET, ENVIRONMENT, Bucket, serve
+from loopback_s3 import BUCKET, Bucket, connected
 from sentences import refused
 from store_sources import AFTER, Album, Pictures, Stop, Stopping
 from stores import SETTINGS, same
@@ -32,11 +31,7 @@ from ldm_vae.latent_store.write.processes import Processes
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Bucket]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with pytest.MonkeyPatch.context() as patch, serve() as bucket:
-        for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": bucket.endpoint}.items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3").mkdir(BUCKET)
+    with connected() as bucket:
         yield bucket
 
 

@@ -33,7 +33,7 @@ class Request:
     """The command line."""
 
     vae: str = argument("VAE", "diffusers folder, run folder, hub id or single file")
-    data: str = argument("DATA", "images: folder, dataset, list file, zip, tar shards, hub id")
+    data: str = argument("DATA", "images: folder, dataset, list file, zip, tar shards, hub id, or a URL")
     out: str = argument("OUT", "folder of the store, or a URL of an object store: new, or one to resume or update")
     resolution: tuple[int, ...] | None = flag(
         "side of the crop in pixels (default: the VAE's sample_size); several values give several shapes", nargs="+"
@@ -92,6 +92,7 @@ def run(request: Request) -> None:
     from ldm_vae.core.errors import UsageError, resumable
     from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
     from ldm_vae.core.ownership import Part
+    from ldm_vae.data.stream import by_index
     from ldm_vae.latent_store import write_store
     from ldm_vae.latent_store.format.manifest import place_of
     from ldm_vae.latent_store.maintain.rounding_error import describe_costs, measure_costs
@@ -109,7 +110,7 @@ def run(request: Request) -> None:
     name = at_checkpoint(request.vae, request.checkpoint)
     vae = load_autoencoder(name, request.config)
     preparation = preparation_of({name: vae}, request.flags)
-    source = preparation.open(request.data)
+    source = by_index(preparation.open(request.data))
     of_sounds = source.decoding.signal == "audio"
     if of_sounds and (request.resolution is not None or source.decoding.samples is None):
         raise UsageError("--excerpt: expected the samples of an excerpt of a sound, and no --resolution")

@@ -1,9 +1,9 @@
 """Files that lie at a URL: any file system that fsspec knows (s3, gs, hf, http, memory, ...).
 
-A file of a store is fetched whole, under a temporary name, compared with the manifest's size and checksum, and only then
-given its name: an interrupted or damaged download is never a shard. Never more bytes are taken than the manifest says, or LARGEST
-of a file that it does not name. What may pass (a lost connection, a server's 500, a body that ends early or stands
-still) is tried again after a growing, jittered wait; what stays wrong ends in one sentence.
+A file of a store is fetched whole, under a temporary name, compared with the manifest's size and checksum, and only
+then given its name: an interrupted or damaged download is never a shard. Never more bytes are taken than the manifest
+says, or LARGEST of a file that it does not name. What may pass (a lost connection, a server's 500, a body that ends
+early or stands still) is tried again after a growing, jittered wait; what stays wrong ends in one sentence.
 
 Credentials and options are those that fsspec finds: the cloud's own environment variables, or fsspec's configuration
 (FSSPEC_S3='{"anon": true}').
@@ -12,12 +12,13 @@ Credentials and options are those that fsspec finds: the cloud's own environment
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,6 +73,82 @@ def read(url: str) -> bytes:
             return path.read_bytes()
 
     return patiently(url, work, ATTEMPTS)
+
+
+def read_range(url: str, first: int, stop: int) -> bytes:
+    """Bytes [first, stop) of a file, or as many of them as there are. Raises as `read`."""
+
+    def work() -> bytes:
+        files, remote = open_files(url)
+        content: bytes = files.cat_file(remote, start=first, end=stop)
+        if len(content) > stop - first:
+            raise WorkError(
+                f"{url}: expected {stop - first:,} bytes of it, got {len(content):,}: it gives no parts; download it"
+            )
+        return content
+
+    return patiently(url, work)
+
+
+class RangedFile(io.RawIOBase):
+    """A file of a known size, read by `read_range`, for libraries that read and seek."""
+
+    def __init__(self, url: str, size: int) -> None:
+        self._url, self._size, self._place = url, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._place = offset + (0, self._place, self._size)[whence]
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._place + len(buffer), self._size)
+        data = read_range(self._url, self._place, stop) if stop > self._place else b""
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
+def listed(url: str, below: bool = False) -> dict[str, dict[str, Any]]:
+    """What lies in a folder, or anywhere below it, by name from there; each with what the file system says of it
+    (`size`, ...). Nothing where there is no such folder."""
+
+    def work() -> dict[str, dict[str, Any]]:
+        files, remote = open_files(url)
+        files.invalidate_cache()  # listings of an earlier look
+        root = remote.rstrip("/")
+        found = [*files.find(root, detail=True).values()] if below else files.ls(root, detail=True)
+        return {entry["name"].rstrip("/").removeprefix(f"{root}/"): entry for entry in found}
+
+    try:
+        return patiently(url.rstrip("/"), work)
+    except AbsentError:  # an object store has no folders: this one is empty
+        return {}
+
+
+def told(url: str) -> dict[str, Any]:
+    """What the file system says of a file (`size`, `ETag`, ...), as of now. Raises as `read`."""
+
+    def work() -> dict[str, Any]:
+        files, remote = open_files(url)
+        files.invalidate_cache()
+        found: dict[str, Any] = files.info(remote)
+        return found
+
+    return patiently(url, work)
+
+
+def version_of(said: Mapping[str, Any]) -> str | None:
+    """The version of a file's content, as its file system tells it: another one is another content; None where it tells
+    none (or a weak one, `W/...`)."""
+    named = (said.get(name) for name in ("ETag", "etag", "md5Hash", "content_md5", "checksum"))
+    version = next((str(one) for one in named if one), "")
+    return version if version and not version.startswith("W/") else None
 
 
 def download(url: str, path: Path, record: FileRecord, *, attempts: int = ATTEMPTS) -> None:

@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,16 @@ from ldm_vae.data.quarantine import BadImage
 MAX_BYTES = 2**30  # a larger "image" is a disk image under a wrong name
 
 
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """True for a URL, which is read through fsspec."""
+    return isinstance(path, str) and "://" in path
+
+
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """A file's bytes. Raises BadImage when it cannot be read, is no plain file (a FIFO would hang) or is enormous."""
+    """The bytes of a file or a URL. Raises BadImage when it cannot be read, is no plain file (a FIFO would hang) or is
+    enormous; WorkError where a server does not answer, which says nothing of the image."""
+    if is_url(path):
+        return _from_url(lambda files: files.read(str(path)))
     try:
         return files.read_bytes(path, MAX_BYTES)
     except (OSError, ValueError) as error:
@@ -31,9 +40,15 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def read_range(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
-    """`size` bytes of a file. Raises BadImage when there are fewer, or more than MAX_BYTES are asked for."""
+    """`size` bytes of a file or a URL. Raises as `read_bytes`, and BadImage when there are fewer, or more than
+    MAX_BYTES are asked for."""
     if size > MAX_BYTES:
         raise BadImage(f"a member of {size / 2**30:.1f} GiB, the limit is {MAX_BYTES / 2**30:.0f}")
+    if is_url(path):
+        data = _from_url(lambda files: files.read_range(str(path), offset, offset + size))
+        if len(data) < size:
+            raise BadImage("the archive is cut off here")
+        return data
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(offset)
@@ -45,6 +60,15 @@ def read_range(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
     if len(data) < size:
         raise BadImage("the archive is cut off here")
     return data
+
+
+def _from_url(read: Callable[[Any], bytes]) -> bytes:
+    from ldm_vae.core import fsspec_files  # fsspec, which files have no need of
+
+    try:
+        return read(fsspec_files)
+    except fsspec_files.AbsentError as error:
+        raise BadImage("no such file (it vanished, or never was)") from error
 
 
 def check_member_name(name: str) -> None:

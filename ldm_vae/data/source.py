@@ -170,8 +170,9 @@ def open_source(
 ) -> Source:
     """Open DATA of a command line as a source of the kind that its path means.
 
-    A folder of images; a zip; a list file of paths (.txt, .lst); parquet or arrow files, or a folder of them; a folder
-    written by `save_to_disk`; tar shards (file, folder, glob or braces); a hub id `owner/name`.
+    A folder of images; a zip; a list file of paths or URLs (.txt, .lst); parquet or arrow files, or a folder of them; a
+    folder written by `save_to_disk`; tar shards (file, folder, glob or braces); a hub id `owner/name`. Of these, at a
+    URL too: list files, parquet files, tar shards, and a folder of images, where its server lists it.
 
     Args:
         kind: one of the files in `ldm_vae.data.sources`, or the dotted path of your own module; found by looking at
@@ -225,6 +226,8 @@ def with_resize(source: SourceType, resize: Resize) -> SourceType:
 def kind_of(path: str) -> str:
     """The kind of source that `path` is, by what lies there. Raises UsageError when nothing does."""
     # a pattern of shards is no file; a file with such a name is one
+    if "://" in path and ".tar" not in path:
+        return "hub" if path.endswith(".parquet") else "list"
     if "://" in path or (".tar" in path and not Path(path).exists() and re.search(r"[*?{\[]", path)):
         return "webdataset"
     place = expanded(path)

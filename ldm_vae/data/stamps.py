@@ -16,7 +16,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -66,6 +66,29 @@ def file_facts(path: str | os.PathLike[str], place: Sequence[int] = (), size: in
         return None
     identity = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, *place)
     return Facts(status.st_size if size is None else size, max(status.st_mtime_ns, status.st_ctime_ns), identity)
+
+
+def url_facts(said: Mapping[str, Any], place: Sequence[int] = (), size: int | None = None) -> Facts | None:
+    """Facts of an image in a file at a URL, of which its file system says this (`fsspec_files.told`); None where that
+    is no version of the content."""
+    from ldm_vae.core.fsspec_files import version_of  # fsspec, which files have no need of
+
+    if (version := version_of(said)) is None:
+        return None
+    whole = int(said.get("size") or -1)
+    number = int.from_bytes(hashlib.sha256(version.encode()).digest()[:8], "little")
+    # of a content, not of a time: it needs no moment to settle
+    return Facts(whole if size is None else size, 0, (number, whole, *place))
+
+
+def told_facts(url: str, place: Sequence[int] = (), size: int | None = None) -> Facts | None:
+    """As `url_facts`, of what the file system says now: one request."""
+    from ldm_vae.core import fsspec_files  # fsspec, which files have no need of
+
+    try:
+        return url_facts(fsspec_files.told(url), place, size)
+    except fsspec_files.AbsentError:
+        return None
 
 
 def _read_only(path: str | os.PathLike[str]) -> bool:

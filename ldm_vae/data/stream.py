@@ -18,7 +18,7 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.quarantine import Bad
 from ldm_vae.data.sampler import Task, Work
-from ldm_vae.data.source import Record
+from ldm_vae.data.source import Record, Source
 
 
 @runtime_checkable
@@ -62,6 +62,12 @@ class InOrderOnly:
             f"data {self.name}: read in order, it {what}; download it first (no streaming, uncompressed local shards), "
             "or use it for training only"
         )
+
+
+def by_index(source: Source) -> Source:
+    """The same images by index, where a stream can be indexed, which may take reading it once; else the source."""
+    indexed: Source = source.indexed() if hasattr(source, "indexed") else source
+    return indexed
 
 
 def warning(name: str) -> str:

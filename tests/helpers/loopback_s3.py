@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import Counter
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from xml.sax.saxutils import escape
 
+import fsspec
+import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
@@ -89,6 +92,17 @@ class _Gate:
         if fault == "lost answer":
             environ["werkzeug.socket"].shutdown(2)
         return answer
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[Bucket]:
+    """The server, and an environment in which s3:// means it."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    with pytest.MonkeyPatch.context() as patch, serve() as bucket:
+        for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": bucket.endpoint}.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir(BUCKET)
+        yield bucket
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Memory-mapped by `datasets`, decoded by us: the image column is read as raw byte
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import os
 import re
@@ -23,7 +24,7 @@ from ldm_vae.core.paths import expanded, nearest_path
 from ldm_vae.core.text import an
 from ldm_vae.core.validation import disguised_file
 from ldm_vae.data.decoding import DEFAULT, Decoding, RawImage
-from ldm_vae.data.files import read_bytes
+from ldm_vae.data.files import is_url, read_bytes
 from ldm_vae.data.footage import Video, is_footage
 from ldm_vae.data.metadata import rename_caption
 from ldm_vae.data.quarantine import Bad, BadImage
@@ -53,6 +54,16 @@ class Config(SourceConfig):
         return self
 
     def build(self) -> HubSource | HubStream:
+        if is_url(self.path):
+            if self.streaming:
+                raise UsageError(
+                    f"data.streaming: is of a dataset on the hub; the files of {self.path} are read by row"
+                )
+            from ldm_vae.data.remote_tables import RemoteTable  # fsspec, which files have no need of
+
+            return HubSource(
+                RemoteTable(_urls(self.path)), self.decoding(), self.image_column, self.caption_column, self.path
+            )
         dataset = load(self)
         if self.streaming:
             return HubStream(dataset, self)
@@ -74,7 +85,7 @@ class HubSource(Named):
         self._dataset = undecoded(dataset)
         self._dtype = declared_dtype(dataset, self.image_column)
         check_dtype(self._dtype, decoding, self.image_column, name, self._dataset)
-        self._facts = _facts_of(dataset, self.image_column)
+        self._facts = dataset.facts if is_url(name) else _facts_of(dataset, self.image_column)
         others = [column for column in dataset.column_names if column != self.image_column]
         self.columns: tuple[str, ...] = tuple(rename_caption(dict.fromkeys(others), caption_column))
 
@@ -87,6 +98,8 @@ class HubSource(Named):
     def __getitem__(self, index: int) -> Record:
         try:
             row = dict(self._dataset[int(index)])
+        except WorkError:  # a server that does not answer says nothing of the row
+            raise
         except Exception as error:  # a damaged arrow file: any of pyarrow's, or OSError
             raise BadImage(f"row cannot be read: {error}") from error
         image = row.pop(self.image_column)
@@ -211,6 +224,19 @@ def _pick_split(splits: Mapping[str, Any], config: Config) -> Any:
     if config.split not in splits:
         raise UsageError(f"data.split {config.split}: {config.path} has {', '.join(splits)}")
     return splits[config.split]
+
+
+def _urls(url: str) -> list[str]:
+    """The parquet files that a URL means: with `*`, those of its folder that match. Raises UsageError for none."""
+    from ldm_vae.core import fsspec_files
+
+    folder, _, pattern = url.rpartition("/")
+    if "*" not in pattern:
+        return [url]
+    found = sorted(f"{folder}/{name}" for name in fnmatch.filter(fsspec_files.listed(folder), pattern))
+    if not found:
+        raise UsageError(f"data {url}: no such file")
+    return found
 
 
 def _files(path: Path) -> list[str]:

@@ -1,8 +1,9 @@
 """WebDataset tar shards: `shards/{000..099}.tar`, `shards/*.tar`, a folder of them, or URLs of them.
 
 Local, uncompressed shards are indexed once when they are opened (about 50,000 members a second) and then read at random
-like any other source. Shards behind a URL, or compressed, are read in order (ldm_vae/data/stream.py). The key is
-`SHARD/KEY`: the shard's name without its ending, and the sample's name in it.
+like any other source. Shards behind a URL, or compressed, are read in order (ldm_vae/data/stream.py); for what needs an
+index (encoding) those behind a URL are read once to make one, and then a sample is one request. The key is `SHARD/KEY`:
+the shard's name without its ending, and the sample's name in it.
 """
 
 from __future__ import annotations
@@ -13,26 +14,31 @@ import tarfile
 import time
 import urllib.request
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
 
+from ldm_vae.core.ahead import ahead
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.files import WINDOW, Transfer
 from ldm_vae.core.progress import Progress
 from ldm_vae.core.validation import why_unreadable
 from ldm_vae.data import tars
 from ldm_vae.data.decoding import Decoding, endings_of
-from ldm_vae.data.files import MAX_BYTES, Names, check_unique, read_range
+from ldm_vae.data.files import MAX_BYTES, Names, check_unique, is_url, read_range
 from ldm_vae.data.footage import Video, is_footage
 from ldm_vae.data.metadata import rename_caption
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.source import Named, Record, SourceConfig, not_empty
-from ldm_vae.data.stamps import Facts, file_facts
+from ldm_vae.data.stamps import Facts, file_facts, url_facts
 from ldm_vae.data.stream import InOrderOnly
+
+if TYPE_CHECKING:
+    from ldm_vae.data.remote_tars import TarIndex
 
 clock = time.monotonic
 
@@ -84,6 +90,7 @@ class TarSource(Named):
     ) -> None:
         self.decoding = decoding
         self._shards = shards
+        self._indices = _indices([shard for shard in shards if is_url(shard)])
         self.name = shards[0] if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1:,} more"
         self._captions = caption_column
         self._extensions: list[str] = []
@@ -124,7 +131,7 @@ class TarSource(Named):
         """(key, image or the reason why there is none, other members) of each sample; damage ends a shard early."""
         damage: list[str] = []
         endings = endings_of(self.decoding)
-        for sample in tars.group(_members_until_damage(shard, damage)):
+        for sample in tars.group(self._members(shard, damage)):
             try:
                 image: tars.Member | str = sample.image(image_column, endings)
             except tars.SeveralImages as error:
@@ -135,6 +142,13 @@ class TarSource(Named):
         # the damaged rest has a key of its own, so the quarantine shows that something is missing
         for reason in damage:
             yield "rest-of-shard", f"the rest of the shard cannot be read: {reason}", []
+
+    def _members(self, shard: str, damage: list[str]) -> Iterator[tars.Member]:
+        """Members of a shard; where it is damaged, why."""
+        if (known := self._indices.get(shard)) is None:
+            return _members_until_damage(shard, damage)
+        damage += [known.damage] if known.damage else []
+        return iter(known.members)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -148,18 +162,43 @@ class TarSource(Named):
             raise BadImage(self._refused[index])
         number, offset, size, video = map(int, self._images[index])
         shard = self._shards[number]
-        columns: dict[str, Any] = dict.fromkeys(self._extensions)
         # members of sample i: from the end of sample i - 1 to its own
-        for which, start, length in self._others[self._ends[index - 1] if index else 0 : self._ends[index]].tolist():
-            columns[self._extensions[which]] = tars.column_value(
-                self._extensions[which], read_range(shard, start, length)
-            )
-        image = Video(shard, offset, size) if video else read_range(shard, offset, size)
+        others = self._others[self._ends[index - 1] if index else 0 : self._ends[index]].tolist()
+        take: Callable[[int, int], bytes] = partial(read_range, shard)
+        if shard in self._indices:
+            take = _at_once(shard, [(offset, size), *((start, length) for _, start, length in others)])
+        columns: dict[str, Any] = dict.fromkeys(self._extensions)
+        for which, start, length in others:
+            columns[self._extensions[which]] = tars.column_value(self._extensions[which], take(start, length))
+        if not video:
+            image: bytes | Video = take(offset, size)
+        else:
+            image = Video(take(offset, size)) if shard in self._indices else Video(shard, offset, size)
         return Record(key, image, with_caption(columns, self._captions))
 
     def facts(self, index: int) -> Facts | None:
         number, offset, size, _ = map(int, self._images[index])
-        return None if index in self._refused else file_facts(self._shards[number], (offset,), size)
+        if index in self._refused:
+            return None
+        if (known := self._indices.get(self._shards[number])) is not None:
+            return url_facts(known.said, (offset,), size)
+        return file_facts(self._shards[number], (offset,), size)
+
+
+def _indices(urls: Sequence[str]) -> dict[str, TarIndex]:
+    if not urls:
+        return {}
+    from ldm_vae.data.remote_tars import CONNECTIONS, index  # fsspec, which files have no need of
+
+    found = ahead(index, urls, CONNECTIONS)
+    return dict(zip(urls, Progress(found, "indexing shards", len(urls), unit="shards", leave=False), strict=True))
+
+
+def _at_once(url: str, places: Sequence[tuple[int, int]]) -> Callable[[int, int], bytes]:
+    """Read ranges (offset, size) of a file at a URL: one request, since a sample's members lie side by side."""
+    first, stop = min(start for start, _ in places), max(start + size for start, size in places)
+    data = read_range(url, first, stop - first)
+    return lambda offset, size: data[offset - first : offset - first + size]
 
 
 def _members_until_damage(shard: str, damage: list[str]) -> Iterator[tars.Member]:
@@ -179,12 +218,27 @@ class TarStream(InOrderOnly):
     columns: tuple[str, ...] = ()
 
     def __init__(self, shards: list[str], config: Config) -> None:
-        self.name = config.path
+        self.name, self._config = config.path, config
         self.decoding = config.decoding()
         self.shuffle_buffer = config.shuffle_buffer
         self._shards = shard_names(shards)
         self._image_column = config.image_column
         self._captions = config.caption_column
+
+    def indexed(self) -> TarSource:
+        """The same samples by index: each shard is read once to make it.
+
+        Raises:
+            UsageError: a shard is compressed, which only reading in order can open.
+        """
+        if packed := [shard for shard in self._shards if not shard.endswith(".tar")]:
+            raise UsageError(
+                f"data {packed[0]}: expected shards that end in .tar: a compressed one has no index; unpack it"
+            )
+        config = self._config
+        source = TarSource([*self._shards], self.decoding, config.image_column, config.caption_column)
+        not_empty(source, self.name, "image")
+        return source
 
     def __iter__(self) -> Iterator[Record | Bad]:
         for shard, name in self._shards.items():

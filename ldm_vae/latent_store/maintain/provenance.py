@@ -13,6 +13,7 @@ from ldm_vae.autoencoder.preparation import preparation_of_store
 from ldm_vae.core.errors import UsageError
 from ldm_vae.data.flags import NO_FLAGS, DataFlags
 from ldm_vae.data.source import Source
+from ldm_vae.data.stream import by_index
 from ldm_vae.latent_store.format.manifest import Manifest
 from ldm_vae.latent_store.format.work_units import storable
 
@@ -56,7 +57,7 @@ def find_source(manifest: Manifest, vae: Any, named: str | None = None, flags: D
     for note in preparation.notes:
         logger.warning("%s", note)
     try:
-        return preparation.open(place)
+        return by_index(preparation.open(place))
     except UsageError as problem:
         if named is not None:
             raise

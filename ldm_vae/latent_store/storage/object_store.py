@@ -90,12 +90,7 @@ class ObjectStore:
             raise FileNotFoundError(str(error)) from error
 
     def read_range(self, name: str, first: int, stop: int) -> bytes:
-        def work() -> bytes:
-            files, remote = open_files(f"{self.url}/{name}")
-            content: bytes = files.cat_file(remote, start=first, end=stop)
-            return content
-
-        return patiently(f"{self.url}/{name}", work)
+        return fsspec_files.read_range(f"{self.url}/{name}", first, stop)
 
     def remove(self, name: str) -> None:
         def work() -> None:
@@ -128,19 +123,8 @@ class ObjectStore:
         """Nothing is left of an upload that was stopped but parts, which the bucket's own rule takes away."""
 
     def _listed(self, folder: str) -> dict[str, int]:
-        url = f"{self.url}/{folder}".rstrip("/")
-
-        def work() -> dict[str, int]:
-            files, remote = open_files(url)
-            files.invalidate_cache()
-            found = files.ls(remote, detail=True)
-            names = {entry["name"].rstrip("/").rpartition("/")[2]: int(entry["size"] or 0) for entry in found}
-            return {f"{folder}/{name}" if folder else name: size for name, size in names.items()}
-
-        try:
-            return patiently(url, work)
-        except AbsentError:  # an object store has no folders: this one is empty
-            return {}
+        found = fsspec_files.listed(f"{self.url}/{folder}")
+        return {f"{folder}/{name}" if folder else name: int(said["size"] or 0) for name, said in found.items()}
 
     def _send(self, name: str, size: int | None, send: Callable[[Any, str], None]) -> None:
         """Send an object of `size` bytes (None: it may be another's), and see that it is there."""

@@ -26,6 +26,7 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.ownership import is_mark
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.source import Source
+from ldm_vae.data.stream import by_index
 from ldm_vae.data.transforms import preprocessing_identity
 from ldm_vae.latent_store.format import work_units
 from ldm_vae.latent_store.format.codes import choose
@@ -136,6 +137,7 @@ def write_store(
     """
     out, processes = place_of(out), processes or Processes()
     storage_at(out).prepare()
+    source = by_index(source)
     resolutions = (resolution,) if isinstance(resolution, int) else tuple(resolution)
     for side in resolutions:
         check_resolution(side, vae)
