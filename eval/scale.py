@@ -3,12 +3,16 @@
     python -m eval.scale                                        # in seconds, on any machine
     python -m eval.scale --nodes 512 --mtbf_hours 20000         # with numbers of your own
 
-Every figure is arithmetic on the arguments, but for the share of time that failures cost: that is simulated, node by
-node with a seed, and stands beside its closed form. Nodes fail independently of each other, each as a Poisson process.
+Every figure is arithmetic on the arguments, but for the time that failures cost: that is simulated, node by node and
+request by request with a seed, and stands beside its closed form. Nodes fail independently of each other, each as a
+Poisson process.
 
 - Training stops when any node fails, starts again and repeats what was done since the last checkpoint (Daly 2006,
   "A higher order estimate of the optimum checkpoint interval for restart dumps", eq. 20; Young 1974 for the interval).
 - Encoding goes on: a failure costs its own node a restart and the units that were under way there.
+- Spot nodes are preempted far more often than nodes fail, and are away until there is another one (exponential). What
+  waits is the whole training, or the encoding's own units; a node that is away costs nothing.
+- Requests to an object store have a time to first byte, fail and are made again (`transfers.py`).
 """
 
 from __future__ import annotations
@@ -21,12 +25,25 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from eval.transfers import (
+    Transfer,
+    expected_pool,
+    expected_transfer,
+    given_up,
+    simulate_pool,
+    simulate_transfer,
+)
 from ldm_vae.core.errors import UsageError, run_program
 from ldm_vae.core.request import Parser
+from ldm_vae.latent_store.read.prefetch import THREADS
 
 HOUR = 3600.0
 REPETITIONS = 300  # of a simulated run
 FAILURES = 2_000  # of a node that encodes: so long is it watched
+TRANSFERS = 2_000  # of each object
+IMAGE_BYTES = 1e5
+PART_BYTES = 50 * 2**20  # of an upload in parts: s3fs's
+OTHER_PUTS = 6  # of a shard: the upload's begin and end, two tables, the unit's record, its share of everything else
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
@@ -35,7 +52,8 @@ FAILURES = 2_000  # of a node that encodes: so long is it watched
 @dataclass(frozen=True)
 class Run:
     """Seconds of a run that any failure of its nodes stops: work without failures, between checkpoints, of writing one,
-    from a failure until work goes on, and on average between two failures of a node."""
+    from a failure (or the new node's arrival) until work goes on, on average between two failures of a node, and on
+    average until a node that failed has another in its place."""
 
     work: float
     interval: float
@@ -43,6 +61,7 @@ class Run:
     restart: float
     node_mtbf: float
     nodes: int = 1
+    away: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -52,11 +71,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Seconds from beginning to end, how many failures, and seconds of work that was done in vain."""
+    """Seconds from beginning to end, how many failures, seconds of work that was done in vain, and seconds without a
+    node."""
 
     wall: float
     failures: int
     lost: float
+    away: float = 0.0
 
 
 def simulate(run: Run, seed: int) -> Outcome:
@@ -65,14 +86,20 @@ def simulate(run: Run, seed: int) -> Outcome:
     failing = list(draw.exponential(run.node_mtbf, run.nodes))  # when each node fails next
     heapq.heapify(failing)
     pieces = math.ceil(run.work / run.interval)
-    clock, lost, done, failures = 0.0, 0.0, 0, 0
+    clock, lost, away, done, failures = 0.0, 0.0, 0.0, 0, 0
 
     def fail() -> float:
-        nonlocal failures
+        """The time at which all nodes are there again."""
+        nonlocal failures, away
         failures += 1
         when = failing[0]
-        heapq.heapreplace(failing, when + draw.exponential(run.node_mtbf))
-        return when
+        gone = draw.exponential(run.away) if run.away else 0.0
+        away += gone
+        heapq.heapreplace(failing, when + gone + draw.exponential(run.node_mtbf))
+        # a node that fails while the others wait is replaced in the same time
+        while failing[0] < when + gone:
+            heapq.heapreplace(failing, when + gone + draw.exponential(run.node_mtbf))
+        return when + gone
 
     step = run.interval + run.checkpoint
     while done < pieces:
@@ -87,18 +114,19 @@ def simulate(run: Run, seed: int) -> Outcome:
         while failing[0] < clock + run.restart:  # another one while the run is started again
             clock = fail()
         clock += run.restart
-    return Outcome(clock, failures, lost)
+    return Outcome(clock, failures, lost, away)
 
 
 def expected_wall(run: Run) -> float:
-    """Seconds from beginning to end, on average: Daly 2006, eq. 20."""
-    rate = run.rate
-    return (
-        math.exp(rate * run.restart)
-        * math.expm1(rate * (run.interval + run.checkpoint))
-        / rate
-        * (run.work / run.interval)
-    )
+    """Seconds from beginning to end, on average: Daly 2006, eq. 20, in whose terms there are `expected_failures`, each
+    of which ends a time that is 1 / rate on average; with the time until the node's replacement."""
+    return expected_failures(run) * (1 / run.rate + run.away)
+
+
+def expected_failures(run: Run) -> float:
+    """Failures of all nodes, on average, those while the run is started again among them."""
+    each = math.exp(run.rate * run.restart) * math.expm1(run.rate * (run.interval + run.checkpoint))
+    return each * (run.work / run.interval)
 
 
 def best_interval(run: Run) -> float:
@@ -116,8 +144,7 @@ def share_lost(run: Run, walls: Sequence[float]) -> float:
 
 def weights(options: argparse.Namespace) -> list[tuple[str, str]]:
     """Table of the store's size for all images, and of the traffic over the network."""
-    side = options.resolution // 8
-    row = 2 * 4 * side * side * 2  # mean and logvar, 4 channels, fp16
+    row = _row(options)
     found = [
         ("latents of an image (f8, 4 channels, mean and logvar, fp16)", f"{row / 1024:.0f} KiB"),
         ("all of them", f"{options.images * row / 1e12:.1f} TB"),
@@ -142,6 +169,12 @@ def weights(options: argparse.Namespace) -> list[tuple[str, str]]:
         ("a checkpoint (weights, average, two moments)", f"{4 * 4 * 84e6 / 1e9:.1f} GB"),
     ]
     return found
+
+
+def _row(options: argparse.Namespace) -> int:
+    """Bytes of an image's latents: mean and logvar, f8, 4 channels, fp16."""
+    side: int = options.resolution // 8
+    return 2 * 4 * side * side * 2
 
 
 def training(options: argparse.Namespace) -> list[str]:
@@ -189,14 +222,122 @@ def encoding(options: argparse.Namespace) -> list[str]:
     return lines
 
 
+def spot(options: argparse.Namespace) -> list[str]:
+    """Nodes that are preempted: a month of training on several, and the encoding of one; what is paid is the time in
+    which the nodes are there."""
+    lines = [
+        "| work | nodes | more time, simulated | closed form | more to pay, simulated | closed form |",
+        "|---|---|---|---|---|---|",
+    ]
+    mtbf = options.preempt_hours * HOUR
+    common = {"restart": options.restart_s, "node_mtbf": mtbf, "away": options.away_s}
+    month = Run(work=30 * 24 * HOUR, interval=1.0, checkpoint=options.checkpoint_s, **common)
+    rows = []
+    for nodes in (1, 8, options.nodes):
+        young = best_interval(replace(month, nodes=nodes))
+        run = replace(month, nodes=nodes, interval=young)
+        rows.append((f"training, {young / 60:.0f} min between checkpoints", run, REPETITIONS // 10))
+    for size in (2048, options.shard_size):
+        node = Run(work=FAILURES * mtbf, interval=size / options.encode_rate, checkpoint=0.0, **common)
+        rows.append((f"encoding, units of {size:,}", node, 1))
+    for name, run, repetitions in rows:
+        outcomes = [simulate(run, seed) for seed in range(repetitions)]
+        paid = [outcome.wall - outcome.away for outcome in outcomes]
+        shares = [
+            share_lost(run, times)
+            for times in (
+                [outcome.wall for outcome in outcomes], [expected_wall(run)],
+                paid, [expected_failures(run) / run.rate],
+            )
+        ]  # fmt: skip
+        lines.append(f"| {name} | {run.nodes} | {' | '.join(f'{share:.2%}' for share in shares)} |")
+    return lines
+
+
+def requests(options: argparse.Namespace) -> list[str]:
+    """Objects from a store: by one connection, by the loader's, and the connections that a node needs to read as many
+    bytes as it encodes."""
+    row = _row(options)
+    needed = options.gpus * options.encode_rate * IMAGE_BYTES
+    lines = [
+        "| object | requests that fail | seconds of each, simulated | closed form | "
+        f"MB/s of {THREADS} connections, simulated | closed form | connections for {needed / 1e9:.2g} GB/s | "
+        "given up, of 10^9 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, size in (
+        ("an image of 100 KB", IMAGE_BYTES),
+        ("a shard of 2,048 latents", 2048 * row),
+        (f"a shard of {options.shard_size:,} latents", options.shard_size * row),
+    ):
+        for failing in (0.0, options.request_failing, 5 * options.request_failing):
+            transfer = Transfer(size, options.first_byte_s, options.connection_mb_s * 1e6, failing)
+            draw = np.random.default_rng(0)
+            simulated = float(np.mean([simulate_transfer(transfer, draw)[0] for _ in range(TRANSFERS)]))
+            seconds = expected_transfer(transfer)
+            pooled = [simulate_pool(transfer, THREADS, TRANSFERS, 0)[0], expected_pool(transfer, THREADS, TRANSFERS)]
+            rates = " | ".join(f"{TRANSFERS * size / wall / 1e6:.3g}" for wall in pooled)
+            lines.append(
+                f"| {name} | {failing:.1%} | {simulated:.3g} | {seconds:.3g} | {rates} | "
+                f"{needed * seconds / size:.3g} | {1e9 * given_up(transfer):.2g} |"
+            )
+    return lines
+
+
+def ways(options: argparse.Namespace) -> list[str]:
+    """Time and cost of a million images by each way to launch `ldm-vae encode`."""
+    work = 1e6 / options.encode_rate / HOUR  # GPU-hours
+    size = options.shard_size
+    stays = Run(work=1.0, interval=size / options.encode_rate, checkpoint=0.0, restart=options.restart_s,
+                node_mtbf=options.mtbf_hours * HOUR)  # fmt: skip
+    goes = replace(stays, node_mtbf=options.preempt_hours * HOUR, away=options.away_s)
+    transfer = Transfer(
+        size * _row(options), options.first_byte_s, options.connection_mb_s * 1e6, options.request_failing
+    )
+    to_store = expected_transfer(transfer) / (size / options.encode_rate)
+    lines = [
+        "| way | GPUs | minutes per 10^6 images | GPU-hours | dollars |",
+        "|---|---|---|---|---|",
+    ]
+    on_demand, cheaper = options.gpu_hour, options.gpu_hour * options.spot_share
+    several = options.parts * options.gpus
+    for name, gpus, run, price in (
+        ("one launch", options.gpus, stays, on_demand),
+        (f"`--job_part N/{options.parts}`", several, stays, on_demand),
+        ("`--engine ray`, nodes that stay", several, stays, on_demand),
+        ("`--engine ray`, spot nodes", several, goes, cheaper),
+    ):
+        wall, paid = expected_wall(run) / run.work, expected_failures(run) / run.rate / run.work
+        lines.append(
+            f"| {name} | {gpus} | {60 * work * wall / gpus:.3g} | {work * paid:.3g} | {work * paid * price:.3g} |"
+        )
+    puts = 1e6 / size * (math.ceil(transfer.bytes / PART_BYTES) + OTHER_PUTS)
+    requests_cost = puts * options.put_price / 1e6
+    month = 1e6 * _row(options) / 1e9 * options.month_price
+    lines.append(
+        f"| each of them to `s3://` |  | at most {to_store:.1%} more | at most {to_store:.1%} more | "
+        f"{requests_cost:.2g} of {puts:,.0f} requests, {month:.2g} a month |"
+    )
+    return lines
+
+
 def main() -> None:
     options = arguments()
+    print(f"A million images, in a run of many, by each way (units of {options.shard_size:,}).\n")
+    print("\n".join([*ways(options), ""]))
     print("\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in weights(options))]))
     hours = options.mtbf_hours / options.nodes
     print(f"\nTraining for 30 days on {options.nodes} nodes: one fails every {hours:.0f} hours.\n")
     print("\n".join(training(options)))
     print(f"\nEncoding {options.images:,} images on the same nodes.\n")
     print("\n".join(encoding(options)))
+    print(f"\nSpot nodes, each preempted every {options.preempt_hours:g} h, another after {options.away_s:g} s.\n")
+    print("\n".join(spot(options)))
+    print(
+        f"\nRequests to an object store: {options.first_byte_s:g} s to the first byte, "
+        f"{options.connection_mb_s:g} MB/s.\n"
+    )
+    print("\n".join(requests(options)))
 
 
 def arguments() -> argparse.Namespace:
@@ -212,6 +353,16 @@ def arguments() -> argparse.Namespace:
         "mtbf_hours": (6_300.0, "between two failures of a machine (16,384 GPUs failed 419 times in 54 days: Llama 3)"),
         "checkpoint_s": (10.0, "seconds that a checkpoint takes"),
         "restart_s": (300.0, "seconds from a failure until work goes on"),
+        "parts": (16, "machines of a job array, or of a Ray cluster"),
+        "preempt_hours": (24.0, "between two preemptions of a spot machine (assumed)"),
+        "away_s": (600.0, "seconds until there is another machine (assumed)"),
+        "gpu_hour": (2.0, "dollars of an hour of a GPU (assumed)"),
+        "spot_share": (0.5, "of that price for a spot machine (assumed)"),
+        "first_byte_s": (0.15, "seconds to an object's first byte (S3's performance guide: 0.1 to 0.2)"),
+        "connection_mb_s": (85.0, "MB a second of a connection (the same: 85 to 90)"),
+        "request_failing": (0.01, "share of requests that fail (assumed)"),
+        "put_price": (5.0, "dollars of 10^6 requests that write (S3's list price)"),
+        "month_price": (0.023, "dollars of a GB and month (S3's list price)"),
     }
     for name, (value, text) in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"{text} ({value:,})")
@@ -219,6 +370,9 @@ def arguments() -> argparse.Namespace:
     for name in defaults:
         if not getattr(found, name) > 0:
             raise UsageError(f"{name}: expected more than 0, got {getattr(found, name)}")
+    for name, most in (("spot_share", 1.0), ("request_failing", 0.2)):  # the table has five times as many failing
+        if getattr(found, name) > most:
+            raise UsageError(f"{name}: expected at most {most:g}, got {getattr(found, name):g}")
     return found
 
 

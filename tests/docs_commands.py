@@ -64,6 +64,7 @@ SHORTER = [
     (r"prior prior/demo",
      "--max_train_images 32 --sample_every_images 32 --sample_images 4 --validation_images 8 --model.num_layers 1"),
     (r"prior prior/factors", "--max_train_images 64 --validation_images 8 --validate_every_images 64"),
+    (r"eval.shuffle", "--shards 32 --windows 4 32"),
     (r"eval.modes evidence", "--images 640 --steps 40"),
     (r"eval.modes disentanglement", "--images 640 --seeds 1"),
     (r"ldm-vae probe",

@@ -27,6 +27,7 @@ from eval.speed import (
     grow,
     plot,
     quality,
+    read_remote,
     start,
     store,
     timing,
@@ -40,6 +41,7 @@ from ldm_vae import LatentDataset
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.decoding import Decoding
 
+OTHER_READERS = ("webdataset", "streaming")
 SMALL_WORK = Workload(widths=(8, 16), resolution=32, net="alex", critic_width=8, groups=4)
 
 
@@ -182,6 +184,28 @@ def test_speed_checkpointing_measures_processes(monkeypatch: pytest.MonkeyPatch)
 
 
 # --- read -------------------------------------------------------------------------------------------------------------
+
+
+def test_reading_from_a_server_gives_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"SAMPLES": 44, "SHARD": 8, "BATCH": 4, "WINDOW": 2, "SHAPE": (2, 2, 2)}.items():
+        monkeypatch.setattr(read_remote, name, value)
+    monkeypatch.setattr(read_remote, "WORKERS", (0,))
+    has = read_remote._has
+    monkeypatch.setattr(read_remote, "_has", lambda name: has("no_reader" if name in OTHER_READERS else name))
+    monkeypatch.setattr(sys, "argv", ["eval.speed", "read", "--remote", "--output", str(tmp_path), "--rounds", "1"])
+    speed.main()
+    rows = json.loads((tmp_path / "speed.json").read_text())["results"]
+    assert [row["name"] for row in rows] == ["read_remote", "read_remote_warm"]
+    assert capsys.readouterr().err.count("without no_reader (No module named 'no_reader'); all: pip install moto") == 2
+    with pytest.raises(AssertionError, match="expected 44 latents, got 43"):
+        read_remote._once(lambda: 43, 44)()
+    monkeypatch.setattr(read_remote, "_has", lambda name: name != "s3fs")
+    for what in ("read", "data"):  # what is missing, and another benchmark
+        monkeypatch.setattr(sys, "argv", ["eval.speed", what, "--remote", "--output", str(tmp_path)])
+        with refused(UsageError, "--remote"):
+            speed.main()
 
 
 def test_a_synthetic_store_is_a_store(tmp_path: Path) -> None:

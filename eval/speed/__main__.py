@@ -166,7 +166,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="turns of every contender (7)")
     parser.add_argument("--minutes", type=float, default=2.0, help="quality: of one core, for each recipe (2)")
     parser.add_argument("--seeds", type=int, default=1, help="quality: repetitions, from other weights (1)")
+    parser.add_argument("--remote", action="store_true", help="read: from an S3 server on this machine")
     found = parser.parse_args()
+    if found.remote and found.what != "read":
+        raise UsageError(f"--remote: expected with read, got {found.what}")
     for name, least in (("rounds", 1), ("seeds", 1)):
         if getattr(found, name) < least:
             raise UsageError(f"{name}: expected at least {least}, got {getattr(found, name)}")

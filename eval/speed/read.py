@@ -6,6 +6,8 @@
 - `reopen_safetensors`: a reader that opens a file per sample; `npz_per_image`: one file an image;
 - `parquet`: datasets in torch format.
 
+`--remote` measures other readers, from an object store (`read_remote.py`).
+
 Everything was written just before, so the files are in the page cache: this is the reader's cost and not the disk's.
 """
 
@@ -38,6 +40,10 @@ SLOW_STEPS = 4
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json."""
+    if options.remote:
+        from . import read_remote  # whose packages the others do not need
+
+        return read_remote.run(options)
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()

@@ -19,8 +19,10 @@ from ldm_vae.latent_store.format.layout import (
     MAPPED_ROWS,
     ROWS,
     SHARDS,
+    TENSOR_NAMES,
     TENSORS,
     UNITS,
+    StoreKind,
 )
 from ldm_vae.latent_store.format.manifest import (
     Manifest,
@@ -46,20 +48,22 @@ NOTHING = FileRecord(bytes=0, sha256=hashlib.sha256(b"").hexdigest())
 SETTINGS = Settings(batch_size=1, threads=1, device="cpu", memory_format="contiguous", torch="0")
 
 
-def write_synthetic(store: Path, samples: int, shape: Shape = (8, 32, 32), unit: int = 2048) -> None:
-    """A finished store of fp16 moments: random numbers, and a key for each."""
+def write_synthetic(
+    store: Path, samples: int, shape: Shape = (8, 32, 32), unit: int = 2048, kind: StoreKind = "moments"
+) -> None:
+    """A finished store of fp16 moments, or of means or samples: random numbers, and a key for each."""
     (store / SHARDS).mkdir(parents=True)
     records = []
     for number, rows in enumerate(_counts(samples, unit)):
         draw = np.random.default_rng(number)
-        values = {name: draw.normal(0, 1, (rows, *shape)).astype(np.float16) for name in ("mean", "logvar")}
+        values = {name: draw.normal(0, 1, (rows, *shape)).astype(np.float16) for name in TENSOR_NAMES[kind]}
         stem = store / SHARDS / f"{number:08d}"
         files = {TENSORS: _write_tensors(stem, values)}
         files |= shards.write_rows(
             LocalFolder(stem.parent), stem.name, pa.table({"key": [key(number * unit + row) for row in range(rows)]})
         )
         records.append(_record(number, rows, shape, files))
-    write_manifest(store, _manifest(samples, records, unit))
+    write_manifest(store, _manifest(samples, records, unit, kind))
 
 
 def write_sparse(store: Path, samples: int, shape: Shape, unit: int = 2048) -> None:
@@ -124,7 +128,7 @@ def _counts(samples: int, unit: int) -> list[int]:
 
 
 def _write_tensors(stem: Path, values: Mapping[str, npt.NDArray[Any]]) -> FileRecord:
-    rows, *shape = values["mean"].shape
+    rows, *shape = next(iter(values.values())).shape
     specs = [shards.TensorSpec(name, "F16", tuple(shape)) for name in values]
     sums = np.repeat(_sums(rows, tuple(shape)), 1 + REPLICATES, axis=0)
     spool = shards.Spool(stem.parent, specs)
@@ -149,9 +153,9 @@ def _record(number: int, rows: int, shape: Shape, files: dict[str, FileRecord]) 
     )  # fmt: skip
 
 
-def _manifest(samples: int, records: list[ShardRecord], unit: int) -> Manifest:
+def _manifest(samples: int, records: list[ShardRecord], unit: int, kind: StoreKind = "moments") -> Manifest:
     identity = Identity(
-        encoder="0" * 64, preprocessing=PREPROCESSING_VERSION, resolution=(records[0].resolution,), store="moments",
+        encoder="0" * 64, preprocessing=PREPROCESSING_VERSION, resolution=(records[0].resolution,), store=kind,
         dtype="fp16", mixed_precision="no", shard_size=unit,
     )  # fmt: skip
     return Manifest(
