@@ -116,53 +116,46 @@ class RayEngine:
 
     def _deal(self, actors: Sequence[Any], units: Sequence[Unit], bar: Progress) -> None:
         ray, waiting, left, bad = self.ray, deque(units), len(units), 0
-        # what each actor was asked: to begin (None), or a unit. One without a place has not begun, and is given nothing
+        # each actor's question: to begin (None), or a unit. One without a place has not begun, and is given nothing
         asked: dict[Any, tuple[Any, Unit | None]] = {_begin(actor): (actor, None) for actor in actors}
         at_work: dict[Any, Told] = {}
         failed: defaultdict[Any, list[str]] = defaultdict(list)  # nodes where it failed, by unit or actor
         while left:
             answers, _ = ray.wait([*asked], timeout=SILENCE)
             if not answers and not at_work:
-                there = {
-                    name: f"{count:g}" for name, count in ray.cluster_resources().items() if name in ("CPU", "GPU")
-                }
-                bar.say(f"note: no actor has a place yet, of {self.demand}; the cluster has {there}; waiting for nodes")
+                free = " and ".join(f"{ray.available_resources().get(name, 0):g} {name}(s)" for name in ("CPU", "GPU"))
+                bar.say(
+                    f"note: no actor is at work yet: they load VAE and DATA, or wait for {self.demand}; free: {free}"
+                )
             for answer in answers:
                 actor, unit = asked.pop(answer)
                 try:
-                    told = ray.get(answer)
+                    told: Told = ray.get(answer)
                 except ray.exceptions.RayTaskError as error:
-                    # what it could not open it will not encode; a unit may do better elsewhere, after the others
-                    if unit is None:
+                    if unit is None:  # what a node does not see it must not encode as images that cannot be read
                         raise error.cause from None
                     failed[unit.number].append(at_work[actor].node_id)
                     self._check(failed[unit.number], unit, str(error.cause))
-                    waiting.append(unit)
+                    waiting.append(unit)  # after the others, and so on another node, where there is one
                 except ray.exceptions.RayActorError as error:
-                    gone = at_work.pop(actor, None)
-                    key = actor if unit is None else unit.number
+                    gone, key = at_work.pop(actor, None), actor if unit is None else unit.number
                     failed[key].append("" if gone is None else gone.node_id)
-                    reason = str(error).strip().splitlines()[-1].strip()
-                    self._check(failed[key], unit, f"its process is gone: {reason}")
-                    if unit is not None:
-                        waiting.appendleft(unit)
-                    where = "" if gone is None else f" on node {gone.node}"
-                    bar.say(f"note: an actor{where} is gone, and started again where there is room")
+                    self._check(failed[key], unit, str(error).strip().splitlines()[-1].strip())
+                    waiting.extendleft([] if unit is None else [unit])
                     asked[_begin(actor)] = actor, None
+                    bar.say(f"note: lost {'an actor' if gone is None else gone.node}; Ray starts its actor again")
                     continue
                 else:
                     for warning in told.warnings:
                         bar.say(f"node {told.node}: {warning}")
-                    if unit is None:
-                        at_work[actor] = told
-                    else:
+                    at_work[actor] = told
+                    if unit is not None:
                         left, bad = left - 1, bad + told.bad
                         bar.update(len(unit.indices))
                 if waiting:
-                    unit = waiting.popleft()
-                    asked[actor.encode.remote(unit)] = actor, unit
+                    asked[actor.encode.remote(waiting[0])] = actor, waiting.popleft()
                 else:  # a unit that is lost from here on is done by its own actor, in this one's place if need be
-                    at_work.pop(actor)
+                    del at_work[actor]
                     ray.kill(actor)
                 nodes = len({one.node_id for one in at_work.values()})
                 bar.set_postfix_str(f"{len(at_work)} actors on {nodes} nodes, quarantined {bad}", refresh=False)
@@ -171,9 +164,8 @@ class RayEngine:
         """Raise WorkError if something failed three times, not counting nodes that are gone."""
         gone = {node["NodeID"] for node in self.ray.nodes() if not node["Alive"]}
         if sum(node not in gone for node in nodes) >= TRIES:
-            what = "an actor could not begin" if unit is None else f"unit {unit.number} failed"
-            first = "" if unit is None else f" (from image {unit.indices[0]:,} of DATA on)"
-            raise WorkError(f"{what} {TRIES} times{first}: {reason}; what was finished is kept")
+            what = "an actor" if unit is None else f"unit {unit.number} (from image {unit.indices[0]:,} of DATA on)"
+            raise WorkError(f"{what} failed {TRIES} times: {reason}; what was finished is kept")
 
 
 def _begin(actor: Any) -> Any:
