@@ -140,7 +140,7 @@ class RayEngine:
                 except ray.exceptions.RayActorError as error:
                     gone, key = at_work.pop(actor, None), actor if unit is None else unit.number
                     failed[key].append("" if gone is None else gone.node_id)
-                    self._check(failed[key], unit, str(error).strip().splitlines()[-1].strip())
+                    self._check(failed[key], unit, f"its process ended: {str(error).strip().splitlines()[-1].strip()}")
                     waiting.extendleft([] if unit is None else [unit])
                     asked[_begin(actor)] = actor, None
                     bar.say(f"note: lost {'an actor' if gone is None else gone.node}; Ray starts its actor again")
@@ -153,7 +153,8 @@ class RayEngine:
                         left, bad = left - 1, bad + told.bad
                         bar.update(len(unit.indices))
                 if waiting:
-                    asked[actor.encode.remote(waiting[0])] = actor, waiting.popleft()
+                    unit = waiting.popleft()
+                    asked[actor.encode.remote(unit)] = actor, unit
                 else:  # a unit that is lost from here on is done by its own actor, in this one's place if need be
                     del at_work[actor]
                     ray.kill(actor)
