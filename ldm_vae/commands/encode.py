@@ -18,6 +18,7 @@ of processes, which may change on resume.
   ldm-vae encode my-vae photographs my-latents --resolution 256
   accelerate launch -m ldm_vae encode my-vae photographs my-latents --resolution 256     # several processes
   ldm-vae encode my-vae photographs my-latents --resolution 256 --job_part 3/16          # a task of an array job
+  ldm-vae encode my-vae photographs my-latents --resolution 256 --engine ray           # on a Ray cluster
   ldm-vae encode my-audio-vae music my-latents --excerpt 65536                         # excerpts of sounds
 
 VAE is a diffusers folder, a run folder, a hub id or a single file; DATA is a folder of images, a dataset (parquet,
@@ -64,6 +65,16 @@ class Request:
         "one that ends last finishes the store",
         metavar="I/N",
     )
+    engine: Literal["ray"] | None = flag(
+        "encode by the processes of a Ray cluster, which see VAE, DATA and OUT under the same names"
+    )
+    ray_address: str | None = flag(
+        "cluster: HOST:PORT, auto or local (default: RAY_ADDRESS, else the cluster of this machine, else one started "
+        "here)",
+        metavar="ADDRESS",
+    )
+    actors: int | None = flag("processes on the cluster (default: as many as it has room for now)", metavar="N")
+    actor_gpus: float | None = flag("GPUs of each, also a share of one (default: 1 where the cluster has any)")
     update: bool = flag("apply additions, changes and removals in DATA since the last encode", False)
     retry_quarantined: bool = flag("retry quarantined images", False)
     check: Literal["doubt", "contents", "size"] = flag(
@@ -86,19 +97,20 @@ class Request:
 
 
 def run(request: Request) -> None:
+    import contextlib
+
     from ldm_vae.autoencoder.geometry import downsampling_factor, resolution_of
-    from ldm_vae.autoencoder.load import load_autoencoder
-    from ldm_vae.autoencoder.preparation import preparation_of
     from ldm_vae.core.errors import UsageError, resumable
     from ldm_vae.core.launch import ON_THEIR_OWN, build_accelerator
     from ldm_vae.core.ownership import Part
-    from ldm_vae.data.stream import by_index
     from ldm_vae.latent_store import write_store
     from ldm_vae.latent_store.format.manifest import place_of
     from ldm_vae.latent_store.maintain.rounding_error import describe_costs, measure_costs
     from ldm_vae.latent_store.maintain.summary import describe, units_in
     from ldm_vae.latent_store.write.encoder import default_threads, default_workers
-    from ldm_vae.latent_store.write.processes import Processes
+    from ldm_vae.latent_store.write.processes import Engine, Processes
+    from ldm_vae.latent_store.write.ray_actor import Inputs
+    from ldm_vae.latent_store.write.ray_engine import ray_engine
     from ldm_vae.latent_store.write.tiled_encode import tile_of
     from ldm_vae.run.selection import at_checkpoint
     from ldm_vae.training.scaling import measure_checkpoint
@@ -106,11 +118,12 @@ def run(request: Request) -> None:
     if not 0 <= request.max_bad <= 1:
         raise UsageError(f"--max_bad: expected a share between 0 and 1, got {request.max_bad}")
     part = Part.parse(request.job_part or "1/1", "--job_part")
-    accelerator = build_accelerator(request.mixed_precision, ddp_timeout=ON_THEIR_OWN)
+    # the driver of an engine does not encode: its machine need not have what the precision takes
+    accelerator = build_accelerator("no" if request.engine else request.mixed_precision, ddp_timeout=ON_THEIR_OWN)
+    _check_engine(request, accelerator.num_processes)
     name = at_checkpoint(request.vae, request.checkpoint)
-    vae = load_autoencoder(name, request.config)
-    preparation = preparation_of({name: vae}, request.flags)
-    source = by_index(preparation.open(request.data))
+    inputs = Inputs(name, request.data, request.config, request.flags)
+    vae, preparation, source = inputs.open()
     of_sounds = source.decoding.signal == "audio"
     if of_sounds and (request.resolution is not None or source.decoding.samples is None):
         raise UsageError("--excerpt: expected the samples of an excerpt of a sound, and no --resolution")
@@ -119,7 +132,12 @@ def run(request: Request) -> None:
     measure_checkpoint(vae.to(device), name)
     before = units_in(request.out)
     threads = default_threads(processes, device) if request.encode_threads is None else request.encode_threads
-    with resumable(f"finished shards are kept in {request.out}; the same command goes on"):
+    cluster: contextlib.AbstractContextManager[Engine | None] = contextlib.nullcontext()
+    if request.engine:
+        cluster = ray_engine(
+            inputs, request.ray_address, request.actors, request.actor_gpus, request.num_workers, request.encode_threads
+        )
+    with resumable(f"finished shards are kept in {request.out}; the same command goes on"), cluster as engine:
         manifest = write_store(
             vae,
             source,
@@ -141,7 +159,7 @@ def run(request: Request) -> None:
             num_workers=default_workers(processes) if request.num_workers is None else request.num_workers,
             encode_threads=threads,
             max_bad=request.max_bad,
-            processes=Processes(accelerator.process_index, processes, accelerator.wait_for_everyone, part),
+            processes=Processes(accelerator.process_index, processes, accelerator.wait_for_everyone, part, engine),
             device=device,
             source_name=request.data,
             vae_name=name,
@@ -153,3 +171,19 @@ def run(request: Request) -> None:
         if manifest.units > before and not of_sounds:
             print(describe_costs(measure_costs(place_of(request.out), manifest, vae, source)))
     accelerator.end_training()
+
+
+def _check_engine(request: Request, processes: int) -> None:
+    from ldm_vae.core.errors import UsageError
+
+    own = {"--ray_address": request.ray_address, "--actors": request.actors, "--actor_gpus": request.actor_gpus}
+    given = [name for name, value in own.items() if value is not None]
+    if request.engine is None and given:
+        raise UsageError(f"{given[0]}: is of --engine ray; expected both or neither")
+    if request.engine and processes > 1:
+        raise UsageError(f"--engine ray: expected one process, whose actors encode, got a launch of {processes}")
+    if request.actors is not None and request.actors < 1:
+        raise UsageError(f"--actors: expected at least 1, got {request.actors}")
+    gpus = request.actor_gpus or 0.0
+    if not (0 <= gpus <= 1 or gpus.is_integer()):
+        raise UsageError(f"--actor_gpus: expected a share between 0 and 1, or a whole number, got {gpus:g}")

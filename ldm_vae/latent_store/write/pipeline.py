@@ -66,7 +66,7 @@ class _Busy:
 
 
 class Pipeline:
-    """Encodes samples into units of the store OUT.
+    """Encodes samples into units of the store OUT; `bad` counts those that could not be used.
 
     Args:
         work: digest of the plan, which the records carry.
@@ -81,7 +81,7 @@ class Pipeline:
         self._storage, self._busy = storage_at(out), _Busy()
         self._open: _OpenUnit | None = None
         self._gathered: dict[Group, list[Ready]] = {}
-        self._bad = 0
+        self.bad = 0
 
     def run(self, stream: Iterable[Dealt], total: int) -> None:
         """Deal with all samples of `stream`; every unit in it has its record when this returns.
@@ -107,7 +107,7 @@ class Pipeline:
                     while len(waiting) > BATCHES_AHEAD * self._threads or (waiting and waiting[0].done()):
                         bar.update(waiting.popleft().result())
                         share = self._busy.seconds / (time.perf_counter() - started)
-                        bar.set_postfix_str(f"encoder busy {share:.0%}, quarantined {self._bad}", refresh=False)
+                        bar.set_postfix_str(f"encoder busy {share:.0%}, quarantined {self.bad}", refresh=False)
                 while waiting:
                     bar.update(waiting.popleft().result())
             except BaseException:
@@ -163,7 +163,7 @@ class Pipeline:
                 unit = self._unit(sample.unit)
                 if sample.bad is not None:
                     unit.bad.append(sample.bad)
-                    self._bad += 1
+                    self.bad += 1
                 if sample.last:
                     self._publish(unit)
                     unit.close()
@@ -196,7 +196,7 @@ class Pipeline:
                 unit.bad.append(
                     BadSample(index=sample.index, key=row["key"], reason=reason, image_sha256=row["image_sha256"])
                 )
-                self._bad += 1
+                self.bad += 1
 
     def _publish(self, unit: _OpenUnit) -> None:
         # another job may have taken OUT over while this process was suspended

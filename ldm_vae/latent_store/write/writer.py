@@ -56,7 +56,7 @@ from ldm_vae.latent_store.format.work_units import (
 )
 from ldm_vae.latent_store.storage.claims import Owner, own_place
 from ldm_vae.latent_store.storage.places import Place, storage_at
-from ldm_vae.latent_store.write import freshness, sample_stream, updates
+from ldm_vae.latent_store.write import freshness, updates
 from ldm_vae.latent_store.write.crops import (
     VIEW_SETS,
     Cutting,
@@ -67,8 +67,7 @@ from ldm_vae.latent_store.write.encoder import Encoder
 from ldm_vae.latent_store.write.finalize import finish
 from ldm_vae.latent_store.write.freshness import Check
 from ldm_vae.latent_store.write.freshness_cache import Sightings
-from ldm_vae.latent_store.write.pipeline import Pipeline
-from ldm_vae.latent_store.write.processes import Processes
+from ldm_vae.latent_store.write.processes import Job, Processes
 from ldm_vae.latent_store.write.tiled_encode import check_own_tiles, check_tile
 
 
@@ -121,7 +120,7 @@ def write_store(
             or only where their `size` does not tell. (An update reads all.)
         max_bad: share of unusable images above which the store is not finished.
         num_workers: decoding processes.  encode_threads: batches encoded at the same time, each with one torch thread.
-        processes: this process among those of its launch, and the launch's part of the job.
+        processes: this process among those of its launch, the launch's part of the job, and what encodes it.
         source_name, vae_name: what the column `source` and the manifest call them.
 
     Raises:
@@ -261,11 +260,15 @@ class _Work:
         own = units[self.processes.own]
         done = {record.unit for record in work_units.done_records(self.out, own, digest)}
         pending = [unit for unit in own if unit.number not in done]
-        stream = sample_stream.samples(
-            self.source, self.wanted.recorded.data, self.cutting, pending, encoder.batch_size, self.num_workers
+        # the encoder's size, which may have been halved: out of memory
+        job = Job(
+            self.out, self.wanted, digest, self.owner, self.cutting, encoder.batch_size, self.num_workers, self.threads
         )
-        pipeline = Pipeline(self.out, encoder, digest, self.owner, threads=self.threads, show=self.processes.rank == 0)
-        pipeline.run(sample_stream.noted(stream, Sightings(self.out)), sum(len(unit.indices) for unit in pending))
+        if self.processes.engine is not None:
+            self.processes.engine(job, pending)
+        else:
+            show = self.processes.rank == 0
+            job.encode(self.source, encoder, pending, Sightings(self.out), show=show)
         # the merge reads the records of all processes, and of all parts: the one that ends last finds them complete
         self.processes.barrier()
 
