@@ -6,7 +6,9 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from sentences import refused
 from sound_files import encoded, tone
 
@@ -57,9 +59,13 @@ def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_long_sounds_are_trained_on_and_others_held_out(debian: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert sounds.prepare_sounds(out).endswith("2 sounds to train on, 2 held out")
+    assert sounds.prepare_sounds(out).endswith("12 sounds to train on, 2 held out")
     speech = "sense_and_sensibility_01_austen_64kb-08{}0.wav"
-    assert sorted(path.name for path in (out / "train").iterdir()) == ["ambi_sauna.flac", speech.format(8)]
+    shipped = {path.name for path in (out / "train").iterdir() if not path.stem.endswith("x")}
+    assert shipped == {"ambi_sauna.flac", speech.format(8)}
+    played, rate = soundfile.read(out / "train" / "ambi_sauna-1.2x.flac")
+    assert rate == 8000 and len(played) == pytest.approx(8000 * 2.5 / 1.2, abs=2)
+    assert np.abs(np.fft.rfft(played)).argmax() * rate / len(played) == pytest.approx(1.2 * 440, abs=1)  # of the tone
     assert sorted(path.name for path in (out / "heldout").iterdir()) == ["loop_garzul.flac", speech.format(7)]
     assert (out / "sonic-pi-samples.copyright").read_text() == "CC0" and "LibriVox" in (
         out / "ATTRIBUTION.md"

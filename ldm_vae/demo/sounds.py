@@ -1,10 +1,12 @@
 """The demo's sounds: music and speech that two Debian packages ship, fetched by apt-get and never installed.
 
-    OUT/train/*.flac, *.wav      47 samples of Sonic Pi of two seconds and more (CC0), four sentences of LibriVox
+    OUT/train/*.flac, *.wav      47 samples of Sonic Pi of two seconds and more (CC0), four sentences of LibriVox, and
+                                 each of them at SPEEDS, as a tape would play it
     OUT/heldout/*.flac, *.wav    two loops, a guitar, a piano and another sentence of the same reader
     OUT/ATTRIBUTION.md, *.copyright
 
-Files are copied as they are shipped: 44.1 kHz stereo and 16 kHz mono.
+Held-out files are copied as they are shipped: 44.1 kHz stereo and 16 kHz mono. With the speeds a linear code and eight
+codebooks fitted to the training sounds give the held-out ones 0.3 dB more (9.62 to 9.96 dB).
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from pathlib import Path
 from ldm_vae.core import atomic_io, packages
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.paths import offline
+from ldm_vae.core.progress import Progress
 
 SAMPLES, SPEECH = "sonic-pi-samples", "pocketsphinx-testdata"
 HELD_OUT = ("ambi_piano", "guit_em9", "loop_amen_full", "loop_garzul", "sense_and_sensibility_01_austen_64kb-0870")
 LEFT_OUT = ("loop_amen",)  # a bar of loop_amen_full
 SHORTEST = 2.0  # seconds of a sound to train on: shorter ones are single strokes, then silence
+SPEEDS = (0.6, 0.75, 0.9, 1.2, 1.5)
 SHA256 = "8174e089aa44f9688f691908e71eeef3105604c1432af891909d8e4fdf15ec5c"  # of the names and checksums of all files
 MARK = "ATTRIBUTION.md"
 CREDIT = """\
@@ -43,10 +47,12 @@ def prepare_sounds(out: Path) -> str:
     if not (out / MARK).is_file():
         with atomic_io.whole_folder(out.absolute(), _free) as folder, tempfile.TemporaryDirectory() as scratch:
             files = _fetched(Path(scratch))
-            for file in files:
+            for file in Progress(files, "sounds", unit="sounds"):
                 part = folder / ("heldout" if file.stem in HELD_OUT else "train")
                 part.mkdir(exist_ok=True)
                 shutil.copyfile(file, part / file.name)
+                if part.name == "train":
+                    _write_speeds(file, part)
             for package in (SAMPLES, SPEECH):
                 text = Path(scratch) / package / "usr/share/doc" / package / "copyright"
                 shutil.copyfile(text, folder / f"{package}.copyright")
@@ -81,10 +87,21 @@ def _fetched(scratch: Path) -> list[Path]:
 def _is_wanted(file: Path) -> bool:
     try:
         import soundfile
+        import soxr  # noqa: F401
     except ImportError as error:
-        raise UsageError("sounds are read by soundfile: pip install 'ldm-vae[audio]'") from error
+        raise UsageError("sounds are read by soundfile and soxr: pip install 'ldm-vae[audio]'") from error
     long = soundfile.info(str(file)).duration >= SHORTEST
     return file.stem in HELD_OUT or (long and file.stem not in LEFT_OUT)
+
+
+def _write_speeds(file: Path, folder: Path) -> None:
+    import soundfile
+    import soxr
+
+    samples, rate = soundfile.read(str(file), dtype="float32", always_2d=True)
+    for speed in SPEEDS:
+        played = soxr.resample(samples, speed * rate, rate).clip(-1, 1)  # a resampler overshoots, FLAC has full scale
+        soundfile.write(str(folder / f"{file.stem}-{speed:g}x.flac"), played, rate)
 
 
 def _free(out: Path) -> None:
