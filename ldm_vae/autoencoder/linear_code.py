@@ -46,7 +46,7 @@ def from_patches(patches: torch.Tensor, factor: int, frames: int = 1) -> torch.T
     """patches [B, h, w, P] => images [B, C, H, W], [B, 1 + k, h, w, P] => clips [B, C, 1 + t k, H, W],
     [B, n, P] => sounds [B, C, L]."""
     if patches.ndim == 3:
-        return patches.unflatten(2, (factor, -1)).flatten(1, 2).transpose(1, 2)
+        return patches.reshape(len(patches), -1, patches.shape[2] // factor).transpose(1, 2)
     *batch, rows, columns, _ = patches.shape
     tiles = patches.reshape(-1, rows, columns, frames, factor, factor, patches.shape[-1] // (frames * factor**2))
     images = tiles.permute(0, 6, 3, 1, 4, 2, 5).flatten(5, 6).flatten(3, 4)  # [.., C, t, H, W]
@@ -135,7 +135,7 @@ class LinearCode:
     @property
     def channels(self) -> int:
         """C of an image, clip or sound."""
-        return len(self.mean) // (self.frames * self.factor**self.axes)
+        return len(self.mean) // (self.frames * int(self.factor**self.axes))
 
     @property
     def latent_channels(self) -> int:

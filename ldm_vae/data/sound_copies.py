@@ -55,4 +55,5 @@ def _bands() -> torch.Tensor:
     frequencies = torch.fft.rfftfreq(WINDOW, 1 / RATE)
     edges = LOWEST * (RATE / 2 / LOWEST) ** (torch.arange(BANDS + 1) / BANDS)
     inside = (frequencies >= edges[:-1, None]) & (frequencies < edges[1:, None])
-    return inside / inside.sum(dim=1, keepdim=True)
+    means: torch.Tensor = inside / inside.sum(dim=1, keepdim=True)
+    return means
