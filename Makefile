@@ -1,5 +1,6 @@
 # make demo     the whole job on real photographs, on a CPU, in minutes
 # make demo-video  clips against single frames, on a film and on moving digits, in minutes
+# make demo-audio  a streaming codec on music and speech, beside Opus, in minutes
 # make test     the quick tests          make check   lint, types and all tests (what CI runs)
 # make docs     the documents as a site  make clean   remove .venv, site, runs/demo and data/demo
 # make install  only make .venv ready
@@ -12,9 +13,9 @@ BIN := .venv/bin
 TESTING := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
 LAUNCH := --num_processes 1 --num_machines 1 --num_cpu_threads_per_process 2 --mixed_precision no --dynamo_backend no
 
-.PHONY: help install demo demo-video test check docs clean
+.PHONY: help install demo demo-video demo-audio test check docs clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 8
 
 install: .venv/.ready
 .venv/.ready: pyproject.toml
@@ -55,6 +56,14 @@ demo-video: install
 	$(BIN)/ldm-vae report runs/demo_video/film
 	$(BIN)/ldm-vae report runs/demo_video/moving
 	$(BIN)/python -m eval.filmstrip runs/demo_video/film runs/demo_video/moving runs/demo_video/frames.png
+
+demo-audio: install
+	$(BIN)/ldm-vae assets sounds data/sounds
+	$(BIN)/accelerate launch $(LAUNCH) -m train.autoencoder configs/demo_audio.yaml
+	$(BIN)/ldm-vae evaluate runs/demo_audio/vae data/sounds/heldout --excerpt 96000 --batch_size 1 \
+	    --output runs/demo_audio/report
+	$(BIN)/ldm-vae report runs/demo_audio
+	$(BIN)/python -m eval.opus runs/demo_audio/vae data/sounds/heldout --output runs/demo_audio/opus
 
 test: install
 	$(BIN)/ldm-vae assets lpips

@@ -91,7 +91,7 @@ def test_every_config_loads_and_builds(path: Path) -> None:
         assert f"{millions:.2f} M parameters" in header_of(path.read_text())["cost"]
         learning(vae, settings.trainable)
         assert not encoder_learns(vae)
-    check_resolution(settings.resolution, vae)
+    check_resolution(crop_size(settings)[-1], vae)
     assert (critic is not None) == settings.adversary.enabled
     if path.stem.startswith(("vq_f", "dvae_")):
         factor, codes = re.match(r"d?vq?a?e?_f(\d+)_(\d+)", path.stem).groups()
@@ -110,6 +110,10 @@ def test_every_config_loads_and_builds(path: Path) -> None:
         assert f"{millions:.2f} M parameters" in header_of(path.read_text())["cost"]
     if getattr(settings.data, "frames", None) is not None:
         check_frames(vae, settings.data.frames)
+    if path.stem == "demo_audio":
+        millions = count_parameters(vae.parameters()) / 1e6
+        assert f"{millions:.2f} M parameters" in header_of(path.read_text())["cost"]
+        assert vae.latency <= 0.02
     if path.stem == "kl_f8_d4":
         assert count_parameters(vae.parameters()) == 83_653_863  # Stable Diffusion's
 

@@ -172,7 +172,7 @@ def rows_of(z: torch.Tensor) -> torch.Tensor:
 
 def positions_of(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """[N, c] => [B, c, *p], of the batch and positions of `like` [B, ., *p]."""
-    return rows.view(len(like), *like.shape[2:], -1).movedim(-1, 1)
+    return rows.view(len(like), *like.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
 def nearest(rows: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
