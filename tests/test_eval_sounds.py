@@ -178,6 +178,7 @@ def test_the_page_plays_the_worst_the_median_and_the_best(root: Path, compared: 
     np.testing.assert_allclose(heard, original.clip(-1, 1), atol=2**-15)
     assert f"original: {int((np.abs(original) > 1).sum()):,} samples above full scale are clipped" in html
     assert "worst" in html and "0 dB, a sine of full scale" in html and "kbit per second" in html
+    assert "Codebook 0: " in html and "perplexity" in html and "What others have published" not in html
 
 
 def test_the_call_measures_what_the_program_does(root: Path, compared: Path) -> None:

@@ -1,7 +1,6 @@
 """Measures of a latent space: numbers and pictures of a trained autoencoder, one idea a file.
 
 channels.py       each channel's distribution: mean, variance, kurtosis, correlation, KL, whether it is used
-codes.py          how often each code of a network with codebooks is used
 information.py    what the latent knows of the image, and how far the aggregate posterior is from the prior
 likelihood.py     bounds of log p(x): the evidence lower bound and the importance-weighted ones
 spectrum.py       how the latents' power spreads over spatial frequencies

@@ -124,7 +124,9 @@ def about_signal(decoding: Decoding, resolution: int) -> Json:
 def _codes(vae: Json, data: Json, use: Sequence[Json]) -> Json:
     """The use of codes: of each codebook codes, used and dead ones, entropy and perplexity; of sounds bits per second,
     as they are counted and as their entropy, code by code, would have them."""
-    books = [{name: book[name] for name in ("codes", "used", "dead", "entropy_bits", "perplexity")} for book in use]
+    books = [
+        {name: book[name] for name in ("codes", "count", "used", "dead", "entropy_bits", "perplexity")} for book in use
+    ]
     if "sounds" not in data:
         return {"codebooks": books}
     rate, hop = data["sounds"]["sample_rate"], vae["downsampling_factor"]

@@ -16,6 +16,7 @@ from ldm_vae import metrics
 from ldm_vae.core import intervals
 from ldm_vae.core.programs import words_of
 from ldm_vae.data.transforms import decoding_of
+from ldm_vae.latent_space.summary import about_codes
 from ldm_vae.metrics.result import LINEAR, how_decoded, in_words, noun
 from ldm_vae.metrics.titles import TITLES, amount, heading, measured, number, title
 from ldm_vae.report import sounds
@@ -209,6 +210,7 @@ def latents(result: Json) -> Json | None:
         "name": result["vae"]["name"],
         "channels": rows,
         "count": len(found["mean"]),
+        "codes": about_codes({"codes": result.get("codes", {}).get("codebooks")}),
         "image_spectrum": line_chart(
             before_after,
             label="power spectra of originals and reconstructions",
