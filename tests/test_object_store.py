@@ -179,7 +179,7 @@ def test_nowhere_to_write(bucket: Bucket, url: str, vae: AutoencoderKL, monkeypa
     for place in ("https://example.org/latents", "hf://datasets/me/mine", "sftp://host/latents"):
         with refused(UsageError, place):
             encode(vae, place)
-    ObjectStore(url.removesuffix("latents")).replace("latents/cat.jpg", b"a cat")
+    ObjectStore(url).replace("cat.jpg", b"a cat")
     with refused(UsageError, "OUT"):
         encode(vae, url)
     bucket.always = [("PUT", "", "denied")]
@@ -200,10 +200,13 @@ def test_nowhere_to_write(bucket: Bucket, url: str, vae: AutoencoderKL, monkeypa
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ownership, "WAIT_SECONDS", 0.2)
     monkeypatch.setattr(ownership, "LEASE_SECONDS", 3.0)  # moto's clock shows whole seconds
+    monkeypatch.setattr(claims, "LONGEST_PAUSE", 0.02)
 
 
 @pytest.mark.usefixtures("impatient")
-def test_one_owner_at_a_time_and_parts_beside_each_other(url: str) -> None:
+def test_one_owner_at_a_time_and_parts_beside_each_other() -> None:
+    url = "memory://owners/latents"
+
     def allowed(part: Part, role: str = "") -> bool:
         try:
             with claims.Claim(url, "OUT", role or claims.role_of(part)).held(patience=0.0):
@@ -221,10 +224,12 @@ def test_one_owner_at_a_time_and_parts_beside_each_other(url: str) -> None:
         assert not allowed(Part(2, 3)) and not allowed(Part(1, 1))
         with refused(UsageError, "OUT"), claims.own_place(url, "OUT"):
             raise AssertionError
-    assert allowed(Part(1, 1)) and objects(url) == {}
+    assert allowed(Part(1, 1)) and ObjectStore(url).names() == []
 
 
-def test_of_launches_that_begin_at_once_one_works_at_a_time(url: str) -> None:
+def test_of_launches_that_begin_at_once_one_works_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "LONGEST_PAUSE", 0.02)
+    url = "memory://begun/latents"
     inside, most, ended = [], [], []
 
     def work() -> None:
