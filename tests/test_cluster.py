@@ -1,4 +1,4 @@
-"""Job files of configs/cluster, run as a shell runs them, with stand-ins for the scheduler's commands."""
+"""Job files of configs/cluster, run as a shell runs them, with stand-ins for the scheduler's commands and Ray's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from repository import ROOT
 
+from ldm_vae.cli import parser
 from ldm_vae.core.ownership import Part
 
 JOBS = ROOT / "configs" / "cluster"
@@ -19,7 +20,7 @@ def run(job: str, folder: Path, *words: str, **slurm: str) -> list[list[str]]:
     """Run a job file; the commands that it would start with `srun`, argument by argument."""
     stand_ins = {"scontrol": "echo first\necho second", "srun": 'exec "$@"'}
     # what srun starts writes its arguments down, a line each, and an empty one between commands
-    stand_ins |= dict.fromkeys(("ldm-vae", "accelerate"), 'printf "%s\\n" "$@" "" >> "$STARTED"')
+    stand_ins |= dict.fromkeys(("ldm-vae", "accelerate", "ray"), 'printf "%s\\n" "$@" "" >> "$STARTED"')
     for name, body in stand_ins.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
@@ -47,3 +48,11 @@ def test_a_launcher_on_each_node(tmp_path: Path, node: int) -> None:
     assert launch.main_process_ip == "first" and 20_000 <= int(launch.main_process_port) < 40_000
     assert launch.module and launch.training_script == "ldm_vae"
     assert launch.training_script_args == ["train", "kl_f8_d4", "--data.path", "my data"]
+
+
+def test_a_job_of_a_ray_cluster(tmp_path: Path) -> None:
+    data = ["VAE", "my photographs", "OUT"]
+    (words,) = run("ray_job.sh", tmp_path, *data, "--actors", "64", RAY_ADDRESS="http://head:8265")
+    assert words[:6] == ["job", "submit", "--address", "http://head:8265", "--", "ldm-vae"]
+    asked = parser().parse_args(words[6:])  # as the verb reads them
+    assert [asked.vae, asked.data, asked.out, asked.engine, asked.actors] == [*data, "ray", 64]
