@@ -115,7 +115,7 @@ class RangedFile(io.RawIOBase):
 
 
 def listed(url: str, below: bool = False) -> dict[str, dict[str, Any]]:
-    """What lies in a folder, or anywhere below it, by name from there; each with what the file system says of it
+    """The files in a folder, or anywhere below it, by name from there; each with what the file system says of it
     (`size`, ...). Nothing where there is no such folder."""
 
     def work() -> dict[str, dict[str, Any]]:
@@ -132,7 +132,7 @@ def listed(url: str, below: bool = False) -> dict[str, dict[str, Any]]:
 
 
 def told(url: str) -> dict[str, Any]:
-    """What the file system says of a file (`size`, `ETag`, ...), as of now. Raises as `read`."""
+    """The file system's record of a file (`size`, `ETag`, ...), as of now. Raises as `read`."""
 
     def work() -> dict[str, Any]:
         files, remote = open_files(url)

@@ -85,7 +85,7 @@ class RemoteTable:
 
 
 def _end(url: str) -> tuple[dict[str, Any], Any]:
-    """What the server says of a file, and its metadata."""
+    """The size and metadata of a file, as its server says."""
     try:
         said = fsspec_files.told(url)
         return said, pq.read_metadata(pa.PythonFile(fsspec_files.RangedFile(url, int(said["size"])), "r"))

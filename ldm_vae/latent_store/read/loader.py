@@ -113,7 +113,7 @@ class Schedule:
         return sum(min(self.window, len(rows)) * lanes for rows in self.rows_of_shards)
 
     def windows(self) -> dict[str, int]:
-        """What a windowed order depends on."""
+        """Settings of a windowed order."""
         if self.window is None:
             return {}
         rows = np.concatenate(self.rows_of_shards)
