@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ldm_vae.autoencoder.codebooks import keep_first
 from ldm_vae.autoencoder.geometry import check_resolution, resolution_of
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.autoencoder.preparation import preparation_of
@@ -82,6 +83,7 @@ def arguments() -> argparse.Namespace:
         help=f"reproduce the numbers of others: {', '.join(VARIANTS)} (default: {PINNED.name}, which is pinned)",
     )  # fmt: skip
     add("--checkpoint", metavar=selection.METAVAR, help=selection.HELP)
+    add("--codebooks", type=int, metavar="K", help="of residual codes, the first K codebooks (all)")
     add("--config", metavar="FOLDER", help="config.json of a single-file VAE of a shape of its own")
     add("--max_bad", type=float, default=1.0, help="share of unreadable images above which the work stops (1: never)")
     add_data_arguments(parser)
@@ -107,6 +109,8 @@ def evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
 
     # --- everything that can be wrong is opened before the first image is measured ------------------------------------
     vaes = [load_autoencoder(vae, options.config) for vae in options.vae]
+    if options.codebooks is not None:
+        vaes = [keep_first(vae, options.codebooks, f"VAE {name}") for name, vae in zip(options.vae, vaes, strict=True)]
     preparation = preparation_of(dict(zip(options.vae, vaes, strict=True)), DataFlags.of(options))
     decoding, notes = preparation.decoding, list(preparation.notes)
     sounds = decoding.signal == "audio"

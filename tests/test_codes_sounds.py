@@ -10,6 +10,8 @@ import pytest
 import soundfile
 import torch
 from cli_call import call
+from prior_runs import run as run_prior
+from prior_runs import write_config as write_prior
 from sentences import refused
 from sound_files import RATE
 from sound_runs import sound_config
@@ -23,6 +25,7 @@ from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError
 from ldm_vae.export.diffusers_folder import write_vae
 from ldm_vae.latent_store import read_manifest, verify
+from ldm_vae.prior.generator import CodeGenerator
 
 CODEC: dict[str, Any] = {
     "model": {"kind": "causal_oobleck", "audio_channels": 1, "sampling_rate": RATE, "encoder_hidden_size": 8,
@@ -107,6 +110,20 @@ def test_codes_part_by_part_are_those_of_the_whole_sound(home: Path) -> None:
     assert torch.equal(torch.cat(indices, dim=2), whole)
     decoded = vae.decode(vae.quantizer.vectors(whole).double()).sample
     torch.testing.assert_close(torch.cat(sounds, dim=2), decoded, rtol=0, atol=1e-12)
+
+
+def test_a_prior_in_delay_order_learns_them_and_its_samples_are_heard(home: Path, tmp_path: Path) -> None:
+    model = {"kind": "transformer", "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8,
+             "order": "delay"}  # fmt: skip
+    done = run_prior(write_prior(tmp_path, home / "store", model=model, max_train_images=8, validation_images=8))
+    assert done.returncode == 0, done.stderr
+    generator = CodeGenerator.load(tmp_path / "run", load_autoencoder(home / "run"))
+    samples = generator.pixels([0])
+    assert generator.indices([0]).shape == (1, 3, 64) and samples.shape == (1, 1, 512)
+    heard, rate = soundfile.read(tmp_path / "run" / "samples" / "images-000000008" / "0000.wav", dtype="float32")
+    torch.testing.assert_close(torch.from_numpy(heard), samples[0, 0], rtol=1e-4, atol=1e-5)
+    assert rate == RATE and "bits per second" in done.stdout and "pixel" not in done.stdout
+    assert "per sample" in (tmp_path / "run" / "report" / "index.html").read_text()
 
 
 def test_a_number_of_codebooks_that_is_not_there_is_refused(home: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def record_samples(
     """Write RUN/samples/images-N.png, `count` samples of the keys 0, 1, ..., with the names of their classes; returns
     it."""
     images = torch.cat(list(generator.batches(count, batch_size)))
-    path, found = sample_grids.write(run, images_seen, images, names, alpha=has_alpha(generator.vae))
+    path, found = sample_grids.write(run, images_seen, images, names, generator.vae)
     _record(run, found | {"sampling": generator.sampling.model_dump()})
     return path
 

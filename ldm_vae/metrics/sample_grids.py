@@ -2,8 +2,9 @@
 
     RUN/samples/images-000012345.png   a grid of samples
     RUN/samples/originals.png          as many images of the store, decoded: the same labels at the same places
+    RUN/samples/images-000012345/      of sounds, whose grids are of spectrograms: 0000.wav, ... to listen to
 
-Legend: N images, C image channels, T frames, H W pixels.
+Legend: N images, C channels, T frames, H W pixels, L samples.
 """
 
 from __future__ import annotations
@@ -14,21 +15,24 @@ from typing import Any
 
 import torch
 
-from ldm_vae.autoencoder.preparation import has_alpha
+from ldm_vae.autoencoder.preparation import has_alpha, own_rate, recorded
 from ldm_vae.core.pictures import labelled, save, sheet
 from ldm_vae.data.alpha import visible
+from ldm_vae.data.sounds import write_sound
 from ldm_vae.metrics.protocol import PINNED
+from ldm_vae.perceptual import spectrogram
 
 MOST_COLUMNS, USUAL_COLUMNS, GAP = 12, 8, 4
+UNKNOWN_RATE = 44_100  # Hz, of a class whose config names none and that has no record
 
 
 def write(
-    run: Path, images_seen: int, images: torch.Tensor, names: Sequence[str], *, alpha: bool = False
+    run: Path, images_seen: int, images: torch.Tensor, names: Sequence[str], vae: Any
 ) -> tuple[Path, dict[str, Any]]:
-    """Write RUN/samples/images-N.png, samples [N, C, H, W] of every class (their `names`) in turn; its path, and what
-    the page has to know of the grids."""
+    """Write RUN/samples/images-N.png, samples [N, C, H, W] of every class (their `names`) in turn, decoded by `vae`;
+    its path, and what the page has to know of the grids."""
     path = run / "samples" / f"images-{images_seen:09d}.png"
-    layout = grid(path, images, names, alpha=alpha)
+    layout = grid(path, images, names, vae)
     return path, {
         "grids": sorted(picture.name for picture in path.parent.glob("images-*.png")),
         "classes": list(names),
@@ -41,12 +45,20 @@ def write(
 def record_originals(run: Path, generator: Any, stored: torch.Tensor, batch_size: int, names: Sequence[str]) -> None:
     """Write RUN/samples/originals.png: [N, ...] of the store, decoded, in the order of samples."""
     images = torch.cat([generator.decode(part) for part in torch.split(stored, batch_size)])
-    grid(run / "samples" / "originals.png", images, names, alpha=has_alpha(generator.vae))
+    grid(run / "samples" / "originals.png", images, names, generator.vae)
 
 
-def grid(path: Path, images: torch.Tensor, names: Sequence[str], *, alpha: bool = False) -> dict[str, int]:
-    """Write images [N, C, H, W], every class in turn, or clips [N, C, T, H, W] as one that moves; returns where they
-    are in the picture."""
+def grid(path: Path, images: torch.Tensor, names: Sequence[str], vae: Any) -> dict[str, int]:
+    """Write images [N, C, H, W] that `vae` has decoded, every class in turn, clips [N, C, T, H, W] as one that moves,
+    sounds [N, C, L] as spectrograms and as files; returns where they are in the picture."""
+    alpha = has_alpha(vae)
+    if images.ndim == 3:
+        known = recorded(vae)
+        rate = own_rate(vae) or (None if known is None else known.sample_rate) or UNKNOWN_RATE
+        for number, sound in enumerate(images):
+            write_sound(path.with_suffix("") / f"{number:04d}.wav", sound, rate)
+        levels = torch.stack([spectrogram.picture(sound, rate) for sound in images])
+        images = (2 * levels - 1)[:, None].expand(-1, 3, -1, -1)
     columns = len(names) if 2 <= len(names) <= MOST_COLUMNS else USUAL_COLUMNS
     height, width = images.shape[-2:]
     sheets = []

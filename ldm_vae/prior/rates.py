@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ldm_vae.autoencoder.preparation import has_alpha
+from ldm_vae.autoencoder.geometry import is_of_sounds
+from ldm_vae.autoencoder.preparation import has_alpha, own_rate
 from ldm_vae.data.transforms import to_pixels
 from ldm_vae.latent_store.read.dataset import LatentDataset
 from ldm_vae.metrics import psnr, result, sample_grids
@@ -59,7 +60,8 @@ def validate(
     # of an estimated bound the name says so, wherever the log is read
     name = "validation/bits" if prior.is_exact else "validation/bound_bits"
     size = math.prod(samples.shape)
-    return {f"{name}_per_index": bits / size, f"{name}_per_pixel": bits / generator.image_pixels()}
+    part = "sample" if is_of_sounds(generator.vae) else "pixel"
+    return {f"{name}_per_index": bits / size, f"{name}_per_{part}": bits / generator.image_pixels()}
 
 
 @torch.no_grad()
@@ -81,7 +83,7 @@ def record_rates(
         rows["overall"].update(independent.nats(indices, independent.overall))
         uses.update(indices)
     picture = generator.decode(independent.sample(generator.seed, range(pictures)))
-    sample_grids.grid(run / "samples" / "independent.png", picture, train.names, alpha=has_alpha(generator.vae))
+    sample_grids.grid(run / "samples" / "independent.png", picture, train.names, generator.vae)
     distortion = _distortion(held_out.dataset, generator.vae, count, batch_size)
     size = math.prod(generator.shape)
     rates = {
@@ -90,6 +92,7 @@ def record_rates(
         "images": count,
         "indices": size,
         "pixels": generator.image_pixels(),
+        "sample_rate": own_rate(generator.vae),
         "uniform": math.log2(generator.codes),
         "fitted": uses.entropy() / math.log(2),
         "bits_per_index": {name: _scaled(found.summary(), 1 / math.log(2) / size) for name, found in rows.items()},
@@ -119,19 +122,28 @@ def _distortion(dataset: LatentDataset, vae: Any, count: int, batch_size: int) -
     return metric.running.summary()
 
 
+def nouns(rates: Json) -> tuple[str, str, str]:
+    """Words for several and for one of what is coded, and for one of its values."""
+    return ("sounds", "a sound", "sample") if rates.get("sample_rate") else ("images", "an image", "pixel")
+
+
 def in_words(rates: Json) -> str:
     """Lines that the program prints of `record_rates`."""
     bits = {name: found["mean"] for name, found in rates["bits_per_index"].items()}
-    what = "held-out images" if rates["held_out"] else "images of the training store"
+    several, one, part = nouns(rates)
+    what = f"held-out {several}" if rates["held_out"] else f"{several} of the training store"
     prior = f"prior {'' if rates['is_exact'] else 'at most '}{bits['prior']:.3f}"
     image = bits["prior"] * rates["indices"]
     found = "" if rates["psnr"] is None else f", decoded at a PSNR of {rates['psnr']['mean']:.2f} dB"
     lines = [
         f"bits per index of {rates['images']:,} {what}: {prior}, independent codes {bits['position']:.3f} by position, "
-        f"{bits['overall']:.3f} overall, {rates['fitted']:.3f} fitted to these images, uniform {rates['uniform']:.3f}",
-        f"that is {image / rates['pixels']:.4f} bits per pixel and {image:,.0f} bits an image of {rates['pixels']:,} "
-        f"pixels{found}",
+        f"{bits['overall']:.3f} overall, {rates['fitted']:.3f} fitted to these {several}, "
+        f"uniform {rates['uniform']:.3f}",
+        f"that is {image / rates['pixels']:.4f} bits per {part} and {image:,.0f} bits {one} of {rates['pixels']:,} "
+        f"{part}s{found}",
     ]
+    if (rate := rates.get("sample_rate")) is not None:
+        return "\n".join([*lines, f"and {image / rates['pixels'] * rate:,.0f} bits per second"])
     return "\n".join(lines if rates["psnr"] is not None else [*lines, NO_PIXELS])
 
 
@@ -144,6 +156,6 @@ def record_samples(
     """Write RUN/samples/images-N.png, `count` samples of the keys 0, 1, ..., with the names of their classes; returns
     it."""
     images = torch.cat(list(generator.batches(count, batch_size)))
-    path, found = sample_grids.write(run, images_seen, images, names, alpha=has_alpha(generator.vae))
+    path, found = sample_grids.write(run, images_seen, images, names, generator.vae)
     result.update(run / "report" / RECORD, found | {"sampling": generator.sampling.model_dump()})
     return path

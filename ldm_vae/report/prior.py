@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ldm_vae.prior.rates import nouns
 from ldm_vae.report import images, sample_grids
 
 Json = dict[str, Any]
@@ -47,10 +48,13 @@ def rates(found: Json) -> Json:
     rows = [_row(found, *named[name], found["bits_per_index"][name]) for name in named]
     for name, heading, meaning in FIXED:
         rows.append(_row(found, heading, meaning, {"mean": found[name], "ci95": None}))
-    whose = "held-out images" if found["held_out"] else "images of the training store"
+    several, one, part = nouns(found)
+    whose = f"held-out {several}" if found["held_out"] else f"{several} of the training store"
     psnr = found["psnr"]
     return {
-        "measured": f"{found['images']:,} {whose}, {found['indices']:,} indices for {found['pixels']:,} pixels each",
+        "measured": f"{found['images']:,} {whose}, {found['indices']:,} indices for {found['pixels']:,} {part}s each",
+        "one": one.split()[-1],
+        "part": part,
         "rows": rows,
         "psnr": None if psnr is None else f"{psnr['mean']:.2f}",
     }

@@ -30,8 +30,10 @@ from training_runs import TINY
 from videos import write_moving, write_video
 
 from ldm_vae import cli, load_autoencoder, open_images, write_store, write_vae
+from ldm_vae.autoencoder.codebooks import Shape, put_beside
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.normalisation import Normalisation
+from ldm_vae.models.dac import Config as Dac
 
 # f = 8 and 4 channels, as Stable Diffusion's, with its quant convs
 SHAPE: dict[str, Any] = {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
@@ -85,6 +87,8 @@ NAMES = {
     "music": "music",
     "speech.flac": "speech.flac",
     "audio_store": "my-sounds",
+    "codec": "my-codec",
+    "code_store": "my-codes",
     "cut_outs.yaml": "cut_outs.yaml",
     "my_lab": "my_lab",
     "hub_cache": "hub_cache",
@@ -211,6 +215,11 @@ class StandIns:
     def audio_vae(self, out: Path) -> None:
         write_vae(tiny("AutoencoderOobleck", audio_channels=1), out, None)
 
+    def codec(self, out: Path) -> None:
+        vae = Dac(sampling_rate=RATE, encoder_hidden_size=4, decoder_hidden_size=16, downsampling_ratios=[2, 4]).build()
+        books = Shape(kind="residual", channels=16, codebooks=8, codes=16, code_dim=4, distance="cosine").build()
+        write_vae(put_beside(vae, books), out, None)
+
     def vae_safetensors(self, out: Path) -> None:
         file = self.folder / "single.safetensors"
         self.call("export", self.get("vae"), file, "--target", "comfyui")
@@ -309,6 +318,11 @@ class StandIns:
     def audio_store(self, out: Path) -> None:
         vae = load_autoencoder(self.get("audio_vae"))
         write_store(vae, open_images(self.get("music"), vae, samples=512), out, resolution=512)
+
+    def code_store(self, out: Path) -> None:
+        vae = load_autoencoder(self.get("codec"))
+        write_store(vae, open_images(self.get("music"), vae, samples=512), out, resolution=512,
+                    vae_name=str(self.get("codec")))  # fmt: skip
 
     def large_store(self, out: Path) -> None:
         """1,000 samples of four classes, one position each."""
