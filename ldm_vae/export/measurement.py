@@ -23,7 +23,7 @@ from ldm_vae.autoencoder.preparation import Preparation, check_same, preparation
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.progress import Progress
 from ldm_vae.data.quarantine import Quarantine
-from ldm_vae.data.transforms import decoding_of, to_pixels
+from ldm_vae.data.transforms import decoding_of, to_values
 from ldm_vae.latent_store.format.manifest import MANIFEST, read_manifest
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.latent_store.write.finalize import with_intervals
@@ -58,9 +58,9 @@ class Images:
     """Their decoding; as the VAE records by default."""
 
     def batches(self, vae: Any) -> Iterator[torch.Tensor]:
-        """Pixels [B, C, H, W] or [B, C, T, H, W] in [-1, 1] for this VAE. Raises UsageError when the resolution does
-        not fit f."""
-        return (to_pixels(batch.pixels) for batch in self.image_batches(vae))
+        """Pixels [B, C, H, W] or [B, C, T, H, W] in [-1, 1], or sounds [B, C, L], for this VAE. Raises UsageError when
+        the resolution does not fit f."""
+        return (to_values(batch.pixels) for batch in self.image_batches(vae))
 
     def image_batches(self, vae: Any) -> Iterator[ImageBatch]:
         """Batches of the same images, as metrics take them."""
