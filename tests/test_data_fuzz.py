@@ -1,4 +1,4 @@
-"""Mutated files of every format: an image, a clip or a BadImage, within bounded time and memory, never a crash.
+"""Mutated files of every format: an image, a clip, an excerpt or a BadImage, in bounded time and memory, never a crash.
 
 The decoding runs in a child process, so that a crash of a C library is a failed test rather than the end of them all.
 `python tests/helpers/decoder_fuzz.py images 20000` fuzzes longer.
@@ -18,7 +18,7 @@ import decoder_fuzz
 import numpy as np
 import pytest
 
-FILES = {"images": 700, "clips": 200}
+FILES = {"images": 700, "clips": 200, "sounds": 200}
 MEMORY = 1 << 30  # growth of the peak over the whole run; the largest image that is let through takes 0.7 GB
 
 

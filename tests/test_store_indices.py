@@ -93,7 +93,7 @@ def test_it_is_verified_encoded_again_and_its_cost_is_told(vae: VQModel, tmp_pat
     assert (same.samples, same.identical, same.problems) == (5, 5, ())
     costs = measure_costs(tmp_path / "s", manifest, vae, source)
     assert costs.worst == 0
-    assert costs.psnr_stored == costs.psnr_exact
+    assert costs.stored == costs.exact
     moved = vq_model()
     moved.quantize.embedding.weight.data = moved.quantize.embedding.weight.data.flip(0)
     with refused(UsageError, "encoder"):  # the codebook is part of what indices mean

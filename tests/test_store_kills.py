@@ -1,7 +1,7 @@
 """Killed at any moment, by any number of processes: the finished store is the one that was never interrupted.
 
-In the suite (slow): 24 kills of forked children at random moments, 4 of children that encode clips, and 2 of the real
-program under its launcher. As often as one likes, and everything else beside it: `python -m tests.torture`.
+In the suite (slow): 24 kills of forked children at random moments, 4 of children that encode clips, 3 of sounds, and 2
+of the real program under its launcher. As often as one likes, and everything else beside it: `python -m tests.torture`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from checksums import tree
 from fork_server import fork
 from images import write_images
 from kills import Launched, Reaper, launch_program, wait_until
+from sound_files import encoded, tone, write_sounds
 from store_sources import Pictures
 from stores import SETTINGS
 from tiny_classes import tiny
@@ -37,12 +38,16 @@ def vae(films: str = "") -> Any:
     import torch
 
     if films:
-        return tiny("AutoencoderKLWan")
+        return tiny("AutoencoderOobleck", audio_channels=1) if is_sounds(films) else tiny("AutoencoderKLWan")
 
     from ldm_vae.autoencoder.config import AutoencoderConfig
 
     torch.manual_seed(0)
     return AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1).build().eval()
+
+
+def is_sounds(folder: str) -> bool:
+    return Path(folder).name == "sounds"
 
 
 def source(count: int) -> Pictures:
@@ -58,14 +63,17 @@ def part(out: str, index: int, count: int) -> None:
 
 
 def child(out: str, rank: int, count: int, workers: int, update: int, films: str = "") -> None:
-    """Encode 60 pictures, or update a store to `update` of them; or the clips of a folder of films."""
+    """Encode 60 pictures, or update a store to `update` of them; or the clips of a folder of films, or
+    excerpts of one of sounds."""
     import torch
 
     torch.set_num_threads(1)
     own: dict[str, Any] = {"processes": Processes(rank, count), "num_workers": workers, "update": bool(update)}
     if films:
-        network = vae(films)
-        write_store(network, open_images(films, network, frames=5), out, **SETTINGS | {"shard_size": 2} | own)
+        network, sounds = vae(films), is_sounds(films)
+        data = open_images(films, network, **{"samples": 256} if sounds else {"frames": 5})
+        size = {"shard_size": 2} | ({"resolution": 256} if sounds else {})
+        write_store(network, data, out, **SETTINGS | size | own)
     else:
         write_store(vae(), source(update or 60), out, **SETTINGS | own)
 
@@ -141,6 +149,22 @@ def test_clips_of_which_some_are_damaged_are_there_once_after_kills(tmp_path: Pa
     assert sorted(keys) == [key for key in films_of(films) if key.partition("#")[0] not in bad]
     assert [entry.key for entry in read_quarantine(tmp_path / "killed")] == sorted(bad)
     assert {shard.frames for shard in read_manifest(tmp_path / "killed").shards} == {1, 5}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_excerpts_of_which_some_are_damaged_are_there_once_after_kills(tmp_path: Path) -> None:
+    """Two excerpts of each sound, a WAV that is cut off, and one of noise."""
+    sounds = write_sounds(tmp_path / "sounds", 10, samples=500)
+    for name, content in (("tone3.wav", encoded(tone(500))[:-100]), ("tone7.wav", bytes(range(200)))):
+        (sounds / name).write_bytes(content)
+    child(str(tmp_path / "whole"), 0, 1, 0, 0, str(sounds))
+    torture(tmp_path / "killed", 3, 0, str(sounds))
+    assert tree(tmp_path / "killed") == tree(tmp_path / "whole") and verify(tmp_path / "killed") == []
+    data = LatentDataset(tmp_path / "killed", columns=("key",))
+    good = [f"tone{number}.wav{part}" for number in range(10) if number not in (3, 7) for part in ("", "#t=0.032")]
+    assert sorted(data[index]["key"].removesuffix("#t=0") for index in range(len(data))) == good
+    assert [entry.key for entry in read_quarantine(tmp_path / "killed")] == ["tone3.wav", "tone7.wav"]
 
 
 @pytest.mark.slow

@@ -168,7 +168,7 @@ def run(request: Request) -> None:
         print(f"part {part} of {request.out} is done; the store is finished by the part that ends last")
     elif accelerator.is_main_process:
         print("\n".join([describe(request.out, manifest), *preparation.notes]))
-        if manifest.units > before and not of_sounds:
+        if manifest.units > before:
             print(describe_costs(measure_costs(place_of(request.out), manifest, vae, source)))
     accelerator.end_training()
 

@@ -42,7 +42,7 @@ MAY_CHANGE = (*STORE_MAY_CHANGE, "sampling.method", "sampling.steps", "sampling.
 
 
 def open_latents(settings: DiffusionTraining) -> StoredSamples:
-    """The store of the config. Raises what `open_samples` does, and UsageError for indices and clips."""
+    """The store of the config. Raises what `open_samples` does, and UsageError for indices, clips and sounds."""
     if read_manifest(place_of(settings.latents)).identity.codes is not None:
         raise UsageError(
             f"latents {settings.latents}: holds indices of codes; a diffusion model needs vectors, which "
@@ -50,8 +50,9 @@ def open_latents(settings: DiffusionTraining) -> StoredSamples:
         )
     latents = open_samples(settings, normalisation=settings.normalisation)
     if len(latents.shape) != 3:
+        what = "sounds" if len(latents.shape) == 2 else "clips"
         raise UsageError(
-            f"latents {settings.latents}: holds latents of clips, {' x '.join(map(str, latents.shape))}; the networks "
+            f"latents {settings.latents}: holds latents of {what}, {' x '.join(map(str, latents.shape))}; the networks "
             "here are of images"
         )
     return latents

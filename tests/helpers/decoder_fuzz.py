@@ -1,6 +1,6 @@
-"""Mutated files of every format of images and videos, decoded.
+"""Mutated files of every format of images, videos and sounds, decoded.
 
-python tests/helpers/decoder_fuzz.py images|clips COUNT [SEED]    # how many were decoded, the slowest, the memory
+python tests/helpers/decoder_fuzz.py images|clips|sounds COUNT [SEED]   # how many were decoded, the slowest, the memory
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from sound_files import encoded, tone
 from videos import frame, write_video
 
 SECONDS_EACH = 20.0  # of the processor: the machine may be busy
@@ -163,18 +165,46 @@ def clip(still: bytes, data: bytes, draw: np.random.Generator) -> list[Any]:
             shutil.rmtree(Path(content[0]).parent)
 
 
+# --- sounds -----------------------------------------------------------------------------------------------------------
+
+SOUNDS = {
+    "wav": ("WAV", "PCM_16"), "wav8": ("WAV", "PCM_U8"), "wav24": ("WAV", "PCM_24"), "wav64": ("WAV", "DOUBLE"),
+    "extensible": ("WAVEX", "PCM_16"), "rf64": ("RF64", "PCM_16"), "w64": ("W64", "FLOAT"),
+    "adpcm": ("WAV", "MS_ADPCM"), "gsm": ("WAV", "GSM610"), "flac": ("FLAC", "PCM_16"), "vorbis": ("OGG", "VORBIS"),
+    "opus": ("OGG", "OPUS"), "mp3": ("MP3", None), "aiff": ("AIFF", "PCM_16"), "au": ("AU", "ULAW"),
+    "caf": ("CAF", "ALAC_16"), "m4a": ("m4a", None),
+}  # fmt: skip
+
+
+def sound_seeds() -> dict[str, bytes]:
+    """A valid file of every format, with one, two or six channels."""
+    channels = {"gsm": 1, "wav8": 1, "extensible": 6}
+    return {name: encoded(tone(6000, channels.get(name, 2)), form, subtype=subtype)
+            for name, (form, subtype) in SOUNDS.items()}  # fmt: skip
+
+
+def sound(data: bytes, draw: np.random.Generator) -> list[Any]:
+    """An excerpt from anywhere, at another rate, of one channel."""
+    from ldm_vae.data.decoding import Decoding
+    from ldm_vae.data.sounds import crops_of
+
+    decoding = Decoding(channels=1, sample_rate=int(draw.choice([8000, 8000, 44100, 7919])), samples=1024)
+    (crop,), _ = crops_of(data, decoding, float(draw.random()))
+    assert torch.isfinite(crop.pixels).all() and crop.pixels.shape == (1, 1024) and 0 < crop.box[3] <= 1024
+    return [crop.pixels]
+
+
 def fuzz(kind: str, count: int, seed: int) -> dict[str, float]:
     """Decodes `count` mutated files; what it raises is the failure."""
-    import torch
-
     from ldm_vae.data.quarantine import BadImage
 
-    files = seeds() if kind == "images" else clip_seeds()
-    decode = image if kind == "images" else partial(clip, files["frames"])
+    files = {"images": seeds, "clips": clip_seeds, "sounds": sound_seeds}[kind]()
+    decode = {"images": image, "clips": partial(clip, files.get("frames", b"")), "sounds": sound}[kind]
+    dtype, channels = (torch.float32, 1) if kind == "sounds" else (torch.uint8, 3)
     names = sorted(files)
     for name in names:
         with contextlib.suppress(BadImage if kind == "clips" else ()):  # of a drawn length that is too long
-            assert decode(files[name], np.random.default_rng(0))[0].shape[0] == 3, name
+            assert decode(files[name], np.random.default_rng(0))[0].shape[0] == channels, name
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     good, slowest = 0, 0.0
     for number in range(count):
@@ -190,8 +220,8 @@ def fuzz(kind: str, count: int, seed: int) -> dict[str, float]:
         slowest = max(slowest, time.process_time() - start)
         assert reason and "\n" not in reason, (name, number, reason)
         for pixels in frames:
-            assert pixels.dtype == torch.uint8 and pixels.shape == frames[0].shape, (name, number)
-            assert pixels.ndim == 3 and pixels.shape[0] == 3, (name, number)
+            assert pixels.dtype == dtype and pixels.shape == frames[0].shape, (name, number)
+            assert pixels.ndim == (2 if kind == "sounds" else 3) and pixels.shape[0] == channels, (name, number)
         good += bool(frames)
         assert slowest < SECONDS_EACH, f"{name} number {number} took {slowest:.1f} s"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024

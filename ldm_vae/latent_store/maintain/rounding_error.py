@@ -1,4 +1,4 @@
-"""Cost of the chosen storage in decoded images: rounding to the storage dtype, and the seams of tiles."""
+"""Cost of the chosen storage in decoded images or sounds: rounding to the storage dtype, and the seams of tiles."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ MOST_PIXELS = 8 * 256 * 256  # measured on about as many images as this holds: a
 
 @dataclass(frozen=True)
 class Costs:
-    """Mean PSNR in dB against the images, decoded from what the encoder gave and from what is stored; the largest
-    difference of the two in grey levels; over how many samples; the error of tiles (see `seam_error`) if there are."""
+    """Mean PSNR in dB against the images, of sounds SNR, decoded from what the encoder gave and from what is stored;
+    the largest difference of the two in grey levels, of sounds in full scales; over how many samples; the error of
+    tiles (see `seam_error`) if there are."""
 
     dtype: str
-    psnr_exact: float
-    psnr_stored: float
-    worst: int
+    exact: float
+    stored: float
+    worst: float
     samples: int
     seams: tuple[float, float] | None
+    sounds: bool = False
 
 
 @torch.no_grad()
@@ -59,25 +61,26 @@ def measure_costs(store: Place, manifest: Manifest, vae: Any, source: Source) ->
     name = TENSOR_NAMES[identity.store][0]
     mapped = mapped_tensors(store, identity, shard)[name][: len(ready)]
     stored = shards.to_float(mapped, SAFETENSORS_DTYPES[identity.dtype])
-    psnr, worst = [], 0
+    decibels, worst = [], 0.0
     for sample, z, rounded in zip(ready, encoder(ready)[0][name], stored, strict=True):
         pictures = [_picture(vae, value, codes=identity.codes is not None) for value in (z, rounded)]
-        psnr.append([_psnr(picture, sample.crops[""]) for picture in pictures])
-        worst = max(worst, int((pictures[0].int() - pictures[1].int()).abs().max()))
+        decibels.append([_decibels(picture, sample.crops[""]) for picture in pictures])
+        worst = max(worst, float((pictures[0].float() - pictures[1].float()).abs().max()))
     seams = None
     if identity.tile is not None and max(shard.size) > identity.tile[0]:
         image = to_pixels(ready[0].crops[""]).to(vae.device)[None]
         seams = seam_error(vae, image, *identity.tile, downsampling_factor(vae))
-    before, after = np.mean(psnr, axis=0).tolist()
-    return Costs(identity.dtype, before, after, worst, len(ready), seams)
+    before, after = np.mean(decibels, axis=0).tolist()
+    return Costs(identity.dtype, before, after, worst, len(ready), seams, ready[0].crops[""].ndim == 2)
 
 
 def describe_costs(costs: Costs) -> str:
     """A line or two for the end of `ldm-vae encode`."""
+    ratio = "SNR" if costs.sounds else "PSNR"
+    worst = f"{costs.worst:.1g} of full scale" if costs.sounds else f"{costs.worst:.0f} of 255 grey levels"
     lines = [
-        f"  storage as {costs.dtype}: {costs.psnr_stored:.3f} dB PSNR decoded, {costs.psnr_exact:.3f} dB before "
-        f"rounding ({costs.psnr_stored - costs.psnr_exact:+.4f} dB, at most {costs.worst} of 255 grey levels, "
-        f"{costs.samples} samples)"
+        f"  storage as {costs.dtype}: {costs.stored:.3f} dB {ratio} decoded, {costs.exact:.3f} dB before rounding "
+        f"({costs.stored - costs.exact:+.4f} dB, at most {worst}, {costs.samples} samples)"
     ]
     if costs.seams is not None:
         rms, largest = costs.seams
@@ -88,14 +91,18 @@ def describe_costs(costs: Costs) -> str:
 
 
 def _picture(vae: Any, z: np.ndarray[Any, Any], codes: bool) -> torch.Tensor:
-    """Stored values [c, *p], or indices of codes => uint8 [C, H, W], of clips [C, T, H, W]."""
+    """Stored values [c, *p], or indices of codes => uint8 [C, H, W], of clips [C, T, H, W], of sounds fp32 [C, L]."""
     if codes:
         pixels = finite.decode_indices(vae, torch.from_numpy(z.astype(np.int64))[None].to(vae.device))
     else:
         pixels = finite.decode(vae, torch.from_numpy(z.astype(np.float32))[None].to(vae.device))
-    return to_uint8(pixels)[0].cpu()
+    return (pixels.float() if pixels.ndim == 3 else to_uint8(pixels))[0].cpu()
 
 
-def _psnr(picture: torch.Tensor, image: torch.Tensor) -> float:
-    error = float((picture.double() - image.double()).square().mean())
-    return 100.0 if error == 0 else 10.0 * math.log10(255.0**2 / error)
+def _decibels(decoded: torch.Tensor, given: torch.Tensor) -> float:
+    """PSNR, of sounds SNR, at most 100 and at least -100."""
+    error = float((decoded.double() - given.double()).square().mean())
+    signal = float(given.double().square().mean()) if given.ndim == 2 else 255.0**2
+    if error == 0:
+        return 100.0
+    return max(-100.0, min(100.0, 10.0 * math.log10(max(signal, 1e-300) / error)))
