@@ -101,8 +101,11 @@ def connected() -> Iterator[Bucket]:
     with pytest.MonkeyPatch.context() as patch, serve() as bucket:
         for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": bucket.endpoint}.items():
             patch.setenv(name, value)
-        fsspec.filesystem("s3").mkdir(BUCKET)
+        # file systems of a server before, in this process; moto's buckets are those of the process, too
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        fsspec.filesystem("s3").makedirs(BUCKET, exist_ok=True)
         yield bucket
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 @contextlib.contextmanager
