@@ -144,14 +144,15 @@ def test_a_draw_is_one_of_all_starts() -> None:
 
 WORDS = {
     "empty": "empty", "text": "format", "page": "HTML", "pointer": "git-LFS", "header": "cut off", "cut": "cut off",
-    "flac cut": "damaged", "no samples": "no sample", "nan": "NaN", "mp3 cut": "ends", "a picture": "format",
+    "aiff cut": "cut off", "rf64 cut": "cut off", "w64 cut": "cut off", "au cut": "cut off", "no rate": "incomplete",
+    "1 Hz": "1 Hz", "flac cut": "damaged", "no samples": "no sample", "nan": "NaN", "mp3 cut": "ends", "a picture": "format",
 }  # fmt: skip
 
 
 def damaged() -> dict[str, bytes]:
     wav, nan = encoded(tone(4000)), tone(4000)
     nan[1234] = np.nan
-    flac = encoded(tone(40000), "FLAC")
+    flac, rate = encoded(tone(40000), "FLAC"), wav.index(b"fmt ") + 12
     return {
         "empty": b"",
         "text": b"a note about a sound, which is none " * 20,
@@ -159,6 +160,14 @@ def damaged() -> dict[str, bytes]:
         "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
         "header": wav[:30],
         "cut": wav[:-2000],
+        **{
+            f"{form.lower()} cut": encoded(tone(4000), form, subtype="FLOAT")[:9000]
+            for form in ("AIFF", "RF64", "W64", "AU")
+        },
+        **{
+            name: wav[:rate] + bytes([hertz, 0, 0, 0]) + wav[rate + 4 :]
+            for name, hertz in (("no rate", 0), ("1 Hz", 1))
+        },
         "flac cut": flac[: len(flac) // 2],
         "no samples": encoded(tone(0)),
         "nan": encoded(nan),

@@ -82,6 +82,13 @@ def test_stable_audio_sees_z_as_it_is(tmp_path: Path) -> None:
     write_store(vae, opened(vae, write_sounds(tmp_path / "sounds")), tmp_path / "store", **SETTINGS)
     raw, data = (LatentDataset(tmp_path / "store", raw=one, sample=False) for one in (True, False))
     assert torch.equal(raw[0]["mean"], data[0]["latents"])
+    # as pipeline_stable_audio.py does with a sound: `vae.encode(audio).latent_dist`, `vae.decode(latents)`, no scale
+    wave = torch.from_numpy(tone(512, frequency=220.0).T)[None]
+    with torch.no_grad():
+        posterior = vae.encode(wave).latent_dist
+        torch.testing.assert_close(data[0]["latents"], posterior.mode()[0], rtol=1e-5, atol=1e-5)
+        heard = vae.decode(data[0]["latents"][None]).sample[0]
+    assert torch.equal(data.decode(data[0]["latents"], vae), heard)
     drawn = LatentDataset(tmp_path / "store")
     noise = (drawn[0]["latents"] - raw[0]["mean"]) / (raw[0]["logvar"] / 2).exp()
     assert 0.5 < float(noise.std()) < 1.5

@@ -43,6 +43,7 @@ MOST = 2**26  # samples of a sound that is taken whole: 25 minutes at 44.1 kHz, 
 MARGIN = 256
 # seconds that the count of samples of FFmpeg, and of MP3, may be above what is decoded: a decoder cuts the last frame
 LOOSE_END = 0.1
+SLOWEST, FASTEST = 100, 2**20  # samples a second: of a few at 1 Hz resampling would make hours
 LAST_PAGE = 2**18  # samples: at most 255 packets, of 1,024 as encoders make them
 BLOCK = 2**16  # samples that are read at a time where a file cannot be sought in
 
@@ -157,7 +158,9 @@ def _as_bad_sound() -> Iterator[None]:
     except MemoryError as error:
         raise BadImage("needs more memory than there is") from error
     except Exception as error:  # libsndfile's, FFmpeg's, of any kind
-        raise BadImage(f"is damaged: {first_line(error)[:160]}") from error
+        # without libsndfile's prefix, which holds an address in memory: a reason is the same in every process
+        said = getattr(error, "error_string", "") or first_line(error)
+        raise BadImage(f"is damaged: {said[:160]}") from error
 
 
 def _mixed(samples: Samples, channels: int) -> Samples:
@@ -230,16 +233,23 @@ def _opened(file: Video) -> Iterator[Any]:
 
 
 def _check_head(raw: Any, file: Video) -> None:
-    """Raises BadImage for what is something else, or a WAV of which a part is missing, which libsndfile reads as a
-    shorter one."""
+    """Raises BadImage for what is something else, or a WAV, AIFF, W64 or AU of which a part is missing, which libsndfile
+    reads as a shorter one."""
     head = raw.read(HEAD)
     raw.seek(0)
     if what := disguise(head):
         raise BadImage(f"it {what}")
-    said = int.from_bytes(head[4:8], "little")
+    lengths = {
+        b"RIFF": int.from_bytes(head[4:8], "little") + 8,
+        b"RF64": int.from_bytes(head[20:28], "little") + 8,
+        b"riff": int.from_bytes(head[16:24], "little"),
+        b"FORM": int.from_bytes(head[4:8], "big") + 8,
+        b".snd": int.from_bytes(head[4:8], "big") + int.from_bytes(head[8:12], "big"),
+    }
+    said = lengths.get(head[:4], 0)
     # a program that writes into a pipe does not know the size: 0 or all bits
-    if head[:4] == b"RIFF" and said not in (0, 2**32 - 1) and said + 8 > file.bytes + 1:
-        raise BadImage(f"is cut off: its header says {said + 8:,} bytes, it has {file.bytes:,}")
+    if file.bytes + 1 < said < 2**32 - 1 or (head[:4] in (b"RF64", b"riff") and file.bytes + 1 < said < 2**62):
+        raise BadImage(f"is cut off: its header says {said:,} bytes, it has {file.bytes:,}")
 
 
 def _facts(file: Video) -> SoundFacts:
@@ -250,6 +260,8 @@ def _facts(file: Video) -> SoundFacts:
             known = facts_by_ffmpeg(file)
     if known.frames < 1:
         raise BadImage("holds no sample")
+    if not SLOWEST <= known.rate <= FASTEST:
+        raise BadImage(f"is damaged: its header says {known.rate:,} Hz, expected {SLOWEST} to {FASTEST:,}")
     return known
 
 
