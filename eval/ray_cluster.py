@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ from .speed.timing import machine
 
 SIDE, TAR = 32, 10_000  # pixels; images of a tar
 BUCKET = "latents"
-PATIENCE = 600.0  # seconds without a unit
+PATIENCE = 600.0  # seconds in which a stopped driver ends
+TRIES = 5  # of a node's start
 
 
 def write_data(folder: Path, images: int) -> None:
@@ -131,15 +132,15 @@ def on_ray(store: Place, words: list[str], units: int) -> dict[str, Any]:
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
+    cluster = _patiently(lambda: Cluster(initialize_head=True, head_node_args=node))
     try:
-        lost = cluster.add_node(**node)
+        lost = _patiently(lambda: cluster.add_node(**node))
         start, words = time.monotonic(), [*words, "--engine", "ray", "--ray_address", cluster.address]
         first = Watched(store, [*words, "--actors", "3"])
         first.wait(units // 4)
         print(f"a node is killed ({units // 4} of {units} units)", file=sys.stderr)
         cluster.remove_node(lost, allow_graceful=False)
-        cluster.add_node(**node)
+        _patiently(lambda: cluster.add_node(**node))
         first.wait(units // 2)
         print("the driver is stopped and started again", file=sys.stderr)
         first.stop()
@@ -155,7 +156,18 @@ def on_ray(store: Place, words: list[str], units: int) -> dict[str, Any]:
     finally:
         session = cluster.head_node.get_session_dir_path()
         cluster.shutdown()
+        for left in psutil.Process().children(recursive=True):  # of a node that did not come up
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
         shutil.rmtree(session, ignore_errors=True)
+
+
+def _patiently(start: Callable[[], Any]) -> Any:
+    """Start a node; on a busy machine Ray gives up after 30 s, and a second time is faster."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(Exception):
+            return start()
+    return start()
 
 
 def _ours(process: psutil.Process) -> bool:
