@@ -45,8 +45,7 @@ from ldm_vae.latent_store.storage.places import Place, storage_at
 
 
 class SourceIdentity(Section):
-    """Identity of the encoded source: the number of samples, and SHA-256 over their keys in order, each followed by a
-    newline."""
+    """Identity of the encoded source: number of samples, SHA-256 over their keys in order, each with a newline."""
 
     samples: int = Field(ge=0)
     keys: str

@@ -341,8 +341,7 @@ def begin(out: Place, wanted: Manifest) -> Manifest:
         if not has_manifest(out):
             # folders first, so that a store with a manifest always has them
             storage.prepare(SHARDS, UNITS)
-            # `create`, not `replace`: of processes that begin at once one manifest stands, and the others compare
-            # theirs with it
+            # `create`, not `replace`: of processes that begin at once one manifest stands, others compare theirs
             storage.create(MANIFEST, wanted.to_bytes())
     except OSError as error:
         raise WorkError(f"OUT {out}: cannot be made: {error.strerror}") from error
