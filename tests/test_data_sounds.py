@@ -145,7 +145,8 @@ def test_a_draw_is_one_of_all_starts() -> None:
 WORDS = {
     "empty": "empty", "text": "format", "page": "HTML", "pointer": "git-LFS", "header": "cut off", "cut": "cut off",
     "aiff cut": "cut off", "rf64 cut": "cut off", "w64 cut": "cut off", "au cut": "cut off", "no rate": "incomplete",
-    "1 Hz": "1 Hz", "flac cut": "damaged", "no samples": "no sample", "nan": "NaN", "mp3 cut": "ends", "a picture": "format",
+    "1 Hz": "1 Hz", "flac cut": "damaged", "no samples": "no sample", "nan": "NaN", "mp3 cut": "ends",
+    "a picture": "format",
 }  # fmt: skip
 
 

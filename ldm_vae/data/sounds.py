@@ -233,8 +233,8 @@ def _opened(file: Video) -> Iterator[Any]:
 
 
 def _check_head(raw: Any, file: Video) -> None:
-    """Raises BadImage for what is something else, or a WAV, AIFF, W64 or AU of which a part is missing, which libsndfile
-    reads as a shorter one."""
+    """Raises BadImage for what is something else, or a WAV, AIFF, W64 or AU of which a part is missing, which
+    libsndfile reads as a shorter one."""
     head = raw.read(HEAD)
     raw.seek(0)
     if what := disguise(head):
