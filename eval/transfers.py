@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm_vae.latent_store.storage.fsspec_files import ATTEMPTS, FIRST_WAIT, LONGEST_WAIT
+from ldm_vae.core.fsspec_files import ATTEMPTS, FIRST_WAIT, LONGEST_WAIT
 
 SIGMA = 0.5
 

@@ -20,8 +20,8 @@ from eval.transfers import (
     simulate_transfer,
     wait,
 )
+from ldm_vae.core import fsspec_files
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.latent_store.storage import fsspec_files
 
 RUN = Run(work=100_000.0, interval=600.0, checkpoint=10.0, restart=60.0, node_mtbf=64 * 3_000.0, nodes=64)
 
@@ -97,7 +97,7 @@ def test_the_waits_are_those_of_the_reader(monkeypatch: pytest.MonkeyPatch) -> N
         raise ConnectionResetError("reset")
 
     with refused(WorkError, "after 6 attempts"):
-        fsspec_files._patiently("s3://bucket/object", fails, fsspec_files.ATTEMPTS)
+        fsspec_files.patiently("s3://bucket/object", fails, fsspec_files.ATTEMPTS)
     assert len(waited) == 5
     for failed, seconds in enumerate(waited, 1):
         assert 0.5 * wait(failed) <= seconds <= wait(failed)

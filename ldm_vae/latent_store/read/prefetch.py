@@ -16,18 +16,18 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ldm_vae.core.errors import WorkError
-from ldm_vae.latent_store.format.manifest import ShardRecord
 
 if TYPE_CHECKING:
+    from ldm_vae.latent_store.format.manifest import ShardRecord
     from ldm_vae.latent_store.read.dataset import LatentDataset
     from ldm_vae.latent_store.read.mapped_files import Files
     from ldm_vae.latent_store.remote.store import RemoteFiles
 
 Tasks = list[tuple[int, int]]
-Jobs = queue.SimpleQueue[ShardRecord | None]  # None: no more
+Jobs: TypeAlias = "queue.SimpleQueue[ShardRecord | None]"  # None: no more
 
 THREADS = 4
 SHARDS = 8  # that are asked for beyond the next batches
@@ -51,7 +51,8 @@ def prefetch_shards(dataset: LatentDataset, batches: Iterable[Tasks], at_once: i
     coming: deque[tuple[Tasks, list[ShardRecord]]] = deque()
     window: Counter[str] = Counter()  # the shards of `coming`
     size = 0
-    jobs, ended = Jobs(), threading.Event()
+    jobs: Jobs = queue.SimpleQueue()
+    ended = threading.Event()
     for _ in range(THREADS):
         # daemons: a download that hangs does not keep the program from ending
         threading.Thread(target=_bring, args=(dataset.files, columns, jobs, ended), daemon=True).start()
