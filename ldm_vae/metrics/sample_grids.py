@@ -55,6 +55,7 @@ def grid(path: Path, images: torch.Tensor, names: Sequence[str], vae: Any) -> di
     if images.ndim == 3:
         known = recorded(vae)
         rate = own_rate(vae) or (None if known is None else known.sample_rate) or UNKNOWN_RATE
+        path.with_suffix("").mkdir(parents=True, exist_ok=True)
         for number, sound in enumerate(images):
             write_sound(path.with_suffix("") / f"{number:04d}.wav", sound, rate)
         levels = torch.stack([spectrogram.picture(sound, rate) for sound in images])
