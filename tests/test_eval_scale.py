@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from sentences import refused
 
-from eval import scale
-from eval.scale import Run, best_interval, expected_failures, expected_wall, simulate
-from eval.transfers import (
+from eval.scale import __main__ as scale
+from eval.scale.failures import Outcome, Run, best_interval, expected_failures, expected_wall, simulate
+from eval.scale.transfers import (
     Transfer,
     expected_pool,
     expected_transfer,
@@ -105,7 +105,7 @@ def test_the_waits_are_those_of_the_reader(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_nothing_fails() -> None:
     never = replace(RUN, node_mtbf=1e15)
-    assert simulate(never, 0) == scale.Outcome(wall=100_000 + 167 * 10, failures=0, lost=0.0)
+    assert simulate(never, 0) == Outcome(wall=100_000 + 167 * 10, failures=0, lost=0.0)
     assert expected_wall(never) == pytest.approx(100_000 * 610 / 600, rel=1e-6)
 
 
