@@ -34,11 +34,7 @@ from ldm_vae.core.validation import (
 )
 from ldm_vae.latent_store.format.codes import Usage
 from ldm_vae.latent_store.format.identity import LARGEST, Identity
-from ldm_vae.latent_store.format.layout import (
-    EXTENSIONS,
-    FORMAT,
-    VERSION,
-)
+from ldm_vae.latent_store.format.layout import EXTENSIONS, FORMAT, VERSION
 from ldm_vae.latent_store.format.layout import MANIFEST as MANIFEST  # part of this module's interface
 from ldm_vae.latent_store.format.statistics import Measured
 from ldm_vae.latent_store.storage.places import Place, storage_at

@@ -203,5 +203,5 @@ class Claim:
         """True for somebody else's claim that this one cannot stand beside."""
         if other.token == self.token or (other.role == TURN_ROLE) != (self.role == TURN_ROLE):
             return False
-        together = WHOLE_ROLE not in (self.role, other.role) and self.role != other.role
-        return not (together and self.role.rpartition("-")[2] == other.role.rpartition("-")[2])
+        # other parts of as many; the whole is of no number
+        return not (self.role != other.role and self.role.rpartition("-")[2] == other.role.rpartition("-")[2])
