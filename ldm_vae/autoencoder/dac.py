@@ -72,7 +72,7 @@ def _transformers() -> Any:
 
 
 def why_not(vae: Any) -> str | None:
-    """The part of a network that DacModel cannot carry, as the rest of a sentence; None: it carries all."""
+    """Part of a network that transformers.DacModel cannot carry, as the rest of a sentence; None: it carries all."""
     books = beside(vae)
     if not isinstance(vae, DacAutoencoder):
         return (
