@@ -103,9 +103,9 @@ def test_lanes_read_shards_of_their_own(folder: Path) -> None:
     for number in (1, 2, 6):  # and the same global batches on another number of ranks
         whole = [list(itertools.chain(*parts)) for parts in zip(*read(3, number), strict=True)]
         assert whole == [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
-    # of an epoch: a third of the shards, and two for each border
-    for rank, alone in zip(ranks, read(1, 3), strict=True):
-        shards, of_one_lane = ({i // ROWS for batch in b[:7] for i in batch} for b in (rank, alone))
+    # of an epoch: a third of the shards, and two for each border; the second begins in the middle of a batch
+    for (rank, alone), first in itertools.product(zip(ranks, read(1, 3), strict=True), (0, 8)):
+        shards, of_one_lane = ({i // ROWS for batch in b[first : first + 7] for i in batch} for b in (rank, alone))
         assert len(shards) <= SHARDS // 3 + 3 < len(of_one_lane)
 
 
