@@ -288,6 +288,19 @@ def test_a_unit_whose_nodes_are_lost_goes_on_and_one_that_ends_its_processes_doe
             script.run(1)
 
 
+def test_an_actor_that_has_lost_its_place_waits_for_another_as_long_as_it_takes() -> None:
+    times = iter(range(40))
+
+    def answer(actor: str, unit: Unit | None) -> int:
+        if actor == "0" and (unit is not None or 0 < next(times) < 20):
+            raise ActorUnavailableError("IOError: The actor is restarting.", b"0" * 16)
+        return 0
+
+    script = Script(answer, dead="0")
+    assert sorted({unit for actor, unit in script.run(2) if actor == "1"}) == [*range(6)]
+    assert sum(call.actor == "0" and call.unit is None for call in script.calls) > 5
+
+
 def test_a_node_that_does_not_see_the_inputs_ends_the_work() -> None:
     def begin(_actor: str, unit: Unit | None) -> int:
         raise RayTaskError("begin", "a traceback", UsageError("node worker: data d: nothing is there"))

@@ -27,6 +27,7 @@ from ldm_vae.latent_store.write.processes import Job
 from ldm_vae.latent_store.write.ray_actor import Actor, Inputs, Told
 
 TRIES = 3  # of a unit, and of an actor to begin
+RESTARTING = "actor is restarting"  # of ActorUnavailableError, in Ray's words
 SILENCE = 30.0  # seconds without an actor after which that is said
 CONNECT_SECONDS = 10.0
 GPU_CORES = 8  # decoding processes beside a GPU at most, as in a launch
@@ -117,7 +118,7 @@ class RayEngine:
     def _deal(self, actors: Sequence[Any], units: Sequence[Unit], bar: Progress) -> None:
         ray, waiting, left, bad = self.ray, deque(units), len(units), 0
         # each actor's question: to begin (None), or a unit. One without a place has not begun, and is given nothing
-        asked: dict[Any, tuple[Any, Unit | None]] = {_begin(actor): (actor, None) for actor in actors}
+        asked: dict[Any, tuple[Any, Unit | None]] = {actor.begin.remote(): (actor, None) for actor in actors}
         at_work: dict[Any, Told] = {}
         failed: defaultdict[Any, list[str]] = defaultdict(list)  # nodes where it failed, by unit or actor
         while left:
@@ -138,12 +139,16 @@ class RayEngine:
                     self._check(failed[unit.number], unit, str(error.cause))
                     waiting.append(unit)  # after the others, and so on another node, where there is one
                 except ray.exceptions.RayActorError as error:
-                    gone, key = at_work.pop(actor, None), actor if unit is None else unit.number
-                    failed[key].append("" if gone is None else gone.node_id)
-                    self._check(failed[key], unit, f"its process ended: {str(error).strip().splitlines()[-1].strip()}")
-                    waiting.extendleft([] if unit is None else [unit])
-                    asked[_begin(actor)] = actor, None
-                    bar.say(f"note: lost {'an actor' if gone is None else gone.node}; Ray starts its actor again")
+                    # an actor without a place, after its node was lost, says so every two seconds: that is no failure
+                    if unit is not None or RESTARTING not in str(error):
+                        gone, key = at_work.pop(actor, None), actor if unit is None else unit.number
+                        failed[key].append("" if gone is None else gone.node_id)
+                        self._check(
+                            failed[key], unit, f"its process ended: {str(error).strip().splitlines()[-1].strip()}"
+                        )
+                        waiting.extendleft([] if unit is None else [unit])
+                        bar.say(f"note: lost {'an actor' if gone is None else gone.node}; Ray starts its actor again")
+                    asked[actor.begin.remote()] = actor, None
                     continue
                 else:
                     for warning in told.warnings:
@@ -167,11 +172,6 @@ class RayEngine:
         if sum(node not in gone for node in nodes) >= TRIES:
             what = "an actor" if unit is None else f"unit {unit.number} (from image {unit.indices[0]:,} of DATA on)"
             raise WorkError(f"{what} failed {TRIES} times: {reason}; what was finished is kept")
-
-
-def _begin(actor: Any) -> Any:
-    # with tries of Ray's own, a call waits while its actor is started again
-    return actor.begin.options(max_task_retries=TRIES - 1).remote()
 
 
 def _connected(address: str | None) -> Any:
