@@ -181,8 +181,7 @@ class Manifest(Section):
         if self.identity.codes is not None:
             usage = config.validate(Usage, self.statistics or {}, "statistics")
             good = usage.codes == self.identity.codes and all(
-                len(one) - self.identity.axes in (1, 2, 3) and self.identity.codebooks in (None, one[0])
-                for one in shapes
+                0 < len(one) - self.identity.axes < 4 and self.identity.codebooks in (None, one[0]) for one in shapes
             )
             images = usage.images
         else:
