@@ -110,7 +110,6 @@ SLEEPING = {
     "test_data_loaders.py": "a read that hangs, and between two looks at the condition",
     "test_ownership.py": "between two looks at the condition",
     "test_faults.py": "until a signal comes",
-    "test_ray_engine.py": "between two looks at the condition",
     "test_store_remote.py": "between two looks at the condition",
     "test_store_windows.py": "a read that takes its time",
 }
