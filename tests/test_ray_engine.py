@@ -4,6 +4,7 @@ script."""
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import shutil
 import signal
@@ -290,10 +291,12 @@ def test_a_unit_whose_nodes_are_lost_goes_on_and_one_that_ends_its_processes_doe
 
 def test_an_actor_that_has_lost_its_place_waits_for_another_as_long_as_it_takes() -> None:
     times = iter(range(40))
+    reasons = itertools.cycle(["RpcError: failed to connect to all addresses", "IOError: The actor is restarting."])
 
     def answer(actor: str, unit: Unit | None) -> int:
         if actor == "0" and (unit is not None or 0 < next(times) < 20):
-            raise ActorUnavailableError("IOError: The actor is restarting.", b"0" * 16)
+            words = next(reasons)
+            raise ActorUnavailableError(words, b"0" * 16)
         return 0
 
     script = Script(answer, dead="0")

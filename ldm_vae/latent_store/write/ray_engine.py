@@ -27,7 +27,8 @@ from ldm_vae.latent_store.write.processes import Job
 from ldm_vae.latent_store.write.ray_actor import Actor, Inputs, Told
 
 TRIES = 3  # of a unit, and of an actor to begin
-RESTARTING = "actor is restarting"  # of ActorUnavailableError, in Ray's words
+# of an actor whose node is gone, in Ray's words: before the cluster has noticed, and until there is another place
+UNREACHED = ("failed to connect", "actor is restarting")
 SILENCE = 30.0  # seconds without an actor after which that is said
 CONNECT_SECONDS = 10.0
 GPU_CORES = 8  # decoding processes beside a GPU at most, as in a launch
@@ -139,8 +140,8 @@ class RayEngine:
                     self._check(failed[unit.number], unit, str(error.cause))
                     waiting.append(unit)  # after the others, and so on another node, where there is one
                 except ray.exceptions.RayActorError as error:
-                    # an actor without a place, after its node was lost, says so every two seconds: that is no failure
-                    if unit is not None or RESTARTING not in str(error):
+                    # that an actor has no place again is said every few seconds, and no failure
+                    if unit is not None or not any(words in str(error) for words in UNREACHED):
                         gone, key = at_work.pop(actor, None), actor if unit is None else unit.number
                         failed[key].append("" if gone is None else gone.node_id)
                         self._check(
