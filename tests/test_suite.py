@@ -105,11 +105,11 @@ def test_nothing_is_skipped_that_hides_a_gap(trees: dict[Path, ast.Module]) -> N
 
 # who sleeps, by file: a test waits for a condition (`kills.wait_until`), and not for a time
 SLEEPING = {
-    "test_ray_engine.py": "a file that processes of a cluster make",
     "test_assets.py": "a download that is still under way when others ask for the same",
     "test_data_loaders.py": "a read that hangs, and between two looks at the condition",
     "test_ownership.py": "between two looks at the condition",
     "test_faults.py": "until a signal comes",
+    "test_ray_engine.py": "between two looks at the condition",
     "test_store_remote.py": "between two looks at the condition",
     "test_store_windows.py": "a read that takes its time",
 }
