@@ -200,7 +200,16 @@ def test_terms_of_images_are_refused(term: str, tmp_path: Path) -> None:
 def test_a_discriminator_of_images_is_refused(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, adversary={"weight": 0.5}, discriminator={"kind": "patchgan"})
     with refused(UsageError, "discriminator"):
-        check_smallest(settings, 8)
+        check_smallest(settings, build_autoencoder(settings))
+
+
+@pytest.mark.parametrize("term", ["multi_scale_mel", "multi_resolution_stft"])
+def test_an_excerpt_without_room_for_a_window_is_refused_before_the_first_step(term: str, tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, losses={"l1": {}, term: {}}, data={"samples": 1024})
+    with refused(UsageError, f"losses.{term}"):
+        check_smallest(settings, build_autoencoder(settings))
+    longer = settings_of(tmp_path, losses={"l1": {}, term: {}}, data={"samples": 1032})
+    check_smallest(longer, build_autoencoder(longer))
 
 
 def test_another_signal_is_refused_in_training(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
             vae = build_autoencoder(settings.model_copy(update={"init_from": None}))
         else:
             vae = learning(base, settings.trainable, getattr(settings.data, "frames", None))
-        check_smallest(settings, downsampling_factor(vae))
+        check_smallest(settings, vae)
         if settings.gradient_checkpointing:
             enable_checkpointing(vae)
         network = build_network(settings, vae, outline=True)

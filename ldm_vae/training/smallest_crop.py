@@ -6,10 +6,12 @@ Legend: T frames of a clip, H W pixels.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.rng import seeded
 from ldm_vae.core.validation import first_line
@@ -47,23 +49,27 @@ def _shapes(settings: Training, factor: int) -> list[Shape]:
     return [square] if settings.buckets is None else settings.buckets.choose(settings.resolution, factor)
 
 
-def check_smallest(settings: Training, factor: int) -> None:
+def check_smallest(settings: Training, vae: Any) -> None:
     """Show terms of pixels and a discriminator like those of the run two images of the smallest crop, those of clips
-    two of the shortest clips.
+    two of the shortest clips, those of sounds two excerpts.
 
     Raises:
         UsageError: one of them fails there, as where it has no room; the sentence names it and the crop. Or it is for
             clips, and the run has none.
     """
+    factor = downsampling_factor(vae)
     height, width = sides(settings, factor)
     sounds = settings.samples is not None
     # of its own: batch statistics move, and some terms keep sums until the update
     objective, critic = build_objective(settings, outline=True), build_discriminator(settings, outline=True)
     looking: dict[str, tuple[Any, int]] = {
-        f"losses.{name}": (term, 2) for name, term in objective.terms.items() if term.domain in ("pixels", "clips")
+        f"losses.{name}": (term, 2)
+        for name, term in objective.terms.items()
+        if (getattr(term, "of_sounds", term.domain == "sounds") if sounds else term.domain in ("pixels", "clips"))
     }
-    if sounds:  # those of sounds may ask the network for their rate
-        looking = {name: one for name, one in looking.items() if getattr(one[0], "of_sounds", False)}
+    for term, _ in looking.values() if sounds else ():
+        if hasattr(term, "attach"):  # it asks the network for its rate
+            term.attach(SimpleNamespace(vae=vae))
     if critic is not None:
         looking["discriminator"] = (critic, 1)
     of_clips = [name for name, (module, _) in looking.items() if getattr(module, "domain", "pixels") == "clips"]

@@ -11,7 +11,6 @@ from torch import nn
 
 from ldm_vae.autoencoder.checkpointing import enable_checkpointing
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
-from ldm_vae.autoencoder.geometry import downsampling_factor
 from ldm_vae.autoencoder.trainable import TrainableAutoencoder
 from ldm_vae.autoencoder.weights.checkpoint import AVERAGE, describe
 from ldm_vae.core.errors import WorkError
@@ -125,7 +124,7 @@ def build_state(settings: Training, accelerator: Accelerator, vae: Any) -> Train
     Raises:
         UsageError: a loss or the discriminator has no room in the smallest crop; a teacher prepares images otherwise.
     """
-    check_smallest(settings, downsampling_factor(vae))
+    check_smallest(settings, vae)
     ema = Ema(vae, settings.ema_halflife_images)
     if settings.gradient_checkpointing:
         enable_checkpointing(vae)
