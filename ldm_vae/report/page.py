@@ -57,12 +57,12 @@ def render(contents: Contents) -> str:
         "kind": f"{_kind(contents)} report",
         "version": __version__,
         "shown_width": SHOWN_WIDTH,
-        "published": tables.published() if results and "sounds" not in results[0]["data"] else [],
         "config": contents.config_text,
     }
     # each file's sections by themselves: what cannot be shown is said of the file that it stands in
     with as_written(home / "metrics.json"):
         view |= {
+            "published": tables.published() if results and "sounds" not in results[0]["data"] else [],
             "names": [result["vae"]["name"] for result in results],
             "subtitle": tables.subtitle(contents),
             "headline": tables.headline(contents),
