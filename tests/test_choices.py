@@ -91,7 +91,7 @@ def test_of_the_command_line(words: tuple[str, ...], key: str, choices: tuple[st
 
 def test_of_names_in_programs() -> None:
     for key, meant, check in (
-        ("metrics", "psnr", lambda: select.check(["pnsr"])),
+        ("metrics", "psnr", lambda: select.check(["pnsr"], 256)),
         ("protocol", "lavinal712", lambda: protocol.by_name("lavinal")),
         ("report_to", "wandb", lambda: check_tracker("wandbb")),
     ):
