@@ -363,7 +363,7 @@ def test_what_is_not_for_codes_says_so(
         ),
         (
             {"model": {"kind": "vqq"}},
-            "`model`: unknown kind `vqq`; ldm_vae.models has asymmetric, causal_oobleck, dc, flux2, ",
+            "`model`: unknown kind `vqq`; ldm_vae.models has asymmetric, causal_oobleck, dac, dc, flux2, ",
         ),
         ({"model": {**TINY_SHAPE, "num_encoder_blocks": [1]}}, "one f on both sides"),
         ({"losses": {"l1": {}, "drift": {"teacher": "no/such/folder"}}}, "VAE no/such/folder"),

@@ -33,6 +33,8 @@ EXTRAS = {
     "video": ("av", "clips"),
     "compress": ("constriction", "compress and decompress"),
     "speech": ("pystoi", "STOI and PESQ"),
+    "s3": ("s3fs", "stores and data at s3://"),
+    "ray": ("ray", "encode --engine ray"),
     "report": ("matplotlib", "plots of eval"),
     "tensorboard": ("tensorboard", "tracker: tensorboard"),
     "wandb": ("wandb", "tracker: wandb"),
