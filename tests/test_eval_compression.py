@@ -28,7 +28,7 @@ def test_the_lossless_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     rows = found["bits_per_value"]
     assert found["values"] == 64 * found["images"] == 64 * len([*given[0].iterdir(), *given[1].iterdir()])
     assert rows["this code"][0] == 8 * found["bytes"]["images"] / found["values"]
-    # 13.67 and 13.50 bits of one processor's network, and the other way round of another's: 64 images have taught it little
+    # 13.67 and 13.50 bits on one processor, the other way round on another: 64 images have taught it little
     assert rows["this code"][0] == pytest.approx(rows["this code"][1], rel=0.05)
     assert rows["this code, with the seed"][1] > rows["this code"][1]
     assert rows["order 2, having seen the training images"][1] < rows["order 2, from nothing"][1] < rows["PNG"][1]
