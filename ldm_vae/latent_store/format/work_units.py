@@ -141,7 +141,7 @@ def read_record(store: Place, unit: int, work: str) -> UnitRecord | None:
     except (OSError, ValidationError):
         return None
     # of another identity or plan: the unit of this number is another one
-    return record if record.work == work else None
+    return record if (record.unit, record.work) == (unit, work) else None
 
 
 def read_records(store: Place, units: Iterable[Unit], work: str) -> Iterator[UnitRecord | None]:
