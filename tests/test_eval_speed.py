@@ -114,7 +114,9 @@ def test_speed_codec_compares_with_the_time_that_a_sound_lasts(tmp_path: Path, m
     assert [*found] == ["codec_whole", "codec_4_hops", "codec_hop"]
     for row in found.values():
         assert row["ratio"]["to"] == "real_time" and row["ratio"]["median"] == pytest.approx(1 / row["median_s"])
-        assert row["parameters"] == 1_648_129 and row["codebooks"] == 8 and row["latency_s"] == pytest.approx(320 / 24_000)
+        assert (
+            row["parameters"] == 1_648_129 and row["codebooks"] == 8 and row["latency_s"] == pytest.approx(320 / 24_000)
+        )
 
 
 def test_rounds_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
