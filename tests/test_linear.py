@@ -268,7 +268,7 @@ def test_a_codebook_starts_as_the_codes_of_the_linear_code(images: Path, tmp_pat
     [
         ({"init_from": "somewhere"}, "init"),
         *(
-            ({"model": {"kind": kind}, "losses": {"l1": {"weight": 1.0}}}, f"flux2 or wan, got {kind}")
+            ({"model": {"kind": kind}, "losses": {"l1": {"weight": 1.0}}}, f"oobleck or causal_oobleck, got {kind}")
             for kind in ("tiny", "dc", "asymmetric", "hunyuan_image", "ltx", "vidtok")
         ),
         (
