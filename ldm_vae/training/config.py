@@ -136,9 +136,7 @@ class Training(RunConfig):
             if self.init_from is not None:
                 raise ValueError("init: linear is for a network from scratch; expected no init_from, or init: noise")
             if kind not in ("kl", "vq", "flux2", "wan", "oobleck", "causal_oobleck"):
-                raise ValueError(
-                    f"init: linear is for model.kind kl, vq, flux2, wan, oobleck or causal_oobleck, got {kind}"
-                )
+                raise ValueError(f"init: linear is for kl, vq, flux2, wan, oobleck or causal_oobleck, got {kind}")
             if kind == "wan" and (self.model.is_residual or self.model.patch_size):
                 raise ValueError(
                     "init: linear is for the shape of Wan 2.1; expected model.is_residual: false and no "
