@@ -140,7 +140,8 @@ def test_updates_splits_and_merges_keep_every_clip(tmp_path: Path) -> None:
     rows = [{item["key"]: item["mean"] for item in (data[n] for n in range(9))} for data in (one, other)]
     assert rows[0].keys() == rows[1].keys() and all(torch.equal(rows[0][key], rows[1][key]) for key in rows[0])
     checked = reencode(store, read_manifest(store), vae, Footage(count=9), count=4)
-    assert checked.identical == checked.samples == 4 and not checked.problems
+    # in other batches a clip may round otherwise, by 8e-8 on one processor and not at all on another
+    assert checked.samples == 4 and checked.worst < 1e-6 and not checked.problems
     files = {path: path.read_bytes() for path in (store / "shards").glob("*.safetensors")}
     lost = sorted(files)[-1]
     lost.unlink()
