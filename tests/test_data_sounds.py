@@ -70,7 +70,7 @@ def bursts(samples: int, channels: int, rate: int) -> Any:
 
 @pytest.mark.parametrize(("form", "subtype"), [("MP3", None), ("OGG", None), ("WAV", "GSM610")])
 def test_a_codec_that_looks_back_is_read_from_before_the_excerpt(form: str, subtype: str | None) -> None:
-    """Where libsndfile seeks, MP3 lacks the bits of frames before, the last page of a Vorbis file is off, and GSM 6.10
+    """Seeking by libsndfile: MP3 lacks the bits of frames before, the last page of a Vorbis file is off, and GSM 6.10
     cannot be sought in at all."""
     channels = 2 if form == "MP3" else 1
     content = encoded(bursts(3 * RATE, channels, RATE), form, subtype=subtype)

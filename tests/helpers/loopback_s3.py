@@ -46,7 +46,7 @@ class Bucket:
     """The same, every time."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.2
-    """How long `slow` takes."""
+    """Seconds that `slow` takes."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fault_of(self, method: str, path: str) -> Fault | None:
