@@ -217,7 +217,7 @@ class Handle:
 
 @dataclass
 class Script:
-    """Part of Ray that the engine calls; an actor answers as `answer` says. Those in `pending` have no place, and nodes are
+    """Part of Ray that the engine calls; an actor answers as `answer` says. Those in `pending` have no place; nodes are
     named as their actor."""
 
     answer: Answer = lambda actor, unit: 0
