@@ -23,6 +23,7 @@ from PIL import Image
 # imported where they are used, or each would wait ten seconds for a thing that the first never needs
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+    from loopback_s3 import Bucket
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["LDM_VAE_OFFLINE"] = "1"
@@ -106,6 +107,25 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         yield address
+
+
+@pytest.fixture(scope="module")
+def object_store() -> Iterator[Bucket]:
+    """An S3 server on the loopback interface (`loopback_s3.py`), which s3:// means while a module's tests run."""
+    from loopback_s3 import connected
+
+    with connected() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def bucket(object_store: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """The same without faults, waits that cost no time, a cache of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("ldm_vae.core.fsspec_files.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("ldm_vae.latent_store.storage.claims.LONGEST_PAUSE", 0.02)
+    object_store.faults, object_store.always, object_store.requests = [], [], []
+    return object_store
 
 
 @pytest.fixture(scope="session")

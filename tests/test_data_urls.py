@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -11,31 +10,16 @@ import torch
 from checksums import tree
 from diffusers import AutoencoderKL
 from image_files import bmp, pictures, write
-from loopback_s3 import BUCKET, Bucket, connected
+from loopback_s3 import BUCKET, Bucket
 from sentences import refused
 from upstream import serving
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
-from ldm_vae.core import fsspec_files
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data import remote_tables
 from ldm_vae.data.source import kind_of, open_source
 from ldm_vae.latent_store import read_manifest, write_store
 from ldm_vae.latent_store.format.quarantine import read_quarantine
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Bucket]:
-    with connected() as bucket:
-        yield bucket
-
-
-@pytest.fixture
-def bucket(server: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(fsspec_files, "FIRST_WAIT", 0.001)
-    server.faults, server.always, server.requests = [], [], []
-    return server
 
 
 @pytest.fixture(scope="module")

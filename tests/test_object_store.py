@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,19 @@ import torch
 from checksums import tree
 from cli_call import run_cli
 from diffusers import AutoencoderKL
-from loopback_s3 import BUCKET, Bucket, connected
+from loopback_s3 import BUCKET, Bucket
 from sentences import refused
 from store_sources import AFTER, Album, Pictures, Stop, Stopping
 from stores import SETTINGS, same
 
 from ldm_vae.autoencoder.config import AutoencoderConfig
-from ldm_vae.core import fsspec_files, ownership
+from ldm_vae.core import ownership
 from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.core.ownership import Part
 from ldm_vae.latent_store import LatentDataset, Manifest, read_manifest, verify, write_store
 from ldm_vae.latent_store.storage import claims
 from ldm_vae.latent_store.storage.object_store import ObjectStore
 from ldm_vae.latent_store.write.processes import Processes
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Bucket]:
-    with connected() as bucket:
-        yield bucket
-
-
-@pytest.fixture
-def bucket(server: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    """The server without faults, waits that cost no time, a cache of this test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(fsspec_files, "FIRST_WAIT", 0.001)
-    monkeypatch.setattr(claims, "LONGEST_PAUSE", 0.02)
-    server.faults, server.always, server.requests = [], [], []
-    return server
 
 
 @pytest.fixture

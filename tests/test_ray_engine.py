@@ -120,8 +120,13 @@ def test_a_node_is_killed_and_another_number_of_actors_resumes(
     monkeypatch.setattr(ray_engine.Progress, "say", stop)
     killer = Thread(target=kill)
     killer.start()
-    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
-        call(*words[:3], "store", *words[3:], *on_ray, "--actors", 3)
+    # a shell without job control has its background commands ignore Ctrl-C, and this process with them
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+            call(*words[:3], "store", *words[3:], *on_ray, "--actors", 3)
+    finally:
+        signal.signal(signal.SIGINT, before)
     killer.join()
     assert "have room for 2 of 3 actor(s) of 1 CPU(s) and 0 GPU(s)" in capfd.readouterr().err
     done = len([*(tmp_path / "store" / "units").glob("*.json")])

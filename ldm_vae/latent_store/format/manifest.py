@@ -308,13 +308,20 @@ def _local(store: Path) -> bytes:
 
 
 def _remote(store: str) -> bytes:
-    from ldm_vae.core import fsspec_files  # fsspec, which readers of folders have no need of
+    # fsspec, which readers of folders have no need of
+    from ldm_vae.core import fsspec_files
+    from ldm_vae.latent_store.storage.object_store import WHOLE
 
     try:
         return fsspec_files.read(f"{store}/{MANIFEST}")
     except fsspec_files.AbsentError as error:
-        made = f"`ldm-vae encode VAE DATA {store}` makes one in an object store, `ldm-vae store push` on a hub"
-        raise UsageError(f"store {store}: no manifest.json there; {made}") from error
+        scheme, below = urlsplit(store).scheme, store.partition("://")[2].removeprefix("datasets/")
+        made = "; a store is written to a folder and copied there, its manifest.json last"
+        if scheme == "hf":
+            made = f"; `ldm-vae store push STORE {below}` puts one there"
+        elif scheme in WHOLE:
+            made = f"; `ldm-vae encode VAE DATA {store}` makes one"
+        raise UsageError(f"store {store}: no manifest.json there{made}") from error
 
 
 def write_manifest(store: Place, manifest: Manifest) -> None:
