@@ -315,13 +315,11 @@ def _remote(store: str) -> bytes:
     try:
         return fsspec_files.read(f"{store}/{MANIFEST}")
     except fsspec_files.AbsentError as error:
-        scheme, below = urlsplit(store).scheme, store.partition("://")[2].removeprefix("datasets/")
-        made = "; a store is written to a folder and copied there, its manifest.json last"
-        if scheme == "hf":
-            made = f"; `ldm-vae store push STORE {below}` puts one there"
-        elif scheme in WHOLE:
-            made = f"; `ldm-vae encode VAE DATA {store}` makes one"
-        raise UsageError(f"store {store}: no manifest.json there{made}") from error
+        there = "`ldm-vae store push` it" if urlsplit(store).scheme == "hf" else "copy it there, its manifest.json last"
+        made = f"write one to a folder, then {there}"
+        if urlsplit(store).scheme in WHOLE:
+            made = f"`ldm-vae encode VAE DATA {store}` makes one"
+        raise UsageError(f"store {store}: no manifest.json there; {made}") from error
 
 
 def write_manifest(store: Place, manifest: Manifest) -> None:
