@@ -13,7 +13,7 @@ from tests.soak import Sample, verdict
 @pytest.mark.timeout(1800)
 def test_a_few_kills_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
     figures = torture.main(["--minutes", "8", "--kills", "2", "--programs", "0"])
-    assert len(figures) == 7
+    assert len(figures) == 9
     for what, one in figures.items():
         assert one.kills >= 2 and one.finished >= 1 and one.sound, what
     assert "nothing lost" in capsys.readouterr().out

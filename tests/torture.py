@@ -4,12 +4,13 @@
     python -m tests.torture --minutes 60 --kills 200     # or when each victim was killed so often
     python -m tests.torture --minutes 5 --seed 7 --only encode --programs 1
 
-Victims: training, encoding images and clips, exporting and pushing to a hub (one on the loopback interface), the first
-two also as two processes of which one is killed, or both; training and encoding with data workers, too. Most are forked
-children that run the real entry point (tests/helpers/fork_server.py), a share (--programs) are new interpreters under
-Accelerate's launcher, killed with all they started, or the launcher alone. Whenever a victim gets to its end, what it
-left is compared, bit for bit, with what it leaves when nothing disturbs it; after every kill, what is there must be
-readable. The exit status is 1 if anything was lost, doubled, unreadable or different.
+Victims: training, encoding images (to a bucket as well), clips and sounds, exporting and pushing to a hub (on the
+loopback interface), the first two also as two processes of which one is killed, or both; training and encoding with
+data workers, too. Most are forked children that run the real entry point (tests/helpers/fork_server.py), a share
+(--programs) are new interpreters under Accelerate's launcher, killed with all they started, or the launcher alone.
+Whenever a victim gets to its end, what it left is compared, bit for bit, with what it leaves when nothing disturbs it;
+after every kill, what is there must be readable. The exit status is 1 if anything was lost, doubled, unreadable or
+different.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # run with -m from t
 import psutil
 from kills import Launched, Reaper
 from loopback_hub import serve
+from loopback_s3 import connected
 from victims import KINDS, Bench, Figures
 
 from ldm_vae.core.request import Parser
@@ -83,9 +85,9 @@ def finish(bench: Bench) -> None:
 
 @contextlib.contextmanager
 def place() -> Iterator[Path]:
-    """A folder with a hub beside it."""
+    """A folder with a hub and an object store beside it."""
     before = dict(os.environ)
-    with tempfile.TemporaryDirectory(prefix="torture-") as folder, serve() as address:
+    with tempfile.TemporaryDirectory(prefix="torture-") as folder, serve() as address, connected():
         os.environ |= {"HF_ENDPOINT": address, "HF_TOKEN": "hf_of_nobody", "NO_PROXY": "127.0.0.1"}
         try:
             yield Path(folder)

@@ -29,6 +29,7 @@ from checksums import tree
 from fork_server import Finished, fork
 from images import write_images
 from loopback_hub import Hub
+from sound_files import excerpts_of, write_sounds
 from tiny_classes import tiny
 from victims import Figures, online, write_vae
 from videos import films_of, write_films
@@ -44,9 +45,11 @@ from train import autoencoder, diffusion, prior
 
 IMAGES, MORE = 12, 18
 CROP = ["--resolution", "32"]
-UNITS = [*CROP, "--batch_size", "4", "--shard_size", "4", "--num_workers", "0", "--encode_threads", "1"]
 FIVE = ["--frames", "5"]
-CLIPS = ["--resolution", "16", "--batch_size", "4", "--shard_size", "4", "--num_workers", "0", "--encode_threads", "1"]
+ONE = ["--batch_size", "4", "--shard_size", "4", "--num_workers", "0", "--encode_threads", "1"]
+UNITS = [*CROP, *ONE]
+CLIPS = ["--resolution", "16", *ONE]
+SOUNDS = ["--excerpt", "64", *ONE]
 
 PROBE = [*diffusion_runs.SMALL, "--train_images", "8", "--batch_size", "4", "--seeds", "1"]
 
@@ -68,6 +71,11 @@ def old_clips(place: Path, out: Path) -> None:
     shutil.copytree(place / "few_clips", out)
 
 
+def old_sounds(place: Path, out: Path) -> None:
+    """OUT is a store of the first sounds."""
+    shutil.copytree(place / "few_sounds", out)
+
+
 def damaged_store(place: Path, out: Path) -> None:
     """OUT has lost tensors of one unit and the rows of another."""
     shutil.copytree(place / "updated", out)
@@ -76,22 +84,28 @@ def damaged_store(place: Path, out: Path) -> None:
 
 
 def store_is_sound(place: Path, out: Path, figures: Figures) -> None:
-    """Every image once, every file as the manifest says."""
+    """The images are there, once: all of them, or the first ones."""
+    expected = sorted(path.name for path in (place / "more").iterdir())
+    has(place, out, figures, set(expected if len(LatentDataset(out)) > IMAGES else expected[:IMAGES]))
+
+
+def has(place: Path, out: Path, figures: Figures, expected: set[str]) -> None:
+    """Each of these keys once, every file as the manifest says."""
     figures.unreadable += len(verify(out)) + (not read_manifest(out).complete)
     data = LatentDataset(out, columns=("key",))
     keys = [data.row(index, ("key",))["key"] for index in range(len(data))]
-    expected = {path.name for path in (place / "more").iterdir()}
-    figures.lost += len((expected if len(keys) > IMAGES else set(sorted(expected)[:IMAGES])) - set(keys))
+    figures.lost += len(expected - set(keys))
     figures.doubled += len(keys) - len(set(keys))
 
 
 def clips_are_sound(place: Path, out: Path, figures: Figures) -> None:
-    """The same of the clips of all films."""
-    figures.unreadable += len(verify(out)) + (not read_manifest(out).complete)
-    data = LatentDataset(out, columns=("key",))
-    keys = [data.row(index, ("key",))["key"] for index in range(len(data))]
-    figures.lost += len(set(films_of(place / "films")) - set(keys))
-    figures.doubled += len(keys) - len(set(keys))
+    """The clips of all films are there, once."""
+    has(place, out, figures, set(films_of(place / "films")))
+
+
+def excerpts_are_sound(place: Path, out: Path, figures: Figures) -> None:
+    """The excerpts of all sounds are there, once."""
+    has(place, out, figures, set(excerpts_of(place / "sounds", 160, 64)))
 
 
 def nothing_more(place: Path, out: Path, figures: Figures) -> None:
@@ -118,6 +132,10 @@ def encode(place: Path, out: Path, images: str = "images", *more: str) -> list[s
 
 def encode_clips(place: Path, out: Path, films: str = "films", *more: str) -> list[str]:
     return ["encode", str(place / "wan"), str(place / films), str(out), *CLIPS, *FIVE, *more]
+
+
+def encode_sounds(place: Path, out: Path, sounds: str = "sounds", *more: str) -> list[str]:
+    return ["encode", str(place / "oobleck"), str(place / sounds), str(out), *SOUNDS, *more]
 
 
 def convert(place: Path, out: Path, *flags: str) -> list[str]:
@@ -150,6 +168,14 @@ TWINS = {
     ),
     "merge clips": Twin(
         lambda p, out: ["store", "merge", str(p / "few_clips"), str(p / "more_clips"), str(out)], check=clips_are_sound
+    ),
+    "encode sounds": Twin(encode_sounds, check=excerpts_are_sound),
+    "update sounds": Twin(
+        lambda p, out: encode_sounds(p, out, "sounds", "--update"), begin=old_sounds, check=excerpts_are_sound
+    ),
+    "merge sounds": Twin(
+        lambda p, out: ["store", "merge", str(p / "few_sounds"), str(p / "more_sounds"), str(out)],
+        check=excerpts_are_sound,
     ),
     "split": Twin(lambda p, out: ["store", "split", str(p / "store"), str(out), "--parts", "2"]),
     "to parquet": Twin(lambda p, out: convert(p, out, "--to", "parquet")),
@@ -231,12 +257,15 @@ def make_materials(place: Path) -> None:
     write_store(vae, source, place / "updated", source_name=str(place / "more"), **size, update=True)
     write_films(place / "films", 6)
     tiny("AutoencoderKLWan").save_pretrained(place / "wan")
-    for number, path in enumerate(sorted((place / "films").iterdir())):
-        films = place / ("few" if number < 3 else "more_films")
-        films.mkdir(exist_ok=True)
-        shutil.copy(path, films)
-    for films, store in (("few", "few_clips"), ("more_films", "more_clips")):
-        once(cli.main, encode_clips(place, place / store, films))
+    write_sounds(place / "sounds", 5, samples=160)
+    tiny("AutoencoderOobleck", audio_channels=1, sampling_rate=8000).save_pretrained(place / "oobleck")
+    for files, made, words in (("films", "clips", encode_clips), ("sounds", "sounds", encode_sounds)):
+        for number, path in enumerate(sorted((place / files).iterdir())):
+            half = place / f"{'few' if number < 3 else 'more'}_{files}_data"
+            half.mkdir(exist_ok=True)
+            shutil.copy(path, half)
+        for half in ("few", "more"):
+            once(cli.main, words(place, place / f"{half}_{made}", f"{half}_{files}_data"))
     (place / "codes").mkdir()
     prior_runs.write_materials(place / "codes")
     once(cli.main, convert(place, place / "parquet", "--to", "parquet"))

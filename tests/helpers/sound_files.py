@@ -45,3 +45,9 @@ def write_sounds(folder: Path, count: int = 4, samples: int = RATE // 2, channel
         content = encoded(tone(samples, channels, frequency=220.0 * (number + 1)))
         (folder / f"tone{number}.wav").write_bytes(content)
     return folder
+
+
+def excerpts_of(folder: Path, samples: int, excerpt: int) -> list[str]:
+    """Keys of the excerpts of such a folder of sounds, of so many samples each; in order."""
+    starts = [number / RATE for number in range(0, samples, excerpt)]
+    return [path.name + (f"#t={start:g}" if start else "#t=0") for path in sorted(folder.iterdir()) for start in starts]

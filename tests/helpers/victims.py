@@ -9,17 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fsspec
 from checksums import tree
 from images import write_images
 from kills import Launched, Victim, launch_program, ranks
 from loopback_hub import Hub
+from loopback_s3 import BUCKET
+from sound_files import excerpts_of, write_sounds
 from tiny_classes import tiny
 from training_runs import metrics, newest, write_config
 from videos import films_of, write_films
 
 from ldm_vae import cli
 from ldm_vae.autoencoder.config import AutoencoderConfig
+from ldm_vae.core import ownership
 from ldm_vae.latent_store import LatentDataset, read_manifest, verify
+from ldm_vae.latent_store.storage import claims
 from ldm_vae.run import checkpoint
 from train import autoencoder as training_program
 
@@ -177,6 +182,62 @@ class EncodingClips(Encoding):
         return {key for key in films_of(self.place / "films") if "_04" not in key}
 
 
+class EncodingSounds(Encoding):
+    """Six sounds, one of them damaged: three excerpts of each, the last one half silence, in units of two."""
+
+    name = "encode_sounds"
+
+    def words(self, out: Path, draw: random.Random) -> list[str]:
+        sounds, vae = self.place / "sounds", self.place / "vae"
+        if not sounds.exists():
+            write_sounds(sounds, 6, samples=160)
+            (sounds / "tone4.wav").write_bytes(b"no sound")
+            tiny("AutoencoderOobleck", audio_channels=1, sampling_rate=8000).save_pretrained(vae)
+        size = ["--excerpt", "64", "--batch_size", "4", "--shard_size", "2"]
+        return ["encode", str(vae), str(sounds), str(out), *size, "--num_workers", str(draw.choice([0, 0, 1]))]
+
+    def expected(self) -> set[str]:
+        return {key for key in excerpts_of(self.place / "sounds", 160, 64) if "tone4" not in key}
+
+
+class EncodingToABucket(Encoding):
+    """The same straight to an object store (`loopback_s3.py`), compared with the bytes of a folder."""
+
+    name = "encode_to_a_bucket"
+    url = f"s3://{BUCKET}/torture"
+
+    def start(self, out: Path, draw: random.Random) -> Sequence[Victim]:
+        if out.parent.name == "whole":
+            return super().start(out, draw)
+        words = self.words(out, draw)
+        words[words.index(str(out))] = self.url
+        return ranks(impatient, words, self.processes)
+
+    def look(self) -> None:
+        """A claim lies in the store of who was killed, and of nobody else."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        files = fsspec.filesystem("s3")
+        files.invalidate_cache()
+        if files.exists(self.url):
+            files.get(self.url, str(self.out), recursive=True)
+        super().look()
+
+    def compare(self) -> None:
+        self.look()
+        (self.whole / ownership.MARK).unlink(missing_ok=True)  # a folder's, which an object store has not
+        super().compare()
+
+    def clear(self) -> None:
+        fsspec.filesystem("s3").rm(self.url, recursive=True)
+        super().clear()
+
+
+def impatient() -> None:
+    """`ldm-vae` to whom a claim is nobody's after three seconds, as moto's clock shows whole ones."""
+    ownership.LEASE_SECONDS, ownership.WAIT_SECONDS, claims.LONGEST_PAUSE = 3.0, 0.2, 0.02
+    cli.main()
+
+
 class Exporting(Bench):
     """A diffusers folder with its statistics measured, over an older export."""
 
@@ -250,4 +311,12 @@ def write_vae(folder: Path) -> None:
     vae.save_pretrained(folder)
 
 
-KINDS = {"train": Training, "encode": Encoding, "encode_clips": EncodingClips, "export": Exporting, "push": Pushing}
+KINDS = {
+    "train": Training,
+    "encode": Encoding,
+    "encode_clips": EncodingClips,
+    "encode_sounds": EncodingSounds,
+    "encode_to_a_bucket": EncodingToABucket,
+    "export": Exporting,
+    "push": Pushing,
+}
