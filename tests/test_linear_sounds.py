@@ -95,7 +95,7 @@ def test_every_weight_learns_after_the_first_steps() -> None:
 
 def test_a_run_starts_from_the_code_and_its_codebooks_from_k_means(tmp_path: Path) -> None:
     model = {"kind": "oobleck", "audio_channels": 1, "sampling_rate": RATE, "encoder_hidden_size": 8,
-             "decoder_channels": 8, "decoder_input_channels": 6, "downsampling_ratios": [2, 4],
+             "decoder_channels": 8, "downsampling_ratios": [2, 4],
              "channel_multiples": [1, 2]}  # fmt: skip
     config = sound_config(
         tmp_path, model=model, init="linear", init_images=16, losses={"l1": {}, "commitment": {}}, learning_rate=1e-9,

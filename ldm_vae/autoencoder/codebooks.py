@@ -99,10 +99,12 @@ class ResidualCodebooks(Codebooks):
     def look_up(self, level: int, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Vectors [N, c] as a level sees them, with their graph [N, d], and the indices of its codes [N]."""
         seen = self.into[level](residual) if self.into else residual
-        rows, book = seen.detach(), self.rows[level].detach()
-        if self.shape.distance == "cosine":
-            rows, book = F.normalize(rows, dim=1), F.normalize(book, dim=1)
-        return seen, nearest(rows, book)
+        with torch.no_grad(), precise(z := seen.detach()):
+            book = self.rows[level].to(z.dtype)
+            if self.shape.distance == "cosine":
+                return seen, (F.normalize(z, dim=1) @ F.normalize(book, dim=1).t()).argmax(dim=1)
+            # |z - r|^2 without |z|^2, which decides nothing: half of cdist's time at the one position of a hop
+            return seen, torch.addmm((book * book).sum(dim=1), z, book.t(), alpha=-2).argmin(dim=1)
 
     def share(self, level: int, codes: torch.Tensor) -> torch.Tensor:
         """Rows of a level [N, d] => what they say of vectors [N, c]."""
