@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import soundfile
 import torch
 from checksums import tree
 from cli_call import call
+from PIL import Image
 from sentences import refused
 from sound_files import RATE, encoded, tone, write_sounds
 from tiny_classes import SOUNDS, tiny
@@ -24,12 +26,15 @@ from ldm_vae.core.errors import UsageError
 from ldm_vae.data.flags import DataFlags
 from ldm_vae.data.source import Source
 from ldm_vae.export.diffusers_folder import write_vae
+from ldm_vae.export.store_card import store_card
 from ldm_vae.latent_store.convert.conversion import convert_to
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 from ldm_vae.latent_store.maintain.merge_split import merge, split
 from ldm_vae.latent_store.maintain.repair import repair
 from ldm_vae.latent_store.maintain.spot_check import reencode
+from ldm_vae.latent_store.maintain.summary import describe
 from ldm_vae.latent_store.maintain.verify import verify
+from ldm_vae.latent_store.read.pictures import contact_sheet
 
 SETTINGS: dict[str, Any] = {"resolution": 512, "batch_size": 2, "shard_size": 5, "dtype": "fp32"}
 OOBLECK = "AutoencoderOobleck"
@@ -135,6 +140,18 @@ def test_a_store_of_sounds_is_maintained_as_any(tmp_path: Path) -> None:
     parts = split(store, tmp_path / "parts", 2)
     merge([tmp_path / "parts" / part.name for part in parts], tmp_path / "again")
     assert verify(tmp_path / "again") == [] and len(LatentDataset(tmp_path / "again")) == len(LatentDataset(store))
+    # it is told of in words of sounds, and shown by spectrograms
+    said, card = describe(store, read_manifest(store)), store_card("mine", read_manifest(store))
+    assert f"encoded in fp32 at 512 samples at {RATE:,} Hz, latent shape 4x64" in said and "over sounds" in said
+    for words in (
+        f"{len(LatentDataset(store))} sounds as latents",
+        "(channels x positions): 4x64",
+        "# [c, n]",
+        f"crops: 512 samples at {RATE:,} Hz",
+    ):
+        assert words in card
+    with Image.open(io.BytesIO(contact_sheet(LatentDataset(store, sample=False), vae))) as sheet:
+        assert sheet.size == (4 * 128, 4 * 128) and len(set(sheet.getdata())) > 20
 
 
 def test_what_is_of_images_is_refused(tmp_path: Path) -> None:

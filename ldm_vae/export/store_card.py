@@ -11,6 +11,7 @@ from ldm_vae.export.card import about_intervals, statistics_table
 from ldm_vae.latent_store.format.codes import codes_in_words
 from ldm_vae.latent_store.format.layout import ROWS, SHARDS
 from ldm_vae.latent_store.format.manifest import Manifest
+from ldm_vae.latent_store.format.signal_words import sizes_in_words, words_of
 from ldm_vae.latent_store.format.statistics import LatentStatistics
 
 TAGS = ("latents", "latent-diffusion", "ldm-vae")
@@ -44,7 +45,8 @@ def store_card(
         head["configs"] = [{"config_name": "default", "data_files": [rows]}]
     place = f"hf://datasets/{name}" if on_hub else name
     parts = [
-        f"{manifest.samples:,} images as latents of a VAE, {_megabytes(manifest)}, made with ldm-vae.",
+        f"{manifest.samples:,} {words_of(manifest).samples} as latents of a VAE, {_megabytes(manifest)}, "
+        "made with ldm-vae.",
         *(_samples(picture) if on_hub else ()),
         "## Read it",
         f'```python\nfrom ldm_vae import LatentDataset\n\ndataset = LatentDataset("{place}")  # memory-mapped\n'
@@ -81,10 +83,11 @@ def _elsewhere(name: str, manifest: Manifest) -> list[str]:
 
 
 def _reading(manifest: Manifest) -> str:
+    positions = words_of(manifest).positions
     if manifest.identity.codes is not None:
-        shape = ", ".join(("q",) * (manifest.identity.codebooks is not None) + ("h", "w"))
-        return f'indices = dataset[0]["indices"]  # int64 [{shape}]; `dataset.decode(indices, vae)` gives pixels'
-    return 'latents = dataset[0]["latents"]  # [c, h, w], scaled as below'
+        shape = ", ".join(("q",) * (manifest.identity.codebooks is not None) + (positions,))
+        return f'indices = dataset[0]["indices"]  # int64 [{shape}]; `dataset.decode(indices, vae)` decodes them'
+    return f'latents = dataset[0]["latents"]  # [c, {positions}], scaled as below'
 
 
 def _usage(manifest: Manifest) -> list[tuple[str, str]]:
@@ -99,23 +102,23 @@ def _usage(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _contents(manifest: Manifest) -> list[str]:
     identity = manifest.identity
-    shapes = sorted({shard.shape for shard in manifest.shards})
+    shapes, words = sorted({shard.shape for shard in manifest.shards}), words_of(manifest)
     lines = [
         f"- {_STORED.get(identity.store, identity.store)}, as {identity.dtype}",
-        f"- latent shapes (channels x height x width): {', '.join('x'.join(map(str, shape)) for shape in shapes)}",
-        f"- views of each image: {', '.join(view or 'centre' for view in identity.views)}",
+        f"- latent shapes ({words.axes}): {', '.join('x'.join(map(str, shape)) for shape in shapes)}",
+        f"- views of each sample: {', '.join(view or 'centre' for view in identity.views)}",
         f"- columns: {', '.join(manifest.columns)}",
-        f"- files: {len(manifest.shards):,} shards, tensors as safetensors and one row an image as parquet; "
+        f"- files: {len(manifest.shards):,} shards, tensors as safetensors and one row a sample as parquet; "
         "`manifest.json` has the checksum of each",
     ]
     if manifest.quarantined:
-        lines.append(f"- {manifest.quarantined:,} images could not be used: `quarantine.jsonl` says why")
+        lines.append(f"- {manifest.quarantined:,} {words.samples} could not be used: `quarantine.jsonl` says why")
     return lines
 
 
 def _making(manifest: Manifest) -> list[str]:
     identity, recorded = manifest.identity, manifest.recorded
-    sides = ", ".join(f"{side} px" for side in identity.resolution)
+    sides = sizes_in_words(manifest)
     shape = (
         sides if identity.bucket_step is None else f"aspect buckets of about {sides}, steps of {identity.bucket_step}"
     )

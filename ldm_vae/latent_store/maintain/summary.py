@@ -10,6 +10,7 @@ from ldm_vae.core.errors import UsageError, WorkError
 from ldm_vae.data.transforms import decoding_of
 from ldm_vae.latent_store.format.codes import codes_in_words
 from ldm_vae.latent_store.format.manifest import Manifest, read_manifest
+from ldm_vae.latent_store.format.signal_words import sizes_in_words, words_of
 from ldm_vae.latent_store.write.finalize import with_intervals
 
 
@@ -31,7 +32,7 @@ def describe(store: str | Path, manifest: Manifest) -> str:
         f"{store}: {manifest.samples:,} samples in {_shards(len(manifest.shards))}, {size / 1e6:,.1f} MB"
         + ("" if manifest.complete else "  (not finished: run the same `ldm-vae encode` command again)"),
         f"  tensors      {identity.store} in {identity.dtype}, encoded in {precision} "
-        f"at {_sides(identity.resolution)}, "
+        f"at {sizes_in_words(manifest)}, "
         f"latent shape {', '.join('x'.join(map(str, shape)) for shape in shapes) or 'none yet'}",
         f"  encoder      {identity.encoder[:16]}  ({'claimed to be' if manifest.recorded.claimed else 'from'} "
         f"{manifest.recorded.vae or 'memory'})",
@@ -48,10 +49,6 @@ def _shards(count: int) -> str:
     return f"{count:,} shard" if count == 1 else f"{count:,} shards"
 
 
-def _sides(resolution: tuple[int, ...]) -> str:
-    return ", ".join(f"{side} px" for side in resolution)
-
-
 def _statistics(manifest: Manifest) -> list[str]:
     if manifest.identity.codes is not None:
         return _usage(manifest)
@@ -64,9 +61,10 @@ def _statistics(manifest: Manifest) -> list[str]:
         low, high = known[name] if position is None else (end[position] for end in known[name])
         return f"  [{low:.4f}, {high:.4f}]"
 
+    sure = f"95 % intervals over {words_of(manifest).samples}"
     lines = [
         f"  measured over {measured['images']:,} latents, "
-        f"{'95 % intervals over images' if known is not None else intervals.why_none(measured['images'])}:",
+        f"{sure if known is not None else intervals.why_none(measured['images'])}:",
         "    scaling_factor      none  (the latents do not vary)"
         if measured["scaling_factor"] is None
         else f"    scaling_factor {measured['scaling_factor']:9.5f}{interval('scaling_factor')}",

@@ -17,6 +17,7 @@ from ldm_vae.data.alpha import visible
 from ldm_vae.data.transforms import decoding_of, to_uint8
 from ldm_vae.latent_store.read.batch import Item
 from ldm_vae.latent_store.read.dataset import LatentDataset
+from ldm_vae.perceptual import spectrogram
 
 
 def decode_to_png(
@@ -49,14 +50,19 @@ def file_name(item: Item) -> str:
 
 
 def contact_sheet(dataset: LatentDataset, vae: Any, count: int = 16, columns: int = 4, side: int = 128) -> bytes:
-    """Samples from all over a dataset, decoded, each within side x side pixels: one PNG."""
+    """Samples from all over a dataset, decoded, each within side x side pixels, of sounds the
+    spectrograms: one PNG."""
     chosen = [place * len(dataset) // count for place in range(count)] if len(dataset) > count else range(len(dataset))
     decoding = decoding_of(dataset.manifest.identity.preprocessing)
     sheet = Image.new("RGB", (side * min(columns, len(chosen)), side * -(-len(chosen) // columns)))
     for place, index in enumerate(chosen):
         ((_, picture),) = decoded(dataset, vae, [index])
-        picture = to_uint8(picture[:, 0] if picture.ndim == 4 else picture)  # a clip's first frame
-        image = to_image(visible(picture, decoding is not None and decoding.alpha)).convert("RGB")
+        if decoding is not None and decoding.sample_rate is not None:
+            shown = 255 * spectrogram.picture(picture, decoding.sample_rate)[None]
+        else:
+            picture = to_uint8(picture[:, 0] if picture.ndim == 4 else picture)  # a clip's first frame
+            shown = visible(picture, decoding is not None and decoding.alpha)
+        image = to_image(shown).convert("RGB")
         image.thumbnail((side, side))
         sheet.paste(image, (place % columns * side, place // columns * side))
     return png(sheet)
