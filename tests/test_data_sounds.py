@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import soxr
 import torch
+from cli_call import call
 from sentences import refused
 from sound_files import RATE, encoded, tone, write_sounds
 
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.data import sounds
+from ldm_vae.data import sounds, survey_sounds
 from ldm_vae.data.dataset import training_loader
 from ldm_vae.data.decoding import Decoding
 from ldm_vae.data.footage import Video
@@ -307,3 +308,29 @@ def test_what_was_done_with_sounds_is_said(tmp_path: Path, caplog: pytest.LogCap
     said = caplog.text
     for what in ("above full scale", "mixed to mono", "4000 Hz are resampled to 8000", "followed by silence"):
         assert what in said
+
+
+def test_a_survey_tells_of_sounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_sounds(tmp_path / "sounds", 3)
+    (folder / "wide.flac").write_bytes(encoded(tone(3 * 16000, 2, 16000), "FLAC", 16000))
+    holed = tone(800)
+    holed[700] = np.nan  # in its last part alone
+    (folder / "holed.wav").write_bytes(encoded(holed))
+    call("inspect", folder, "--sample_rate", 24000, "--num_workers", 0)
+    said = capsys.readouterr().out
+    for words in (
+        "5 sounds: 4 usable, 1 not", "together    0:00:04", "rates       8000 Hz 3, 16000 Hz 1",
+        "channels    mono 3, stereo 1", "formats     WAV 3, FLAC 1", "of [-1, 1]", "1  holds samples that are NaN",
+    ):  # fmt: skip
+        assert words in said
+    assert "px" not in said and not list(tmp_path.glob("*.png"))
+    with refused(UsageError, "thumbnails"):
+        call("inspect", folder, "--sample_rate", 24000, "--thumbnails", tmp_path / "look.png")
+
+
+def test_a_survey_hears_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey_sounds, "PART", 256)
+    loud = 0.1 * tone(1000)
+    loud[900] = 0.75
+    known, values = survey_sounds.look(encoded(loud))
+    assert known.frames == 1000 and values.high == 0.75 and values.advice() == ""

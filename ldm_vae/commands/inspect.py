@@ -18,10 +18,11 @@ resulting aspect buckets. Write ten thumbnails as one image.
   ldm-vae inspect "shards/{000..099}.tar" --caption_column json.caption --resolution 1024
   ldm-vae inspect owner/name --split validation --thumbnails look.png
   ldm-vae inspect films --frames 17             # of videos also frames, rates, durations, and what is ignored
+  ldm-vae inspect music --sample_rate 24000     # of sounds seconds, rates, channels and levels
 
 DATA is a folder of images, a zip, a list file (.txt), parquet or arrow files, a folder written by datasets'
 save_to_disk, tar shards (file, folder, glob, {000..099} or URL) or a dataset of the hub. With --frames it may hold
-videos.
+videos, with --sample_rate it holds sounds.
 """
 
 
@@ -51,6 +52,9 @@ def run(request: Request) -> None:
     place, data = request.thumbnails or Path("inspect.png"), expanded(request.data)
     if not place.parent.is_dir():
         raise UsageError(f"thumbnails {place}: there is no folder {place.parent}")
+    of_sounds = request.flags.sample_rate is not None
+    if request.thumbnails and of_sounds:
+        raise UsageError("thumbnails: are of images; `ldm-vae evaluate` makes a page that plays sounds")
     within = data.is_dir() and place.resolve().is_relative_to(data.resolve())
     if request.thumbnails and within:
         raise UsageError(f"thumbnails {place}: expected a place outside DATA, of which it would become an image")
@@ -62,7 +66,9 @@ def run(request: Request) -> None:
     print("\n".join(lines(found, request.resolution, shapes)))
     if not found.good:
         reason = f": {found.bad[0].reason}" if found.bad else ""
-        raise WorkError(f"data {request.data}: no usable image{reason}")
+        raise WorkError(f"data {request.data}: no usable {'sound' if of_sounds else 'image'}{reason}")
+    if of_sounds:
+        return
     if isinstance(source, Stream):
         print("\nread in order: length unknown, no thumbnails; training works, encoding needs it downloaded")
     elif within:

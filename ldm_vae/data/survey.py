@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from ldm_vae.core import rng
 from ldm_vae.core.pictures import save, sheet
 from ldm_vae.core.progress import Progress
-from ldm_vae.data import buckets, copies
+from ldm_vae.data import buckets, copies, survey_sounds
 from ldm_vae.data.alpha import visible
 from ldm_vae.data.clips import facts_of, first_frame, frames_of
 from ldm_vae.data.decoding import read_image
@@ -30,7 +30,8 @@ from ldm_vae.data.footage import Video, VideoFacts
 from ldm_vae.data.ordered import IndexedRecord, batches_of, items, key_of, take
 from ldm_vae.data.quarantine import Bad, BadImage
 from ldm_vae.data.ranges import Values, by_range
-from ldm_vae.data.source import Source, image_bytes
+from ldm_vae.data.sound_containers import SoundFacts
+from ldm_vae.data.source import Record, Source, image_bytes
 from ldm_vae.data.stream import Stream, length
 from ldm_vae.data.transforms import centre_crop
 from ldm_vae.data.workers import load
@@ -44,7 +45,8 @@ ASPECTS = (0.4, 0.5, 0.62, 0.72, 0.85, 1.18, 1.4, 1.6, 2.0, 2.5)  # borders of t
 @dataclass(frozen=True)
 class Finding:
     """One image or video: index, key, (H, W), format and mode of its file, bytes, its caption, its values and what its
-    copies are found by (`copies.frequencies`); with `data.frames`, what is known of it as a video; reason if bad."""
+    copies are found by (`copies.frequencies`); with `data.frames`, what is known of it as a video; of a sound what is
+    known of it, and neither (H, W) nor frequencies; reason if bad."""
 
     index: int
     key: str
@@ -56,6 +58,7 @@ class Finding:
     values: Values | None = None
     frequencies: np.ndarray[Any, Any] | None = None
     video: VideoFacts | None = None
+    sound: SoundFacts | None = None
     reason: str = ""
 
 
@@ -91,6 +94,8 @@ class _Look(Dataset[list[Finding]]):
     def _look(self, item: IndexedRecord) -> Finding:
         try:
             record = take(self.source, item)
+            if self.decoding.sample_rate is not None:
+                return self._listen(item, record)
             if self.decoding.frames is None:
                 image, video = read_image(record.image, self.decoding), None
             else:  # a clip of each: all frames of long videos would take their time
@@ -100,13 +105,26 @@ class _Look(Dataset[list[Finding]]):
                 video = facts_of(record.image, self.decoding)
         except BadImage as error:
             return Finding(item[0], key_of(self.source, item), reason=error.reason)
-        size = image_bytes(record.image) if isinstance(record.image, bytes | Video) else 0
-        caption = record.columns.get("caption")
-        text = None if caption is None else str(caption)
         return Finding(
-            item[0], record.key, image.original_size, image.format, image.mode, size, text, image.values,
-            copies.frequencies(image.pixels).numpy(), video,
+            item[0], record.key, image.original_size, image.format, image.mode, _bytes(record), _caption(record),
+            image.values, copies.frequencies(image.pixels).numpy(), video,
         )  # fmt: skip
+
+    def _listen(self, item: IndexedRecord, record: Record) -> Finding:
+        known, values = survey_sounds.look(record.image)
+        return Finding(
+            item[0], record.key, format=known.format, mode=known.mode, bytes=_bytes(record), caption=_caption(record),
+            values=values, sound=known,
+        )  # fmt: skip
+
+
+def _bytes(record: Record) -> int:
+    return image_bytes(record.image) if isinstance(record.image, bytes | Video) else 0
+
+
+def _caption(record: Record) -> str | None:
+    caption = record.columns.get("caption")
+    return None if caption is None else str(caption)
 
 
 def survey(source: Source | Stream, max_images: int | None = None, num_workers: int = 0) -> Survey:
@@ -131,11 +149,18 @@ def lines(found: Survey, resolution: int, shapes: Sequence[buckets.Shape]) -> li
     """The survey as a person reads it."""
     good, bad = found.good, found.bad
     looked = "" if found.total == len(found.findings) else f", {len(found.findings):,} of them looked at"
-    what = "images" if all(f.video is None for f in good) else "images and videos"
+    sounds = [f.sound for f in good if f.sound is not None]
+    what = "sounds" if sounds else "images" if all(f.video is None for f in good) else "images and videos"
     total = f"a stream of {what}" if found.total is None else f"{found.total:,} {what}"
     out = [f"{total}{looked}: {len(good):,} usable, {len(bad):,} not"]
     videos = [f.video for f in good if f.video is not None]
-    if good:
+    if sounds:
+        out += ["", *survey_sounds.lines(sounds, [f.bytes for f in good]), ""]
+        out += _counts("rates", [f"{known.rate} Hz" for known in sounds])
+        out += _counts("channels", [survey_sounds.channels_in_words(known) for known in sounds])
+        out += [*_counts("formats", [f.format for f in good]), *_counts("modes", [f.mode for f in good])]
+        out += _values(good)
+    elif good:
         out += [
             "",
             *_sizes(found, resolution),
@@ -148,7 +173,7 @@ def lines(found: Survey, resolution: int, shapes: Sequence[buckets.Shape]) -> li
         out += _counts("modes", [f.mode for f in good])
         out += [*_values(good), _copies(good)]
     out += ["", *_columns(found)]
-    if good:
+    if good and not sounds:
         out += ["", *_buckets(found, shapes)]
     if bad:
         out += ["", "not usable", *(f"  {count:>8,}  {reason}" for reason, count in _reasons(bad))]
