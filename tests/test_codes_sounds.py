@@ -24,6 +24,7 @@ from ldm_vae.autoencoder.codebooks import keep_first
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.errors import UsageError
 from ldm_vae.export.diffusers_folder import write_vae
+from ldm_vae.export.store_card import store_card
 from ldm_vae.latent_store import read_manifest, verify
 from ldm_vae.prior.generator import CodeGenerator
 
@@ -78,6 +79,7 @@ def test_a_store_of_sounds_holds_the_indices_of_every_codebook(home: Path) -> No
     z = latents.encode(vae, excerpt(home, 1)).mean
     assert torch.equal(found[None], latents.nearest_codes(vae, z)) and verify(home / "store") == []
     torch.testing.assert_close(data.decode(found, vae), latents.decode(vae, z)[0], rtol=1e-5, atol=1e-6)
+    assert "int64 [q, n]" in store_card("mine", manifest)
 
 
 def test_the_first_codes_of_a_long_code_are_the_code_of_fewer_codebooks(home: Path, tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_what_is_of_another_signal_is_refused_by_name(root: Path, tmp_path: Path
         "metrics: psnr": (*rate, *length, "--metrics", "si_sdr,psnr"),
         "resolution": (*rate, *length, "--resolution", "64"),
         "samples: expected": rate,
-        "samples: expected a positive multiple of 8": (*rate, "--excerpt", "2047"),
+        "samples (--excerpt): expected a positive multiple of 8": (*rate, "--excerpt", "2047"),
         "protocol": (*rate, *length, "--protocol", "eq-vae"),
     }.items():
         with refused(UsageError, field):

@@ -112,7 +112,7 @@ def preparation_of(vaes: Mapping[str, Any], flags: DataFlags = NO_FLAGS) -> Prep
         if (frames := decided.decoding.frames) is not None:
             check_frames(vae, frames, "frames")
         if (samples := decided.decoding.samples) is not None:
-            check_samples(vae, samples, "samples")
+            check_samples(vae, samples, "samples (--excerpt)")
     split = _split_of({name: one.holdout for name, one in found.items()}, flags)
     asked = () if flags.part is None or split is None else (f"part: {flags.part}, by data.holdout {split.share:g}",)
     return replace(decided, holdout=split, notes=(*decided.notes, *asked))
