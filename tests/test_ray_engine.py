@@ -31,7 +31,7 @@ from stores import SETTINGS
 
 from ldm_vae import LatentDataset, open_images
 from ldm_vae.core.errors import UsageError, WorkError
-from ldm_vae.latent_store import verify, write_store
+from ldm_vae.latent_store import read_manifest, verify, write_store
 from ldm_vae.latent_store.format.work_units import Unit
 from ldm_vae.latent_store.write import ray_actor, ray_engine
 from ldm_vae.latent_store.write.processes import Job, Processes
@@ -139,6 +139,12 @@ def test_a_node_is_killed_and_another_number_of_actors_resumes(
     data = LatentDataset(tmp_path / "store", columns=("key",))
     expected = [f"img_{index:04d}.png" for index in range(80) if index not in (3, 77)]
     assert [data[index]["key"] for index in range(len(data))] == expected
+    # an update: the driver compares, an actor encodes what is new
+    (tmp_path / "data" / "img_0077.png").unlink()
+    shutil.copy(tmp_path / "data" / "img_0001.png", tmp_path / "data" / "img_0077.png")
+    for out, how in (("store", [*on_ray, "--actors", 1]), ("plain", [])):
+        call(*words[:3], out, *words[3:], "--update", *how)
+    assert tree(tmp_path / "store") == tree(tmp_path / "plain") and read_manifest(tmp_path / "store").samples == 79
 
 
 # --- an actor ---------------------------------------------------------------------------------------------------------
