@@ -326,6 +326,11 @@ def test_a_survey_tells_of_sounds(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "px" not in said and not list(tmp_path.glob("*.png"))
     with refused(UsageError, "thumbnails"):
         call("inspect", folder, "--sample_rate", 24000, "--thumbnails", tmp_path / "look.png")
+    for path in folder.iterdir():
+        path.write_bytes(b"no sound")
+    with refused(WorkError, str(folder)):
+        call("inspect", folder, "--sample_rate", 24000, "--num_workers", 0)
+    assert "5 sounds: 0 usable, 5 not" in capsys.readouterr().out
 
 
 def test_a_survey_hears_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

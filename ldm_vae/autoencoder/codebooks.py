@@ -99,7 +99,8 @@ class ResidualCodebooks(Codebooks):
     def look_up(self, level: int, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Vectors [N, c] as a level sees them, with their graph [N, d], and the indices of its codes [N]."""
         seen = self.into[level](residual) if self.into else residual
-        with torch.no_grad(), precise(z := seen.detach()):
+        z = seen.detach()
+        with torch.no_grad(), precise(z):
             book = self.rows[level].to(z.dtype)
             if self.shape.distance == "cosine":
                 return seen, (F.normalize(z, dim=1) @ F.normalize(book, dim=1).t()).argmax(dim=1)

@@ -64,10 +64,11 @@ class Finding:
 
 @dataclass
 class Survey:
-    """Result of a survey: images in the source (None: a stream), its columns, and the findings."""
+    """Result of a survey: images or sounds in the source (None: a stream), its columns, which of both, the findings."""
 
     total: int | None
     columns: tuple[str, ...]
+    of_sounds: bool = False
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -135,9 +136,10 @@ def survey(source: Source | Stream, max_images: int | None = None, num_workers: 
         # a keyed draw, read in order: the same images each time, and no jumping back in an archive
         indices = np.sort(rng.generator(0, "survey").choice(total, max_images, replace=False)).tolist()
     chosen = islice(items(source, indices), None if total is not None else max_images)
-    found = Survey(total, source.columns)
+    found = Survey(total, source.columns, source.decoding.sample_rate is not None)
     count = total if indices is None else len(indices)
-    with Progress(total=count, desc="looking", unit="images", leave=False) as bar:
+    unit = "sounds" if found.of_sounds else "images"
+    with Progress(total=count, desc="looking", unit=unit, leave=False) as bar:
         for batch in load(_Look(source), batches_of(chosen, 16), num_workers):
             found.findings += batch
             bar.update(len(batch))
@@ -150,7 +152,7 @@ def lines(found: Survey, resolution: int, shapes: Sequence[buckets.Shape]) -> li
     good, bad = found.good, found.bad
     looked = "" if found.total == len(found.findings) else f", {len(found.findings):,} of them looked at"
     sounds = [f.sound for f in good if f.sound is not None]
-    what = "sounds" if sounds else "images" if all(f.video is None for f in good) else "images and videos"
+    what = "sounds" if found.of_sounds else "images" if all(f.video is None for f in good) else "images and videos"
     total = f"a stream of {what}" if found.total is None else f"{found.total:,} {what}"
     out = [f"{total}{looked}: {len(good):,} usable, {len(bad):,} not"]
     videos = [f.video for f in good if f.video is not None]
