@@ -34,8 +34,7 @@ from ldm_vae.core.errors import UsageError
 State = tuple[torch.Tensor, ...]
 """Memory of a stream: what has come and is not yet a whole chunk, then the end of each layer's input."""
 
-
-SHORT = 1024  # positions: above, convolutions of the libraries are as fast as one product, and need less memory
+SHORT = 1024  # positions: the product of more of them would hold x as often as a kernel has taps
 
 
 class Past:
@@ -65,7 +64,7 @@ class Snake(nn.Module):
 
     def forward(self, x: torch.Tensor, past: Past) -> torch.Tensor:
         wave = (x * self.alpha.exp()).sin()
-        return torch.addcdiv(x, wave * wave, self.beta.exp())  # square() takes twice as long on a short x
+        return torch.addcdiv(x, wave * wave, self.beta.exp())  # square() is a power, slower on a short x
 
 
 class Convolution(nn.Conv1d):
@@ -77,7 +76,7 @@ class Convolution(nn.Conv1d):
         x = past.before(x, span - stride) if span > stride else x
         if not past.keep or x.shape[2] > SHORT:
             return super().forward(x)
-        # a hop's few positions as one product: on a CPU a dilated convolution of 5 of them takes 7 times as long
+        # a hop's few positions as one product: on a CPU a dilated convolution of them is mostly overhead (eval.speed codec)
         seen = x.movedim(1, 2)
         if span > 1:
             seen = x.unfold(2, span, stride)[..., ::dilation].movedim(1, 2).flatten(2)

@@ -214,7 +214,7 @@ class EncodingToABucket(Encoding):
         return ranks(impatient, words, self.processes)
 
     def look(self) -> None:
-        """A claim lies in the store of who was killed, and of nobody else."""
+        """Fetch the objects; a claim that is left at the end is a difference."""
         shutil.rmtree(self.out, ignore_errors=True)
         files = fsspec.filesystem("s3")
         files.invalidate_cache()
