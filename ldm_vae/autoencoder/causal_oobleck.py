@@ -76,7 +76,7 @@ class Convolution(nn.Conv1d):
         x = past.before(x, span - stride) if span > stride else x
         if not past.keep or x.shape[2] > SHORT:
             return super().forward(x)
-        # a hop's few positions as one product: on a CPU a dilated convolution of them is mostly overhead (eval.speed codec)
+        # a hop's few positions as one product: of them a dilated convolution is mostly overhead (eval.speed codec)
         seen = x.movedim(1, 2)
         if span > 1:
             seen = x.unfold(2, span, stride)[..., ::dilation].movedim(1, 2).flatten(2)
