@@ -130,13 +130,14 @@ def plan(settings: Training, processes: int = 1) -> Plan:
             accelerator, network, objective, optimizer, Adversary(settings.adversary), critic, critic_optimizer,
             settings.max_grad_norm,
         )  # fmt: skip
-        costs = []
-        for _ in range(2):  # the first makes Adam's moments
-            with Cost() as cost:
-                for _ in range(micro_batches):
-                    step(images, noise, settings.adversary.start_images, stored)
-            costs.append(cost)
-        first, second = costs
+        for one in filter(None, (optimizer, critic_optimizer)):  # Adam's moments, which an update makes
+            for parameter in (parameter for group in one.param_groups for parameter in group["params"]):
+                parameter.grad = torch.zeros_like(parameter)
+            one.step()
+            one.zero_grad(set_to_none=True)
+        with Cost() as cost:
+            for _ in range(micro_batches):
+                step(images, noise, settings.adversary.start_images, stored)
     moments = sum(
         value.untyped_storage().nbytes()
         for one in (optimizer, critic_optimizer)
@@ -154,7 +155,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
         parameters={"autoencoder": count_parameters(vae.parameters())}
         | ({} if critic is None else {"discriminator": count_parameters(critic.parameters())}),
         forward_gflop=forward,
-        step_gflop=second.flops / len(images) / micro_batches / 1e9,
+        step_gflop=cost.flops / len(images) / micro_batches / 1e9,
         bytes={
             "weights": weights,
             "averaged weights": _bytes(vae),
@@ -162,7 +163,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
             **({"buckets of DDP": 4 * count_parameters(learned)} if processes > 1 else {}),
             **({"networks that losses look through": frozen} if frozen else {}),
             "Adam's moments": moments,
-            "activations and gradients": max(second.peak_bytes, first.peak_bytes - moments),
+            "activations and gradients": cost.peak_bytes,
         },
     )
 
