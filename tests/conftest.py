@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import random
@@ -52,6 +53,12 @@ def seed(name: str) -> None:
         sys.modules["torch"].default_generator.manual_seed(number)
     np.random.seed(number)
     random.seed(number)
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported and collected, millions of objects, out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
