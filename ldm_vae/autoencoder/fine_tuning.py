@@ -16,7 +16,7 @@ from torch import nn
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import geometry_of, some_latents, some_size
-from ldm_vae.autoencoder.meta import on_meta, without_values
+from ldm_vae.autoencoder.meta import leaves_of, on_meta, once, without_values
 from ldm_vae.core.errors import UsageError
 
 # the other side; what is on none, a buffer that both use say, counts as the encoder's: a store is then rather stale
@@ -58,7 +58,8 @@ def is_encoders(name: str) -> bool:
     return not name.startswith(DECODER)
 
 
-def idle_parameters(vae: Any, frames: int | None = None) -> list[str]:
+@once
+def idle_parameters(vae: Any, frames: int | None = None) -> tuple[str, ...]:
     """Names of the parameters that the class freezes (AutoencoderRAE's encoder), or that get no gradient from the
     reconstruction of an image or a sound, by one without values: layers for later frames of a clip (Wan), for masks
     (AsymmetricAutoencoderKL).
@@ -69,21 +70,22 @@ def idle_parameters(vae: Any, frames: int | None = None) -> list[str]:
     with on_meta():
         empty = without_values(vae)
         moments = latents.encode(empty, torch.empty(shape))
-        total = latents.decode(empty, moments.mean).sum() + moments.logvar.sum()
-        total.backward()  # type: ignore[no-untyped-call]
+        reached = leaves_of(latents.decode(empty, moments.mean), moments.logvar)
     # a codebook is its quantizer's to move (ldm_vae/quantizers)
     books = ("quantize.", "quantizer.")
-    return [name for name, one in empty.named_parameters() if one.grad is None and not name.startswith(books)]
+    named = empty.named_parameters()
+    return tuple(name for name, one in named if one not in reached and not name.startswith(books))
 
 
-def encoder_parts(vae: Any) -> list[str]:
+@once
+def encoder_parts(vae: Any) -> tuple[str, ...]:
     """Names of the parts in front of the latents: the network's own modules with weights of which none gets a gradient
     from a decode without values."""
     with on_meta():
         empty = without_values(vae).requires_grad_(True)
-        latents.decode(empty, torch.empty(some_latents(vae).shape)).sum().backward()  # type: ignore[no-untyped-call]
+        reached = leaves_of(latents.decode(empty, torch.empty(some_latents(vae).shape)))
     weights = {name: [*part.parameters()] for name, part in empty.named_children()}
-    return [name for name, own in weights.items() if own and all(parameter.grad is None for parameter in own)]
+    return tuple(name for name, own in weights.items() if own and not any(parameter in reached for parameter in own))
 
 
 # --- another number of channels ---------------------------------------------------------------------------------------

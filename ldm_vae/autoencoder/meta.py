@@ -13,31 +13,35 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm_vae.autoencoder.codebooks import beside, put_beside
 
 Found = TypeVar("Found")
 
+# entries of a config that change no shape, and that every training and export sets
+UNSHAPED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
 
-def once(measure: Callable[[Any], Found]) -> Callable[[Any], Found]:
+
+def once(measure: Callable[..., Found]) -> Callable[..., Found]:
     """Remember what a run without values finds: for a network, and for all of its class and config."""
-    known: WeakKeyDictionary[Any, tuple[Any, Found]] = WeakKeyDictionary()
-    of_config: dict[tuple[type, str], Found] = {}
+    known: WeakKeyDictionary[Any, dict[str, Found]] = WeakKeyDictionary()
+    of_config: dict[tuple[type, str, str], Found] = {}
 
     @functools.wraps(measure)
-    def found(vae: Any) -> Found:
+    def found(vae: Any, *arguments: Any) -> Found:
         books = beside(vae)  # may have come since
-        shape = books and books.shape
-        if vae in known and known[vae][0] == shape:
-            return known[vae][1]
-        if not hasattr(vae, "from_config"):
-            known[vae] = (shape, measure(vae))
-            return known[vae][1]
-        key = (type(vae), repr((vae.config, shape)))
-        if key not in of_config:
-            of_config[key] = measure(vae)
-        known[vae] = (shape, of_config[key])
-        return of_config[key]
+        key = repr((books and books.shape, arguments))
+        mine = known.setdefault(vae, {})
+        if key not in mine and hasattr(vae, "from_config"):
+            shaped = {name: value for name, value in vae.config.items() if name not in UNSHAPED and name[0] != "_"}
+            of_all = (type(vae), repr(shaped), key)
+            if of_all not in of_config:
+                of_config[of_all] = measure(vae, *arguments)
+            mine[key] = of_config[of_all]
+        elif key not in mine:
+            mine[key] = measure(vae, *arguments)
+        return mine[key]
 
     return found
 
@@ -65,3 +69,19 @@ def on_meta() -> Iterator[None]:
     """Around tensors without values, also where a caller's tensors are fake; the global random state stays."""
     with torch.random.fork_rng(devices=[]), unset_fake_temporarily(), torch.device("meta"):
         yield
+
+
+def leaves_of(*results: torch.Tensor) -> WeakIdKeyDictionary:
+    """Parameters that a backward pass from these would reach, by a walk through their graph: half the time of a pass,
+    and no thread of autograd's, which a process that is forked later must not have."""
+    found, seen = WeakIdKeyDictionary(), set[Any]()
+    nodes = [one.grad_fn for one in results if one.grad_fn is not None]
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found[leaf] = True
+        nodes += [after for after, _ in node.next_functions if after is not None]
+    return found

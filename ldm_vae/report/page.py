@@ -6,6 +6,7 @@ build_report(Path("compared"))           what eval.reconstruction or eval.latent
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,6 @@ def build_report(run: Path) -> Path:
 
 def render(contents: Contents) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["code"] = _code
     home, log, results = contents.home, contents.log, contents.results
     view: dict[str, Any] = {
         "title": contents.name,
@@ -102,9 +95,23 @@ def render(contents: Contents) -> str:
         view["latent_space"] = latent_space.section(home, contents.latent_space)
     with as_written(contents.folder):
         try:
-            return environment.get_template("index.html.j2").render(view)
+            return templates().get_template("index.html.j2").render(view)
         except UndefinedError as error:
             raise ValueError(str(error)) from error
+
+
+@functools.cache
+def templates() -> Environment:
+    """The page's templates, each compiled once: a training renders its page anew at every validation."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["code"] = _code
+    return environment
 
 
 def _code(sentence: str) -> Markup:
