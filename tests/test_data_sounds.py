@@ -324,8 +324,9 @@ def test_a_survey_tells_of_sounds(tmp_path: Path, capsys: pytest.CaptureFixture[
     ):  # fmt: skip
         assert words in said
     assert "px" not in said and not list(tmp_path.glob("*.png"))
-    with refused(UsageError, "thumbnails"):
-        call("inspect", folder, "--sample_rate", 24000, "--thumbnails", tmp_path / "look.png")
+    for name, value in (("thumbnails", tmp_path / "look.png"), ("resolution", 512), ("bucket_step", 8)):
+        with refused(UsageError, name):
+            call("inspect", folder, "--sample_rate", 24000, f"--{name}", value)
     for path in folder.iterdir():
         path.write_bytes(b"no sound")
     with refused(WorkError, str(folder)):

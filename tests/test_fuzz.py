@@ -12,7 +12,7 @@ from tests import fuzz
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_verb_ends_in_a_result_or_a_sentence_whatever_a_file_holds() -> None:
-    found = fuzz.main(["--cases", str(2 * len(fuzz.VERBS))])
+    found = fuzz.main(["--cases", str(len(fuzz.VERBS))])
     assert [case for case in found if case.found] == []
     assert {case.verb for case in found} == set(fuzz.VERBS)
     assert len({case.status for case in found}) > 1, "no mutation was noticed at all"

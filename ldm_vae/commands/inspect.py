@@ -31,7 +31,7 @@ class Request:
     """The command line."""
 
     data: str = argument("DATA", "folder, zip, list file, dataset, tar shards or hub id")
-    resolution: int = flag("side of the intended crops (256)", 256)
+    resolution: int | None = flag("side of the intended crops (256)")
     bucket_step: int | None = flag("sides of aspect buckets in steps of N (resolution / 16)", metavar="N")
     max_images: int = flag("number of images to decode (10000; 0: all)", 10000, metavar="N")
     num_workers: int = flag("decoding processes (2)", 2)
@@ -46,24 +46,28 @@ def run(request: Request) -> None:
     from ldm_vae.data.stream import Stream
     from ldm_vae.data.survey import lines, survey, thumbnails
 
+    resolution = 256 if request.resolution is None else request.resolution
     for name, least in (("resolution", 1), ("max_images", 0), ("num_workers", 0)):
-        if getattr(request, name) < least:
-            raise UsageError(f"{name}: expected at least {least}, got {getattr(request, name)}")
+        if (value := resolution if name == "resolution" else getattr(request, name)) < least:
+            raise UsageError(f"{name}: expected at least {least}, got {value}")
     place, data = request.thumbnails or Path("inspect.png"), expanded(request.data)
     if not place.parent.is_dir():
         raise UsageError(f"thumbnails {place}: there is no folder {place.parent}")
     of_sounds = request.flags.sample_rate is not None
     if request.thumbnails and of_sounds:
         raise UsageError("thumbnails: are of images; `ldm-vae evaluate` makes a page that plays sounds")
+    for name in ("resolution", "bucket_step"):
+        if of_sounds and getattr(request, name) is not None:
+            raise UsageError(f"{name}: is of images; expected none beside --sample_rate, which is of sounds")
     within = data.is_dir() and place.resolve().is_relative_to(data.resolve())
     if request.thumbnails and within:
         raise UsageError(f"thumbnails {place}: expected a place outside DATA, of which it would become an image")
     # 64 is usual at 1024 px; a smaller resolution needs finer steps for the same shapes, a VAE multiples of 8
-    step = request.bucket_step or max(8, request.resolution // 16 // 8 * 8)
-    shapes = buckets.generate(request.resolution**2, step)
+    step = request.bucket_step or max(8, resolution // 16 // 8 * 8)
+    shapes = buckets.generate(resolution**2, step)
     source = plain(request.flags).open(request.data, whole=True)
     found = survey(source, request.max_images or None, request.num_workers)
-    print("\n".join(lines(found, request.resolution, shapes)))
+    print("\n".join(lines(found, resolution, shapes)))
     if not found.good:
         reason = f": {found.bad[0].reason}" if found.bad else ""
         raise WorkError(f"data {request.data}: no usable {'sound' if of_sounds else 'image'}{reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,6 +95,7 @@ def _shape(vae: Any) -> str:
     )
 
 
+@functools.cache
 def _users(name: str) -> str:
     """A sentence on which pipelines of diffusers take a VAE of this class, as their sources say."""
     folders = sorted((Path(diffusers.__file__).parent / "pipelines").iterdir())

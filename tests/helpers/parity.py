@@ -1,6 +1,6 @@
 """Run by test_parity.py as one process and as two: the real training step in fp64 on the same global batches.
 
-Writes OUT/SCENARIO.safetensors with the weights after 12 Adam steps and what the first step logged. The scenarios
+Writes OUT/SCENARIO.safetensors with the weights after 6 Adam steps and what the first step logged. The scenarios
 `no_reduce` (the adaptive weight is each rank's own) and `bypass` (DDP's forward is gone round, as the popular script
 does) are broken on purpose.
 """
@@ -41,7 +41,7 @@ from ldm_vae.training.adversary import Adversary, AdversaryConfig
 from ldm_vae.training.objective import Objective
 from ldm_vae.training.step import TrainingStep
 
-GLOBAL_BATCH, STEPS = 8, 12
+GLOBAL_BATCH, STEPS = 8, 6
 
 
 def train(

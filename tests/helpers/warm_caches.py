@@ -9,6 +9,7 @@ from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.fine_tuning import idle_parameters
 from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.last_layer import place_of
+from ldm_vae.export import card
 from ldm_vae.report.page import templates
 
 with torch.device("meta"):
@@ -16,5 +17,6 @@ with torch.device("meta"):
 geometry_of(network)
 place_of(network)
 idle_parameters(network, None)
+card._users("AutoencoderKL")
 for name in templates().list_templates(["j2"]):
     templates().get_template(name)
