@@ -15,7 +15,7 @@ Tensors = dict[str, torch.Tensor]
 # the gradient of a key's bias is zero but for rounding (softmax does not see it), which Adam divides by itself
 KEYS = ("to_k.bias", "to_qkv.bias")
 
-# twenty-one scenarios of 6 steps in one launch: half a minute on a quiet machine, five where other work shares the cores
+# twenty-one scenarios of 6 steps in one launch: half a minute on a quiet machine, minutes where others share its cores
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 

@@ -61,19 +61,9 @@ def nothing(place: Path, out: Path) -> None:
     """OUT is absent."""
 
 
-def old_store(place: Path, out: Path) -> None:
-    """OUT is a store of the first images."""
-    shutil.copytree(place / "store", out)
-
-
-def old_clips(place: Path, out: Path) -> None:
-    """OUT is a store of the first films."""
-    shutil.copytree(place / "few_clips", out)
-
-
-def old_sounds(place: Path, out: Path) -> None:
-    """OUT is a store of the first sounds."""
-    shutil.copytree(place / "few_sounds", out)
+def copy_of(name: str) -> Callable[[Path, Path], None]:
+    """OUT is a copy of one of the materials."""
+    return lambda place, out: shutil.copytree(place / name, out) and None
 
 
 def damaged_store(place: Path, out: Path) -> None:
@@ -147,10 +137,10 @@ TWINS = {
     "encode, other batches": Twin(
         encode, lambda place, out: [*encode(place, out), "--batch_size", "3"], check=store_is_sound, equal=()
     ),
-    "update": Twin(lambda p, out: encode(p, out, "more", "--update"), begin=old_store, check=store_is_sound),
+    "update": Twin(lambda p, out: encode(p, out, "more", "--update"), begin=copy_of("store"), check=store_is_sound),
     "update and encode": Twin(
         lambda p, out: encode(p, out, "more", "--update"), lambda p, out: encode(p, out, "more"),
-        begin=old_store, check=store_is_sound,
+        begin=copy_of("store"), check=store_is_sound,
     ),
     "repair": Twin(
         lambda p, out: ["store", "repair", str(out), "--vae", str(p / "vae"), "--data", str(p / "more")],
@@ -159,19 +149,20 @@ TWINS = {
     "repair and update": Twin(
         lambda p, out: encode(p, out, "more", "--update"),
         lambda p, out: ["store", "repair", str(out), "--vae", str(p / "vae"), "--data", str(p / "images")],
-        begin=old_store, check=store_is_sound,
+        begin=copy_of("store"), check=store_is_sound,
     ),
     "merge": Twin(lambda p, out: ["store", "merge", str(p / "store"), str(p / "others"), str(out)]),
     "encode clips": Twin(encode_clips, check=clips_are_sound),
     "update clips": Twin(
-        lambda p, out: encode_clips(p, out, "films", "--update"), begin=old_clips, check=clips_are_sound
+        lambda p, out: encode_clips(p, out, "films", "--update"), begin=copy_of("few_clips"), check=clips_are_sound
     ),
     "merge clips": Twin(
         lambda p, out: ["store", "merge", str(p / "few_clips"), str(p / "more_clips"), str(out)], check=clips_are_sound
     ),
     "encode sounds": Twin(encode_sounds, check=excerpts_are_sound),
     "update sounds": Twin(
-        lambda p, out: encode_sounds(p, out, "sounds", "--update"), begin=old_sounds, check=excerpts_are_sound
+        lambda p, out: encode_sounds(p, out, "sounds", "--update"), begin=copy_of("few_sounds"),
+        check=excerpts_are_sound,
     ),
     "merge sounds": Twin(
         lambda p, out: ["store", "merge", str(p / "few_sounds"), str(p / "more_sounds"), str(out)],
@@ -209,7 +200,7 @@ TWINS = {
         equal=("latent_space/",),
     ),
     "report": Twin(
-        lambda p, out: ["report", str(out)], begin=lambda p, out: shutil.copytree(p / "evaluated", out) and None
+        lambda p, out: ["report", str(out)], begin=copy_of("evaluated")
     ),
     "digits": Twin(lambda p, out: ["assets", "digits", str(out)]),
     "demo": Twin(lambda p, out: ["assets", "demo", str(out)]),
