@@ -63,7 +63,8 @@ def test_every_verb_takes_it(name: str, tmp_path: Path) -> None:
     assert name in (tmp_path / "measured" / "index.html").read_text(encoding="utf-8")
     assert name in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert len(list((tmp_path / "decoded").glob("*.png"))) == 2
-    program(latent_space, vae, images, "--output", tmp_path / "space", "--likelihood_images", 2, *side, *channels)
+    few = ("--likelihood_images", 1, "--repeats", 2, "--pairs", 1)
+    program(latent_space, vae, images, "--output", tmp_path / "space", *few, *side, *channels)
     program(diffusability, vae, images, "--output", tmp_path / "probe", *PROBE.split(), *side, *channels)
     law = () if own_normalisation(network) else ("--normalisation", "scale")
     (tmp_path / "diffusion.yaml").write_text(yaml.safe_dump(DIFFUSION))

@@ -19,7 +19,7 @@ import pytest
 from checksums import tree
 from fork_server import fork
 from images import write_images
-from kills import Launched, Reaper, launch_program, wait_until
+from kills import Launched, Reaper, launch_program, ranks, wait_until
 from sound_files import encoded, tone, write_sounds
 from store_sources import Pictures
 from stores import SETTINGS
@@ -192,8 +192,8 @@ def words(folder: Path, out: Path) -> list[str]:
     return ["encode", str(folder / "vae"), str(folder / "images"), str(out), *options]
 
 
-def start(processes: int, folder: Path, out: Path) -> Launched:
-    return launch_program(["-m", "ldm_vae", *words(folder, out)], processes)
+def start(folder: Path, out: Path) -> Launched:
+    return launch_program(["-m", "ldm_vae", *words(folder, out)], 2)
 
 
 def kill_at(program: Launched, out: Path, units: int, *, whole_tree: bool) -> list[psutil.Process]:
@@ -214,14 +214,15 @@ def test_the_real_program_killed_under_its_launcher_and_finished_with_other_numb
     whole = fork(cli.main, words(tmp_path, tmp_path / "whole"))
     assert whole.wait().returncode == 0
     out, left = tmp_path / "killed", []
-    left += kill_at(start(2, tmp_path, out), out, 4, whole_tree=False)
-    left += kill_at(start(3, tmp_path, out), out, 20, whole_tree=True)
+    left += kill_at(start(tmp_path, out), out, 4, whole_tree=False)
+    left += kill_at(start(tmp_path, out), out, 20, whole_tree=True)
     done = len(list((out / "units").glob("*.json")))
     assert done < 60, "everything was done before the last kill: nothing was tested"
     one = tmp_path / "one"
     copy = subprocess.run(["cp", "-r", str(out), str(one)], check=False)  # an orphan may still be at work
     assert copy.returncode in (0, 1)
-    assert start(2, tmp_path, out).wait().returncode == 0
+    for done in [rank.wait() for rank in ranks(cli.main, words(tmp_path, out), 3)]:
+        assert done.returncode == 0, done.stderr
     assert fork(cli.main, words(tmp_path, one)).wait().returncode == 0
     _, alive = psutil.wait_procs(left, timeout=300)
     assert alive == [], "orphans of a killed launcher stop by themselves"
