@@ -50,7 +50,8 @@ def without_values(vae: Any) -> Any:
     """A network of the same class and config, for use in `on_meta`; of one that has no config of
     diffusers', a copy."""
     if not hasattr(vae, "from_config"):
-        return copy.deepcopy(vae).to("meta") if isinstance(vae, nn.Module) else vae
+        # all of it learns: what is found of it is remembered, what learns changes
+        return copy.deepcopy(vae).to("meta").requires_grad_(True) if isinstance(vae, nn.Module) else vae
     # a config also holds what diffusers notes for itself, of which it warns when it is given back
     taken = inspect.signature(type(vae).__init__).parameters
     config = {name: value for name, value in vae.config.items() if name in taken}
