@@ -181,7 +181,7 @@ def test_nowhere_to_write(bucket: Bucket, url: str, vae: AutoencoderKL, monkeypa
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ownership, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(ownership, "WAIT_SECONDS", 4.0)  # half of it is left for a last look, which takes a while
     monkeypatch.setattr(ownership, "LEASE_SECONDS", 3.0)  # moto's clock shows whole seconds
     monkeypatch.setattr(claims, "LONGEST_PAUSE", 0.02)
 

@@ -234,7 +234,7 @@ class EncodingToABucket(Encoding):
 
 def impatient() -> None:
     """`ldm-vae` to whom a claim is nobody's after three seconds, as moto's clock shows whole ones."""
-    ownership.LEASE_SECONDS, ownership.WAIT_SECONDS, claims.LONGEST_PAUSE = 3.0, 0.2, 0.02
+    ownership.LEASE_SECONDS, ownership.WAIT_SECONDS, claims.LONGEST_PAUSE = 3.0, 4.0, 0.02
     cli.main()
 
 
