@@ -12,8 +12,8 @@ BIN := .venv/bin
 # the tests start hundreds of interpreters: byte code is kept even where the shell says otherwise; the C library keeps
 # what it was given back, where a page that is new to a process is dear (a tenth of the tests' time on a virtual machine)
 TESTING := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
-# one more than there are cores: a third of the time, tests wait for processes, locks and disks
-WORKERS := -n 3 --dist worksteal
+# a third worker on two cores costs a tenth: it imports too, and they slow each other
+WORKERS := -n 2 --dist worksteal
 LAUNCH := --num_processes 1 --num_machines 1 --num_cpu_threads_per_process 2 --mixed_precision no --dynamo_backend no
 
 .PHONY: help install demo demo-video demo-audio test check docs clean
