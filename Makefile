@@ -12,7 +12,7 @@ BIN := .venv/bin
 # the tests start hundreds of interpreters: byte code is kept even where the shell says otherwise; the C library keeps
 # what it was given back: a page that is new to a process is dear on a virtual machine
 TESTING := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
-# a third worker on two cores costs a tenth: it imports too, and they slow each other
+# a worker a core: one more imports too, and they slow each other
 WORKERS := -n 2 --dist worksteal
 LAUNCH := --num_processes 1 --num_machines 1 --num_cpu_threads_per_process 2 --mixed_precision no --dynamo_backend no
 

@@ -221,8 +221,8 @@ def test_the_real_program_killed_under_its_launcher_and_finished_with_other_numb
     one = tmp_path / "one"
     copy = subprocess.run(["cp", "-r", str(out), str(one)], check=False)  # an orphan may still be at work
     assert copy.returncode in (0, 1)
-    for done in [rank.wait() for rank in ranks(cli.main, words(tmp_path, out), 3)]:
-        assert done.returncode == 0, done.stderr
+    for ended in [rank.wait() for rank in ranks(cli.main, words(tmp_path, out), 3)]:
+        assert ended.returncode == 0, ended.stderr
     assert fork(cli.main, words(tmp_path, one)).wait().returncode == 0
     _, alive = psutil.wait_procs(left, timeout=300)
     assert alive == [], "orphans of a killed launcher stop by themselves"

@@ -1,5 +1,5 @@
-"""What most forked trainings find out or compile, once before the forks: half a second of each. Nothing here computes
-(see fork_server.py)."""
+"""Caches of forked trainings, filled once before the forks: shapes without values, the page's templates, a sentence of
+the card. Nothing here computes (see fork_server.py)."""
 
 from __future__ import annotations
 
