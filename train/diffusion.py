@@ -25,13 +25,8 @@ from ldm_vae.diffusion.config import (
 )
 from ldm_vae.diffusion.flow import Denoiser, draw_flow
 from ldm_vae.diffusion.generator import Generator
-from ldm_vae.diffusion.sample_metrics import (
-    clip_looks,
-    in_words,
-    record_distances,
-    record_samples,
-)
-from ldm_vae.metrics.sample_grids import record_originals
+from ldm_vae.diffusion.sample_metrics import RECORD, clip_looks, in_words, record_distances
+from ldm_vae.metrics.sample_grids import record_originals, record_samples
 from ldm_vae.report import build_report
 from ldm_vae.run.folder import start, start_from_command_line
 from ldm_vae.run.single_network import SingleNetwork
@@ -105,7 +100,7 @@ def draw(
     """A grid of decoded samples, of the same noise every time, and the page; the main process draws."""
     if accelerator.is_main_process:
         count, batch_size = settings.sample_images, settings.train_batch_size
-        picture = record_samples(settings.output_dir, generator, images_seen, count, batch_size, names)
+        picture = record_samples(settings.output_dir, RECORD, generator, images_seen, count, batch_size, names)
         log_picture(accelerator, "samples", picture, images_seen)
         build_report(settings.output_dir)
     accelerator.wait_for_everyone()

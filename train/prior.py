@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 
 from ldm_vae.core.errors import run_program
-from ldm_vae.metrics.sample_grids import record_originals
+from ldm_vae.metrics.sample_grids import record_originals, record_samples
 from ldm_vae.prior.config import MAY_CHANGE, PriorTraining, build_prior, codes_of, describe, open_codes
 from ldm_vae.prior.generator import CodeGenerator
-from ldm_vae.prior.rates import in_words, record_rates, record_samples, validate
+from ldm_vae.prior.rates import RECORD, in_words, record_rates, validate
 from ldm_vae.report import build_report
 from ldm_vae.run.folder import start, start_from_command_line
 from ldm_vae.run.inputs import compare_store
@@ -98,7 +98,7 @@ def draw(
     """A grid of decoded samples, of the same draws every time, and the page; the main process draws."""
     if accelerator.is_main_process:
         count, batch_size = settings.sample_images, settings.train_batch_size
-        picture = record_samples(settings.output_dir, generator, images_seen, count, batch_size, names)
+        picture = record_samples(settings.output_dir, RECORD, generator, images_seen, count, batch_size, names)
         log_picture(accelerator, "samples", picture, images_seen)
         build_report(settings.output_dir)
     accelerator.wait_for_everyone()

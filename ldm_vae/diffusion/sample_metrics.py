@@ -16,7 +16,7 @@ Legend: B batch, C image channels, H W pixels, c latent channels, h w latent pos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from ldm_vae.autoencoder.preparation import has_alpha
 from ldm_vae.data.alpha import three_channels
 from ldm_vae.diffusion.generator import Generator
-from ldm_vae.metrics import result, sample_grids
+from ldm_vae.metrics import result
 from ldm_vae.metrics.cmmd import cmmd
 from ldm_vae.metrics.frechet import Gaussian, frechet_distance
 from ldm_vae.metrics.profile import radial_spectrum
@@ -99,17 +99,6 @@ def clip_looks(source: str | None) -> ClipLooks | None:
 
 
 # --- of a run ---------------------------------------------------------------------------------------------------------
-
-
-def record_samples(
-    run: Path, generator: Generator, images_seen: int, count: int, batch_size: int, names: Sequence[str] = ()
-) -> Path:
-    """Write RUN/samples/images-N.png, `count` samples of the keys 0, 1, ..., with the names of their classes; returns
-    it."""
-    images = torch.cat(list(generator.batches(count, batch_size)))
-    path, found = sample_grids.write(run, images_seen, images, names, generator.vae)
-    _record(run, found | {"sampling": generator.sampling.model_dump()})
-    return path
 
 
 def record_distances(

@@ -19,6 +19,7 @@ from ldm_vae.autoencoder.preparation import has_alpha, own_rate, recorded
 from ldm_vae.core.pictures import labelled, save, sheet
 from ldm_vae.data.alpha import visible
 from ldm_vae.data.sounds import write_sound
+from ldm_vae.metrics import result
 from ldm_vae.metrics.protocol import PINNED
 from ldm_vae.perceptual import spectrogram
 
@@ -26,20 +27,23 @@ MOST_COLUMNS, USUAL_COLUMNS, GAP = 12, 8, 4
 UNKNOWN_RATE = 44_100  # Hz, of a class whose config names none and that has no record
 
 
-def write(
-    run: Path, images_seen: int, images: torch.Tensor, names: Sequence[str], vae: Any
-) -> tuple[Path, dict[str, Any]]:
-    """Write RUN/samples/images-N.png, samples [N, C, H, W] of every class (their `names`) in turn, decoded by `vae`;
-    its path, and what the page has to know of the grids."""
+def record_samples(
+    run: Path, record: str, generator: Any, images_seen: int, count: int, batch_size: int, names: Sequence[str]
+) -> Path:
+    """Write RUN/samples/images-N.png, `count` samples of the keys 0, 1, ..., of every class (their `names`) in turn;
+    its path. RUN/report/`record` gets what the page has to know of the grids, and how they were sampled."""
+    images = torch.cat(list(generator.batches(count, batch_size)))
     path = run / "samples" / f"images-{images_seen:09d}.png"
-    layout = grid(path, images, names, vae)
-    return path, {
+    layout = grid(path, images, names, generator.vae)
+    found = {
         "grids": sorted(picture.name for picture in path.parent.glob("images-*.png")),
         "classes": list(names),
         "labels": [names[key % len(names)] for key in range(len(images))] if names else [],
         "count": len(images),
-        **layout,
+        "sampling": generator.sampling.model_dump(),
     }
+    result.update(run / "report" / record, found | layout)
+    return path
 
 
 def record_originals(run: Path, generator: Any, stored: torch.Tensor, batch_size: int, names: Sequence[str]) -> None:

@@ -145,17 +145,3 @@ def in_words(rates: Json) -> str:
     if (rate := rates.get("sample_rate")) is not None:
         return "\n".join([*lines, f"and {image / rates['pixels'] * rate:,.0f} bits per second"])
     return "\n".join(lines if rates["psnr"] is not None else [*lines, NO_PIXELS])
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def record_samples(
-    run: Path, generator: CodeGenerator, images_seen: int, count: int, batch_size: int, names: Sequence[str]
-) -> Path:
-    """Write RUN/samples/images-N.png, `count` samples of the keys 0, 1, ..., with the names of their classes; returns
-    it."""
-    images = torch.cat(list(generator.batches(count, batch_size)))
-    path, found = sample_grids.write(run, images_seen, images, names, generator.vae)
-    result.update(run / "report" / RECORD, found | {"sampling": generator.sampling.model_dump()})
-    return path
