@@ -96,11 +96,18 @@ def _shape(vae: Any) -> str:
 
 
 @functools.cache
+def pipeline_words() -> dict[str, set[str]]:
+    """Words in the annotations of every pipeline folder of diffusers, read once for all classes."""
+    argument, found = re.compile(r"^ +\w+: (.*)", re.MULTILINE), {}
+    for folder in sorted((Path(diffusers.__file__).parent / "pipelines").iterdir()):
+        lines = [line for file in folder.rglob("*.py") for line in argument.findall(file.read_text("utf-8"))]
+        found[folder.name] = set(re.findall(r"\w+", " ".join(lines)))
+    return found
+
+
 def _users(name: str) -> str:
     """A sentence on which pipelines of diffusers take a VAE of this class, as their sources say."""
-    folders = sorted((Path(diffusers.__file__).parent / "pipelines").iterdir())
-    argument = re.compile(rf"^ +\w+: .*\b{name}\b", re.MULTILINE)
-    using = [one.name for one in folders if any(argument.search(file.read_text("utf-8")) for file in one.rglob("*.py"))]
+    using = [folder for folder, words in pipeline_words().items() if name in words]
     if not using:
         return f"No pipeline of diffusers {diffusers.__version__} is for its class, `{name}`."
     more = f" and {len(using) - SHOWN} more" if len(using) > SHOWN else ""

@@ -17,6 +17,6 @@ with torch.device("meta"):
 geometry_of(network)
 place_of(network)
 idle_parameters(network, None)
-card._users("AutoencoderKL")
+card.pipeline_words()
 for name in templates().list_templates(["j2"]):
     templates().get_template(name)
