@@ -27,6 +27,7 @@ from accelerate import init_empty_weights
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import nn
 
 from ldm_vae.core import atomic_io, packages
 from ldm_vae.core.errors import UsageError, WorkError
@@ -76,8 +77,7 @@ def load_lpips(net: Net, weights: str | None = None) -> lpips.LPIPS:
         WorkError: no trunk can be had; the sentence says what would help.
     """
     trunk = _trunk_file(Path(weights)) if weights is not None else lpips_trunk(net)
-    with init_empty_weights():  # 10 s less than drawing VGG's 138 M random numbers first
-        network = random_lpips(net)
+    network = _empty_lpips(net)
     # the five linear layers come with the lpips package; only the ImageNet trunk is missing from it
     linear = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
     state = torch.load(linear, map_location="cpu", weights_only=True)
@@ -93,10 +93,22 @@ def load_lpips(net: Net, weights: str | None = None) -> lpips.LPIPS:
 
 
 def random_lpips(net: Net) -> lpips.LPIPS:
-    """Make the network without its weights, frozen and in eval mode: for counting what it costs."""
-    with warnings.catch_warnings():
+    """Make the network with random weights, frozen and in eval mode: for counting what it costs."""
+    network = _empty_lpips(net)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):  # not by `to_empty`, which cannot be within a FakeTensorMode
+            for name, value in list(layer.named_parameters()):
+                setattr(layer, name, nn.Parameter(torch.empty(value.shape)))
+            layer.reset_parameters()
+    return network.requires_grad_(False)
+
+
+def _empty_lpips(net: Net) -> lpips.LPIPS:
+    """The network without values: drawing VGG's 138 M random numbers, most of them of layers that are dropped, takes
+    10 s."""
+    with warnings.catch_warnings(), init_empty_weights():
         warnings.simplefilter("ignore")  # torchvision's `pretrained`, and that nothing is copied to empty weights
-        return lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False).eval().requires_grad_(False)
+        return lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False).eval()
 
 
 def lpips_trunk(net: Net) -> Tensors:
