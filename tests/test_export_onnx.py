@@ -52,9 +52,13 @@ def agree(came: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("name", GRAPHS)
 @torch.no_grad()
-def test_onnxruntime_does_what_the_network_does(name: str, tmp_path: Path) -> None:
+def test_onnxruntime_does_what_the_network_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[str] = []
+    trace = onnx_folder._traced
+    monkeypatch.setattr(onnx_folder, "_traced", lambda side, *rest: traced.append(rest[1]) or trace(side, *rest))
     vae = configured_copy(tiny(name, **CHANGES.get(name, {})))
     graphs = write_onnx(vae, tmp_path / "out", "card", {})
+    assert traced == ["pixels", "z"]  # each at the first attempt: a second one takes as long
     assert sorted(one.name for one in (tmp_path / "out").iterdir()) == ["README.md", "decoder.onnx", "encoder.onnx"]
     geometry, step = geometry_of(vae), step_of(vae)
     # a batch and a size that the export did not try, of every class that has more than one
