@@ -50,7 +50,10 @@ from ldm_vae.training.config import Training
 from ldm_vae.training.objective import Objective
 
 SHAPE = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
-SHORT = {"max_train_images": 32, "log_every_images": 8, "checkpoint_every_images": 16}
+SHORT = {
+    "max_train_images": 16, "log_every_images": 4, "checkpoint_every_images": 8,
+    "adversary": {"weight": 0.5, "start_images": 4, "warmup_images": 4},
+}  # fmt: skip
 VQ = {"kind": "vq", **SHAPE, "num_vq_embeddings": 16, "latent_channels": 3}
 TINY_SHAPE = {
     "kind": "tiny",
@@ -73,10 +76,10 @@ def clips_beside(images: Path) -> Path:
 
 
 def kinds(teacher: Path, images: Path | str = "") -> dict[str, tuple[type, dict[str, Any]]]:
-    restart = {"kind": "vq", "restart_images": 8}
-    learned = {"kind": "vq", "codebook": "learned", "distance": "cosine", "restart_images": 8}
-    gumbel = {"kind": "gumbel", "anneal_images": 32}
-    schedule = {"images": 32}
+    restart = {"kind": "vq", "restart_images": 4}
+    learned = {"kind": "vq", "codebook": "learned", "distance": "cosine", "restart_images": 4}
+    gumbel = {"kind": "gumbel", "anneal_images": 16}
+    schedule = {"images": 16}
     clips = {"data": {"kind": "folder", "path": str(clips_beside(Path(images))), "frames": 9}}
     posterior, saving = {"losses": {"l1": {}, "kl": {}}}, {"gradient_checkpointing": True}
     return {
@@ -127,7 +130,7 @@ def kinds(teacher: Path, images: Path | str = "") -> dict[str, tuple[type, dict[
             AutoencoderKL,
             {
                 "validation_data": {"kind": "folder", "path": str(images)},
-                "validate_every_images": 16,
+                "validate_every_images": 8,
                 "validation_metrics": ["psnr"],
                 "best_metric": "psnr",
                 "losses": {
@@ -136,10 +139,10 @@ def kinds(teacher: Path, images: Path | str = "") -> dict[str, tuple[type, dict[
                     "focal_frequency": {},
                     "haar": {"levels": 2},
                     "gaussian_nll": {"levels": 256},
-                    "kl": {"weight": 1e-4, "schedule": {"kind": "cyclic", "images": 16}},
+                    "kl": {"weight": 1e-4, "schedule": {"kind": "cyclic", "images": 8}},
                     "kl_free_bits": {"weight": 1e-4},
                     "kl_delta": {"weight": 1e-4},
-                    "kl_capacity": {"weight": 1e-4, "images": 32},
+                    "kl_capacity": {"weight": 1e-4, "images": 16},
                     "kl_target": {"nats_per_pixel": 0.5},
                     "latent_range": {"limit": 1.0},
                     "activation_range": {"limit": 1.0},
@@ -282,9 +285,9 @@ def test_a_run_exports_its_diffusers_class_to_the_bit(kind: str, trained: Any, t
 def test_stopped_and_resumed_is_bit_equal(kind: str, trained: Any, images: Path, tmp_path: Path) -> None:
     """The codebook's statistics, the restarts, the controller and the learned variance go on where they were."""
     folder, changes = trained(kind)
-    config = write_config(tmp_path, images, **changes | {"max_train_images": 16})
+    config = write_config(tmp_path, images, **changes | {"max_train_images": 8})
     assert run(config).returncode == 0
-    done = run(config, "--max_train_images", "32")
+    done = run(config, "--max_train_images", "16")
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
     ours, theirs = (load_file(newest(one) / "tensors.safetensors") for one in (tmp_path / "run", folder))
     assert ours.keys() == theirs.keys()
