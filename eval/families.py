@@ -13,6 +13,9 @@ import ast
 import functools
 import importlib
 import inspect
+import itertools
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers
@@ -38,23 +41,36 @@ def classes() -> list[str]:
     return sorted(name for name, one in vars(autoencoders).items() if inspect.isclass(one))
 
 
-@functools.cache
 def pipelines(argument: str = "") -> dict[str, set[str]]:
     """Autoencoder classes of each family of pipelines that has any (as an argument of that name)."""
-    known: set[str] = {*classes()}
     found: dict[str, set[str]] = {}
+    for family, name, used in _arguments():
+        if argument in ("", name):
+            found.setdefault(family, set()).add(used)
+    return found
+
+
+@functools.cache
+def _arguments() -> list[tuple[str, str, str]]:
+    """Family, name and class of every argument of an __init__ that is an autoencoder."""
+    known, found = classes(), list[tuple[str, str, str]]()
+    mentioned = re.compile("|".join(known))
     for file in sorted(PIPELINES.glob("*/**/*.py")):
-        used = _argument_types(ast.parse(file.read_text(encoding="utf-8")), argument) & known
-        found.setdefault(file.relative_to(PIPELINES).parts[0], set()).update(used)
-    return {family: used for family, used in found.items() if used}
+        text, family = file.read_text(encoding="utf-8"), file.relative_to(PIPELINES).parts[0]
+        if mentioned.search(text):  # parsing costs a hundred times as much as this
+            found += [(family, name, used) for name, used in _argument_types(ast.parse(text)) if used in known]
+    return found
 
 
-def _argument_types(tree: ast.AST, argument: str) -> set[str]:
-    """Names in the annotations of the arguments of every __init__."""
-    starts = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
-    arguments = [one for start in starts for one in start.args.args if argument in ("", one.arg)]
-    types = [one.annotation for one in arguments if one.annotation is not None]
-    return {node.id for one in types for node in ast.walk(one) if isinstance(node, ast.Name)}
+def _argument_types(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Each argument of every class's __init__ with each name in its annotation."""
+    bodies = [one.body for one in tree.body if isinstance(one, ast.ClassDef)]
+    for start in itertools.chain(*bodies):
+        if isinstance(start, ast.FunctionDef) and start.name == "__init__":
+            for one in start.args.args:
+                for node in ast.walk(one.annotation) if one.annotation is not None else ():
+                    if isinstance(node, ast.Name):
+                        yield one.arg, node.id
 
 
 def _law(name: str, family: Family) -> str:
