@@ -58,15 +58,17 @@ class Cost(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         if (count := COUNTS.get(func.overloadpacket)) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
+        made = not any(returned.alias_info for returned in func._schema.returns)
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
-                self._hold(tensor.untyped_storage())
+                self._hold(tensor.untyped_storage(), made)
         return out
 
-    def _hold(self, storage: torch.UntypedStorage) -> None:
+    def _hold(self, storage: torch.UntypedStorage, made: bool) -> None:
         if storage in self._seen:
             return
-        size = storage.nbytes()
+        # a view of a tensor from outside, or one that was written to: of every linear layer the weight
+        size = storage.nbytes() if made else 0
         self._seen[storage] = size
         self.bytes += size
         self.peak_bytes = max(self.peak_bytes, self.bytes)
