@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import fork
 from PIL import Image
 from sentences import refused
 
+from ldm_vae.cli import call
 from ldm_vae.core import paths
-from ldm_vae.core.errors import UsageError
+from ldm_vae.core.errors import UsageError, run_program
 
 NAMES = [b"\x1b[31mred", b"\x1b]0;title\x07", b"caf\xe9", "\u0085next".encode(), b"del\x7f", "日本".encode()]
 
@@ -25,18 +27,29 @@ def program(code: str, *words: str | bytes, **options: object) -> subprocess.Com
     return subprocess.run([sys.executable, "-c", code, *words], **settings)
 
 
+def list_and_inspect() -> None:
+    print(*sorted(os.listdir(".")))
+    call("inspect", ".")
+
+
+def with_streams_of_an_encoding() -> None:
+    """The same with the streams that Python opens under PYTHONIOENCODING."""
+    encoding, said = sys.argv[1:]
+    one, other = (os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND) for _ in range(2))
+    sys.stdout = os.fdopen(one, "w", encoding=encoding)
+    sys.stderr = os.fdopen(other, "w", encoding=encoding, errors="backslashreplace")
+    run_program(list_and_inspect)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
 def test_names_of_files_are_shown_and_not_obeyed(encoding: str, tmp_path: Path) -> None:
     for name in NAMES:
         Image.new("RGB", (8, 8)).save(Path(os.fsdecode(bytes(tmp_path) + b"/" + name + b".png")))
     (tmp_path / "\x1b[2J.png").write_bytes(b"none")
-    said = program(
-        "from ldm_vae.cli import call; print(*sorted(os.listdir('.'))); call('inspect', '.')",
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONIOENCODING": encoding},
-    )
-    assert said.returncode == 0, said.stderr
-    text = (said.stdout + said.stderr).decode(encoding)
+    said = tmp_path.parent / f"{tmp_path.name}.said"
+    ended = fork(with_streams_of_an_encoding, [encoding, str(said)], where=tmp_path).wait()
+    text = said.read_text(encoding)
+    assert ended.returncode == 0, text
     # the bar's carriage return and the newline move the cursor as they are meant to
     assert not [letter for letter in text if not letter.isprintable() and letter not in "\n\r\t"]
     assert r"\x1b[31mred" in text and r"\x1b[2J" in text and r"\udce9" in text

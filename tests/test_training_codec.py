@@ -31,10 +31,10 @@ GAME: dict[str, Any] = {
 
 
 def test_a_codec_trains_against_the_heads_and_is_loaded_by_its_name(tmp_path: Path) -> None:
-    config = sound_config(tmp_path, model=MODEL, **GAME)
+    config = sound_config(tmp_path, model=MODEL, max_train_images=8, log_every_images=4, **GAME)
     planned = run(config, "--dry_run")
     assert planned.returncode == 0, planned.stderr
-    done = run(config, "--max_train_images", "32")
+    done = run(config)
     assert done.returncode == 0, done.stderr
     last = metrics(tmp_path / "run")[-1]
     assert last["loss/multi_scale_mel"] > 0 and last["adversary/feature_matching"] > 0 and last["adversary/weight"] > 0
@@ -51,10 +51,11 @@ def test_a_codec_trains_against_the_heads_and_is_loaded_by_its_name(tmp_path: Pa
 @pytest.mark.parametrize("codes", [False, True])
 def test_a_game_of_several_heads_is_resumed_to_the_bit(codes: bool, tmp_path: Path) -> None:
     whole, parts, game = tmp_path / "whole", tmp_path / "parts", dict(GAME)
+    game |= {"max_train_images": 16, "log_every_images": 4, "checkpoint_every_images": 8}
     if codes:  # in the place of the posterior, whose draws they leave out
         game["losses"] = {"commitment": {}, **{name: term for name, term in GAME["losses"].items() if name != "kl"}}
         game["quantizer"] = {"kind": "residual", "codebooks": 3, "codes": 16, "restart_images": 8, "dropout": 0.5}
-    for folder, flags in ((whole, []), (parts, ["--max_train_images", "32"]), (parts, [])):
+    for folder, flags in ((whole, []), (parts, ["--max_train_images", "8"]), (parts, [])):
         folder.mkdir(exist_ok=True)
         done = run(sound_config(folder, model=MODEL, **game), *flags)
         assert done.returncode == 0, done.stderr

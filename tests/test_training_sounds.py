@@ -40,7 +40,7 @@ def settings_of(tmp_path: Path, **changes: Any) -> Training:
 
 
 def test_an_oobleck_trains_from_scratch(tmp_path: Path) -> None:
-    done = run(sound_config(tmp_path))
+    done = run(sound_config(tmp_path, max_train_images=32))
     assert done.returncode == 0, done.stderr
     lines = metrics(tmp_path / "run")
     assert lines[-1]["loss/l1"] < lines[0]["loss/l1"] and lines[-1]["kl_nats_per_image"] > 0
@@ -55,12 +55,14 @@ def test_an_oobleck_trains_from_scratch(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_is_resumed_to_the_bit_and_fine_tuned(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for folder, flags in ((whole, []), (parts, ["--max_train_images", "32"]), (parts, [])):
+    short = {"max_train_images": 16, "log_every_images": 4, "checkpoint_every_images": 8}
+    for folder, flags in ((whole, []), (parts, ["--max_train_images", "8"]), (parts, [])):
         folder.mkdir(exist_ok=True)
-        done = run(sound_config(folder), *flags)
+        done = run(sound_config(folder, **short), *flags)
         assert done.returncode == 0, done.stderr
     assert_same_run(whole / "run", parts / "run")
-    tuned = run(sound_config(tmp_path, model={"kind": "pretrained", "in_channels": 1}, init_from=str(whole / "run")))
+    base = {"model": {"kind": "pretrained", "in_channels": 1}, "init_from": str(whole / "run"), "max_train_images": 4}
+    tuned = run(sound_config(tmp_path, **base))
     assert tuned.returncode == 0, tuned.stderr
     assert type(load_autoencoder(tmp_path / "run")).__name__ == "AutoencoderOobleck"
 
