@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,9 @@ import yaml
 from diffusers import AutoencoderKL
 from images import write_images
 from kills import fork_until
-from launcher import TWO, launch, launch_machines
-from repository import ROOT
+from launcher import launch, launch_machines
 from safetensors.torch import load_file
-from training_runs import assert_same_run, metrics, newest, one_sentence, run, run_two, write_config
+from training_runs import SHORT, assert_same_run, metrics, newest, one_sentence, run, run_two, write_config
 
 from ldm_vae.core.errors import SIGNALS
 from train import autoencoder as training_program
@@ -30,23 +27,22 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
-    """An undisturbed run, started as a user does."""
+    """An undisturbed run."""
     folder = tmp_path_factory.mktemp("finished")
-    command = [sys.executable, "-W", "ignore", "-m", "train.autoencoder", str(write_config(folder, images))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = run(write_config(folder, images, **SHORT))
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
 
 def test_a_run_leaves_what_other_programs_rely_on(finished: Path) -> None:
     lines = metrics(finished)
-    assert [line["images"] for line in lines] == list(range(8, 81, 8))
+    assert [line["images"] for line in lines] == list(range(4, 41, 4))
     assert lines[0]["num_processes"] == 1
     assert "adversary/weight" in lines[-1] and "adversary/weight" not in lines[0]
     assert all("kl_nats_per_image" in line for line in lines)
     assert (finished / "config.yaml").is_file() and (finished / "report" / "index.html").is_file()
     kept = sorted(path.name for path in (finished / "checkpoints").iterdir())
-    assert kept == ["images-000000048", "images-000000064", "images-000000080"]
+    assert kept == ["images-000000024", "images-000000032", "images-000000040"]
     vae = AutoencoderKL.from_pretrained(finished / "vae")
     ema = load_file(newest(finished) / "tensors.safetensors")
     for name, value in vae.state_dict().items():
@@ -58,7 +54,7 @@ def test_a_run_leaves_what_other_programs_rely_on(finished: Path) -> None:
 def test_the_same_command_on_a_finished_run_changes_nothing(finished: Path, images: Path) -> None:
     before = {path: path.read_bytes() for path in (finished / "checkpoints").rglob("*") if path.is_file()}
     lines = metrics(finished)
-    done = run(write_config(finished.parent, images))
+    done = run(write_config(finished.parent, images, **SHORT))
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
     assert {path: path.read_bytes() for path in (finished / "checkpoints").rglob("*") if path.is_file()} == before
@@ -66,8 +62,8 @@ def test_the_same_command_on_a_finished_run_changes_nothing(finished: Path, imag
 
 
 def test_killed_and_resumed_is_bit_equal(finished: Path, images: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, images)
-    victim = fork_until(tmp_path / "run/checkpoints/images-000000032", training_program.main, [str(config)])
+    config = write_config(tmp_path, images, **SHORT)
+    victim = fork_until(tmp_path / "run/checkpoints/images-000000016", training_program.main, [str(config)])
     victim.kill(signal.SIGKILL)
     assert victim.wait().returncode == -signal.SIGKILL
     done = run(config, "--dataloader_num_workers", "2")
@@ -79,7 +75,7 @@ def test_killed_and_resumed_is_bit_equal(finished: Path, images: Path, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits(finished: Path, images: Path, tmp_path: Path, number: int, status: int) -> None:
-    config = write_config(tmp_path, images)
+    config = write_config(tmp_path, images, **SHORT)
     victim = fork_until(tmp_path / "run/metrics.jsonl", training_program.main, [str(config)])
     victim.kill(number)
     victim.kill(signal.SIGCONT)
@@ -120,7 +116,10 @@ def test_nan_stops_the_run_and_names_the_interval(images: Path, tmp_path: Path) 
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-PARALLEL = {"max_train_images": 88, "log_every_images": 4, "checkpoint_every_images": 88}  # 22 updates
+PARALLEL = {  # 9 updates, the adversary from the fourth on
+    "max_train_images": 36, "log_every_images": 4, "checkpoint_every_images": 36,
+    "adversary": {"weight": 0.5, "start_images": 12, "warmup_images": 8},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +157,9 @@ def test_two_processes_train_one_model_the_same_as_one(one_process: Path, images
 
 @pytest.mark.slow
 def test_two_launched_processes_train_one_model_too(one_process: Path, images: Path, tmp_path: Path) -> None:
+    """By the launch file that the documentation names."""
     config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL)
-    done = launch(["-m", "train.autoencoder", str(config)], *TWO)
+    done = launch(["-m", "train.autoencoder", str(config)], file="configs/accelerate/two_cpu_processes.yaml")
     assert done.returncode == 0, done.stderr
     assert_same_training(one_process, tmp_path / "run")
 
@@ -175,12 +175,12 @@ def test_two_machines_train_one_model_the_same_as_one(one_process: Path, images:
 @pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_with_one(one_process: Path, images: Path, tmp_path: Path) -> None:
     """The global order of the images is kept: the resumed run logs what the undisturbed one does."""
-    config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL | {"max_train_images": 20})
+    config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL | {"max_train_images": 16})
     run_two(config)
     text = (
         config.read_text()
         .replace("train_batch_size: 2", "train_batch_size: 4")
-        .replace("max_train_images: 20", "max_train_images: 88")
+        .replace("max_train_images: 16", "max_train_images: 36")
     )
     config.write_text(text)
     resumed = run(config)

@@ -28,9 +28,12 @@ def free_port() -> int:
     return int(kept.getsockname()[1])
 
 
-def launch(program: list[str], *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch OPTIONS PROGRAM`, as a user without a GPU would."""
-    command = [sys.executable, *ACCELERATE, "--main_process_port", str(free_port()), *options, *program]
+def launch(
+    program: list[str], *options: str, file: str | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch OPTIONS PROGRAM`, as a user without a GPU would, or with the options of a launch file."""
+    by = ACCELERATE if file is None else ["-m", "accelerate.commands.launch", "--config_file", file]
+    command = [sys.executable, *by, "--main_process_port", str(free_port()), *options, *program]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT, check=False

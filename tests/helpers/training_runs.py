@@ -28,6 +28,13 @@ TINY = {
     "discriminator": {"kind": "patchgan", "width": 8, "layers": 1},
 }
 
+# the same in half of the updates: the adversary comes in at the seventh of twenty
+SHORT: dict[str, object] = {
+    "max_train_images": 40,
+    "log_every_images": 4,
+    "checkpoint_every_images": 8,
+    "adversary": {"weight": 0.5, "start_images": 12, "warmup_images": 4},
+}
 
 OF_CLIPS: dict[str, object] = {
     "losses": {
