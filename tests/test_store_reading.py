@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from fork_server import forkserver
 from sentences import refused
 from store_sources import Pictures
 from stores import SETTINGS
@@ -72,8 +73,11 @@ def test_decode_undoes_the_scaling(store: Path, tiny_vae: AutoencoderKL) -> None
     torch.testing.assert_close(data.decode(data[1]["latents"], tiny_vae), expected[1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("context", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_workers_give_what_the_process_itself_gives(store: Path, context: str) -> None:
+    """A worker of the server is given the dataset pickled, as a spawned one is."""
+    if context == "forkserver":
+        forkserver()  # whose server has imported
     data = LatentDataset(store, columns=("caption",))
     data[0]  # mapped before the workers start
     loader: Any = DataLoader(data, batch_size=6, num_workers=2, multiprocessing_context=context)

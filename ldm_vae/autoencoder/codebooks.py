@@ -18,7 +18,6 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from diffusers import VQModel
 from pydantic import Field, model_validator
 from torch import nn
 
@@ -228,6 +227,8 @@ def codes_of(vae: Any) -> tuple[int | None, int] | None:
     q is None. None where it gives no indices."""
     if (books := beside(vae)) is not None:
         return books.shape.codebooks, books.shape.codes
+    from diffusers import VQModel  # here: a worker that reads latents imports this file, and has no need of diffusers
+
     return (None, int(vae.config.num_vq_embeddings)) if isinstance(vae, VQModel) else None
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 
 from ldm_vae.autoencoder import latents, signals
 from ldm_vae.autoencoder.families import family_of
@@ -155,6 +154,8 @@ def resolution_of(asked: int | None, vae: Any, name: str, most: int = LARGEST_SA
 
 def only_kl(vae: Any, what: str) -> None:
     """Raises UsageError unless the VAE is an AutoencoderKL; `what` is the argument that asked for more."""
+    from diffusers import AutoencoderKL  # here, as in codebooks.py
+
     if not isinstance(vae, AutoencoderKL):
         raise UsageError(f"{what}: expected an AutoencoderKL, got {an(type(vae).__name__)}")
 
