@@ -56,6 +56,8 @@ class Workload:
     """
 
     widths: tuple[int, ...] = (64, 128, 256, 256)
+    layers: int = 2
+    attention: bool = True
     resolution: int = 128
     batch: int = 2
     net: str = "vgg"
@@ -85,7 +87,11 @@ class Networks:
         self.work = work
         with torch.device(work.device):  # a GPU draws the weights of VGG in no time, a CPU in three seconds
             shape_of_vae = AutoencoderConfig(
-                block_out_channels=work.widths, norm_num_groups=work.groups, latent_channels=work.latent_channels
+                block_out_channels=work.widths,
+                layers_per_block=work.layers,
+                mid_block_add_attention=work.attention,
+                norm_num_groups=work.groups,
+                latent_channels=work.latent_channels,
             )
             self.network = TrainableAutoencoder(shape_of_vae.build().train())
             perceptual = LPIPSConfig.model_validate({"net": work.net})
