@@ -79,6 +79,16 @@ def test_memory_is_the_most_that_lives_at_one_time() -> None:
     assert cost.peak_bytes == 2 * 4000 and cost.bytes == 4000 and len(view) == 10
 
 
+def test_what_was_there_before_is_not_counted_where_it_is_written_to_or_viewed() -> None:
+    """An optimiser's moments, a linear layer's weight: a plan has them elsewhere."""
+    before = torch.zeros(1000)
+    with Cost() as cost:
+        before.add_(1.0)
+        view = before.view(10, 100).t()
+        torch._foreach_mul_([before], 2.0)
+    assert cost.peak_bytes == 0 and view.shape == (100, 10)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_plan_is_what_the_real_step_does(accumulation: int) -> None:
