@@ -8,6 +8,7 @@ Each test runs in a child of this process, which has imported the large packages
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import os
 import re
@@ -45,7 +46,7 @@ def mutated(source: str, old: str, new: str) -> str | None:
     first, last, piece = 0, len(lines), old
     if named := PLACE.fullmatch(old):
         name, piece = named.groups()
-        if (node := definition(ast.parse(source), name.split("."))) is None:
+        if (node := definition(parsed(source), name.split("."))) is None:
             return None
         first = (node if piece else node.body[0]).lineno - 1
         last = node.end_lineno or last
@@ -54,6 +55,11 @@ def mutated(source: str, old: str, new: str) -> str | None:
     text = "".join(lines[first:last])
     changed, count = layout(piece).subn(lambda _: new, text, count=1)
     return "".join([*lines[:first], changed, *lines[last:]]) if count else None
+
+
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
 
 
 def layout(piece: str) -> re.Pattern[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import zlib
@@ -19,6 +20,7 @@ TESTS = sorted((ROOT / "tests").glob("test_*.py"))
 HELPERS = sorted((ROOT / "tests" / "helpers").glob("*.py"))
 
 
+@functools.cache
 def functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
     return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
