@@ -1,7 +1,8 @@
 """Killed at any moment, by any number of processes: the finished store is the one that was never interrupted.
 
-In the suite (slow): 24 kills of forked children at random moments, 4 of children that encode clips, 3 of sounds, and 2
-of the real program under its launcher. As often as one likes, and everything else beside it: `python -m tests.torture`.
+In the suite (slow): 24 kills of forked children at random moments, 4 of children that encode clips, 3 of sounds, one
+of the real program's launcher, and one of two ranks at once. As often as one likes, and everything else beside it:
+`python -m tests.torture`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import subprocess
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 from checksums import tree
 from fork_server import fork
 from images import write_images
-from kills import Launched, Reaper, launch_program, ranks, wait_until
+from kills import Launched, Reaper, Victim, launch_program, ranks, wait_until
 from sound_files import encoded, tone, write_sounds
 from store_sources import Pictures
 from stores import SETTINGS
@@ -196,13 +197,17 @@ def start(folder: Path, out: Path) -> Launched:
     return launch_program(["-m", "ldm_vae", *words(folder, out)], 2)
 
 
-def kill_at(program: Launched, out: Path, units: int, *, whole_tree: bool) -> list[psutil.Process]:
-    """Kill as soon as `units` are done; the launcher alone or all; returns whoever is left."""
-    wait_until(lambda: len(list((out / "units").glob("*.json"))) >= units, program)
-    if whole_tree:
-        program.kill(signal.SIGKILL)
-    left = program.kill_alone() if not whole_tree and program.running() else []
-    program.wait()
+def kill_at(victims: Sequence[Victim], out: Path, units: int, *, whole_tree: bool) -> list[psutil.Process]:
+    """Kill as soon as `units` are done; a launcher alone or all; returns whoever is left."""
+    wait_until(lambda: len(list((out / "units").glob("*.json"))) >= units, victims[0])
+    left = []
+    for victim in victims:
+        if whole_tree and victim.running():
+            victim.kill(signal.SIGKILL)
+        elif isinstance(victim, Launched) and victim.running():
+            left += victim.kill_alone()
+    for victim in victims:
+        victim.wait()
     return left
 
 
@@ -213,19 +218,19 @@ def test_the_real_program_killed_under_its_launcher_and_finished_with_other_numb
     write_images(tmp_path / "images", 480)
     whole = fork(cli.main, words(tmp_path, tmp_path / "whole"))
     assert whole.wait().returncode == 0
-    out, left = tmp_path / "killed", []
-    left += kill_at(start(tmp_path, out), out, 4, whole_tree=False)
-    left += kill_at(start(tmp_path, out), out, 20, whole_tree=True)
+    out = tmp_path / "killed"
+    left = kill_at([start(tmp_path, out)], out, 4, whole_tree=False)
+    _, alive = psutil.wait_procs(left, timeout=300)
+    assert alive == [], "orphans of a killed launcher stop by themselves"
+    before = len(list((out / "units").glob("*.json")))
+    kill_at(ranks(cli.main, words(tmp_path, out), 2), out, max(20, before + 4), whole_tree=True)
     done = len(list((out / "units").glob("*.json")))
     assert done < 60, "everything was done before the last kill: nothing was tested"
     one = tmp_path / "one"
-    copy = subprocess.run(["cp", "-r", str(out), str(one)], check=False)  # an orphan may still be at work
-    assert copy.returncode in (0, 1)
+    shutil.copytree(out, one)
     for ended in [rank.wait() for rank in ranks(cli.main, words(tmp_path, out), 3)]:
         assert ended.returncode == 0, ended.stderr
     assert fork(cli.main, words(tmp_path, one)).wait().returncode == 0
-    _, alive = psutil.wait_procs(left, timeout=300)
-    assert alive == [], "orphans of a killed launcher stop by themselves"
     for path in out.rglob("*"):
         assert not atomic_io.is_temporary(path) or path.unlink() is None  # an orphan that was killed in its last write
     assert tree(out) == tree(one) == tree(tmp_path / "whole")
