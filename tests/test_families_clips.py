@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from pipeline_lines import shown
 from sentences import refused
-from tiny_classes import CLIP_CONFIGS, VIDEOS, clips_for, pixels_for, tiny
+from tiny_classes import CLIP_CONFIGS, VIDEOS, pixels_for, small_clips_for, tiny
 
 from ldm_vae.autoencoder import latents, signals
 from ldm_vae.autoencoder.checkpointing import enable_checkpointing
@@ -49,11 +49,11 @@ def test_every_class_of_clips_has_a_tiny_instance() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_sizes_are_those_of_an_encode(name: str) -> None:
     vae = tiny(name)
-    geometry, lengths, clips = geometry_of(vae), lengths_of(vae), clips_for(vae)
+    geometry, lengths, clips = geometry_of(vae), lengths_of(vae), small_clips_for(vae)
     with torch.no_grad():
         moments = latents.encode(vae, clips)
         decoded = latents.decode(vae, moments.mean)
-    side, frames = 32 // geometry.factor, lengths.latent_frames(clips.shape[2])
+    side, frames = clips.shape[-1] // geometry.factor, lengths.latent_frames(clips.shape[2])
     expected = (2, geometry.latent_channels, frames, side, side)
     assert moments.mean.shape == moments.logvar.shape == expected and moments.is_point == geometry.is_point
     assert decoded.shape == clips.shape and (frames > 2 or name in ONE_FRAME)
@@ -62,7 +62,7 @@ def test_sizes_are_those_of_an_encode(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_clip_is_encoded_as_its_class_does_it(name: str) -> None:
     vae = tiny(name)
-    clips = clips_for(vae, 1)
+    clips = small_clips_for(vae, 1)
     with torch.no_grad():
         moments, encoded = latents.encode(vae, clips), vae.encode(signals.enter(vae, clips))
         found = signals.held_by(encoded)
@@ -81,7 +81,7 @@ def test_a_clip_is_encoded_as_its_class_does_it(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_neighbours_do_not_matter(name: str) -> None:
     vae = tiny(name)
-    clips = clips_for(vae)
+    clips = small_clips_for(vae)
     other = torch.cat([clips[:1], -clips[1:]])
     with torch.no_grad():
         one, two = latents.encode(vae, clips).mean, latents.encode(vae, other).mean
@@ -118,7 +118,7 @@ def test_a_class_of_images_takes_clips_frame_by_frame() -> None:
 @pytest.mark.parametrize("name", sorted({*NETWORKS} - {*ANY_LENGTH}))
 def test_a_length_that_would_not_come_back_is_refused(name: str) -> None:
     vae = tiny(name)
-    clips, lengths = clips_for(vae, 1), lengths_of(vae)
+    clips, lengths = small_clips_for(vae, 1), lengths_of(vae)
     with torch.no_grad():
         with refused(UsageError, "T"):
             latents.encode(vae, torch.cat([clips, clips[:, :, :2]], 2))
@@ -134,7 +134,7 @@ def test_a_length_that_would_not_come_back_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_failed_call_leaves_nothing_behind(name: str) -> None:
     vae = tiny(name)
-    clips = clips_for(vae)
+    clips = small_clips_for(vae)
     with torch.no_grad():
         z = latents.encode(vae, clips).mean
         decoded = latents.decode(vae, z)
@@ -152,7 +152,7 @@ def test_noise_that_a_decoder_injects_is_the_same_at_every_call() -> None:
         if "per_channel_scale" in name:
             one.fill_(1.0)
     with torch.no_grad():
-        z, state = latents.encode(vae, clips_for(vae)).mean, torch.get_rng_state()
+        z, state = latents.encode(vae, small_clips_for(vae)).mean, torch.get_rng_state()
         decoded = latents.decode(vae, z)
         assert torch.equal(decoded, latents.decode(vae, z)) and torch.equal(state, torch.get_rng_state())
         assert torch.equal(decoded[1:], latents.decode(vae, z[1:]))
@@ -237,7 +237,7 @@ def test_latents_are_decoded_as_by_the_lines_of_a_pipeline(name: str, pipeline: 
 @pytest.mark.parametrize("name", NORMALISED)
 def test_an_export_is_read_back_with_its_normalisation(name: str, tmp_path: Path) -> None:
     vae = tiny(name)
-    own, clips = normalisation_of(vae), clips_for(vae, 1)
+    own, clips = normalisation_of(vae), small_clips_for(vae, 1)
     for wanted in (None, held_by(vae, Normalisation(0.5))):
         back = load_autoencoder(write_vae(vae, tmp_path / str(wanted is None), wanted))
         found, expected = normalisation_of(back), wanted or own
@@ -287,7 +287,7 @@ def test_a_law_that_was_taken_away_is_refused(name: str) -> None:
 def test_the_last_layers_gradient_is_the_textbooks(name: str) -> None:
     vae = tiny(name).double().requires_grad_(True)
     network = TrainableAutoencoder(vae)
-    clips = clips_for(vae).double()
+    clips = small_clips_for(vae).double()
     found = network(clips, torch.zeros(2, *network.noise_shape(*clips.shape[2:]), dtype=torch.float64))
     # image terms see frames
     assert found.pixels.shape == found.target.shape == signals.frames_of(clips).shape
@@ -302,12 +302,12 @@ def test_the_last_layers_gradient_is_the_textbooks(name: str) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_step_moves_what_has_a_part_and_nothing_else(name: str, tmp_path: Path) -> None:
-    vae, clips = tiny(name), clips_for(tiny(name))
+    vae, clips = tiny(name), small_clips_for(tiny(name))
     channels, frames = geometry_of(vae).in_channels, clips.shape[2]
     of_clips = {"ssim": {"frames": 2}, "time": {"kind": "temporal_difference"}} if frames > 1 else {"ssim": {}}
     settings = Training(
-        output_dir=tmp_path, max_train_images=8, train_batch_size=2, learning_rate=1e-3, resolution=32, seed=0,
-        init_from="none", model={"kind": "pretrained", "in_channels": channels}, losses={"l1": {}, **of_clips},
+        output_dir=tmp_path, max_train_images=8, train_batch_size=2, learning_rate=1e-3, resolution=clips.shape[-1],
+        seed=0, init_from="none", model={"kind": "pretrained", "in_channels": channels}, losses={"l1": {}, **of_clips},
         adversary={"weight": 0.5},
         discriminator={"kind": "patchgan", "width": 8, "layers": 1, "dimensions": 3 if frames > 1 else 2},
         data={"kind": "folder", "path": "none", "channels": channels, "alpha": has_alpha(vae), "frames": frames},
@@ -335,7 +335,7 @@ def test_a_decode_that_clamps_is_drawn_back(name: str) -> None:
     """A network all of whose pixels lie outside [-1, 1] gets the gradient that leads inside, and none that leads on."""
     vae = tiny(name)
     vae.decoder.conv_out.bias.fill_(-9.0)
-    network, clips = TrainableAutoencoder(vae.requires_grad_(True)), clips_for(vae, 1)
+    network, clips = TrainableAutoencoder(vae.requires_grad_(True)), small_clips_for(vae, 1)
     noise = torch.zeros(1, *network.noise_shape(*clips.shape[2:]))
     pixels = network(clips, noise).pixels
     with torch.no_grad():
@@ -356,7 +356,7 @@ def gradients(vae: Any, clips: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_checkpointing_changes_no_gradient(name: str) -> None:
     vae = tiny(name).double().requires_grad_(True).train()
-    clips = clips_for(vae, 1).double()
+    clips = small_clips_for(vae, 1).double()
     torch.manual_seed(0)  # of AutoencoderKLAllegro's dropout
     plain = gradients(vae, clips)
     enable_checkpointing(vae)

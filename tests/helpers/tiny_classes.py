@@ -219,12 +219,17 @@ SOUNDS = [name for name in CLASSES if family_of(name).signal == "audio" and fami
 TRAINED = [name for name in IMAGES if not family_of(name).noise and name != "VQModel"]
 
 
-def clips_for(vae: Any, count: int = 2, seed: int = 1) -> torch.Tensor:
-    """Clips of the shortest length of three latent frames or more, at 32 px."""
+def clips_for(vae: Any, count: int = 2, seed: int = 1, side: int = 32) -> torch.Tensor:
+    """Clips of the shortest length of three latent frames or more."""
     lengths, draw = lengths_of(vae), torch.Generator().manual_seed(seed)
     frames = next(frames for frames in range(lengths.first, 100, lengths.step or 100)
                   if not lengths.step or lengths.latent_frames(frames) > 2)  # fmt: skip
-    return torch.rand(count, geometry_of(vae).in_channels, frames, 32, 32, generator=draw) * 2 - 1
+    return torch.rand(count, geometry_of(vae).in_channels, frames, side, side, generator=draw) * 2 - 1
+
+
+def small_clips_for(vae: Any, count: int = 2) -> torch.Tensor:
+    """The same, of 2 x 2 latents or more."""
+    return clips_for(vae, count, side=max(16, 2 * geometry_of(vae).factor))
 
 
 def pixels_for(vae: Any, count: int = 2) -> torch.Tensor:
