@@ -32,7 +32,7 @@ from train import autoencoder as training_program
 
 FINISHED = {"best": 16, "last": 64, "48": 48}
 KILLED = {"best": 16, "last": 48, "32": 32}
-CASES = [(name, which) for name, kept in (("finished", FINISHED), ("killed", KILLED)) for which in kept]
+CASES = [("finished", "best"), ("killed", "last"), ("killed", "32")]
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +83,16 @@ def test_a_run_that_went_on_after_its_vae_was_written_says_so(
 # --- the four verbs ---------------------------------------------------------------------------------------------------
 
 
+def test_a_choice_is_a_checkpoint_of_the_run(home: Path) -> None:
+    for name, kept in (("finished", FINISHED), ("killed", KILLED)):
+        for which in kept:
+            assert at_checkpoint(str(home / name), which) == str(expected(home, name, which))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "which"), CASES)
 def test_every_verb_takes_it(name: str, which: str, home: Path, tmp_path: Path) -> None:
     checkpoint, images, choice = expected(home, name, which), home / "images", ("--checkpoint", which)
-    assert at_checkpoint(str(home / name), which) == str(checkpoint)
     out = tmp_path / "out"
     call("export", home / name, out, *choice)
     exported = load_autoencoder(out)

@@ -71,7 +71,7 @@ def test_a_dac_trains_and_is_carried(tmp_path: Path, capsys: pytest.CaptureFixtu
     quantizer = {"kind": "residual", "codebooks": 2, "codes": 16, "code_dim": 4, "distance": "cosine",
                  "codebook": "learned", "dropout": 0.5}  # fmt: skip
     config = sound_config(tmp_path, model={"kind": "dac", "sampling_rate": RATE, **SMALL}, quantizer=quantizer,
-                          losses={"l1": {}, "codebook": {}, "commitment": {}}, max_train_images=16)  # fmt: skip
+                          losses={"l1": {}, "codebook": {}, "commitment": {}}, max_train_images=4)  # fmt: skip
     done = run(config)
     assert done.returncode == 0, done.stderr
     call("export", tmp_path / "run", tmp_path / "out", "--target", "dac")

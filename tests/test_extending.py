@@ -6,7 +6,6 @@ import json
 import re
 import secrets
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +44,12 @@ def call(folder: Path, *words: object, main: Callable[[], None] = cli.main) -> s
     return done.stdout + done.stderr
 
 
+def started_elsewhere() -> None:
+    """The program where the current folder is not on the path by the way of starting it."""
+    assert not {"", str(Path.cwd())} & {*sys.path}
+    cli.main()
+
+
 OWN = ("--kind", "my_lab.scans", "--data.pattern", "*.png")
 PROBE = "--layers 1 --heads 2 --head_dim 8 --train_images 8 --batch_size 4 --seeds 1 --samples 4 --steps 1"
 # every command that takes DATA, by the file that gives it its flags: each reads the same source of the user's own
@@ -79,7 +84,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "losses": {"l1": {}, "edges": {"kind": "my_lab.edges", "weight": 0.1}},
         "discriminator": {"kind": "my_lab.critic", "width": 8},
         "perturbations": {"shrink": {"kind": "my_lab.shrink"}},
-        "max_train_images": 32,
+        "max_train_images": 8,
         "dataloader_num_workers": 2,
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -98,9 +103,7 @@ def test_modules_of_the_current_folder_serve_in_training_and_as_a_metric(lab: Pa
     assert all("loss/edges" in line for line in lines)
     assert read_manifest(lab / "store").samples == 6
     metrics = ("--metrics", "psnr,my_lab.sharpness", "--resolution", "32", "--output", "measured")
-    # an interpreter of its own, and -P: the current folder is not on the path by the way of starting it
-    command = [sys.executable, "-P", "-m", "ldm_vae", "evaluate", "vae", "scans", *OWN, *metrics]
-    subprocess.run(command, cwd=lab, check=True)
+    call(lab, "evaluate", "vae", "scans", *OWN, *metrics, main=started_elsewhere)
     found = json.loads((lab / "measured" / "metrics.json").read_text())
     assert found["data"]["images"] == 6 and found["metrics"]["my_lab.sharpness"]["better"] == "higher"
     assert "sharpness ↑" in (lab / "measured" / "metrics.md").read_text()

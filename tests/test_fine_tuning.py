@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,6 @@ import yaml
 from diffusers import AutoencoderKL
 from fork_server import Finished, fork
 from images import write_images
-from repository import ROOT
 from sentences import refused
 from tiny_networks import SHAPE
 from torch import nn
@@ -224,7 +220,7 @@ def test_a_compiler_that_is_not_there_is_named(tmp_path: Path, tiny_vae_folder: 
 @pytest.mark.slow
 def test_the_forward_is_compiled_as_one_graph(tiny_vae: AutoencoderKL) -> None:
     network = TrainableAutoencoder(tiny_vae.train())
-    network.compile(backend="aot_eager")
+    network.compile(backend="eager")  # a graph is what Dynamo traces, whoever compiles it
     counters.clear()
     for _ in range(2):
         network(torch.rand(1, 3, 16, 16), torch.randn(1, 4, 8, 8)).pixels.sum().backward()
@@ -239,20 +235,14 @@ def test_the_launchers_compiler_is_refused(
     assert done.returncode == 2 and "torch_compile: true" in done.stderr
 
 
-@pytest.mark.slow
-def test_a_pipelines_vae_is_found_in_the_hubs_cache(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+def test_a_pipelines_vae_is_found_in_the_hubs_cache(
+    tiny_vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     cached = tmp_path / "models--some-lab--some-pipeline"
     tiny_vae.save_pretrained(cached / "snapshots" / ("a" * 40) / "vae")
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("a" * 40)
-    program = (
-        "from ldm_vae.autoencoder.fingerprint import encoder_fingerprint\nfrom ldm_vae import load_autoencoder\n"
-        "print(encoder_fingerprint(load_autoencoder('some-lab/some-pipeline')))\n"
-        "load_autoencoder('some-lab/other')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"HF_HUB_CACHE": str(tmp_path)},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.stdout.strip() == encoder_fingerprint(tiny_vae), done.stderr
-    assert "UsageError: VAE some-lab/other: cannot be loaded" in done.stderr
+    assert encoder_fingerprint(load_autoencoder("some-lab/some-pipeline")) == encoder_fingerprint(tiny_vae)
+    with pytest.raises(UsageError, match="VAE some-lab/other: cannot be loaded"):  # and the hub's words, so not golden
+        load_autoencoder("some-lab/other")
