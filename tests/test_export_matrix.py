@@ -1,7 +1,7 @@
 """Every shipped config x every layout: round trips are equal to the bit.
 
 Widths are divided by 8 where tensors are compared on disk (the key map knows names and shapes, not sizes); at full size
-names and shapes are compared on the meta device, and the tensors on disk in the slow tests.
+names and shapes are compared on the meta device, and the tensors on disk, of all but the widest, in the slow tests.
 """
 
 from __future__ import annotations
@@ -125,8 +125,13 @@ def test_what_the_targets_say_to_the_shipped_configs() -> None:
     assert loadable["kl_f16_d16"] == loadable["kl_f32_d64"] == set()
 
 
+# 3 and 4 levels, with and without quant convs, norms of 32 groups (read without our header) and of others. More levels
+# and channels are the same code on more bytes: those go to disk narrow, and their full shapes are inferred above
+WIDEST = ("kl_f8_d16", "kl_f16_d16", "kl_f32_d64")
+
+
 @pytest.mark.slow
-@every_config
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem not in WIDEST], ids=lambda path: path.stem)
 def test_at_full_size_on_disk(path: Path, tmp_path: Path) -> None:
     vae = model_of(path).build().eval()
     assert write_target(vae, tmp_path / "vae.safetensors") < 1e-4
