@@ -133,7 +133,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
         for one in filter(None, (optimizer, critic_optimizer)):
             # an update is hundreds of small operations, of which none is counted, and holds what it does beside one
             # parameter: a third of the plan's time
-            one.step = lambda *_: None  # type: ignore[method-assign]
+            one.step = lambda *_: None  # type: ignore[assignment, method-assign]
         with Cost() as cost:
             for _ in range(micro_batches):
                 step(images, noise, settings.adversary.start_images, stored)
