@@ -36,7 +36,9 @@ CODES: dict[str, Any] = {
     "losses": {"l1": {}, "commitment": {}},
     "adversary": {"weight": 0.0},
     "discriminator": None,
-    "max_train_images": 32,
+    "max_train_images": 16,
+    "log_every_images": 4,
+    "checkpoint_every_images": 8,
 }
 PRIOR = {"kind": "transformer", "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "order": "delay"}
 
@@ -60,7 +62,7 @@ def encode(folder: Path, data: Path, *flags: str) -> None:
 def test_a_run_logs_the_use_of_every_codebook_and_resumes_to_the_bit(home: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {f"codes/{name}/{level}" for name in ("perplexity", "usage") for level in (1, 2, 3)} <= lines[-1].keys()
-    half = run(write_config(tmp_path, home / "pictures", **CODES | {"max_train_images": 16}))
+    half = run(write_config(tmp_path, home / "pictures", **CODES | {"max_train_images": 8}))
     assert half.returncode == 0, half.stderr
     done = run(write_config(tmp_path, home / "pictures", **CODES))
     assert done.returncode == 0, done.stderr
@@ -149,7 +151,7 @@ def test_a_prior_learns_several_codebooks_and_its_samples_are_decoded(home: Path
 def test_clips_have_codes_of_every_position_in_time(tmp_path: Path) -> None:
     films = write_videos(tmp_path / "films", 4, 5)
     more = {"model": {"kind": "wan", "base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
-            "data": {"kind": "folder", "path": str(films), "frames": 5}, "max_train_images": 8}  # fmt: skip
+            "data": {"kind": "folder", "path": str(films), "frames": 5}, "max_train_images": 4}  # fmt: skip
     done = run(write_config(tmp_path, films, **CODES | more))
     assert done.returncode == 0, done.stderr
     encode(tmp_path, films, "--frames", "5")
@@ -158,7 +160,7 @@ def test_clips_have_codes_of_every_position_in_time(tmp_path: Path) -> None:
     assert dataset.decode(dataset[0]["indices"], vae).shape == (3, 5, 32, 32)
     config = tmp_path / "prior"
     config.mkdir()
-    done = run_prior(write_prior(config, tmp_path / "indices", model=PRIOR, max_train_images=8))
+    done = run_prior(write_prior(config, tmp_path / "indices", model=PRIOR, max_train_images=4))
     assert done.returncode == 0, done.stderr
     generator = CodeGenerator.load(config / "run", vae)
     assert generator.indices([0]).shape == (1, 3, 2, 4, 4) and generator.pixels([0]).shape == (1, 3, 5, 32, 32)

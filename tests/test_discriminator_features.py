@@ -193,15 +193,15 @@ def test_micro_batches_leave_what_one_batch_leaves(backbone: Path) -> None:
 def settings_of(folder: Path, images: Path, backbone: Path, **changes: Any) -> Path:
     folder.mkdir()
     critic = {"kind": "features", "backbone": str(backbone), "layers": [1, 2], "kernel": 3, "resolution": 32}
-    short = {"max_train_images": 32, "checkpoint_every_images": 16, "discriminator": critic}
-    return write_config(folder, images, **short | {"adversary": {"weight": 0.5, "start_images": 8}} | changes)
+    short = {"max_train_images": 16, "checkpoint_every_images": 8, "log_every_images": 4, "discriminator": critic}
+    return write_config(folder, images, **short | {"adversary": {"weight": 0.5, "start_images": 4}} | changes)
 
 
 def test_a_run_resumes_with_the_network_that_it_began_with(backbone: Path, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 6)
     assert run(settings_of(tmp_path / "whole", images, backbone)).returncode == 0
     parts = settings_of(tmp_path / "parts", images, backbone)
-    assert run(parts, "--max_train_images", "16").returncode == 0
+    assert run(parts, "--max_train_images", "8").returncode == 0
     done = run(parts)
     assert done.returncode == 0 and "resumed" in done.stdout, done.stderr
     runs = [tmp_path / name / "run" for name in ("whole", "parts")]
@@ -210,7 +210,7 @@ def test_a_run_resumes_with_the_network_that_it_began_with(backbone: Path, tmp_p
     kept = {name for name in load_file(newest(runs[0]) / "tensors.safetensors") if name.startswith("discriminator.")}
     assert kept and all(name.startswith(("discriminator.heads.", "discriminator._extra")) for name in kept)
     save(backbone, seed=7)
-    said = one_sentence(run(parts, "--max_train_images", "48"), 2)
+    said = one_sentence(run(parts, "--max_train_images", "24"), 2)
     assert "discriminator.backbone" in said and "is not the network that this run began with" in said
 
 

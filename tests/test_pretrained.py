@@ -47,8 +47,10 @@ def settings_for(vae: Any, folder: Path, **changes: Any) -> Training:
     return Training(**given | OBJECTIVE | changes)
 
 
-STEPS = [(name, trainable) for name in [*TRAINED, *SCRATCH] for trainable in (("*",), DECODER)]
-STEPS += [(name, ("*", "!decoder.*")) for name in SCRATCH]
+# the decoder alone of each class: of those that are trained from scratch most are among TRAINED
+STEPS = [(name, trainable) for name in TRAINED for trainable in (("*",), DECODER)]
+STEPS += [(name, trainable) for name in SCRATCH for trainable in (("*",), ("*", "!decoder.*"))]
+STEPS += [(name, DECODER) for name in ("ltx", "vidtok")]
 
 
 @pytest.mark.parametrize(("name", "trainable"), STEPS)
@@ -62,6 +64,8 @@ def test_a_step_moves_what_has_a_part_and_nothing_else(name: str, trainable: tup
     state = build_state(settings, Accelerator(cpu=True), vae)
     before = {key: value.clone() for key, value in vae.state_dict().items()}
     pixels = pixels_for(vae)
+    if geometry_of(vae).side is None and geometry_of(vae).factor <= 8:
+        pixels = pixels[..., :16, :16]
     noise = torch.randn(2, *state.network.noise_shape(*pixels.shape[2:]), generator=torch.Generator().manual_seed(3))
     for _ in range(2):
         logs = state.step(pixels, noise, 2, None)
@@ -87,7 +91,7 @@ def test_the_decoder_of_a_run_is_exported_with_the_bases_law(name: str, tmp_path
     trainable = ["decoder.*"] + ["post_quant_conv.*"] * hasattr(base, "post_quant_conv")
     config = write_config(
         tmp_path, write_images(tmp_path / "images", 6), model={"kind": "pretrained"}, init_from=str(tmp_path / "base"),
-        trainable=trainable, max_train_images=16, adversary={"weight": 0.5}, checkpoint_every_images=8,
+        trainable=trainable, max_train_images=4, adversary={"weight": 0.5}, checkpoint_every_images=2,
         gradient_checkpointing=True, losses={"l1": {}} if name == "AutoencoderRAE" else TINY["losses"],
     )  # fmt: skip
     planned = run(config, "--dry_run")
@@ -98,7 +102,7 @@ def test_the_decoder_of_a_run_is_exported_with_the_bases_law(name: str, tmp_path
     assert type(trained) is getattr(autoencoders, name) and own_normalisation(trained) == own_normalisation(base)
     assert encoder_fingerprint(trained) == encoder_fingerprint(base)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["images"] == 16
+    assert lines[-1]["images"] == 4
 
 
 def test_a_scaling_that_is_a_class_default_counts_where_the_encoder_is_stable_diffusions() -> None:

@@ -19,6 +19,7 @@ from repository import ROOT
 from tiny_networks import SHAPE
 from training_runs import OF_CLIPS, write_videos
 
+from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.load import load_autoencoder
 from ldm_vae.core.config import load
@@ -39,9 +40,9 @@ def settings_of(folder: Path, base: Path, images: Path, **changes: object) -> di
         "init_from": str(base),
         "resolution": 32,
         "train_batch_size": 2,
-        "max_train_images": 16,
+        "max_train_images": 8,
         "learning_rate": 1e-4,
-        "log_every_images": 4,
+        "log_every_images": 2,
         "dataloader_num_workers": 0,
         "model": SHAPE,
         "losses": {"l1": {"weight": 1.0}},
@@ -145,14 +146,14 @@ def test_it_resumes_and_validates(tiny_vae_folder: Path, images: Path, tmp_path:
     store = encode(tiny_vae_folder, images, tmp_path / "store", "--pixels", "--views", "flip")
     more = {
         "latent_store": str(store),
-        "checkpoint_every_images": 8,
-        "validate_every_images": 8,
+        "checkpoint_every_images": 4,
+        "validate_every_images": 4,
         "validation_data": {"kind": "folder", "path": str(images)},
         "validation_metrics": ["psnr"],
         "best_metric": "psnr",
     }
     assert train(tmp_path / "whole", tiny_vae_folder, images, **more).returncode == 0
-    assert train(tmp_path / "parts", tiny_vae_folder, images, **more | {"max_train_images": 8}).returncode == 0
+    assert train(tmp_path / "parts", tiny_vae_folder, images, **more | {"max_train_images": 4}).returncode == 0
     done = train(tmp_path / "parts", tiny_vae_folder, images, **more)
     assert done.returncode == 0 and "resumed" in done.stdout, done.stderr
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
@@ -160,6 +161,16 @@ def test_it_resumes_and_validates(tiny_vae_folder: Path, images: Path, tmp_path:
     assert len([line for line in lines if "validation/psnr" in line]) == 2
     saved = next((tmp_path / "whole" / "run" / "checkpoints").glob("images-*/tensors.safetensors"))
     assert b"encoder.conv_in" not in saved.read_bytes()[:100_000]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A network, images and their store, which nothing changes."""
+    folder = tmp_path_factory.mktemp("stored")
+    torch.manual_seed(0)
+    AutoencoderConfig(**SHAPE).build().save_pretrained(folder / "vae")
+    images = write_images(folder / "images", 6)
+    return folder / "vae", images, encode(folder / "vae", images, folder / "store")
 
 
 @pytest.mark.slow
@@ -176,18 +187,18 @@ def test_it_resumes_and_validates(tiny_vae_folder: Path, images: Path, tmp_path:
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_written(
-    tiny_vae: AutoencoderKL, tiny_vae_folder: Path, images: Path, tmp_path: Path, change: dict[str, Any], sentence: str
+    stored: tuple[Path, Path, Path], tiny_vae: AutoencoderKL, tmp_path: Path, change: dict[str, Any], sentence: str
 ) -> None:
-    store = encode(tiny_vae_folder, images, tmp_path / "store")
+    base, images, store = stored
     if change.get("latent_store") == "MEANS":
-        change = {"latent_store": str(encode(tiny_vae_folder, images, tmp_path / "means", "--store", "mean"))}
+        change = {"latent_store": str(encode(base, images, tmp_path / "means", "--store", "mean"))}
     if change.get("init_from") == "OTHER":
         tiny_vae.encoder.conv_in.weight.data.mul_(1.5)
         tiny_vae.save_pretrained(tmp_path / "other")
         change = {"init_from": str(tmp_path / "other")}
     if "data" in change:
         change = {"data": change["data"] | {"path": str(images)}}
-    done = train(tmp_path / "stored", tiny_vae_folder, images, **{"latent_store": str(store)} | change)
+    done = train(tmp_path / "stored", base, images, **{"latent_store": str(store)} | change)
     assert done.returncode == 2 and sentence in done.stderr, done.stderr
     assert not (tmp_path / "stored" / "run").exists()
 
