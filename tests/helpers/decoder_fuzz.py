@@ -228,7 +228,11 @@ def fuzz(kind: str, count: int, seed: int) -> dict[str, float]:
     return {"count": count, "good": good, "slowest_s": slowest, "memory": grown}
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+def main() -> None:
     faulthandler.enable()
     print(json.dumps(fuzz(sys.argv[1], int(sys.argv[2]), seed=int(sys.argv[3]) if len(sys.argv) > 3 else 0)))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    main()
