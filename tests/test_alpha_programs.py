@@ -79,14 +79,15 @@ def modes(folder: Path) -> list[str]:
 def test_a_run_resumes_bit_equal_and_two_processes_train_the_same(images: Path, tmp_path: Path) -> None:
     """The backgrounds are keyed: with the adversary, which sees composites, and micro-batches."""
     folders = {name: tmp_path / name for name in ("whole", "halves", "two")}
-    whole = {"max_train_images": 48, "train_batch_size": 4, "log_every_images": 4, "checkpoint_every_images": 24}
+    whole = {"max_train_images": 24, "train_batch_size": 4, "log_every_images": 4, "checkpoint_every_images": 12,
+             "adversary": {"weight": 0.5, "start_images": 8, "warmup_images": 4}}  # fmt: skip
     for folder in folders.values():
         folder.mkdir()
     config = alpha_config(folders["whole"], images, **whole)
     assert run(config).returncode == 0
-    halves = alpha_config(folders["halves"], images, **whole | {"max_train_images": 24})
+    halves = alpha_config(folders["halves"], images, **whole | {"max_train_images": 12})
     assert run(halves).returncode == 0
-    done = run(halves, "--max_train_images", "48", "--dataloader_num_workers", "1")
+    done = run(halves, "--max_train_images", "24", "--dataloader_num_workers", "1")
     assert done.returncode == 0 and "resumed from" in done.stdout
     assert (newest(folders["halves"] / "run") / "tensors.safetensors").read_bytes() == (
         newest(folders["whole"] / "run") / "tensors.safetensors"
@@ -101,14 +102,14 @@ def test_a_run_resumes_bit_equal_and_two_processes_train_the_same(images: Path, 
 
 @pytest.mark.slow
 def test_a_short_training_reduces_the_errors_of_alpha_and_of_composites(tmp_path: Path) -> None:
-    images = write_cut_outs(tmp_path / "images", 48, SIDE)
+    images = write_cut_outs(tmp_path / "images", 24, SIDE)
     data = {"kind": "folder", "path": str(images), "channels": 4, "alpha": True}
-    shape = {"block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8, "in_channels": 4}
+    shape = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "in_channels": 4}
     losses = {"l1": {}, "alpha": {}, "lpips": {"net": "alex", "weight": 0.5}, "kl": {"weight": 1e-6}}
     config = alpha_config(
         tmp_path, images, losses=losses, model=shape, adversary={"weight": 0.0}, discriminator=None, resolution=SIDE,
-        train_batch_size=8, max_train_images=640, learning_rate=2e-3, validation_data=data, validation_images=8,
-        validate_every_images=80, log_every_images=80, checkpoint_every_images=640, ema_halflife_images=40,
+        train_batch_size=8, max_train_images=560, learning_rate=4e-3, validation_data=data, validation_images=8,
+        validate_every_images=80, log_every_images=80, checkpoint_every_images=560, ema_halflife_images=20,
         validation_metrics=["psnr", "lpips_alex", "alpha_l1", "alpha_psnr"], best_metric="alpha_psnr",
     )  # fmt: skip
     done = run(config)
@@ -155,7 +156,7 @@ def test_a_decoder_trains_on_a_store_of_images_with_alpha(images: Path, vae: Pat
     call("encode", vae, images, store, "--resolution", SIDE, "--num_workers", 0, "--pixels")
     assert read_manifest(store).identity.preprocessing == "1 channels=4 alpha=True"
     changes = {
-        "latent_store": str(store), "init_from": str(vae), "resolution": SIDE, "max_train_images": 16,
+        "latent_store": str(store), "init_from": str(vae), "resolution": SIDE, "max_train_images": 4,
         "trainable": ["decoder.*", "post_quant_conv.*"],
     }  # fmt: skip
     done = run(alpha_config(tmp_path, images, **changes))
@@ -173,7 +174,7 @@ def test_qwen_image_2_1_trains_on_images_with_alpha_alone(images: Path, tmp_path
     tiny("AutoencoderKLQwenImage21").save_pretrained(tmp_path / "base")
     changes = {
         "model": {"kind": "pretrained", "in_channels": 4}, "init_from": str(tmp_path / "base"), "resolution": 32,
-        "max_train_images": 16, "adversary": {"weight": 0.5, "start_images": 0},
+        "max_train_images": 4, "adversary": {"weight": 0.5, "start_images": 0},
     }  # fmt: skip
     done = run(alpha_config(tmp_path, images, **changes))
     assert done.returncode == 0, done.stderr
@@ -213,6 +214,7 @@ def test_reconstruct_and_decode_write_alpha(images: Path, vae: Path, tmp_path: P
     assert picture.mode == "RGB" and {204, 255} <= set(np.unique(shown))
 
 
+@pytest.mark.usefixtures("few_features")
 def test_evaluate_and_latent_space_measure_composites(images: Path, vae: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     program(reconstruction, vae, images, "--output", out, "--resolution", SIDE, "--num_workers", 0, "--pictures", 2,
@@ -243,6 +245,7 @@ def test_evaluate_and_latent_space_measure_composites(images: Path, vae: Path, t
     assert set(modes(tmp_path / "latents/latent_space")) == {"RGB"}
 
 
+@pytest.mark.usefixtures("few_features")
 def test_drift_and_probe_see_composites(
     images: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
