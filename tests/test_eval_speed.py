@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fork_server import forkserver
+from fork_server import SERVER
 from images import write_images
 from PIL import Image
 from sentences import refused
@@ -45,9 +45,6 @@ from ldm_vae.data.decoding import Decoding
 
 OTHER_READERS = ("webdataset", "streaming")
 SMALL_WORK = Workload(widths=(8, 16), resolution=32, net="alex", critic_width=8, groups=4)
-
-
-SERVER = SimpleNamespace(get_context=lambda method: forkserver())  # processes that need not import first
 
 
 def picture_size(path: Path) -> tuple[int, int]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from fork_server import forkserver
+from fork_server import SERVER
 
 from eval.speed import compiled, train
 from eval.speed.compiled import count_compiled
@@ -120,7 +119,7 @@ def test_memory_of_ours_is_below_the_recipe_that_keeps_its_graphs() -> None:
 
 @pytest.mark.slow
 def test_the_whole_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "multiprocessing", SimpleNamespace(get_context=lambda method: forkserver()))
+    monkeypatch.setattr(train, "multiprocessing", SERVER)
     for name, value in {"TIMED": SMALL, "MEMORY": SMALL, "REFERENCES": ("latent_diffusion",), "VARIANTS": ()}.items():
         monkeypatch.setattr(train, name, value)
     rows = train.run(argparse.Namespace(rounds=1))

@@ -48,7 +48,7 @@ PUBLISHED: dict[str, Any] = {
 def run(_: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of speed.json."""
     rows: list[dict[str, Any]] = []
-    with init_empty_weights():  # nobody reads them: 1.3 GB that are not drawn
+    with init_empty_weights():  # of operations the shapes are enough: no weights are drawn
         vae = AutoencoderRAE(**PUBLISHED)
     vae.to_empty(device="cpu")
     for figure, names in (

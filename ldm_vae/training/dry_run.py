@@ -131,8 +131,7 @@ def plan(settings: Training, processes: int = 1) -> Plan:
             settings.max_grad_norm,
         )  # fmt: skip
         for one in filter(None, (optimizer, critic_optimizer)):
-            # an update is hundreds of small operations, of which none is counted, and holds what it does beside one
-            # parameter: a third of the plan's time
+            # an update is hundreds of small operations; none is counted, and it holds one parameter more at a time
             one.step = lambda *_: None  # type: ignore[assignment, method-assign]
         with Cost() as cost:
             for _ in range(micro_batches):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from repository import ROOT
@@ -85,6 +86,10 @@ def forkserver() -> ForkServerContext:
         os.environ.clear()
         os.environ.update(changed)
     return context
+
+
+# in the place of a module's `multiprocessing`: its processes are then of the server, whatever method it asks for
+SERVER = SimpleNamespace(get_context=lambda method: forkserver())
 
 
 def fork(
