@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -150,6 +151,20 @@ def test_a_killed_process_owns_nothing(tmp_path: Path, words: tuple[str, ...], m
     assert [type(error) for error in contend(tmp_path / "store")] == [UsageError]
     first.kill(signal.SIGKILL)
     assert first.wait().returncode == -signal.SIGKILL
+    assert contend(tmp_path / "store") == []
+
+
+def die_before_the_record() -> None:
+    """A process that is killed after its record is made, before anything is in it."""
+    ownership.SoftFileLease._write_lock_info = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    with own(Path(sys.argv[1]), "OUT"):
+        pass
+
+
+def test_a_process_killed_before_its_record_was_written_owns_nothing(tmp_path: Path) -> None:
+    first = fork(die_before_the_record, [str(tmp_path / "store")])
+    assert first.wait().returncode == -signal.SIGKILL
+    assert (tmp_path / "store" / LEASE).read_bytes() == b""
     assert contend(tmp_path / "store") == []
 
 

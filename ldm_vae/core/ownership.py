@@ -9,11 +9,9 @@ over. The first holder may only have been suspended, so it checks that the recor
 A third file, MARK, stays: a walk over a data set leaves out folders that hold it, so that no output becomes data.
 
 The processes of one job share its ownership: process 0 owns the folder, the others join it. What they hold keeps a new
-job out until the last of them has ended, an orphan of a killed launcher as well.
-
-Parts of one job that do not communicate (tasks of an array) own a part each, with marks of its own beside those of the
-other parts. While any part is at work nobody owns the whole, and parts of another number wait as well. What one alone
-may do at a time, a part does in its turn.
+job out until the last of them has ended, an orphan of a killed launcher as well. Parts of one job that do not
+communicate (tasks of an array) own a part each, with marks of its own beside those of the other parts. While any part
+is at work nobody owns the whole, and parts of another number wait. What one alone may do, a part does in its turn.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ import contextlib
 import errno
 import math
 import mimetypes
+import os
 import re
 import sys
 import threading
@@ -129,8 +128,7 @@ def own(folder: Path, field: str, part: Part = WHOLE) -> Iterator[Ownership]:
         part: own this part alone, beside the owners of the others.
 
     Raises:
-        UsageError: another job is at work on it, and still is after 30 s; or it holds images of somebody else, among
-            which those that are written would be lost.
+        UsageError: another job is at work on it, and still is after 30 s; or it holds images of somebody else.
         WorkError: it cannot be written.
     """
     what = f"{field} {folder}"
@@ -139,8 +137,7 @@ def own(folder: Path, field: str, part: Part = WHOLE) -> Iterator[Ownership]:
     check_no_images(folder, what)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
-        # registered first, so it runs last, after the marks in the folder are gone
-        stack.callback(_remove_empty, made)
+        stack.callback(_remove_empty, made)  # first, so it runs last, after the marks in the folder are gone
         owner = _entered(stack, lambda: _taken(folder, part, what), folder, f"{what}: cannot be made")
         stack.enter_context(_marked(folder))
         yield owner
@@ -188,11 +185,9 @@ def own_name(out: Path, field: str = "OUT") -> Iterator[Ownership]:
 def own_together(
     folder: Path, field: str, rank: int, barrier: Callable[[], None], part: Part = WHOLE
 ) -> Iterator[Ownership]:
-    """Own `folder`, or a part of it, with all processes of a launch: process 0 takes it, the others join at the
-    barrier. As `own`.
+    """Own `folder`, or a part, with a whole launch: process 0 takes it, the others join at the barrier. As `own`.
 
-    A process that joins where nobody is the owner (each process of the launch is started by itself) keeps owners out
-    while it works.
+    A process that joins where nobody is the owner (each is started by itself) keeps owners out while it works.
     """
     if rank == 0:
         # owned before the barrier: a process that joins finds the lease, and knows whose it is
@@ -216,8 +211,7 @@ def is_mark(path: Path) -> bool:
 def _entered(
     stack: contextlib.ExitStack, ways: Callable[[], AbstractContextManager[Ownership]], folder: Path, failing: str
 ) -> Ownership:
-    """Make the folder and enter the context; a job that was waited for may have removed the folder at its end, so this
-    is tried again."""
+    """Make the folder and enter the context; again where a job that was waited for has removed the folder."""
     if re.match(r"[a-z0-9]+:/", str(folder)):
         raise UsageError(f"{failing}: a URL takes a latent store alone (`ldm-vae encode`, `ldm-vae store merge`)")
     for attempt in range(ATTEMPTS):
@@ -272,8 +266,7 @@ def _owned(
                 pass
         # the lock first: where locks work, a live owner is met there, and a lease that is left has lost its owner
         for left in others(lease):
-            # filelock's own passing names lie there too
-            if re.search(r"-of-[0-9]+$", left.name):
+            if re.search(r"-of-[0-9]+$", left.name):  # filelock's own passing names lie there too
                 with _leased(left, what):
                     pass
         with _leased(lease, what, patience):
@@ -282,12 +275,23 @@ def _owned(
 
 @contextlib.contextmanager
 def _leased(lease: Path, what: str, patience: float | None = None) -> Iterator[None]:
+    _close_empty(lease)
     claim = SoftFileLease(lease, lease_duration=LEASE_SECONDS, thread_local=False)
     _acquire(claim, LEASE_SECONDS + WAIT_SECONDS / 2 if patience is None else patience, what)
     try:
         yield
     finally:
         claim.release()
+
+
+def _close_empty(lease: Path) -> None:
+    """End the line of an empty record, which filelock never takes over: its process was killed before it wrote it. One
+    that is cut off is taken over after 2 s; a process that was only interrupted writes over the line end."""
+    with contextlib.suppress(OSError):
+        if lease.stat().st_size == 0:
+            # never made here: the name may be free by now
+            with open(lease, "ab", opener=lambda path, flags: os.open(path, flags & ~os.O_CREAT)) as file:
+                file.write(b"\n")
 
 
 @contextlib.contextmanager
@@ -341,7 +345,6 @@ def refusal(what: str) -> UsageError:
 
 
 def _read(lease: Path) -> bytes | None:
-    try:
-        return lease.read_bytes()
-    except FileNotFoundError:
-        return None
+    with contextlib.suppress(FileNotFoundError):
+        return lease.read_bytes().rstrip()  # a contender may have ended its line, see `_close_empty`
+    return None
