@@ -11,6 +11,7 @@ Legend: B batch, C image channels, T frames of a clip, H W pixels, c latent chan
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,17 +217,18 @@ class TrainingStep:
                 if parameter.grad is not None:
                     parameter.grad *= ratio
 
-    @property
+    # once for a step's life: to unwrap a network asks the disk for packages, 1 ms each, eight times an update
+    @functools.cached_property
     def _critic(self) -> Any:
         return self.accelerator.unwrap_model(self.discriminator)
+
+    @functools.cached_property
+    def _network(self) -> TrainableAutoencoder:
+        network = self.accelerator.unwrap_model(self.model)
+        assert isinstance(network, TrainableAutoencoder)
+        return network
 
     @property
     def _judged(self) -> str:
         """The domain that the discriminator judges."""
         return getattr(self._critic, "domain", "pixels")
-
-    @property
-    def _network(self) -> TrainableAutoencoder:
-        network = self.accelerator.unwrap_model(self.model)
-        assert isinstance(network, TrainableAutoencoder)
-        return network
