@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -35,7 +36,8 @@ def once(measure: Callable[..., Found]) -> Callable[..., Found]:
         mine = known.setdefault(vae, {})
         if key not in mine and hasattr(vae, "from_config"):
             shaped = {name: value for name, value in vae.config.items() if name not in UNSHAPED and name[0] != "_"}
-            of_all = (type(vae), repr(shaped), key)
+            # as JSON, in which a config that was built and one that was read are the same: tuples come back as lists
+            of_all = (type(vae), json.dumps(shaped, sort_keys=True, default=repr), key)
             if of_all not in of_config:
                 of_config[of_all] = measure(vae, *arguments)
             mine[key] = of_config[of_all]
