@@ -30,8 +30,7 @@ from ldm_vae.core.errors import run_program
 PRELOAD = [
     "torch", "fork_server", "ldm_vae.cli", "ldm_vae.export.workflow", "ldm_vae.latent_store.write.writer",
     "ldm_vae.latent_store.write.updates", "ldm_vae.data.sources.folder", "train.autoencoder", "train.diffusion",
-    "train.prior", "ldm_vae.models.kl", "ldm_vae.losses.kl", "ldm_vae.losses.l1", "ldm_vae.discriminators.patchgan",
-    "pandas", "pyarrow.dataset", "sklearn.mixture", "warm_caches",
+    "train.prior", "pandas", "pyarrow.dataset", "sklearn.mixture", "warm_caches",
 ]  # fmt: skip
 
 AT_FIRST = dict(os.environ)  # this is imported before any test changes it
