@@ -170,7 +170,6 @@ def pixels_of(vae: Any, z: torch.Tensor, **options: Any) -> torch.Tensor:
     if family.noise and (len(z) > 1 or "generator" not in options):  # one draw for each, so that no neighbour matters
         draws = [{"generator": torch.Generator(z.device).manual_seed(0), **options} for _ in z]
         return torch.cat([pixels_of(vae, one[None], **draw) for one, draw in zip(z, draws, strict=True)])
-    # `len` last: a batch whose length has been asked for is no axis of an exported graph
     if (family.single or signals.injects_noise(vae)) and len(z) > 1:
         return torch.cat([pixels_of(vae, one[None], **options) for one in z])
     z = z.to(vae.dtype)
