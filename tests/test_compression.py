@@ -3,8 +3,6 @@ and whatever is wrong with a file is one sentence."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,13 +12,14 @@ import torch
 from cli_call import call
 from compression_runs import summed, train_on_digits, with_header
 from diffusers import AutoencoderKL
+from fork_server import fork
 from images import write_images
 from PIL import Image
-from repository import ROOT
 from sentences import refused
 from tiny_networks import network
 from training_runs import metrics
 
+from ldm_vae import cli
 from ldm_vae.commands import doctor
 from ldm_vae.compression import bits_back, entropy_coder, file
 from ldm_vae.compression.bits_back import BitsBack, load_likelihood
@@ -92,15 +91,16 @@ def test_digits_come_back_to_the_bit_in_the_bits_of_the_bound(
     assert 8 * parts["images"] / (360 * 64) == pytest.approx(logged[-1], rel=0.02)
 
 
+def with_two_threads() -> None:
+    torch.set_num_threads(2)
+    cli.main()
+
+
 def test_another_process_with_other_threads_decodes_it(
-    digits: Path, run: Path, images: list[torch.Tensor], small: bytes, tmp_path: Path
+    run: Path, images: list[torch.Tensor], small: bytes, tmp_path: Path
 ) -> None:
     (tmp_path / "small.lvc").write_bytes(small)
-    words = ["-m", "ldm_vae", "decompress", tmp_path / "small.lvc", tmp_path / "back", "--vae", run]
-    done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    done = fork(with_two_threads, ["decompress", f"{tmp_path}/small.lvc", f"{tmp_path}/back", "--vae", str(run)]).wait()
     assert done.returncode == 0, done.stderr
     assert pixels_of(tmp_path / "back") == {f"{n}.png": image.numpy().tobytes() for n, image in enumerate(images)}
 

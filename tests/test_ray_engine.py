@@ -3,6 +3,7 @@ script."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
@@ -18,6 +19,7 @@ from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from checksums import tree
@@ -89,6 +91,12 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def is_alive(process: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_a_node_is_killed_and_another_number_of_actors_resumes(
@@ -116,10 +124,12 @@ def test_a_node_is_killed_and_another_number_of_actors_resumes(
     on_ray = ["--engine", "ray", "--ray_address", cluster.address]
 
     def kill() -> None:
-        """A node, when both actors have begun; then let the other one go on."""
-        while len([*tmp_path.glob("waits-*")]) < 2:
+        """A node, when both actors have begun; then, when one of them is dead, let the other one go on."""
+        while len(both := [*tmp_path.glob("waits-*")]) < 2:
             time.sleep(0.05)
         cluster.remove_node(cluster.list_all_nodes()[1], allow_graceful=False)
+        while all(is_alive(int(one.name.removeprefix("waits-"))) for one in both):
+            time.sleep(0.05)
         (tmp_path / "go").touch()
 
     def stop(_bar: Any, sentence: str) -> None:

@@ -11,11 +11,11 @@ from tests.soak import Sample, verdict
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_few_kills_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    figures = torture.main(["--minutes", "8", "--kills", "2", "--programs", "0"])
+def test_a_kill_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = torture.main(["--minutes", "8", "--kills", "1", "--programs", "0"])
     assert len(figures) == 9
     for what, one in figures.items():
-        assert one.kills >= 2 and one.finished >= 1 and one.sound, what
+        assert one.kills >= 1 and one.finished >= 1 and one.sound, what
     assert "nothing lost" in capsys.readouterr().out
 
 
