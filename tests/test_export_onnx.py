@@ -33,14 +33,12 @@ GRAPHS = [
     if name != "ConsistencyDecoderVAE"
 ]
 # more levels trace more of the same; of classes with the blocks of another, one
-ONE = {"block_out_channels": (8,), "norm_num_groups": 4, "down_block_types": ("DownEncoderBlock2D",),
-       "up_block_types": ("UpDecoderBlock2D",)}  # fmt: skip
+ONE = {"norm_num_groups": 4, "down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
 CHANGES: dict[str, dict[str, Any]] = {
     "AutoencoderKL": {"scaling_factor": 0.5},
-    "VQModel": ONE,
-    "AutoencoderKLFlux2": ONE,
-    "AsymmetricAutoencoderKL": {name: value for name, value in ONE.items() if name != "block_out_channels"}
-    | {"down_block_out_channels": (8,), "up_block_out_channels": (8,)},
+    "VQModel": ONE | {"block_out_channels": (8,)},
+    "AutoencoderKLFlux2": ONE | {"block_out_channels": (8,)},
+    "AsymmetricAutoencoderKL": ONE | {"down_block_out_channels": (8,), "up_block_out_channels": (8,)},
     "AutoencoderKLKVAE": {"ch_mult": (1,)},
     "AutoencoderKLWan": {"dim_mult": [1, 1], "temperal_downsample": [True]},
     "AutoencoderKLQwenImage": {"dim_mult": [1], "temperal_downsample": []},

@@ -1,31 +1,31 @@
-"""Caches of forked programs, filled once before the forks: every verb's module, shapes without values, the page's
-templates, a sentence of the card. Nothing here computes (see fork_server.py)."""
+"""Caches of forked programs, filled once before the forks: the modules of every verb, model, loss and discriminator,
+shapes without values, the page's templates, a sentence of the card. Nothing here computes (see fork_server.py)."""
 
 from __future__ import annotations
 
 import gc
 import importlib
 import inspect
-import pkgutil
 import sys
 import warnings
 
 import torch
 from tiny_classes import tiny
 
-from ldm_vae import cli, discriminators, losses, models
+from ldm_vae import cli
 from ldm_vae.autoencoder.config import AutoencoderConfig
 from ldm_vae.autoencoder.fine_tuning import idle_parameters
 from ldm_vae.autoencoder.geometry import geometry_of
 from ldm_vae.autoencoder.last_layer import place_of
 from ldm_vae.autoencoder.lengths import hop_of, lengths_of
+from ldm_vae.core.config import options
 from ldm_vae.export import card
 from ldm_vae.models.vq import Config as VQConfig
 from ldm_vae.report.page import templates
 
-for package in (models, losses, discriminators):
-    for kind in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        importlib.import_module(kind.name)
+for package in ("ldm_vae.models", "ldm_vae.losses", "ldm_vae.discriminators"):
+    for kind in options(package):
+        importlib.import_module(f"{package}.{kind}")
 small = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 with torch.device("meta"):
     networks = [AutoencoderConfig(**small).build(), VQConfig(**small, num_vq_embeddings=16, latent_channels=3).build()]
