@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm_vae.autoencoder.codebooks import beside, put_beside
+from ldm_vae.core.shape_memo import ShapeMemo
 
 Found = TypeVar("Found")
 
@@ -68,20 +68,10 @@ def without_values(vae: Any) -> Any:
     return put_beside(empty, None if books is None else books.shape.build()).eval().to("meta")
 
 
-class _Norms(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Group norms by their shapes: without values torch takes each apart in Python, 3 ms, a third of such a run."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.aten.native_group_norm.default:
-            return func(*args, **(kwargs or {}))
-        states, count, groups = args[0], args[3], args[6]
-        return torch.empty_like(states), states.new_empty(count, groups), states.new_empty(count, groups)
-
-
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
     """Around tensors without values, also where a caller's tensors are fake; the global random state stays."""
-    with torch.random.fork_rng(devices=[]), unset_fake_temporarily(), torch.device("meta"), _Norms():  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=[]), unset_fake_temporarily(), torch.device("meta"), ShapeMemo():
         yield
 
 

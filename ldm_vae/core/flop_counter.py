@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
+
+from ldm_vae.core.shape_memo import ShapeMemo
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
@@ -43,19 +44,19 @@ COUNTS = flop_registry | {
 }
 
 
-class Cost(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Cost(ShapeMemo):  # type: ignore[no-untyped-call]
     """Counts the floating-point operations of what runs inside (a multiplication and an addition are two), and the
     largest number of bytes that tensors made inside held at one time."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.flops: int = 0
         self.bytes: int = 0
         self.peak_bytes: int = 0
         self._seen = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         if (count := COUNTS.get(func.overloadpacket)) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         made = not any(returned.alias_info for returned in func._schema.returns)
