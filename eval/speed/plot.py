@@ -54,12 +54,15 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _curve(axis: Any, rows: Results, score: str) -> None:
-    for row in rows:
+    names = [row["name"].removeprefix("quality_").replace("train_step", "ldm-vae") for row in rows]
+    recipes = list(dict.fromkeys(name.removesuffix("_linear") for name in names))
+    for name, row in zip(names, rows, strict=True):  # a recipe has one colour, with `init: linear` too
+        style = {"color": f"C{recipes.index(name.removesuffix('_linear'))}", "label": name}
+        style |= {"linestyle": "dashed"} if name.endswith("_linear") else {}
         points = row["curve"]
-        name = row["name"].removeprefix("quality_").replace("train_step", "ldm-vae")
-        axis.plot([point["minutes"] for point in points], [point[score] for point in points], label=name)
+        axis.plot([point["minutes"] for point in points], [point[score] for point in points], **style)
     axis.set(xlabel="minutes of one core", title=SCORES[score])
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside what it would cover
 
 
 def _growth(axis: Any, rows: Results, what: str) -> None:
