@@ -72,12 +72,13 @@ test: install
 	$(BIN)/ldm-vae assets lpips
 	$(TESTING) $(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu and not browser"
 
+# types beside the tests: from a clean clone mypy takes a core for a minute and a half
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/ldm-vae assets lpips
-	$(TESTING) $(BIN)/python -m pytest $(WORKERS) -m "not gpu"
+	$(BIN)/mypy & types=$$!; \
+	  $(BIN)/ldm-vae assets lpips && $(TESTING) $(BIN)/python -m pytest $(WORKERS) -m "not gpu"; tests=$$?; \
+	  wait $$types && exit $$tests
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
