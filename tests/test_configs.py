@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from published_bases import build_outline, stand_in
+from published_bases import build_outline, shallow, stand_in
 from repository import ROOT
 from tiny_networks import TinyLPIPS
 
@@ -164,7 +164,7 @@ def narrow(settings: Training) -> Training:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_takes_a_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lpips, "random_lpips", lambda net: TinyLPIPS())
-    settings = narrow(stand_in(config.load(Training, path), monkeypatch))
+    settings = narrow(shallow(stand_in(config.load(Training, path), monkeypatch)))
     accelerator = Accelerator(cpu=True)
     vae = build_autoencoder(settings)
     network = build_network(settings, vae, outline=True)

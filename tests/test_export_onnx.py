@@ -41,8 +41,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "AsymmetricAutoencoderKL": ONE | {"down_block_out_channels": (8,), "up_block_out_channels": (8,)},
     "AutoencoderKLKVAE": {"ch_mult": (1,)},
     "AutoencoderKLWan": {"dim_mult": [1, 1], "temperal_downsample": [True]},
-    "AutoencoderKLQwenImage": {"dim_mult": [1], "temperal_downsample": []},
-    "AutoencoderKLQwenImage21": {"dim_mult": [1]},
+    "AutoencoderKLQwenImage": {"dim_mult": [1], "temperal_downsample": [], "num_res_blocks": 0},
+    "AutoencoderKLQwenImage21": {"dim_mult": [1], "num_res_blocks": 0},
 }
 
 

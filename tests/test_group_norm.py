@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
+import fused_norm
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
-from repository import ROOT
+from fork_server import fork
 from torch import nn
 
 from ldm_vae.core.flop_counter import Cost, gpu_autocast
@@ -111,17 +110,9 @@ def test_what_is_kept_for_the_backward_is_the_input() -> None:
     assert fused.bytes < 0.2 * plain.bytes + x.nbytes
 
 
-@pytest.mark.slow
 def test_no_import_of_triton_without_a_gpu() -> None:
-    code = (
-        "import sys, torch, ldm_vae.run.folder\n"
-        "from ldm_vae.kernels.group_norm import group_norm_silu\n"
-        "before = 'triton' in sys.modules\n"
-        "group_norm_silu(torch.ones(1, 4, 2, 2), 2, torch.ones(4), torch.ones(4), 1e-6)\n"
-        "print('ldm_vae.kernels.group_norm_triton' in sys.modules, 'triton' in sys.modules and not before)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.split() == ["False", "False"]
+    done = fork(fused_norm.main, []).wait()
+    assert done.stdout.split() == ["False", "False"], done.stderr
 
 
 # --- in a network -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from launcher import TWO, free_port, launch
+from launcher import free_port, launch
 from sentences import refused
 
 from ldm_vae.core.errors import UsageError
@@ -177,9 +177,10 @@ a.end_training()
 
 @pytest.mark.slow
 def test_one_bit_on_one_rank_is_found_and_named(tmp_path: Path) -> None:
+    """Launched by the file that the documentation names."""
     script = tmp_path / "diverge.py"
     script.write_text(DIVERGE)
-    done = launch([str(script)], *TWO)
+    done = launch([str(script)], file="configs/accelerate/two_cpu_processes.yaml")
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         assert f"RANK{rank} ranks diverged: net.1.weight on rank(s) [1] is not what rank 0 has" in done.stdout

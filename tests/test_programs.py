@@ -12,7 +12,7 @@ import yaml
 from diffusers import AutoencoderKL
 from images import write_images
 from kills import fork_until
-from launcher import launch, launch_machines
+from launcher import launch_machines
 from safetensors.torch import load_file
 from training_runs import SHORT, assert_same_run, metrics, newest, one_sentence, run, run_two, write_config
 
@@ -156,16 +156,8 @@ def test_two_processes_train_one_model_the_same_as_one(one_process: Path, images
 
 
 @pytest.mark.slow
-def test_two_launched_processes_train_one_model_too(one_process: Path, images: Path, tmp_path: Path) -> None:
-    """By the launch file that the documentation names."""
-    config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL)
-    done = launch(["-m", "train.autoencoder", str(config)], file="configs/accelerate/two_cpu_processes.yaml")
-    assert done.returncode == 0, done.stderr
-    assert_same_training(one_process, tmp_path / "run")
-
-
-@pytest.mark.slow
 def test_two_machines_train_one_model_the_same_as_one(one_process: Path, images: Path, tmp_path: Path) -> None:
+    """Each with Accelerate's own launcher."""
     config = write_config(tmp_path, images, train_batch_size=2, **PARALLEL)
     for status, said in launch_machines(["-m", "train.autoencoder", str(config)]):
         assert status == 0, said

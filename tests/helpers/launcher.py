@@ -15,8 +15,6 @@ ACCELERATE = [  # Accelerate's launcher, without what it asks a user for
     "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
 ]  # fmt: skip
 
-TWO = ("--multi_gpu", "--num_processes", "2")
-
 
 def free_port() -> int:
     """A port that stays free for whoever is told its number: this process keeps it bound and does not listen, so that

@@ -44,3 +44,16 @@ def stand_in(settings: Training, monkeypatch: pytest.MonkeyPatch) -> Training:
     if settings.discriminator is not None and settings.discriminator.kind == "features":
         changes["discriminator"] = settings.discriminator.model_copy(update={"resolution": 32})
     return settings.model_copy(update=changes)
+
+
+def shallow(settings: Training) -> Training:
+    """The same config with one layer a resolution, wherever a kind has a number of them, one micro-batch, and of clips
+    two of a class's chunks of time: more of them do the same again."""
+    fewer: dict[str, Any] = {}
+    for name, value in settings.model:
+        if name.endswith(("layers_per_block", "num_res_blocks")):
+            fewer[name] = 1 if isinstance(value, int) else (1,) * len(value)
+    changes: dict[str, Any] = {"model": settings.model.model_copy(update=fewer), "gradient_accumulation_steps": 1}
+    if (getattr(settings.data, "frames", None) or 0) > 5:
+        changes["data"] = settings.data.model_copy(update={"frames": 5})
+    return settings.model_copy(update=changes)
