@@ -16,7 +16,7 @@ from torch import nn
 
 from ldm_vae.autoencoder import latents
 from ldm_vae.autoencoder.geometry import geometry_of, some_latents, some_size
-from ldm_vae.autoencoder.meta import leaves_of, on_meta, once, without_values
+from ldm_vae.autoencoder.meta import leaves_of, on_meta, once, shared_without_values, without_values
 from ldm_vae.core.errors import UsageError
 
 # the other side; what is on none, a buffer that both use say, counts as the encoder's: a store is then rather stale
@@ -68,7 +68,7 @@ def idle_parameters(vae: Any, frames: int | None = None) -> tuple[str, ...]:
     """
     shape = (1, geometry_of(vae).in_channels, *some_size(vae, frames))
     with on_meta():
-        empty = without_values(vae)
+        empty = shared_without_values(vae)
         moments = latents.encode(empty, torch.empty(shape))
         reached = leaves_of(latents.decode(empty, moments.mean), moments.logvar)
     # a codebook is its quantizer's to move (ldm_vae/quantizers)

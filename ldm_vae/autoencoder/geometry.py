@@ -14,7 +14,7 @@ import torch
 from ldm_vae.autoencoder import latents, signals
 from ldm_vae.autoencoder.families import family_of
 from ldm_vae.autoencoder.lengths import check_samples, hop_of, lengths_of
-from ldm_vae.autoencoder.meta import on_meta, once, without_values
+from ldm_vae.autoencoder.meta import on_meta, once, shared_without_values
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.terminal import print_note
 from ldm_vae.core.text import an
@@ -51,7 +51,7 @@ def geometry_of(vae: Any) -> Geometry:
     if is_of_sounds(vae):
         return _of_sounds(vae)
     with on_meta():
-        empty = without_values(vae)
+        empty = shared_without_values(vae)
         failed: Exception | None = None
         first = family_of(vae).first
         for channels in signals.channels_to_try(vae):
@@ -78,7 +78,7 @@ def geometry_of(vae: Any) -> Geometry:
 def _of_sounds(vae: Any) -> Geometry:
     hop = hop_of(vae)
     with on_meta():
-        empty, sounds = without_values(vae), torch.empty(1, hop.channels, POSITIONS * hop.samples)
+        empty, sounds = shared_without_values(vae), torch.empty(1, hop.channels, POSITIONS * hop.samples)
         field, moments = signals.field_of(signals.encoded(empty, sounds)), latents.encode(empty, sounds)
     return Geometry(hop.channels, int(moments.mean.shape[1]), hop.samples, moments.is_point, field)
 

@@ -13,7 +13,7 @@ import torch
 
 from ldm_vae.autoencoder import signals
 from ldm_vae.autoencoder.families import family_of
-from ldm_vae.autoencoder.meta import on_meta, once, without_values
+from ldm_vae.autoencoder.meta import on_meta, once, shared_without_values
 from ldm_vae.core.errors import UsageError
 from ldm_vae.core.text import an
 from ldm_vae.core.validation import first_line
@@ -61,7 +61,7 @@ def lengths_of(vae: Any) -> Lengths:
     if signals.is_by_frame(vae):
         return Lengths(1, 1, 1, 1)
     with on_meta():
-        empty = without_values(vae)
+        empty = shared_without_values(vae)
 
         def latent_frames(frames: int) -> int:
             failed: Exception | None = None
@@ -100,7 +100,7 @@ def hop_of(vae: Any) -> Hop:
         UsageError: it encodes no sound, or decodes to another length than it encodes.
     """
     with on_meta():
-        empty = without_values(vae)
+        empty = shared_without_values(vae)
         failed: Exception | None = None
         for channels in signals.channels_to_try(vae):
             try:

@@ -24,11 +24,13 @@ Found = TypeVar("Found")
 # entries of a config that change no shape, and that every training and export sets
 UNSHAPED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
 
+_SHARED: dict[Any, Any] = {}
+
 
 def once(measure: Callable[..., Found]) -> Callable[..., Found]:
     """Remember what a run without values finds: for a network, and for all of its class and config."""
     known: WeakKeyDictionary[Any, dict[str, Found]] = WeakKeyDictionary()
-    of_config: dict[tuple[type, str, str], Found] = {}
+    of_config: dict[tuple[Any, str], Found] = {}
 
     @functools.wraps(measure)
     def found(vae: Any, *arguments: Any) -> Found:
@@ -36,9 +38,7 @@ def once(measure: Callable[..., Found]) -> Callable[..., Found]:
         key = repr((books and books.shape, arguments))
         mine = known.setdefault(vae, {})
         if key not in mine and hasattr(vae, "from_config"):
-            shaped = {name: value for name, value in vae.config.items() if name not in UNSHAPED and name[0] != "_"}
-            # as JSON, in which a config that was built and one that was read are the same: tuples come back as lists
-            of_all = (type(vae), json.dumps(shaped, sort_keys=True, default=repr), key)
+            of_all = (_class_and_config(vae), key)
             if of_all not in of_config:
                 of_config[of_all] = measure(vae, *arguments)
             mine[key] = of_config[of_all]
@@ -47,6 +47,25 @@ def once(measure: Callable[..., Found]) -> Callable[..., Found]:
         return mine[key]
 
     return found
+
+
+def _class_and_config(vae: Any) -> tuple[type, str]:
+    shaped = {name: value for name, value in vae.config.items() if name not in UNSHAPED and name[0] != "_"}
+    # as JSON, in which a config that was built and one that was read are the same: tuples come back as lists
+    return type(vae), json.dumps(shaped, sort_keys=True, default=repr)
+
+
+def shared_without_values(vae: Any) -> Any:
+    """`without_values`, one for all measures of a class and config, which run it and change nothing of it: to build it
+    takes as long as to run it."""
+    if not hasattr(vae, "from_config"):
+        return without_values(vae)
+    books = beside(vae)
+    key = (_class_and_config(vae), repr(books and books.shape))
+    if key not in _SHARED:
+        _SHARED.clear()  # a program measures one network, and then another
+        _SHARED[key] = without_values(vae)
+    return _SHARED[key]
 
 
 def without_values(vae: Any) -> Any:
