@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tiny_classes import tiny
 
+from ldm_vae.autoencoder import meta
+from ldm_vae.autoencoder.fine_tuning import idle_parameters
+from ldm_vae.autoencoder.geometry import geometry_of
+from ldm_vae.autoencoder.lengths import lengths_of
 from ldm_vae.autoencoder.meta import once
 
 
@@ -31,3 +36,19 @@ def test_a_config_is_measured_once_whatever_its_normalisation(tmp_path: Path) ->
     assert channels(other, 1) == 7
     assert channels(one, 2) == one.config.latent_channels + 2
     assert [id(vae) for vae in measured] == [id(one), id(other), id(one)]
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKL", "AutoencoderKLWan", "AutoencoderVidTok"])
+def test_measures_share_one_network_and_find_what_each_finds_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, built, build = tiny(name), list[Any](), meta.without_values
+    monkeypatch.setattr(meta, "without_values", lambda given: built.append(given) or build(given))
+    measures = [one.__wrapped__ for one in (geometry_of, lengths_of, idle_parameters)]
+    alone = []
+    for measure in measures:
+        monkeypatch.setattr(meta, "_SHARED", {})
+        alone.append(measure(vae))
+    monkeypatch.setattr(meta, "_SHARED", {})
+    built.clear()
+    for order in (1, -1):  # whichever runs first leaves nothing for the next
+        assert [measure(vae) for measure in measures[::order]] == alone[::order]
+    assert len(built) == 1

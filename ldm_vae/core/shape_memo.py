@@ -63,8 +63,8 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _described(out: Any, given: set[int]) -> Any:
-    """What `_made` makes again; None of what is no tensor without values, or no new one: its storage is one of `given`,
-    of the arguments, which of a view (`_unsafe_view`) the operation's schema need not say."""
+    """An output as `_made` makes it again; None of one that is no tensor without values, or no new one: its storage is
+    one of `given`, of the arguments, which of a view (`_unsafe_view`) the operation's schema need not say."""
     if isinstance(out, list | tuple):
         each = [_described(one, given) for one in out]
         return (type(out), each) if all(each) else None
