@@ -45,10 +45,6 @@ with contextlib.suppress(ImportError):  # newer ones also try the constants of w
     providers._get_local_constants = lambda: providers._local_constants
 
 
-# a twentieth of the suite's time went into collections of garbage, of which there is little
-gc.set_threshold(100_000, 50, 100)
-
-
 def seed(name: str) -> None:
     """Start the global generators anew: what ran before in this process, which pytest-xdist decides by the clock,
     changes no draw."""

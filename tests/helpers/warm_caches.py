@@ -45,6 +45,5 @@ for name in templates().list_templates(["j2"]):
     templates().get_template(name)
 inspect.getmodule(sys._getframe())  # its table of all modules' files, of which every section of a config asks
 # out of the children's collections: a full one looks at a million objects and copies their pages, 0.9 s of a run's 1.8
-gc.set_threshold(100_000, 50, 100)  # as in conftest.py
 gc.collect()
 gc.freeze()
