@@ -23,7 +23,7 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Asked(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What torch is asked for, but for the empty tensors that stand for what is known."""
+    """Names of the operations that torch is asked for, but for the empty tensors that stand for what is known."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
